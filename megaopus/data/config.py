@@ -1,0 +1,29 @@
+"""Where the tokens of a run come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """A prepared corpus (``python -m megaopus prepare``) and how it is cut into sequences."""
+
+    path: str = ""
+    """Folder of the prepared corpus: manifest.json, tokens.bin/.idx, documents.jsonl, tokenizer.json."""
+    seq_len: int = 256
+    """Tokens per training sequence."""
+    wanted: list[str] = field(default_factory=list)
+    """Domains of the target: proxy and headline validation loss come from them; empty: every domain."""
+    proxy_path: str | None = None
+    """Another prepared corpus to draw the proxy from; null: the split 'proxy' of ``path``."""
+    validation_path: str | None = None
+    """Another prepared corpus to validate on; null: the split 'validation' of ``path``."""
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
+        if not self.path:
+            yield "path", "no corpus named", "data.path=FOLDER made by 'python -m megaopus prepare'"
+        if self.seq_len < 2:
+            yield "seq_len", "must be at least 2", "256 suits a laptop, 1024 to 8192 a cluster"

@@ -1,0 +1,26 @@
+"""Degrees of parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, kw_only=True)
+class ParallelConfig:
+    """How ranks are arranged; data parallelism takes what is left: dp = world size / (tp x pp)."""
+
+    tp: int = 1
+    """Tensor-parallel ranks."""
+    pp: int = 1
+    """Pipeline stages."""
+    sequence_parallel: bool = False
+    """Split norms and dropout over the tensor-parallel ranks too."""
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
+        for key in ("tp", "pp"):
+            if getattr(self, key) < 1:
+                yield key, "must be at least 1", "1 switches this kind of parallelism off"
+        if self.sequence_parallel and self.tp == 1:
+            yield "sequence_parallel", "needs tp > 1", "set parallel.tp, or sequence_parallel=false"

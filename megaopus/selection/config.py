@@ -1,0 +1,90 @@
+"""Settings of the selector. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+METHODS = ("uniform", "opus", "high_ppl")
+ESTIMATORS = ("directional", "countsketch", "exact")
+SAMPLERS = ("top_k", "boltzmann")
+UTILITIES = ("standardised", "raw")
+SIDES = ("central", "one")
+MUON_OPERATORS = ("paper", "full")
+LAYERS = ("linear", "all")
+
+
+@dataclass(slots=True, kw_only=True)
+class SelectionConfig:
+    """How the global batch is chosen from a buffer of candidates (symbols of arXiv 2602.05400 in brackets)."""
+
+    method: str = "uniform"
+    """uniform: at random; opus: by utility for the proxy; high_ppl: by the candidate's own loss."""
+    rho: float = 0.5
+    """Share of the buffer that is picked [rho]: num_candidates N = global_batch_size / rho."""
+    estimator: str = "directional"
+    """directional (two forwards along the optimizer's step on the proxy), countsketch (the paper), exact (float64 oracle)."""
+    sampler: str = "top_k"
+    """top_k: the K highest utilities; boltzmann: K draws without replacement, p ~ exp(utility / temperature)."""
+    utilities: str = "standardised"
+    """standardised: z-scored over the global buffer before any temperature; raw: as estimated (the paper's text)."""
+    temperature: float = 0.9
+    """Boltzmann temperature [tau], in units of the utilities."""
+    redundancy: float = 0.0
+    """Coefficient of the redundancy term; needs an estimator with a Gram matrix (countsketch, exact)."""
+    warmup_steps: int = 0
+    """Steps picked uniformly before utilities are used (the optimizer's state must mean something first)."""
+    score_length: int | None = None
+    """Tokens of each candidate that are scored, from its start [L_score]; null: all of them."""
+    score_micro_batch_size: int = 16
+    """Candidates per forward pass while scoring, on each rank."""
+    proxy_batch_size: int = 32
+    """Proxy sequences drawn anew each step, over all ranks."""
+    proxy_ema: float = 0.9
+    """Decay of the running average of the proxy gradient; 0: this step's gradient alone."""
+    epsilon: float = 1.0
+    """Finite-difference step of directional scoring, in units of one optimizer step."""
+    sides: str = "central"
+    """central: (L(-e) - L(+e)) / 2e; one: (L(0) - L(+e)) / e."""
+    sketch_dim: int = 8192
+    """Length of each layer's CountSketch [m]."""
+    sketch_seed: int = 42
+    """Seed of the sketch's hashes."""
+    layers: str = "linear"
+    """Layers that countsketch (and exact, when told so) sums over: linear matrices, or all (adds embeddings)."""
+    muon_operator: str = "paper"
+    """paper: the first Newton-Schulz factor S_1; full: the product S_5..S_1 at frozen momentum."""
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
+        choices = {
+            "method": METHODS,
+            "estimator": ESTIMATORS,
+            "sampler": SAMPLERS,
+            "utilities": UTILITIES,
+            "sides": SIDES,
+            "layers": LAYERS,
+            "muon_operator": MUON_OPERATORS,
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                yield key, "unknown choice", f"use one of: {', '.join(allowed)}"
+        if not 0 < self.rho <= 1:
+            yield "rho", "must lie in (0, 1]", "0.5 picks half of the candidates"
+        if not self.temperature > 0:
+            yield "temperature", "must be positive", "0.9 is the paper's value"
+        if self.redundancy < 0:
+            yield "redundancy", "must not be negative", "0 switches the redundancy term off"
+        if self.redundancy > 0 and self.method == "opus" and self.estimator == "directional":
+            yield "redundancy", "directional scoring has no Gram matrix", "set selection.estimator=countsketch, or 0"
+        if self.warmup_steps < 0:
+            yield "warmup_steps", "must not be negative", "0 starts selecting as soon as the optimizer has state"
+        if self.score_length is not None and self.score_length < 1:
+            yield "score_length", "must be at least 1", "null scores whole sequences"
+        for key in ("score_micro_batch_size", "proxy_batch_size", "sketch_dim"):
+            if getattr(self, key) < 1:
+                yield key, "must be at least 1", "see docs/selection.md"
+        if not 0 <= self.proxy_ema < 1:
+            yield "proxy_ema", "must lie in [0, 1)", "0 uses each step's proxy gradient alone"
+        if not self.epsilon > 0:
+            yield "epsilon", "must be positive", "1 is one optimizer step"

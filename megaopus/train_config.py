@@ -1,0 +1,30 @@
+"""Length and batches of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainConfig:
+    """Steps, batches and validation of a run."""
+
+    steps: int = 100
+    """Steps in all; a resumed run goes on to this number."""
+    global_batch_size: int = 8
+    """Sequences per optimizer step over all ranks [K]."""
+    micro_batch_size: int = 8
+    """Sequences per forward pass on one rank."""
+    eval_every: int = 0
+    """Steps between validations; 0: only after the last step."""
+    eval_sequences: int = 64
+    """Sequences per domain and validation."""
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
+        for key in ("steps", "global_batch_size", "micro_batch_size", "eval_sequences"):
+            if getattr(self, key) < 1:
+                yield key, "must be at least 1", "see configs/run.yaml"
+        if self.eval_every < 0:
+            yield "eval_every", "must not be negative", "0 validates only after the last step"
