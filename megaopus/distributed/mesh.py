@@ -1,0 +1,118 @@
+"""Process group and the mesh of ranks: dp x pp x tp, tensor-parallel ranks fastest."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.cpu import cpu_mode, prepare_megatron
+from megaopus.errors import EngineError
+
+
+@dataclass(frozen=True, slots=True)
+class MeshShape:
+    """Degrees of parallelism of a job; pure arithmetic, no process group."""
+
+    world_size: int
+    tp: int
+    pp: int
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // (self.tp * self.pp)
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(dp, pp, tp) coordinates of a rank; megatron-core's default order tp-dp-pp, tp fastest."""
+        return (rank // self.tp) % self.dp, rank // (self.tp * self.dp), rank % self.tp
+
+
+class Mesh:
+    """torch.distributed and megatron's process groups, alive between ``Mesh(...)`` and ``close()``.
+
+    Raises ``EngineError`` if the world size is not a multiple of tp x pp or the device is missing.
+    """
+
+    def __init__(self, parallel: ParallelConfig, device: str = "auto", timeout_minutes: float = 10.0):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise EngineError("engine.device=cuda, but torch sees no CUDA device: use engine.device=cpu or auto")
+        self.rank = int(os.environ.get("RANK", "0"))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size % (parallel.tp * parallel.pp):
+            raise EngineError(
+                f"{world_size} ranks cannot be split into tp={parallel.tp} x pp={parallel.pp}: "
+                f"launch a multiple of {parallel.tp * parallel.pp} processes"
+            )
+        self.shape = MeshShape(world_size, parallel.tp, parallel.pp)
+        self.on_cpu = device == "cpu"
+        if self.on_cpu:
+            self.device = torch.device("cpu")
+        else:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        prepare_megatron(self.on_cpu)
+        self._init_process_group(timedelta(minutes=timeout_minutes))
+        from megatron.core import parallel_state
+
+        with self.megatron():
+            parallel_state.initialize_model_parallel(parallel.tp, parallel.pp)
+        self.dp_group = parallel_state.get_data_parallel_group()
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.pp_group = parallel_state.get_pipeline_model_parallel_group()
+        self.model_parallel_group = parallel_state.get_model_parallel_group()
+        self.dp_rank, self.pp_rank, self.tp_rank = self.shape.coordinates(self.rank)
+        assert (self.dp_rank, self.pp_rank, self.tp_rank) == (
+            dist.get_rank(self.dp_group),
+            dist.get_rank(self.pp_group),
+            dist.get_rank(self.tp_group),
+        )
+
+    def _init_process_group(self, timeout: timedelta) -> None:
+        if dist.is_initialized():
+            raise EngineError("a process group is already alive in this process: close the other Mesh first")
+        backend = "gloo" if self.on_cpu else "nccl"
+        if self.shape.world_size == 1 and "MASTER_ADDR" not in os.environ:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+
+    def megatron(self) -> AbstractContextManager[None]:
+        """Context in which megatron-core may be called."""
+        return cpu_mode() if self.on_cpu else nullcontext()
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.shape.pp - 1
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if ``flag`` is true on one."""
+        if self.shape.world_size == 1:
+            return flag
+        value = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def broadcast_object(self, value: object) -> object:
+        """Rank 0's value on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def close(self) -> None:
+        """Destroy every process group."""
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+

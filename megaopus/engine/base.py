@@ -1,0 +1,46 @@
+"""What the training loop asks of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from megaopus.selection.backend import Candidates, Gradient, ScoringBackend
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer step."""
+
+    loss: float
+    """Mean token loss of the global batch, before the update."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    lr: float
+    applied: bool
+    """False: a gradient was not finite, no weight was touched."""
+
+
+class Engine(Protocol):
+    """A model, its optimizer and their layout. Every method is collective: all ranks call it."""
+
+    step: int
+    """Updates so far: what the learning rate depends on."""
+
+    def train_step(self, batch: Candidates) -> StepResult:
+        """One update from a global batch of K sequences; each data-parallel rank reads only its share."""
+
+    def evaluate(self, sequences: Candidates) -> Tensor:
+        """(n,) mean token loss of each sequence, float64, the same on every rank."""
+
+    def scoring_backend(self) -> ScoringBackend:
+        """The model and optimizer as the selector sees them."""
+
+    def save(self, folder: Path, groups: dict[str, Gradient]) -> None:
+        """Write weights, optimizer state and further parameter-shaped tensors (by group, then parameter name)."""
+
+    def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
+        """Restore what ``save`` wrote into this engine; returns the groups asked for."""

@@ -1,0 +1,229 @@
+"""The megatron-core engine: its schedules, DDP and sharded checkpoints around one GPT; CPU with gloo or CUDA with NCCL."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.engine.base import StepResult
+from megaopus.engine.config import EngineConfig
+from megaopus.models.config import ModelConfig
+from megaopus.models.gpt import build_gpt, initialize, padded_vocab, transformer_config
+from megaopus.optim.build import MainOptimizer
+from megaopus.optim.config import OptimConfig
+from megaopus.optim.schedule import lr_factor
+from megaopus.selection.backend import Candidates, Gradient
+
+
+class MegatronEngine:
+    """Implements ``engine.base.Engine`` (see there for what each public method does)."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        model: ModelConfig,
+        optim: OptimConfig,
+        engine: EngineConfig,
+        parallel: ParallelConfig,
+        vocab_size: int,
+        seq_len: int,
+        micro_batch_size: int,
+        total_steps: int,
+        seed: int,
+    ):
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        self.mesh = mesh
+        self.step = 0
+        self.micro_batch_size = micro_batch_size
+        self.bf16 = engine.precision == "bf16" or (engine.precision == "auto" and not mesh.on_cpu)
+        self._seq_len = seq_len
+        self._optim_config = optim
+        self._total_steps = total_steps
+        self._seed = seed
+        self._dropout = model.dropout > 0
+        self._seed_random_states()
+        with mesh.megatron():
+            config = transformer_config(
+                model, mesh, bf16=self.bf16, sequence_parallel=parallel.sequence_parallel, recompute=engine.recompute
+            )
+            max_positions = model.max_positions or seq_len
+            self.module = build_gpt(
+                model, config, mesh, vocab_size=padded_vocab(vocab_size), max_positions=max_positions
+            )
+            initialize(self.module, model, mesh, seed)
+            ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+            self.ddp = DistributedDataParallel(config, ddp_config, self.module)
+            config.no_sync_func = self.ddp.no_sync
+            config.finalize_model_grads_func = finalize_model_grads
+            self.optimizer = MainOptimizer(optim, self.module, mesh, bf16=self.bf16)
+            self._schedule = get_forward_backward_func()
+
+    # -- training and evaluation ------------------------------------------------------------------------------------
+
+    def train_step(self, batch: Candidates) -> StepResult:
+        share = self._share(len(batch))
+        if len(share) % self.micro_batch_size:
+            raise ValueError(f"{len(share)} sequences per rank are not a multiple of {self.micro_batch_size} per micro-batch")
+        if self._dropout:
+            self._seed_random_states()
+        self.ddp.train()
+        with self.mesh.megatron():
+            self._zero_gradients()
+            losses = self._run(batch, share, self.micro_batch_size, self._seq_len, forward_only=False)
+            lr = self.optimizer.set_lr(lr_factor(self._optim_config, self.step, self._total_steps))
+            grad_norm, applied = self.optimizer.step()
+        self.step += 1
+        return StepResult(loss=float(losses.mean()), grad_norm=grad_norm, lr=lr, applied=applied)
+
+    def evaluate(self, sequences: Candidates) -> Tensor:
+        num = len(sequences)
+        multiple = self.mesh.shape.dp * self.micro_batch_size
+        padded = -(-num // multiple) * multiple
+        share = self._share(padded).clamp(max=num - 1)  # fill up with copies of the last sequence, dropped below
+        self.ddp.eval()
+        with self.mesh.megatron(), torch.no_grad():
+            losses = self._run(sequences, share, self.micro_batch_size, self._seq_len, forward_only=True)
+        return losses[:num]
+
+    def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
+        """Mean gradient of a global batch, dropout off, by local parameter name; fp32, the same on every dp rank.
+
+        The training path (schedule, DDP reduction) without the update; training gradients are overwritten.
+        """
+        share = self._share(len(batch))
+        length = min(length or self._seq_len, self._seq_len)
+        self.ddp.eval()
+        with self.mesh.megatron():
+            self._zero_gradients()
+            self._run(batch, share, math.gcd(len(share), self.micro_batch_size), length, forward_only=False)
+        gradient = {name: parameter.main_grad.clone() for name, parameter in self.module.named_parameters()}
+        self.ddp.train()
+        return gradient
+
+    def _zero_gradients(self) -> None:
+        # The optimizer leaves param.grad aliased to main_grad: kept, the next backward pass would add it twice.
+        self.optimizer.chained.zero_grad()
+        self.ddp.zero_grad_buffer()
+
+    def _share(self, num: int) -> Tensor:
+        """Rows of a global batch of ``num`` sequences that this data-parallel rank works on."""
+        dp = self.mesh.shape.dp
+        if num % dp:
+            raise ValueError(f"{num} sequences cannot be split evenly over {dp} data-parallel ranks")
+        return torch.arange(num).view(dp, -1)[self.mesh.dp_rank]
+
+    def _run(self, batch: Candidates, share: Tensor, micro: int, length: int, *, forward_only: bool) -> Tensor:
+        """Run the schedule over this rank's share; (dp * len(share),) sequence losses, float64, on every rank."""
+        micro_batches = share.split(micro)
+
+        def tokens() -> Iterator[Tensor]:
+            for rows in micro_batches:
+                yield batch.take(rows).batch(length).to(self.mesh.device, non_blocking=True)
+
+        outputs = self._schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=tokens(),
+            model=[self.ddp],
+            num_microbatches=len(micro_batches),
+            seq_length=length,
+            micro_batch_size=micro,
+            forward_only=forward_only,
+        )
+        local = torch.empty(len(share), dtype=torch.float64, device=self.mesh.device)
+        if self.mesh.is_last_stage:
+            torch.cat(outputs, out=local)
+        if self.mesh.shape.pp > 1:
+            from megatron.core import parallel_state
+
+            dist.broadcast(local, parallel_state.get_pipeline_model_parallel_last_rank(), group=self.mesh.pp_group)
+        if self.mesh.shape.dp == 1:
+            return local
+        gathered = torch.empty(self.mesh.shape.dp * len(share), dtype=torch.float64, device=self.mesh.device)
+        dist.all_gather_into_tensor(gathered, local, group=self.mesh.dp_group)
+        return gathered
+
+    def _forward_step(self, data_iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
+        tokens = next(data_iterator)
+        return token_losses(model, tokens), _sequence_losses
+
+    def _seed_random_states(self) -> None:
+        """Dropout's random states as a function of (seed, step, dp rank): nothing of them needs saving."""
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        key = f"{self._seed}:dropout:{self.step}:{self.mesh.dp_rank}"
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+        with self.mesh.megatron():
+            model_parallel_cuda_manual_seed(seed)
+
+    # -- selection and checkpoints ----------------------------------------------------------------------------------
+
+    def scoring_backend(self) -> Any:
+        from megaopus.engine.scoring import MegatronScoringBackend
+
+        return MegatronScoringBackend(self)
+
+    def save(self, folder: Path, groups: dict[str, Gradient]) -> None:
+        from megatron.core import dist_checkpointing
+
+        with self.mesh.megatron():
+            dist_checkpointing.save(self._sharded_state(groups, is_loading=False), str(folder))
+
+    def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
+        from megatron.core import dist_checkpointing
+
+        empty = {
+            group: {name: torch.empty_like(p, dtype=torch.float32) for name, p in self.module.named_parameters()}
+            for group in groups
+        }
+        with self.mesh.megatron():
+            state = dist_checkpointing.load(self._sharded_state(empty, is_loading=True), str(folder))
+            self.module.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        return {group: state[group] for group in groups}
+
+    def _sharded_state(self, groups: dict[str, Gradient], is_loading: bool) -> dict[str, Any]:
+        """Weights, optimizer state, and parameter-shaped groups of tensors sharded as the parameters are."""
+        from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+
+        model_state = self.module.sharded_state_dict()
+        state: dict[str, Any] = {
+            "model": model_state,
+            "optimizer": self.optimizer.sharded_state_dict(model_state, is_loading),
+        }
+        for group, values in groups.items():
+            state[group] = {
+                name: make_sharded_optimizer_tensor(model_state[name], value, prefix=group)
+                for name, value in values.items()
+            }
+        return state
+
+
+def token_losses(model: Any, tokens: Tensor) -> Tensor:
+    """(B, S) loss of each token of (B, S + 1) tokens: inputs are all but the last, labels all but the first.
+
+    On earlier pipeline stages: the stage's activations.
+    """
+    inputs = tokens[:, :-1]
+    positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs)
+    return model(inputs, positions, None, labels=tokens[:, 1:].contiguous())
+
+
+def _sequence_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """What megatron's schedule minimises (the micro-batch's mean), and what it hands back (each sequence's mean)."""
+    return losses_BS.mean(), losses_BS.detach().double().mean(dim=1)

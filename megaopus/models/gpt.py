@@ -1,0 +1,192 @@
+"""megatron-core's GPTModel from a small config, with weights that do not depend on the layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megaopus.distributed.mesh import Mesh
+from megaopus.models.config import ModelConfig
+
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this at every layout, so that the model is the same at every tp <= 128."""
+
+
+def padded_vocab(vocab_size: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up to a multiple of VOCAB_MULTIPLE."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def transformer_config(model: ModelConfig, mesh: Mesh, *, bf16: bool, sequence_parallel: bool, recompute: bool) -> Any:
+    """megatron's TransformerConfig for this model on this mesh."""
+    from megatron.core.transformer import TransformerConfig
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads or model.num_heads,
+        ffn_hidden_size=model.derived_ffn(),
+        normalization="LayerNorm" if model.norm == "layernorm" else "RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=model.qk_norm,
+        gated_linear_unit=model.activation == "swiglu",
+        activation_func=F.silu if model.activation == "swiglu" else F.gelu,
+        add_bias_linear=model.bias,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.dropout,
+        init_method_std=model.init_std,
+        tensor_model_parallel_size=mesh.shape.tp,
+        pipeline_model_parallel_size=mesh.shape.pp,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        use_cpu_initialization=mesh.on_cpu,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+    )
+
+
+def build_gpt(model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, max_positions: int) -> nn.Module:
+    """This rank's stage of the GPT, on the mesh's device, not yet initialised.
+
+    ``vocab_size`` is the padded one. Forward: (tokens (B, S), position ids (B, S), None, labels=(B, S)) -> loss (B, S).
+    """
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    from megaopus.models.attention import CausalAttention
+    from megaopus.models.norm import Norm
+
+    layer = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization=config.normalization)
+    layer.submodules.input_layernorm = Norm
+    layer.submodules.pre_mlp_layernorm = Norm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if model.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = Norm
+    block = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=Norm)
+
+    class GPT(GPTModel):  # type: ignore[misc]
+        def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+            """(B, S) token losses from (S, B, V) logits; torch's fused kernel where the vocabulary is whole."""
+            if mesh.shape.tp > 1:
+                return super().compute_language_model_loss(labels, logits)
+            seq_len, batch, vocab = logits.shape
+            losses = F.cross_entropy(logits.view(-1, vocab), labels.t().reshape(-1), reduction="none")
+            return losses.view(seq_len, batch).t()
+
+    gpt = GPT(
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=vocab_size,
+        max_sequence_length=max_positions,
+        pre_process=mesh.pp_rank == 0,
+        post_process=mesh.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.tied,
+        position_embedding_type={"learned": "learned_absolute", "rope": "rope", "none": "none"}[model.position],
+        rotary_base=model.rope_base,
+    )
+    return gpt.to(mesh.device)
+
+
+def global_names(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(local name, name with the layer's number in the whole model, parameter) of each parameter of a stage."""
+    layers = getattr(module.decoder, "layers", [])
+    offset = layers[0].layer_number - 1 if len(layers) else 0
+    for name, parameter in module.named_parameters():
+        renamed = re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{int(m[1]) + offset}", name)
+        yield name, renamed, parameter
+
+
+def _is_gated(module: nn.Module, name: str) -> bool:
+    return module.config.gated_linear_unit and ".linear_fc1." in name
+
+
+def shard(full: Tensor, parameter: Tensor, tp_rank: int, tp: int, gated: bool) -> Tensor:
+    """This rank's part of a whole parameter; gated MLP matrices hold [gate; up], each split on its own."""
+    if tp == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return full
+    dim = parameter.partition_dim  # type: ignore[attr-defined]
+    if gated:
+        return torch.cat([half.chunk(tp, dim)[tp_rank] for half in full.chunk(2, 0)], 0)
+    return full.chunk(tp, dim)[tp_rank]
+
+
+def unshard(parts: list[Tensor], parameter: Tensor, gated: bool) -> Tensor:
+    """The whole parameter from the parts of all tensor-parallel ranks (the inverse of ``shard``)."""
+    if len(parts) == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return parts[0]
+    dim = parameter.partition_dim  # type: ignore[attr-defined]
+    if gated:
+        halves = zip(*(part.chunk(2, 0) for part in parts), strict=True)
+        return torch.cat([torch.cat(half, 0) for half in halves], 0)
+    return torch.cat(parts, dim)
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> None:
+    """Draw each whole parameter from a generator keyed by (seed, its name) and keep this rank's part.
+
+    Normal with ``init_std``; output projections of the blocks with init_std / sqrt(2 layers) (GPT-2); norms one,
+    biases zero. The model is therefore the same at every layout.
+    """
+    for _, name, parameter in global_names(module):
+        gated = _is_gated(module, name)
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        std = model.init_std
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            std /= math.sqrt(2 * model.num_layers)
+        shape = list(parameter.shape)
+        if mesh.shape.tp > 1 and getattr(parameter, "tensor_model_parallel", False):
+            shape[parameter.partition_dim] *= mesh.shape.tp  # type: ignore[attr-defined]
+        # A tied output layer on a later stage starts as the embedding it will stay equal to.
+        key = "embedding.word_embeddings.weight" if model.tied and name == "output_layer.weight" else name
+        digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        full = torch.randn(shape, generator=generator) * std
+        parameter.copy_(shard(full, parameter, mesh.tp_rank, mesh.shape.tp, gated))
+
+
+def full_parameters(module: nn.Module, mesh: Mesh, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Every whole parameter by its global name, on every rank, gathered over tp and pp (a collective call).
+
+    ``values`` (by local name, shaped like the parameters) is gathered instead of the weights, if given.
+    """
+    local: dict[str, Tensor] = {}
+    for name, renamed, parameter in global_names(module):
+        value = (parameter if values is None else values[name]).detach().contiguous()
+        parts = [value]
+        if mesh.shape.tp > 1 and getattr(parameter, "tensor_model_parallel", False):
+            parts = [torch.empty_like(value) for _ in range(mesh.shape.tp)]
+            dist.all_gather(parts, value, group=mesh.tp_group)
+        local[renamed] = unshard(parts, parameter, _is_gated(module, renamed)).cpu()
+    if mesh.shape.pp == 1:
+        return local
+    stages: list[Any] = [None] * mesh.shape.pp
+    dist.all_gather_object(stages, local, group=mesh.pp_group)
+    merged = {name: value for stage in reversed(stages) for name, value in stage.items()}
+    if module.share_embeddings_and_output_weights:
+        merged.pop("output_layer.weight", None)  # a copy of the embedding on the last stage
+    return merged
