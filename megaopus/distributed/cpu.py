@@ -102,6 +102,9 @@ def prepare_megatron(on_cpu: bool) -> None:
         if not isinstance(megatron_random._CUDA_RNG_STATE_TRACKER, _cpu_tracker(megatron_random)):
             megatron_random._CUDA_RNG_STATE_TRACKER = _cpu_tracker(megatron_random)()
             megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+            # Activation recomputation saves and restores the device's random state through these.
+            megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+            megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
 def _cpu_tracker(megatron_random: Any) -> type:

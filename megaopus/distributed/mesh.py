@@ -6,6 +6,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,7 +104,7 @@ class Mesh:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
-    def broadcast_object(self, value: object) -> object:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)

@@ -66,6 +66,8 @@ class MegatronEngine:
             self.module = build_gpt(
                 model, config, mesh, vocab_size=padded_vocab(vocab_size), max_positions=max_positions
             )
+            if self.bf16:
+                self.module.bfloat16()  # megatron leaves the position table in fp32
             initialize(self.module, model, mesh, seed)
             ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
             self.ddp = DistributedDataParallel(config, ddp_config, self.module)

@@ -16,7 +16,7 @@ class StepRecord:
     grad_norm: float
     lr: float
     time_s: float
-    """Seconds of data, selection and training so far, over every process that worked on the run (no validation, no saving)."""
+    """Seconds of data, selection and training so far, over every process of the run (no validation, no saving)."""
     step_s: float
     """Seconds of this step, selection included."""
     select_s: float

@@ -1,4 +1,4 @@
-"""What the selector needs to know about data, model and optimizer: two protocols, and one implementation for any module."""
+"""What the selector needs to know about data, model and optimizer; module.py implements it for any nn.Module."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class UpdateOperator(Protocol):
     """P_t: the optimizer's linear map from a gradient to the (negated) weight change, its state frozen."""
 
     def apply(self, gradient: Gradient) -> Gradient:
-        """u = P_t g, so that the optimizer's own step moves the weights by -u."""
+        """u = P_t g, so that the optimizer's own step moves the weights by -u.
+
+        Takes any subset of the parameters; leading axes beyond a parameter's own are batch axes.
+        """
 
     def diagonal(self, name: str) -> Tensor | None:
         """P_t of one parameter as an elementwise factor (or scalar tensor); None where it is not diagonal."""
@@ -61,14 +64,14 @@ class ScoringBackend(Protocol):
     def parameters(self) -> dict[str, Tensor]:
         """The weights the optimizer updates (main weights under mixed precision), in a stable order."""
 
-    def operator(self) -> UpdateOperator | None:
-        """P_t now, or None while the optimizer has no state yet."""
+    def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
+        """P_t now, or None while the optimizer has no state yet. ``muon_operator``: 'paper' or 'full'."""
 
     def losses(self, batch: Batch) -> Tensor:
         """(n,) mean token loss of each sequence; no graph, dropout off."""
 
-    def ghost_losses(self, batch: Batch) -> Tensor:
-        """(n,) as ``losses``, with a graph through the activations only: no weight receives a gradient."""
+    def ghost_backward(self, batch: Batch) -> Tensor:
+        """(n,) as ``losses``, after a backward pass of their sum through the activations; no weight gets a gradient."""
 
     def ghost_layers(self) -> list[GhostLayer]:
         """Every use of every linear and embedding matrix."""

@@ -23,7 +23,7 @@ class SelectionConfig:
     rho: float = 0.5
     """Share of the buffer that is picked [rho]: num_candidates N = global_batch_size / rho."""
     estimator: str = "directional"
-    """directional (two forwards along the optimizer's step on the proxy), countsketch (the paper), exact (float64 oracle)."""
+    """directional (two forwards along the optimizer's step on the proxy), countsketch (the paper), exact (oracle)."""
     sampler: str = "top_k"
     """top_k: the K highest utilities; boltzmann: K draws without replacement, p ~ exp(utility / temperature)."""
     utilities: str = "standardised"
@@ -35,7 +35,7 @@ class SelectionConfig:
     warmup_steps: int = 0
     """Steps picked uniformly before utilities are used (the optimizer's state must mean something first)."""
     score_length: int | None = None
-    """Tokens of each candidate that are scored, from its start [L_score]; null: all of them."""
+    """Tokens of each candidate that are scored, from its start [L_score]; null: all. The proxy is never cut."""
     score_micro_batch_size: int = 16
     """Candidates per forward pass while scoring, on each rank."""
     proxy_batch_size: int = 32
@@ -51,7 +51,7 @@ class SelectionConfig:
     sketch_seed: int = 42
     """Seed of the sketch's hashes."""
     layers: str = "linear"
-    """Layers that countsketch (and exact, when told so) sums over: linear matrices, or all (adds embeddings)."""
+    """Layers that countsketch sums over: linear (matrices used at least once as one), or all (adds embeddings)."""
     muon_operator: str = "paper"
     """paper: the first Newton-Schulz factor S_1; full: the product S_5..S_1 at frozen momentum."""
 
@@ -77,6 +77,8 @@ class SelectionConfig:
             yield "redundancy", "must not be negative", "0 switches the redundancy term off"
         if self.redundancy > 0 and self.method == "opus" and self.estimator == "directional":
             yield "redundancy", "directional scoring has no Gram matrix", "set selection.estimator=countsketch, or 0"
+        if self.redundancy > 0 and self.method == "high_ppl":
+            yield "redundancy", "high_ppl scores by loss and has no Gram matrix", "set selection.redundancy=0"
         if self.warmup_steps < 0:
             yield "warmup_steps", "must not be negative", "0 starts selecting as soon as the optimizer has state"
         if self.score_length is not None and self.score_length < 1:

@@ -1,0 +1,37 @@
+# One command each: make demo | test | lint | bench | setup
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+JSON   ?= runs/bench
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(VENV)/.ready
+
+# torch first and alone: where a CPU or CUDA build has been chosen already, the pinned version keeps it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make setup PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m megaopus demo --out runs/demo
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	mkdir -p $(JSON)
+	for name in estimators throughput quality; do \
+		$(BIN)/python benchmarks/$$name.py --quick --json $(JSON)/$$name.json || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

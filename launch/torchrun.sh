@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Start a training run with one process per GPU (or CPU rank).
+#
+#   launch/torchrun.sh NPROC [OVERRIDE...]                         one node
+#   NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 MASTER_PORT=29500 \
+#     launch/torchrun.sh NPROC [OVERRIDE...]                       on each node, with its own NODE_RANK
+#
+# NPROC: processes on this node. DRY_RUN=1 prints the command instead. Runs the python of $PYTHON, else of .venv, else
+# the first on the PATH.
+set -euo pipefail
+
+fail() {
+  echo "torchrun.sh: $1" >&2
+  exit 2
+}
+
+is_number() { [[ $1 =~ ^(0|[1-9][0-9]*)$ ]]; }
+is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
+
+[[ $# -ge 1 ]] || fail "NPROC is missing: launch/torchrun.sh NPROC [OVERRIDE...]"
+is_count "$1" || fail "NPROC must be a number of processes, not '$1'"
+nproc=$1
+shift
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ -n ${PYTHON:-} ]]; then
+  python=$PYTHON
+elif [[ -x $root/.venv/bin/python ]]; then
+  python=$root/.venv/bin/python
+else
+  python=$(command -v python3) || fail "no python3 on the PATH: set PYTHON, or run 'make setup'"
+fi
+
+rendezvous=(--standalone)
+if [[ -n ${NNODES:-} ]]; then
+  is_count "$NNODES" || fail "NNODES must be a number of nodes, not '$NNODES'"
+fi
+if [[ ${NNODES:-1} -gt 1 ]]; then
+  for name in NODE_RANK MASTER_ADDR MASTER_PORT; do
+    [[ -n ${!name:-} ]] || fail "$name is not set: with NNODES=$NNODES each node needs NODE_RANK, MASTER_ADDR and MASTER_PORT"
+  done
+  if ! is_number "$NODE_RANK" || [[ $NODE_RANK -ge $NNODES ]]; then
+    fail "NODE_RANK must lie in 0..$((NNODES - 1)), not '$NODE_RANK'"
+  fi
+  is_number "$MASTER_PORT" || fail "MASTER_PORT must be a port number, not '$MASTER_PORT'"
+  rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+fi
+
+command=("$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$nproc" -m megaopus train "$@")
+if [[ ${DRY_RUN:-0} == 1 ]]; then
+  printf '%q ' "${command[@]}"
+  echo
+else
+  exec "${command[@]}"
+fi

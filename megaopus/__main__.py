@@ -1,0 +1,166 @@
+"""Command line: python -m megaopus VERB. Each verb imports what it needs only when it runs, so help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megaopus import __version__
+from megaopus.errors import ConfigError, MegaopusError, Problem
+
+GRACE_SECONDS = 5.0
+"""How long a silent rank outlives an error: torchrun kills the others as soon as one exits, even amid its message."""
+OVERRIDES = "settings in Hydra's syntax: GROUP=NAME picks a file of configs/GROUP/, SECTION.KEY=VALUE sets one value"
+
+
+def _parser(verb: str, description: str, examples: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m megaopus {verb}",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=OVERRIDES)
+    parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="more choices, beside the shipped configs")
+
+
+def _environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        reason, remedy = "is not a number of processes", "unset it, or start with torchrun"
+        raise ConfigError([Problem(f"environment {name}", text, reason, remedy)])
+    return int(text)
+
+
+def train(arguments: list[str]) -> int:
+    """Train a model; under torchrun on many ranks."""
+    parser = _parser(
+        "train",
+        "Pre-train a GPT, choosing each batch as selection= says. The same command goes on where a killed run stopped.",
+        "  python -m megaopus train experiment=small_opus data.path=corpus 'data.wanted=[docs]'\n"
+        "  torchrun --nproc-per-node 4 -m megaopus train data.path=corpus parallel=tp2_pp2\n"
+        "  python -m megaopus train --config-dir my_configs experiment=mine run_dir=runs/mine",
+    )
+    _add_settings(parser)
+    args = parser.parse_intermixed_args(arguments)
+    from megaopus.config import compose
+
+    config = compose(args.overrides, args.config_dir, _environment("WORLD_SIZE", 1))
+    from megaopus import build
+
+    return build.train(config)
+
+
+def check(arguments: list[str]) -> int:
+    """Show what a run would be, without training."""
+    parser = _parser(
+        "check",
+        "Compose and validate the settings of a run, open its data, and print layout, parameters, FLOPs, memory and\n"
+        "the launch command. Needs no GPU and writes nothing.",
+        "  python -m megaopus check experiment=small_opus data.path=corpus\n"
+        "  python -m megaopus check model=gpt2_xl parallel=tp2 data.path=corpus --world-size 8",
+    )
+    _add_settings(parser)
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks to lay the run out on (default: tp x pp)")
+    args = parser.parse_intermixed_args(arguments)
+    if args.world_size is not None and args.world_size < 1:
+        parser.error("--world-size must be at least 1")
+    from megaopus.config import compose
+
+    config = compose(args.overrides, args.config_dir, args.world_size)
+    from megaopus import check as checker
+
+    checker.run(config, args.world_size, args.overrides, args.config_dir)
+    return 0
+
+
+def prepare(arguments: list[str]) -> int:
+    """Turn text into a corpus that runs can read."""
+    parser = _parser(
+        "prepare",
+        "Make a corpus folder: tokenizer, tokens, a table of documents and a manifest.",
+        "  python -m megaopus prepare --source docs=docs.jsonl.gz --source code=sources.jsonl --out corpus\n"
+        "  python -m megaopus prepare --demo --out corpus",
+    )
+    from megaopus.data import prepare as preparer
+
+    preparer.add_arguments(parser)
+    preparer.run(parser.parse_args(arguments))
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """Compare finished runs on one page."""
+    parser = _parser(
+        "report",
+        "Write a self-contained HTML page from run folders: losses, what was picked, and what it cost.",
+        "  python -m megaopus report runs/uniform runs/opus --out report.html",
+    )
+    from megaopus.monitor import report as reporter
+
+    reporter.add_arguments(parser)
+    reporter.run(parser.parse_args(arguments))
+    return 0
+
+
+def demo(arguments: list[str]) -> int:
+    """Uniform against selected batches on real text, in minutes."""
+    parser = _parser(
+        "demo",
+        "Train a small GPT twice on text found in this Python installation, with and without selection, and compare.",
+        "  python -m megaopus demo",
+    )
+    from megaopus import demo as demonstration
+
+    demonstration.add_arguments(parser)
+    demonstration.run(parser.parse_args(arguments))
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {verb.__name__: verb for verb in (train, check, prepare, report, demo)}
+
+
+def _verb(arguments: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
+    verbs = "\n".join(f"  {name:<9}{(verb.__doc__ or '').strip()}" for name, verb in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m megaopus",
+        description="Distributed GPT pre-training with online data selection.",
+        epilog=f"verbs:\n{verbs}\n\n'python -m megaopus VERB --help' explains each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megaopus {__version__}")
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="what to do, see below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the verb")
+    args = parser.parse_args(arguments)
+    return VERBS[args.verb], args.arguments
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns its exit code, or 2 for an error the user can act on."""
+    verb, rest = _verb(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return verb(rest)
+    except MegaopusError as error:
+        if os.environ.get("MEGAOPUS_TRACEBACK") == "1":
+            raise
+        if isinstance(error, ConfigError) and not _speaks():
+            time.sleep(GRACE_SECONDS)
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _speaks() -> bool:
+    """Whether this rank reports what every rank of its node has found: once per node, for a file may lack on one."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

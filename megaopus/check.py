@@ -1,0 +1,309 @@
+"""What a run would be: sizes, costs, memory and layout worked out without training, GPU or process group."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megaopus.config import RunConfig, differences, validate
+from megaopus.errors import ConfigError
+from megaopus.models.arithmetic import (
+    VOCAB_MULTIPLE,
+    Weight,
+    count_parameters,
+    count_rank_parameters,
+    padded_vocab,
+    stage_weights,
+    training_flops_per_token,
+)
+
+SCORING_COST = {
+    "directional": (2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
+    "countsketch": (1.0, "forward, input gradients and each layer's gradient per sequence; sketching not counted"),
+    "exact": (1.0, "forward and backward per candidate, in float64"),
+    "high_ppl": (1 / 3, "one forward"),
+}
+"""FLOPs per scored token over FLOPs per trained token, and why."""
+LARGEST_TABLE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What the corpora hold for this run."""
+
+    vocab_size: int
+    """The model's vocabulary before padding."""
+    sequences: dict[str, int]
+    """Split -> sequences of seq_len."""
+    domains: list[str]
+
+
+def run(
+    config: RunConfig,
+    world_size: int | None = None,
+    overrides: Sequence[str] = (),
+    config_dir: Path | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print everything that follows from ``config`` on ``world_size`` ranks (None: tp x pp, the fewest possible).
+
+    ``overrides`` and ``config_dir`` are repeated in the launch command. Raises ConfigError if the settings do not fit
+    the ranks, DataError if a corpus cannot be read.
+    """
+    console = console or Console()
+    parallel = config.parallel
+    world_size = world_size if world_size is not None else parallel.tp * parallel.pp
+    if problems := validate(config, world_size):
+        raise ConfigError(problems)
+    data = open_data(config)
+    console.print(_two_columns("Derived", derived(config, world_size, data)))
+    changed = {key: f"{value!r}  (default {default!r})" for key, (value, default) in differences(config).items()}
+    console.print(_two_columns("Settings that differ from the default", changed or {"none": ""}))
+    console.print(_mesh_table(config, world_size))
+    console.print(_two_columns("Parameters", _parameter_rows(config, data)))
+    console.print(_two_columns("Cost", cost(config, data.vocab_size)))
+    for precision in precisions(config):
+        console.print(_memory_table(config, data.vocab_size, world_size, precision))
+    console.print("Start it with:")
+    command = launch_command(world_size, overrides, config_dir)
+    console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
+
+
+def open_data(config: RunConfig) -> Data:
+    """Open the corpora of ``config`` and count their sequences; raises DataError."""
+    from megaopus.data.corpus import Corpus
+    from megaopus.data.sequences import Sequences
+
+    data = config.data
+    pool = Corpus.open(data.path)
+    proxy = Corpus.open(data.proxy_path) if data.proxy_path else pool
+    validation = Corpus.open(data.validation_path) if data.validation_path else pool
+    wanted = data.wanted or None
+    sequences = {
+        "pool": len(Sequences(pool, "pool", data.seq_len)),
+        "validation": len(Sequences(validation, "validation", data.seq_len, wanted)),
+    }
+    if config.selection.method == "opus":
+        sequences["proxy"] = len(Sequences(proxy, "proxy", data.seq_len, wanted))
+    return Data(config.model.vocab_size or pool.vocab_size, sequences, list(pool.domains))
+
+
+def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
+    """Name -> value of what the settings imply."""
+    train, model, selection = config.train, config.model, config.selection
+    dp = world_size // (config.parallel.tp * config.parallel.pp)
+    num_candidates, tokens = config.num_candidates(), train.global_batch_size * config.data.seq_len
+    steps_per_epoch = data.sequences["pool"] / num_candidates
+    rows = {
+        "data-parallel ranks (dp)": f"{dp} = {world_size} ranks / (tp {config.parallel.tp} x pp {config.parallel.pp})",
+        "micro-batches per step": f"{train.global_batch_size // (dp * train.micro_batch_size)} on each rank",
+        "vocabulary": f"{data.vocab_size:,}, padded to {padded_vocab(data.vocab_size):,}"
+        f" (a multiple of {VOCAB_MULTIPLE})",
+        "MLP width (ffn)": f"{model.derived_ffn():,}",
+        "head size": f"{model.derived_head_dim()}",
+        "candidates per step (N)": f"{num_candidates}, of which {train.global_batch_size} are picked",
+        "update tokens": f"{tokens:,} per step, {tokens * train.steps:,} in all",
+        "corpus": f"{len(data.domains)} domains ({', '.join(data.domains)})",
+        "sequences": ", ".join(f"{split} {count:,}" for split, count in data.sequences.items()),
+        "steps per epoch": f"{steps_per_epoch:,.1f}; {train.steps:,} steps read {train.steps / steps_per_epoch:.2f}"
+        " epochs of candidates",
+    }
+    if selection.method == "opus":
+        share = selection.proxy_batch_size / train.global_batch_size
+        rows["proxy"] = f"{selection.proxy_batch_size} sequences per step, {share:.1%} of the update tokens"
+    return rows
+
+
+def scoring_overhead(config: RunConfig) -> float:
+    """FLOPs of selection over FLOPs of training, per step after the warm-up.
+
+    (N/K)(L_score/L_train) x cost of the estimator, plus a forward and backward of the proxy batch at full length. Time
+    differs: scoring has no optimizer step, and forwards alone keep no activations.
+    """
+    selection, train = config.selection, config.train
+    if selection.method == "uniform":
+        return 0.0
+    ratio = SCORING_COST[selection.estimator if selection.method == "opus" else selection.method][0]
+    length = (selection.score_length or config.data.seq_len) / config.data.seq_len
+    proxy = selection.proxy_batch_size if selection.method == "opus" else 0
+    return (config.num_candidates() * ratio * length + proxy) / train.global_batch_size
+
+
+def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
+    """Name -> FLOPs of training and of selection, in words."""
+    flops = training_flops_per_token(config.model, vocab_size, config.data.seq_len)
+    tokens = config.train.global_batch_size * config.data.seq_len * config.train.steps
+    selecting = max(0, config.train.steps - config.selection.warmup_steps) / config.train.steps
+    total = flops * tokens * (1 + scoring_overhead(config) * selecting)
+    rows = {"training": f"{flops:.3e} FLOPs per token (forward and backward, attention included)"}
+    method, estimator = config.selection.method, config.selection.estimator
+    if method == "uniform":
+        rows["selection"] = "none (uniform)"
+    else:
+        ratio, why = SCORING_COST[estimator if method == "opus" else method]
+        rows["scoring"] = f"{ratio:.2f} of a training token per scored token: {why}"
+        rows["expected overhead"] = f"{scoring_overhead(config):.1%} of the training FLOPs of a step, proxy included"
+        rows["steps that select"] = f"{selecting:.0%} (warm-up of {config.selection.warmup_steps} steps is uniform)"
+    return rows | {"whole run": f"{total:.3e} FLOPs"}
+
+
+def _parameter_rows(config: RunConfig, data: Data) -> dict[str, str]:
+    model, seq_len, tp, pp = config.model, config.data.seq_len, config.parallel.tp, config.parallel.pp
+    rows = {"whole model": f"{count_parameters(model, data.vocab_size, seq_len):,}"}
+    for stage in range(pp):
+        count = count_rank_parameters(model, data.vocab_size, seq_len, tp=tp, pp=pp, stage=stage)
+        rows[f"each rank of stage {stage}"] = f"{count:,}  (tp = {tp})"
+    return rows if tp * pp > 1 else {"whole model, on every rank": rows["whole model"]}
+
+
+def precisions(config: RunConfig) -> list[str]:
+    """The precision of the run; both where it depends on the machine (engine auto)."""
+    if config.engine.precision != "auto":
+        return [config.engine.precision]
+    return {"cpu": ["fp32"], "cuda": ["bf16"], "auto": ["fp32", "bf16"]}[config.engine.device]
+
+
+def memory(
+    config: RunConfig, vocab_size: int, world_size: int, precision: str, stage: int
+) -> dict[str, tuple[int, str]]:
+    """What -> (bytes on one rank of pipeline stage ``stage``, the assumption behind it)."""
+    model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
+    weights = stage_weights(model, vocab_size, config.data.seq_len, pp=pp, stage=stage)
+    count = count_rank_parameters(model, vocab_size, config.data.seq_len, tp=tp, pp=pp, stage=stage)
+    matrices = sum(weight.numel // tp for weight in weights if weight.matrix)
+    state = {
+        "adamw": (8 * count, "two fp32 moments"),
+        "sgd": (4 * count if config.optim.momentum else 0, "fp32 momentum"),
+        "muon": (4 * matrices + 8 * (count - matrices), "fp32 momentum of block matrices, AdamW moments of the rest"),
+    }
+    rows = {
+        "weights": (4 * count, "fp32") if precision == "fp32" else (6 * count, "bf16 and fp32 main weights"),
+        "gradients": (4 * count, "fp32 buffer, also under bf16"),
+        "optimizer state": state[config.optim.name],
+        "activations": _activations(config, world_size, precision, stage),
+    }
+    if stage == pp - 1:
+        logits = config.train.micro_batch_size * config.data.seq_len * padded_vocab(vocab_size) // tp
+        rows["logits"] = (8 * logits, "fp32 logits of a micro-batch and their gradient")
+    return rows | _selection_memory(config, world_size, weights)
+
+
+def _activations(config: RunConfig, world_size: int, precision: str, stage: int) -> tuple[int, str]:
+    """Kept by each layer for the backward pass: norm inputs and outputs, q, k, v, attention output, MLP inputs."""
+    model, parallel, train = config.model, config.parallel, config.train
+    query, key_value = model.num_heads * model.derived_head_dim(), model.derived_kv_heads() * model.derived_head_dim()
+    # GELU keeps its input and output; SwiGLU gate, up, silu(gate) and their product.
+    mlp = model.derived_ffn() * (4 if model.activation == "swiglu" else 2)
+    whole = 4 * model.hidden_size // (parallel.tp if parallel.sequence_parallel else 1)
+    per_token = whole + (2 * query + 2 * key_value + mlp) // parallel.tp
+    layers = model.num_layers // parallel.pp
+    dp = world_size // (parallel.tp * parallel.pp)
+    in_flight = min(parallel.pp - stage, train.global_batch_size // (dp * train.micro_batch_size))
+    kept = layers * in_flight * per_token
+    if config.engine.recompute:
+        kept = layers * in_flight * model.hidden_size + per_token
+    size = train.micro_batch_size * config.data.seq_len * kept * (4 if precision == "fp32" else 2)
+    how = "layer inputs and one layer in full" if config.engine.recompute else "layer by layer"
+    return size, f"estimate, {how}; {in_flight} micro-batch(es) in flight, no attention matrix, no dropout masks"
+
+
+def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight]) -> dict[str, tuple[int, str]]:
+    """Selection runs with tp = pp = 1: each rank holds every weight."""
+    selection, count = config.selection, sum(weight.numel for weight in weights)
+    if selection.method != "opus":
+        return {}
+    average = selection.proxy_ema > 0
+    rows = {"proxy gradient": (4 * count * (1 + average), "fp32, with its running average" if average else "fp32")}
+    if selection.estimator == "directional":
+        rows["direction"] = (8 * count, "fp32 direction and a copy of the weights to restore")
+    elif selection.estimator == "exact":
+        rows["exact gradients"] = (16 * count, "float64 weights and one candidate's gradient")
+    else:
+        sketched = [weight for weight in weights if _is_sketched(weight, config)]
+        rows["hashes"] = (5 * sum(weight.numel for weight in sketched), "bucket and sign of each sketched weight")
+        # Redundancy needs the sketches of this rank's whole share; the alignment alone those of one micro-batch.
+        share = config.num_candidates() // world_size
+        kept = share if selection.redundancy else min(share, selection.score_micro_batch_size)
+        size = 4 * kept * len(sketched) * selection.sketch_dim
+        rows["sketches"] = (size, f"fp32, {kept} candidates x {len(sketched)} matrices x {selection.sketch_dim}")
+    return rows
+
+
+def _is_sketched(weight: Weight, config: RunConfig) -> bool:
+    """Linear matrices (a tied embedding is one); with selection.layers=all the embeddings too."""
+    if weight.name == "word_embeddings":
+        return config.model.tied or config.selection.layers == "all"
+    if weight.name == "position_embeddings":
+        return config.selection.layers == "all"
+    return weight.matrix or weight.name == "output_layer"
+
+
+def launch_command(world_size: int, overrides: Sequence[str], config_dir: Path | None = None) -> str:
+    """The shell command that starts the run on one node."""
+    start = ["python"] if world_size == 1 else ["torchrun", "--nproc-per-node", str(world_size)]
+    folder = ["--config-dir", str(config_dir)] if config_dir is not None else []
+    return shlex.join([*start, "-m", "megaopus", "train", *folder, *overrides])
+
+
+def groups(world_size: int, tp: int, pp: int) -> dict[str, list[list[int]]]:
+    """Kind of parallelism -> the groups of ranks that work together in it."""
+    from megaopus.distributed.mesh import MeshShape
+
+    shape = MeshShape(world_size, tp, pp)
+    names = ("dp", "pp", "tp")
+    places = {rank: dict(zip(names, shape.coordinates(rank), strict=True)) for rank in range(world_size)}
+    result: dict[str, list[list[int]]] = {}
+    for name in ("tp", "pp", "dp"):
+        members: dict[tuple[int, ...], list[int]] = {}
+        for rank, place in places.items():
+            members.setdefault(tuple(place[other] for other in names if other != name), []).append(rank)
+        result[name] = list(members.values())
+    return result
+
+
+def _mesh_table(config: RunConfig, world_size: int) -> Table:
+    tp, pp = config.parallel.tp, config.parallel.pp
+    table = Table(title=f"Mesh of {world_size} ranks", title_justify="left")
+    for heading in ("axis", "degree", "groups of ranks"):
+        table.add_column(heading, overflow="fold")
+    degrees = {"tp": tp, "pp": pp, "dp": world_size // (tp * pp)}
+    listed = groups(world_size, tp, pp) if world_size <= LARGEST_TABLE else None
+    for axis, degree in degrees.items():
+        text = " ".join(str(group) for group in listed[axis]) if listed else f"{world_size // degree} of {degree}"
+        table.add_row(axis, str(degree), text, end_section=axis == "dp")
+    return table
+
+
+def _two_columns(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _memory_table(config: RunConfig, vocab_size: int, world_size: int, precision: str) -> Table:
+    """Memory of the stage that needs most."""
+    stages = [memory(config, vocab_size, world_size, precision, stage) for stage in range(config.parallel.pp)]
+    totals = [sum(size for size, _ in rows.values()) for rows in stages]
+    stage = totals.index(max(totals))
+    where = f", stage {stage} (the largest)" if config.parallel.pp > 1 else ""
+    table = Table(title=f"Memory per rank in {precision}{where}", title_justify="left")
+    table.add_column("what", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("assumption", overflow="fold")
+    for name, (size, assumption) in stages[stage].items():
+        table.add_row(name, _bytes(size), assumption)
+    table.add_section()
+    table.add_row("sum", _bytes(totals[stage]), "without the framework's own memory and temporary buffers")
+    return table
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,88 @@
+"""The candidate buffer of each step, a pure function of (seed, purpose, step, corpus)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaopus.data.permutation import permute
+from megaopus.data.sequences import Sequences
+from megaopus.errors import DataError
+
+
+class CandidateBuffer:
+    """N sequences, by number; their tokens are read when ``batch`` asks for them."""
+
+    def __init__(self, sequences: Sequences, ids: np.ndarray, sequence_ids: np.ndarray):
+        """Args:
+        sequences: where the tokens come from.
+        ids: (N,) what the selector calls them, unique in the buffer.
+        sequence_ids: (N,) their numbers in ``sequences``.
+        """
+        self._sequences = sequences
+        self.ids: Tensor = torch.from_numpy(np.array(ids, dtype=np.int64))
+        self.sequence_ids = np.asarray(sequence_ids, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.sequence_ids)
+
+    @property
+    def domain_names(self) -> list[str]:
+        """Every domain of the sequences, present in this buffer or not."""
+        return self._sequences.domains
+
+    @property
+    def domains(self) -> np.ndarray:
+        """(N,) index into ``domain_names``."""
+        return self._sequences.domain_of(self.sequence_ids)
+
+    def take(self, indices: Tensor) -> CandidateBuffer:
+        """The candidates at ``indices`` (n,), in that order."""
+        rows = torch.as_tensor(indices).cpu().numpy()
+        return CandidateBuffer(self._sequences, self.ids.numpy()[rows], self.sequence_ids[rows])
+
+    def batch(self, length: int | None = None) -> Tensor:
+        """(N, length + 1) int64 tokens: inputs ``[:, :-1]``, labels ``[:, 1:]``; all seq_len positions by default."""
+        return self._sequences.tokens(self.sequence_ids, length)
+
+    def share(self) -> dict[str, float]:
+        """Fraction of the buffer that each domain has; the fractions add up to 1."""
+        counts = np.bincount(self.domains, minlength=len(self.domain_names))
+        return {name: float(count) / max(len(self), 1) for name, count in zip(self.domain_names, counts, strict=True)}
+
+
+class CandidateStream:
+    """An endless run of epochs, each a fresh permutation of all sequences, cut into buffers of N.
+
+    Step t has the places [t*N, (t+1)*N) of the run, so no sequence is lost or repeated within an epoch whatever N is,
+    and a buffer may straddle two epochs. A place in epoch e with sequence i has the id e*n + i (n sequences): unique
+    over the whole run, equal on every rank and at every world size, and ``id % n`` gives the sequence back.
+    """
+
+    def __init__(self, sequences: Sequences, num_candidates: int, seed: int, purpose: str = "candidates"):
+        """Args:
+        sequences: what to draw from.
+        num_candidates: N, buffer size over all ranks.
+        seed: the run's seed.
+        purpose: keeps streams with the same seed apart (candidates, proxy, ...).
+
+        Raises:
+            DataError: N is not positive.
+        """
+        if num_candidates < 1:
+            raise DataError(f"a buffer of {num_candidates} candidates cannot be drawn; use at least 1")
+        self.sequences = sequences
+        self.num_candidates = num_candidates
+        self._key = f"{seed}/{purpose}/{sequences.key}"
+
+    def at(self, step: int) -> CandidateBuffer:
+        """The buffer of ``step`` (from 0)."""
+        assert step >= 0
+        n = len(self.sequences)
+        epochs, places = np.divmod(step * self.num_candidates + np.arange(self.num_candidates), n)
+        numbers = np.empty_like(places)
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            here = epochs == epoch
+            numbers[here] = permute(places[here], n, f"{self._key}/{epoch}")
+        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers)

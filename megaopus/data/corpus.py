@@ -1,0 +1,232 @@
+"""A prepared corpus on disk: what its files are called, how they are checked, and a memory-mapped view of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from megaopus.data.tokenizer import load_tokenizer
+from megaopus.errors import DataError
+
+FORMAT_VERSION = 1
+SPLITS = ("pool", "proxy", "validation")
+MANIFEST = "manifest.json"
+TOKENS, INDEX, ROWS, CODES, TOKENIZER = "tokens.bin", "tokens.idx", "documents.jsonl", "documents.npy", "tokenizer.json"
+FILES = (TOKENS, INDEX, ROWS, CODES, TOKENIZER)
+CODE_DTYPE = np.dtype([("domain", "<u2"), ("split", "u1")])
+"""Row of documents.npy: index into the manifest's ``domains``, index into ``SPLITS``."""
+
+# Megatron's index file: magic, version (u64), dtype code (u8), sequences (u64), document ends (u64), then the arrays
+# lengths (i32), byte offsets (i64), document ends (i64).
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER_BYTES = 34
+_DTYPES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_KEYS = {
+    "format_version",
+    "fingerprint",
+    "domains",
+    "documents",
+    "tokens",
+    "vocab_size",
+    "eod_id",
+    "token_dtype",
+    "files",
+}
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint_of(manifest: dict) -> str:
+    """Digest of what a run can see of a corpus: contents and meaning of its files, not their place or age."""
+    keys = sorted(_KEYS - {"fingerprint", "files"})
+    seen = {key: manifest[key] for key in keys} | {
+        "files": {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    }
+    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens and per-document table of a prepared corpus; D documents lie one after the other in ``tokens``."""
+
+    path: Path
+    manifest: dict
+    tokens: np.ndarray
+    """(T,) all tokens, memory-mapped; each document ends with ``eod_id``."""
+    lengths: np.ndarray
+    """(D,) int64, tokens of each document."""
+    offsets: np.ndarray
+    """(D,) int64, position of each document's first token."""
+    domain_codes: np.ndarray
+    """(D,) uint16, index into ``domains``."""
+    split_codes: np.ndarray
+    """(D,) uint8, index into ``SPLITS``."""
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = False) -> Corpus:
+        """Map a folder written by ``prepare``. Sizes and counts are always checked against the manifest.
+
+        Args:
+            path: the corpus folder.
+            verify: also read every file once: digests, and every token below the vocabulary size.
+
+        Raises:
+            DataError: something is missing, cut off, or not what the manifest says.
+        """
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        _check_sizes(folder, manifest)
+        if verify:
+            _check_digests(folder, manifest)
+        lengths, offsets = _read_index(folder / INDEX, manifest)
+        codes = _read_codes(folder / CODES, manifest)
+        tokens = np.memmap(folder / TOKENS, dtype=manifest["token_dtype"], mode="r")
+        if verify:
+            _check_vocabulary(folder / TOKENS, tokens, manifest["vocab_size"])
+        return cls(folder, manifest, tokens, lengths, offsets, codes["domain"], codes["split"])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def fingerprint(self) -> str:
+        """Same fingerprint: same documents, tokens, splits and tokenizer."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Every token id is below it."""
+        return self.manifest["vocab_size"]
+
+    @property
+    def eod_id(self) -> int:
+        """The token that ends each document."""
+        return self.manifest["eod_id"]
+
+    @property
+    def domains(self) -> list[str]:
+        """Names, sorted."""
+        return self.manifest["domains"]
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Two corpora can be mixed in a run only if theirs are equal."""
+        return self.manifest["files"][TOKENIZER]["sha256"]
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Document ids in corpus order, read from documents.jsonl when first asked for."""
+        with (self.path / ROWS).open(encoding="utf-8") as rows:
+            return [json.loads(row)["id"] for row in rows]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens."""
+        return load_tokenizer(self.path / TOKENIZER)
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = "no such folder" if not folder.exists() else f"not a prepared corpus (no {MANIFEST})"
+        raise DataError(f"{folder}: {what}; make it with 'python -m megaopus prepare --out {folder} --source FILE'")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        missing = sorted(_KEYS - set(manifest))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); prepare the corpus again") from error
+    if missing:
+        raise DataError(f"{path}: lacks {', '.join(missing)}; prepare the corpus again")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format version {manifest['format_version']}, this megaopus reads {FORMAT_VERSION}; "
+            "prepare the corpus again, or use the megaopus that wrote it"
+        )
+    if set(manifest["files"]) != set(FILES) or fingerprint_of(manifest) != manifest["fingerprint"]:
+        raise DataError(
+            f"{path}: its fingerprint does not fit its contents, so it was edited or mixed up; prepare the corpus again"
+        )
+    return manifest
+
+
+def _check_sizes(folder: Path, manifest: dict) -> None:
+    for name in FILES:
+        path, expected = folder / name, manifest["files"][name]["bytes"]
+        if not path.is_file():
+            raise DataError(f"{path}: missing, though the manifest lists it; copy the whole folder again")
+        found = path.stat().st_size
+        if found != expected:
+            change = "cut off" if found < expected else "longer than it was"
+            raise DataError(
+                f"{path}: {change}: {found:,} bytes, {expected:,} by the manifest; copy or prepare it again"
+            )
+
+
+def _check_digests(folder: Path, manifest: dict) -> None:
+    for name in FILES:
+        if sha256_file(folder / name) != manifest["files"][name]["sha256"]:
+            raise DataError(
+                f"{folder / name}: changed since it was prepared (sha256 differs from {MANIFEST}), so the fingerprint "
+                "no longer stands for it; copy or prepare the corpus again"
+            )
+
+
+def _read_index(path: Path, manifest: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths and token offsets, (D,) int64 each.
+
+    Read here and not by Megatron's reader, whose arrays point into a mapping that it unmaps when it is deleted.
+    """
+    content = path.read_bytes()
+    header = content[:_HEADER_BYTES]
+    if len(header) < _HEADER_BYTES or header[:9] != _MAGIC:
+        raise DataError(f"{path}: not a Megatron index (wrong first bytes {header[:9]!r}); copy or prepare it again")
+    version, dtype = int.from_bytes(header[9:17], "little"), _DTYPES.get(header[17])
+    sequences, ends = int.from_bytes(header[18:26], "little"), int.from_bytes(header[26:34], "little")
+    documents = manifest["documents"]
+    if version != 1 or dtype != np.dtype(manifest["token_dtype"]):
+        raise DataError(f"{path}: version {version}, dtype code {header[17]} do not fit the manifest; prepare it again")
+    if sequences != documents or ends != documents + 1 or len(content) != _HEADER_BYTES + 12 * documents + 8 * ends:
+        raise DataError(f"{path}: {sequences:,} documents, {documents:,} by the manifest; prepare the corpus again")
+    lengths = np.frombuffer(content, "<i4", documents, _HEADER_BYTES).astype(np.int64)
+    offsets = np.cumsum(lengths) - lengths
+    total = int(lengths.sum())
+    if total != manifest["tokens"] or total * dtype.itemsize != manifest["files"][TOKENS]["bytes"]:
+        raise DataError(
+            f"{path}: its documents have {total:,} tokens, {TOKENS} has {manifest['tokens']:,} by the manifest; "
+            "the two do not belong together, prepare the corpus again"
+        )
+    return lengths, offsets
+
+
+def _read_codes(path: Path, manifest: dict) -> np.ndarray:
+    try:
+        codes = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: not a numpy file ({error}); copy or prepare it again") from error
+    if codes.dtype != CODE_DTYPE or codes.shape != (manifest["documents"],):
+        raise DataError(
+            f"{path}: {codes.shape} rows of {codes.dtype}, but the manifest has {manifest['documents']:,} documents; "
+            "prepare the corpus again"
+        )
+    return codes
+
+
+def _check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    block = 1 << 24
+    for start in range(0, len(tokens), block):
+        chunk = tokens[start : start + block]
+        bad = np.flatnonzero((chunk < 0) | (chunk >= vocab_size))
+        if len(bad):
+            raise DataError(
+                f"{path}: token {int(chunk[bad[0]])} at position {start + int(bad[0]):,} lies outside the "
+                f"vocabulary of {vocab_size:,}; prepare the corpus again with the tokenizer it is used with"
+            )

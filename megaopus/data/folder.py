@@ -1,0 +1,94 @@
+"""A folder that appears under its name only when it is whole."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from megaopus.errors import DataError
+
+
+def refuse_existing(out: Path, overwrite: bool, marker: str) -> None:
+    """Raise unless ``out`` is free: missing, an empty folder, or a finished one (it has ``marker``) to overwrite.
+
+    A folder that a kill in the middle of an overwrite left under its other name gets its name back first.
+
+    Raises:
+        DataError: ``out`` holds something that must not be replaced.
+    """
+    _, old = _siblings(out)
+    if old.exists() and not out.exists():
+        old.rename(out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / marker).is_file():
+        raise DataError(f"{out}: exists and is not a corpus (no {marker}); choose another folder, nothing was written")
+    if not overwrite:
+        raise DataError(f"{out}: already holds a corpus; use it as it is, choose another folder, or give --overwrite")
+
+
+@contextmanager
+def new_folder(out: Path, console: Console) -> Iterator[Path]:
+    """Yield a temporary sibling of ``out``; renamed to ``out`` at the end, removed when anything fails.
+
+    What a killed run left behind is removed with a line. The folder is locked, so two runs cannot share it.
+
+    Raises:
+        DataError: another run is writing ``out``, or the file system refuses.
+    """
+    partial, old = _siblings(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in (partial, old):
+            if leftover.exists():
+                os.close(_locked(leftover, out))
+                shutil.rmtree(leftover)
+                line = f"removed {leftover}, left by a run that was killed"
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+        partial.mkdir()
+        lock = _locked(partial, out)
+        try:
+            yield partial
+            for path in partial.iterdir():
+                _flush(path)
+            if out.exists():
+                out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error}); nothing was left behind") from error
+
+
+def _siblings(out: Path) -> tuple[Path, Path]:
+    """Where a new folder grows, and where the old one waits during an overwrite."""
+    return out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+
+
+def _locked(folder: Path, out: Path) -> int:
+    """An open, locked descriptor of ``folder``; the lock goes with the process, so a kill frees it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise DataError(f"{out}: another process is preparing this corpus now; wait for it, then use it") from None
+    return descriptor
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

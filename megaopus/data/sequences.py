@@ -1,0 +1,157 @@
+"""Training sequences cut from a corpus by arithmetic: which tokens belong to sequence i is a function of i alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence as Items
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaopus.data.corpus import SPLITS, Corpus
+from megaopus.errors import DataError
+
+if TYPE_CHECKING:
+    from megaopus.data.candidates import CandidateBuffer
+
+
+class Sequences:
+    """The sequences of one split, numbered 0 to n-1, domain after domain.
+
+    The documents of a domain, in corpus order, form one stream of tokens. Its sequence j has the tokens
+    [j*L, j*L + L] of that stream, L = seq_len: L inputs and, shifted by one, L labels. So every label is predicted
+    exactly once, a sequence has one domain, and it may span documents. The rest of each stream is left out.
+
+    Numbers mean the same for the same (corpus fingerprint, split, seq_len, domains): see ``key``.
+    """
+
+    def __init__(self, corpus: Corpus, split: str, seq_len: int, domains: Items[str] | None = None):
+        """Lay the streams out; no token is read.
+
+        Args:
+            corpus: an open corpus.
+            split: pool, proxy or validation.
+            seq_len: L, at least 1.
+            domains: names to take; None: every domain that fills at least one sequence.
+
+        Raises:
+            DataError: unknown split or domain, or a named domain (or the whole split) fills no sequence.
+        """
+        if split not in SPLITS:
+            raise DataError(f"{corpus.path}: no split {split!r}; use one of: {', '.join(SPLITS)}")
+        if seq_len < 1:
+            raise DataError(f"{corpus.path}: seq_len = {seq_len}; sequences need at least 1 token")
+        unknown = sorted(set(domains or ()) - set(corpus.domains))
+        if unknown:
+            raise DataError(f"{corpus.path}: no domain {unknown[0]!r}; it has: {', '.join(corpus.domains)}")
+        self.corpus, self.split, self.seq_len = corpus, split, seq_len
+        self.domains: list[str] = []
+        """Names of the domains that have sequences, in corpus order."""
+        self.left_out: dict[str, int] = {}
+        """Tokens of each domain that fill no sequence, none of them ever a label."""
+        self._lay_out(set(corpus.domains if domains is None else domains), explicit=domains is not None)
+        self.key = json.dumps([corpus.fingerprint, split, seq_len, self.domains])
+        """Says what the numbers stand for."""
+
+    def _lay_out(self, wanted: set[str], explicit: bool) -> None:
+        corpus, seq_len = self.corpus, self.seq_len
+        in_split = corpus.split_codes == SPLITS.index(self.split)
+        documents, counts, begins, total = [], [], [], 0
+        for code, name in enumerate(corpus.domains):
+            if name not in wanted:
+                continue
+            members = np.flatnonzero(in_split & (corpus.domain_codes == code))
+            tokens = int(corpus.lengths[members].sum())
+            count = max(tokens - 1, 0) // seq_len
+            if explicit and not count:
+                raise DataError(
+                    f"{corpus.path}: domain {name!r} has {tokens:,} tokens in split {self.split!r}, too few for one "
+                    f"sequence of seq_len = {seq_len}; use a smaller seq_len, or prepare more text"
+                )
+            if tokens:
+                self.left_out[name] = tokens - count * seq_len - bool(count)
+            if count:
+                self.domains.append(name)
+                documents.append(members)
+                counts.append(count)
+                begins.append(total)
+                total += tokens
+        if not counts:
+            raise DataError(
+                f"{corpus.path}: no domain fills one sequence of seq_len = {seq_len} in split {self.split!r}; "
+                "use a smaller seq_len, or prepare more text or a larger fraction for this split"
+            )
+        # One long line of documents, the streams back to back; `starts` are positions on it.
+        self._documents = np.concatenate(documents)
+        self._starts = np.concatenate([[0], np.cumsum(corpus.lengths[self._documents])])
+        self._shift = corpus.offsets[self._documents] - self._starts[:-1]
+        self._begins = np.array(begins)
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+
+    def __len__(self) -> int:
+        """Number of sequences, n."""
+        return int(self._first[-1])
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Sequences of each domain."""
+        return dict(zip(self.domains, np.diff(self._first).tolist(), strict=True))
+
+    def domain_of(self, ids: np.ndarray | Items[int]) -> np.ndarray:
+        """Index into ``domains`` of each sequence, (n,) int64."""
+        return np.searchsorted(self._first, self._checked(ids), side="right") - 1
+
+    def tokens(self, ids: np.ndarray | Items[int], length: int | None = None) -> Tensor:
+        """Read sequences: (n, length + 1) int64, ``[:, :-1]`` the inputs and ``[:, 1:]`` the labels.
+
+        Args:
+            ids: sequence numbers, (n,).
+            length: positions from the start, 1 to seq_len; None: all of them.
+        """
+        width = (self.seq_len if length is None else length) + 1
+        if not 2 <= width <= self.seq_len + 1:
+            raise ValueError(f"length must lie in [1, {self.seq_len}], not {length}")
+        begin, first, last = self._span(ids, width)
+        # Each row is a run of segments, one per document; a segment's tokens lie at a fixed distance in the file.
+        per_row = last - first + 1
+        rows = np.repeat(np.arange(len(begin)), per_row)
+        segments = np.arange(len(rows)) - (np.cumsum(per_row) - per_row)[rows] + first[rows]
+        lengths = np.minimum(self._starts[segments + 1], begin[rows] + width) - np.maximum(
+            self._starts[segments], begin[rows]
+        )
+        positions = (begin[:, None] + np.arange(width)).ravel() + np.repeat(self._shift[segments], lengths)
+        return torch.from_numpy(self.corpus.tokens[positions].astype(np.int64).reshape(-1, width))
+
+    def documents_of(self, sequence: int) -> list[str]:
+        """Ids of the documents a sequence has tokens of, in order."""
+        _, first, last = self._span([sequence], self.seq_len + 1)
+        return [self.corpus.ids[index] for index in self._documents[first[0] : last[0] + 1]]
+
+    def fixed(self, n_per_domain: int) -> dict[str, CandidateBuffer]:
+        """Evenly spaced sequences of each domain for evaluation, at most ``n_per_domain``, always the same ones."""
+        from megaopus.data.candidates import CandidateBuffer
+
+        chosen = {}
+        for code, name in enumerate(self.domains):
+            available = int(self._first[code + 1] - self._first[code])
+            taken = min(n_per_domain, available)
+            ids = self._first[code] + (2 * np.arange(taken) + 1) * available // (2 * taken)
+            chosen[name] = CandidateBuffer(self, ids, ids)
+        return chosen
+
+    def _checked(self, ids: np.ndarray | Items[int]) -> np.ndarray:
+        numbers = np.asarray(ids, dtype=np.int64)
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(self)):
+            raise IndexError(f"sequence numbers must lie in [0, {len(self)})")
+        return numbers
+
+    def _span(self, ids: np.ndarray | Items[int], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Position on the line of each sequence's first token, and the first and last document it touches."""
+        numbers = self._checked(ids)
+        codes = np.searchsorted(self._first, numbers, side="right") - 1
+        begin = self._begins[codes] + (numbers - self._first[codes]) * self.seq_len
+        first = np.searchsorted(self._starts, begin, side="right") - 1
+        last = np.searchsorted(self._starts, begin + width - 1, side="right") - 1
+        return begin, first, last

@@ -1,0 +1,31 @@
+"""Requests to stop, noticed between phases."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+STOP_EXIT_CODE = 143
+"""Exit status after a signal stopped the run in good order (128 + SIGTERM): schedulers may requeue on it."""
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGUSR1 instead of dying from them; use as a context. ``reason`` is None until one came."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name

@@ -1,0 +1,77 @@
+"""Candidates from plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from megaopus.selection.backend import Batch, Candidates
+
+
+class TensorCandidates:
+    """A buffer of N sequences held in memory: a tensor, or a tuple, list or dict of tensors with leading axis N.
+
+    ``ids`` (N,) int64 name the sequences; sampling noise is keyed by them, so they should not repeat within a run.
+    Raises ValueError for no tensor, unequal leading axes, or ids that are not unique.
+    """
+
+    def __init__(self, batch: Batch, ids: Tensor | None = None):
+        sizes = {tensor.shape[0] if tensor.ndim else -1 for tensor in tensors_of(batch)}
+        if len(sizes) != 1 or -1 in sizes:
+            found = sorted(sizes) or "no tensor"
+            raise ValueError(f"a candidate batch needs tensors with one common leading axis N; found {found}")
+        self._batch = batch
+        self._ids = torch.arange(sizes.pop()) if ids is None else ids.detach().to("cpu", torch.int64)
+        count = len(next(tensors_of(batch)))
+        if self._ids.shape != (count,) or len(self._ids.unique()) != count:
+            raise ValueError(f"candidate ids must be {count} different integers, one per sequence")
+
+    @property
+    def ids(self) -> Tensor:
+        """(N,) int64."""
+        return self._ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def take(self, indices: Tensor) -> TensorCandidates:
+        """The candidates at ``indices`` (n,), in that order; an index may repeat only if it repeats no id."""
+        return TensorCandidates(map_tensors(self._batch, lambda x: x[indices.to(x.device)]), self._ids[indices.cpu()])
+
+    def batch(self, length: int | None = None) -> Batch:
+        """The tensors; axis 1 of those that have one cut to its first ``length`` entries."""
+        if length is None:
+            return self._batch
+        return map_tensors(self._batch, lambda x: x[:, :length] if x.ndim > 1 else x)
+
+
+def as_candidates(buffer: Candidates | Batch, step: int) -> Candidates:
+    """``buffer`` itself if it is a ``Candidates``; else its tensors with ids step * N + 0..N-1."""
+    if all(hasattr(buffer, name) for name in ("ids", "take", "batch")):
+        return cast(Candidates, buffer)
+    wrapped = TensorCandidates(buffer)
+    return TensorCandidates(buffer, wrapped.ids + step * len(wrapped))
+
+
+def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Any:
+    """``batch`` with ``function`` applied to each of its tensors; other leaves are kept."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, dict):
+        return {name: map_tensors(value, function) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        items = [map_tensors(value, function) for value in batch]
+        return items if isinstance(batch, list) else tuple(items)
+    return batch
+
+
+def tensors_of(batch: Batch) -> Iterator[Tensor]:
+    """Every tensor of a batch."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, dict | tuple | list):
+        for value in batch.values() if isinstance(batch, dict) else batch:
+            yield from tensors_of(value)

@@ -1,0 +1,48 @@
+"""Directional scoring: by how much would a candidate's loss fall if the optimizer took its step on the proxy?
+
+With d = -P_t g_proxy, that fall is <g_z, P_t g_proxy> to first order, and P_t is self-adjoint, so it equals the utility
+<P_t g_z, g_proxy>. Two forward passes measure it: no hooks, no per-sample gradients, every parameter counts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaopus.selection.backend import Candidates, Gradient, ScoringBackend, UpdateOperator
+
+
+def mean_losses(
+    backend: ScoringBackend, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16
+) -> Tensor:
+    """(n,) float64: mean token loss of each candidate over its first ``length`` tokens."""
+    chunks = torch.arange(len(candidates)).split(micro_batch_size)
+    return torch.cat([backend.losses(candidates.take(chunk).batch(length)).double() for chunk in chunks])
+
+
+def directional_utilities(
+    backend: ScoringBackend,
+    candidates: Candidates,
+    operator: UpdateOperator,
+    proxy_gradient: Gradient,
+    *,
+    epsilon: float = 1.0,
+    sides: str = "central",
+    length: int | None = None,
+    micro_batch_size: int = 16,
+) -> Tensor:
+    """(n,) float64, positive where the optimizer's step on the proxy lowers the candidate's loss.
+
+    central: (L(theta - e d) - L(theta + e d)) / 2e, error O(e^2); one: (L(theta) - L(theta + e d)) / e, error O(e).
+    ``epsilon`` is in units of one optimizer step.
+    """
+    update = operator.apply(proxy_gradient)  # P g = -d
+
+    def at(scale: float) -> Tensor:
+        with backend.perturbed(update, scale):
+            return mean_losses(backend, candidates, length=length, micro_batch_size=micro_batch_size)
+
+    if sides == "one":
+        before = mean_losses(backend, candidates, length=length, micro_batch_size=micro_batch_size)
+        return (before - at(-epsilon)) / epsilon
+    return (at(epsilon) - at(-epsilon)) / (2 * epsilon)

@@ -1,0 +1,127 @@
+"""Ghost factors: the gradient of a matrix is sum_t b_t a_t^T, with a its inputs and b the gradient of its outputs.
+
+One forward and one backward pass through the activations give a and b of every sequence; hooks hand them out layer by
+layer during the backward pass, so only one layer's per-sample gradient exists at a time.
+
+Shape suffixes: N sequences, T positions, I inputs, O outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaopus.selection.backend import GhostLayer
+
+Consumer = Callable[[GhostLayer, Tensor, Tensor], None]  # layer, input a, output gradient b
+
+
+class GhostCapture:
+    """Context manager: calls ``consume(layer, a, b)`` for each use of each layer during a backward pass inside it.
+
+    Only forward passes under grad mode count, so a pass repeated by activation recomputation is captured once. Layers
+    may return a tuple whose first element is the activation.
+    """
+
+    def __init__(self, layers: Sequence[GhostLayer], consume: Consumer):
+        self._layers = layers
+        self._consume = consume
+        self._called: set[int] = set()
+        self._reached: set[int] = set()
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> GhostCapture:
+        for index, layer in enumerate(self._layers):
+            hook = self._forward_hook(index, layer)
+            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def check(self) -> None:
+        """Raise RuntimeError naming every layer that a pass since the last check did not go through."""
+        never = [layer for index, layer in enumerate(self._layers) if index not in self._called]
+        cut = [layer for i, layer in enumerate(self._layers) if i in self._called and i not in self._reached]
+        for layers, reason in (
+            (never, "was not called through its forward (hooks do not fire inside compiled or fused code)"),
+            (cut, "got no gradient: its output does not reach the loss"),
+        ):
+            if layers:
+                names = ", ".join(f"{layer.parameter} ({layer.kind})" for layer in layers)
+                raise RuntimeError(
+                    f"countsketch cannot score: {names} {reason}; its share of every utility would be zero."
+                    " Use estimator=directional, which needs no hooks"
+                )
+        self._called.clear()
+        self._reached.clear()
+
+    def _forward_hook(self, index: int, layer: GhostLayer) -> Callable[..., Any]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return None
+            self._called.add(index)
+            act_a = (args or tuple(kwargs.values()))[0].detach()
+            version = act_a._version
+            act = output[0] if isinstance(output, tuple) else output
+            replaced = None
+            if (
+                not act.requires_grad
+            ):  # first layer of a frozen model; a clone, since a leaf may not be changed in place
+                act = act.detach().requires_grad_().clone()
+                replaced = (act, *output[1:]) if isinstance(output, tuple) else act
+
+            def backward_hook(grad_b: Tensor) -> None:
+                self._reached.add(index)
+                if act_a._version != version:
+                    raise RuntimeError(
+                        f"the input of {layer.parameter} was changed in place after its use, so its per-sample gradient"
+                        " is lost: write x = x + y instead of x += y, or use estimator=directional"
+                    )
+                self._consume(layer, act_a, grad_b.detach())
+
+            act.register_hook(backward_hook)
+            return replaced
+
+        return hook
+
+
+def rows_by_sequence(layer: GhostLayer, act: Tensor, count: int) -> Tensor:
+    """(count, T, ...) of an activation, whatever the layer's layout.
+
+    Raises RuntimeError where the activation has no axis of ``count`` sequences (positions shared by the batch).
+    """
+    act = act.transpose(0, 1) if layer.sequence_first else act
+    if act.ndim == 0 or act.shape[0] != count:
+        raise RuntimeError(
+            f"{layer.parameter} ({layer.kind}) saw a tensor of shape {tuple(act.shape)} for {count} sequences: without"
+            " an axis of sequences it has no per-sample gradient. Expand its input over the batch, or use layers=linear"
+        )
+    return act
+
+
+def per_sample_gradient(layer: GhostLayer, shape: torch.Size, act_a: Tensor, grad_b: Tensor) -> Tensor:
+    """(N, O, I) = sum_t b_t a_t^T of each sequence; for an embedding (N, vocabulary, width), rows scattered by id.
+
+    ``act_a``: (N, ..., I), or (N, ...) token ids; ``grad_b``: (N, ..., O). Dtype of ``grad_b``.
+    """
+    count = len(grad_b)
+    grad_NTO = grad_b.reshape(count, -1, grad_b.shape[-1])
+    if layer.kind == "linear":
+        act_NTI = act_a.reshape(count, -1, act_a.shape[-1]).to(grad_b.dtype)
+        return torch.bmm(grad_NTO.transpose(1, 2), act_NTI)
+    ids_NT = act_a.reshape(count, -1)
+    padding = getattr(layer.module, "padding_idx", None)
+    if padding is not None:
+        grad_NTO = grad_NTO * (ids_NT != padding).unsqueeze(-1)
+    rows = ids_NT + shape[0] * torch.arange(count, device=ids_NT.device).unsqueeze(1)
+    flat = grad_b.new_zeros(count * shape[0], shape[1])
+    return flat.index_add_(0, rows.flatten(), grad_NTO.flatten(0, 1)).view(count, *shape)

@@ -1,0 +1,54 @@
+"""The proxy gradient averaged over steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from megaopus.selection.backend import Gradient
+
+
+class ProxyGradient:
+    """Running average A <- decay A + (1 - decay) g from A = 0, read as A / (1 - decay^count): a weighted mean of the g.
+
+    Only steps that score feed it. With ``decay`` 0 nothing is kept.
+    """
+
+    def __init__(self, decay: float):
+        self._decay = decay
+        self._average: dict[str, Tensor] = {}
+        self._count = 0
+
+    def update(self, gradient: Gradient) -> Gradient:
+        """Take in this step's gradient; returns the average. Raises ValueError if the parameters are not those kept."""
+        if self._decay == 0:
+            return gradient
+        if not self._count:
+            self._average = {name: value * (1 - self._decay) for name, value in gradient.items()}
+        elif self._average.keys() != gradient.keys():
+            changed = sorted(self._average.keys() ^ gradient.keys())
+            raise ValueError(
+                f"the running proxy gradient is of other parameters than the model's: {', '.join(changed)}"
+            )
+        else:
+            for name, value in gradient.items():
+                kept = self._average[name].to(value.device)
+                self._average[name] = kept.mul_(self._decay).add_(value, alpha=1 - self._decay)
+        self._count += 1
+        scale = 1 / (1 - self._decay**self._count)
+        return {name: value * scale for name, value in self._average.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """{'count': updates so far, 'average': name -> copy}; empty before the first update."""
+        if not self._count:
+            return {}
+        return {"count": self._count, "average": {name: value.clone() for name, value in self._average.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; with ``decay`` 0 there is nothing to continue."""
+        if self._decay == 0 or not state:
+            self._average, self._count = {}, 0
+        else:
+            self._average = {name: value.detach().clone() for name, value in state["average"].items()}
+            self._count = int(state["count"])

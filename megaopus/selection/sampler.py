@@ -1,0 +1,70 @@
+"""Which K of N candidates, given their utilities: float64 on the CPU and keyed by ids, so every rank picks the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaopus.selection import noise
+
+
+def standardise(utilities: Tensor) -> Tensor:
+    """z-score with the population standard deviation; (N,) float64 with a positive spread."""
+    return (utilities - utilities.mean()) / utilities.std(correction=0)
+
+
+def probabilities(utilities: Tensor, temperature: float) -> Tensor:
+    """(N,) softmax(utilities / temperature): the chance of each candidate at the first draw."""
+    return torch.softmax(utilities / temperature, 0)
+
+
+def pick_uniform(ids: Tensor, count: int, seed: int, step: int) -> Tensor:
+    """(count,) positions drawn without replacement, every candidate equally likely."""
+    return _largest(noise.uniform(noise.key(seed, "uniform", step), ids), ids, count)
+
+
+def pick_top_k(utilities: Tensor, ids: Tensor, count: int) -> Tensor:
+    """(count,) positions of the largest utilities; of equal ones the smaller id comes first."""
+    return _largest(utilities, ids, count)
+
+
+def pick_boltzmann(utilities: Tensor, ids: Tensor, count: int, temperature: float, seed: int, step: int) -> Tensor:
+    """(count,) positions drawn one after another without replacement, p ~ exp(utility / temperature) among those left.
+
+    Done at once: the largest of utility / temperature + Gumbel noise are distributed as those draws (Yellott, 1977).
+    """
+    return _largest(utilities / temperature + noise.gumbel(noise.key(seed, "boltzmann", step), ids), ids, count)
+
+
+def pick_diverse(
+    utilities: Tensor,
+    penalty: Tensor,
+    ids: Tensor,
+    count: int,
+    *,
+    temperature: float | None,
+    seed: int,
+    step: int,
+) -> Tensor:
+    """(count,) positions picked one after another; each pick s lowers every other utility z by ``penalty[z, s]``.
+
+    ``penalty``: (N, N). With ``temperature`` None each pick is the largest utility, else a draw with
+    p ~ exp(utility / temperature) among those left, by noise of its own.
+    """
+    order = torch.argsort(ids)
+    left, penalty, ids = utilities[order].clone(), penalty[order][:, order], ids[order]
+    picked = []
+    for draw in range(count):
+        score = left
+        if temperature is not None:
+            score = left / temperature + noise.gumbel(noise.key(seed, "diverse", step, draw), ids)
+        best = int(torch.argmax(score))  # the first of equal scores: the smallest id
+        picked.append(best)
+        left = left - penalty[:, best]
+        left[picked] = -torch.inf
+    return order[picked]
+
+
+def _largest(scores: Tensor, ids: Tensor, count: int) -> Tensor:
+    order = torch.argsort(ids)
+    return order[torch.argsort(scores[order], descending=True, stable=True)[:count]]

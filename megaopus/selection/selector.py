@@ -1,0 +1,226 @@
+"""One step of selection: score the buffer, choose K of N, say what happened."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaopus.selection import sampler
+from megaopus.selection.backend import Batch, Candidates, Gradient, Proxy, ScoringBackend, UpdateOperator
+from megaopus.selection.candidates import as_candidates
+from megaopus.selection.config import SelectionConfig
+from megaopus.selection.direction import directional_utilities, mean_losses
+from megaopus.selection.exact import exact_estimate
+from megaopus.selection.proxy import ProxyGradient
+from megaopus.selection.sketch import CountSketchEstimator
+
+_UNIFORM_RATIO = 1.01  # largest probability over the uniform one below which a draw is uniform for all purposes
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What one step picked, and why. Tensors are on the CPU and equal on every rank."""
+
+    step: int
+    indices: Tensor
+    """(K,) int64, ascending positions in the buffer."""
+    ids: Tensor
+    """(N,) int64 ids of the candidates."""
+    picked_ids: Tensor
+    """(K,) int64 ids at ``indices``."""
+    utilities: Tensor | None
+    """(N,) float64 as estimated (not standardised, without redundancy); None when picked uniformly."""
+    method: str
+    """What really chose: 'uniform' in warm-up and after a fallback."""
+    ess: float
+    """1 / sum p^2, p = softmax(utility as used / temperature) whatever the sampler; uniform: the number drawn from."""
+    max_p_ratio: float
+    """N times the largest p."""
+    events: list[str]
+    """Fallbacks and candidates never picked, in words."""
+    seconds: float
+    """Wall time of the selection."""
+
+
+class Selector:
+    """Chooses ``num_selected`` of each step's candidates; a function of (seed, step, candidates, weights).
+
+    ``proxy``: step -> the proxy mini-batch of that step (``Candidates``, or plain tensors), the whole batch on every
+    rank; only method 'opus' needs it. Raises ValueError for unusable settings.
+    """
+
+    def __init__(
+        self, config: SelectionConfig, backend: ScoringBackend, *, num_selected: int, proxy: Proxy | None, seed: int
+    ):
+        problems = [f"{key}={getattr(config, key)!r}: {why} ({remedy})" for key, why, remedy in config.problems()]
+        if problems:
+            raise ValueError("selection settings: " + "; ".join(problems))
+        if num_selected < 1:
+            raise ValueError(f"num_selected={num_selected} must be at least 1")
+        if config.method == "opus" and proxy is None:
+            raise ValueError("method 'opus' scores candidates against a proxy: pass proxy=, a function of the step")
+        self.config = config
+        self.backend = backend
+        self.num_selected = num_selected
+        self.seed = seed
+        self._proxy = proxy
+        self._proxy_gradient = ProxyGradient(config.proxy_ema)
+        self._countsketch = CountSketchEstimator(config.sketch_dim, config.sketch_seed, config.layers)
+        self._told_uniform = False
+
+    def select(self, candidates: Candidates | Batch, step: int) -> Selection:
+        """Pick from ``candidates``: the global buffer of N sequences, the same on every rank, each scoring N / ranks.
+
+        Plain tensors get the ids step * N + 0..N-1. Raises ValueError if N < K or N does not divide over the ranks.
+        """
+        started = time.perf_counter()
+        buffer = as_candidates(candidates, step)
+        size, ranks = len(buffer), self.backend.world_size
+        if size < self.num_selected:
+            raise ValueError(f"step {step}: the buffer has {size} candidates, {self.num_selected} are to be picked")
+        if size % ranks:
+            raise ValueError(f"step {step}: {size} candidates do not divide over {ranks} data-parallel ranks")
+        events: list[str] = []
+        ids = buffer.ids.cpu()
+        utilities, gram = self._score(buffer, step, events)
+        allowed = torch.arange(size)
+        if utilities is not None:
+            allowed, usable = self._usable(utilities, gram, ids, events)
+            if not usable:
+                utilities = None
+        if utilities is None:
+            picked = sampler.pick_uniform(ids[allowed], self.num_selected, self.seed, step)
+            p = torch.full((len(allowed),), 1 / len(allowed), dtype=torch.float64)
+        else:
+            gram = None if gram is None else gram[allowed][:, allowed]
+            picked, p = self._pick(utilities[allowed], gram, ids[allowed], step)
+        indices = allowed[picked].sort().values
+        ratio = float(p.max()) * size
+        if utilities is not None:
+            self._tell_uniform(utilities[allowed], ratio, events)
+        return Selection(
+            step=step,
+            indices=indices,
+            ids=ids,
+            picked_ids=ids[indices],
+            utilities=utilities,
+            method="uniform" if utilities is None else self.config.method,
+            ess=float(1 / p.square().sum()),
+            max_p_ratio=ratio,
+            events=events,
+            seconds=time.perf_counter() - started,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running proxy gradient (``ProxyGradient.state_dict``); empty where there is none (yet)."""
+        return self._proxy_gradient.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``; picks are then the same to the last bit."""
+        self._proxy_gradient.load_state_dict(state)
+
+    def _score(self, buffer: Candidates, step: int, events: list[str]) -> tuple[Tensor | None, Tensor | None]:
+        """(utilities (N,), Gram matrix (N, N) or None) of the whole buffer; (None, None): pick uniformly."""
+        if self.config.method == "uniform" or step < self.config.warmup_steps:
+            return None, None
+        share = len(buffer) // self.backend.world_size
+        mine = buffer.take(torch.arange(share) + self.backend.rank * share)
+        features = None
+        if self.config.method == "high_ppl":
+            local = mean_losses(self.backend, mine, **self._passes())
+        else:
+            operator = self.backend.operator(self.config.muon_operator)
+            if operator is None:
+                events.append("the optimizer has no state yet, so its step is not known: picked uniformly")
+                return None, None
+            gradient = self._gradient(step, events)
+            if gradient is None:
+                return None, None
+            local, features = self._estimate(mine, operator, gradient)
+        utilities = self.backend.all_gather(local).cpu()
+        if features is None:
+            return utilities, None
+        rows = self.backend.all_gather(features).cpu().double()
+        return utilities, rows @ rows.t()
+
+    def _gradient(self, step: int, events: list[str]) -> Gradient | None:
+        """The averaged proxy gradient, or None if this step's is not finite (it is then left out of the average)."""
+        assert self._proxy is not None  # checked on construction
+        gradient = self.backend.gradient(as_candidates(self._proxy(step), step))
+        if not bool(torch.stack([value.isfinite().all() for value in gradient.values()]).all()):
+            events.append(
+                "the proxy gradient is not finite: picked uniformly, and the gradient was left out of its average"
+            )
+            return None
+        return self._proxy_gradient.update(gradient)
+
+    def _estimate(self, mine: Candidates, operator: UpdateOperator, gradient: Gradient) -> tuple[Tensor, Tensor | None]:
+        """(utilities (n,) float64, rows whose inner products make the Gram matrix, if needed) of this rank's share."""
+        config, diverse = self.config, self.config.redundancy > 0
+        if config.estimator == "exact":
+            length = config.score_length
+            return exact_estimate(self.backend, mine, operator, gradient, length=length, keep_updates=diverse)
+        if config.estimator == "countsketch":
+            return self._countsketch.estimate(
+                self.backend, mine, operator, gradient, keep_sketches=diverse, **self._passes()
+            )
+        utilities = directional_utilities(
+            self.backend, mine, operator, gradient, epsilon=config.epsilon, sides=config.sides, **self._passes()
+        )
+        return utilities, None
+
+    def _passes(self) -> dict[str, Any]:
+        return {"length": self.config.score_length, "micro_batch_size": self.config.score_micro_batch_size}
+
+    def _usable(self, utilities: Tensor, gram: Tensor | None, ids: Tensor, events: list[str]) -> tuple[Tensor, bool]:
+        """(positions that may be picked, whether their utilities can rank them)."""
+        finite = utilities.isfinite()
+        if gram is not None:
+            finite &= gram.diagonal().isfinite()
+        allowed = finite.nonzero().flatten()
+        if len(allowed) < len(ids):
+            events.append(f"utility not finite: candidates {ids[~finite].tolist()}")
+        if len(allowed) < self.num_selected:
+            events.append(
+                f"only {len(allowed)} candidates have a finite utility, {self.num_selected} are to be picked:"
+                " picked uniformly from the whole buffer"
+            )
+            return torch.arange(len(ids)), False
+        values = utilities[allowed]
+        if bool(values.max() == values.min()):
+            events.append("all utilities are equal (so they are at a learning rate of 0): picked uniformly")
+            return allowed, False
+        return allowed, True
+
+    def _pick(self, utilities: Tensor, gram: Tensor | None, ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """((K,) positions, (n,) probabilities of the first draw)."""
+        config, count = self.config, self.num_selected
+        standardised = config.utilities == "standardised"
+        used = sampler.standardise(utilities) if standardised else utilities
+        p = sampler.probabilities(used, config.temperature)
+        drawn = config.sampler == "boltzmann"
+        if gram is not None:
+            scale = 1 / (count * gram.diagonal().mean()) if standardised else 1.0
+            penalty = config.redundancy * scale * gram
+            temperature = config.temperature if drawn else None
+            picked = sampler.pick_diverse(used, penalty, ids, count, temperature=temperature, seed=self.seed, step=step)
+        elif drawn:
+            picked = sampler.pick_boltzmann(used, ids, count, config.temperature, self.seed, step)
+        else:
+            picked = sampler.pick_top_k(used, ids, count)
+        return picked, p
+
+    def _tell_uniform(self, utilities: Tensor, ratio: float, events: list[str]) -> None:
+        """Say once that raw utilities are too small for the temperature."""
+        raw = self.config.utilities == "raw" and self.config.sampler == "boltzmann"
+        if raw and ratio < _UNIFORM_RATIO and not self._told_uniform:
+            self._told_uniform = True
+            spread = float(utilities.std(correction=0))
+            events.append(
+                f"raw utilities spread {spread:.2g} against a temperature of {self.config.temperature:g}: the largest"
+                f" probability is {ratio:.5f}x uniform, so sampling is practically uniform (utilities=standardised)"
+            )

@@ -1,0 +1,187 @@
+"""The loop: candidates -> selection -> update -> record -> checkpoint. ``step`` is the only cursor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megaopus.engine.base import Engine, StepResult
+from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.selection.backend import Candidates, Gradient
+
+
+class Buffer(Candidates, Protocol):
+    """Candidates that know their domains."""
+
+    def take(self, indices: Tensor) -> Buffer: ...
+
+    def share(self) -> dict[str, float]: ...
+
+
+class Stream(Protocol):
+    def at(self, step: int) -> Buffer: ...
+
+
+class Selected(Protocol):
+    """What a selector returns (``megaopus.selection.Selection``)."""
+
+    indices: Tensor
+    utilities: Tensor | None
+    method: str
+    ess: float
+    max_p_ratio: float
+    events: list[str]
+
+
+class SelectorLike(Protocol):
+    def select(self, candidates: Any, step: int) -> Any: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class MonitorLike(Protocol):
+    def step(self, record: StepRecord, selection: SelectionRecord | None) -> None: ...
+
+    def validation(self, record: ValidationRecord) -> None: ...
+
+    def event(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class CheckpointerLike(Protocol):
+    def due(self, step: int) -> bool: ...
+
+    def save(self, step: int, engine: Any, groups: dict[str, Gradient], state: dict[str, Any]) -> Path: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Trainer:
+    """A run, put together (``megaopus.build`` does it). Every rank has one and calls the same methods."""
+
+    engine: Engine
+    stream: Stream
+    selector: SelectorLike
+    monitor: MonitorLike
+    checkpointer: CheckpointerLike
+    validation: dict[str, Buffer]
+    """Sequences of each domain to validate on."""
+    wanted: list[str]
+    """Domains whose mean is the headline validation loss."""
+    stop_requested: Callable[[], str | None]
+    """The reason to stop, the same on every rank, or None."""
+    identity: dict[str, Any]
+    """What a checkpoint must share with the run that loads it."""
+    total_steps: int
+    tokens_per_step: int
+    eval_every: int
+    time_s: float = 0.0
+
+    def run(self) -> str | None:
+        """Train from ``engine.step`` to ``total_steps``; returns the reason if stopped before, None when done."""
+        reason = None
+        while self.engine.step < self.total_steps:
+            if self._validation_due():
+                self._validate()
+            self._step()
+            reason = self.stop_requested()
+            if reason is not None:
+                self.monitor.note(f"{reason}: saving after {self.engine.step} steps and stopping")
+                break
+            if self.checkpointer.due(self.engine.step):
+                self._save()
+        if reason is None:
+            self._validate()
+        self._save()
+        return reason
+
+    def _step(self) -> None:
+        step = self.engine.step
+        start = time.perf_counter()
+        candidates = self.stream.at(step)
+        scoring = time.perf_counter()
+        selection = self.selector.select(candidates, step)
+        selected = time.perf_counter()
+        picked = candidates.take(selection.indices)
+        result = self.engine.train_step(picked)
+        end = time.perf_counter()
+        self.time_s += end - start
+        for event in selection.events:
+            self.monitor.event(event)
+        if not result.applied:
+            self.monitor.event(f"step {step}: gradient not finite, update skipped; ids {picked.ids.tolist()}")
+        self.monitor.step(
+            self._step_record(step, result, end - start, selected - scoring),
+            _selection_record(step, candidates, picked, selection),
+        )
+
+    def _step_record(self, step: int, result: StepResult, seconds: float, select_seconds: float) -> StepRecord:
+        return StepRecord(
+            step=step,
+            tokens=(step + 1) * self.tokens_per_step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            time_s=self.time_s,
+            step_s=seconds,
+            select_s=select_seconds,
+            skipped=not result.applied,
+        )
+
+    def _validation_due(self) -> bool:
+        return self.eval_every > 0 and self.engine.step % self.eval_every == 0
+
+    def _validate(self) -> None:
+        losses = {domain: float(self.engine.evaluate(buffer).mean()) for domain, buffer in self.validation.items()}
+        step = self.engine.step
+        self.monitor.validation(
+            ValidationRecord(
+                step=step,
+                tokens=step * self.tokens_per_step,
+                time_s=self.time_s,
+                loss=sum(losses[domain] for domain in self.wanted) / len(self.wanted),
+                domains=losses,
+            )
+        )
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        groups, plain = split_state(self.selector.state_dict())
+        state = {"time_s": self.time_s, "selector": plain, "identity": self.identity}
+        self.checkpointer.save(self.engine.step, self.engine, groups, state)
+
+    def restore(self, folder: Path, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; ``state`` is its ``state.json``."""
+        groups = self.engine.load(folder / "weights", state["groups"])
+        self.engine.step = state["step"]
+        self.time_s = state["time_s"]
+        self.selector.load_state_dict({**state["selector"], **groups})
+
+
+def split_state(state: dict[str, Any]) -> tuple[dict[str, Gradient], dict[str, Any]]:
+    """A selector's state as (groups of parameter-shaped tensors, plain values)."""
+    groups = {key: value for key, value in state.items() if isinstance(value, dict)}
+    return groups, {key: value for key, value in state.items() if key not in groups}
+
+
+def _selection_record(step: int, candidates: Buffer, picked: Buffer, selection: Selected) -> SelectionRecord:
+    return SelectionRecord(
+        step=step,
+        method=selection.method,
+        candidate_ids=candidates.ids.tolist(),
+        utilities=None if selection.utilities is None else selection.utilities.tolist(),
+        picked_ids=picked.ids.tolist(),
+        share=picked.share(),
+        pool_share=candidates.share(),
+        ess=selection.ess,
+        max_p_ratio=selection.max_p_ratio,
+        events=selection.events,
+    )

@@ -1,0 +1,96 @@
+"""Every file under configs/ composes, and the published model shapes have their published number of parameters."""
+
+import pytest
+
+from megaopus.config import compose, default_config_dir, differences, load, to_yaml
+from megaopus.models.arithmetic import count_parameters
+from tests.unit.config_corpus import write_manifest
+
+CONFIGS = default_config_dir()
+CHOICES = sorted(str(file.relative_to(CONFIGS).with_suffix("")) for file in CONFIGS.glob("*/*.yaml"))
+RANKS = {"parallel/tp2": 2, "parallel/pp2": 2, "parallel/tp2_pp2": 4}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_manifest(tmp_path_factory.mktemp("configs") / "corpus")
+
+
+def test_the_groups_are_those_of_the_settings():
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    sections = {"model", "data", "selection", "optim", "engine", "parallel", "train", "checkpoint", "logging"}
+    assert groups == sections | {"experiment"}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_each_choice_composes_and_comes_back_from_its_file(choice, corpus, tmp_path):
+    group, name = choice.split("/")
+    overrides = [f"data.path={corpus}", f"{group}={name}"]
+    config = compose(overrides, world_size=RANKS.get(choice, 1))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load(tmp_path / "config.yaml") == config
+
+
+def test_each_default_choice_is_a_file_and_the_defaults_run_anywhere(corpus):
+    config = compose([f"data.path={corpus}"], world_size=1)
+    assert config.parallel.tp == config.parallel.pp == 1
+    assert config.engine.device == config.engine.precision == "auto"
+    assert config.selection.method == "uniform"
+
+
+@pytest.mark.parametrize("model", ["llama_small", "qwen3_0p6b", "gpt2_medium"])
+def test_models_fit_the_model_parallel_layouts(model, corpus):
+    compose([f"data.path={corpus}", f"model={model}", "parallel=tp2_pp2"], world_size=8)
+
+
+PUBLISHED = {
+    # model: (vocabulary, parameters) with the embedding padded to a multiple of 128 rows (50257 -> 50304)
+    "gpt2_small": (50257, 124_439_808 + 47 * 768),
+    "gpt2_medium": (50257, 354_823_168 + 47 * 1024),
+    "gpt2_large": (50257, 774_030_080 + 47 * 1280),
+    "gpt2_xl": (50257, 1_557_611_200 + 47 * 1600),
+    "qwen3_0p6b": (151936, 596_049_920),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_shapes_have_their_published_number_of_parameters(model, corpus):
+    vocab_size, parameters = PUBLISHED[model]
+    config = compose([f"data.path={corpus}", f"model={model}"])
+    assert count_parameters(config.model, config.model.vocab_size or vocab_size, 1024) == parameters
+
+
+def test_the_paper_experiment_is_the_paper(corpus):
+    config = compose([f"data.path={corpus}", "experiment=paper_gpt2_xl_muon"], world_size=8)
+    selection, optim = config.selection, config.optim
+    assert config.num_candidates() == 64
+    assert (selection.estimator, selection.sketch_dim, selection.sketch_seed) == ("countsketch", 8192, 42)
+    assert (selection.sampler, selection.temperature, selection.utilities) == ("boltzmann", 0.9, "raw")
+    assert (selection.redundancy, selection.proxy_batch_size, selection.proxy_ema) == (1.0, 8, 0.0)
+    assert (selection.rho, selection.score_length) == (0.5, 512)
+    assert (optim.name, optim.muon_lr, optim.muon_momentum, optim.lr, optim.betas) == (
+        "muon",
+        0.01,
+        0.95,
+        2e-3,
+        [0.8, 0.95],
+    )
+    assert optim.weight_decay == 0.0
+    tokens = config.train.steps * config.train.global_batch_size * config.data.seq_len
+    assert tokens == pytest.approx(30e9, rel=1e-5)
+
+
+def test_the_two_small_experiments_differ_in_the_selection_alone(corpus):
+    opus = compose([f"data.path={corpus}", "experiment=small_opus", "run_dir=runs/x"])
+    uniform = compose([f"data.path={corpus}", "experiment=small_uniform", "run_dir=runs/x"])
+    ours, theirs = differences(opus), differences(uniform)
+    assert ours != theirs
+    assert {key for key in ours | theirs if ours.get(key) != theirs.get(key)} <= {
+        key for key in ours | theirs if key.startswith("selection.")
+    }
+
+
+def test_boltzmann_is_opus_but_for_the_draw(corpus):
+    opus = differences(compose([f"data.path={corpus}", "selection=opus"]))
+    boltzmann = differences(compose([f"data.path={corpus}", "selection=opus_boltzmann"]))
+    assert boltzmann == opus | {"selection.sampler": ("boltzmann", "top_k")}

@@ -1,0 +1,127 @@
+"""A small GPT trained on real text, for the tests of the estimators."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import pydoc_data.topics
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaopus.selection import ModuleBackend, TensorCandidates
+
+SEQ_LEN = 48
+VOCAB = 128
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP; attention written out, so that every matrix is an nn.Linear that is called."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.dropout(self.out(y.transpose(1, 2).reshape(n, t, width)))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class ToyGPT(nn.Module):
+    """Tokens (n, T) -> logits (n, T, VOCAB)."""
+
+    def __init__(self, width: int = 48, layers: int = 2, heads: int = 4, tied: bool = True, dropout: float = 0.0):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, width)
+        self.position = nn.Parameter(torch.zeros(SEQ_LEN, width))
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCAB, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.05)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.position[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def per_sequence_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean loss of each sequence; the label of position t is token t + 1."""
+    logits = model(tokens[:, :-1])
+    return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+
+
+@functools.cache
+def text(kind: str) -> Tensor:
+    """Character codes of documentation ('docs') or of program code ('code')."""
+    if kind == "docs":
+        characters = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    else:
+        characters = "\n".join(inspect.getsource(module) for module in (statistics, inspect))
+    return torch.tensor([ord(c) for c in characters if ord(c) < VOCAB])
+
+
+def windows(tokens: Tensor, count: int, seed: int) -> Tensor:
+    """(count, SEQ_LEN + 1) random stretches of a text."""
+    start = torch.randint(len(tokens) - SEQ_LEN - 1, (count,), generator=torch.Generator().manual_seed(seed))
+    return tokens[start.unsqueeze(1) + torch.arange(SEQ_LEN + 1)]
+
+
+def buffer(count: int, seed: int) -> TensorCandidates:
+    """A third each of documentation, code, and documentation with its characters shuffled."""
+    third = count // 3
+    docs, code = windows(text("docs"), count - 2 * third, seed), windows(text("code"), third, seed + 1)
+    noise = windows(text("docs"), third, seed + 2)
+    noise = noise[:, torch.randperm(noise.shape[1], generator=torch.Generator().manual_seed(seed))]
+    return TensorCandidates(torch.cat([docs, code, noise]))
+
+
+def make_optimizers(model: nn.Module, name: str) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon on the matrices of the blocks with AdamW for the rest; or SGD with momentum."""
+    if name == "adamw":
+        return [torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))]
+    if name == "sgd":
+        return [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)]
+    matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    muon = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0)
+    return [muon, torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95))]
+
+
+def train(name: str, steps: int, batch_size: int = 12, make: Callable[[], ToyGPT] = ToyGPT) -> ModuleBackend:
+    """A toy GPT after ``steps`` steps on all three kinds of text, ready to score."""
+    torch.manual_seed(0)
+    model = make()
+    optimizers = make_optimizers(model, name)
+    for step in range(steps):
+        loss = per_sequence_loss(model, buffer(batch_size, 10_000 + 7 * step).batch()).mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return ModuleBackend(model, optimizers, per_sequence_loss)
+
+
+def proxy(step: int) -> TensorCandidates:
+    """32 sequences of documentation."""
+    return TensorCandidates(windows(text("docs"), 32, 5_000 + step))
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Rank correlation of two (N,) tensors without ties."""
+    ranks = torch.stack([v.argsort().argsort().double() for v in (x, y)])
+    return float(torch.corrcoef(ranks)[0, 1])

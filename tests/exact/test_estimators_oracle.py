@@ -1,0 +1,116 @@
+"""Estimators against float64 per-sample gradients, on a small GPT trained for 150 steps on real text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megaopus.selection import (
+    CountSketch,
+    CountSketchEstimator,
+    ModuleBackend,
+    directional_utilities,
+    exact_utilities,
+)
+from megaopus.selection.exact import exact_estimate
+from tests.exact.estimators_toy import buffer, proxy, spearman, train
+
+OPERATORS = [("adamw", "paper"), ("muon", "paper"), ("muon", "full")]
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, ModuleBackend]:
+    return {name: train(name, steps=150) for name in ("adamw", "muon")}
+
+
+@pytest.mark.parametrize(("optimizer", "muon_operator"), OPERATORS)
+def test_directional_ranks_like_the_exact_full_alignment(trained, optimizer, muon_operator) -> None:
+    backend, candidates = trained[optimizer], buffer(48, seed=1)
+    gradient, operator = backend.gradient(proxy(0)), backend.operator(muon_operator)
+    exact = exact_utilities(backend, candidates, operator, gradient)
+    assert exact.std() > 1e-3  # worth ranking
+    central = directional_utilities(backend, candidates, operator, gradient)
+    assert spearman(central, exact) >= 0.99
+    one_sided = directional_utilities(backend, candidates, operator, gradient, sides="one", epsilon=0.1)
+    assert spearman(one_sided, exact) >= 0.99
+
+
+def test_directional_error_is_of_second_order_in_epsilon(trained) -> None:
+    model64 = train("adamw", steps=20)
+    model64.module.double()
+    candidates, gradient, operator = buffer(6, seed=1), model64.gradient(proxy(0)), model64.operator()
+    exact = exact_utilities(model64, candidates, operator, gradient)
+    errors = [
+        (directional_utilities(model64, candidates, operator, gradient, epsilon=e) - exact).abs().max()
+        for e in (0.04, 0.02)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
+    assert errors[1] < 1e-2 * exact.std()
+
+
+@pytest.mark.parametrize(("optimizer", "muon_operator"), OPERATORS)
+def test_countsketch_ranks_like_the_exact_alignment_of_its_layers(trained, optimizer, muon_operator) -> None:
+    backend, candidates = trained[optimizer], buffer(48, seed=1)
+    gradient, operator = backend.gradient(proxy(0)), backend.operator(muon_operator)
+    estimator = CountSketchEstimator(8192, seed=42)
+    linear = {layer.parameter for layer in estimator.layers(backend)}
+    exact = exact_utilities(backend, candidates, operator, gradient, parameters=linear)
+    estimate, _ = estimator.estimate(backend, candidates, operator, gradient, micro_batch_size=10)
+    assert spearman(estimate, exact) >= 0.95
+    assert (estimate - exact).std() < 0.2 * exact.std()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_countsketch_is_unbiased_over_seeds_in_alignment_and_gram(trained, optimizer) -> None:
+    backend, candidates = trained[optimizer], buffer(6, seed=2)
+    gradient, operator = backend.gradient(proxy(0)), backend.operator()
+    estimators = [CountSketchEstimator(256, seed) for seed in range(48)]
+    linear = [layer.parameter for layer in estimators[0].layers(backend)]
+    exact, updates = exact_estimate(
+        backend, candidates, operator, gradient, parameters=dict.fromkeys(linear), keep_updates=True
+    )
+    found = [e.estimate(backend, candidates, operator, gradient, keep_sketches=True) for e in estimators]
+    grams = torch.stack([(s.double() @ s.double().t()) for _, s in found])
+    for estimates, truth in ((torch.stack([u for u, _ in found]), exact), (grams, updates @ updates.t())):
+        standard_error = estimates.std(0) / len(found) ** 0.5
+        assert standard_error.max() > 0
+        deviation = ((estimates.mean(0) - truth) / standard_error).abs()
+        assert deviation.max() < 4  # the largest of 6 (or 21) numbers of standard normal size
+        assert deviation.mean() < 1.5
+        few = (estimates[:3].mean(0) - truth).abs().mean()
+        assert (estimates.mean(0) - truth).abs().mean() < few
+
+
+def test_sketch_inner_products_have_the_stated_mean_and_variance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 300, generator=generator, dtype=torch.float64)
+    y += 0.5 * x
+    dim, seeds = 64, 2000
+    products = []
+    for seed in range(seeds):
+        sketch = CountSketch("layer", torch.arange(300), dim, seed)
+        products.append((sketch(x[None]) * sketch(y[None])).sum())
+    products = torch.stack(products)
+    variance = ((x @ x) * (y @ y) + (x @ y) ** 2 - 2 * (x * x) @ (y * y)) / dim
+    assert abs(products.mean() - x @ y) < 3 * (variance / seeds) ** 0.5
+    assert products.var() == pytest.approx(float(variance), rel=0.1)
+
+
+def test_sketches_of_shards_add_up_to_the_sketch_of_the_whole() -> None:
+    x, factor = torch.randn(3, 40, 10), torch.rand(40, 10)
+    indices = torch.arange(400).view(40, 10)
+    whole = CountSketch("w", indices.flatten(), 32, 7)(x.flatten(1), factor.flatten())
+    for axis in (0, 1):  # rows, then columns
+        shards = zip(x.chunk(2, axis + 1), factor.chunk(2, axis), indices.chunk(2, axis), strict=True)
+        parts = [CountSketch("w", i.flatten(), 32, 7)(part.flatten(1), f.flatten()) for part, f, i in shards]
+        torch.testing.assert_close(parts[0] + parts[1], whole)
+    assert not torch.equal(CountSketch("v", indices.flatten(), 32, 7)(x.flatten(1)), whole)
+
+
+def test_the_sign_says_following_the_proxy_lowers_the_loss(trained) -> None:
+    backend = trained["adamw"]
+    operator, gradient = backend.operator(), backend.gradient(proxy(3))
+    own = directional_utilities(backend, proxy(3), operator, gradient)
+    assert own.mean() > 0
+    uphill = directional_utilities(backend, proxy(3), operator, {name: -g for name, g in gradient.items()})
+    torch.testing.assert_close(uphill, -own)

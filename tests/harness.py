@@ -1,0 +1,137 @@
+"""Run a function on several gloo ranks; a minimal engine to run it on."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.engine.config import EngineConfig
+from megaopus.engine.megatron import MegatronEngine
+from megaopus.models.config import ModelConfig
+from megaopus.optim.config import OptimConfig
+
+TINY = ModelConfig(num_layers=2, hidden_size=32, num_heads=4)
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 180) -> list[Any]:
+    """``function(*args)`` on each of ``world_size`` processes with torchrun's environment; results by rank.
+
+    ``function`` must be importable (a module-level function); one rank runs in this process. A failure on a rank is
+    raised with that rank's traceback, a silent rank after ``timeout_s``. One process group per call: a second one on the
+    same port could meet the first one's store.
+    """
+    if world_size == 1:
+        return [function(*args)]
+    context = mp.get_context("spawn")
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(rank, world_size, port, sender, function, args), daemon=True)
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    deadline = time.monotonic() + timeout_s
+    try:
+        return [_receive(rank, pipe, deadline) for rank, pipe in enumerate(pipes)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _receive(rank: int, pipe: Any, deadline: float) -> Any:
+    if not pipe.poll(max(0.0, deadline - time.monotonic())):
+        raise AssertionError(f"rank {rank} did not answer in time")
+    try:
+        error, value = pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        raise AssertionError(f"rank {rank} died without a word") from None
+    if error is not None:
+        raise AssertionError(f"rank {rank} failed:\n{error}")
+    return value
+
+
+def _rank(rank: int, world_size: int, port: int, pipe: Any, function: Callable[..., Any], args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    torch.set_num_threads(1)
+    try:
+        answer = (None, function(*args))
+    except BaseException:
+        answer = (traceback.format_exc(), None)
+    pipe.send_bytes(pickle.dumps(answer))  # plain pickle: no shared memory with a dying process
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def tiny_engine(
+    mesh: Mesh,
+    *,
+    model: ModelConfig = TINY,
+    optim: OptimConfig | None = None,
+    parallel: ParallelConfig | None = None,
+    engine: EngineConfig | None = None,
+    seq_len: int = 16,
+    micro_batch_size: int = 2,
+    vocab_size: int = 128,
+) -> MegatronEngine:
+    """A two-layer GPT on ``mesh``."""
+    return MegatronEngine(
+        mesh,
+        model=model,
+        optim=optim or OptimConfig(),
+        engine=engine or EngineConfig(device="cpu", precision="fp32"),
+        parallel=parallel or ParallelConfig(),
+        vocab_size=vocab_size,
+        seq_len=seq_len,
+        micro_batch_size=micro_batch_size,
+        total_steps=100,
+        seed=0,
+    )
+
+
+def random_batch(size: int, step: int, *, seq_len: int = 16, vocab_size: int = 128) -> TokenCandidates:
+    """A batch of random tokens, the same on every rank."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    tokens = torch.randint(0, vocab_size, (size, seq_len + 1), generator=generator)
+    return TokenCandidates(tokens, step * size + torch.arange(size))
+
+
+@dataclass
+class TokenCandidates:
+    """Candidates over (N, S + 1) tokens: ``length`` positions need length + 1 of them."""
+
+    tokens: torch.Tensor
+    ids: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def take(self, indices: torch.Tensor) -> TokenCandidates:
+        return TokenCandidates(self.tokens[indices], self.ids[indices])
+
+    def batch(self, length: int | None = None) -> torch.Tensor:
+        return self.tokens if length is None else self.tokens[:, : length + 1]

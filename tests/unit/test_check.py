@@ -1,0 +1,302 @@
+"""The check verb, the arithmetic behind it, the command line and the launcher."""
+
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megaopus import check
+from megaopus.__main__ import VERBS, main
+from megaopus.config import RunConfig, compose
+from megaopus.data.prepare import Source, prepare
+from megaopus.data.split import SplitRule
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.errors import ConfigError
+from megaopus.models.arithmetic import (
+    count_parameters,
+    count_rank_parameters,
+    layer_weights,
+    padded_vocab,
+    training_flops_per_token,
+)
+from megaopus.models.config import ModelConfig
+from tests.harness import run_ranks, tiny_engine
+
+ROOT = Path(__file__).resolve().parents[2]
+GPT2 = ModelConfig(num_layers=2, hidden_size=32, num_heads=4)
+LLAMA = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_heads=4,
+    num_kv_heads=2,
+    position="rope",
+    norm="rmsnorm",
+    activation="swiglu",
+    bias=False,
+    tied=False,
+)
+SHAPES = {
+    "gpt2": GPT2,
+    "gpt2_untied_longer_table": replace(GPT2, tied=False, max_positions=40),
+    "llama": LLAMA,
+    "qwen3": replace(LLAMA, qk_norm=True, tied=True, head_dim=16, ffn_hidden_size=96),
+    "no_positions_biased_swiglu": replace(GPT2, position="none", activation="swiglu"),
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("check")
+    with (folder / "texts.jsonl").open("w") as file:
+        for index in range(120):
+            words = " ".join(f"word{(index * 7 + place) % 50}" for place in range(80))
+            file.write(json.dumps({"text": words, "id": str(index), "domain": ("docs", "code")[index % 2]}) + "\n")
+    rule = SplitRule(proxy_fraction=0.2, validation_fraction=0.2, wanted=("docs",))
+    source, console = [Source.parse(str(folder / "texts.jsonl"))], Console(file=io.StringIO())
+    return prepare(source, folder / "corpus", vocab_size=300, rule=rule, console=console)
+
+
+# -- parameters and FLOPs ----------------------------------------------------------------------------------------------
+
+
+def built_parameters(parallel, models):
+    """Parameters of this rank's part of each model, as megatron builds it."""
+    mesh = Mesh(parallel, "cpu")
+    try:
+        engines = [tiny_engine(mesh, model=model, parallel=parallel, vocab_size=150, seq_len=24) for model in models]
+        return [sum(parameter.numel() for parameter in engine.module.parameters()) for engine in engines]
+    finally:
+        mesh.close()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameter_count_is_that_of_the_built_model(shape):
+    assert built_parameters(ParallelConfig(), [SHAPES[shape]]) == [count_parameters(SHAPES[shape], 150, 24)]
+
+
+def test_parameters_per_rank_are_those_of_the_built_stages():
+    models = [GPT2, LLAMA]
+    for rank, built in enumerate(run_ranks(4, built_parameters, ParallelConfig(tp=2, pp=2), models)):
+        expected = [count_rank_parameters(model, 150, 24, tp=2, pp=2, stage=rank // 2) for model in models]
+        assert built == expected, f"rank {rank}"
+
+
+def test_padding_is_the_same_at_every_layout():
+    assert [padded_vocab(size) for size in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
+    assert count_parameters(GPT2, 150, 24) == count_parameters(GPT2, padded_vocab(150), 24)
+
+
+def test_training_flops_are_six_per_matrix_weight_and_the_attention():
+    blocks = 2 * (4 * 32 * 32 + 2 * 4 * 32 * 32)
+    assert sum(weight.numel for weight in layer_weights(GPT2) if weight.matrix) * 2 == blocks
+    assert training_flops_per_token(GPT2, 128, 64) == 6 * (blocks + 128 * 32) + 12 * 2 * 32 * 64
+
+
+# -- what check derives ------------------------------------------------------------------------------------------------
+
+
+def small(**selection):
+    config = RunConfig()
+    config.train.global_batch_size = 16
+    for key, value in selection.items():
+        setattr(config.selection, key, value)
+    return config
+
+
+def test_overhead_follows_the_cost_model():
+    # (N/K)(L_score/L_train)(2/3) + P/K, with N/K = 4, L_score/L_train = 1/4, P/K = 1/2
+    config = small(method="opus", rho=0.25, score_length=64, proxy_batch_size=8)
+    assert check.scoring_overhead(config) == pytest.approx(4 * 0.25 * 2 / 3 + 0.5)
+    config.selection.estimator = "countsketch"
+    assert check.scoring_overhead(config) == pytest.approx(4 * 0.25 + 0.5)
+    assert check.scoring_overhead(small(method="high_ppl")) == pytest.approx(2 / 3)
+    assert check.scoring_overhead(small()) == 0
+
+
+def test_groups_are_meshes_of_adjacent_tensor_parallel_ranks():
+    assert check.groups(8, tp=2, pp=2) == {
+        "tp": [[0, 1], [2, 3], [4, 5], [6, 7]],
+        "pp": [[0, 4], [1, 5], [2, 6], [3, 7]],
+        "dp": [[0, 2], [1, 3], [4, 6], [5, 7]],
+    }
+
+
+def test_memory_of_weights_gradients_and_optimizers():
+    config = small()
+    count = count_parameters(config.model, 500, config.data.seq_len)
+    matrices = 4 * 12 * 128 * 128
+    rows = {precision: check.memory(config, 500, 1, precision, 0) for precision in ("fp32", "bf16")}
+    assert (rows["fp32"]["weights"][0], rows["bf16"]["weights"][0]) == (4 * count, 6 * count)
+    assert rows["fp32"]["gradients"][0] == rows["bf16"]["gradients"][0] == 4 * count
+    assert rows["fp32"]["optimizer state"][0] == 8 * count
+    assert rows["fp32"]["activations"][0] == 2 * rows["bf16"]["activations"][0]
+    # per token and layer: norms 4h, q k v 3h, attention 1h, MLP 2 x 4h
+    assert rows["fp32"]["activations"][0] == 8 * 256 * 4 * 16 * 128 * 4
+    assert rows["fp32"]["logits"][0] == 8 * 256 * 512 * 8
+    config.optim.name = "muon"
+    assert check.memory(config, 500, 1, "fp32", 0)["optimizer state"][0] == 8 * count - 4 * matrices
+    config.engine.recompute = True
+    assert check.memory(config, 500, 1, "fp32", 0)["activations"][0] < rows["fp32"]["activations"][0]
+    config = small(method="opus", proxy_ema=0.0)
+    assert check.memory(config, 500, 1, "fp32", 0)["direction"][0] == 8 * count
+    assert check.memory(config, 500, 1, "fp32", 0)["proxy gradient"][0] == 4 * count
+    config = small(method="opus", estimator="countsketch", redundancy=1.0, sketch_dim=100)
+    assert check.memory(config, 500, 2, "fp32", 0)["sketches"][0] == 4 * (32 // 2) * (4 * 4 + 1) * 100
+
+
+def printed(overrides, corpus, world_size=None):
+    console = Console(file=io.StringIO(), width=200)
+    overrides = [f"data.path={corpus}", *overrides]
+    check.run(compose(overrides, world_size=world_size), world_size, overrides, console=console)
+    return console.file.getvalue()
+
+
+def test_check_prints_what_a_run_would_be(corpus):
+    text = printed(["selection=opus", "data.seq_len=64", "run_dir='runs/a, b'", "data.wanted=[docs]"], corpus, 4)
+    for line in (
+        "4 = 4 ranks / (tp 1 x pp 1)",
+        "64, of which 32 are picked",
+        "2,048 per step, 2,048,000 in all",
+        "8 sequences per step, 25.0% of the update tokens",
+        "expected overhead │ 158.3%",
+        "90% (warm-up of 100 steps is uniform)",
+        "│ 'opus'  (default 'uniform')",
+        "Memory per rank in fp32",
+        "Memory per rank in bf16",
+    ):
+        assert line in text, line
+    command = f"torchrun --nproc-per-node 4 -m megaopus train data.path={corpus} selection=opus data.seq_len=64"
+    assert command in text
+    pasted = shlex.split(text.rstrip().rsplit("\n", 1)[1])  # what a shell makes of it
+    assert pasted[-2:] == ["run_dir='runs/a, b'", "data.wanted=[docs]"]
+
+
+def test_check_of_a_model_parallel_layout(corpus):
+    text = printed(["data.seq_len=64", "parallel=tp2_pp2", "engine=cpu"], corpus)
+    for line in ("each rank of stage 0", "each rank of stage 1", "[0, 1] [2, 3]", "Memory per rank in fp32, stage 0"):
+        assert line in text, line
+    assert "bf16" not in text.replace("also under bf16", "")
+    assert "torchrun --nproc-per-node 4" in text
+
+
+def test_check_refuses_what_does_not_fit_the_ranks(corpus):
+    with pytest.raises(ConfigError, match="3 ranks are not a multiple"):
+        check.run(compose([f"data.path={corpus}", "parallel=tp2", "data.seq_len=64"]), 3)
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def test_check_from_the_command_line(corpus, capsys):
+    assert main(["check", f"data.path={corpus}", "--world-size", "2", "data.seq_len=64"]) == 0
+    assert "Start it with:" in capsys.readouterr().out
+
+
+def test_errors_are_one_message_and_exit_code_2(capsys, monkeypatch):
+    assert main(["train", "+optim.lrr=1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: 2 problems in the configuration (nothing was written):")
+    assert "did you mean optim.lr?" in err
+    assert "Traceback" not in err
+    monkeypatch.setenv("MEGAOPUS_TRACEBACK", "1")
+    with pytest.raises(ConfigError):
+        main(["train", "+optim.lrr=1"])
+
+
+def test_one_rank_of_each_node_speaks_and_all_fail(capsys, monkeypatch):
+    monkeypatch.setattr("megaopus.__main__.GRACE_SECONDS", 0)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    spoke = {}
+    for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert main(["train", "lr=1"]) == 2
+        spoke[rank] = bool(capsys.readouterr().err)
+    assert spoke == {0: True, 1: False, 2: True, 3: False}
+    monkeypatch.delenv("LOCAL_RANK")
+    assert main(["train", "lr=1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_the_world_size_comes_from_the_environment(corpus, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["train", f"data.path={corpus}", "data.seq_len=64"]) == 2
+    assert "dp x micro_batch_size = 3 x 8" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert main(["train", f"data.path={corpus}"]) == 2
+    assert "environment WORLD_SIZE = 'many'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_help_with_examples(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    assert f"examples:\n  python -m megaopus {verb}" in capsys.readouterr().out
+
+
+def test_help_is_light():
+    code = (
+        "import sys, megaopus.__main__ as m\n"
+        "for verb in m.VERBS:\n"
+        "    try: m.main([verb, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "heavy = {'torch', 'megatron', 'matplotlib', 'wandb'} & set(sys.modules)\n"
+        "sys.exit(f'--help imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_verb_names_the_verbs(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["trian"])
+    assert caught.value.code == 2
+    assert "choose from" in capsys.readouterr().err
+
+
+# -- launcher ----------------------------------------------------------------------------------------------------------
+
+
+def launcher(*arguments, **environment):
+    environment = {"PATH": os.environ["PATH"], "PYTHON": "py", "DRY_RUN": "1", **environment}
+    script = ROOT / "launch" / "torchrun.sh"
+    return subprocess.run([script, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_launcher_on_one_node_and_on_many():
+    one = launcher("4", "model=tiny", "data.wanted=[docs]")
+    start = "py -m torch.distributed.run"
+    assert one.stdout.startswith(f"{start} --standalone --nproc-per-node 4 -m megaopus train model=tiny data.wanted=")
+    many = launcher("8", NNODES="2", NODE_RANK="1", MASTER_ADDR="node0", MASTER_PORT="29500")
+    where = "--nnodes 2 --node-rank 1 --master-addr node0 --master-port 29500"
+    assert many.stdout.strip() == f"{start} {where} --nproc-per-node 8 -m megaopus train"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {}, "NPROC is missing"),
+        (["model=tiny"], {}, "NPROC must be a number of processes, not 'model=tiny'"),
+        (["0"], {}, "NPROC must be a number"),
+        (["2"], {"NNODES": "two"}, "NNODES must be a number"),
+        (["2"], {"NNODES": "2"}, "NODE_RANK is not set"),
+        (["2"], {"NNODES": "2", "NODE_RANK": "0", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
+        (["2"], {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "must lie in 0..1, not '2'"),
+        (["2"], {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT must be"),
+    ],
+)
+def test_launcher_refuses_what_is_missing(arguments, environment, message):
+    done = launcher(*arguments, **environment)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stdout == ""

@@ -1,0 +1,219 @@
+"""Bad settings: each is refused with its key, why, and what to do; all of them in one list."""
+
+import pytest
+
+from megaopus.config import compose
+from megaopus.errors import ConfigError
+from tests.unit.config_corpus import write_manifest
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_manifest(tmp_path / "corpus")
+
+
+def problems(overrides, corpus, world_size=1, **kwargs):
+    with pytest.raises(ConfigError) as caught:
+        compose([f"data.path={corpus}", *overrides], world_size=world_size, **kwargs)
+    return caught.value
+
+
+MISTAKES = {
+    # override: (key, part of the reason, part of the remedy)
+    "selection.temprature=1": ("selection.temprature = 1", "no such setting", "did you mean selection.temperature?"),
+    "+selection.temprature=1": ("selection.temprature = 1", "no such setting", "did you mean selection.temperature?"),
+    "++selection.temprature=1": ("selection.temprature = 1", "no such setting", "did you mean selection.temperature?"),
+    "lr=0.1": ("lr = 0.1", "no such setting", "did you mean optim.lr?"),
+    "modle=tiny": ("modle = 'tiny'", "no such setting", "did you mean model?"),
+    "quux.zork=1": ("quux.zork = 1", "no such setting", "settings there: run_dir, seed, resume, model"),
+    "optim.betas.zork=0.5": ("optim.betas.zork = 0.5", "no such setting", "did you mean optim.betas?"),
+    "model=gtp2_small": (
+        "model = 'gtp2_small'",
+        "no such choice",
+        "did you mean model=gpt2_small? choices: gpt2_large",
+    ),
+    "model=gtp2": ("model = 'gtp2'", "no such choice", "did you mean model=gpt2"),
+    "experiment=paper": ("experiment = 'paper'", "no such choice", "paper_gpt2_xl_muon"),
+    "model={num_layers: 2}": ("model = {'num_layers': 2}", "no such choice", "choices: gpt2_large"),
+    "train.steps=abc": ("train.steps = 'abc'", "must be an integer, not str", "train.steps=8"),
+    "train.steps=1.5": ("train.steps = 1.5", "must be an integer, not float", "train.steps=8"),
+    "seed=true": ("seed = True", "must be an integer, not bool", "seed=8"),
+    "optim.lr=fast": ("optim.lr = 'fast'", "must be a finite number", "optim.lr=0.1"),
+    "optim.lr=nan": ("optim.lr = nan", "must be a finite number", "optim.lr=0.1"),
+    "optim.betas=3": ("optim.betas = 3", "must be a list, not int", "optim.betas=[0.9,0.95]"),
+    "optim.betas=[a,b]": ("optim.betas = ['a', 'b']", "each element must be a finite number", "optim.betas=[0.9,0.95]"),
+    "optim.betas=[0.9]": ("optim.betas = [0.9]", "two numbers", "[0.9, 0.95]"),
+    "data.wanted=docs": ("data.wanted = 'docs'", "must be a list, not str", "data.wanted=[a,b]"),
+    "engine.recompute=1": ("engine.recompute = 1", "must be true or false", "engine.recompute=true"),
+    "logging.wandb=false": ("logging.wandb = False", "must be text, not bool", 'logging.wandb="text"'),
+    "logging.wandb=null": ("logging.wandb = None", "must be text", 'logging.wandb="text"'),
+    "train.steps=[1": ("train.steps = 'train.steps=[1'", "not an override", "write key=value"),
+    "steps": ("steps = 'steps'", "not an override", "write key=value"),
+    "~optim.lr": ("optim.lr = '~optim.lr'", "cannot be deleted", "optim.lr=VALUE"),
+    "optim.lr=0.1,0.2": ("optim.lr = '0.1,0.2'", "a sweep", "one run takes one value"),
+    "model@optim=tiny": ("model@optim = 'tiny'", "cannot be moved", "write model=NAME"),
+    "run_dir=runs/${sede}": ("run_dir = 'runs/${sede}'", "'sede' not found", "${section.key}"),
+    "optim.name=adam": ("optim.name = 'adam'", "unknown optimizer", "use one of: sgd, adamw, muon"),
+    "selection.rho=0": ("selection.rho = 0.0", "must lie in (0, 1]", "0.5 picks half"),
+    "resume=atuo": ("resume = 'atuo'", "nor an existing checkpoint folder", "did you mean auto?"),
+    "data.wanted=[dosc]": ("data.wanted = 'dosc'", "no domain of that name", "did you mean docs? domains: docs, code"),
+    "data.proxy_path=nowhere": ("data.proxy_path = 'nowhere'", "no such folder", "python -m megaopus prepare"),
+    "model.vocab_size=300": ("model.vocab_size = 300", "token ids up to 499", "at least 500, or null"),
+    "model.max_positions=100": ("model.max_positions = 100", "shorter than data.seq_len = 256", "model.position=rope"),
+    "selection.score_length=257": ("selection.score_length = 257", "longer than data.seq_len = 256", "at most 256"),
+    "optim.warmup_steps=1001": ("optim.warmup_steps = 1001", "longer than train.steps = 1000", "at most 1000"),
+    "train.micro_batch_size=6": ("train.global_batch_size = 32", "dp x micro_batch_size = 1 x 6", "example 36"),
+    "selection.rho=0.3": ("selection.rho = 0.3", "106.67 candidates", "0.299065 (107 candidates)"),
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_each_mistake_names_key_reason_and_remedy(override, corpus):
+    key, reason, remedy = MISTAKES[override]
+    error = problems([override], corpus)
+    first, second = str(error.problems[0]).split("\n")
+    assert first.startswith(key)
+    assert reason in first
+    assert remedy in second
+    assert len(error.problems) == 1, error
+
+
+COMBINED = [
+    # what is wrong only together: overrides, ranks, key, reason, remedy
+    (
+        "parallel.tp=3 model.ffn_hidden_size=384 model.vocab_size=768",
+        3,
+        "model.num_heads = 4",
+        "parallel.tp = 3",
+        "multiple of 3",
+    ),
+    (
+        "parallel.tp=3 model.ffn_hidden_size=384 model.num_heads=6 model.head_dim=8",
+        3,
+        "parallel.tp = 3",
+        "512 rows",
+        "power of two",
+    ),
+    ("parallel.tp=2 model.num_kv_heads=1", 2, "model.num_kv_heads = 1", "over parallel.tp = 2", "multiple of 2"),
+    ("parallel.tp=2 model.ffn_hidden_size=77", 2, "model.ffn_hidden_size = 77", "parallel.tp = 2", "multiple of 2"),
+    ("parallel.pp=3", 3, "model.num_layers = 4", "over parallel.pp = 3 stages", "a parallel.pp that divides 4"),
+    ("parallel.tp=2 parallel.pp=2", 6, "parallel.tp = 2", "6 ranks are not a multiple", "multiple of 4 processes"),
+    ("", 3, "train.global_batch_size = 32", "dp x micro_batch_size = 3 x 8", "for example 48"),
+    ("train.micro_batch_size=32", 2, "train.global_batch_size = 32", "2 x 32", "micro_batch_size that divides 16"),
+    ("selection=opus parallel.tp=2", 2, "selection.method = 'opus'", "scoring runs with tp = pp = 1", "uniform"),
+    (
+        "selection=opus selection.proxy_batch_size=6",
+        4,
+        "selection.proxy_batch_size = 6",
+        "evenly by dp = 4",
+        "for example 8",
+    ),
+    (
+        "selection=opus selection.estimator=exact model=gpt2_small",
+        1,
+        "selection.estimator = 'exact'",
+        "float64",
+        "directional",
+    ),
+    ("selection=opus selection.warmup_steps=1001", 1, "selection.warmup_steps", "nothing would ever", "fewer"),
+    ("optim.schedule=wsd optim.warmup_steps=600 optim.decay_steps=600", 1, "optim.decay_steps = 600", "1200", "400"),
+    (
+        "parallel.tp=2 parallel.sequence_parallel=true data.seq_len=255",
+        2,
+        "data.seq_len = 255",
+        "split",
+        "multiple of 2",
+    ),
+    ("selection.redundancy=1 selection=opus", 1, "selection.redundancy", "no Gram matrix", "countsketch"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "key", "reason", "remedy"), COMBINED)
+def test_settings_that_do_not_fit_together(overrides, world_size, key, reason, remedy, corpus):
+    error = problems(overrides.split(), corpus, world_size)
+    first, second = str(error.problems[0]).split("\n")
+    assert first.startswith(key)
+    assert reason in first
+    assert remedy in second
+    assert len(error.problems) == 1, error
+
+
+def test_five_mistakes_of_different_kinds_come_back_together(corpus):
+    overrides = [
+        "+selection.temprature=1",
+        "model=gtp2",
+        "optim.betas=3",
+        "selection.rho=2",
+        "train.steps=[1",
+        "resume=x",
+    ]
+    error = problems(overrides, corpus)
+    keys = [problem.key for problem in error.problems]
+    assert sorted(keys) == ["model", "optim.betas", "resume", "selection.rho", "selection.temprature", "train.steps"]
+    assert str(error).startswith("6 problems in the configuration (nothing was written):")
+    assert all(f"  {number}. " in str(error) for number in range(1, 7))
+
+
+def test_a_refused_setting_raises_no_second_problem(corpus):
+    # With steps unknown, whether 5000 warm-up steps are too many cannot be said.
+    assert len(problems(["train.steps=abc", "optim.warmup_steps=5000"], corpus).problems) == 1
+    assert len(problems(["train.stesp=9000", "optim.warmup_steps=5000"], corpus).problems) == 1
+    assert len(problems(["model=gtp2_small", "parallel.pp=3"], corpus, world_size=3).problems) == 1
+
+
+def test_corpus_folders(tmp_path):
+    def said(path, *overrides):
+        return str(problems(list(overrides), path).problems[0])
+
+    assert "no such folder" in said(tmp_path / "nowhere")
+    (tmp_path / "plain").mkdir()
+    assert "holds no manifest.json" in said(tmp_path / "plain")
+    (tmp_path / "plain" / "manifest.json").write_text("{")
+    assert "manifest.json is broken" in said(tmp_path / "plain")
+    (tmp_path / "file").touch()
+    assert "is a file" in said(tmp_path / "file")
+    assert "no corpus named" in said("")
+    full, empty = {"documents": 1, "tokens": 9999}, {"documents": 0, "tokens": 0}
+    corpus = write_manifest(tmp_path / "no_proxy", counts={"docs": {"pool": full, "proxy": empty, "validation": full}})
+    assert "its split 'proxy' is empty for docs" in said(corpus, "selection=opus")
+    assert "--proxy-fraction, or name another corpus with data.proxy_path" in said(corpus, "selection=opus")
+    compose([f"data.path={corpus}"])  # a uniform run draws no proxy
+    corpus = write_manifest(tmp_path / "no_val", counts={"docs": {"pool": full, "proxy": full, "validation": empty}})
+    assert "its split 'validation' is empty for docs" in said(corpus)
+    other = write_manifest(tmp_path / "other", tokenizer="two")
+    assert "its tokenizer is not that of data.path" in said(corpus, f"data.validation_path={other}")
+    assert f"--tokenizer {corpus}/tokenizer.json" in said(corpus, f"data.validation_path={other}")
+
+
+def test_a_wanted_domain_must_fill_a_sequence_on_its_own(tmp_path):
+    full, short = {"documents": 1, "tokens": 9999}, {"documents": 1, "tokens": 200}
+    counts = {"big": {"pool": full, "validation": full}, "small": {"pool": full, "validation": short}}
+    corpus = write_manifest(tmp_path / "corpus", counts=counts)
+    compose([f"data.path={corpus}"])
+    error = problems(["data.wanted=[small]"], corpus)
+    assert "its split 'validation' fills no sequence of data.seq_len = 256 for small" in str(error)
+    assert "use a data.seq_len below 200 (its longest)" in str(error)
+
+
+def test_run_dir_below_a_file(corpus, tmp_path):
+    (tmp_path / "taken").touch()
+    for run_dir in ("taken", "taken/run"):
+        error = problems([f"run_dir={tmp_path / run_dir}"], corpus)
+        assert f"{tmp_path / 'taken'} is a file, not a folder" in str(error)
+
+
+def test_broken_files_of_a_user(corpus, tmp_path):
+    folder = tmp_path / "mine"
+    assert "no such folder" in str(problems([], corpus, config_dir=folder))
+    (folder / "experiment").mkdir(parents=True)
+    file = folder / "experiment" / "mine.yaml"
+    file.write_text("# @package _global_\ntrain:\n  stesp: 5\n  steps: soon\n")
+    error = problems(["experiment=mine"], corpus, config_dir=folder)
+    assert [problem.key for problem in error.problems] == ["train.stesp", "train.steps"]
+    assert f" or {folder})" in str(error.problems[0])
+    file.write_text("train: [")
+    assert "the files cannot be composed" in str(problems(["experiment=mine"], corpus, config_dir=folder))
+    file.write_text("# @package _global_\ndefaults:\n  - override /model: gpt5\n")
+    error = problems(["experiment=mine", "lr=1"], corpus, config_dir=folder)
+    assert "model/gpt5" in str(error)
+    assert "did you mean optim.lr?" in str(error)

@@ -1,0 +1,217 @@
+"""What a person reads: one line every few steps, each kind of warning once, no colour codes in files."""
+
+import io
+import re
+
+import pytest
+
+from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.monitor.console import Console, format_count, format_duration, format_lr, kind_of, progress
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def record(step: int, *, loss: float = 3.0) -> StepRecord:
+    return StepRecord(
+        step=step,
+        tokens=(step + 1) * 8192,
+        loss=loss,
+        grad_norm=0.912,
+        lr=3e-4,
+        time_s=0.2 * (step + 1),
+        step_s=0.2,
+        select_s=0.05,
+    )
+
+
+def chosen(step: int, docs: float = 0.75, method: str = "opus") -> SelectionRecord:
+    return SelectionRecord(
+        step=step,
+        method=method,
+        candidate_ids=list(range(64)),
+        utilities=None,
+        picked_ids=list(range(32)),
+        share={"docs": docs, "noise": 1 - docs},
+        pool_share={"docs": 0.25, "noise": 0.75},
+        ess=30.6,
+        max_p_ratio=4.0,
+    )
+
+
+def lines(stream: io.StringIO) -> list[str]:
+    return stream.getvalue().splitlines()
+
+
+def test_progress_line() -> None:
+    stream, clock = io.StringIO(), Clock()
+    console = Console(4000, 10, stream, clock)
+    for step in range(20):
+        clock.now += 0.25  # 0.05 s of each go into validation
+        console.step(record(step, loss=3.0 + step % 10 / 10), chosen(step, docs=0.6 + 0.2 * (step % 2)))
+    assert lines(stream)[1] == (
+        "step 20/4000 0.5% | loss 3.450 | grad 0.91 | lr 3.0e-4 | 41.0k tok/s | sel 25.0% time, keep 0.50, ess 31/64 | "
+        "docs .25->.70 | eta 16m25s"
+    )
+    assert len(lines(stream)) == 2
+
+
+def test_a_uniform_step_shows_no_sample_size() -> None:
+    stream = io.StringIO()
+    Console(100, 1, stream, Clock()).step(record(0), chosen(0, method="uniform"))
+    assert "keep 0.50, uniform |" in stream.getvalue()
+    assert "ess" not in stream.getvalue()
+
+
+def test_a_run_without_selection_and_the_last_step() -> None:
+    stream = io.StringIO()
+    console = Console(3, 2, stream, Clock())
+    for step in range(3):
+        console.step(record(step), None)
+    first, last = lines(stream)
+    assert first.startswith("step 2/3 66.7% | loss 3.000")
+    assert first.endswith("tok/s | eta 0s")
+    assert last == "step 3/3 100.0% | loss 3.000 | grad 0.91 | lr 3.0e-4 | 41.0k tok/s"
+
+
+def test_a_resumed_run_takes_its_pace_from_its_own_steps() -> None:
+    stream, clock = io.StringIO(), Clock()
+    clock.now = 1000.0
+    console = Console(200, 10, stream, clock)
+    for step in range(100, 110):
+        clock.now += 0.2
+        console.step(record(step), None)
+    assert "step 110/200 55.0%" in stream.getvalue()
+    assert "41.0k tok/s" in stream.getvalue()
+    assert stream.getvalue().rstrip().endswith("eta 18s")
+
+
+def test_warnings_first_of_each_kind_then_counted() -> None:
+    stream = io.StringIO()
+    console = Console(100, 2, stream, Clock())
+    for step in range(4):
+        console.event(f"{step + 1} candidates with a non-finite utility: ids {step}, {step + 7}")
+        if step == 1:
+            console.event("step 1: update skipped")
+        console.step(record(step), chosen(step))
+    console.event("checkpoint slow")
+    console.close()
+    warnings = [line for line in lines(stream) if line.startswith("WARNING")]
+    assert warnings[0].startswith("WARNING 1 candidates with a non-finite utility: ids 0, 7")
+    assert warnings[1].startswith("WARNING step 1: update skipped")
+    assert warnings[2].startswith("WARNING checkpoint slow")
+    assert warnings[3:] == ["WARNING 4 times in all: # candidates with a non-finite utility: ids #"]
+    progress_lines = [line for line in lines(stream) if line.startswith("step")]
+    assert "| 3 warnings |" in progress_lines[0]
+    assert "| 5 warnings |" in progress_lines[1]
+
+
+def test_kinds_of_events_differ_by_words_only() -> None:
+    assert kind_of("step 31: 2 bad, ids 5, 9") == kind_of("step 7: 12 bad, ids 1, 2, 3")
+    assert kind_of("loss 1.5e-3") == kind_of("loss 2")
+    assert kind_of("no optimizer state") != kind_of("no proxy")
+
+
+def test_validation_line() -> None:
+    stream = io.StringIO()
+    domains = {"docs": 3.0, "noise": 7.0}
+    validation = ValidationRecord(step=20, tokens=1280, time_s=9.0, loss=2.0, domains=domains)
+    Console(100, 1, stream, Clock()).validation(validation)
+    assert lines(stream) == ["validation after 20 steps, 1.28k tokens | loss 2.0000 | docs 3.000, noise 7.000"]
+
+
+def test_no_colour_codes_outside_a_terminal_and_no_wrapping_anywhere() -> None:
+    plain, terminal = io.StringIO(), Terminal()
+    for stream in (plain, terminal):
+        console = Console(100, 1, stream, Clock())
+        console.step(record(0), chosen(0))
+        console.event("fell back [to] uniform")
+        console.note("a note " * 40)
+    assert "\x1b" not in plain.getvalue()
+    assert "\x1b[1mstep 1/100" in terminal.getvalue()
+    assert re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()) == plain.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (999.7, "1.00k"),
+        (1234567, "1.23M"),
+        (41234, "41.2k"),
+        (412000, "412k"),
+        (2.5e12, "2.50T"),
+    ],
+)
+def test_counts(value: float, text: str) -> None:
+    assert format_count(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.6, "1m00s"), (185, "3m05s"), (3599.7, "1h00m"), (8040, "2h14m"), (90000, "1d01h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("lr", "text"), [(3e-4, "3.0e-4"), (0.02, "2.0e-2"), (1.0, "1.0e0"), (0.0, "0.0e0"), (3e-11, "3.0e-11")]
+)
+def test_learning_rates(lr: float, text: str) -> None:
+    assert format_lr(lr) == text
+
+
+def test_progress_without_a_terminal_is_a_plain_line_every_few_seconds() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with progress("tokenising", 100, stream, clock) as advance:
+        for _ in range(100):
+            clock.now += 0.25
+            advance()
+    assert lines(stream) == [
+        "tokenising: 20/100 20%, eta 20s",
+        "tokenising: 40/100 40%, eta 15s",
+        "tokenising: 60/100 60%, eta 10s",
+        "tokenising: 80/100 80%, eta 5s",
+        "tokenising: 100/100 100%, eta 0s",
+        "tokenising: 100 in 25s",
+    ]
+
+
+def test_progress_of_unknown_length() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with progress("reading", None, stream, clock) as advance:
+        clock.now += 6
+        advance(1500)
+    assert lines(stream) == ["reading: 1.50k", "reading: 1.50k in 6s"]
+
+
+def test_progress_of_work_that_fails_does_not_say_done() -> None:
+    def work() -> None:
+        with progress("reading", 10, stream):
+            raise OSError("disk full")
+
+    stream = io.StringIO()
+    with pytest.raises(OSError, match="disk full"):
+        work()
+    assert stream.getvalue() == ""
+
+
+def test_progress_on_a_terminal_is_a_bar() -> None:
+    stream = Terminal()
+    with progress("tokenising", 3, stream) as advance:
+        for _ in range(3):
+            advance()
+    assert "tokenising" in stream.getvalue()
+    assert "3/3" in stream.getvalue()

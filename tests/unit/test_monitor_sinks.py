@@ -1,0 +1,231 @@
+"""Files of the run folder: complete lines only, and the same after a kill and resume."""
+
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megaopus.errors import ConfigError, DataError
+from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.monitor.config import LoggingConfig
+from megaopus.monitor.monitor import Monitor
+from megaopus.monitor.sinks import RUN_ID_FILE, JsonlSink
+
+TIMING = ("time_s", "step_s", "select_s")
+
+
+def step_record(step: int, *, loss: float | None = None, skipped: bool = False) -> StepRecord:
+    return StepRecord(
+        step=step,
+        tokens=(step + 1) * 64,
+        loss=4 - step / 10 if loss is None else loss,
+        grad_norm=1.0,
+        lr=1e-3,
+        time_s=random.random() + step,
+        step_s=random.random() + 1e-3,
+        select_s=random.random() * 1e-3,
+        skipped=skipped,
+    )
+
+
+def selection_record(step: int, events: tuple[str, ...] = ()) -> SelectionRecord:
+    return SelectionRecord(
+        step=step,
+        method="opus",
+        candidate_ids=[4 * step, 4 * step + 1, 4 * step + 2, 4 * step + 3],
+        utilities=[1e-5, math.nan, math.inf, -math.inf],
+        picked_ids=[4 * step],
+        share={"docs": 1.0},
+        pool_share={"docs": 0.25, "noise": 0.75},
+        ess=2.5,
+        max_p_ratio=2.0,
+        events=list(events),
+    )
+
+
+def validation_record(step: int) -> ValidationRecord:
+    domains = {"docs": 3.0, "noise": 7.0}
+    return ValidationRecord(step=step, tokens=64 * step, time_s=random.random(), loss=4 - step / 10, domains=domains)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_timing(path: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows(path)]
+
+
+def train(folder: Path, start: int, stop: int, every: int = 4) -> None:
+    """The trainer's calls for the updates from ``start`` up to ``stop``, cut off without a close."""
+    monitor = Monitor(LoggingConfig(every=1000), folder, 12, True, start)
+    if start == 0:
+        monitor.validation(validation_record(0))
+    for step in range(start, stop):
+        monitor.step(step_record(step), selection_record(step))
+        if (step + 1) % every == 0:
+            monitor.validation(validation_record(step + 1))
+
+
+def test_every_row_is_on_disk_when_write_returns(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "deep" / "metrics.jsonl")
+    for step in range(3):
+        sink.write({"step": step})
+        assert len(rows(tmp_path / "deep" / "metrics.jsonl")) == step + 1
+
+
+def test_non_finite_numbers_are_strings_that_float_reads(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "rows.jsonl")
+    sink.write({"step": 0, "list": [math.nan, 1.5], "nested": {"inf": math.inf}, "low": -math.inf})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    row = json.loads((tmp_path / "rows.jsonl").read_text(), parse_constant=refuse)
+    assert row == {"step": 0, "list": ["nan", 1.5], "nested": {"inf": "inf"}, "low": "-inf"}
+    assert float(row["low"]) == -math.inf
+
+
+def test_numbers_come_back_to_the_last_bit(tmp_path: Path) -> None:
+    values = [0.1 + 0.2, 1e-300, 123456789.123456789]
+    JsonlSink(tmp_path / "rows.jsonl").write({"step": 0, "values": values})
+    assert rows(tmp_path / "rows.jsonl")[0]["values"] == values
+
+
+@pytest.mark.parametrize("killed_at", [4, 6, 8, 11])
+def test_a_killed_and_resumed_run_leaves_the_files_of_a_straight_one(tmp_path: Path, killed_at: int) -> None:
+    """Checkpoints every 4 updates; the kill comes later, in the middle of a line."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train(straight, 0, 12)
+    train(resumed, 0, killed_at)
+    for name in ("metrics.jsonl", "selection.jsonl"):
+        with (resumed / name).open("a") as file:
+            file.write('{"kind":"step","st')
+    train(resumed, killed_at // 4 * 4, 12)
+    for name in ("metrics.jsonl", "selection.jsonl"):
+        assert without_timing(resumed / name) == without_timing(straight / name)
+    assert len(rows(straight / "metrics.jsonl")) == 12 + 4
+
+
+def test_a_validation_made_again_after_resume_is_written_once(tmp_path: Path) -> None:
+    train(tmp_path, 0, 4)
+    monitor = Monitor(LoggingConfig(), tmp_path, 12, True, 4)
+    monitor.validation(validation_record(4))
+    monitor.validation(validation_record(5))
+    steps = [row["step"] for row in rows(tmp_path / "metrics.jsonl") if row["kind"] == "validation"]
+    assert steps == [0, 4, 5]
+
+
+def test_truncate_keeps_bytes_and_says_what_went(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    train(tmp_path, 0, 8)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert JsonlSink(path).truncate_after(8) == []
+    assert path.read_bytes() == b"".join(lines)
+    messages = JsonlSink(path).truncate_after(4)
+    assert messages == ["metrics.jsonl: 5 rows after step 4 of an earlier run dropped, 6 kept"]
+    assert path.read_bytes() == b"".join(lines[:6])
+    with path.open("ab") as file:
+        file.write(lines[6][:20])
+    assert JsonlSink(path).truncate_after(4) == ["metrics.jsonl: a half-written last line dropped, 6 rows kept"]
+    assert path.read_bytes() == b"".join(lines[:6])
+    assert [entry.name for entry in tmp_path.iterdir() if entry.suffix == ".tmp"] == []
+
+
+def test_a_last_line_that_lacks_only_its_newline_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step":0}\n{"step":1}')
+    assert JsonlSink(path).truncate_after(5) == []
+    JsonlSink(path).write({"step": 2})
+    assert [row["step"] for row in rows(path)] == [0, 1, 2]
+
+
+def test_a_fresh_start_in_the_same_folder_keeps_nothing(tmp_path: Path) -> None:
+    train(tmp_path, 0, 4)
+    train(tmp_path, 0, 2)
+    assert [(row["kind"], row["step"]) for row in rows(tmp_path / "metrics.jsonl")] == [
+        ("validation", 0),
+        ("step", 0),
+        ("step", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("{oops", "line 2: not JSON"), ("{}", "line 2: no whole number"), ("7", "line 2: expected")]
+)
+def test_a_broken_line_stops_the_resume_and_changes_nothing(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    text = f'{{"step":0}}\n{line}\n{{"step":2}}\n'
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        Monitor(LoggingConfig(), tmp_path, 10, True, 1)
+    assert path.read_text() == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_the_writer_rank_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = Monitor(LoggingConfig(every=1, wandb="offline"), tmp_path / "run", 10, False)
+    monitor.step(step_record(0), selection_record(0, ("fallback",)))
+    monitor.validation(validation_record(1))
+    monitor.event("event")
+    monitor.note("note")
+    monitor.close()
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_selection_file_can_be_switched_off(tmp_path: Path) -> None:
+    monitor = Monitor(LoggingConfig(selection=False), tmp_path, 10, True)
+    monitor.step(step_record(0), selection_record(0))
+    monitor.step(step_record(1), None)
+    monitor.close()
+    monitor.close()
+    assert [row["kind"] for row in rows(tmp_path / "metrics.jsonl")] == ["step", "step"]
+    assert not (tmp_path / "selection.jsonl").exists()
+
+
+def test_selection_rows_hold_candidates_utilities_and_picks(tmp_path: Path) -> None:
+    Monitor(LoggingConfig(), tmp_path, 10, True).step(step_record(0), selection_record(0))
+    row = rows(tmp_path / "selection.jsonl")[0]
+    assert row["candidate_ids"] == [0, 1, 2, 3]
+    assert row["utilities"] == [1e-5, "nan", "inf", "-inf"]
+    assert (row["picked_ids"], row["share"], row["ess"]) == ([0], {"docs": 1.0}, 2.5)
+
+
+def test_wandb_missing_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"logging\.wandb = 'offline'"):
+        Monitor(LoggingConfig(wandb="offline"), tmp_path / "run", 10, True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_offline_run_continues_one_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2 + "01234567")
+    losses = {0: 3.7346190, 2: 3.5280917}
+    for step, loss in losses.items():
+        monitor = Monitor(LoggingConfig(wandb="offline"), tmp_path, 10, True, step, {"optim": {"beta": 0.9371}})
+        monitor.step(step_record(step, loss=loss), selection_record(step))
+        monitor.validation(validation_record(step + 1))
+        monitor.close()
+        time.sleep(1.1)  # offline pieces are named by the second
+    pieces = [path.read_bytes() for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))]
+    run_id = (tmp_path / RUN_ID_FILE).read_bytes().strip()
+    assert len(pieces) == 2
+    for piece, loss in zip(pieces, losses.values(), strict=True):
+        names = (
+            b"train/loss",
+            b"selection/ess",
+            b"selection/share/docs",
+            b"validation/domain/noise",
+            b"beta",
+            b"0.9371",
+        )
+        assert [name for name in (run_id, *names, str(loss).encode()) if name not in piece] == []
+    everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"0123456789abcdef0123456789abcdef" not in everything

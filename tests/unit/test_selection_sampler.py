@@ -1,0 +1,143 @@
+"""Counter-based noise and the samplers built on it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from megaopus.selection import noise, sampler
+
+
+def test_noise_is_splitmix64() -> None:
+    # first outputs of the published generator for seed 0: its state advances by the same constant per draw
+    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    found = noise.bits(0, torch.arange(1, 4)).tolist()
+    assert [value % 2**64 for value in found] == expected
+
+
+def test_uniform_noise_has_the_right_moments_and_no_correlation() -> None:
+    count = 200_000
+    x = noise.uniform(noise.key(3, "a", 5), torch.arange(count))
+    assert x.dtype == torch.float64
+    assert 0 < x.min() < 1e-4
+    assert 1 - 1e-4 < x.max() < 1
+    assert abs(x.mean() - 0.5) < 4 * (1 / 12 / count) ** 0.5
+    assert x.var() == pytest.approx(1 / 12, rel=0.01)
+    counts = torch.histc(x, 64, 0, 1)
+    assert ((counts - count / 64) ** 2 / (count / 64)).sum() < 63 + 4 * (2 * 63) ** 0.5  # chi-square
+    others = [
+        x.roll(1),  # the neighbouring id
+        noise.uniform(noise.key(3, "a", 6), torch.arange(count)),  # the next step
+        noise.uniform(noise.key(4, "a", 5), torch.arange(count)),  # the next seed
+        noise.uniform(noise.key(3, "b", 5), torch.arange(count)),  # another purpose
+    ]
+    for other in others:
+        assert abs(torch.corrcoef(torch.stack([x, other]))[0, 1]) < 4 / count**0.5
+
+
+def test_noise_of_one_id_over_many_steps_is_uniform() -> None:
+    x = torch.cat([noise.uniform(noise.key(1, "uniform", step), torch.tensor([17])) for step in range(20_000)])
+    assert abs(x.mean() - 0.5) < 4 * (1 / 12 / len(x)) ** 0.5
+    assert abs(torch.corrcoef(torch.stack([x[1:], x[:-1]]))[0, 1]) < 4 / len(x) ** 0.5
+
+
+def test_extreme_bits_stay_inside_the_open_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    for extreme in (0, -1):  # all bits clear, all bits set
+        monkeypatch.setattr(noise, "bits", lambda seed, counters, value=extreme: torch.full_like(counters, value))
+        assert 0 < noise.uniform(0, torch.arange(1)).item() < 1
+        assert torch.isfinite(noise.gumbel(0, torch.arange(1))).all()
+
+
+def test_keys_depend_on_every_part_and_their_order() -> None:
+    keys = {noise.key(*parts) for parts in itertools.product((0, 1, -1), ("a", "b"), (0, 1, 2**63))}
+    assert len(keys) == 18
+    assert noise.key(1, 2) != noise.key(2, 1)
+
+
+def test_uniform_picks_each_candidate_and_pair_equally_often() -> None:
+    ids, steps = torch.arange(100, 106), 6000
+    pairs = torch.zeros(6, 6)
+    for step in range(steps):
+        picked = sampler.pick_uniform(ids, 2, seed=0, step=step)
+        pairs[picked[0], picked[1]] += 1
+        pairs[picked[1], picked[0]] += 1
+    expected = steps / 15
+    off_diagonal = pairs[~torch.eye(6, dtype=torch.bool)]
+    assert (off_diagonal - expected).abs().max() < 4.5 * expected**0.5
+    assert pairs.diagonal().sum() == 0
+
+
+def test_picks_depend_on_ids_not_on_positions() -> None:
+    ids = torch.randperm(40, generator=torch.Generator().manual_seed(0)) + 7
+    utilities = torch.sin(ids.double() * 3)
+    gram = torch.outer(utilities, utilities) + torch.eye(40)
+    order = torch.argsort(ids)
+    for pick in (
+        lambda u, g, i: sampler.pick_uniform(i, 9, 1, 2),
+        lambda u, g, i: sampler.pick_top_k(u, i, 9),
+        lambda u, g, i: sampler.pick_boltzmann(u, i, 9, 0.9, 1, 2),
+        lambda u, g, i: sampler.pick_diverse(u, 0.1 * g, i, 9, temperature=0.9, seed=1, step=2),
+    ):
+        shuffled = ids[pick(utilities, gram, ids)]
+        ordered = ids[order][pick(utilities[order], gram[order][:, order], ids[order])]
+        assert shuffled.tolist() == ordered.tolist()
+        assert len(set(shuffled.tolist())) == 9
+
+
+def test_top_k_takes_the_smaller_id_of_equal_utilities() -> None:
+    ids = torch.tensor([9, 3, 5, 1, 7])
+    picked = sampler.pick_top_k(torch.tensor([1.0, 1.0, 2.0, 0.0, 1.0], dtype=torch.float64), ids, 3)
+    assert ids[picked].tolist() == [5, 3, 7]
+
+
+def successive_draws(p: torch.Tensor, count: int) -> dict[tuple[int, ...], float]:
+    """Probability of each ordered outcome of ``count`` draws without replacement."""
+    outcomes = {}
+    for outcome in itertools.permutations(range(len(p)), count):
+        chance, left = 1.0, float(p.sum())
+        for index in outcome:
+            chance *= float(p[index]) / left
+            left -= float(p[index])
+        outcomes[outcome] = chance
+    return outcomes
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_boltzmann_is_successive_draws_without_replacement(one_by_one: bool) -> None:
+    utilities, ids = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64), torch.arange(4) + 1000
+    expected = successive_draws(sampler.probabilities(utilities, 0.8), 2)
+    steps, found = 5000, dict.fromkeys(expected, 0)
+    for step in range(steps):
+        if one_by_one:
+            none = torch.zeros(4, 4, dtype=torch.float64)
+            picked = sampler.pick_diverse(utilities, none, ids, 2, temperature=0.8, seed=5, step=step)
+        else:
+            picked = sampler.pick_boltzmann(utilities, ids, 2, 0.8, seed=5, step=step)
+        found[tuple(picked.tolist())] += 1
+    chi_square = sum((found[o] - steps * p) ** 2 / (steps * p) for o, p in expected.items())
+    assert chi_square < 11 + 4 * (2 * 11) ** 0.5
+
+
+def test_diverse_picks_follow_the_greedy_formula_and_avoid_duplicates() -> None:
+    generator = torch.Generator().manual_seed(2)
+    updates = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    updates[1] = updates[0]  # a duplicate
+    utilities = updates @ torch.randn(5, generator=generator, dtype=torch.float64)
+    utilities[:2] = utilities.max() + 0.1
+    gram = updates @ updates.t()
+    picked: list[int] = []
+    for _ in range(3):
+        score = [float(utilities[z] - sum(gram[z, s] for s in picked)) if z not in picked else -1e9 for z in range(7)]
+        picked.append(score.index(max(score)))
+    found = sampler.pick_diverse(utilities, gram, torch.arange(7), 3, temperature=None, seed=0, step=0)
+    assert found.tolist() == picked
+    assert found[0] == 0
+    assert 1 not in picked
+
+
+def test_standardise_is_the_population_z_score() -> None:
+    z = sampler.standardise(torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64))
+    assert z.mean().item() == pytest.approx(0)
+    assert z.square().mean().item() == pytest.approx(1)
