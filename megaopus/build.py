@@ -88,7 +88,7 @@ def build_trainer(
     validation = corpora.validation.fixed(config.train.eval_sequences)
     return Trainer(
         engine=engine,
-        stream=CandidateStream(corpora.pool, num_candidates(config), config.seed),
+        stream=CandidateStream(corpora.pool, config.num_candidates(), config.seed),
         selector=selector,
         monitor=monitor,
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh),
@@ -116,11 +116,6 @@ def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> MegatronEngi
         total_steps=config.train.steps,
         seed=config.seed,
     )
-
-
-def num_candidates(config: RunConfig) -> int:
-    """N = K / rho."""
-    return round(config.train.global_batch_size / config.selection.rho)
 
 
 class _Corpora:
@@ -159,7 +154,7 @@ def _identity(config: RunConfig, corpora: _Corpora) -> dict[str, Any]:
         "model": asdict(config.model),
         "optimizer": config.optim.name,
         "global_batch_size": config.train.global_batch_size,
-        "num_candidates": num_candidates(config),
+        "num_candidates": config.num_candidates(),
     }
 
 
@@ -179,7 +174,7 @@ def _derived(config: RunConfig, mesh: Mesh, corpora: _Corpora) -> str:
     parts = [
         f"{shape.world_size} rank(s) on {mesh.device.type}: dp={shape.dp} tp={shape.tp} pp={shape.pp}",
         f"{train.steps} steps of {train.global_batch_size} x {config.data.seq_len} tokens",
-        f"{config.selection.method} picks {train.global_batch_size} of {num_candidates(config)} candidates",
+        f"{config.selection.method} picks {train.global_batch_size} of {config.num_candidates()} candidates",
         f"pool of {len(corpora.pool):,} sequences ({corpora.pool.corpus.fingerprint[:12]})",
     ]
     return " | ".join(parts)

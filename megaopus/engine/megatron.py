@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import StepResult
 from megaopus.engine.config import EngineConfig
+from megaopus.models.arithmetic import padded_vocab
 from megaopus.models.config import ModelConfig
-from megaopus.models.gpt import build_gpt, initialize, padded_vocab, transformer_config
+from megaopus.models.gpt import build_gpt, initialize, transformer_config
 from megaopus.optim.build import MainOptimizer
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.schedule import lr_factor
@@ -58,7 +60,8 @@ class MegatronEngine:
         self._seed = seed
         self._dropout = model.dropout > 0
         self._seed_random_states()
-        with mesh.megatron():
+        with mesh.megatron(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Apex is not installed, an option we do not set is deprecated
             config = transformer_config(
                 model, mesh, bf16=self.bf16, sequence_parallel=parallel.sequence_parallel, recompute=engine.recompute
             )

@@ -16,15 +16,6 @@ from torch.nn import functional as F
 from megaopus.distributed.mesh import Mesh
 from megaopus.models.config import ModelConfig
 
-VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this at every layout, so that the model is the same at every tp <= 128."""
-
-
-def padded_vocab(vocab_size: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up to a multiple of VOCAB_MULTIPLE."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
 def transformer_config(model: ModelConfig, mesh: Mesh, *, bf16: bool, sequence_parallel: bool, recompute: bool) -> Any:
     """megatron's TransformerConfig for this model on this mesh."""
     from megatron.core.transformer import TransformerConfig
@@ -34,7 +25,8 @@ def transformer_config(model: ModelConfig, mesh: Mesh, *, bf16: bool, sequence_p
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
-        num_query_groups=model.num_kv_heads or model.num_heads,
+        num_query_groups=model.derived_kv_heads(),
+        kv_channels=model.derived_head_dim(),
         ffn_hidden_size=model.derived_ffn(),
         normalization="LayerNorm" if model.norm == "layernorm" else "RMSNorm",
         layernorm_epsilon=model.norm_epsilon,

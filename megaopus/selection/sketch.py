@@ -22,7 +22,7 @@ class CountSketch:
 
     def __init__(self, name: str, indices: Tensor, dim: int, seed: int):
         bits = noise.bits(noise.key(seed, "sketch", name), indices)
-        self._bucket = (((bits >> 1) & ((1 << 63) - 1)) % dim).to(torch.int32)
+        self._bucket = ((bits >> 1) & ((1 << 63) - 1)) % dim  # int64: what scatter_add_ takes
         self._sign = ((bits & 1) * 2 - 1).to(torch.int8)
         self.dim = dim
 
@@ -31,13 +31,13 @@ class CountSketch:
         weight = self._sign.to(rows.dtype)
         if factor is not None:
             weight = weight * factor.to(rows.dtype)
-        return rows.new_zeros(len(rows), self.dim).index_add_(1, self._bucket, rows * weight)
+        return rows.new_zeros(len(rows), self.dim).scatter_add_(1, self._bucket.expand_as(rows), rows * weight)
 
 
 class CountSketchEstimator:
     """Alignment sum_r <phi_r, psi_r>, phi_r = Pi_r(P_r sum_t b_t a_t^T), psi_r = Pi_r(proxy gradient of layer r).
 
-    Keeps each layer's hashes (5 bytes per weight) between steps. ``layers``: 'linear' sums over matrices with at least
+    Keeps each layer's hashes (9 bytes per weight) between steps. ``layers``: 'linear' sums over matrices with at least
     one linear use (a tied embedding counts both its uses), 'all' over embeddings too.
     """
 

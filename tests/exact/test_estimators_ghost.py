@@ -92,21 +92,20 @@ def test_ghost_gradients_are_exact_for_unusual_modules_and_under_recomputation(r
 
 
 def test_compiled_scores_equal_eager_scores() -> None:
-    backend = train("adamw", steps=3)
+    backend = train("adamw", steps=3, make=lambda: ToyGPT(width=16, layers=1))
     candidates, gradient, operator = buffer(6, seed=0), backend.gradient(proxy(0)), backend.operator()
 
     def scores(scored: ModuleBackend) -> tuple[Tensor, Tensor]:
         scored.losses(candidates.batch())  # compiled once without hooks
-        scored.gradient(candidates)
         sketch, _ = CountSketchEstimator(1024, 0).estimate(scored, candidates, operator, gradient, micro_batch_size=3)
         return sketch, directional_utilities(scored, candidates, operator, gradient)
 
     eager = scores(backend)
-    compiled = torch.compile(backend.module, backend="aot_eager")
+    compiled = torch.compile(backend.module, backend="eager")
     found = {"model": scores(ModuleBackend(compiled, backend.optimizers, per_sequence_loss))}
-    compiled_loss = torch.compile(per_sequence_loss, backend="aot_eager")
+    compiled_loss = torch.compile(per_sequence_loss, backend="eager")
     found["loss"] = scores(ModuleBackend(backend.module, backend.optimizers, compiled_loss))
-    backend.module.blocks[0].compile(backend="aot_eager")  # in place
+    backend.module.blocks[0].compile(backend="eager")  # in place
     found["block"] = scores(backend)
     for what, values in found.items():
         for value, expected in zip(values, eager, strict=True):

@@ -16,7 +16,6 @@ from megaopus.selection import (
     Selector,
     TensorCandidates,
     directional_utilities,
-    exact_utilities,
     mean_losses,
 )
 
@@ -132,14 +131,14 @@ def autocast_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def test_autocast_does_not_score_with_stale_weight_casts(where: str) -> None:
     backend = ready()
     candidates, gradient, operator = data(12, 3), backend.gradient(data(8, 7)), backend.operator()
-    exact = exact_utilities(backend, candidates, operator, gradient)
+    fp32 = directional_utilities(backend, candidates, operator, gradient)
     backend.loss = loss if where == "around the loop" else autocast_loss
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where != "inside the loss"):
         # casts without a graph, and casts of the weights as they are, are now in the cache
         loss(backend.module, candidates.batch())
         scores = directional_utilities(backend, candidates, operator, gradient)
         loss(backend.module, candidates.batch()).mean().backward()
-    assert torch.corrcoef(torch.stack([scores, exact]))[0, 1] > 0.9
+    assert (scores - fp32).abs().max() < 0.1 * fp32.std()
     for p in backend.module.parameters():
         assert p.grad is not None
         assert p.grad.abs().max() > 0

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -316,11 +313,6 @@ def test_scored_length_cuts_candidates_not_the_proxy() -> None:
     seen: list[tuple[bool, int]] = []
 
     class Recording(ModuleBackend):
-        @contextmanager
-        def perturbed(self, direction, scale) -> Iterator[None]:
-            with super().perturbed(direction, scale):
-                yield
-
         def _losses(self, model, x):
             seen.append((torch.is_grad_enabled(), x.shape[1]))
             return super()._losses(model, x)

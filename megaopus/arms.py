@@ -1,0 +1,58 @@
+"""Runs that continue one shared uniform warm-up with different selection settings, each a real ``train`` process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaopus.checkpoint.checkpointer import complete_checkpoints
+from megaopus.errors import EngineError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """A warm-up of ``warm_steps`` uniform updates and a stretch of ``steps`` more, which every arm trains on its own.
+
+    ``settings``: overrides common to the warm-up and all arms. Finished runs are not run again.
+    """
+
+    folder: Path
+    settings: tuple[str, ...]
+    warm_steps: int
+    steps: int
+    seed: int
+    echo: Callable[[str], None] = print
+
+    def warm_up(self) -> Path:
+        """The run folder of the shared warm-up, trained if it is not there."""
+        run_dir = self.folder / f"warmup_seed{self.seed}"
+        self._train(run_dir, self.warm_steps, "auto", ["selection=uniform", "selection.rho=0.5"])
+        return run_dir
+
+    def run(self, name: str, overrides: Sequence[str]) -> Path:
+        """The run folder of arm ``name``: from the end of the warm-up to the end of the stretch."""
+        run_dir = self.folder / f"{name}_seed{self.seed}"
+        self._train(run_dir, self.warm_steps + self.steps, str(self.warm_up()), overrides)
+        return run_dir
+
+    def _train(self, run_dir: Path, steps: int, resume: str, overrides: Sequence[str]) -> None:
+        done = complete_checkpoints(run_dir)
+        if done and done[-1].name == f"step_{steps:08d}":
+            return
+        arguments = [
+            *self.settings,
+            *overrides,
+            f"train.steps={steps}",
+            f"seed={self.seed}",
+            f"resume={resume}",
+            f"run_dir={run_dir}",
+        ]
+        self.echo(f"\n$ python -m megaopus train {' '.join(arguments)}")
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        status = subprocess.run([sys.executable, "-m", "megaopus", "train", *arguments], env=environment).returncode
+        if status:
+            raise EngineError(f"{run_dir}: training ended with exit status {status}; its message is above")

@@ -1,0 +1,132 @@
+"""The demo: two runs of a small GPT from one warm-up, uniform and opus, on text found in this Python installation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megaopus.monitor.compare import Comparison, Run
+
+WANTED = "docs"
+WARM_STEPS = 250
+STEPS = 350
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the ``demo`` verb."""
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1234, help="of data order, weights and sampling (%(default)s)")
+    parser.add_argument(
+        "--warm-steps", type=int, default=WARM_STEPS, metavar="N", help="shared uniform updates (%(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="updates of each arm after (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Build the corpus, train both arms, print the table, write report.html and summary.json."""
+    from rich.console import Console
+
+    from megaopus.arms import Stretch
+    from megaopus.monitor.compare import compare, load_run
+    from megaopus.monitor.report import write_report
+
+    console = Console()
+    started = time.monotonic()
+    corpus = ensure_corpus(args.out / "corpus", console)
+    stretch = Stretch(
+        folder=args.out,
+        settings=("experiment=demo", f"data.path={corpus}", f"data.wanted=[{WANTED}]"),
+        warm_steps=args.warm_steps,
+        steps=args.steps,
+        seed=args.seed,
+        echo=lambda text: console.print(text, style="bold", highlight=False, markup=False, soft_wrap=True),
+    )
+    uniform = load_run(stretch.run("uniform", ["selection=uniform", "selection.rho=0.5"]), "uniform")
+    opus = load_run(stretch.run("opus", ["selection=opus"]), "opus")
+    comparison = compare(uniform, opus, args.warm_steps)
+    summary = summarise(uniform, opus, comparison, args)
+    summary_path = args.out / "summary.json"
+    partial = summary_path.with_suffix(".partial")
+    partial.write_text(json.dumps(summary, indent=1) + "\n")
+    partial.replace(summary_path)
+    report = write_report(
+        {"uniform": uniform, "opus": opus},
+        args.out / "report.html",
+        start_step=args.warm_steps,
+        title="megaopus demo: uniform against opus",
+        notes=[f"Both arms continue one uniform warm-up of {args.warm_steps} updates; wanted domain: {WANTED}."],
+    )
+    print_table(console, uniform, opus, comparison)
+    minutes = (time.monotonic() - started) / 60
+    console.print(f"\nreport: {report}\nsummary: {summary_path}\n{minutes:.1f} minutes in all", highlight=False)
+
+
+def ensure_corpus(path: Path, console: Any) -> Path:
+    """The demo corpus at ``path``, prepared if it is not there."""
+    if not (path / "manifest.json").is_file():
+        from megaopus.data.demo_corpus import build_demo_corpus
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        build_demo_corpus(path, console=console)
+    return path
+
+
+def summarise(uniform: Run, opus: Run, comparison: Comparison, args: argparse.Namespace) -> dict[str, Any]:
+    """The content of summary.json; ratios are null where opus never reaches uniform's final loss."""
+    return {
+        "tokens_ratio": comparison.tokens_ratio,
+        "time_ratio": comparison.time_ratio,
+        "overhead": comparison.overhead,
+        "uniform.final_loss": comparison.uniform_final_loss,
+        "opus.final_loss": comparison.final_loss,
+        "seeds": [args.seed],
+        "uniform_fall": comparison.uniform_fall,
+        "warm_steps": args.warm_steps,
+        "steps": args.steps,
+        "picked_share": {run.name: picked_share(run, args.warm_steps) for run in (uniform, opus)},
+        "comparison": asdict(comparison),
+    }
+
+
+def picked_share(run: Run, start_step: int) -> dict[str, float]:
+    """Mean share of each domain among the picks after ``start_step``."""
+    rows = [row for row in run.selections if row.step >= start_step]
+    return {domain: sum(row.share[domain] for row in rows) / len(rows) for domain in rows[0].share}
+
+
+def print_table(console: Any, uniform: Run, opus: Run, comparison: Comparison) -> None:
+    """The result as a table."""
+    from rich.table import Table
+
+    start = comparison.start_step
+    steps = [row for row in uniform.steps if row.step >= start]
+    tokens = len(steps) * (steps[0].tokens // (steps[0].step + 1))
+    seconds = sum(row.step_s for row in steps)
+    table = Table(title=f"{len(steps)} updates after a shared uniform warm-up of {start}", title_style="bold")
+    for column, justify in (("", "left"), ("uniform", "right"), ("opus", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_row(f"final loss on {WANTED}", f"{comparison.uniform_final_loss:.3f}", f"{comparison.final_loss:.3f}")
+    reach = comparison.tokens_ratio, comparison.time_ratio
+    table.add_row("update tokens to uniform's final loss", f"{tokens:,}", _reached(reach[0], tokens, "{:,.0f}"))
+    table.add_row("seconds to uniform's final loss", f"{seconds:.0f}", _reached(reach[1], seconds, "{:.0f}"))
+    base = sum(row.select_s for row in steps) / (seconds - sum(row.select_s for row in steps))
+    table.add_row("scoring overhead over training", f"{base:.1%}", f"{comparison.overhead:.1%}")
+    pool = opus.selections[-1].pool_share
+    shares = [picked_share(run, start) for run in (uniform, opus)]
+    for domain in pool:
+        table.add_row(f"picked from {domain}", *(f"{share[domain]:.1%}" for share in shares))
+    console.print()
+    console.print(table)
+    if comparison.uniform_fall < 0.15:
+        console.print(f"uniform's loss fell by only {comparison.uniform_fall:.2f}: the ratios mean little here")
+
+
+def _reached(ratio: float | None, whole: float, form: str) -> str:
+    if ratio is None:
+        return "not reached"
+    return f"{form.format(ratio * whole)} ({ratio:.0%})"

@@ -1,0 +1,123 @@
+"""Muon against its published formula and torch's own, and the learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.optim.config import OptimConfig
+from megaopus.optim.muon import Muon
+from megaopus.optim.schedule import lr_factor
+from tests.harness import random_batch, tiny_engine
+
+SHAPES = [(7, 5), (5, 7), (6, 6), (33, 4)]
+
+
+def reference_muon(w: np.ndarray, gradients: list[np.ndarray], lr: float, mu: float, decay: float) -> np.ndarray:
+    """Muon in float64, written from the formula: M, U, X, five Newton-Schulz steps on the short side, W."""
+    momentum = np.zeros_like(w)
+    m, n = w.shape
+    for g in gradients:
+        momentum = mu * momentum + (1 - mu) * g
+        u = (1 - mu) * g + mu * momentum
+        x = (u.T if m > n else u) / np.linalg.norm(u)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        w = (1 - lr * decay) * w - lr * math.sqrt(max(1, m / n)) * (x.T if m > n else x)
+    return w
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_muon_equals_its_formula_in_float64(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=shape)
+    gradients = [rng.normal(size=shape) for _ in range(4)]
+    weight = torch.nn.Parameter(torch.tensor(start))
+    optimizer = Muon([weight], lr=0.1, momentum=0.9, weight_decay=0.2, eps=0.0)
+    for gradient in gradients:
+        weight.grad = torch.tensor(gradient)
+        optimizer.step()
+    expected = reference_muon(start, gradients, 0.1, 0.9, 0.2)
+    np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_muon_equals_torchs_up_to_its_bfloat16(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    mine = Muon([ours], lr=0.1, momentum=0.9)
+    torchs = torch.optim.Muon([theirs], lr=0.1, momentum=0.9, weight_decay=0.0)
+    for _ in range(3):
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        torchs.step()
+    assert (ours - theirs).norm() / (ours - start).norm() < 0.05
+    assert mine.param_groups[0].keys() <= torchs.param_groups[0].keys()
+
+
+def test_muon_refuses_what_is_not_a_matrix() -> None:
+    with pytest.raises(ValueError, match=r"matrices only, not a parameter of shape \(3,\)"):
+        Muon([torch.nn.Parameter(torch.zeros(3))])
+
+
+def factors(total: int, **settings: object) -> list[float]:
+    config = OptimConfig(**settings)
+    return [lr_factor(config, step, total) for step in range(total)]
+
+
+def test_schedules() -> None:
+    assert factors(4, schedule="constant", warmup_steps=2) == [0.5, 1.0, 1.0, 1.0]
+    cosine = factors(11, schedule="cosine", min_lr_ratio=0.1)
+    assert cosine[0] == 1.0
+    assert cosine[-1] == pytest.approx(0.1)
+    assert cosine[5] == pytest.approx(0.55)
+    assert all(a >= b for a, b in zip(cosine, cosine[1:], strict=False))
+    wsd = factors(10, schedule="wsd", decay_steps=4, min_lr_ratio=0.2)
+    assert wsd == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.fixture
+def mesh() -> Iterator[Mesh]:
+    alone = Mesh(ParallelConfig(), "cpu")
+    yield alone
+    alone.close()
+
+
+def test_groups_of_the_engine(mesh: Mesh) -> None:
+    """Muon has the blocks' matrices, AdamW the rest; norms and biases are not decayed; the peak is scaled."""
+    engine = tiny_engine(
+        mesh, optim=OptimConfig(name="muon", lr=0.01, muon_lr=0.1, weight_decay=0.3, muon_weight_decay=0.2)
+    )
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    muon, adamw = engine.optimizer.torch_optimizers
+    held = [names[id(p)] for group in muon.param_groups for p in group["params"]]
+    assert all("decoder.layers" in name and name.endswith("weight") and "norm" not in name for name in held)
+    assert len(held) == 2 * 4
+    for group in adamw.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.3 if parameter.dim() == 2 else 0.0)
+    everything = [id(p) for o in (muon, adamw) for group in o.param_groups for p in group["params"]]
+    assert sorted(everything) == sorted(names)
+    engine.optimizer.set_lr(0.5)
+    assert {group["lr"] for group in muon.param_groups} == {0.05}
+    assert {group["lr"] for group in adamw.param_groups} == {0.005}
+
+
+def test_clipping_by_the_global_norm(mesh: Mesh) -> None:
+    """SGD without momentum moves the weights by lr * gradient, scaled down to the largest allowed norm."""
+    optim = OptimConfig(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, clip_grad=0.01, schedule="constant")
+    engine = tiny_engine(mesh, optim=optim)
+    before = torch.cat([p.detach().flatten().clone() for p in engine.module.parameters()])
+    result = engine.train_step(random_batch(8, 0))
+    after = torch.cat([p.detach().flatten() for p in engine.module.parameters()])
+    assert result.grad_norm > 0.1
+    assert float((after - before).norm()) == pytest.approx(0.01, rel=1e-3)
