@@ -1,4 +1,4 @@
-"""A plain PyTorch GPT-2 with no framework around it: the yardstick for throughput, and a check on the engine's maths."""
+"""A plain PyTorch GPT-2 with no framework around it: the yardstick for throughput, and a check on the engine."""
 
 from __future__ import annotations
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megaopus.checkpoint.checkpointer import Checkpointer, read_state, resolve
+from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate
 from megaopus.config import RunConfig, to_yaml
 from megaopus.data.candidates import CandidateStream
 from megaopus.data.corpus import Corpus
@@ -20,6 +22,7 @@ from megaopus.data.sequences import Sequences
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.megatron import MegatronEngine
 from megaopus.errors import CheckpointError
+from megaopus.models.arithmetic import count_parameters
 from megaopus.monitor.health import STOP_EXIT_CODE, StopSignal
 from megaopus.monitor.monitor import Monitor
 from megaopus.selection import Selector
@@ -27,52 +30,51 @@ from megaopus.trainer import Trainer
 
 
 def train(config: RunConfig) -> int:
-    """Run or resume a training job on this rank; returns the process's exit status (0, or 143 after SIGTERM)."""
-    run_dir = Path(config.run_dir)
-    checkpoint = resolve(config.resume, run_dir)
-    state = read_state(checkpoint) if checkpoint is not None else None
+    """Run or resume a training job on this rank; returns the process's exit status (0, or 143 after SIGTERM).
+
+    Nothing is written before the model is built and the checkpoint, if there is one, restored.
+    """
     with StopSignal() as stop:
         mesh = Mesh(config.parallel, config.engine.device, config.engine.timeout_minutes)
         try:
-            return _train(config, mesh, stop, checkpoint, state)
+            return _train(config, mesh, stop)
         finally:
             mesh.close()
 
 
-def _train(
-    config: RunConfig, mesh: Mesh, stop: StopSignal, checkpoint: Path | None, state: dict[str, Any] | None
-) -> int:
+def _train(config: RunConfig, mesh: Mesh, stop: StopSignal) -> int:
     run_dir = Path(config.run_dir)
-    corpora = _Corpora(config)
-    identity = _identity(config, corpora)
-    if state is not None:
-        _check_identity(state["identity"], identity, checkpoint)
+    checkpoint = locate(config.resume, run_dir, mesh)
+    corpora = Corpora(config)
+    trainer = build_trainer(config, mesh, corpora, stop)
+    if checkpoint is not None:
+        check_identity(checkpoint, trainer.identity)
+        trainer.restore(checkpoint)
     if mesh.rank == 0:
-        write_run_folder(config, run_dir, mesh.shape.world_size)
+        write_run_folder(config, run_dir, mesh)
     monitor = Monitor(
         config.logging,
         run_dir,
         config.train.steps,
         is_writer=mesh.rank == 0,
-        resume_step=state["step"] if state is not None else 0,
-        wandb_config=asdict(config),
+        # Rows in a folder without checkpoints of its own are of a launch that begins again.
+        resume_step=checkpoint.step if checkpoint is not None and checkpoint.own else 0,
+        wandb_config=trainer.config,
     )
     try:
-        trainer = build_trainer(config, mesh, corpora, monitor, stop, identity)
-        if checkpoint is not None and state is not None:
-            trainer.restore(checkpoint, state)
-            monitor.note(f"resumed from {checkpoint} after {state['step']} steps")
-        monitor.note(_derived(config, mesh, corpora))
-        reason = trainer.run()
+        if checkpoint is not None:
+            monitor.note(f"resumed from {checkpoint.folder} after {checkpoint.step} steps")
+            if changed := changed_settings(checkpoint.state["config"], trainer.config):
+                monitor.note(f"settings changed since that checkpoint: {', '.join(changed)}")
+        monitor.note(_derived(config, mesh, corpora, trainer))
+        reason = trainer.run(monitor)
     finally:
         monitor.close()
     return 0 if reason is None else STOP_EXIT_CODE
 
 
-def build_trainer(
-    config: RunConfig, mesh: Mesh, corpora: _Corpora, monitor: Monitor, stop: StopSignal, identity: dict[str, Any]
-) -> Trainer:
-    """Engine, data and selector of this rank, from the config alone."""
+def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSignal) -> Trainer:
+    """Engine, data and selector of this rank, from the config alone; writes nothing."""
     engine = build_engine(config, mesh, corpora.pool.corpus.vocab_size)
     selection = config.selection
     proxy = None
@@ -90,12 +92,12 @@ def build_trainer(
         engine=engine,
         stream=CandidateStream(corpora.pool, config.num_candidates(), config.seed),
         selector=selector,
-        monitor=monitor,
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh),
         validation=validation,
         wanted=config.data.wanted or list(validation),
         stop_requested=lambda: _agreed(mesh, stop),
-        identity=identity,
+        identity=_identity(config, corpora, bf16=engine.bf16),
+        config=asdict(config),
         total_steps=config.train.steps,
         tokens_per_step=config.train.global_batch_size * config.data.seq_len,
         eval_every=config.train.eval_every,
@@ -118,7 +120,7 @@ def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> MegatronEngi
     )
 
 
-class _Corpora:
+class Corpora:
     """The pool, the proxy and the validation set of a run, opened once."""
 
     def __init__(self, config: RunConfig):
@@ -145,34 +147,59 @@ def _agreed(mesh: Mesh, stop: StopSignal) -> str | None:
     return stop.reason or "another rank was asked to stop"
 
 
-def _identity(config: RunConfig, corpora: _Corpora) -> dict[str, Any]:
+def _identity(config: RunConfig, corpora: Corpora, *, bf16: bool) -> dict[str, Any]:
     """What must be equal for a checkpoint to mean the same thing: sample order, model shape, optimizer."""
     return {
         "corpus": corpora.pool.corpus.fingerprint,
         "seq_len": config.data.seq_len,
         "seed": config.seed,
         "model": asdict(config.model),
+        "precision": "bf16" if bf16 else "fp32",
         "optimizer": config.optim.name,
         "global_batch_size": config.train.global_batch_size,
         "num_candidates": config.num_candidates(),
     }
 
 
-def _check_identity(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path | None) -> None:
-    lines = [f"  {key}: saved {saved.get(key)!r}, now {value!r}" for key, value in now.items() if saved.get(key) != value]
+def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
+    """Raise CheckpointError, naming every difference, unless the checkpoint belongs to a run with this identity."""
+    saved, now = _flat(checkpoint.state["identity"]), _flat(identity)
+    lines = [f"  {key}: saved {saved.get(key)!r}, now {now.get(key)!r}" for key in _differing(saved, now)]
     if lines:
         raise CheckpointError(
-            f"{checkpoint} belongs to another run; these differ:\n" + "\n".join(lines) + "\n"
-            "Set them back, or start a new run with another run_dir and resume=never"
+            f"{checkpoint.folder} belongs to another run; these differ:\n" + "\n".join(lines) + "\n"
+            "Set them back, or start a new run with another run_dir (nothing was written)"
         )
 
 
-def _derived(config: RunConfig, mesh: Mesh, corpora: _Corpora) -> str:
+def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """``key old -> new`` of each setting that differs; where a run lies and how it resumes is not of interest."""
+    before, after = _flat(saved), _flat(now)
+    keys = [key for key in _differing(before, after) if key not in ("run_dir", "resume")]
+    return [f"{key} {before.get(key)!r} -> {after.get(key)!r}" for key in keys]
+
+
+def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    return [key for key in {**first, **second} if first.get(key) != second.get(key)]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _derived(config: RunConfig, mesh: Mesh, corpora: Corpora, trainer: Trainer) -> str:
     """The line printed before step 0: what follows from the config and the machine."""
     shape = mesh.shape
     train = config.train
+    vocab_size = config.model.vocab_size or corpora.pool.corpus.vocab_size
+    parameters = count_parameters(config.model, vocab_size, config.data.seq_len)
     parts = [
         f"{shape.world_size} rank(s) on {mesh.device.type}: dp={shape.dp} tp={shape.tp} pp={shape.pp}",
+        f"{parameters:,} parameters, {trainer.identity['precision']}, {config.optim.name}",
         f"{train.steps} steps of {train.global_batch_size} x {config.data.seq_len} tokens",
         f"{config.selection.method} picks {train.global_batch_size} of {config.num_candidates()} candidates",
         f"pool of {len(corpora.pool):,} sequences ({corpora.pool.corpus.fingerprint[:12]})",
@@ -180,22 +207,51 @@ def _derived(config: RunConfig, mesh: Mesh, corpora: _Corpora) -> str:
     return " | ".join(parts)
 
 
-def write_run_folder(config: RunConfig, run_dir: Path, world_size: int) -> None:
-    """config.yaml, environment.json and launch.sh; the run folder is the truth about a run."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    _write(run_dir / "config.yaml", to_yaml(config))
+def write_run_folder(config: RunConfig, run_dir: Path, mesh: Mesh) -> None:
+    """config.yaml, environment.json and launch.sh: what this launch runs with, where, and how it was started.
+
+    Each launch also keeps them under ``launches/NNN``, so that a resumed run still tells how it began.
+    Raises CheckpointError if the folder cannot be written.
+    """
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "world_size": world_size,
+        "device": mesh.device.type,
+        "world_size": mesh.shape.world_size,
         "packages": {name: _version(name) for name in ("megaopus", "torch", "megatron-core", "tokenizers", "numpy")},
         "git": _git_revision(),
         "arguments": sys.argv[1:],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    _write(run_dir / "environment.json", json.dumps(environment, indent=1))
-    program = "python" if world_size == 1 else f"torchrun --nproc-per-node {world_size}"
+    contents = {
+        "config.yaml": to_yaml(config),
+        "environment.json": json.dumps(environment, indent=1) + "\n",
+        "launch.sh": _launch_script(mesh.shape.world_size),
+    }
+    try:
+        launches = run_dir / "launches"
+        launches.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(path.name) for path in launches.iterdir() if path.name.isdecimal()), default=-1)
+        partial = launches / "partial"
+        partial.mkdir(exist_ok=True)
+        for name, text in contents.items():
+            _write(partial / name, text)
+        partial.rename(launches / f"{number:03d}")
+        for name, text in contents.items():
+            _write(run_dir / name, text)
+    except OSError as error:
+        raise CheckpointError(f"{run_dir}: the run folder cannot be written ({error}); set another run_dir") from error
+
+
+def _launch_script(world_size: int) -> str:
+    """The command of this launch, from the folder it was given in."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    program = "python"
+    if world_size > 1:
+        nodes = f"--nnodes {world_size // per_node} " if world_size > per_node else ""
+        program = f"torchrun {nodes}--nproc-per-node {per_node}"
     command = f"{program} -m megaopus {shlex.join(sys.argv[1:])}"
-    _write(run_dir / "launch.sh", f"#!/usr/bin/env bash\nset -euo pipefail\n{command}\n")
+    return f"#!/usr/bin/env bash\nset -euo pipefail\ncd {shlex.quote(os.getcwd())}\n{command}\n"
 
 
 def _write(path: Path, text: str) -> None:

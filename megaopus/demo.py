@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     """Build the corpus, train both arms, print the table, write report.html and summary.json."""
     from rich.console import Console
 
-    from megaopus.arms import Stretch
+    from megaopus.arms import UNIFORM, Stretch
     from megaopus.monitor.compare import compare, load_run
     from megaopus.monitor.report import write_report
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         echo=lambda text: console.print(text, style="bold", highlight=False, markup=False, soft_wrap=True),
     )
-    uniform = load_run(stretch.run("uniform", ["selection=uniform", "selection.rho=0.5"]), "uniform")
+    uniform = load_run(stretch.run("uniform", UNIFORM), "uniform")
     opus = load_run(stretch.run("opus", ["selection=opus"]), "opus")
     comparison = compare(uniform, opus, args.warm_steps)
     summary = summarise(uniform, opus, comparison, args)
@@ -84,7 +84,8 @@ def summarise(uniform: Run, opus: Run, comparison: Comparison, args: argparse.Na
         "overhead": comparison.overhead,
         "uniform.final_loss": comparison.uniform_final_loss,
         "opus.final_loss": comparison.final_loss,
-        "seeds": [args.seed],
+        "seeds": 1,
+        "seed": args.seed,
         "uniform_fall": comparison.uniform_fall,
         "warm_steps": args.warm_steps,
         "steps": args.steps,

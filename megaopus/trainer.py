@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,10 +56,22 @@ class MonitorLike(Protocol):
     def note(self, text: str) -> None: ...
 
 
+class Saved(Protocol):
+    """A checkpoint to go on from (``megaopus.checkpoint.checkpointer.Checkpoint``)."""
+
+    @property
+    def state(self) -> dict[str, Any]: ...
+
+    @property
+    def step(self) -> int: ...
+
+
 class CheckpointerLike(Protocol):
     def due(self, step: int) -> bool: ...
 
     def save(self, step: int, engine: Any, groups: dict[str, Gradient], state: dict[str, Any]) -> Path: ...
+
+    def load(self, checkpoint: Any, engine: Any) -> dict[str, Gradient]: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,9 +81,8 @@ class Trainer:
     engine: Engine
     stream: Stream
     selector: SelectorLike
-    monitor: MonitorLike
     checkpointer: CheckpointerLike
-    validation: dict[str, Buffer]
+    validation: Mapping[str, Buffer]
     """Sequences of each domain to validate on."""
     wanted: list[str]
     """Domains whose mean is the headline validation loss."""
@@ -79,30 +90,44 @@ class Trainer:
     """The reason to stop, the same on every rank, or None."""
     identity: dict[str, Any]
     """What a checkpoint must share with the run that loads it."""
+    config: dict[str, Any]
+    """Every setting as plain values; kept in checkpoints, so that a resumed run can say what was changed."""
     total_steps: int
     tokens_per_step: int
     eval_every: int
     time_s: float = 0.0
 
-    def run(self) -> str | None:
-        """Train from ``engine.step`` to ``total_steps``; returns the reason if stopped before, None when done."""
-        reason = None
-        while self.engine.step < self.total_steps:
-            if self._validation_due():
-                self._validate()
-            self._step()
-            reason = self.stop_requested()
-            if reason is not None:
-                self.monitor.note(f"{reason}: saving after {self.engine.step} steps and stopping")
+    def restore(self, checkpoint: Saved) -> None:
+        """Go on from a checkpoint."""
+        state = checkpoint.state
+        groups = self.checkpointer.load(checkpoint, self.engine)
+        self.engine.step = checkpoint.step
+        self.time_s = state["time_s"]
+        self.selector.load_state_dict({**state["selector"], **groups})
+
+    def run(self, monitor: MonitorLike) -> str | None:
+        """Train from ``engine.step`` to ``total_steps``; returns the reason if stopped before, None when done.
+
+        A request to stop is noticed before each update and before each domain of a validation.
+        """
+        while True:
+            if self._validation_due() and (reason := self._validate(monitor)):
                 break
+            if self.engine.step >= self.total_steps:
+                reason = None
+                break
+            if reason := self.stop_requested():
+                break
+            self._step(monitor)
             if self.checkpointer.due(self.engine.step):
                 self._save()
-        if reason is None:
-            self._validate()
-        self._save()
+        if reason:
+            monitor.note(f"{reason}: stopping after {self.engine.step} updates")
+        if self.engine.step:  # before the first update there is nothing to keep, and the optimizer has no state
+            self._save()
         return reason
 
-    def _step(self) -> None:
+    def _step(self, monitor: MonitorLike) -> None:
         step = self.engine.step
         start = time.perf_counter()
         candidates = self.stream.at(step)
@@ -114,10 +139,10 @@ class Trainer:
         end = time.perf_counter()
         self.time_s += end - start
         for event in selection.events:
-            self.monitor.event(event)
+            monitor.event(event)
         if not result.applied:
-            self.monitor.event(f"step {step}: gradient not finite, update skipped; ids {picked.ids.tolist()}")
-        self.monitor.step(
+            monitor.event(f"step {step}: gradient not finite, update skipped; ids {picked.ids.tolist()}")
+        monitor.step(
             self._step_record(step, result, end - start, selected - scoring),
             _selection_record(step, candidates, picked, selection),
         )
@@ -136,12 +161,18 @@ class Trainer:
         )
 
     def _validation_due(self) -> bool:
-        return self.eval_every > 0 and self.engine.step % self.eval_every == 0
-
-    def _validate(self) -> None:
-        losses = {domain: float(self.engine.evaluate(buffer).mean()) for domain, buffer in self.validation.items()}
         step = self.engine.step
-        self.monitor.validation(
+        return step >= self.total_steps or (self.eval_every > 0 and step % self.eval_every == 0)
+
+    def _validate(self, monitor: MonitorLike) -> str | None:
+        """Validate and record it; a reason to stop cuts it short, and is returned."""
+        losses = {}
+        for domain, buffer in self.validation.items():
+            if reason := self.stop_requested():
+                return reason
+            losses[domain] = float(self.engine.evaluate(buffer).mean())
+        step = self.engine.step
+        monitor.validation(
             ValidationRecord(
                 step=step,
                 tokens=step * self.tokens_per_step,
@@ -150,20 +181,12 @@ class Trainer:
                 domains=losses,
             )
         )
-
-    # -- checkpoints ------------------------------------------------------------------------------------------------
+        return None
 
     def _save(self) -> None:
         groups, plain = split_state(self.selector.state_dict())
-        state = {"time_s": self.time_s, "selector": plain, "identity": self.identity}
+        state = {"time_s": self.time_s, "selector": plain, "identity": self.identity, "config": self.config}
         self.checkpointer.save(self.engine.step, self.engine, groups, state)
-
-    def restore(self, folder: Path, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; ``state`` is its ``state.json``."""
-        groups = self.engine.load(folder / "weights", state["groups"])
-        self.engine.step = state["step"]
-        self.time_s = state["time_s"]
-        self.selector.load_state_dict({**state["selector"], **groups})
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Gradient], dict[str, Any]]:

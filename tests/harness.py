@@ -28,8 +28,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """``function(*args)`` on each of ``world_size`` processes with torchrun's environment; results by rank.
 
     ``function`` must be importable (a module-level function); one rank runs in this process. A failure on a rank is
-    raised with that rank's traceback, a silent rank after ``timeout_s``. One process group per call: a second one on the
-    same port could meet the first one's store.
+    raised with that rank's traceback, a silent rank after ``timeout_s``. One process group per call: a second one on
+    the same port could meet the first one's store.
     """
     if world_size == 1:
         return [function(*args)]

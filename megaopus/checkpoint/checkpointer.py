@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from megaopus.checkpoint.config import CheckpointConfig
+from megaopus.distributed.collectives import on_every_rank, on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.errors import CheckpointError
 
 COMPLETE = "COMPLETE"
 FORMAT = 1
-_NAME = re.compile(r"step_(\d{8})")
+_NAME = re.compile(r"step_\d{8,}")
+_PARTIAL = re.compile(r"partial_\d{8,}")
+_STATE = {"step": int, "groups": list, "time_s": int | float, "selector": dict, "identity": dict, "config": dict}
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -30,10 +37,42 @@ class Saveable(Protocol):
     def load(self, folder: Path, groups: list[str]) -> Groups: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A complete checkpoint to go on from."""
+
+    folder: Path
+    state: dict[str, Any]
+    """The plain values of state.json."""
+    own: bool
+    """False: of another run, whose place this new run starts from."""
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.state["step"]
+
+
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = (run_dir / "checkpoints").glob("step_*")
-    return sorted(path for path in found if _NAME.fullmatch(path.name) and (path / COMPLETE).is_file())
+    found = [path for path in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(path.name)]
+    found.sort(key=lambda path: int(path.name.removeprefix("step_")))
+    return [path for path in found if (path / COMPLETE).is_file()]
+
+
+def locate(resume: str, run_dir: Path, mesh: Mesh) -> Checkpoint | None:
+    """The checkpoint that ``resume`` means for ``run_dir``, as rank 0 sees it; None: start anew. Collective.
+
+    Raises CheckpointError on every rank, see ``resolve`` and ``read_state``.
+    """
+
+    def look() -> Checkpoint | None:
+        folder = resolve(resume, run_dir)
+        if folder is None:
+            return None
+        return Checkpoint(folder, read_state(folder), own=folder in complete_checkpoints(run_dir))
+
+    return on_rank_0(mesh, look)
 
 
 def resolve(resume: str, run_dir: Path) -> Path | None:
@@ -55,7 +94,10 @@ def resolve(resume: str, run_dir: Path) -> Path | None:
     if resume == "auto":
         return None
     if resume == "required":
-        raise CheckpointError(f"resume=required, but {run_dir}/checkpoints has no complete checkpoint")
+        raise CheckpointError(
+            f"resume=required, but {run_dir}/checkpoints has no complete checkpoint: "
+            "check run_dir, or use resume=auto to start anew"
+        )
     path = Path(resume)
     if (path / COMPLETE).is_file():
         return path
@@ -71,12 +113,19 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The plain values of a checkpoint. Raises ``CheckpointError`` if unreadable or of another format."""
     path = folder / "state.json"
     try:
-        state = json.loads(path.read_text())
+        state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from error
+        raise CheckpointError(f"{path}: cannot be read ({error}); {_ANOTHER}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not the state of a checkpoint; {_ANOTHER}")
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {state.get('format')!r}, this version reads {FORMAT}")
+        raise CheckpointError(f"{path}: format {state.get('format')!r}, this version reads {FORMAT}; {_ANOTHER}")
+    if broken := [key for key, kind in _STATE.items() if not isinstance(state.get(key), kind)]:
+        raise CheckpointError(f"{path}: {', '.join(broken)} missing or of another type; {_ANOTHER}")
     return state
+
+
+_ANOTHER = f"delete the checkpoint's file {COMPLETE} to fall back to the one before, or name another with resume=PATH"
 
 
 class Checkpointer:
@@ -97,40 +146,74 @@ class Checkpointer:
         return self._config.every > 0 and step > 0 and step % self._config.every == 0
 
     def save(self, step: int, engine: Saveable, groups: Groups, state: dict[str, Any]) -> Path:
-        """Write one checkpoint (collective). A kill at any moment leaves either all of it or nothing under its name."""
+        """Write one checkpoint (collective). A kill at any moment leaves either all of it or nothing under its name.
+
+        Raises CheckpointError on every rank if one cannot write; checkpoints that were there stay as they were.
+        """
         final = self._folder / f"step_{step:08d}"
-        if (final / COMPLETE).is_file():
-            return final
         partial = self._folder / f"partial_{step:08d}"
-        self._on_writer(lambda: _fresh(partial))
-        engine.save(partial / "weights", groups)
-        self._mesh.barrier()
+        if on_rank_0(self._mesh, lambda: (final / COMPLETE).is_file() or self._prepare(partial)):
+            return final
 
-        def finish() -> None:
-            content = {"format": FORMAT, "step": step, "groups": sorted(groups), **state}
-            (partial / "state.json").write_text(json.dumps(content, indent=1))
-            (partial / COMPLETE).write_text("")
-            shutil.rmtree(final, ignore_errors=True)  # an incomplete one of the same name
-            partial.rename(final)
-            for old in complete_checkpoints(self._run_dir)[: -self._config.keep]:
-                shutil.rmtree(old)
+        def weights() -> None:
+            with _explained(f"{partial}: cannot write the weights", "older checkpoints are untouched"):
+                engine.save(partial / "weights", groups)
 
-        self._on_writer(finish)
+        on_every_rank(self._mesh, weights)
+        content = {"format": FORMAT, "step": step, "groups": sorted(groups), **state}
+        on_rank_0(self._mesh, lambda: self._publish(partial, final, content))
         return final
 
-    def _on_writer(self, action: Callable[[], None]) -> None:
-        """Run on rank 0 while the others wait; a failure is raised on every rank."""
-        problem: str | None = None
-        if self._mesh.rank == 0:
-            try:
-                action()
-            except OSError as error:
-                problem = str(error)
-        problem = self._mesh.broadcast_object(problem)
-        if problem is not None:
-            raise CheckpointError(f"{self._folder}: cannot write the checkpoint ({problem}); older ones are untouched")
+    def load(self, checkpoint: Checkpoint, engine: Saveable) -> Groups:
+        """Restore ``engine`` and return the selector's groups of tensors (collective)."""
+
+        def weights() -> Groups:
+            with _explained(f"{checkpoint.folder / 'weights'}: cannot be restored", _ANOTHER):
+                return engine.load(checkpoint.folder / "weights", checkpoint.state["groups"])
+
+        return on_every_rank(self._mesh, weights)
+
+    def _prepare(self, partial: Path) -> bool:
+        """Remove what interrupted saves left behind, and make an empty folder to write into. Returns False."""
+        with _explained(f"{self._folder}: cannot write the checkpoint", "older ones are untouched"):
+            whole = complete_checkpoints(self._run_dir)
+            for path in self._folder.glob("*_*"):
+                if path not in whole and (_NAME.fullmatch(path.name) or _PARTIAL.fullmatch(path.name)):
+                    shutil.rmtree(path)
+            (partial / "weights").mkdir(parents=True)
+        return False
+
+    def _publish(self, partial: Path, final: Path, content: dict[str, Any]) -> None:
+        with _explained(f"{self._folder}: cannot write the checkpoint", "older ones are untouched"):
+            _write(partial / "state.json", json.dumps(content, indent=1) + "\n")
+            _write(partial / COMPLETE, "")
+            _sync(partial)
+            partial.rename(final)
+            _sync(self._folder)
+        for old in complete_checkpoints(self._run_dir)[: -self._config.keep]:
+            with _explained(f"{old}: cannot be removed", f"delete it; {final} is complete"):
+                (old / COMPLETE).unlink()  # first, or a kill now would leave half a checkpoint that claims to be whole
+                shutil.rmtree(old)
 
 
-def _fresh(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "weights").mkdir(parents=True)
+@contextmanager
+def _explained(what: str, remedy: str) -> Iterator[None]:
+    """Turn a failure inside into a CheckpointError (torch's is no Exception, megatron's have no common base)."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{what} ({type(error).__name__}: {error}); {remedy}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, outlive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

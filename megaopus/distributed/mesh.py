@@ -116,4 +116,3 @@ class Mesh:
 
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-

@@ -1,4 +1,4 @@
-"""The megatron-core engine: its schedules, DDP and sharded checkpoints around one GPT; CPU with gloo or CUDA with NCCL."""
+"""The megatron-core engine: its schedules, DDP and sharded checkpoints around one GPT, on CPU or CUDA."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ class MegatronEngine:
     def train_step(self, batch: Candidates) -> StepResult:
         share = self._share(len(batch))
         if len(share) % self.micro_batch_size:
-            raise ValueError(f"{len(share)} sequences per rank are not a multiple of {self.micro_batch_size} per micro-batch")
+            raise ValueError(
+                f"{len(share)} sequences per rank are not a multiple of {self.micro_batch_size} per micro-batch"
+            )
         if self._dropout:
             self._seed_random_states()
         self.ddp.train()
@@ -117,7 +119,8 @@ class MegatronEngine:
         with self.mesh.megatron():
             self._zero_gradients()
             self._run(batch, share, math.gcd(len(share), self.micro_batch_size), length, forward_only=False)
-        gradient = {name: parameter.main_grad.clone() for name, parameter in self.module.named_parameters()}
+        # main_grad: megatron's DDP keeps each parameter's reduced gradient there
+        gradient = {name: p.main_grad.clone() for name, p in self.module.named_parameters()}
         self.ddp.train()
         return gradient
 

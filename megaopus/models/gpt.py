@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from megaopus.distributed.mesh import Mesh
 from megaopus.models.config import ModelConfig
 
+
 def transformer_config(model: ModelConfig, mesh: Mesh, *, bf16: bool, sequence_parallel: bool, recompute: bool) -> Any:
     """megatron's TransformerConfig for this model on this mesh."""
     from megatron.core.transformer import TransformerConfig
@@ -56,7 +57,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, *, bf16: bool, sequence_p
     )
 
 
-def build_gpt(model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, max_positions: int) -> nn.Module:
+def build_gpt(model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, max_positions: int) -> Any:
     """This rank's stage of the GPT, on the mesh's device, not yet initialised.
 
     ``vocab_size`` is the padded one. Forward: (tokens (B, S), position ids (B, S), None, labels=(B, S)) -> loss (B, S).
@@ -66,6 +67,7 @@ def build_gpt(model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, m
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
     from megaopus.models.attention import CausalAttention
+    from megaopus.models.linear import ColumnLinear, RowLinear
     from megaopus.models.norm import Norm
 
     layer = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization=config.normalization)
@@ -73,11 +75,14 @@ def build_gpt(model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, m
     layer.submodules.pre_mlp_layernorm = Norm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = CausalAttention
+    attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
+    mlp = layer.submodules.mlp.submodules
+    mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
     if model.qk_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
     block = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=Norm)
 
-    class GPT(GPTModel):  # type: ignore[misc]
+    class GPT(GPTModel):
         def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
             """(B, S) token losses from (S, B, V) logits; torch's fused kernel where the vocabulary is whole."""
             if mesh.shape.tp > 1:
@@ -101,7 +106,7 @@ def build_gpt(model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, m
     return gpt.to(mesh.device)
 
 
-def global_names(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+def global_names(module: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
     """(local name, name with the layer's number in the whole model, parameter) of each parameter of a stage."""
     layers = getattr(module.decoder, "layers", [])
     offset = layers[0].layer_number - 1 if len(layers) else 0
@@ -110,8 +115,8 @@ def global_names(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
         yield name, renamed, parameter
 
 
-def _is_gated(module: nn.Module, name: str) -> bool:
-    return module.config.gated_linear_unit and ".linear_fc1." in name
+def _is_gated(module: Any, name: str) -> bool:
+    return bool(module.config.gated_linear_unit) and ".linear_fc1." in name
 
 
 def shard(full: Tensor, parameter: Tensor, tp_rank: int, tp: int, gated: bool) -> Tensor:
@@ -136,7 +141,7 @@ def unshard(parts: list[Tensor], parameter: Tensor, gated: bool) -> Tensor:
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> None:
+def initialize(module: Any, model: ModelConfig, mesh: Mesh, seed: int) -> None:
     """Draw each whole parameter from a generator keyed by (seed, its name) and keep this rank's part.
 
     Normal with ``init_std``; output projections of the blocks with init_std / sqrt(2 layers) (GPT-2); norms one,
@@ -161,7 +166,7 @@ def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> 
         parameter.copy_(shard(full, parameter, mesh.tp_rank, mesh.shape.tp, gated))
 
 
-def full_parameters(module: nn.Module, mesh: Mesh, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def full_parameters(module: Any, mesh: Mesh, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Every whole parameter by its global name, on every rank, gathered over tp and pp (a collective call).
 
     ``values`` (by local name, shaped like the parameters) is gathered instead of the weights, if given.

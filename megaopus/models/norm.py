@@ -15,5 +15,5 @@ class Norm:
         norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             # Each rank sees part of the sequence: megatron adds up the gradients of parameters marked so.
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
         return norm

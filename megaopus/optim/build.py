@@ -1,4 +1,4 @@
-"""Optimizers wrapped for megatron: tensor-parallel-aware clipping, fp32 main weights under bf16, sharded checkpoints."""
+"""Optimizers wrapped for megatron: clipping across tp and pp, fp32 main weights under bf16, sharded checkpoints."""
 
 from __future__ import annotations
 

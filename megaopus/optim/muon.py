@@ -70,7 +70,7 @@ class Muon(Optimizer):
                     raise ValueError(f"Muon takes matrices only, not a parameter of shape {tuple(parameter.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
         result = None
         if closure is not None:

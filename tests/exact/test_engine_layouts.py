@@ -30,13 +30,15 @@ LLAMA = ModelConfig(
 )
 MODELS = {"gpt2": TINY, "llama": LLAMA}
 OPTIMIZERS = {
-    # eps well above rounding noise: at 1e-8, Adam's first steps turn the last bit of a near-zero gradient into a full step
+    # eps above rounding noise: at 1e-8, Adam's first steps turn the last bit of a tiny gradient into a full step
     "adamw": OptimConfig(name="adamw", lr=3e-3, eps=1e-4, warmup_steps=2),
     "muon": OptimConfig(name="muon", lr=3e-3, eps=1e-4, muon_lr=0.02, muon_weight_decay=0.1),
 }
 
 
-def train(mesh: Mesh, model: str, optimizer: str, parallel: ParallelConfig, engine: EngineConfig | None = None) -> tuple:
+def train(
+    mesh: Mesh, model: str, optimizer: str, parallel: ParallelConfig, engine: EngineConfig | None = None
+) -> tuple:
     """(losses, gradient norms, whole parameters, validation losses) of four steps of eight sequences."""
     built = tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel, engine=engine)
     results = [built.train_step(random_batch(8, step)) for step in range(4)]

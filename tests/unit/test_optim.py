@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -80,7 +81,7 @@ def test_schedules() -> None:
     assert cosine[0] == 1.0
     assert cosine[-1] == pytest.approx(0.1)
     assert cosine[5] == pytest.approx(0.55)
-    assert all(a >= b for a, b in zip(cosine, cosine[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(cosine))
     wsd = factors(10, schedule="wsd", decay_steps=4, min_lr_ratio=0.2)
     assert wsd == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 

@@ -1,0 +1,183 @@
+"""Does selection reach uniform's final loss with fewer update tokens, and in less time?
+
+On the demo corpus, for each optimizer and seed: one uniform warm-up, then every arm goes on from it with the same number of
+update tokens. Prints a table and writes rows {corpus, optimizer, arm, seeds, tokens_ratio, time_ratio, final_loss,
+final_loss_std, p_value, ...}. Resumable: finished runs under --folder are not run again, killed ones go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megaopus.arms import UNIFORM, Stretch
+from megaopus.demo import WANTED, ensure_corpus, picked_share
+from megaopus.monitor.compare import Run, aggregate, compare, load_run
+
+ARMS: dict[str, tuple[str, ...]] = {
+    "uniform": UNIFORM,
+    "high_ppl": ("selection=high_ppl", "selection.warmup_steps=0"),
+    "opus_top_k": ("selection=opus",),
+    "opus_boltzmann": ("selection=opus_boltzmann",),
+    "countsketch_published": ("selection=opus_paper",),
+}
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "adamw": ("optim=adamw", "optim.lr=3e-3"),
+    "muon": ("optim=muon", "optim.lr=3e-3", "optim.muon_lr=0.02"),
+}
+COMMON = ("experiment=demo", f"data.wanted=[{WANTED}]", "logging.every=50")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how often."""
+
+    warm_steps: int
+    steps: int
+    eval_every: int
+    seeds: tuple[int, ...]
+
+
+FULL = Plan(warm_steps=250, steps=350, eval_every=10, seeds=(1, 2, 3))
+QUICK = Plan(warm_steps=60, steps=40, eval_every=10, seeds=(1,))
+
+
+def train_all(plan: Plan, folder: Path, corpus: Path, jobs: int, console: Console) -> None:
+    """Every run of the plan; ``jobs`` chains (one optimizer and seed each) at a time, the cores shared evenly."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    total = len(OPTIMIZERS) * len(plan.seeds) * len(ARMS)
+    done = 0
+
+    def chain(optimizer: str, seed: int) -> None:
+        nonlocal done
+        stretch = stretch_of(plan, folder, corpus, optimizer, seed, threads)
+        for arm, overrides in ARMS.items():
+            started = time.monotonic()
+            stretch.run(arm, overrides)
+            done += 1
+            seconds = time.monotonic() - started
+            console.print(f"[{done}/{total}] {optimizer} seed {seed} {arm}: {seconds:.0f} s", markup=False)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        chains = [pool.submit(chain, optimizer, seed) for seed in plan.seeds for optimizer in OPTIMIZERS]
+        for each in chains:
+            each.result()
+
+
+def stretch_of(plan: Plan, folder: Path, corpus: Path, optimizer: str, seed: int, threads: int | None) -> Stretch:
+    """The runs of one optimizer and seed."""
+    settings = (*COMMON, f"data.path={corpus}", *OPTIMIZERS[optimizer], f"train.eval_every={plan.eval_every}")
+    return Stretch(
+        folder=folder / optimizer,
+        settings=settings,
+        warm_steps=plan.warm_steps,
+        steps=plan.steps,
+        seed=seed,
+        threads=threads,
+        quiet=True,
+        echo=lambda text: None,
+    )
+
+
+def rows_of(plan: Plan, folder: Path) -> list[dict[str, Any]]:
+    """One row per optimizer and arm, over the seeds; ratios are null unless every seed reached uniform's final loss."""
+    rows = []
+    for optimizer in OPTIMIZERS:
+        runs = {arm: [load_run(folder / optimizer / f"{arm}_seed{s}", arm) for s in plan.seeds] for arm in ARMS}
+        for arm in ARMS:
+            rows.append({"corpus": "demo", "optimizer": optimizer, "arm": arm, **_row(plan, runs["uniform"], runs[arm])})
+    return rows
+
+
+def _row(plan: Plan, uniform: Sequence[Run], arm: Sequence[Run]) -> dict[str, Any]:
+    pairs = [compare(base, other, plan.warm_steps) for base, other in zip(uniform, arm, strict=True)]
+    result = aggregate(pairs)
+    shares = [picked_share(run, plan.warm_steps)[WANTED] for run in arm]
+    return {
+        "seeds": result.seeds,
+        "tokens_ratio": result.tokens_ratio,
+        "tokens_ratio_std": result.tokens_ratio_std,
+        "time_ratio": result.time_ratio,
+        "time_ratio_std": result.time_ratio_std,
+        "final_loss": result.final_loss,
+        "final_loss_std": result.final_loss_std,
+        "p_value": None if arm is uniform else result.p_value,
+        "reached": result.reached,
+        "overhead": result.overhead,
+        "uniform_fall": result.uniform_fall,
+        "wanted_share": sum(shares) / len(shares),
+        "final_domains": {
+            domain: sum(pair.final_domains[domain] for pair in pairs) / len(pairs) for domain in pairs[0].final_domains
+        },
+    }
+
+
+def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    """The table a person reads."""
+    table = Table(title=f"{rows[0]['seeds']} seed(s), paired with uniform; ratio: less is better, - never reached")
+    for name in ("optimizer", "arm"):
+        table.add_column(name)
+    for name in ("tokens_ratio", "time_ratio", "final loss", "p", "overhead", "wanted share"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["optimizer"],
+            row["arm"],
+            _spread(row["tokens_ratio"], row["tokens_ratio_std"], 2),
+            _spread(row["time_ratio"], row["time_ratio_std"], 2),
+            _spread(row["final_loss"], row["final_loss_std"], 3),
+            "-" if row["p_value"] is None else f"{row['p_value']:.3f}",
+            f"{row['overhead']:.0%}",
+            f"{row['wanted_share']:.0%}",
+        )
+    console.print(table)
+
+
+def _spread(mean: float | None, std: float | None, digits: int) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps: under 5 minutes, same rows")
+    parser.add_argument("--folder", type=Path, help="run folders (default: runs/quality, or runs/quality_quick)")
+    parser.add_argument("--jobs", type=int, default=None, help="chains at a time (default: 1; with --quick, the cores)")
+    args = parser.parse_args(arguments)
+    console = Console()
+    plan = QUICK if args.quick else FULL
+    folder = args.folder or Path("runs/quality_quick" if args.quick else "runs/quality")
+    jobs = args.jobs or ((os.cpu_count() or 1) if args.quick else 1)
+    corpus = ensure_corpus(folder / "corpus", console)
+    train_all(plan, folder, corpus, jobs, console)
+    rows = rows_of(plan, folder)
+    print_rows(rows, console)
+    if args.json:
+        write_json(args.json, rows)
+        console.print(f"rows: {args.json}")
+    return 0
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(rows, indent=1) + "\n")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
