@@ -3,6 +3,10 @@
 On the demo corpus, for each optimizer and seed: one uniform warm-up, then every arm goes on from it with the same number of
 update tokens. Prints a table and writes rows {corpus, optimizer, arm, seeds, tokens_ratio, time_ratio, final_loss,
 final_loss_std, p_value, ...}. Resumable: finished runs under --folder are not run again, killed ones go on.
+
+tokens_ratio: fraction of uniform's update tokens after the warm-up at which the arm reaches uniform's final loss.
+time_ratio: tokens_ratio times the arm's seconds per step (data, proxy, scoring, update) over uniform's, both measured here
+side by side: all arms take turns step by step in one process, median. wall_time_ratio is by the runs' own clocks.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,21 +25,30 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megaopus.arms import UNIFORM, Stretch
+from megaopus.arms import OPUS, UNIFORM, Stretch
+from megaopus.build import Corpora, build_trainer
+from megaopus.checkpoint.checkpointer import locate
+from megaopus.config import compose
 from megaopus.demo import WANTED, ensure_corpus, picked_share
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
 from megaopus.monitor.compare import Run, aggregate, compare, load_run
+from megaopus.monitor.health import StopSignal
 
 ARMS: dict[str, tuple[str, ...]] = {
     "uniform": UNIFORM,
     "high_ppl": ("selection=high_ppl", "selection.warmup_steps=0"),
-    "opus_top_k": ("selection=opus",),
-    "opus_boltzmann": ("selection=opus_boltzmann",),
-    "countsketch_published": ("selection=opus_paper",),
+    "opus_top_k": OPUS,
+    "opus_boltzmann": ("selection=opus_boltzmann", "selection.warmup_steps=0"),
+    "countsketch_published": ("selection=opus_paper", "selection.warmup_steps=0"),
 }
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
-    "adamw": ("optim=adamw", "optim.lr=3e-3"),
-    "muon": ("optim=muon", "optim.lr=3e-3", "optim.muon_lr=0.02"),
+    "adamw": ("optim=adamw", "optim.lr=2e-3"),
+    "muon": ("optim=muon", "optim.lr=4e-3", "optim.muon_lr=0.01"),
 }
+# Learning rates: the best of {2, 4, 8}e-3 (AdamW) and of (2e-3, .02), (4e-3, .02), (4e-3, .01) (AdamW's, Muon's) for
+# uniform over 300 updates of one seed; every arm has the same. The warm-up and decay settings are those of the demo.
 COMMON = ("experiment=demo", f"data.wanted=[{WANTED}]", "logging.every=50")
 
 
@@ -46,10 +60,12 @@ class Plan:
     steps: int
     eval_every: int
     seeds: tuple[int, ...]
+    timing_repeats: int
 
 
-FULL = Plan(warm_steps=250, steps=350, eval_every=10, seeds=(1, 2, 3))
-QUICK = Plan(warm_steps=60, steps=40, eval_every=10, seeds=(1,))
+FULL = Plan(warm_steps=250, steps=200, eval_every=20, seeds=(1, 2, 3), timing_repeats=20)
+QUICK = Plan(warm_steps=60, steps=40, eval_every=10, seeds=(1,), timing_repeats=5)
+WARM_REPEATS = 2  # steps of each arm that are not timed
 
 
 def train_all(plan: Plan, folder: Path, corpus: Path, jobs: int, console: Console) -> None:
@@ -89,17 +105,61 @@ def stretch_of(plan: Plan, folder: Path, corpus: Path, optimizer: str, seed: int
     )
 
 
-def rows_of(plan: Plan, folder: Path) -> list[dict[str, Any]]:
-    """One row per optimizer and arm, over the seeds; ratios are null unless every seed reached uniform's final loss."""
+def step_seconds(stretch: Stretch, repeats: int) -> dict[str, float]:
+    """Median seconds of one step of each arm after the warm-up, all arms taking turns in this process."""
+    recorder = _Recorder()
+    mesh = Mesh(ParallelConfig())
+    try:
+        trainers = {}
+        for arm, overrides in ARMS.items():
+            total = stretch.warm_steps + stretch.steps
+            own = [f"seed={stretch.seed}", f"train.steps={total}", f"run_dir={stretch.folder / 'timing'}"]
+            config = compose([*stretch.settings, *overrides, *own])
+            trainers[arm] = build_trainer(config, mesh, Corpora(config), StopSignal())
+            checkpoint = locate(str(stretch.warm_up()), Path(config.run_dir), mesh)
+            assert checkpoint is not None
+            trainers[arm].restore(checkpoint)
+        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        for _ in range(WARM_REPEATS + repeats):
+            for arm, trainer in trainers.items():
+                trainer.update(recorder)
+                seconds[arm].append(recorder.step_s)
+        return {arm: statistics.median(values[WARM_REPEATS:]) for arm, values in seconds.items()}
+    finally:
+        mesh.close()
+
+
+class _Recorder:
+    """A monitor that keeps the last step's seconds."""
+
+    step_s = 0.0
+
+    def step(self, record: StepRecord, selection: SelectionRecord | None) -> None:
+        self.step_s = record.step_s
+
+    def validation(self, record: ValidationRecord) -> None: ...
+
+    def event(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def rows_of(plan: Plan, folder: Path, seconds: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """One row per optimizer and arm, over the seeds; ratios are null unless every seed reached uniform's final loss.
+
+    ``seconds``: of a step, by optimizer and arm.
+    """
     rows = []
     for optimizer in OPTIMIZERS:
         runs = {arm: [load_run(folder / optimizer / f"{arm}_seed{s}", arm) for s in plan.seeds] for arm in ARMS}
         for arm in ARMS:
-            rows.append({"corpus": "demo", "optimizer": optimizer, "arm": arm, **_row(plan, runs["uniform"], runs[arm])})
+            cost = seconds[optimizer][arm] / seconds[optimizer]["uniform"]
+            row = _row(plan, runs["uniform"], runs[arm], cost)
+            rows.append({"corpus": "demo", "optimizer": optimizer, "arm": arm, **row})
     return rows
 
 
-def _row(plan: Plan, uniform: Sequence[Run], arm: Sequence[Run]) -> dict[str, Any]:
+def _row(plan: Plan, uniform: Sequence[Run], arm: Sequence[Run], step_cost: float) -> dict[str, Any]:
     pairs = [compare(base, other, plan.warm_steps) for base, other in zip(uniform, arm, strict=True)]
     result = aggregate(pairs)
     shares = [picked_share(run, plan.warm_steps)[WANTED] for run in arm]
@@ -107,13 +167,13 @@ def _row(plan: Plan, uniform: Sequence[Run], arm: Sequence[Run]) -> dict[str, An
         "seeds": result.seeds,
         "tokens_ratio": result.tokens_ratio,
         "tokens_ratio_std": result.tokens_ratio_std,
-        "time_ratio": result.time_ratio,
-        "time_ratio_std": result.time_ratio_std,
+        "time_ratio": None if result.tokens_ratio is None else result.tokens_ratio * step_cost,
+        "wall_time_ratio": result.time_ratio,
+        "step_cost": step_cost,
         "final_loss": result.final_loss,
         "final_loss_std": result.final_loss_std,
         "p_value": None if arm is uniform else result.p_value,
         "reached": result.reached,
-        "overhead": result.overhead,
         "uniform_fall": result.uniform_fall,
         "wanted_share": sum(shares) / len(shares),
         "final_domains": {
@@ -127,17 +187,17 @@ def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title=f"{rows[0]['seeds']} seed(s), paired with uniform; ratio: less is better, - never reached")
     for name in ("optimizer", "arm"):
         table.add_column(name)
-    for name in ("tokens_ratio", "time_ratio", "final loss", "p", "overhead", "wanted share"):
+    for name in ("tokens_ratio", "time_ratio", "final loss", "p", "step cost", "wanted share"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             row["optimizer"],
             row["arm"],
             _spread(row["tokens_ratio"], row["tokens_ratio_std"], 2),
-            _spread(row["time_ratio"], row["time_ratio_std"], 2),
+            _spread(row["time_ratio"], None, 2),
             _spread(row["final_loss"], row["final_loss_std"], 3),
             "-" if row["p_value"] is None else f"{row['p_value']:.3f}",
-            f"{row['overhead']:.0%}",
+            f"{row['step_cost']:.2f}x",
             f"{row['wanted_share']:.0%}",
         )
     console.print(table)
@@ -163,7 +223,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = args.jobs or ((os.cpu_count() or 1) if args.quick else 1)
     corpus = ensure_corpus(folder / "corpus", console)
     train_all(plan, folder, corpus, jobs, console)
-    rows = rows_of(plan, folder)
+    console.print("timing the arms side by side")
+    stretches = {name: stretch_of(plan, folder, corpus, name, plan.seeds[0], None) for name in OPTIMIZERS}
+    seconds = {name: step_seconds(stretch, plan.timing_repeats) for name, stretch in stretches.items()}
+    rows = rows_of(plan, folder, seconds)
     print_rows(rows, console)
     if args.json:
         write_json(args.json, rows)

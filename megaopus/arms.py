@@ -16,6 +16,8 @@ from megaopus.errors import EngineError
 
 UNIFORM = ("selection=uniform", "selection.rho=0.5")
 """Uniform picks from the same buffers that the other arms see."""
+OPUS = ("selection=opus", "selection.warmup_steps=0", "selection.score_length=64")
+"""The default recipe, scoring half of the demo's sequences; the shared warm-up stands for its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

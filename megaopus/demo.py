@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     """Build the corpus, train both arms, print the table, write report.html and summary.json."""
     from rich.console import Console
 
-    from megaopus.arms import UNIFORM, Stretch
+    from megaopus.arms import OPUS, UNIFORM, Stretch
     from megaopus.monitor.compare import compare, load_run
     from megaopus.monitor.report import write_report
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         echo=lambda text: console.print(text, style="bold", highlight=False, markup=False, soft_wrap=True),
     )
     uniform = load_run(stretch.run("uniform", UNIFORM), "uniform")
-    opus = load_run(stretch.run("opus", ["selection=opus"]), "opus")
+    opus = load_run(stretch.run("opus", OPUS), "opus")
     comparison = compare(uniform, opus, args.warm_steps)
     summary = summarise(uniform, opus, comparison, args)
     summary_path = args.out / "summary.json"

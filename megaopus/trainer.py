@@ -96,12 +96,15 @@ class Trainer:
     tokens_per_step: int
     eval_every: int
     time_s: float = 0.0
+    updated: bool = False
+    """Some update has been applied. Until then the run is what it was at the start, and there is nothing to save."""
 
     def restore(self, checkpoint: Saved) -> None:
         """Go on from a checkpoint."""
         state = checkpoint.state
         groups = self.checkpointer.load(checkpoint, self.engine)
         self.engine.step = checkpoint.step
+        self.updated = True
         self.time_s = state["time_s"]
         self.selector.load_state_dict({**state["selector"], **groups})
 
@@ -118,16 +121,16 @@ class Trainer:
                 break
             if reason := self.stop_requested():
                 break
-            self._step(monitor)
+            self.update(monitor)
             if self.checkpointer.due(self.engine.step):
                 self._save()
         if reason:
             monitor.note(f"{reason}: stopping after {self.engine.step} updates")
-        if self.engine.step:  # before the first update there is nothing to keep, and the optimizer has no state
-            self._save()
+        self._save()
         return reason
 
-    def _step(self, monitor: MonitorLike) -> None:
+    def update(self, monitor: MonitorLike) -> None:
+        """One step: candidates, selection, training, record."""
         step = self.engine.step
         start = time.perf_counter()
         candidates = self.stream.at(step)
@@ -138,6 +141,7 @@ class Trainer:
         result = self.engine.train_step(picked)
         end = time.perf_counter()
         self.time_s += end - start
+        self.updated |= result.applied
         for event in selection.events:
             monitor.event(event)
         if not result.applied:
@@ -184,6 +188,8 @@ class Trainer:
         return None
 
     def _save(self) -> None:
+        if not self.updated:
+            return
         groups, plain = split_state(self.selector.state_dict())
         state = {"time_s": self.time_s, "selector": plain, "identity": self.identity, "config": self.config}
         self.checkpointer.save(self.engine.step, self.engine, groups, state)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megaopus.checkpoint.config import CheckpointConfig
-from megaopus.distributed.collectives import on_every_rank, on_rank_0
+from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.errors import CheckpointError
 
@@ -148,30 +148,23 @@ class Checkpointer:
     def save(self, step: int, engine: Saveable, groups: Groups, state: dict[str, Any]) -> Path:
         """Write one checkpoint (collective). A kill at any moment leaves either all of it or nothing under its name.
 
-        Raises CheckpointError on every rank if one cannot write; checkpoints that were there stay as they were.
+        Raises CheckpointError if it cannot be written; checkpoints that were there stay as they were.
         """
         final = self._folder / f"step_{step:08d}"
         partial = self._folder / f"partial_{step:08d}"
         if on_rank_0(self._mesh, lambda: (final / COMPLETE).is_file() or self._prepare(partial)):
             return final
-
-        def weights() -> None:
-            with _explained(f"{partial}: cannot write the weights", "older checkpoints are untouched"):
-                engine.save(partial / "weights", groups)
-
-        on_every_rank(self._mesh, weights)
+        with _explained(f"{partial}: cannot write the weights", "older checkpoints are untouched"):
+            engine.save(partial / "weights", groups)
         content = {"format": FORMAT, "step": step, "groups": sorted(groups), **state}
         on_rank_0(self._mesh, lambda: self._publish(partial, final, content))
         return final
 
     def load(self, checkpoint: Checkpoint, engine: Saveable) -> Groups:
         """Restore ``engine`` and return the selector's groups of tensors (collective)."""
-
-        def weights() -> Groups:
-            with _explained(f"{checkpoint.folder / 'weights'}: cannot be restored", _ANOTHER):
-                return engine.load(checkpoint.folder / "weights", checkpoint.state["groups"])
-
-        return on_every_rank(self._mesh, weights)
+        weights = checkpoint.folder / "weights"
+        with _explained(f"{weights}: cannot be restored", _ANOTHER):
+            return engine.load(weights, checkpoint.state["groups"])
 
     def _prepare(self, partial: Path) -> bool:
         """Remove what interrupted saves left behind, and make an empty folder to write into. Returns False."""
@@ -198,11 +191,12 @@ class Checkpointer:
 
 @contextmanager
 def _explained(what: str, remedy: str) -> Iterator[None]:
-    """Turn a failure inside into a CheckpointError (torch's is no Exception, megatron's have no common base)."""
+    """Turn a failure inside into a CheckpointError; torch's own is no Exception and quotes every rank's traceback."""
     try:
         yield
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{what} ({type(error).__name__}: {error}); {remedy}") from error
+        reason = (str(error).strip() or "no message").splitlines()[-1].strip()
+        raise CheckpointError(f"{what} ({type(error).__name__}: {reason}); {remedy}") from error
 
 
 def _write(path: Path, text: str) -> None:

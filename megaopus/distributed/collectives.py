@@ -26,15 +26,3 @@ def on_rank_0(mesh: Mesh, action: Callable[[], T]) -> T:
     if problem is not None:
         raise problem
     return value
-
-
-def on_every_rank(mesh: Mesh, action: Callable[[], T]) -> T:
-    """``action()``, which must succeed on every rank: where one rank raises CheckpointError, all do."""
-    problem: CheckpointError | None = None
-    try:
-        value = action()
-    except CheckpointError as error:
-        problem = error
-    if mesh.any(problem is not None):
-        raise problem or CheckpointError("another rank could not do its part of the checkpoint; see its message")
-    return value

@@ -17,6 +17,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import StepResult
 from megaopus.engine.config import EngineConfig
+from megaopus.engine.saving import in_process_strategy
 from megaopus.models.arithmetic import padded_vocab
 from megaopus.models.config import ModelConfig
 from megaopus.models.gpt import build_gpt, initialize, transformer_config
@@ -89,14 +90,19 @@ class MegatronEngine:
             )
         if self._dropout:
             self._seed_random_states()
-        self.ddp.train()
+        if not self.ddp.training:
+            self.ddp.train()
         with self.mesh.megatron():
             self._zero_gradients()
             losses = self._run(batch, share, self.micro_batch_size, self._seq_len, forward_only=False)
-            lr = self.optimizer.set_lr(lr_factor(self._optim_config, self.step, self._total_steps))
+            lr = self.set_lr()
             grad_norm, applied = self.optimizer.step()
         self.step += 1
         return StepResult(loss=float(losses.mean()), grad_norm=grad_norm, lr=lr, applied=applied)
+
+    def set_lr(self) -> float:
+        """Give the optimizer the learning rate of the coming update, and return it."""
+        return self.optimizer.set_lr(lr_factor(self._optim_config, self.step, self._total_steps))
 
     def evaluate(self, sequences: Candidates) -> Tensor:
         num = len(sequences)
@@ -190,7 +196,8 @@ class MegatronEngine:
         from megatron.core import dist_checkpointing
 
         with self.mesh.megatron():
-            dist_checkpointing.save(self._sharded_state(groups, is_loading=False), str(folder))
+            state = self._sharded_state(groups, is_loading=False)
+            dist_checkpointing.save(state, str(folder), sharded_strategy=in_process_strategy())
 
     def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
         from megatron.core import dist_checkpointing
@@ -199,7 +206,8 @@ class MegatronEngine:
             group: {name: torch.empty_like(p, dtype=torch.float32) for name, p in self.module.named_parameters()}
             for group in groups
         }
-        with self.mesh.megatron():
+        with self.mesh.megatron(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # megatron reads through names that torch deprecates
             state = dist_checkpointing.load(self._sharded_state(empty, is_loading=True), str(folder))
             self.module.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])

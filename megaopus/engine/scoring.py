@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megaopus.errors import EngineError
 from megaopus.selection import ModuleBackend
-from megaopus.selection.backend import Batch, Candidates, GhostLayer, Gradient
+from megaopus.selection.backend import Batch, Candidates, GhostLayer, Gradient, UpdateOperator
 
 if TYPE_CHECKING:
     from megaopus.engine.megatron import MegatronEngine
@@ -34,6 +34,11 @@ class MegatronScoringBackend(ModuleBackend):
     def parameters(self) -> dict[str, Tensor]:
         """The fp32 weights that the optimizer updates: under bf16, the main copies."""
         return {name: getattr(p, "main_param", p) for name, p in self.module.named_parameters()}
+
+    def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
+        """P_t with the learning rate of the coming update, not that of the last one."""
+        self._engine.set_lr()
+        return super().operator(muon_operator)
 
     def losses(self, batch: Batch) -> Tensor:
         with self._megatron():

@@ -88,7 +88,7 @@ def build_gpt(model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, m
             if mesh.shape.tp > 1:
                 return super().compute_language_model_loss(labels, logits)
             seq_len, batch, vocab = logits.shape
-            losses = F.cross_entropy(logits.view(-1, vocab), labels.t().reshape(-1), reduction="none")
+            losses = F.cross_entropy(logits.view(-1, vocab).float(), labels.t().reshape(-1), reduction="none")
             return losses.view(seq_len, batch).t()
 
     gpt = GPT(

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megaopus.distributed.mesh import Mesh
@@ -21,10 +22,9 @@ class MainOptimizer:
 
     def __init__(self, config: OptimConfig, module: nn.Module, mesh: Mesh, *, bf16: bool):
         from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig
-        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
         self._clip = config.clip_grad
-        self._clip_by_norm = clip_grad_by_total_norm_fp32
+        self._mesh = mesh
         megatron_config = OptimizerConfig(
             optimizer="sgd" if config.name == "sgd" else "adam",
             lr=config.lr,
@@ -52,23 +52,39 @@ class MainOptimizer:
         """(gradient norm before clipping, applied). A non-finite gradient anywhere leaves every weight as it is."""
         if self.chained.prepare_grads():
             return math.nan, False
-        norm = float(self.chained.get_grad_norm())
+        norm = self._gradient_norm()
         if not math.isfinite(norm):
             return norm, False
-        if self._clip > 0:
-            for wrapped in self.chained.chained_optimizers:
-                parameters = wrapped.get_parameters()
-                if parameters:
-                    self._clip_by_norm(parameters, max_norm=self._clip, total_norm=norm)
+        if 0 < self._clip < norm:
+            parameters = [p for wrapped in self.chained.chained_optimizers for p in wrapped.get_parameters()]
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self._clip / norm)
         self.chained.step_with_ready_grads()
         return norm, True
+
+    @torch.no_grad()
+    def _gradient_norm(self) -> float:
+        """Norm of the whole model's gradient, every weight counted once; the same on every rank.
+
+        megatron's own takes one call per tensor where neither Apex nor Transformer Engine is installed.
+        """
+        gradients = [g for wrapped in self.chained.chained_optimizers for g in wrapped.get_main_grads_for_grad_norm()]
+        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros((), device=self._mesh.device)]
+        square = torch.stack(norms).square().sum()
+        if self._mesh.shape.tp * self._mesh.shape.pp > 1:
+            dist.all_reduce(square, group=self._mesh.model_parallel_group)
+        return math.sqrt(square)
 
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
         """State for megatron's dist_checkpointing; ``model_state`` is the model's own sharded state."""
         return self.chained.sharded_state_dict(model_state, is_loading)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state; learning rates, decays and betas stay those this optimizer was made with."""
+        made_with = [[dict(group) for group in optimizer.param_groups] for optimizer in self.torch_optimizers]
         self.chained.load_state_dict(state)
+        for optimizer, groups in zip(self.torch_optimizers, made_with, strict=True):
+            for group, settings in zip(optimizer.param_groups, groups, strict=True):
+                group.update({key: value for key, value in settings.items() if key != "params"})
 
 
 def torch_optimizers(config: OptimConfig, module: nn.Module, mesh: Mesh) -> list[torch.optim.Optimizer]:
@@ -127,6 +143,8 @@ def _init_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
     keys = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
     names = keys.get(type(optimizer), ("momentum_buffer",))
     for group in optimizer.param_groups:
+        if group.get("momentum") == 0:  # SGD then keeps nothing
+            continue
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             for name in names:

@@ -1,22 +1,32 @@
-"""Online data selection for any torch model and optimizer: needs torch and the standard library only."""
+"""Online data selection for any torch model and optimizer: needs torch and the standard library only.
 
-from megaopus.selection.backend import (
-    Batch,
-    Candidates,
-    GhostLayer,
-    Gradient,
-    Proxy,
-    ScoringBackend,
-    UpdateOperator,
-)
-from megaopus.selection.candidates import TensorCandidates
+Names are loaded when first used, so that reading the settings (``SelectionConfig``) does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from megaopus.selection.config import SelectionConfig
-from megaopus.selection.direction import directional_utilities, mean_losses
-from megaopus.selection.exact import exact_utilities
-from megaopus.selection.module import ModuleBackend
-from megaopus.selection.preconditioner import build_operator, register_operator
-from megaopus.selection.selector import Selection, Selector
-from megaopus.selection.sketch import CountSketch, CountSketchEstimator
+
+if TYPE_CHECKING:
+    from megaopus.selection.backend import (
+        Batch,
+        Candidates,
+        GhostLayer,
+        Gradient,
+        Proxy,
+        ScoringBackend,
+        UpdateOperator,
+    )
+    from megaopus.selection.candidates import TensorCandidates
+    from megaopus.selection.direction import directional_utilities, mean_losses
+    from megaopus.selection.exact import exact_utilities
+    from megaopus.selection.module import ModuleBackend
+    from megaopus.selection.preconditioner import build_operator, register_operator
+    from megaopus.selection.selector import Selection, Selector
+    from megaopus.selection.sketch import CountSketch, CountSketchEstimator
 
 __all__ = [
     "Batch",
@@ -39,3 +49,13 @@ __all__ = [
     "mean_losses",
     "register_operator",
 ]
+_MODULES = ("backend", "candidates", "direction", "exact", "module", "preconditioner", "selector", "sketch")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in _MODULES:
+            loaded = importlib.import_module(f"megaopus.selection.{module}")
+            if hasattr(loaded, name):
+                return getattr(loaded, name)
+    raise AttributeError(f"module 'megaopus.selection' has no attribute {name!r}")

@@ -1,0 +1,184 @@
+"""resume=auto, never, required and PATH: what each does, and what each refuses before anything is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megaopus.checkpoint.checkpointer import COMPLETE, resolve
+from megaopus.errors import CheckpointError
+from tests.exact.resume_runs import SELECTIONS, rows, settings, train
+
+
+def fake_run(run_dir: Path, *steps: int) -> Path:
+    """A run folder with complete checkpoints, as far as their names and marks go."""
+    for step in steps:
+        folder = run_dir / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / COMPLETE).touch()
+    run_dir.mkdir(exist_ok=True)
+    return run_dir
+
+
+def test_auto_starts_anew_or_goes_on_from_the_newest(tmp_path: Path) -> None:
+    assert resolve("auto", tmp_path / "new") is None
+    run = fake_run(tmp_path / "run", 10, 20, 5)
+    assert resolve("auto", run) == run / "checkpoints" / "step_00000020"
+    (run / "checkpoints" / "step_00000020" / COMPLETE).unlink()
+    assert resolve("auto", run) == run / "checkpoints" / "step_00000010"
+
+
+def test_required_refuses_without_a_checkpoint(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", 10)
+    assert resolve("required", run) == run / "checkpoints" / "step_00000010"
+    with pytest.raises(CheckpointError, match=r"resume=required, but .*new/checkpoints has no complete checkpoint"):
+        resolve("required", tmp_path / "new")
+
+
+@pytest.mark.parametrize("left", ["checkpoint", "metrics"])
+def test_never_refuses_a_used_folder(left: str, tmp_path: Path) -> None:
+    assert resolve("never", tmp_path / "new") is None
+    run = fake_run(tmp_path / "run", *([10] if left == "checkpoint" else []))
+    if left == "metrics":
+        (run / "metrics.jsonl").touch()
+    with pytest.raises(CheckpointError, match="already holds a run, and resume=never would write over it"):
+        resolve("never", run)
+
+
+def test_a_path_is_where_a_new_run_begins(tmp_path: Path) -> None:
+    other = fake_run(tmp_path / "other", 10, 20)
+    tenth = other / "checkpoints" / "step_00000010"
+    assert resolve(str(tenth), tmp_path / "new") == tenth
+    assert resolve(str(other), tmp_path / "new") == other / "checkpoints" / "step_00000020"
+    own = fake_run(tmp_path / "own", 12)
+    assert resolve(str(other), own) == own / "checkpoints" / "step_00000012"
+
+
+@pytest.mark.parametrize("content", ["nothing", "incomplete"])
+def test_a_path_without_a_checkpoint(content: str, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    (folder / "checkpoints" / "step_00000010" if content == "incomplete" else folder).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="neither a complete checkpoint nor a run folder with one"):
+        resolve(str(folder), tmp_path / "new")
+
+
+# -- through the whole train path ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def warm_up(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four updates with checkpoints after two and four."""
+    run_dir = tmp_path_factory.mktemp("warm_up")
+    assert train(settings(tiny_corpus, run_dir, "train.steps=4", "checkpoint.every=2")) == 0
+    return run_dir
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def test_a_new_run_starts_from_another_run(warm_up: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    before = snapshot(warm_up)
+    run = tmp_path / "arm"
+    chosen = ["train.steps=6", "checkpoint.every=0", f"resume={warm_up}"]
+    assert train(settings(tiny_corpus, run, *chosen, *SELECTIONS["directional"])) == 0
+    assert [row["step"] for row in rows(run / "selection.jsonl")] == [4, 5]
+    assert [row["method"] for row in rows(run / "selection.jsonl")] == ["opus", "opus"]
+    assert snapshot(warm_up) == before
+    # Its own checkpoint wins from now on.
+    assert train(settings(tiny_corpus, run, *chosen, "train.steps=7", *SELECTIONS["directional"])) == 0
+    assert [row["step"] for row in rows(run / "selection.jsonl")] == [4, 5, 6]
+    straight = settings(tiny_corpus, tmp_path / "straight", "train.steps=7", "selection=uniform")
+    assert train(straight) == 0
+    together = [*rows(warm_up / "selection.jsonl"), *rows(run / "selection.jsonl")]
+    expected = [row["candidate_ids"] for row in rows(tmp_path / "straight" / "selection.jsonl")]
+    assert [row["candidate_ids"] for row in together] == expected
+
+
+def test_rows_of_a_launch_without_checkpoints_are_not_mixed_in(
+    warm_up: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "arm"
+    run.mkdir()
+    shutil.copy(warm_up / "metrics.jsonl", run)
+    assert train(settings(tiny_corpus, run, "train.steps=5", f"resume={warm_up}")) == 0
+    assert [row["step"] for row in rows(run / "metrics.jsonl") if row["kind"] == "step"] == [4]
+
+
+REFUSED = {
+    "seq_len": ["data.seq_len=8"],
+    "seed": ["seed=5"],
+    "model.hidden_size": ["model.hidden_size=16"],
+    "model.num_layers": ["model.num_layers=1"],
+    "precision": ["engine.precision=bf16"],
+    "optimizer": ["optim=muon"],
+    "global_batch_size": ["train.global_batch_size=8", "selection.rho=1.0"],
+    "num_candidates": ["selection.rho=0.25"],
+}
+
+
+@pytest.mark.parametrize("how", ["own", "path"])
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_checkpoint_of_another_run_is_refused(
+    key: str, how: str, warm_up: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    run_dir, more = (warm_up, []) if how == "own" else (tmp_path / "new", [f"resume={warm_up}"])
+    before = snapshot(warm_up)
+    with pytest.raises(CheckpointError, match="belongs to another run; these differ") as caught:
+        train(settings(tiny_corpus, run_dir, "train.steps=6", *REFUSED[key], *more))
+    differing = re.findall(r"^  (\S+): saved .*, now ", str(caught.value), re.MULTILINE)
+    assert differing == [key]
+    assert "nothing was written" in str(caught.value)
+    assert snapshot(warm_up) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_difference_is_named(warm_up: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(warm_up, run)
+    path = run / "checkpoints" / "step_00000004" / "state.json"
+    state = json.loads(path.read_text())
+    state["identity"]["corpus"] = "another corpus"
+    path.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError) as caught:
+        train(settings(tiny_corpus, run, "seed=5", "optim=sgd"))
+    lines = [line.strip().split(":")[0] for line in str(caught.value).splitlines() if "saved" in line]
+    assert lines == ["corpus", "seed", "optimizer"]
+    assert "seed: saved 1234, now 5" in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["state", "weights"])
+def test_a_damaged_checkpoint_changes_nothing_and_the_one_before_still_works(
+    damage: str, warm_up: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(warm_up, run)
+    newest = run / "checkpoints" / "step_00000004"
+    broken = newest / "state.json" if damage == "state" else next((newest / "weights").glob("*.distcp"))
+    broken.write_bytes(broken.read_bytes()[:100])
+    before = snapshot(run)
+    overrides = settings(tiny_corpus, run, "train.steps=5", "checkpoint.every=2")
+    with pytest.raises(CheckpointError, match=f"delete the checkpoint's file {COMPLETE} to fall back"):
+        train(overrides)
+    assert snapshot(run) == before
+    (newest / COMPLETE).unlink()
+    assert train(overrides) == 0
+    assert [row["step"] for row in rows(run / "selection.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_a_run_folder_that_cannot_be_written(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Path, text: str) -> None:
+        raise OSError(30, "Read-only file system", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", refused)
+        with pytest.raises(CheckpointError, match=r"run folder cannot be written .*Read-only.* set another run_dir"):
+            train(settings(tiny_corpus, tmp_path / "run", "train.steps=1"))
+    assert train(settings(tiny_corpus, tmp_path / "run", "train.steps=1")) == 0
+    assert sorted(path.name for path in (tmp_path / "run" / "launches").iterdir()) == ["000"]

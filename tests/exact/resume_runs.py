@@ -1,0 +1,142 @@
+"""Short runs through the whole train path, and everything of a run folder that must not depend on interruptions."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaopus import build
+from megaopus.checkpoint.checkpointer import complete_checkpoints
+from megaopus.config import RunConfig, compose
+
+STEPS = 10
+TIMING = ("time_s", "step_s", "select_s")
+SELECTIONS = {
+    "directional": ["selection=opus", "selection.warmup_steps=2", "selection.proxy_ema=0.9"],
+    "countsketch": [
+        "selection=opus_boltzmann",
+        "selection.estimator=countsketch",
+        "selection.sketch_dim=512",
+        "selection.redundancy=0.5",
+        "selection.warmup_steps=2",
+    ],
+    "high_ppl": ["selection=high_ppl"],
+    "uniform": ["selection=uniform"],
+}
+OPTIMIZERS = {
+    "adamw": ["optim=adamw", "optim.lr=3e-3", "optim.warmup_steps=3"],
+    "muon": ["optim=muon", "optim.schedule=wsd", "optim.decay_steps=4"],
+    "sgd": ["optim=sgd"],
+}
+
+
+def settings(corpus: Path, run_dir: Path, *more: str) -> list[str]:
+    """Overrides of a run of STEPS updates: a checkpoint every 4, a validation every 3."""
+    return [
+        f"data.path={corpus}",
+        f"run_dir={run_dir}",
+        "data.wanted=[docs]",
+        "data.seq_len=16",
+        "engine=cpu",
+        "model.num_layers=2",
+        "model.hidden_size=32",
+        f"train.steps={STEPS}",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=2",
+        "train.eval_every=3",
+        "train.eval_sequences=4",
+        "selection.proxy_batch_size=4",
+        "checkpoint.every=4",
+        *more,
+    ]
+
+
+def train(overrides: list[str]) -> int:
+    """Run in this process (on this rank); returns the exit status."""
+    places = dict(text.split("=", 1) for text in overrides if text.startswith(("run_dir=", "resume=")))
+    rest = tuple(text for text in overrides if text.split("=", 1)[0] not in places)
+    config = copy.deepcopy(_composed(rest, int(os.environ.get("WORLD_SIZE", "1"))))
+    for key, value in places.items():
+        setattr(config, key, value)
+    return build.train(config)
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...], world_size: int) -> RunConfig:
+    return compose(list(overrides), world_size=world_size)
+
+
+def command(program: list[str], timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """``python -m <program>`` from the root of the sources, one thread a process."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, "-m", *program],
+        cwd=Path(__file__).parents[2],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file without what a clock decides."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in found]
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint's weights, read without the engine."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, Any] = {}
+    _load_state_dict(state, FileSystemReader(str(folder)), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def everything(run_dir: Path) -> dict[str, Any]:
+    """What the newest checkpoint and the records of a run hold, times and places left out."""
+    folder = complete_checkpoints(run_dir)[-1]
+    state = json.loads((folder / "state.json").read_text())
+    for key in ("time_s", "config"):
+        del state[key]
+    return {
+        "checkpoints": [path.name for path in complete_checkpoints(run_dir)],
+        "state": state,
+        "common": torch.load(folder / "weights" / "common.pt", weights_only=False),
+        "tensors": tensors(folder / "weights"),
+        "metrics": rows(run_dir / "metrics.jsonl"),
+        "selection": rows(run_dir / "selection.jsonl"),
+    }
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Equal to the last bit."""
+    for key in ("checkpoints", "state", "metrics", "selection"):
+        assert found[key] == expected[key], key
+    assert plain(found["common"]) == plain(expected["common"])
+    assert found["tensors"].keys() == expected["tensors"].keys()
+    for name, value in expected["tensors"].items():
+        assert torch.equal(found["tensors"][name], value), name
+
+
+def plain(tree: Any) -> Any:
+    """Nested state with its tensors as lists, so that == compares values."""
+    if isinstance(tree, Tensor):
+        return tree.tolist()
+    if isinstance(tree, dict):
+        return {key: plain(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [plain(value) for value in tree]
+    return tree

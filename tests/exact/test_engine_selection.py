@@ -1,0 +1,321 @@
+"""Selection inside the engine: alike at dp = 1 and 2, equal to plain PyTorch, true to the oracle, and without trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.reference_gpt import ReferenceGPT
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.engine.config import EngineConfig
+from megaopus.engine.megatron import MegatronEngine, token_losses
+from megaopus.models.config import ModelConfig
+from megaopus.optim.config import OptimConfig
+from megaopus.selection import ModuleBackend, Selector
+from megaopus.selection.config import SelectionConfig
+from megaopus.selection.direction import directional_utilities, mean_losses
+from megaopus.selection.exact import exact_utilities
+from megaopus.selection.sketch import CountSketchEstimator
+from tests.exact.estimators_toy import SEQ_LEN, VOCAB, buffer, proxy, spearman
+from tests.harness import TINY, TokenCandidates, run_ranks, tiny_engine
+
+LLAMA = replace(
+    TINY,
+    num_kv_heads=2,
+    position="rope",
+    norm="rmsnorm",
+    activation="swiglu",
+    bias=False,
+    tied=False,
+    qk_norm=True,
+)
+MODELS = {"gpt2": TINY, "llama": LLAMA}
+OPTIMIZERS = {
+    "adamw": OptimConfig(name="adamw", lr=3e-3, warmup_steps=5, schedule="constant"),
+    "muon": OptimConfig(name="muon", lr=3e-3, muon_lr=0.02, warmup_steps=5, schedule="constant"),
+}
+METHODS = {
+    "directional": SelectionConfig(method="opus", proxy_batch_size=4, proxy_ema=0.9, score_micro_batch_size=4),
+    "countsketch": SelectionConfig(
+        method="opus",
+        estimator="countsketch",
+        sampler="boltzmann",
+        redundancy=0.5,
+        proxy_batch_size=4,
+        sketch_dim=1024,
+        score_micro_batch_size=4,
+    ),
+    "exact": SelectionConfig(method="opus", estimator="exact", proxy_batch_size=4),
+    "high_ppl": SelectionConfig(method="high_ppl", score_micro_batch_size=4),
+}
+
+
+def text(size: int, step: int) -> TokenCandidates:
+    """Windows of documentation, code and shuffled text, the same on every rank."""
+    return TokenCandidates(buffer(size, seed=1000 + 7 * step).batch(), step * size + torch.arange(size))
+
+
+def wanted(size: int, step: int) -> TokenCandidates:
+    return TokenCandidates(proxy(step).batch()[:size], torch.arange(size))
+
+
+def build(mesh: Mesh, optimizer: str, model: ModelConfig = TINY, precision: str = "fp32") -> MegatronEngine:
+    config = EngineConfig(device="cpu", precision=precision)
+    return tiny_engine(mesh, model=model, optim=OPTIMIZERS[optimizer], engine=config, seq_len=SEQ_LEN, vocab_size=VOCAB)
+
+
+def selector(engine: MegatronEngine, method: str, num_selected: int = 4) -> Selector:
+    config = METHODS[method]
+    return Selector(
+        config,
+        engine.scoring_backend(),
+        num_selected=num_selected,
+        proxy=lambda step: wanted(config.proxy_batch_size, step),
+        seed=7,
+    )
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    alone = Mesh(ParallelConfig(), "cpu")
+    yield alone
+    alone.close()
+
+
+# -- data-parallel ranks ---------------------------------------------------------------------------------------------
+
+
+def select_and_train(mesh: Mesh, method: str, optimizer: str) -> list[tuple[list[int], Tensor | None]]:
+    """(picked ids, utilities) of seven steps of the training loop."""
+    engine = build(mesh, optimizer)
+    choose = selector(engine, method)
+    picked = []
+    for step in range(7):
+        candidates = text(8, step)
+        selection = choose.select(candidates, step)
+        engine.train_step(candidates.take(selection.indices))
+        picked.append((selection.picked_ids.tolist(), selection.utilities))
+    return picked
+
+
+def select_and_train_all() -> dict[tuple[str, str], list]:
+    mesh = Mesh(ParallelConfig(), "cpu")
+    try:
+        return {(m, o): select_and_train(mesh, m, o) for m in METHODS for o in OPTIMIZERS}
+    finally:
+        mesh.close()
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict]:
+    return run_ranks(2, select_and_train_all)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_pick_what_one_picks(method: str, optimizer: str, two_ranks: list[dict], mesh: Mesh) -> None:
+    alone = select_and_train(mesh, method, optimizer)
+    selecting = [utilities for _, utilities in alone if utilities is not None]
+    assert len(selecting) == (7 if method == "high_ppl" else 6)  # the optimizer has no state before the first update
+    assert len({tuple(ids) for ids, _ in alone}) == 7
+    for found in two_ranks:
+        assert [ids for ids, _ in found[method, optimizer]] == [ids for ids, _ in alone]
+        for (_, utilities), (_, expected) in zip(found[method, optimizer], alone, strict=True):
+            if expected is not None:
+                torch.testing.assert_close(utilities, expected, rtol=1e-5, atol=1e-5 * float(expected.std()))
+
+
+# -- against plain PyTorch -------------------------------------------------------------------------------------------
+
+
+def plain_backend(engine: MegatronEngine) -> ModuleBackend:
+    """A ReferenceGPT with the engine's weights, under torch optimizers with the engine's state and learning rates."""
+
+    def gpt(values: dict[str, Tensor]) -> ReferenceGPT:
+        model = ReferenceGPT(layers=2, hidden=32, heads=4, vocab=VOCAB, positions=SEQ_LEN)
+        model.copy_weights(values.items())
+        return model
+
+    names = dict(engine.module.named_parameters())
+    model = gpt({name: p.detach() for name, p in names.items()})
+    of = {id(p): q for p, q in zip(gpt_order(engine), model.parameters(), strict=True)}
+    optimizers = []
+    for optimizer in engine.optimizer.torch_optimizers:
+        kind = {"AdamW": torch.optim.AdamW, "Muon": torch.optim.Muon}[type(optimizer).__name__]
+        keep = ("lr", "weight_decay", "betas", "eps", "momentum", "ns_steps", "nesterov")
+        groups = [
+            {"params": [of[id(p)] for p in group["params"]], **{key: group[key] for key in keep if key in group}}
+            for group in optimizer.param_groups
+        ]
+        copy = kind(groups)
+        for p, state in optimizer.state.items():
+            copy.state[of[id(p)]] = {key: value.clone() for key, value in state.items()}
+        optimizers.append(copy)
+    return ModuleBackend(model, optimizers, lambda model, tokens: model(tokens).double().mean(1))
+
+
+def gpt_order(engine: MegatronEngine) -> list[Tensor]:
+    """The engine's parameters in the order of ReferenceGPT's, found by marking each with its number."""
+    parameters = list(engine.module.named_parameters())
+    marks = ReferenceGPT(layers=2, hidden=32, heads=4, vocab=VOCAB, positions=SEQ_LEN)
+    marks.copy_weights((name, torch.full_like(p, float(i))) for i, (name, p) in enumerate(parameters))
+    return [parameters[int(mark.flatten()[0])][1] for mark in marks.parameters()]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_scores_equal_those_of_a_plain_gpt(optimizer: str, mesh: Mesh) -> None:
+    engine = build(mesh, optimizer)
+    for step in range(12):
+        engine.train_step(text(8, step))
+    scored = engine.scoring_backend()
+    operator = scored.operator()
+    plain = plain_backend(engine)
+    candidates, target = text(16, 50), wanted(16, 3)
+    gradient, plain_gradient = scored.gradient(target), plain.gradient(target)
+    pairs = {
+        "losses": (mean_losses(scored, candidates), mean_losses(plain, candidates)),
+        "exact": (
+            exact_utilities(scored, candidates, operator, gradient),
+            exact_utilities(plain, candidates, plain.operator(), plain_gradient),
+        ),
+        "directional": (
+            directional_utilities(scored, candidates, operator, gradient),
+            directional_utilities(plain, candidates, plain.operator(), plain_gradient),
+        ),
+    }
+    for what, (found, expected) in pairs.items():
+        assert expected.std() > 0
+        error = (found - expected).norm() / expected.norm()
+        assert error < 1e-4, f"{what}: {error:.1e}"
+
+
+# -- against the oracle ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(mesh: Mesh) -> Callable[[str, str], MegatronEngine]:
+    """Engines after 150 updates on all three kinds of text, each trained once."""
+    engines: dict[tuple[str, str], MegatronEngine] = {}
+
+    def get(model: str, optimizer: str) -> MegatronEngine:
+        if (model, optimizer) not in engines:
+            engine = build(mesh, optimizer, MODELS[model])
+            losses = [engine.train_step(text(8, step)).loss for step in range(150)]
+            assert losses[-1] < losses[0] - 1
+            engines[model, optimizer] = engine
+        return engines[model, optimizer]
+
+    return get
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_estimators_agree_with_the_oracle(model: str, optimizer: str, trained: Callable) -> None:
+    engine = trained(model, optimizer)
+    backend = engine.scoring_backend()
+    operator, gradient = backend.operator("full"), backend.gradient(wanted(32, 3))
+    candidates = text(24, 500)
+    exact = exact_utilities(backend, candidates, operator, gradient)
+    directional = directional_utilities(backend, candidates, operator, gradient)
+    assert spearman(directional, exact) >= 0.99
+    estimator = CountSketchEstimator(8192, 42)
+    linear = {layer.parameter for layer in estimator.layers(backend)}
+    assert len(linear) == 4 * 2 + 1
+    exact_linear = exact_utilities(backend, candidates, operator, gradient, parameters=linear)
+    sketched, _ = estimator.estimate(backend, candidates, operator, gradient)
+    assert spearman(sketched, exact_linear) >= 0.95
+
+
+# -- bf16 ------------------------------------------------------------------------------------------------------------
+
+
+def in_bf16(mesh: Mesh, engine: MegatronEngine, optimizer: str) -> MegatronEngine:
+    """The same weights and optimizer state under bf16 with fp32 main weights."""
+    low = build(mesh, optimizer, precision="bf16")
+    low.step = engine.step
+    main = low.scoring_backend().parameters()
+    with torch.no_grad():
+        for (name, parameter), copy in zip(engine.module.named_parameters(), low.module.parameters(), strict=True):
+            main[name].copy_(parameter)
+            copy.copy_(parameter)
+    for ours, theirs in zip(low.optimizer.torch_optimizers, engine.optimizer.torch_optimizers, strict=True):
+        for group, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+            for p, q in zip(group["params"], other["params"], strict=True):
+                ours.state[p] = {key: value.clone() for key, value in theirs.state[q].items()}
+    return low
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_bf16_utilities_rank_as_fp32_ones(optimizer: str, trained: Callable, mesh: Mesh) -> None:
+    engine = trained("gpt2", optimizer)
+    backend, low = engine.scoring_backend(), in_bf16(mesh, engine, optimizer).scoring_backend()
+    candidates, target = text(24, 500), wanted(32, 3)
+    expected = directional_utilities(backend, candidates, backend.operator(), backend.gradient(target))
+    found = directional_utilities(low, candidates, low.operator(), low.gradient(target))
+    assert spearman(found, expected) >= 0.9
+    # Token losses must not be rounded to bf16: their differences are what is scored.
+    difference = low.losses(candidates.batch()) - backend.losses(candidates.batch())
+    assert 0 < difference.abs().max() < 5e-3
+    with low.scoring(), low._megatron(), torch.no_grad():
+        assert token_losses(low.module, candidates.batch()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_perturbed_weights_come_back_to_the_last_bit(precision: str, fails: bool, mesh: Mesh) -> None:
+    engine = build(mesh, "adamw", precision=precision)
+    engine.train_step(text(8, 0))
+    backend = engine.scoring_backend()
+    before = [p.detach().clone() for p in (*engine.module.parameters(), *backend.parameters().values())]
+    direction = {name: torch.randn_like(p) for name, p in backend.parameters().items()}
+    inside = []
+    try:
+        with backend.perturbed(direction, 0.37):
+            inside = [p.detach().clone() for p in engine.module.parameters()]
+            if fails:
+                raise InterruptedError
+    except InterruptedError:
+        pass
+    assert all(not torch.equal(moved, old) for moved, old in zip(inside, before, strict=False))
+    after = [*engine.module.parameters(), *backend.parameters().values()]
+    assert all(torch.equal(new, old) for new, old in zip(after, before, strict=True))
+
+
+# -- no trace --------------------------------------------------------------------------------------------------------
+
+
+def state_of(engine: MegatronEngine) -> list[Any]:
+    weights = [*engine.module.parameters(), *engine.scoring_backend().parameters().values()]
+    states = [value for o in engine.optimizer.torch_optimizers for s in o.state.values() for value in s.values()]
+    return [tensor.detach().clone() for tensor in (*weights, *states)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_selecting_leaves_no_trace_in_training(method: str, optimizer: str, precision: str, mesh: Mesh) -> None:
+    """Weights, optimizer state and random states; the next update, dropout on, is the same with and without."""
+    model = replace(TINY, dropout=0.1)
+    ends = []
+    for selects in (False, True):
+        engine = build(mesh, optimizer, model, precision)
+        for step in range(3):
+            engine.train_step(text(4, step))
+        if selects:
+            before, random_state = state_of(engine), torch.get_rng_state()
+            modes = [module.training for module in engine.ddp.modules()]
+            selection = selector(engine, method).select(text(8, 3), 3)
+            assert selection.utilities is not None
+            assert all(torch.equal(x, y) for x, y in zip(state_of(engine), before, strict=True))
+            assert torch.equal(torch.get_rng_state(), random_state)
+            assert [module.training for module in engine.ddp.modules()] == modes
+        results = [engine.train_step(text(4, step)) for step in (3, 4)]
+        ends.append((results, state_of(engine)))
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(x, y) for x, y in zip(ends[0][1], ends[1][1], strict=True))

@@ -1,0 +1,135 @@
+"""A signal asks for a checkpoint and an orderly end; the run then goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import multiprocessing.process
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaopus import build
+from megaopus.checkpoint.checkpointer import complete_checkpoints
+from megaopus.engine.megatron import MegatronEngine
+from megaopus.engine.scoring import MegatronScoringBackend
+from megaopus.monitor.health import STOP_EXIT_CODE, StopSignal
+from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, command, everything, settings, train
+from tests.faults import at_step
+
+CHOSEN = [*SELECTIONS["directional"], *OPTIMIZERS["adamw"]]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    run_dir = tmp_path_factory.mktemp("straight")
+    assert train(settings(tiny_corpus, run_dir, *CHOSEN)) == 0
+    return everything(run_dir)
+
+
+def send(number: signal.Signals = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+@contextmanager
+def signal_in(owner: Any, name: str, step: int) -> Iterator[None]:
+    """SIGTERM in the first call of a method of an engine (or its scoring backend) after ``step`` updates."""
+    original = getattr(owner, name)
+    sent = []
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = getattr(self, "_engine", self)
+        if engine.step == step and not sent:
+            sent.append(True)
+            send()
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        yield
+    assert sent
+
+
+PHASES: dict[str, tuple[Callable[[], AbstractContextManager[None]], int]] = {
+    # phase: (the signal, updates done when the run stops)
+    "before the update": (lambda: at_step(5, send), 6),
+    "scoring": (lambda: signal_in(MegatronScoringBackend, "losses", 5), 6),
+    "proxy gradient": (lambda: signal_in(MegatronScoringBackend, "gradient", 6), 7),
+    "training": (lambda: signal_in(MegatronEngine, "train_step", 2), 3),
+    "validating": (lambda: signal_in(MegatronEngine, "evaluate", 6), 6),
+    "saving": (lambda: signal_in(MegatronEngine, "save", 4), 4),
+    "SIGUSR1": (lambda: at_step(5, lambda: send(signal.SIGUSR1)), 6),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_stop_saves_and_the_run_goes_on(phase: str, straight: dict, tiny_corpus: Path, tmp_path: Path) -> None:
+    stop, updates = PHASES[phase]
+    overrides = settings(tiny_corpus, tmp_path, *CHOSEN)
+    with stop():
+        assert train(overrides) == STOP_EXIT_CODE == 143
+    assert complete_checkpoints(tmp_path)[-1].name == f"step_{updates:08d}"
+    assert len((tmp_path / "selection.jsonl").read_text().splitlines()) == updates
+    assert train(overrides) == 0
+    assert_same(everything(tmp_path), straight)
+
+
+def test_a_stop_before_the_first_update_saves_nothing(
+    straight: dict, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = settings(tiny_corpus, tmp_path, *CHOSEN)
+    original = build.build_trainer
+
+    def signalled(*args: Any) -> Any:
+        send()
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "build_trainer", signalled)
+        assert train(overrides) == STOP_EXIT_CODE
+    assert complete_checkpoints(tmp_path) == []
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert train(overrides) == 0
+    assert_same(everything(tmp_path), straight)
+
+
+def test_a_stop_in_the_last_update_leaves_only_the_validation(
+    straight: dict, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    overrides = settings(tiny_corpus, tmp_path, *CHOSEN)
+    with at_step(9, send):
+        assert train(overrides) == STOP_EXIT_CODE
+    assert complete_checkpoints(tmp_path)[-1].name == "step_00000010"
+    assert train(overrides) == 0
+    assert_same(everything(tmp_path), straight)
+
+
+def test_the_command_exits_with_143(straight: dict, tiny_corpus: Path, tmp_path: Path) -> None:
+    overrides = settings(tiny_corpus, tmp_path, *CHOSEN)
+    stopped = command(["tests.faults", "SIGTERM", "5", "0", "train", *overrides])
+    assert stopped.returncode == 143, stopped.stderr
+    assert "SIGTERM: stopping after 6 updates" in stopped.stdout
+    assert train(overrides) == 0
+    assert_same(everything(tmp_path), straight)
+
+
+def test_a_save_starts_no_process(tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal to the whole process group would end a helper process, and the save that it asks for with it."""
+
+    def refused(self: multiprocessing.process.BaseProcess) -> None:
+        raise AssertionError(f"{self.name} was started")
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refused)
+    assert train(settings(tiny_corpus, tmp_path, "train.steps=2")) == 0
+    assert len(complete_checkpoints(tmp_path)) == 1
+
+
+def test_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        send()
+        assert stop.reason == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
