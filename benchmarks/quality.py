@@ -1,12 +1,12 @@
 """Does selection reach uniform's final loss with fewer update tokens, and in less time?
 
-On the demo corpus, for each optimizer and seed: one uniform warm-up, then every arm goes on from it with the same number of
-update tokens. Prints a table and writes rows {corpus, optimizer, arm, seeds, tokens_ratio, time_ratio, final_loss,
+On the demo corpus, for each optimizer and seed: one uniform warm-up, then every arm goes on from it with the same number
+of update tokens. Prints a table and writes rows {corpus, optimizer, arm, seeds, tokens_ratio, time_ratio, final_loss,
 final_loss_std, p_value, ...}. Resumable: finished runs under --folder are not run again, killed ones go on.
 
 tokens_ratio: fraction of uniform's update tokens after the warm-up at which the arm reaches uniform's final loss.
-time_ratio: tokens_ratio times the arm's seconds per step (data, proxy, scoring, update) over uniform's, both measured here
-side by side: all arms take turns step by step in one process, median. wall_time_ratio is by the runs' own clocks.
+time_ratio: tokens_ratio times the arm's seconds per step (data, proxy, scoring, update) over uniform's, both measured
+here side by side: the arms take turns step by step in one process, median. wall_time_ratio: by the runs' own clocks.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": ("optim=adamw", "optim.lr=2e-3"),
     "muon": ("optim=muon", "optim.lr=4e-3", "optim.muon_lr=0.01"),
 }
-# Learning rates: the best of {2, 4, 8}e-3 (AdamW) and of (2e-3, .02), (4e-3, .02), (4e-3, .01) (AdamW's, Muon's) for
-# uniform over 300 updates of one seed; every arm has the same. The warm-up and decay settings are those of the demo.
+# Learning rates are the best for uniform after 400 updates of one seed: of {1, 2, 3}e-3 for AdamW; of (4e-3, .01),
+# (4e-3, .005) and (2e-3, .01) for (AdamW on the rest, Muon on the matrices). Every arm has the same.
 COMMON = ("experiment=demo", f"data.wanted=[{WANTED}]", "logging.every=50")
 
 
@@ -63,7 +63,7 @@ class Plan:
     timing_repeats: int
 
 
-FULL = Plan(warm_steps=250, steps=200, eval_every=20, seeds=(1, 2, 3), timing_repeats=20)
+FULL = Plan(warm_steps=300, steps=300, eval_every=20, seeds=(1, 2, 3), timing_repeats=20)
 QUICK = Plan(warm_steps=60, steps=40, eval_every=10, seeds=(1,), timing_repeats=5)
 WARM_REPEATS = 2  # steps of each arm that are not timed
 

@@ -38,7 +38,7 @@ OPTIM = OptimConfig(name="adamw", lr=1e-3, schedule="constant")
 
 @dataclass(frozen=True)
 class Shape:
-    """One model and batch."""
+    """One model (layers x hidden size) and the micro-batch it trains on."""
 
     num_layers: int
     hidden_size: int
@@ -47,7 +47,7 @@ class Shape:
     micro_batch_size: int
 
     def __str__(self) -> str:
-        return f"{self.num_layers}x{self.hidden_size}, {self.micro_batch_size}x{self.seq_len} tokens"
+        return f"{self.num_layers} x {self.hidden_size}"
 
 
 @dataclass(frozen=True)
@@ -139,16 +139,17 @@ def _check_same(shape: Shape, losses: dict[str, list[float]]) -> None:
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     """The table a person reads."""
     table = Table(title=f"training throughput, target ratio >= {TARGET}")
-    for name in ("shape", "parameters", "engine tokens/s", "plain tokens/s", "ratio", "quartiles"):
-        table.add_column(name, justify="left" if name == "shape" else "right")
+    for name in ("shape", "batch", "parameters", "engine tok/s", "plain tok/s", "ratio", "quartiles"):
+        table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["shape"],
+            f"{row['micro_batch_size']} x {row['seq_len']}",
             f"{row['parameters']:,}",
             f"{row['engine_tokens_per_s']:,.0f}",
             f"{row['reference_tokens_per_s']:,.0f}",
             f"{row['ratio']:.3f}",
-            f"{row['ratio_low']:.3f} - {row['ratio_high']:.3f}",
+            f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}",
         )
     console.print(table)
 

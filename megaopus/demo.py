@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from megaopus.monitor.compare import Comparison, Run
 
 WANTED = "docs"
-WARM_STEPS = 250
-STEPS = 350
+WARM_STEPS = 300
+STEPS = 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from megaopus.errors import DataError
 DEMO_LIMITS: Mapping[str, int] = {"docs": 3_200_000, "code": 3_300_000, "readmes": 1_200_000, "noise": 3_300_000}
 """Characters of each domain, at most: about a quarter of the pool is wanted text once the held-out splits are gone."""
 DEMO_RULE = SplitRule(proxy_fraction=0.1, validation_fraction=0.08, wanted=("docs",))
-DEMO_VOCAB_SIZE = 4096
+DEMO_VOCAB_SIZE = 2048
 
 
 def build_demo_sources(folder: Path, limits: Mapping[str, int] = DEMO_LIMITS) -> list[Source]:

@@ -301,7 +301,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", required=True, metavar="FOLDER", help="corpus folder to make")
     add("--tokenizer", metavar="FILE", help="Hugging Face tokenizer.json; default: train byte-level BPE on the pool")
-    add("--vocab-size", type=int, help="tokens of a trained tokenizer (default 16384; 4096 with --demo)")
+    add("--vocab-size", type=int, help="tokens of a trained tokenizer (default 16384; 2048 with --demo)")
     add("--eod-token", default=EOD, metavar="TOKEN", help="end-of-document token of --tokenizer (default %(default)s)")
     add("--wanted", action="append", metavar="DOMAIN", help="only this domain gives proxy documents; repeatable")
     add("--proxy-fraction", type=float, help=f"share of the wanted documents (default {rule.proxy_fraction})")

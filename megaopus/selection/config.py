@@ -40,7 +40,7 @@ class SelectionConfig:
     """Candidates per forward pass while scoring, on each rank."""
     proxy_batch_size: int = 32
     """Proxy sequences drawn anew each step, over all ranks."""
-    proxy_ema: float = 0.9
+    proxy_ema: float = 0.5
     """Decay of the running average of the proxy gradient; 0: this step's gradient alone."""
     epsilon: float = 1.0
     """Finite-difference step of directional scoring, in units of one optimizer step."""

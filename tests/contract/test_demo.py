@@ -51,7 +51,7 @@ def test_both_arms_continue_one_warm_up(folder: Path) -> None:
     for run in (uniform, opus):
         assert [row.step for row in run.steps] == list(range(WARM_STEPS, WARM_STEPS + STEPS))
         assert run.validations[-1].step == WARM_STEPS + STEPS
-        assert run.steps[-1].tokens == (WARM_STEPS + STEPS) * 16 * 128
+        assert run.steps[-1].tokens == (WARM_STEPS + STEPS) * 8 * 128
     assert {row.method for row in uniform.selections} == {"uniform"}
     assert {row.method for row in opus.selections} == {"opus"}
     candidates = [
