@@ -1,8 +1,8 @@
 """Does selection reach uniform's final loss with fewer update tokens, and in less time?
 
-On the demo corpus, for each optimizer and seed: one uniform warm-up, then every arm goes on from it with the same number
-of update tokens. Prints a table and writes rows {corpus, optimizer, arm, seeds, tokens_ratio, time_ratio, final_loss,
-final_loss_std, p_value, ...}. Resumable: finished runs under --folder are not run again, killed ones go on.
+On the demo corpus, for each optimizer and seed: one uniform warm-up, then every arm goes on from it with the same
+number of update tokens. Prints a table and writes rows {corpus, optimizer, arm, seeds, tokens_ratio, time_ratio,
+final_loss, final_loss_std, p_value, ...}. Resumable: finished runs under --folder are not run again, killed ones go on.
 
 tokens_ratio: fraction of uniform's update tokens after the warm-up at which the arm reaches uniform's final loss.
 time_ratio: tokens_ratio times the arm's seconds per step (data, proxy, scoring, update) over uniform's, both measured
@@ -11,20 +11,23 @@ here side by side: the arms take turns step by step in one process, median. wall
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.common import interleaved, machine, parser, progress, start, write_results
 from megaopus.arms import OPUS, UNIFORM, Stretch
 from megaopus.build import Corpora, build_trainer
 from megaopus.checkpoint.checkpointer import locate
@@ -65,7 +68,6 @@ class Plan:
 
 FULL = Plan(warm_steps=300, steps=300, eval_every=20, seeds=(1, 2, 3), timing_repeats=20)
 QUICK = Plan(warm_steps=60, steps=40, eval_every=10, seeds=(1,), timing_repeats=5)
-WARM_REPEATS = 2  # steps of each arm that are not timed
 
 
 def train_all(plan: Plan, folder: Path, corpus: Path, jobs: int, console: Console) -> None:
@@ -105,37 +107,33 @@ def stretch_of(plan: Plan, folder: Path, corpus: Path, optimizer: str, seed: int
     )
 
 
-def step_seconds(stretch: Stretch, repeats: int) -> dict[str, float]:
+def step_seconds(stretch: Stretch, repeats: int, clock: str, bar: Progress) -> dict[str, float]:
     """Median seconds of one step of each arm after the warm-up, all arms taking turns in this process."""
-    recorder = _Recorder()
     mesh = Mesh(ParallelConfig())
     try:
-        trainers = {}
-        for arm, overrides in ARMS.items():
-            total = stretch.warm_steps + stretch.steps
-            own = [f"seed={stretch.seed}", f"train.steps={total}", f"run_dir={stretch.folder / 'timing'}"]
-            config = compose([*stretch.settings, *overrides, *own])
-            trainers[arm] = build_trainer(config, mesh, Corpora(config), StopSignal())
-            checkpoint = locate(str(stretch.warm_up()), Path(config.run_dir), mesh)
-            assert checkpoint is not None
-            trainers[arm].restore(checkpoint)
-        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        for _ in range(WARM_REPEATS + repeats):
-            for arm, trainer in trainers.items():
-                trainer.update(recorder)
-                seconds[arm].append(recorder.step_s)
-        return {arm: statistics.median(values[WARM_REPEATS:]) for arm, values in seconds.items()}
+        steps = {arm: _step(stretch, overrides, mesh) for arm, overrides in ARMS.items()}
+        title = f"timing the arms side by side, {stretch.folder.name}"
+        seconds = interleaved(steps, repeats, clock, bar, title)
     finally:
         mesh.close()
+    return {arm: statistics.median(values) for arm, values in seconds.items()}
 
 
-class _Recorder:
-    """A monitor that keeps the last step's seconds."""
+def _step(stretch: Stretch, overrides: Sequence[str], mesh: Mesh) -> Callable[[], None]:
+    """One step of an arm that goes on from the warm-up; it writes nothing."""
+    own = [f"seed={stretch.seed}", f"train.steps={stretch.warm_steps + stretch.steps}"]
+    config = compose([*stretch.settings, *overrides, *own, f"run_dir={stretch.folder / 'timing'}"])
+    trainer = build_trainer(config, mesh, Corpora(config), StopSignal())
+    checkpoint = locate(str(stretch.warm_up()), Path(config.run_dir), mesh)
+    assert checkpoint is not None
+    trainer.restore(checkpoint)
+    return lambda: trainer.update(_Nobody())
 
-    step_s = 0.0
 
-    def step(self, record: StepRecord, selection: SelectionRecord | None) -> None:
-        self.step_s = record.step_s
+class _Nobody:
+    """A monitor that does not listen."""
+
+    def step(self, record: StepRecord, selection: SelectionRecord | None) -> None: ...
 
     def validation(self, record: ValidationRecord) -> None: ...
 
@@ -211,35 +209,30 @@ def _spread(mean: float | None, std: float | None, digits: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps: under 5 minutes, same rows")
-    parser.add_argument("--folder", type=Path, help="run folders (default: runs/quality, or runs/quality_quick)")
-    parser.add_argument("--jobs", type=int, default=None, help="chains at a time (default: 1; with --quick, the cores)")
-    args = parser.parse_args(arguments)
+    command = parser(__doc__)
+    command.add_argument("--folder", type=Path, help="run folders (default: runs/quality, or runs/quality_quick)")
+    command.add_argument("--jobs", type=int, help="chains at a time (default: 1; with --quick, the cores)")
+    args = command.parse_args(arguments)
     console = Console()
+    start(args, console)
     plan = QUICK if args.quick else FULL
     folder = args.folder or Path("runs/quality_quick" if args.quick else "runs/quality")
     jobs = args.jobs or ((os.cpu_count() or 1) if args.quick else 1)
-    corpus = ensure_corpus(folder / "corpus", console)
+    corpus = ensure_corpus(args.corpus, console)
     train_all(plan, folder, corpus, jobs, console)
-    console.print("timing the arms side by side")
-    stretches = {name: stretch_of(plan, folder, corpus, name, plan.seeds[0], None) for name in OPTIMIZERS}
-    seconds = {name: step_seconds(stretch, plan.timing_repeats) for name, stretch in stretches.items()}
+    with progress(console) as bar:
+        seconds = {
+            name: step_seconds(
+                stretch_of(plan, folder, corpus, name, plan.seeds[0], None), plan.timing_repeats, args.clock, bar
+            )
+            for name in OPTIMIZERS
+        }
     rows = rows_of(plan, folder, seconds)
     print_rows(rows, console)
     if args.json:
-        write_json(args.json, rows)
+        write_results(args.json, rows, {**machine(args), "plan": asdict(plan), "step_seconds": seconds})
         console.print(f"rows: {args.json}")
     return 0
-
-
-def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(rows, indent=1) + "\n")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -90,5 +90,3 @@ def test_quality_rows(folder: Path, tmp_path: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert uniform["final_loss"] == pytest.approx(summary["uniform.final_loss"])
     assert opus["final_loss"] == pytest.approx(summary["opus.final_loss"])
-    quality.write_json(tmp_path / "rows.json", rows)
-    assert json.loads((tmp_path / "rows.json").read_text()) == rows
