@@ -12,7 +12,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -84,7 +84,7 @@ def progress(console: Console) -> Iterator[Progress]:
 
 
 def interleaved(
-    passes: dict[str, Callable[[], Any]], repeats: int, clock: str, bar: Progress, title: str
+    passes: Mapping[str, Callable[[], Any]], repeats: int, clock: str, bar: Progress, title: str
 ) -> dict[str, list[float]]:
     """Seconds of each pass in each of ``repeats`` rounds.
 

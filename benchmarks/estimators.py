@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,7 @@ def largest_z(errors: Tensor) -> float:
     return float((errors.mean(0) / (errors.std(0) / len(errors) ** 0.5)).abs().max())
 
 
+@cache
 def chance_z(seeds: int, candidates: int, trials: int = 2000) -> float:
     """What ``largest_z`` of unbiased, independent normal errors exceeds in 1 of 100 trials (simulated, fixed seed)."""
     generator = torch.Generator().manual_seed(0)

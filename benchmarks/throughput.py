@@ -11,6 +11,7 @@ import math
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def measure(shape: Shape, plan: Plan, corpus: Corpus, clock: str, bar: Progress)
             for _ in range(plan.steps):
                 losses[name].append(updates[name](stream.at(len(losses[name]))))
 
-        passes = {name: (lambda name=name: train(name)) for name in updates}
+        passes = {name: partial(train, name) for name in updates}
         seconds = interleaved(passes, plan.repeats, clock, bar, str(shape))
     _check_same(shape, losses)
     tokens = plan.steps * shape.micro_batch_size * shape.seq_len

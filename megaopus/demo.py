@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 WANTED = "docs"
 WARM_STEPS = 300
+LR_WARM_STEPS = 40
 STEPS = 500
 
 
@@ -40,7 +41,12 @@ def run(args: argparse.Namespace) -> None:
     corpus = ensure_corpus(args.out / "corpus", console)
     stretch = Stretch(
         folder=args.out,
-        settings=("experiment=demo", f"data.path={corpus}", f"data.wanted=[{WANTED}]"),
+        settings=(
+            "experiment=demo",
+            f"data.path={corpus}",
+            f"data.wanted=[{WANTED}]",
+            f"optim.warmup_steps={min(LR_WARM_STEPS, args.warm_steps)}",
+        ),
         warm_steps=args.warm_steps,
         steps=args.steps,
         seed=args.seed,

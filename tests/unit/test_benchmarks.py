@@ -1,0 +1,193 @@
+"""The estimators and throughput benchmarks at a tiny size: their rows, and the tools below. No timing is judged."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import common, estimators, throughput
+from megaopus.errors import EngineError
+from megaopus.models.config import ModelConfig
+from megaopus.optim.config import OptimConfig
+
+TINY = estimators.Plan(
+    model=ModelConfig(num_layers=2, hidden_size=32, num_heads=4),
+    seq_len=32,
+    train_steps=15,
+    micro_batch_size=4,
+    num_candidates=16,
+    proxy_batch_size=8,
+    exact_timed=2,
+    repeats=2,
+    seeds=12,
+    bias_candidates=6,
+    optimizers=(OptimConfig(name="adamw", lr=3e-3), OptimConfig(name="muon", lr=3e-3, muon_lr=0.02)),
+)
+NAMES = [
+    "exact",
+    "exact_linear",
+    "directional",
+    "directional_one_sided",
+    "countsketch_8192",
+    "countsketch_1024",
+    "raw_gradient",
+    "high_ppl",
+]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def output(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """rows.json and rows.machine.json of a tiny run of estimators.py, in a folder that it makes."""
+    path = tmp_path_factory.mktemp("benchmark") / "new" / "rows.json"
+    arguments = ["--json", str(path), "--corpus", str(tiny_corpus), "--threads", "1"]
+    assert estimators.main(arguments, TINY) == 0
+    return path
+
+
+@pytest.fixture
+def rows(output: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["optimizer"], row["estimator"]): row for row in json.loads(output.read_text())}
+
+
+def test_one_row_per_optimizer_and_estimator(rows: dict) -> None:
+    assert list(rows) == [(optimizer, name) for optimizer in ("adamw", "muon") for name in NAMES]
+    for row in rows.values():
+        assert -1 <= row["spearman"] <= 1
+        assert row["cost_ratio_low"] <= row["cost_ratio"] <= row["cost_ratio_high"]
+        assert row["cost_ratio"] > 0
+        assert row["floor_ratio"] == pytest.approx(row["cost_ratio"] / row["floor"])
+        assert row["peak_mb"] is None or row["peak_mb"] >= 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fidelity_is_measured_against_the_oracle(rows: dict, optimizer: str) -> None:
+    assert rows[optimizer, "exact"]["spearman"] == pytest.approx(1)
+    assert rows[optimizer, "exact_linear"]["spearman_linear"] == pytest.approx(1)
+    assert rows[optimizer, "directional"]["spearman"] > 0.95
+    assert rows[optimizer, "high_ppl"]["spearman"] < 0.9
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_countsketch_is_unbiased(rows: dict, optimizer: str) -> None:
+    for name in ("countsketch_8192", "countsketch_1024"):
+        assert 0 < rows[optimizer, name]["bias_z"] < rows[optimizer, name]["bias_z_limit"]
+
+
+def test_floors_are_shares_of_a_training_step(rows: dict) -> None:
+    floors = {name: rows["adamw", name]["floor"] for name in NAMES}
+    assert floors["directional"] == floors["directional_one_sided"] == pytest.approx(2 / 3)
+    assert floors["exact"] == floors["raw_gradient"] == 1
+    assert floors["high_ppl"] == pytest.approx(1 / 3)
+    # between the matrices' 4P of 6P and a whole training step, since attention's backward is activations alone
+    assert 2 / 3 < floors["countsketch_8192"] == floors["countsketch_1024"] < 1
+
+
+def test_machine_is_recorded_beside_the_rows(output: Path) -> None:
+    about = json.loads(output.with_suffix(".machine.json").read_text())
+    assert about["threads"] == 1
+    assert about["cores"] == os.cpu_count()
+    assert about["cpu"]
+    assert about["versions"]["torch"] == torch.__version__
+    assert about["commit"] is None or len(about["commit"]) == 40
+    assert [each["optimizer"] for each in about["optimizers"]] == ["adamw", "muon"]
+    assert all(each["proxy_cost_ratio"] > 0 and each["loss_last"] < each["loss_first"] for each in about["optimizers"])
+    assert sorted(path.name for path in output.parent.iterdir()) == ["rows.json", "rows.machine.json"]
+
+
+def test_throughput_rows(tiny_corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "throughput.json"
+    plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=2, steps=2)
+    assert throughput.main(["--json", str(path), "--corpus", str(tiny_corpus), "--threads", "1"], plan) == 0
+    (row,) = json.loads(path.read_text())
+    assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+    assert row["engine_tokens_per_s"] > 0
+    assert row["reference_tokens_per_s"] > 0
+    assert row["parameters"] == 2 * 12 * 32**2 + 2 * 13 * 32 + 2 * 32 + 384 * 32 + 32 * 32
+    assert row["loss"] < math.log(384)
+
+
+def test_throughput_refuses_to_compare_different_work(tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=2, steps=2)
+    monkeypatch.setattr(throughput.ReferenceGPT, "copy_weights", lambda self, source: None)
+    with pytest.raises(EngineError, match="plain PyTorch"):
+        throughput.main(["--corpus", str(tiny_corpus), "--threads", "1"], plan)
+
+
+def test_a_model_that_did_not_learn_is_refused(tiny_corpus: Path) -> None:
+    plan = estimators.Plan(
+        model=TINY.model,
+        seq_len=32,
+        train_steps=6,
+        micro_batch_size=4,
+        optimizers=(OptimConfig(name="sgd", lr=1e6, clip_grad=0),),
+    )
+    with pytest.raises(EngineError, match="sgd: the loss went from"):
+        estimators.main(["--corpus", str(tiny_corpus), "--threads", "1"], plan)
+
+
+def test_every_pass_is_timed_once_a_round_in_turning_order() -> None:
+    order: list[str] = []
+    passes = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    with common.progress(Console(quiet=True)) as bar:
+        seconds = common.interleaved(passes, 2, "wall", bar, "test")
+    assert "".join(order) == "abcbcacab"  # the first round only warms up
+    assert [len(values) for values in seconds.values()] == [2, 2, 2]
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    # the machine slows down eightfold half-way: a ratio of sums or of medians would be off
+    ratio = common.Ratio.of([1.0, 1.0, 8.0, 8.0, 8.0], [2.0, 2.0, 16.0, 16.0, 10.0])
+    assert ratio.median == pytest.approx(0.5)
+    assert ratio.low <= ratio.median <= ratio.high
+    assert common.Ratio.of([1.0, 1.0], [2.0, 2.0], scale=4).median == pytest.approx(2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
+def test_peak_counts_what_was_freed_again_and_only_that_call() -> None:
+    def peak_of(megabytes: int) -> float:
+        return common.peak_mb(lambda: torch.ones(megabytes * 250_000).sum()) or 0.0
+
+    assert peak_of(200) == pytest.approx(200, abs=20)
+    assert peak_of(40) == pytest.approx(40, abs=20)
+
+
+def test_spearman_and_bias() -> None:
+    values = torch.tensor([3.0, -1.0, 2.0, 10.0])
+    assert estimators.spearman(values, values.exp()) == pytest.approx(1)
+    assert estimators.spearman(values, -values) == pytest.approx(-1)
+    # ranks 2, 0, 1, 3 and 0, 1, 2, 3: 1 - 6 (4 + 1 + 1 + 0) / (4 * 15)
+    assert estimators.spearman(values, torch.arange(4.0)) == pytest.approx(0.4)
+    noise = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
+    limit = estimators.chance_z(32, 16, trials=500)
+    assert estimators.largest_z(noise) < limit
+    assert estimators.largest_z(noise + 1.0) > limit
+
+
+def test_results_are_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    common.write_results(path, [{"a": 1}], {})
+    with pytest.raises(TypeError):
+        common.write_results(path, [{"a": object()}], {})
+    assert json.loads(path.read_text()) == [{"a": 1}]
+
+
+def test_the_cpu_clock_does_not_count_waiting() -> None:
+    with common.progress(Console(quiet=True)) as bar:
+        seconds = common.interleaved({"sleep": lambda: time.sleep(0.05)}, 2, "cpu", bar, "test")
+    assert max(seconds["sleep"]) < 0.05
