@@ -184,9 +184,9 @@ def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     """The table a person reads."""
     table = Table(title=f"{rows[0]['seeds']} seed(s), paired with uniform; ratio: less is better, - never reached")
     for name in ("optimizer", "arm"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("tokens_ratio", "time_ratio", "final loss", "p", "step cost", "wanted share"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name in ("p", "step cost"))
     for row in rows:
         table.add_row(
             row["optimizer"],

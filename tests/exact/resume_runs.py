@@ -6,8 +6,11 @@ import copy
 import functools
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +78,7 @@ def _composed(overrides: tuple[str, ...], world_size: int) -> RunConfig:
     return compose(list(overrides), world_size=world_size)
 
 
-def command(program: list[str], timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def command(program: list[str], timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
     """``python -m <program>`` from the root of the sources, one thread a process."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.run(
@@ -86,6 +89,18 @@ def command(program: list[str], timeout_s: float = 120) -> subprocess.CompletedP
         text=True,
         timeout=timeout_s,
     )
+
+
+def free_ports(count: int) -> list[int]:
+    """Free ports below those that outgoing connections are given: nobody takes one before it is used."""
+    found: list[int] = []
+    for port in random.Random(os.getpid()).sample(range(12_000, 30_000), 1000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError(f"fewer than {count} free ports")
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -11,9 +11,19 @@ import pytest
 import torch
 
 from megaopus.checkpoint.checkpointer import complete_checkpoints
-from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, command, everything, rows, settings, train
+from tests.exact.resume_runs import (
+    OPTIMIZERS,
+    SELECTIONS,
+    assert_same,
+    command,
+    everything,
+    free_ports,
+    rows,
+    settings,
+    train,
+)
 from tests.faults import Interrupted, at_step, interrupt
-from tests.harness import _free_port, run_ranks
+from tests.harness import run_ranks
 
 DROPOUT = [*SELECTIONS["directional"], *OPTIMIZERS["adamw"], "model.dropout=0.1"]
 SKETCH = [*SELECTIONS["countsketch"], *OPTIMIZERS["muon"]]
@@ -41,14 +51,15 @@ def on_two_ranks(corpus: Path, folder: Path, ports: list[int]) -> None:
 def folder(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of this file. Under torchrun, SIGTERM reaches rank 1 just before update 6."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(_free_port()), "-m"]
+    port, *ports = free_ports(8)
+    launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m"]
     fault = ["tests.faults", "SIGTERM", "6", "1", "train"]
-    stopped = command([*launch, *fault, *settings(tiny_corpus, folder / "torchrun", *DROPOUT)], timeout_s=300)
+    stopped = command([*launch, *fault, *settings(tiny_corpus, folder / "torchrun", *DROPOUT)])
     assert stopped.returncode == 1, stopped.stderr  # torchrun's own
     assert "exitcode  : 143" in stopped.stderr
     assert "another rank was asked to stop: stopping after 7 updates" in stopped.stdout
     assert [path.name for path in complete_checkpoints(folder / "torchrun")] == ["step_00000004", "step_00000007"]
-    run_ranks(2, on_two_ranks, tiny_corpus, folder, [_free_port() for _ in range(9)], timeout_s=400)
+    run_ranks(2, on_two_ranks, tiny_corpus, folder, ports, timeout_s=900)
     return folder
 
 

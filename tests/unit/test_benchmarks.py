@@ -29,7 +29,7 @@ TINY = estimators.Plan(
     exact_timed=2,
     repeats=2,
     seeds=12,
-    bias_candidates=6,
+    seeded_candidates=6,
     optimizers=(OptimConfig(name="adamw", lr=3e-3), OptimConfig(name="muon", lr=3e-3, muon_lr=0.02)),
 )
 NAMES = [
@@ -86,6 +86,7 @@ def test_fidelity_is_measured_against_the_oracle(rows: dict, optimizer: str) -> 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_countsketch_is_unbiased(rows: dict, optimizer: str) -> None:
     for name in ("countsketch_8192", "countsketch_1024"):
+        assert -1 <= rows[optimizer, name]["over_seeds"] <= 1
         assert 0 < rows[optimizer, name]["bias_z"] < rows[optimizer, name]["bias_z_limit"]
 
 
