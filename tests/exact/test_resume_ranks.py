@@ -51,7 +51,7 @@ def on_two_ranks(corpus: Path, folder: Path, ports: list[int]) -> None:
 def folder(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of this file. Under torchrun, SIGTERM reaches rank 1 just before update 6."""
     folder = tmp_path_factory.mktemp("ranks")
-    port, *ports = free_ports(8)
+    port, *ports = free_ports(10)  # torchrun, and nine process groups
     launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m"]
     fault = ["tests.faults", "SIGTERM", "6", "1", "train"]
     stopped = command([*launch, *fault, *settings(tiny_corpus, folder / "torchrun", *DROPOUT)])
