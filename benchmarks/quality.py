@@ -51,7 +51,7 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "muon": ("optim=muon", "optim.lr=4e-3", "optim.muon_lr=0.01"),
 }
 # Learning rates are the best for uniform after 400 updates of one seed: of {1, 2, 3}e-3 for AdamW; of (4e-3, .01) and
-# (4e-3, .005), which tied, for (AdamW on the rest, Muon on the matrices). (2e-3, .01) was cut short at about 150 updates
+# (4e-3, .005), which tied, for (AdamW on the rest, Muon on the matrices). (2e-3, .01) was cut short at about 150
 # and is not compared. Muon is thus tuned less than AdamW. Every arm has the same.
 COMMON = ("experiment=demo", f"data.wanted=[{WANTED}]", "logging.every=50")
 
