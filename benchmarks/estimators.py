@@ -9,7 +9,7 @@ spearman_linear  the same, with the exact utilities of the matrices that countsk
 cost_ratio       time per candidate token over time per token of a training step (forward, backward, optimizer);
                  the proxy gradient and the optimizer's operator, which all share, are counted apart
 floor_ratio      cost_ratio over the least it can be by FLOPs
-peak_mb          growth of resident memory while scoring
+peak_mb          growth of resident memory while scoring (exact: one candidate after the other)
 over_seeds       countsketch: mean of spearman_linear over hash seeds, on the first candidates (the two above: seed 42)
 bias_z           countsketch: largest |mean error over seeds| in standard errors; bias_z_limit is exceeded by chance
                  in 1 of 100 such tests
@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -56,6 +57,7 @@ from megaopus.selection import (
     CountSketchEstimator,
     Gradient,
     ScoringBackend,
+    SelectionConfig,
     UpdateOperator,
     directional_utilities,
     exact_utilities,
@@ -111,12 +113,13 @@ class Scene:
     proxy_gradient: Gradient
     micro_batch_size: int
 
-    def directional(self, candidates: CandidateBuffer, sides: str) -> Tensor:
+    def directional(self, candidates: CandidateBuffer, epsilon: float, sides: str = "central") -> Tensor:
         return directional_utilities(
             self.backend,
             candidates,
             self.operator,
             self.proxy_gradient,
+            epsilon=epsilon,
             sides=sides,
             micro_batch_size=self.micro_batch_size,
         )
@@ -155,7 +158,7 @@ class Estimator:
 
 
 def estimators(scene: Scene, plan: Plan, vocab_size: int) -> list[Estimator]:
-    """Every estimator with its FLOP floor.
+    """Every estimator with its FLOP floor; directional with its default step and with a tenth of an optimizer step.
 
     Per token, forward is a third of training (2P of 6P for the matrices, and a third of the attention). Two forwards
     cost 2/3. Ghost methods need forward and the gradients of activations: 4P, but all of the attention's backward.
@@ -179,8 +182,9 @@ def estimators(scene: Scene, plan: Plan, vocab_size: int) -> list[Estimator]:
     return [
         plain("exact", 1.0, lambda buffer: scene.exact(buffer), exact=True),
         plain("exact_linear", 1.0, lambda buffer: scene.exact(buffer, linear_only=True), exact=True),
-        plain("directional", 2 / 3, lambda buffer: scene.directional(buffer, "central")),
-        plain("directional_one_sided", 2 / 3, lambda buffer: scene.directional(buffer, "one")),
+        plain("directional", 2 / 3, lambda buffer: scene.directional(buffer, SelectionConfig().epsilon)),
+        plain("directional_e0.1", 2 / 3, lambda buffer: scene.directional(buffer, 0.1)),
+        plain("directional_one_e0.1", 2 / 3, lambda buffer: scene.directional(buffer, 0.1, "one")),
         countsketch(8192),
         countsketch(1024),
         plain("raw_gradient", 1.0, lambda buffer: scene.exact(buffer, raw=True), exact=True),
@@ -323,9 +327,11 @@ def chance_z(seeds: int, candidates: int, trials: int = 2000) -> float:
 
 def print_rows(rows: list[dict[str, Any]], shared: list[dict[str, Any]], console: Console) -> None:
     """The table a person reads."""
-    table = Table(title="spearman: with the exact utilities of all parameters; linear: of the matrices")
-    for name in ("optimizer", "estimator", "spearman", "linear", "over seeds", "cost", "/ floor", "peak MB", "bias z"):
-        table.add_column(name, justify="left" if name in ("optimizer", "estimator") else "right", no_wrap=True)
+    table = Table(
+        title="spearman: with the exact utilities of all parameters; linear: of the matrices", box=SIMPLE, padding=0
+    )
+    for name in ("", "estimator", "spearman", "linear", "seeds", "cost", "/floor", "MB", "bias z"):
+        table.add_column(name, justify="left" if name in ("", "estimator") else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["optimizer"],

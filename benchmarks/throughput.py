@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -139,7 +140,7 @@ def _check_same(shape: Shape, losses: dict[str, list[float]]) -> None:
 
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     """The table a person reads."""
-    table = Table(title=f"training throughput, target ratio >= {TARGET}")
+    table = Table(title=f"training throughput, target ratio >= {TARGET}", box=SIMPLE, padding=0)
     for name in ("shape", "batch", "parameters", "engine tok/s", "plain tok/s", "ratio", "quartiles"):
         table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)
     for row in rows:
