@@ -231,7 +231,7 @@ def ess_figure(
     _percent_axis(axis)
     _token_axis(axis)
     _labels(axis, "update tokens", "effective sample size\n(share of candidates)")
-    axis.legend(frameon=False, fontsize=STYLE_PT["tick"])
+    axis.legend(frameon=False, fontsize=STYLE_PT["tick"], loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return figure
 
 

@@ -78,7 +78,7 @@ def _composed(overrides: tuple[str, ...], world_size: int) -> RunConfig:
     return compose(list(overrides), world_size=world_size)
 
 
-def command(program: list[str], timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
+def command(program: list[str], timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
     """``python -m <program>`` from the root of the sources, one thread a process."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.run(

@@ -114,7 +114,7 @@ def select_and_train_all() -> dict[tuple[str, str], list]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict]:
-    return run_ranks(2, select_and_train_all, timeout_s=900)
+    return run_ranks(2, select_and_train_all, timeout_s=300)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -59,7 +59,7 @@ def folder(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "exitcode  : 143" in stopped.stderr
     assert "another rank was asked to stop: stopping after 7 updates" in stopped.stdout
     assert [path.name for path in complete_checkpoints(folder / "torchrun")] == ["step_00000004", "step_00000007"]
-    run_ranks(2, on_two_ranks, tiny_corpus, folder, ports, timeout_s=900)
+    run_ranks(2, on_two_ranks, tiny_corpus, folder, ports, timeout_s=300)
     return folder
 
 
