@@ -87,6 +87,16 @@ def cpu_mode() -> Iterator[None]:
             setattr(torch.cuda, name, value)
 
 
+@contextmanager
+def plain_calls() -> Iterator[None]:
+    """Forward passes inside ``cpu_mode``: torch calls are not looked at, which costs more than the small ones take.
+
+    The patched names still answer, and a backward pass (so any recomputed forward) knows no more than they do.
+    """
+    with torch._C.DisableTorchFunction():
+        yield
+
+
 def prepare_megatron(on_cpu: bool) -> None:
     """Import megatron-core once, quietly; on CPU without torch.compile fusers and with a CPU random-state tracker."""
     with warnings.catch_warnings():

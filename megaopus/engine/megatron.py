@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.cpu import plain_calls
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import StepResult
 from megaopus.engine.config import EngineConfig
@@ -237,7 +238,8 @@ def token_losses(model: Any, tokens: Tensor) -> Tensor:
     """
     inputs = tokens[:, :-1]
     positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs)
-    return model(inputs, positions, None, labels=tokens[:, 1:].contiguous())
+    with plain_calls():
+        return model(inputs, positions, None, labels=tokens[:, 1:].contiguous())
 
 
 def _sequence_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,10 +44,14 @@ class CausalAttention(torch.nn.Module):
     ) -> Tensor:
         """(S, B, A*D) context."""
         seq_len, batch = query_SBAD.shape[:2]
+        query_BASD, key_BASD, value_BASD = (x.permute(1, 2, 0, 3) for x in (query_SBAD, key_SBAD, value_SBAD))
+        if query_SBAD.device.type == "cpu":
+            # neighbouring positions lie a whole micro-batch apart: the copy costs less than the cache misses
+            query_BASD, key_BASD, value_BASD = query_BASD.contiguous(), key_BASD.contiguous(), value_BASD.contiguous()
         context_BASD = F.scaled_dot_product_attention(
-            query_SBAD.permute(1, 2, 0, 3),
-            key_SBAD.permute(1, 2, 0, 3),
-            value_SBAD.permute(1, 2, 0, 3),
+            query_BASD,
+            key_BASD,
+            value_BASD,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=True,
             scale=self.softmax_scale,
