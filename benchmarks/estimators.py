@@ -57,7 +57,6 @@ from megaopus.selection import (
     CountSketchEstimator,
     Gradient,
     ScoringBackend,
-    SelectionConfig,
     UpdateOperator,
     directional_utilities,
     exact_utilities,
@@ -111,7 +110,7 @@ class Scene:
     proxy_gradient: Gradient
     micro_batch_size: int
 
-    def directional(self, candidates: CandidateBuffer, epsilon: float, sides: str = "central") -> Tensor:
+    def directional(self, candidates: CandidateBuffer, epsilon: float | None = None, sides: str = "central") -> Tensor:
         return directional_utilities(
             self.backend,
             candidates,
@@ -156,7 +155,7 @@ class Estimator:
 
 
 def estimators(scene: Scene, plan: Plan, vocab_size: int) -> list[Estimator]:
-    """Every estimator with its FLOP floor; directional with its default step and with a tenth of an optimizer step.
+    """Every estimator with its FLOP floor; directional with its default step and with a whole optimizer step.
 
     Per token, forward is a third of training (2P of 6P for the matrices, and a third of the attention). Two forwards
     cost 2/3. Ghost methods need forward and the gradients of activations: 4P, but all of the attention's backward.
@@ -180,9 +179,9 @@ def estimators(scene: Scene, plan: Plan, vocab_size: int) -> list[Estimator]:
     return [
         plain("exact", 1.0, lambda buffer: scene.exact(buffer), exact=True),
         plain("exact_linear", 1.0, lambda buffer: scene.exact(buffer, linear_only=True), exact=True),
-        plain("directional", 2 / 3, lambda buffer: scene.directional(buffer, SelectionConfig().epsilon)),
-        plain("directional_e0.1", 2 / 3, lambda buffer: scene.directional(buffer, 0.1)),
-        plain("directional_one_e0.1", 2 / 3, lambda buffer: scene.directional(buffer, 0.1, "one")),
+        plain("directional", 2 / 3, scene.directional),
+        plain("directional_e1", 2 / 3, lambda buffer: scene.directional(buffer, 1.0)),
+        plain("directional_one_sided", 2 / 3, lambda buffer: scene.directional(buffer, sides="one")),
         countsketch(8192),
         countsketch(1024),
         plain("raw_gradient", 1.0, lambda buffer: scene.exact(buffer, raw=True), exact=True),

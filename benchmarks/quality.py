@@ -43,7 +43,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "uniform": UNIFORM,
     "high_ppl": ("selection=high_ppl", "selection.warmup_steps=0"),
     "opus_top_k": OPUS,
-    "opus_boltzmann": ("selection=opus_boltzmann", "selection.warmup_steps=0"),
+    "opus_boltzmann": ("selection=opus_boltzmann", "selection.warmup_steps=0", "selection.score_length=64"),
     "countsketch_published": ("selection=opus_paper", "selection.warmup_steps=0"),
 }
 OPTIMIZERS: dict[str, tuple[str, ...]] = {

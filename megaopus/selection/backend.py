@@ -61,6 +61,10 @@ class ScoringBackend(Protocol):
     rank: int
     world_size: int
 
+    @property
+    def coarse(self) -> bool:
+        """Whether forward passes see weights rounded to 16 bits."""
+
     def parameters(self) -> dict[str, Tensor]:
         """The weights the optimizer updates (main weights under mixed precision), in a stable order."""
 

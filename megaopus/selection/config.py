@@ -42,8 +42,8 @@ class SelectionConfig:
     """Proxy sequences drawn anew each step, over all ranks."""
     proxy_ema: float = 0.5
     """Decay of the running average of the proxy gradient; 0: this step's gradient alone."""
-    epsilon: float = 1.0
-    """Finite-difference step of directional scoring, in units of one optimizer step."""
+    epsilon: float | None = None
+    """Finite-difference step of directional scoring in optimizer steps; null: 0.25, or 1 with 16-bit weights."""
     sides: str = "central"
     """central: (L(-e) - L(+e)) / 2e; one: (L(0) - L(+e)) / e."""
     sketch_dim: int = 8192
@@ -88,5 +88,5 @@ class SelectionConfig:
                 yield key, "must be at least 1", "see docs/selection.md"
         if not 0 <= self.proxy_ema < 1:
             yield "proxy_ema", "must lie in [0, 1)", "0 uses each step's proxy gradient alone"
-        if not self.epsilon > 0:
-            yield "epsilon", "must be positive", "1 is one optimizer step"
+        if self.epsilon is not None and not self.epsilon > 0:
+            yield "epsilon", "must be positive", "null chooses by precision; 1 is one optimizer step"

@@ -26,7 +26,7 @@ def directional_utilities(
     operator: UpdateOperator,
     proxy_gradient: Gradient,
     *,
-    epsilon: float = 1.0,
+    epsilon: float | None = None,
     sides: str = "central",
     length: int | None = None,
     micro_batch_size: int = 16,
@@ -34,9 +34,12 @@ def directional_utilities(
     """(n,) float64, positive where the optimizer's step on the proxy lowers the candidate's loss.
 
     central: (L(theta - e d) - L(theta + e d)) / 2e, error O(e^2); one: (L(theta) - L(theta + e d)) / e, error O(e).
-    ``epsilon`` is in units of one optimizer step.
+    ``epsilon`` is in units of one optimizer step; None: 0.25, or 1 where weights are rounded to 16 bits, in which a
+    smaller step would drown (docs/decisions/005).
     """
     update = operator.apply(proxy_gradient)  # P g = -d
+    if epsilon is None:
+        epsilon = 1.0 if backend.coarse else 0.25
 
     def at(scale: float) -> Tensor:
         with backend.perturbed(update, scale):

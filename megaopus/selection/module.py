@@ -48,6 +48,13 @@ class ModuleBackend:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
 
+    @property
+    def coarse(self) -> bool:
+        """Whether weights are rounded to 16 bits: by autocast around the loop, or as they are."""
+        return torch.is_autocast_enabled(self._device().type) or any(
+            p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in self.module.parameters()
+        )
+
     def parameters(self) -> dict[str, Tensor]:
         """The trainable weights that an optimizer holds, in the module's order; a tied weight appears once."""
         held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}

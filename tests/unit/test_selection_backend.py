@@ -131,12 +131,12 @@ def autocast_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def test_autocast_does_not_score_with_stale_weight_casts(where: str) -> None:
     backend = ready()
     candidates, gradient, operator = data(12, 3), backend.gradient(data(8, 7)), backend.operator()
-    fp32 = directional_utilities(backend, candidates, operator, gradient)
+    fp32 = directional_utilities(backend, candidates, operator, gradient, epsilon=1)
     backend.loss = loss if where == "around the loop" else autocast_loss
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where != "inside the loss"):
         # casts without a graph, and casts of the weights as they are, are now in the cache
         loss(backend.module, candidates.batch())
-        scores = directional_utilities(backend, candidates, operator, gradient)
+        scores = directional_utilities(backend, candidates, operator, gradient, epsilon=1)
         loss(backend.module, candidates.batch()).mean().backward()
     assert (scores - fp32).abs().max() < 0.1 * fp32.std()
     for p in backend.module.parameters():
