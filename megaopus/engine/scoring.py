@@ -1,61 +1,94 @@
-"""The megatron engine as the selector sees it (tp = pp = 1; data-parallel ranks share the candidates)."""
+"""The megatron engine as the selector sees it, at every layout.
+
+Data-parallel ranks share the candidates; tensor-, context- and pipeline-parallel ranks each know a part of every number.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaopus.errors import EngineError
+from megaopus.models.gpt import EMBEDDING, shard, unshard, whole_names
 from megaopus.selection import ModuleBackend
-from megaopus.selection.backend import Batch, Candidates, GhostLayer, Gradient, UpdateOperator
+from megaopus.selection.backend import (
+    Batch,
+    Candidates,
+    GhostConsumer,
+    GhostLayer,
+    Gradient,
+    Shard,
+    UpdateOperator,
+)
+from megaopus.selection.ghost import GhostCapture
 
 if TYPE_CHECKING:
     from megaopus.engine.megatron import MegatronEngine
 
+_PIPELINE_FILL = 4  # micro-batches per stage that keep the idle share of a pipeline small
+
 
 class MegatronScoringBackend(ModuleBackend):
-    """``ScoringBackend`` over an engine's GPT, its main weights and its data-parallel group."""
+    """``ScoringBackend`` over an engine's GPT, its main weights and its mesh; parameters have whole-model names."""
 
     def __init__(self, engine: MegatronEngine):
-        shape = engine.mesh.shape
+        self._engine = engine
+        self._mesh = engine.mesh
         super().__init__(
             engine.module,
             engine.optimizer.torch_optimizers,
             sequence_losses,
-            group=engine.mesh.dp_group if shape.dp > 1 else None,
+            group=engine.mesh.dp_group if engine.mesh.shape.dp > 1 else None,
             micro_batch_size=engine.micro_batch_size,
         )
-        self._engine = engine
+        local = dict(engine.named_parameters())
+        self._weights = {name: local[own] for own, name in whole_names(engine.module, engine.tied)}
+        self._shards = dict(self._find_shards())
+
+    # -- what there is ----------------------------------------------------------------------------------------------
+
+    @property
+    def coarse(self) -> bool:
+        return self._engine.bf16
 
     def parameters(self) -> dict[str, Tensor]:
         """The fp32 weights that the optimizer updates: under bf16, the main copies."""
-        return {name: getattr(p, "main_param", p) for name, p in self.module.named_parameters()}
+        return {name: getattr(p, "main_param", p) for name, p in self._weights.items()}
+
+    def shards(self) -> dict[str, Shard]:
+        return self._shards
+
+    def _find_shards(self) -> Iterator[tuple[str, Shard]]:
+        size, rank, group = self._mesh.shape.tp, self._mesh.tp_rank, self._mesh.tp_group
+        for name, p in self._weights.items():
+            if size == 1 or p.dim() != 2 or not getattr(p, "tensor_model_parallel", False):
+                continue
+            dim = p.partition_dim  # type: ignore[attr-defined]
+            gated = self._engine.gated and ".linear_fc1." in name
+            whole = torch.arange(p.shape[dim] * size, device=p.device)
+            index = shard(whole.unsqueeze(1 - dim), p, rank, size, gated).flatten()
+
+            def gather(part: Tensor, p: Tensor = p, gated: bool = gated) -> Tensor:
+                parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size)]
+                dist.all_gather(parts, part.contiguous(), group=group)
+                return unshard(parts, p, gated)
+
+            yield name, Shard(dim, index, len(whole), gather)
 
     def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
         """P_t with the learning rate of the coming update, not that of the last one."""
         self._engine.set_lr()
         return super().operator(muon_operator)
 
-    def losses(self, batch: Batch) -> Tensor:
-        with self._megatron():
-            return super().losses(batch)
-
     def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
         """The training path without the update: megatron's schedule and DDP's reduction."""
-        with self._megatron():
-            return self._engine.mean_gradient(proxy, length)
-
-    def ghost_backward(self, batch: Batch) -> Tensor:
-        with self._megatron():
-            return super().ghost_backward(batch)
-
-    def exact_gradients(self, batch: Batch) -> Iterator[Gradient]:
-        with self._megatron():
-            yield from super().exact_gradients(batch)
+        found = self._engine.mean_gradient(proxy, length)
+        return {name: found[own] for own, name in whole_names(self._engine.module, self._engine.tied)}
 
     @contextmanager
     def perturbed(self, direction: Gradient, scale: float) -> Iterator[None]:
@@ -64,43 +97,160 @@ class MegatronScoringBackend(ModuleBackend):
             with super().perturbed(direction, scale):
                 yield
             return
-        weights = dict(self.module.named_parameters())
         main = self.parameters()
-        saved = {name: weights[name].detach().clone() for name in direction}
+        saved = {name: self._weights[name].detach().clone() for name in direction}
         with torch.no_grad():
             for name, step in direction.items():
-                weights[name].copy_(torch.add(main[name], step, alpha=scale))
+                self._weights[name].copy_(torch.add(main[name], step, alpha=scale))
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, value in saved.items():
-                    weights[name].copy_(value)
+                    self._weights[name].copy_(value)
+
+    # -- passes -----------------------------------------------------------------------------------------------------
+
+    def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
+        """(n,) float64: the last stage's tensor-parallel rank 0 has each candidate's loss (its positions' part of it)."""
+        micro = self._micro_batch_size(len(candidates), micro_batch_size)
+        rows = torch.arange(len(candidates))
+        with self._mesh.megatron(), self.scoring(), torch.no_grad():
+            parts = self._engine.run_local(candidates, rows, micro, self._length(length), forward_only=True)
+        return parts if self._mesh.tp_rank == 0 else torch.zeros_like(parts)
+
+    def ghost_pass(
+        self,
+        candidates: Candidates,
+        layers: Iterable[GhostLayer],
+        consume: GhostConsumer,
+        *,
+        length: int | None = None,
+        micro_batch_size: int = 16,
+    ) -> None:
+        """All stages work on micro-batches at once, by the training schedule."""
+        micro = self._micro_batch_size(len(candidates), micro_batch_size)
+        with ExitStack() as stack:
+            capture = stack.enter_context(GhostCapture(layers, consume))
+            for context in (self.frozen(), self.scoring(), self._mesh.megatron(), self._engine.without_reduction()):
+                stack.enter_context(context)
+            self._engine.run_capturing(candidates, micro, self._length(length), capture)
+            capture.check()
+
+    def _length(self, length: int | None) -> int:
+        return min(length or self._engine.seq_len, self._engine.seq_len)
+
+    def _micro_batch_size(self, count: int, wanted: int) -> int:
+        """The largest size up to ``wanted`` that divides ``count`` candidates into enough micro-batches.
+
+        A pipeline needs equal ones (with virtual stages, in groups of pp), and several per stage to keep all stages busy.
+        """
+        pp, group = self._mesh.shape.pp, self._engine.micro_batch_group
+        if pp == 1:
+            return wanted
+        if count % group:
+            raise EngineError(f"{count} candidates per data-parallel rank are not a multiple of pp={group}, as vpp needs")
+        most = max(1, min(wanted, count // (_PIPELINE_FILL * pp)))
+        return next(size for size in range(most, 0, -1) if (count // group) % size == 0)
+
+    def exact_gradients(self, batch: Batch) -> Iterator[Gradient]:
+        shape = self._mesh.shape
+        if shape.tp * shape.pp * shape.cp > 1:
+            raise EngineError(
+                f"selection.estimator=exact needs tp = pp = cp = 1, not tp={shape.tp} pp={shape.pp} cp={shape.cp}:"
+                " use directional or adjoint"
+            )
+        with self._mesh.megatron():
+            yield from super().exact_gradients(batch)
 
     def ghost_layers(self) -> list[GhostLayer]:
         from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
+        names = {id(p): name for name, p in self._weights.items()}
+        collect = self._collectors()
         layers = []
-        for name, module in self.module.named_modules():
-            if isinstance(module, VocabParallelEmbedding | nn.Embedding):
-                layers.append(GhostLayer(f"{name}.weight", module, "embedding"))
+        for module in self.module.modules():
+            if isinstance(module, VocabParallelEmbedding):
+                layer = GhostLayer(
+                    names[id(module.weight)],
+                    module,
+                    "embedding",
+                    collect=collect["embedding"] if module.reduce_scatter_embeddings else None,
+                    first_row=module.vocab_start_index,
+                    tied=self._engine.tied,
+                )
+            elif isinstance(module, nn.Embedding):  # the same on every tensor-parallel rank
+                layer = GhostLayer(names[id(module.weight)], module, "embedding", counted=self._mesh.tp_rank == 0)
             elif isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                tied = module.weight is None  # the output layer is called with the embedding's weight
-                weight = "embedding.word_embeddings.weight" if tied else f"{name}.weight"
-                layers.append(GhostLayer(weight, module, "linear", sequence_first=True))
+                column = isinstance(module, ColumnParallelLinear)
+                # a tied output layer is called with the embedding's weight
+                name = EMBEDDING if module.weight is None else names[id(module.weight)]
+                use = collect["column" if column else "row"]
+                layer = GhostLayer(name, module, "linear", sequence_first=True, collect=use)
+            else:
+                continue
+            layers.append(layer)
         return layers
 
-    @contextmanager
-    def _megatron(self) -> Iterator[None]:
-        shape = self._engine.mesh.shape
-        if shape.tp * shape.pp > 1:
-            raise EngineError(f"scoring needs tp = pp = 1, this run has tp={shape.tp} pp={shape.pp}")
-        with self._engine.mesh.megatron():
-            yield
+    def _collectors(self) -> dict[str, Any]:
+        """How a and b of each kind of layer are put together where tensor-parallel ranks share the sequence."""
+        if not self._engine.sequence_parallel:
+            return dict.fromkeys(("column", "row", "embedding"))
+        return {
+            "column": lambda act_a, grad_b: (self._gather_positions(act_a), grad_b),
+            "row": lambda act_a, grad_b: (act_a, self._gather_positions(grad_b)),
+            "embedding": lambda ids, grad_b: (ids, self._gather_positions(grad_b).transpose(0, 1)),
+        }
+
+    def _gather_positions(self, part: Tensor) -> Tensor:
+        """(T / tp, n, ...) -> (T, n, ...)."""
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self._mesh.shape.tp)]
+        dist.all_gather(parts, part.contiguous(), group=self._mesh.tp_group)
+        return torch.cat(parts)
+
+    # -- what crosses ranks -----------------------------------------------------------------------------------------
+
+    def combine(self, parts: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
+        """One message over all ranks: each adds its parts at the places of its candidates."""
+        if self._mesh.shape.world_size == 1:
+            return parts, tally.to(parts)
+        count = len(parts)
+        vector = torch.cat([parts.new_zeros(self.world_size * count), tally.to(parts)])
+        vector[self.rank * count : (self.rank + 1) * count] = parts
+        dist.all_reduce(vector)
+        return vector[: self.world_size * count], vector[self.world_size * count :]
+
+    def sum_shards(self, values: Tensor) -> Tensor:
+        return _sum(values, self._mesh.tp_group, self._mesh.shape.tp)
+
+    def sum_stages(self, values: Tensor) -> Tensor:
+        return _sum(values, self._mesh.pp_group, self._mesh.shape.pp)
+
+    def sum_parts(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        shape = self._mesh.shape
+        if not values or shape.tp * shape.cp * shape.pp == 1:
+            return values
+        stacked = torch.stack(list(values.values()))
+        stacked = _sum(_sum(stacked, self._mesh.tp_group, shape.tp), self._mesh.cp_group, shape.cp)
+        summed = dict(zip(values, stacked, strict=True))
+        if self._engine.tied and shape.pp > 1 and EMBEDDING in summed:
+            from megatron.core import parallel_state
+
+            whole = _sum(summed[EMBEDDING], parallel_state.get_embedding_group(), 2)
+            summed[EMBEDDING] = whole if self._mesh.pp_rank == 0 else torch.zeros_like(whole)
+        return summed
+
+
+def _sum(values: Tensor, group: Any, size: int) -> Tensor:
+    if size == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def sequence_losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """(B,) float64 mean token loss of each row of (B, S + 1) tokens."""
+    """(B,) float64 mean token loss of each row of (B, S + 1) tokens; one whole model."""
     from megaopus.engine.megatron import token_losses
 
     return token_losses(model, tokens).double().mean(dim=1)

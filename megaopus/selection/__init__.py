@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megaopus.selection.config import SelectionConfig
 
 if TYPE_CHECKING:
+    from megaopus.selection.adjoint import adjoint_utilities
     from megaopus.selection.backend import (
         Batch,
         Candidates,
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
         Gradient,
         Proxy,
         ScoringBackend,
+        Shard,
         UpdateOperator,
     )
     from megaopus.selection.candidates import TensorCandidates
-    from megaopus.selection.direction import directional_utilities, mean_losses
+    from megaopus.selection.direction import directional_utilities
     from megaopus.selection.exact import exact_utilities
+    from megaopus.selection.kronecker import KroneckerEstimator
     from megaopus.selection.module import ModuleBackend
     from megaopus.selection.preconditioner import build_operator, register_operator
     from megaopus.selection.selector import Selection, Selector
@@ -35,21 +38,34 @@ __all__ = [
     "CountSketchEstimator",
     "GhostLayer",
     "Gradient",
+    "KroneckerEstimator",
     "ModuleBackend",
     "Proxy",
     "ScoringBackend",
     "Selection",
     "SelectionConfig",
     "Selector",
+    "Shard",
     "TensorCandidates",
     "UpdateOperator",
+    "adjoint_utilities",
     "build_operator",
     "directional_utilities",
     "exact_utilities",
-    "mean_losses",
     "register_operator",
 ]
-_MODULES = ("backend", "candidates", "direction", "exact", "module", "preconditioner", "selector", "sketch")
+_MODULES = (
+    "adjoint",
+    "backend",
+    "candidates",
+    "direction",
+    "exact",
+    "kronecker",
+    "module",
+    "preconditioner",
+    "selector",
+    "sketch",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,12 @@
-"""What the selector needs to know about data, model and optimizer; module.py implements it for any nn.Module."""
+"""What the selector needs to know about data, model and optimizer; module.py implements it for any nn.Module.
+
+Two kinds of ranks: data-parallel ones hold the same weights and each score a share of the candidates; model-parallel ones
+(tensor, pipeline, context) share one model, work on the same candidates and each know a part of every number.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,17 +33,38 @@ class Candidates(Protocol):
         """Their tokens as the loss function takes them; the first ``length`` positions only, if given."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of a whole matrix that a rank holds: the rows (dim 0) or columns (dim 1) at ``index``."""
+
+    dim: int
+    index: Tensor
+    """(local size,) int64 positions along ``dim`` in the whole."""
+    size: int
+    """Of the whole along ``dim``."""
+    gather: Callable[[Tensor], Tensor]
+    """This rank's part -> the whole; a collective call of the ranks that share the matrix."""
+
+
 class UpdateOperator(Protocol):
     """P_t: the optimizer's linear map from a gradient to the (negated) weight change, its state frozen."""
 
     def apply(self, gradient: Gradient) -> Gradient:
         """u = P_t g, so that the optimizer's own step moves the weights by -u.
 
-        Takes any subset of the parameters; leading axes beyond a parameter's own are batch axes.
+        Takes any subset of the parameters, as this rank holds them (collective where a matrix is shared); leading axes
+        beyond a parameter's own are batch axes.
         """
 
     def diagonal(self, name: str) -> Tensor | None:
         """P_t of one parameter as an elementwise factor (or scalar tensor); None where it is not diagonal."""
+
+    def sides(self, name: str) -> tuple[Tensor | None, Tensor | None] | None:
+        """(left, right) with P_t g = left g right, None for the identity; None if P_t is not of this form.
+
+        A factor along the dimension in which a matrix is shared maps this rank's part to its contribution to the whole
+        (left: whole x local, right: local x whole); the contributions of all parts add up to P_t g.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +78,27 @@ class GhostLayer:
     """linear (input a, output gradient b) or embedding (input token ids)."""
     sequence_first: bool = False
     """Activations are (T, n, features) instead of (n, T, features)."""
+    collect: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    """(a, b) as the module saw them -> those of all positions, where ranks share the sequence."""
+    first_row: int = 0
+    """Embedding: the token id of the first row that this rank holds."""
+    counted: bool = True
+    """False: another rank holds the same weight, sees the same tokens, and counts this use."""
+    tied: bool = False
+    """The matrix has uses of the other kind as well, perhaps on another pipeline stage."""
+
+
+GhostConsumer = Callable[[GhostLayer, slice, Tensor, Tensor], None]
+"""(layer, rows of the candidates, inputs a (n, T, I) or token ids (n, T), output gradients b (n, T, O))."""
 
 
 class ScoringBackend(Protocol):
-    """A model and its optimizer as the estimators see them; ranks are the data-parallel ranks."""
+    """A model and its optimizer as the estimators see them."""
 
     rank: int
+    """Data-parallel rank."""
     world_size: int
+    """Data-parallel ranks."""
 
     @property
     def coarse(self) -> bool:
@@ -68,20 +107,34 @@ class ScoringBackend(Protocol):
     def parameters(self) -> dict[str, Tensor]:
         """The weights the optimizer updates (main weights under mixed precision), in a stable order."""
 
+    def shards(self) -> dict[str, Shard]:
+        """Those of the parameters that are parts of larger matrices."""
+
     def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
         """P_t now, or None while the optimizer has no state yet. ``muon_operator``: 'paper' or 'full'."""
 
-    def losses(self, batch: Batch) -> Tensor:
-        """(n,) mean token loss of each sequence; no graph, dropout off."""
+    def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
+        """(n,) float64: this rank's part of each candidate's mean token loss; no graph, dropout off."""
 
-    def ghost_backward(self, batch: Batch) -> Tensor:
-        """(n,) as ``losses``, after a backward pass of their sum through the activations; no weight gets a gradient."""
+    def ghost_pass(
+        self,
+        candidates: Candidates,
+        layers: Iterable[GhostLayer],
+        consume: GhostConsumer,
+        *,
+        length: int | None = None,
+        micro_batch_size: int = 16,
+    ) -> None:
+        """A forward and backward pass of each sequence's mean loss through the activations alone.
+
+        Hands a and b of every use of ``layers`` to ``consume``; no weight gets a gradient.
+        """
 
     def ghost_layers(self) -> list[GhostLayer]:
-        """Every use of every linear and embedding matrix."""
+        """Every use of every linear and embedding matrix on this rank."""
 
     def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
-        """Mean gradient over the whole proxy batch (each rank takes its share), the same on every rank."""
+        """Mean gradient over the whole proxy batch (each rank takes its share), as this rank's weights are held."""
 
     def exact_gradients(self, batch: Batch) -> Iterator[Gradient]:
         """The gradient of each sequence's mean loss, in float64, one sequence at a time."""
@@ -89,8 +142,26 @@ class ScoringBackend(Protocol):
     def perturbed(self, direction: Gradient, scale: float) -> AbstractContextManager[None]:
         """Weights moved by ``scale * direction`` inside, restored to the last bit after."""
 
-    def all_gather(self, local: Tensor) -> Tensor:
-        """Concatenate equally shaped tensors along axis 0 in rank order."""
+    def combine(self, parts: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) float64 parts of this rank's candidates -> (N,) for the whole buffer, the same on every rank.
+
+        One message: parts of one candidate are added over the model-parallel ranks, ``tally`` (k,) over all ranks.
+        """
+
+    def sum_shards(self, values: Tensor) -> Tensor:
+        """Sum over the ranks among which matrices are split."""
+
+    def sum_parts(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum, by parameter, over all ranks that see parts of the same candidates' gradients of it.
+
+        A weight that several pipeline stages hold is summed over them and kept by the first (zero on the others).
+        """
+
+    def gather_candidates(self, values: Tensor) -> Tensor:
+        """Concatenate over the data-parallel ranks, in their order."""
+
+    def sum_stages(self, values: Tensor) -> Tensor:
+        """Sum over pipeline stages."""
 
 
 Proxy = Callable[[int], Candidates]  # step -> the proxy mini-batch of that step

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 METHODS = ("uniform", "opus", "high_ppl")
-ESTIMATORS = ("directional", "countsketch", "exact")
+ESTIMATORS = ("directional", "adjoint", "countsketch", "kronecker", "exact")
+SKETCHES = ("countsketch", "kronecker")
 SAMPLERS = ("top_k", "boltzmann")
 UTILITIES = ("standardised", "raw")
 SIDES = ("central", "one")
 MUON_OPERATORS = ("paper", "full")
-LAYERS = ("linear", "all")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,7 +24,8 @@ class SelectionConfig:
     rho: float = 0.5
     """Share of the buffer that is picked [rho]: num_candidates N = global_batch_size / rho."""
     estimator: str = "directional"
-    """directional (two forwards along the optimizer's step on the proxy), countsketch (the paper), exact (oracle)."""
+    """directional: two forwards along the optimizer's step on the proxy; adjoint: exact alignment of the matrices;
+    countsketch: the paper's; kronecker: two-sided sketches; exact: per-sample gradients in float64 (oracle)."""
     sampler: str = "top_k"
     """top_k: the K highest utilities; boltzmann: K draws without replacement, p ~ exp(utility / temperature)."""
     utilities: str = "standardised"
@@ -31,7 +33,9 @@ class SelectionConfig:
     temperature: float = 0.9
     """Boltzmann temperature [tau], in units of the utilities."""
     redundancy: float = 0.0
-    """Coefficient of the redundancy term; needs an estimator with a Gram matrix (countsketch, exact)."""
+    """Coefficient of the redundancy term; directional and adjoint take its Gram matrix from sketches (``gram``)."""
+    gram: str = "countsketch"
+    """Sketches that stand in for the updates in the Gram matrix of directional and adjoint: countsketch, kronecker."""
     warmup_steps: int = 0
     """Steps picked uniformly before utilities are used (the optimizer's state must mean something first)."""
     score_length: int | None = None
@@ -50,10 +54,25 @@ class SelectionConfig:
     """Length of each layer's CountSketch [m]."""
     sketch_seed: int = 42
     """Seed of the sketch's hashes."""
-    layers: str = "linear"
-    """Layers that countsketch sums over: linear (matrices used at least once as one), or all (adds embeddings)."""
+    layers: str = "auto"
+    """What is summed over. linear: matrices used at least once as one; all: every parameter (ghost estimators: every
+    matrix and embedding); else a regular expression in their names. auto: all for directional and exact, else linear."""
     muon_operator: str = "paper"
     """paper: the first Newton-Schulz factor S_1; full: the product S_5..S_1 at frozen momentum."""
+
+    def derived_layers(self) -> str:
+        """``layers`` with auto resolved for the estimator."""
+        if self.layers != "auto":
+            return self.layers
+        return "all" if self.estimator in ("directional", "exact") else "linear"
+
+    def ghost_layers(self) -> str:
+        """The layers whose sketches are taken."""
+        return "linear" if self.layers == "auto" else self.layers
+
+    def derived_sketch(self) -> str:
+        """The kind of sketch: the estimator's own, or the one chosen for the Gram matrix."""
+        return self.estimator if self.estimator in SKETCHES else self.gram
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
@@ -63,7 +82,7 @@ class SelectionConfig:
             "sampler": SAMPLERS,
             "utilities": UTILITIES,
             "sides": SIDES,
-            "layers": LAYERS,
+            "gram": SKETCHES,
             "muon_operator": MUON_OPERATORS,
         }
         for key, allowed in choices.items():
@@ -75,10 +94,12 @@ class SelectionConfig:
             yield "temperature", "must be positive", "0.9 is the paper's value"
         if self.redundancy < 0:
             yield "redundancy", "must not be negative", "0 switches the redundancy term off"
-        if self.redundancy > 0 and self.method == "opus" and self.estimator == "directional":
-            yield "redundancy", "directional scoring has no Gram matrix", "set selection.estimator=countsketch, or 0"
         if self.redundancy > 0 and self.method == "high_ppl":
             yield "redundancy", "high_ppl scores by loss and has no Gram matrix", "set selection.redundancy=0"
+        try:
+            re.compile(self.layers)
+        except re.error as error:
+            yield "layers", f"is no regular expression ({error})", "use auto, linear, all, or a valid expression"
         if self.warmup_steps < 0:
             yield "warmup_steps", "must not be negative", "0 starts selecting as soon as the optimizer has state"
         if self.score_length is not None and self.score_length < 1:

@@ -6,18 +6,10 @@ With d = -P_t g_proxy, that fall is <g_z, P_t g_proxy> to first order, and P_t i
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megaopus.selection.backend import Candidates, Gradient, ScoringBackend, UpdateOperator
-
-
-def mean_losses(
-    backend: ScoringBackend, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16
-) -> Tensor:
-    """(n,) float64: mean token loss of each candidate over its first ``length`` tokens."""
-    chunks = torch.arange(len(candidates)).split(micro_batch_size)
-    return torch.cat([backend.losses(candidates.take(chunk).batch(length)).double() for chunk in chunks])
+from megaopus.selection.layers import parameter_names
 
 
 def directional_utilities(
@@ -28,24 +20,27 @@ def directional_utilities(
     *,
     epsilon: float | None = None,
     sides: str = "central",
+    layers: str = "all",
     length: int | None = None,
     micro_batch_size: int = 16,
 ) -> Tensor:
-    """(n,) float64, positive where the optimizer's step on the proxy lowers the candidate's loss.
+    """(n,) float64: this rank's part; positive where the optimizer's step on the proxy lowers the candidate's loss.
 
     central: (L(theta - e d) - L(theta + e d)) / 2e, error O(e^2); one: (L(theta) - L(theta + e d)) / e, error O(e).
     ``epsilon`` is in units of one optimizer step; None: 0.25, or 1 where weights are rounded to 16 bits, in which a
-    smaller step would drown (docs/decisions/005).
+    smaller step would drown (docs/decisions/005). ``layers``: the parameters that are moved
+    (``layers.parameter_names``).
     """
-    update = operator.apply(proxy_gradient)  # P g = -d
+    names = parameter_names(backend, layers)
+    update = operator.apply({name: proxy_gradient[name] for name in names})  # P g = -d
     if epsilon is None:
         epsilon = 1.0 if backend.coarse else 0.25
 
     def at(scale: float) -> Tensor:
         with backend.perturbed(update, scale):
-            return mean_losses(backend, candidates, length=length, micro_batch_size=micro_batch_size)
+            return backend.losses(candidates, length=length, micro_batch_size=micro_batch_size)
 
     if sides == "one":
-        before = mean_losses(backend, candidates, length=length, micro_batch_size=micro_batch_size)
+        before = backend.losses(candidates, length=length, micro_batch_size=micro_batch_size)
         return (before - at(-epsilon)) / epsilon
     return (at(epsilon) - at(-epsilon)) / (2 * epsilon)

@@ -8,27 +8,27 @@ Shape suffixes: N sequences, T positions, I inputs, O outputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaopus.selection.backend import GhostLayer
-
-Consumer = Callable[[GhostLayer, Tensor, Tensor], None]  # layer, input a, output gradient b
+from megaopus.selection.backend import GhostConsumer, GhostLayer
 
 
 class GhostCapture:
-    """Context manager: calls ``consume(layer, a, b)`` for each use of each layer during a backward pass inside it.
+    """Context manager: calls ``consume`` for each use of each layer during backward passes inside it.
 
-    Only forward passes under grad mode count, so a pass repeated by activation recomputation is captured once. Layers
-    may return a tuple whose first element is the activation.
+    ``rows`` says which candidates the coming forward pass is of; where passes overlap (pipeline stages), ``watch`` says
+    it again when the backward pass begins. Only forward passes under grad mode count, so a pass repeated by activation
+    recomputation is captured once. Layers may return a tuple whose first element is the activation.
     """
 
-    def __init__(self, layers: Sequence[GhostLayer], consume: Consumer):
-        self._layers = layers
+    def __init__(self, layers: Iterable[GhostLayer], consume: GhostConsumer):
+        self.rows = slice(0, 0)
+        self._layers = list(layers)
         self._consume = consume
         self._called: set[int] = set()
         self._reached: set[int] = set()
@@ -47,6 +47,16 @@ class GhostCapture:
             handle.remove()
         self._handles.clear()
 
+    def watch(self, output: Tensor) -> None:
+        """A forward pass ended in ``output``: when its backward pass begins, ``rows`` are set to those of this pass."""
+        rows = self.rows
+
+        def begin(gradient: Tensor) -> None:
+            self.rows = rows
+
+        if output.requires_grad:
+            output.register_hook(begin)
+
     def check(self) -> None:
         """Raise RuntimeError naming every layer that a pass since the last check did not go through."""
         never = [layer for index, layer in enumerate(self._layers) if index not in self._called]
@@ -58,8 +68,8 @@ class GhostCapture:
             if layers:
                 names = ", ".join(f"{layer.parameter} ({layer.kind})" for layer in layers)
                 raise RuntimeError(
-                    f"countsketch cannot score: {names} {reason}; its share of every utility would be zero."
-                    " Use estimator=directional, which needs no hooks"
+                    f"candidates cannot be scored by ghost factors: {names} {reason}; its share of every utility would"
+                    " be zero. Use estimator=directional, which needs no hooks"
                 )
         self._called.clear()
         self._reached.clear()
@@ -69,13 +79,13 @@ class GhostCapture:
             if not torch.is_grad_enabled():
                 return None
             self._called.add(index)
+            rows = self.rows
             act_a = (args or tuple(kwargs.values()))[0].detach()
             version = act_a._version
             act = output[0] if isinstance(output, tuple) else output
             replaced = None
-            if (
-                not act.requires_grad
-            ):  # first layer of a frozen model; a clone, since a leaf may not be changed in place
+            if not act.requires_grad:
+                # first layer of a frozen model; a clone, since a leaf may not be changed in place
                 act = act.detach().requires_grad_().clone()
                 replaced = (act, *output[1:]) if isinstance(output, tuple) else act
 
@@ -86,12 +96,19 @@ class GhostCapture:
                         f"the input of {layer.parameter} was changed in place after its use, so its per-sample gradient"
                         " is lost: write x = x + y instead of x += y, or use estimator=directional"
                     )
-                self._consume(layer, act_a, grad_b.detach())
+                self._hand_out(layer, rows, act_a, grad_b.detach())
 
             act.register_hook(backward_hook)
             return replaced
 
         return hook
+
+    def _hand_out(self, layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
+        if layer.collect is not None:
+            act_a, grad_b = layer.collect(act_a, grad_b)
+        if layer.counted:
+            count = rows.stop - rows.start
+            self._consume(layer, rows, rows_by_sequence(layer, act_a, count), rows_by_sequence(layer, grad_b, count))
 
 
 def rows_by_sequence(layer: GhostLayer, act: Tensor, count: int) -> Tensor:
@@ -108,20 +125,30 @@ def rows_by_sequence(layer: GhostLayer, act: Tensor, count: int) -> Tensor:
     return act
 
 
+def local_rows(layer: GhostLayer, num_rows: int, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
+    """(row of an embedding for each token id, clamped; whether it is a row of this rank that gets a gradient)."""
+    rows_NT = ids_NT - layer.first_row
+    mine_NT = (rows_NT >= 0) & (rows_NT < num_rows)
+    padding = getattr(layer.module, "padding_idx", None)
+    if padding is not None:
+        mine_NT &= ids_NT != padding
+    return rows_NT.clamp(0, num_rows - 1), mine_NT
+
+
 def per_sample_gradient(layer: GhostLayer, shape: torch.Size, act_a: Tensor, grad_b: Tensor) -> Tensor:
     """(N, O, I) = sum_t b_t a_t^T of each sequence; for an embedding (N, vocabulary, width), rows scattered by id.
 
-    ``act_a``: (N, ..., I), or (N, ...) token ids; ``grad_b``: (N, ..., O). Dtype of ``grad_b``.
+    ``act_a``: (N, ..., I), or (N, ...) token ids; ``grad_b``: (N, ..., O). Dtype of ``grad_b``. ``shape``: of the
+    embedding matrix; a linear layer's follows from a and b.
     """
     count = len(grad_b)
     grad_NTO = grad_b.reshape(count, -1, grad_b.shape[-1])
     if layer.kind == "linear":
         act_NTI = act_a.reshape(count, -1, act_a.shape[-1]).to(grad_b.dtype)
         return torch.bmm(grad_NTO.transpose(1, 2), act_NTI)
-    ids_NT = act_a.reshape(count, -1)
-    padding = getattr(layer.module, "padding_idx", None)
-    if padding is not None:
-        grad_NTO = grad_NTO * (ids_NT != padding).unsqueeze(-1)
-    rows = ids_NT + shape[0] * torch.arange(count, device=ids_NT.device).unsqueeze(1)
-    flat = grad_b.new_zeros(count * shape[0], shape[1])
-    return flat.index_add_(0, rows.flatten(), grad_NTO.flatten(0, 1)).view(count, *shape)
+    rows_NT, mine_NT = local_rows(layer, shape[0], act_a.reshape(count, -1))
+    grad_NTO = grad_NTO * mine_NT.unsqueeze(-1)
+    rows_NT = rows_NT + shape[0] * torch.arange(count, device=rows_NT.device).unsqueeze(1)
+    width = grad_NTO.shape[-1]
+    flat = grad_b.new_zeros(count * shape[0], width)
+    return flat.index_add_(0, rows_NT.flatten(), grad_NTO.flatten(0, 1)).view(count, shape[0], width)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import itemgetter
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from megaopus.selection.backend import Batch, Candidates, GhostLayer, Gradient, UpdateOperator
+from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient, Shard, UpdateOperator
 from megaopus.selection.candidates import map_tensors, tensors_of
+from megaopus.selection.ghost import GhostCapture
 from megaopus.selection.preconditioner import build_operator, factory_of
 
 Loss = Callable[[nn.Module, Batch], Tensor]  # (model, batch of n sequences) -> (n,) mean token loss of each
@@ -62,12 +63,19 @@ class ModuleBackend:
 
     def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
         """P_t now, or None while one of the optimizers has no state."""
-        return build_operator(self.parameters(), self.optimizers, muon_operator)
+        return build_operator(self.parameters(), self.optimizers, muon_operator, self.shards())
 
-    def losses(self, batch: Batch) -> Tensor:
-        """(n,) mean token loss of each sequence; no graph, dropout off."""
+    def shards(self) -> dict[str, Shard]:
+        """No parameter is part of a larger matrix."""
+        return {}
+
+    def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
+        """(n,) float64 mean token loss of each candidate over its first ``length`` tokens; no graph, dropout off."""
+        found = []
         with self.scoring(), torch.no_grad():
-            return self._losses(self.model, batch)
+            for chunk in torch.arange(len(candidates)).split(micro_batch_size):
+                found.append(self._losses(self.model, candidates.take(chunk).batch(length)).double())
+        return torch.cat(found)
 
     def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
         """Gradient of the mean loss over the whole proxy batch, the same on every rank; no ``p.grad`` is touched.
@@ -124,24 +132,42 @@ class ModuleBackend:
                 layers.append(GhostLayer(names[id(module.weight)], module, kind))
         return layers
 
-    def ghost_backward(self, batch: Batch) -> Tensor:
-        """(n,) losses after a backward pass of their sum with every weight frozen; runs eagerly even if compiled.
+    def ghost_pass(
+        self,
+        candidates: Candidates,
+        layers: Iterable[GhostLayer],
+        consume: GhostConsumer,
+        *,
+        length: int | None = None,
+        micro_batch_size: int = 16,
+    ) -> None:
+        """Hand a and b of every use of ``layers`` to ``consume``; runs eagerly even if compiled.
 
-        The forward hooks that capture activations (ghost.py) also make the first layers' outputs require a gradient.
+        With every weight frozen, the hooks that capture activations also make the first layers' outputs require a
+        gradient. Raises RuntimeError naming any layer whose activations could not be captured.
         """
+        # compiled code calls no hooks, and every score would be zero
+        eager = torch.compiler.set_stance("force_eager")
+        with GhostCapture(layers, consume) as capture, self.frozen(), self.scoring(), torch.enable_grad(), eager:
+            for start in range(0, len(candidates), micro_batch_size):
+                capture.rows = slice(start, min(start + micro_batch_size, len(candidates)))
+                rows = torch.arange(capture.rows.start, capture.rows.stop)
+                losses = self._losses(self.module, candidates.take(rows).batch(length))
+                if losses.requires_grad:
+                    losses.sum().backward()
+                capture.check()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No weight takes a gradient inside."""
         trainable = [p for p in self.module.parameters() if p.requires_grad]
         try:
             for parameter in trainable:
                 parameter.requires_grad_(False)
-            # compiled code calls no hooks, and every score would be zero
-            with self.scoring(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-                losses = self._losses(self.module, batch)
-                if losses.requires_grad:
-                    losses.sum().backward()
+            yield
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)
-        return losses.detach()
 
     def exact_gradients(self, batch: Batch) -> Iterator[Gradient]:
         """The gradient of each sequence's mean loss, one at a time, with weights, buffers and inputs in float64."""
@@ -162,13 +188,36 @@ class ModuleBackend:
                 for name, leaf, gradient in zip(names, leaves, found, strict=True)
             }
 
-    def all_gather(self, local: Tensor) -> Tensor:
+    def combine(self, parts: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) values of this rank's candidates -> (N,) of all, and ``tally`` (k,) summed over the ranks; one message.
+
+        Each rank fills its own place in a vector of zeros and the vectors are added: exact, and alike on every rank.
+        """
+        count = len(parts)
+        vector = torch.cat([parts.new_zeros(self.world_size * count), tally.to(parts)])
+        vector[self.rank * count : (self.rank + 1) * count] = parts
+        self.all_reduce([vector])
+        return vector[: self.world_size * count], vector[self.world_size * count :]
+
+    def sum_shards(self, values: Tensor) -> Tensor:
+        """No matrix is split over ranks."""
+        return values
+
+    def sum_parts(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A candidate's gradient is whole on the rank that scores it."""
+        return values
+
+    def gather_candidates(self, values: Tensor) -> Tensor:
         """Concatenate equally shaped tensors along axis 0 in rank order."""
         if self.world_size == 1:
-            return local
-        parts = [torch.empty_like(local) for _ in range(self.world_size)]
-        dist.all_gather(parts, local.contiguous(), group=self.group)
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(parts, values.contiguous(), group=self.group)
         return torch.cat(parts)
+
+    def sum_stages(self, values: Tensor) -> Tensor:
+        """One stage."""
+        return values
 
     def all_reduce(self, tensors: list[Tensor]) -> None:
         """Sum each tensor over the ranks, in place; one message per dtype."""

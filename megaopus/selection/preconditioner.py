@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from megaopus.selection.backend import Gradient
+from megaopus.selection.backend import Gradient, Shard
 
 
 class ParameterOperator(Protocol):
@@ -27,11 +27,14 @@ class ParameterOperator(Protocol):
     def diagonal(self) -> Tensor | None:
         """Elementwise factor (the parameter's shape, or a scalar); None where P is not diagonal."""
 
+    def sides(self) -> tuple[Tensor | None, Tensor | None] | None:
+        """As ``UpdateOperator.sides``."""
+
 
 OperatorFactory = Callable[[Mapping[str, Any], Mapping[str, Any], Tensor], ParameterOperator | None]
 """(parameter group, state of the parameter, parameter) -> its operator, or None while there is no state.
 
-The group also holds ``muon_operator``, 'paper' or 'full'."""
+The group also holds ``muon_operator``, 'paper' or 'full', and ``shard``, the ``Shard`` of a matrix that ranks share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +49,42 @@ class Diagonal:
     def diagonal(self) -> Tensor | None:
         return self.factor
 
+    def sides(self) -> None:
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class OneSided:
-    """Multiplication by a symmetric matrix: ``matrix @ g`` where ``left``, else ``g @ matrix``."""
+    """Multiplication by a symmetric matrix: ``matrix @ g`` where ``left``, else ``g @ matrix``.
+
+    ``matrix`` is that of the whole parameter; ``shard``: the part of the parameter that this rank holds.
+    """
 
     matrix: Tensor
     left: bool
+    shard: Shard | None = None
 
     def apply(self, gradient: Tensor) -> Tensor:
         matrix = self.matrix.to(gradient.dtype)
+        if self._mixes_ranks():
+            assert self.shard is not None
+            gradient, matrix = self.shard.gather(gradient), matrix[self.shard.index]
+            return matrix @ gradient if self.left else gradient @ matrix.t()
         return matrix @ gradient if self.left else gradient @ matrix
 
     def diagonal(self) -> Tensor | None:
         return None
+
+    def sides(self) -> tuple[Tensor | None, Tensor | None]:
+        matrix = self.matrix
+        if self._mixes_ranks():
+            assert self.shard is not None
+            matrix = matrix[self.shard.index]  # symmetric: (local, whole)
+            return (matrix.t(), None) if self.left else (None, matrix)
+        return (matrix, None) if self.left else (None, matrix)
+
+    def _mixes_ranks(self) -> bool:
+        return self.shard is not None and self.shard.dim == (0 if self.left else 1)
 
 
 def sgd(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator:
@@ -104,7 +129,10 @@ def muon(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) 
     momentum = state.get("momentum_buffer")
     if momentum is None:
         return None
-    rows, columns = parameter.shape
+    shard = group.get("shard")
+    if shard is not None:
+        momentum = shard.gather(momentum)
+    rows, columns = momentum.shape
     left = rows <= columns
     x = momentum.float() if left else momentum.float().t()
     norm = x.norm().clamp_(min=group.get("eps", 1e-7))
@@ -120,7 +148,7 @@ def muon(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) 
     mu = group["momentum"]
     scale = group["lr"] * _muon_shape_scale(group, rows, columns) * (1 - (mu**2 if group["nesterov"] else mu))
     # every S_j is a polynomial in the same Gram matrix, so the product is symmetric; rounding is averaged out
-    return OneSided((product + product.t()) * (0.5 * scale / norm), left)
+    return OneSided((product + product.t()) * (0.5 * scale / norm), left, shard)
 
 
 def _muon_shape_scale(group: Mapping[str, Any], rows: int, columns: int) -> float:
@@ -181,13 +209,22 @@ class OptimizerOperator:
             return torch.zeros(())
         return self._operators[name].diagonal()
 
+    def sides(self, name: str) -> tuple[Tensor | None, Tensor | None] | None:
+        """(left, right) factors of one parameter, or None where P is not of that form."""
+        operator = self._operators.get(name)
+        return None if operator is None else operator.sides()
+
 
 @torch.no_grad()
 def build_operator(
-    parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer], muon_operator: str = "paper"
+    parameters: Mapping[str, Tensor],
+    optimizers: Iterable[Optimizer],
+    muon_operator: str = "paper",
+    shards: Mapping[str, Shard] | None = None,
 ) -> OptimizerOperator | None:
     """P_t of ``parameters`` (name -> the tensor the optimizer holds), or None while one of the optimizers has no state.
 
+    ``shards``: those of the parameters that ranks share; the call is then collective where P_t needs the whole matrix.
     Raises TypeError for an optimizer without a registered operator.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -196,12 +233,12 @@ def build_operator(
         factory = factory_of(optimizer)
         found = {}
         for group in optimizer.param_groups:
-            settings = {**group, "muon_operator": muon_operator}
             for parameter in group["params"]:
-                if id(parameter) in names:
+                if (name := names.get(id(parameter))) is not None:
+                    settings = {**group, "muon_operator": muon_operator, "shard": (shards or {}).get(name)}
                     operator = factory(settings, optimizer.state.get(parameter, {}), parameter)
                     if operator is not None:
-                        found[names[id(parameter)]] = operator
+                        found[name] = operator
         mine = any(id(parameter) in names for group in optimizer.param_groups for parameter in group["params"])
         if mine and not found:
             return None

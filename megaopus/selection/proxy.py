@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megaopus.selection.backend import Gradient
@@ -19,25 +20,35 @@ class ProxyGradient:
         self._decay = decay
         self._average: dict[str, Tensor] = {}
         self._count = 0
+        self._offered: dict[str, Tensor] = {}
 
-    def update(self, gradient: Gradient) -> Gradient:
-        """Take in this step's gradient; returns the average. Raises ValueError if the parameters are not those kept."""
+    def offer(self, gradient: Gradient) -> Gradient:
+        """The average with this step's gradient in it; it is forgotten unless ``keep`` follows.
+
+        Raises ValueError if the parameters are not those kept.
+        """
         if self._decay == 0:
             return gradient
         if not self._count:
-            self._average = {name: value * (1 - self._decay) for name, value in gradient.items()}
+            self._offered = {name: value * (1 - self._decay) for name, value in gradient.items()}
         elif self._average.keys() != gradient.keys():
             changed = sorted(self._average.keys() ^ gradient.keys())
             raise ValueError(
                 f"the running proxy gradient is of other parameters than the model's: {', '.join(changed)}"
             )
         else:
-            for name, value in gradient.items():
-                kept = self._average[name].to(value.device)
-                self._average[name] = kept.mul_(self._decay).add_(value, alpha=1 - self._decay)
-        self._count += 1
-        scale = 1 / (1 - self._decay**self._count)
-        return {name: value * scale for name, value in self._average.items()}
+            self._offered = {
+                name: torch.add(self._average[name].to(value.device) * self._decay, value, alpha=1 - self._decay)
+                for name, value in gradient.items()
+            }
+        scale = 1 / (1 - self._decay ** (self._count + 1))
+        return {name: value * scale for name, value in self._offered.items()}
+
+    def keep(self) -> None:
+        """Make the offered average the one to go on from."""
+        if self._offered:
+            self._average, self._offered = self._offered, {}
+            self._count += 1
 
     def state_dict(self) -> dict[str, Any]:
         """{'count': updates so far, 'average': name -> copy}; empty before the first update."""

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from megaopus.selection import sampler
+from megaopus.selection.adjoint import adjoint_utilities
 from megaopus.selection.backend import Batch, Candidates, Gradient, Proxy, ScoringBackend, UpdateOperator
 from megaopus.selection.candidates import as_candidates
 from megaopus.selection.config import SelectionConfig
-from megaopus.selection.direction import directional_utilities, mean_losses
+from megaopus.selection.direction import directional_utilities
 from megaopus.selection.exact import exact_estimate
+from megaopus.selection.kronecker import KroneckerEstimator
+from megaopus.selection.layers import ghost_layers, parameter_names, require_some
 from megaopus.selection.proxy import ProxyGradient
 from megaopus.selection.sketch import CountSketchEstimator
 
@@ -69,7 +72,12 @@ class Selector:
         self.seed = seed
         self._proxy = proxy
         self._proxy_gradient = ProxyGradient(config.proxy_ema)
-        self._countsketch = CountSketchEstimator(config.sketch_dim, config.sketch_seed, config.layers)
+        self._layers = config.derived_layers()
+        kind = {"countsketch": CountSketchEstimator, "kronecker": KroneckerEstimator}[config.derived_sketch()]
+        self._sketch: CountSketchEstimator | KroneckerEstimator = kind(
+            config.sketch_dim, config.sketch_seed, config.ghost_layers()
+        )
+        self._matched = False
         self._told_uniform = False
 
     def select(self, candidates: Candidates | Batch, step: int) -> Selection:
@@ -129,49 +137,65 @@ class Selector:
             return None, None
         share = len(buffer) // self.backend.world_size
         mine = buffer.take(torch.arange(share) + self.backend.rank * share)
-        features = None
         if self.config.method == "high_ppl":
-            local = mean_losses(self.backend, mine, **self._passes())
-        else:
-            operator = self.backend.operator(self.config.muon_operator)
-            if operator is None:
-                events.append("the optimizer has no state yet, so its step is not known: picked uniformly")
-                return None, None
-            gradient = self._gradient(step, events)
-            if gradient is None:
-                return None, None
-            local, features = self._estimate(mine, operator, gradient)
-        utilities = self.backend.all_gather(local).cpu()
-        if features is None:
-            return utilities, None
-        rows = self.backend.all_gather(features).cpu().double()
-        return utilities, rows @ rows.t()
-
-    def _gradient(self, step: int, events: list[str]) -> Gradient | None:
-        """The averaged proxy gradient, or None if this step's is not finite (it is then left out of the average)."""
+            parts = self.backend.losses(mine, **self._passes())
+            return self.backend.combine(parts, parts.new_zeros(1))[0].cpu(), None
+        operator = self.backend.operator(self.config.muon_operator)
+        if operator is None:
+            events.append("the optimizer has no state yet, so its step is not known: picked uniformly")
+            return None, None
         assert self._proxy is not None  # checked on construction
         gradient = self.backend.gradient(as_candidates(self._proxy(step), step))
-        if not bool(torch.stack([value.isfinite().all() for value in gradient.values()]).all()):
+        parts, features = self._estimate(mine, operator, self._proxy_gradient.offer(gradient))
+        # A stage or shard may be the only one to see a bad gradient: the word travels with the utilities.
+        bad = torch.stack([~value.isfinite().all() for value in gradient.values()]).any()
+        utilities, count = self.backend.combine(parts, bad.double().view(1))
+        gram = None if features is None else self._gram(features, len(buffer))
+        if bool(count > 0):
             events.append(
                 "the proxy gradient is not finite: picked uniformly, and the gradient was left out of its average"
             )
-            return None
-        return self._proxy_gradient.update(gradient)
+            return None, None
+        self._proxy_gradient.keep()
+        return utilities.cpu(), gram
 
-    def _estimate(self, mine: Candidates, operator: UpdateOperator, gradient: Gradient) -> tuple[Tensor, Tensor | None]:
-        """(utilities (n,) float64, rows whose inner products make the Gram matrix, if needed) of this rank's share."""
-        config, diverse = self.config, self.config.redundancy > 0
+    def _estimate(
+        self, mine: Candidates, operator: UpdateOperator, gradient: Gradient
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """(parts of the utilities (n,) float64, by layer the rows whose inner products make the Gram matrix or None).
+
+        Both are of this rank's share of the candidates and of its part of the model.
+        """
+        config, passes, diverse = self.config, self._passes(), self.config.redundancy > 0
+        if not self._matched:
+            found = parameter_names if config.estimator in ("directional", "exact") else ghost_layers
+            require_some(self.backend, len(found(self.backend, self._layers)), self._layers)
+            self._matched = True
+        given = (self.backend, mine, operator, gradient)
         if config.estimator == "exact":
-            length = config.score_length
-            return exact_estimate(self.backend, mine, operator, gradient, length=length, keep_updates=diverse)
-        if config.estimator == "countsketch":
-            return self._countsketch.estimate(
-                self.backend, mine, operator, gradient, keep_sketches=diverse, **self._passes()
+            names = parameter_names(self.backend, self._layers)
+            parts, updates = exact_estimate(*given, parameters=names, length=config.score_length, keep_updates=diverse)
+            return parts, None if updates is None else {"": updates}
+        if config.estimator in ("countsketch", "kronecker"):
+            return self._sketch.estimate(*given, keep_sketches=diverse, **passes)
+        if config.estimator == "adjoint":
+            parts = adjoint_utilities(*given, layers=self._layers, **passes)
+        else:
+            parts = directional_utilities(
+                *given, layers=self._layers, epsilon=config.epsilon, sides=config.sides, **passes
             )
-        utilities = directional_utilities(
-            self.backend, mine, operator, gradient, epsilon=config.epsilon, sides=config.sides, **self._passes()
-        )
-        return utilities, None
+        if not diverse:
+            return parts, None
+        return parts, self._sketch.estimate(*given, keep_sketches=True, **passes)[1]
+
+    def _gram(self, features: dict[str, Tensor], size: int) -> Tensor:
+        """(N, N) float64 on the CPU: inner products of the candidates' updates, over every layer of every stage."""
+        device = next(iter(self.backend.parameters().values())).device
+        total = torch.zeros(size, size, dtype=torch.float64, device=device)
+        for value in self.backend.sum_parts(features).values():
+            rows = self.backend.gather_candidates(value).double()
+            total += rows @ rows.t()
+        return self.backend.sum_stages(total).cpu()
 
     def _passes(self) -> dict[str, Any]:
         return {"length": self.config.score_length, "micro_batch_size": self.config.score_micro_batch_size}

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from megaopus.selection import noise
-from megaopus.selection.backend import Batch, Candidates, GhostLayer, Gradient, ScoringBackend, UpdateOperator
-from megaopus.selection.ghost import GhostCapture, per_sample_gradient, rows_by_sequence
+from megaopus.selection.backend import Candidates, GhostLayer, Gradient, ScoringBackend, UpdateOperator
+from megaopus.selection.ghost import per_sample_gradient
+from megaopus.selection.layers import ghost_layers
 
 _CHUNK_ELEMENTS = 1 << 25  # largest per-sample gradient held at once, in numbers (128 MB in fp32)
 
@@ -21,9 +22,7 @@ class CountSketch:
     """
 
     def __init__(self, name: str, indices: Tensor, dim: int, seed: int):
-        bits = noise.bits(noise.key(seed, "sketch", name), indices)
-        self._bucket = ((bits >> 1) & ((1 << 63) - 1)) % dim  # int64: what scatter_add_ takes
-        self._sign = ((bits & 1) * 2 - 1).to(torch.int8)
+        self._bucket, self._sign = hashes(name, indices, dim, seed)
         self.dim = dim
 
     def __call__(self, rows: Tensor, factor: Tensor | None = None) -> Tensor:
@@ -34,27 +33,52 @@ class CountSketch:
         return rows.new_zeros(len(rows), self.dim).scatter_add_(1, self._bucket.expand_as(rows), rows * weight)
 
 
+def hashes(name: str, indices: Tensor, dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(bucket int64 in [0, dim), sign int8) of each index; a function of (seed, name, index) alone."""
+    bits = noise.bits(noise.key(seed, "sketch", name), indices)
+    bucket = ((bits >> 1) & ((1 << 63) - 1)) % dim  # int64: what scatter_add_ takes
+    return bucket, ((bits & 1) * 2 - 1).to(torch.int8)
+
+
+def whole_coordinates(backend: ScoringBackend, name: str, weight: Tensor, spread: int | None) -> tuple[Tensor, Tensor]:
+    """(rows, columns) in the whole matrix of this rank's part; ``spread``: the dimension that is whole already."""
+    shard = backend.shards().get(name)
+    axes = []
+    for dim in (0, 1):
+        if shard is None or shard.dim != dim:
+            axes.append(torch.arange(weight.shape[dim], device=weight.device))
+        elif spread == dim:
+            axes.append(torch.arange(shard.size, device=weight.device))
+        else:
+            axes.append(shard.index.to(weight.device))
+    return axes[0], axes[1]
+
+
+def spread_dim(sides: tuple[Tensor | None, Tensor | None] | None) -> int | None:
+    """The dimension along which factors of an operator turn a rank's part into a contribution to the whole."""
+    left, right = sides or (None, None)
+    if left is not None and left.shape[0] != left.shape[1]:
+        return 0
+    if right is not None and right.shape[0] != right.shape[1]:
+        return 1
+    return None
+
+
 class CountSketchEstimator:
     """Alignment sum_r <phi_r, psi_r>, phi_r = Pi_r(P_r sum_t b_t a_t^T), psi_r = Pi_r(proxy gradient of layer r).
 
-    Keeps each layer's hashes (9 bytes per weight) between steps. ``layers``: 'linear' sums over matrices with at least
-    one linear use (a tied embedding counts both its uses), 'all' over embeddings too.
+    Keeps each layer's hashes (9 bytes per weight) between steps. ``layers``: see ``layers.ghost_layers``.
     """
 
     def __init__(self, dim: int, seed: int, layers: str = "linear"):
         self._dim = dim
         self._seed = seed
         self._which = layers
-        self._sketches: dict[str, CountSketch] = {}
+        self._sketches: dict[tuple[str, int | None], CountSketch] = {}
 
     def layers(self, backend: ScoringBackend) -> list[GhostLayer]:
-        """The uses that are summed over; raises ValueError if there are none."""
-        every = backend.ghost_layers()
-        linear = {layer.parameter for layer in every if layer.kind == "linear"}
-        chosen = [layer for layer in every if self._which == "all" or layer.parameter in linear]
-        if not chosen:
-            raise ValueError("countsketch found no trained nn.Linear (or nn.Embedding): use estimator=directional")
-        return chosen
+        """The uses on this rank that are summed over."""
+        return ghost_layers(backend, self._which)
 
     def estimate(
         self,
@@ -66,58 +90,86 @@ class CountSketchEstimator:
         length: int | None = None,
         micro_batch_size: int = 16,
         keep_sketches: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """((n,) float64 alignments, sketches (n, layers x m) or None); of this rank's candidates.
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """((n,) float64 parts of the alignments, sketches (n, m) by layer or None); of this rank's candidates.
 
-        The inner products of the sketches estimate the Gram matrix <P g_z, P g_s> of the updates.
+        The inner products of the sketches, once summed over parts, estimate the Gram matrix <P g_z, P g_s>.
         Raises RuntimeError naming any layer whose activations could not be captured.
         """
-        layers = self.layers(backend)
-        names = list(dict.fromkeys(layer.parameter for layer in layers))
-        proxy = torch.cat(
-            [self._of(name, proxy_gradient[name])(proxy_gradient[name].reshape(1, -1)) for name in names], 1
-        )
-        utilities, kept = [], []
-        for chunk in torch.arange(len(candidates)).split(micro_batch_size):
-            batch = candidates.take(chunk).batch(length)
-            sketches = self._sketch(backend, batch, len(chunk), layers, operator, proxy_gradient)
-            utilities.append((sketches * proxy).sum(1, dtype=torch.float64))
-            if keep_sketches:
-                kept.append(sketches)
-        return torch.cat(utilities), torch.cat(kept) if keep_sketches else None
+        uses = self.layers(backend)
+        proxy = self._proxy(backend, uses, proxy_gradient)
+        phi = {name: psi.new_zeros(len(candidates), self._dim) for name, psi in proxy.items()}
+
+        def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
+            weight = proxy_gradient[layer.parameter]
+            grad_b = grad_b.to(weight.dtype)
+            for part in torch.arange(len(grad_b)).split(max(1, _CHUNK_ELEMENTS // weight.numel())):
+                span = slice(int(part[0]), int(part[-1]) + 1)
+                into = phi[layer.parameter][rows.start + span.start : rows.start + span.stop]
+                into += self._sketch(backend, layer, weight, operator, act_a[span], grad_b[span])
+
+        with torch.no_grad():
+            backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
+        return alignments(phi, proxy), phi if keep_sketches else None
+
+    def _proxy(self, backend: ScoringBackend, uses: list[GhostLayer], gradient: Gradient) -> dict[str, Tensor]:
+        """psi (m,) by layer, of whole matrices: one message where ranks share them."""
+        names = dict.fromkeys(layer.parameter for layer in uses)
+        counted = {layer.parameter for layer in uses if layer.counted}
+        psi = {}
+        for name in names:
+            flat = gradient[name].reshape(1, -1)
+            sketch = self._of(backend, name, gradient[name], None)(flat)[0]
+            psi[name] = sketch if name in counted else torch.zeros_like(sketch)
+        return sum_proxies(backend, psi)
 
     def _sketch(
         self,
         backend: ScoringBackend,
-        batch: Batch,
-        count: int,
-        layers: list[GhostLayer],
+        layer: GhostLayer,
+        weight: Tensor,
         operator: UpdateOperator,
-        proxy_gradient: Gradient,
+        act_a: Tensor,
+        grad_b: Tensor,
     ) -> Tensor:
-        """(count, layers x m): phi of one micro-batch, layer after layer."""
-        phi = {layer.parameter: proxy_gradient[layer.parameter].new_zeros(count, self._dim) for layer in layers}
+        """(n, m): sketch of P g of each sequence, as far as this rank's part of the matrix goes."""
+        name = layer.parameter
+        factor = operator.diagonal(name)
+        sides = None if factor is not None else operator.sides(name)
+        left, right = sides or (None, None)
+        through_factors = sides is not None and (layer.kind == "linear" or left is None)
+        if through_factors:
+            if left is not None:
+                grad_b = grad_b @ left.t().to(grad_b.dtype)
+            if right is not None and layer.kind == "linear":
+                act_a = act_a.to(grad_b.dtype) @ right.to(grad_b.dtype)
+            elif right is not None:
+                grad_b = grad_b @ right.to(grad_b.dtype)
+        gradient = per_sample_gradient(layer, weight.shape, act_a, grad_b)
+        if factor is None and not through_factors:
+            gradient = operator.apply({name: gradient})[name]
+        spread = spread_dim(sides) if through_factors else None
+        flat = None if factor is None else factor.flatten() if factor.ndim else factor
+        return self._of(backend, name, weight, spread)(gradient.flatten(1), flat)
 
-        def consume(layer: GhostLayer, act_a: Tensor, grad_b: Tensor) -> None:
-            name = layer.parameter
-            weight = proxy_gradient[name]
-            act_a, grad_b = rows_by_sequence(layer, act_a, count), rows_by_sequence(layer, grad_b, count)
-            factor = operator.diagonal(name)
-            flat = None if factor is None else factor.flatten() if factor.ndim else factor
-            for part in torch.arange(count).split(max(1, _CHUNK_ELEMENTS // weight.numel())):
-                span = slice(int(part[0]), int(part[-1]) + 1)
-                gradient = per_sample_gradient(layer, weight.shape, act_a[span], grad_b[span].to(weight.dtype))
-                if factor is None:
-                    gradient = operator.apply({name: gradient})[name]
-                phi[name][span] += self._of(name, weight)(gradient.flatten(1), flat)
+    def _of(self, backend: ScoringBackend, name: str, weight: Tensor, spread: int | None) -> CountSketch:
+        if (name, spread) not in self._sketches:
+            rows, columns = whole_coordinates(backend, name, weight, spread)
+            shard = backend.shards().get(name)
+            width = shard.size if shard is not None and shard.dim == 1 else weight.shape[1]
+            indices = (rows.unsqueeze(1) * width + columns).flatten()
+            self._sketches[name, spread] = CountSketch(name, indices, self._dim, self._seed)
+        return self._sketches[name, spread]
 
-        with GhostCapture(layers, consume) as capture, torch.no_grad():
-            backend.ghost_backward(batch)
-            capture.check()
-        return torch.cat(list(phi.values()), 1)
 
-    def _of(self, name: str, weight: Tensor) -> CountSketch:
-        if name not in self._sketches:
-            indices = torch.arange(weight.numel(), device=weight.device)
-            self._sketches[name] = CountSketch(name, indices, self._dim, self._seed)
-        return self._sketches[name]
+def sum_proxies(backend: ScoringBackend, psi: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sketches of the proxy gradient's shards -> of the whole matrices; one message."""
+    if not psi:
+        return psi
+    whole = backend.sum_shards(torch.stack([value.flatten() for value in psi.values()]))
+    return {name: row.view_as(value) for (name, value), row in zip(psi.items(), whole, strict=True)}
+
+
+def alignments(phi: dict[str, Tensor], psi: dict[str, Tensor]) -> Tensor:
+    """(n,) float64: sum over layers of <phi, psi>; linear in phi, so parts of phi give parts of the alignment."""
+    return torch.stack([(phi[name] * psi[name]).flatten(1).sum(1, dtype=torch.float64) for name in phi]).sum(0)

@@ -1,0 +1,49 @@
+"""Adjoint scoring: the alignment of linear and embedding layers, exactly, without any per-sample gradient.
+
+P is self-adjoint, so <P sum_t b_t a_t^T, G> = <sum_t b_t a_t^T, P G> = sum_t b_t^T Q a_t with Q = P G_proxy, which is
+computed once per layer and step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaopus.selection.backend import Candidates, GhostLayer, Gradient, ScoringBackend, UpdateOperator
+from megaopus.selection.ghost import local_rows
+from megaopus.selection.layers import ghost_layers
+
+
+def adjoint_utilities(
+    backend: ScoringBackend,
+    candidates: Candidates,
+    operator: UpdateOperator,
+    proxy_gradient: Gradient,
+    *,
+    layers: str = "linear",
+    length: int | None = None,
+    micro_batch_size: int = 16,
+) -> Tensor:
+    """(n,) float64: this rank's part of <P g_z, g_proxy>, summed over ``layers`` (``layers.ghost_layers``).
+
+    Costs a forward pass, the gradients of the activations, and a product with Q: 6 FLOPs per weight and token.
+    Raises RuntimeError naming any layer whose activations could not be captured.
+    """
+    uses = ghost_layers(backend, layers)
+    names = dict.fromkeys(layer.parameter for layer in uses)
+    matrices = operator.apply({name: proxy_gradient[name] for name in names})
+    device = next(iter(proxy_gradient.values())).device
+    parts = torch.zeros(len(candidates), dtype=torch.float64, device=device)
+
+    def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
+        q = matrices[layer.parameter].to(grad_b.dtype)
+        if layer.kind == "linear":
+            product = act_a.to(grad_b.dtype) @ q.t()
+        else:
+            index, mine = local_rows(layer, len(q), act_a)
+            product = q[index] * mine.unsqueeze(-1)
+        parts[rows] += (product * grad_b).flatten(1).sum(1, dtype=torch.float64)
+
+    with torch.no_grad():
+        backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
+    return parts
