@@ -8,18 +8,20 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
-    """How ranks are arranged; data parallelism takes what is left: dp = world size / (tp x pp)."""
+    """How ranks are arranged; data parallelism takes what is left: dp = world size / (tp x cp x pp)."""
 
     tp: int = 1
     """Tensor-parallel ranks."""
     pp: int = 1
     """Pipeline stages."""
+    cp: int = 1
+    """Context-parallel ranks: each holds a contiguous part of every sequence."""
     sequence_parallel: bool = False
     """Split norms and dropout over the tensor-parallel ranks too."""
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
-        for key in ("tp", "pp"):
+        for key in ("tp", "pp", "cp"):
             if getattr(self, key) < 1:
                 yield key, "must be at least 1", "1 switches this kind of parallelism off"
         if self.sequence_parallel and self.tp == 1:

@@ -145,6 +145,23 @@ class MegatronEngine:
 
     def _run(self, batch: Candidates, share: Tensor, micro: int, length: int, *, forward_only: bool) -> Tensor:
         """Run the schedule over this rank's share; (dp * len(share),) sequence losses, float64, on every rank."""
+        local = self._run_local(batch, share, micro, length, forward_only=forward_only)
+        shape = self.mesh.shape
+        if shape.pp > 1:
+            dist.all_reduce(local, group=self.mesh.pp_group)
+        if shape.dp * shape.cp == 1:
+            return local
+        losses = torch.zeros(shape.dp, len(share), dtype=torch.float64, device=self.mesh.device)
+        losses[self.mesh.dp_rank] = local
+        dist.all_reduce(losses, group=self.mesh.dp_cp_group)
+        return losses.view(-1)
+
+    def _run_local(self, batch: Candidates, share: Tensor, micro: int, length: int, *, forward_only: bool) -> Tensor:
+        """Run the schedule over this rank's share, without exchanging the losses: (len(share),) float64.
+
+        They are this rank's part of each sequence's mean token loss: zeros before the last pipeline stage, the sum over
+        its own positions / ``length`` on the last. Their sum over the cp and pp ranks is the mean loss.
+        """
         micro_batches = share.split(micro)
 
         def tokens() -> Iterator[Tensor]:
@@ -160,28 +177,27 @@ class MegatronEngine:
             micro_batch_size=micro,
             forward_only=forward_only,
         )
-        local = torch.empty(len(share), dtype=torch.float64, device=self.mesh.device)
-        if self.mesh.is_last_stage:
-            torch.cat(outputs, out=local)
-        if self.mesh.shape.pp > 1:
-            from megatron.core import parallel_state
-
-            dist.broadcast(local, parallel_state.get_pipeline_model_parallel_last_rank(), group=self.mesh.pp_group)
-        if self.mesh.shape.dp == 1:
-            return local
-        gathered = torch.empty(self.mesh.shape.dp * len(share), dtype=torch.float64, device=self.mesh.device)
-        dist.all_gather_into_tensor(gathered, local, group=self.mesh.dp_group)
-        return gathered
+        if not self.mesh.is_last_stage:
+            return torch.zeros(len(share), dtype=torch.float64, device=self.mesh.device)
+        return torch.cat(outputs)
 
     def _forward_step(self, data_iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
         tokens = next(data_iterator)
-        return token_losses(model, tokens), _sequence_losses
+        length = tokens.shape[1] - 1
+
+        def sequence_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
+            """What megatron's schedule minimises, and what it hands back: this rank's part of each sequence's mean."""
+            # Both are parts that add up over cp; the schedule multiplies the first by the cp that DDP will divide by.
+            return losses_BS.sum() / (len(tokens) * length), losses_BS.detach().double().sum(dim=1) / length
+
+        return token_losses(model, tokens, self.mesh.shape.cp, self.mesh.cp_rank), sequence_losses
 
     def _seed_random_states(self) -> None:
-        """Dropout's random states as a function of (seed, step, dp rank): nothing of them needs saving."""
+        """Dropout's random states as a function of (seed, step, dp and cp rank): nothing of them needs saving."""
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-        key = f"{self._seed}:dropout:{self.step}:{self.mesh.dp_rank}"
+        part = self.mesh.dp_rank * self.mesh.shape.cp + self.mesh.cp_rank
+        key = f"{self._seed}:dropout:{self.step}:{part}"
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
         with self.mesh.megatron():
             model_parallel_cuda_manual_seed(seed)
@@ -231,17 +247,14 @@ class MegatronEngine:
         return state
 
 
-def token_losses(model: Any, tokens: Tensor) -> Tensor:
-    """(B, S) loss of each token of (B, S + 1) tokens: inputs are all but the last, labels all but the first.
+def token_losses(model: Any, tokens: Tensor, cp: int = 1, cp_rank: int = 0) -> Tensor:
+    """(B, S / cp) loss of each token of (B, S + 1) tokens: inputs are all but the last, labels all but the first.
 
-    On earlier pipeline stages: the stage's activations.
+    Under context parallelism those of this rank's positions. On earlier pipeline stages: the stage's activations.
     """
-    inputs = tokens[:, :-1]
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
     positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs)
+    if cp > 1:
+        inputs, labels, positions = (x.chunk(cp, 1)[cp_rank] for x in (inputs, labels, positions))
     with plain_calls():
-        return model(inputs, positions, None, labels=tokens[:, 1:].contiguous())
-
-
-def _sequence_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """What megatron's schedule minimises (the micro-batch's mean), and what it hands back (each sequence's mean)."""
-    return losses_BS.mean(), losses_BS.detach().double().mean(dim=1)
+        return model(inputs, positions, None, labels=labels.contiguous())

@@ -40,6 +40,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, *, bf16: bool, sequence_p
         init_method_std=model.init_std,
         tensor_model_parallel_size=mesh.shape.tp,
         pipeline_model_parallel_size=mesh.shape.pp,
+        context_parallel_size=mesh.shape.cp,
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -60,7 +61,8 @@ def transformer_config(model: ModelConfig, mesh: Mesh, *, bf16: bool, sequence_p
 def build_gpt(model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, max_positions: int) -> Any:
     """This rank's stage of the GPT, on the mesh's device, not yet initialised.
 
-    ``vocab_size`` is the padded one. Forward: (tokens (B, S), position ids (B, S), None, labels=(B, S)) -> loss (B, S).
+    ``vocab_size`` is the padded one. Forward: (tokens (B, S), position ids (B, S), None, labels=(B, S)) -> loss (B, S),
+    S this context-parallel rank's part of the positions.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -103,6 +105,16 @@ def build_gpt(model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, m
         position_embedding_type={"learned": "learned_absolute", "rope": "rope", "none": "none"}[model.position],
         rotary_base=model.rope_base,
     )
+    if model.position == "rope" and mesh.shape.cp > 1:
+        from megaopus.models.rotary import ContiguousRotary
+
+        gpt.rotary_pos_emb = ContiguousRotary(
+            config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=model.rope_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=mesh.cp_group,
+        )
     return gpt.to(mesh.device)
 
 

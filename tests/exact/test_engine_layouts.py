@@ -73,6 +73,9 @@ LAYOUTS = {
     "tp2-sequence-parallel": (2, ParallelConfig(tp=2, sequence_parallel=True)),
     "pp2": (2, ParallelConfig(pp=2)),
     "tp2-pp2": (4, ParallelConfig(tp=2, pp=2)),
+    "cp2": (2, ParallelConfig(cp=2)),
+    "cp2-tp2": (4, ParallelConfig(cp=2, tp=2, sequence_parallel=True)),
+    "dp2-cp2": (4, ParallelConfig(cp=2)),
 }
 
 
