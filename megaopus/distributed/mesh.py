@@ -35,13 +35,8 @@ class MeshShape:
     cp: int = 1
 
     @property
-    def model_ranks(self) -> int:
-        """Ranks that work on one sequence together: the world size is a multiple of it."""
-        return self.tp * self.cp * self.pp
-
-    @property
     def dp(self) -> int:
-        return self.world_size // self.model_ranks
+        return self.world_size // (self.tp * self.cp * self.pp)
 
     def coordinates(self, rank: int) -> Coordinates:
         """Place of a rank in megatron-core's default order tp-cp-dp-pp, tp fastest."""
@@ -66,10 +61,10 @@ class Mesh:
         self.rank = int(os.environ.get("RANK", "0"))
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.shape = MeshShape(world_size, parallel.tp, parallel.pp, parallel.cp)
-        if world_size % self.shape.model_ranks:
+        if world_size % parallel.model_ranks:
             raise EngineError(
                 f"{world_size} ranks cannot be split into tp={parallel.tp} x cp={parallel.cp} x pp={parallel.pp}: "
-                f"launch a multiple of {self.shape.model_ranks} processes"
+                f"launch a multiple of {parallel.model_ranks} processes"
             )
         self.on_cpu = device == "cpu"
         if self.on_cpu:
@@ -85,6 +80,7 @@ class Mesh:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=parallel.tp,
                 pipeline_model_parallel_size=parallel.pp,
+                virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
                 context_parallel_size=parallel.cp,
             )
         self.dp_group = parallel_state.get_data_parallel_group()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.cpu import plain_calls
@@ -55,6 +55,8 @@ class MegatronEngine:
         self.mesh = mesh
         self.step = 0
         self.micro_batch_size = micro_batch_size
+        # The interleaved schedule takes micro-batches in groups of pp.
+        self._micro_batch_group = parallel.pp if parallel.vpp > 1 else 1
         self.bf16 = engine.precision == "bf16" or (engine.precision == "auto" and not mesh.on_cpu)
         self._seq_len = seq_len
         self._optim_config = optim
@@ -64,22 +66,24 @@ class MegatronEngine:
         self._seed_random_states()
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed, an option we do not set is deprecated
-            config = transformer_config(
-                model, mesh, bf16=self.bf16, sequence_parallel=parallel.sequence_parallel, recompute=engine.recompute
-            )
-            max_positions = model.max_positions or seq_len
-            self.module = build_gpt(
-                model, config, mesh, vocab_size=padded_vocab(vocab_size), max_positions=max_positions
-            )
+            config = transformer_config(model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute)
+            size = {"vocab_size": padded_vocab(vocab_size), "max_positions": model.max_positions or seq_len}
+            self.chunks = [build_gpt(model, config, mesh, chunk=chunk, **size) for chunk in range(parallel.vpp)]
+            self.module = self.chunks[0] if len(self.chunks) == 1 else nn.ModuleList(self.chunks)
             if self.bf16:
                 self.module.bfloat16()  # megatron leaves the position table in fp32
             initialize(self.module, model, mesh, seed)
             ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
-            self.ddp = DistributedDataParallel(config, ddp_config, self.module)
-            config.no_sync_func = self.ddp.no_sync
+            self.ddp = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
+            no_sync = [ddp.no_sync for ddp in self.ddp]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             config.finalize_model_grads_func = finalize_model_grads
             self.optimizer = MainOptimizer(optim, self.module, mesh, bf16=self.bf16)
             self._schedule = get_forward_backward_func()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(local name, parameter) over the chunks of this rank; the chunk's number comes first where there are several."""
+        return self.module.named_parameters()
 
     # -- training and evaluation ------------------------------------------------------------------------------------
 
@@ -107,7 +111,7 @@ class MegatronEngine:
 
     def evaluate(self, sequences: Candidates) -> Tensor:
         num = len(sequences)
-        multiple = self.mesh.shape.dp * self.micro_batch_size
+        multiple = self.mesh.shape.dp * self.micro_batch_size * self._micro_batch_group
         padded = -(-num // multiple) * multiple
         share = self._share(padded).clamp(max=num - 1)  # fill up with copies of the last sequence, dropped below
         self.ddp.eval()
@@ -118,23 +122,28 @@ class MegatronEngine:
     def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
         """Mean gradient of a global batch, dropout off, by local parameter name; fp32, the same on every dp rank.
 
-        The training path (schedule, DDP reduction) without the update; training gradients are overwritten.
+        The training path (schedule, DDP reduction) without the update; training gradients are overwritten. Raises
+        ValueError if ``batch`` cannot be split evenly over the dp ranks (and, with vpp, into groups of pp).
         """
         share = self._share(len(batch))
+        group_size, rest = divmod(len(share), self._micro_batch_group)
+        if rest:
+            raise ValueError(f"{len(share)} sequences per rank are not a multiple of pp = {self._micro_batch_group}")
         length = min(length or self._seq_len, self._seq_len)
         self.ddp.eval()
         with self.mesh.megatron():
             self._zero_gradients()
-            self._run(batch, share, math.gcd(len(share), self.micro_batch_size), length, forward_only=False)
+            self._run(batch, share, math.gcd(group_size, self.micro_batch_size), length, forward_only=False)
         # main_grad: megatron's DDP keeps each parameter's reduced gradient there
-        gradient = {name: p.main_grad.clone() for name, p in self.module.named_parameters()}
+        gradient = {name: p.main_grad.clone() for name, p in self.named_parameters()}
         self.ddp.train()
         return gradient
 
     def _zero_gradients(self) -> None:
         # The optimizer leaves param.grad aliased to main_grad: kept, the next backward pass would add it twice.
         self.optimizer.chained.zero_grad()
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddp:
+            ddp.zero_grad_buffer()
 
     def _share(self, num: int) -> Tensor:
         """Rows of a global batch of ``num`` sequences that this data-parallel rank works on."""
@@ -170,8 +179,8 @@ class MegatronEngine:
 
         outputs = self._schedule(
             forward_step_func=self._forward_step,
-            data_iterator=tokens(),
-            model=[self.ddp],
+            data_iterator=[tokens() for _ in self.ddp],  # each chunk reads every micro-batch
+            model=list(self.ddp),
             num_microbatches=len(micro_batches),
             seq_length=length,
             micro_batch_size=micro,
@@ -220,7 +229,7 @@ class MegatronEngine:
         from megatron.core import dist_checkpointing
 
         empty = {
-            group: {name: torch.empty_like(p, dtype=torch.float32) for name, p in self.module.named_parameters()}
+            group: {name: torch.empty_like(p, dtype=torch.float32) for name, p in self.named_parameters()}
             for group in groups
         }
         with self.mesh.megatron(), warnings.catch_warnings():
@@ -234,7 +243,10 @@ class MegatronEngine:
         """Weights, optimizer state, and parameter-shaped groups of tensors sharded as the parameters are."""
         from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
-        model_state = self.module.sharded_state_dict()
+        model_state = {}
+        for index, chunk in enumerate(self.chunks):
+            prefix = f"{index}." if len(self.chunks) > 1 else ""
+            model_state |= {prefix + name: value for name, value in chunk.sharded_state_dict().items()}
         state: dict[str, Any] = {
             "model": model_state,
             "optimizer": self.optimizer.sharded_state_dict(model_state, is_loading),
