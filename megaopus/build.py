@@ -198,7 +198,7 @@ def _derived(config: RunConfig, mesh: Mesh, corpora: Corpora, trainer: Trainer) 
     vocab_size = config.model.vocab_size or corpora.pool.corpus.vocab_size
     parameters = count_parameters(config.model, vocab_size, config.data.seq_len)
     parts = [
-        f"{shape.world_size} rank(s) on {mesh.device.type}: dp={shape.dp} tp={shape.tp} pp={shape.pp}",
+        f"{shape.world_size} rank(s) on {mesh.device.type}: dp={shape.dp} tp={shape.tp} cp={shape.cp} pp={shape.pp}",
         f"{parameters:,} parameters, {trainer.identity['precision']}, {config.optim.name}",
         f"{train.steps} steps of {train.global_batch_size} x {config.data.seq_len} tokens",
         f"{config.selection.method} picks {train.global_batch_size} of {config.num_candidates()} candidates",

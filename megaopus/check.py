@@ -50,14 +50,13 @@ def run(
     config_dir: Path | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print everything that follows from ``config`` on ``world_size`` ranks (None: tp x pp, the fewest possible).
+    """Print everything that follows from ``config`` on ``world_size`` ranks (None: tp x cp x pp, the fewest possible).
 
     ``overrides`` and ``config_dir`` are repeated in the launch command. Raises ConfigError if the settings do not fit
     the ranks, DataError if a corpus cannot be read.
     """
     console = console or Console()
-    parallel = config.parallel
-    world_size = world_size if world_size is not None else parallel.tp * parallel.pp
+    world_size = world_size if world_size is not None else config.parallel.model_ranks
     if problems := validate(config, world_size):
         raise ConfigError(problems)
     data = open_data(config)
@@ -96,11 +95,12 @@ def open_data(config: RunConfig) -> Data:
 def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
     """Name -> value of what the settings imply."""
     train, model, selection = config.train, config.model, config.selection
-    dp = world_size // (config.parallel.tp * config.parallel.pp)
+    parallel = config.parallel
+    dp = world_size // parallel.model_ranks
     num_candidates, tokens = config.num_candidates(), train.global_batch_size * config.data.seq_len
     steps_per_epoch = data.sequences["pool"] / num_candidates
     rows = {
-        "data-parallel ranks (dp)": f"{dp} = {world_size} ranks / (tp {config.parallel.tp} x pp {config.parallel.pp})",
+        "data-parallel ranks (dp)": f"{dp} = {world_size} ranks / (tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp})",
         "micro-batches per step": f"{train.global_batch_size // (dp * train.micro_batch_size)} on each rank",
         "vocabulary": f"{data.vocab_size:,}, padded to {padded_vocab(data.vocab_size):,}"
         f" (a multiple of {VOCAB_MULTIPLE})",
@@ -181,14 +181,21 @@ def memory(
         "sgd": (4 * count if config.optim.momentum else 0, "fp32 momentum"),
         "muon": (4 * matrices + 8 * (count - matrices), "fp32 momentum of block matrices, AdamW moments of the rest"),
     }
+    # The distributed optimizer shards what only the update reads: its state and, under bf16, the main weights.
+    shards = world_size // (tp * pp) if config.parallel.distributed_optimizer else 1
+    sharded = f", over {shards} ranks" if shards > 1 else ""
+    size, what = state[config.optim.name]
     rows = {
-        "weights": (4 * count, "fp32") if precision == "fp32" else (6 * count, "bf16 and fp32 main weights"),
+        "weights": (4 * count, "fp32"),
         "gradients": (4 * count, "fp32 buffer, also under bf16"),
-        "optimizer state": state[config.optim.name],
+        "optimizer state": (size // shards, what + sharded),
         "activations": _activations(config, world_size, precision, stage),
     }
+    if precision == "bf16":
+        rows["weights"] = (2 * count + 4 * count // shards, f"bf16 and fp32 main weights{sharded}")
     if stage == pp - 1:
-        logits = config.train.micro_batch_size * config.data.seq_len * padded_vocab(vocab_size) // tp
+        positions = config.train.micro_batch_size * config.data.seq_len // config.parallel.cp
+        logits = positions * padded_vocab(vocab_size) // tp
         rows["logits"] = (8 * logits, "fp32 logits of a micro-batch and their gradient")
     return rows | _selection_memory(config, world_size, weights)
 
@@ -200,16 +207,28 @@ def _activations(config: RunConfig, world_size: int, precision: str, stage: int)
     # GELU keeps its input and output; SwiGLU gate, up, silu(gate) and their product.
     mlp = model.derived_ffn() * (4 if model.activation == "swiglu" else 2)
     whole = 4 * model.hidden_size // (parallel.tp if parallel.sequence_parallel else 1)
-    per_token = whole + (2 * query + 2 * key_value + mlp) // parallel.tp
-    layers = model.num_layers // parallel.pp
-    dp = world_size // (parallel.tp * parallel.pp)
-    in_flight = min(parallel.pp - stage, train.global_batch_size // (dp * train.micro_batch_size))
+    # Keys and values are kept for every position: gathered over cp.
+    per_token = whole + (2 * query + 2 * key_value * parallel.cp + mlp) // parallel.tp
+    in_flight = _in_flight(config, world_size, stage)
+    layers = model.num_layers // (parallel.pp * parallel.vpp)
     kept = layers * in_flight * per_token
     if config.engine.recompute:
         kept = layers * in_flight * model.hidden_size + per_token
-    size = train.micro_batch_size * config.data.seq_len * kept * (4 if precision == "fp32" else 2)
+    positions = train.micro_batch_size * config.data.seq_len // parallel.cp
     how = "layer inputs and one layer in full" if config.engine.recompute else "layer by layer"
-    return size, f"estimate, {how}; {in_flight} micro-batch(es) in flight, no attention matrix, no dropout masks"
+    what = "micro-batch(es)" if parallel.vpp == 1 else "passes of a model chunk"
+    how = f"estimate, {how}; {in_flight} {what} in flight, no attention matrix, no dropout masks"
+    return positions * kept * (4 if precision == "fp32" else 2), how
+
+
+def _in_flight(config: RunConfig, world_size: int, stage: int) -> int:
+    """Forward passes of a model chunk whose backward pass is still to come, at most."""
+    parallel, train = config.parallel, config.train
+    micro_batches = train.global_batch_size // (world_size // parallel.model_ranks * train.micro_batch_size)
+    ahead = parallel.pp - stage - 1
+    if parallel.vpp == 1:
+        return min(ahead + 1, micro_batches)
+    return min(2 * ahead + (parallel.vpp - 1) * parallel.pp + 1, micro_batches * parallel.vpp)
 
 
 def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight]) -> dict[str, tuple[int, str]]:
@@ -250,29 +269,29 @@ def launch_command(world_size: int, overrides: Sequence[str], config_dir: Path |
     return shlex.join([*start, "-m", "megaopus", "train", *folder, *overrides])
 
 
-def groups(world_size: int, tp: int, pp: int) -> dict[str, list[list[int]]]:
+def groups(world_size: int, tp: int, pp: int, cp: int = 1) -> dict[str, list[list[int]]]:
     """Kind of parallelism -> the groups of ranks that work together in it."""
     from megaopus.distributed.mesh import MeshShape
 
-    shape = MeshShape(world_size, tp, pp)
-    names = ("dp", "pp", "tp")
-    places = {rank: dict(zip(names, shape.coordinates(rank), strict=True)) for rank in range(world_size)}
+    shape = MeshShape(world_size, tp, pp, cp)
+    places = {rank: shape.coordinates(rank)._asdict() for rank in range(world_size)}
     result: dict[str, list[list[int]]] = {}
-    for name in ("tp", "pp", "dp"):
+    for name in places[0]:
         members: dict[tuple[int, ...], list[int]] = {}
         for rank, place in places.items():
-            members.setdefault(tuple(place[other] for other in names if other != name), []).append(rank)
+            members.setdefault(tuple(place[other] for other in place if other != name), []).append(rank)
         result[name] = list(members.values())
     return result
 
 
 def _mesh_table(config: RunConfig, world_size: int) -> Table:
-    tp, pp = config.parallel.tp, config.parallel.pp
+    parallel = config.parallel
+    tp, pp, cp = parallel.tp, parallel.pp, parallel.cp
     table = Table(title=f"Mesh of {world_size} ranks", title_justify="left")
     for heading in ("axis", "degree", "groups of ranks"):
         table.add_column(heading, overflow="fold")
-    degrees = {"tp": tp, "pp": pp, "dp": world_size // (tp * pp)}
-    listed = groups(world_size, tp, pp) if world_size <= LARGEST_TABLE else None
+    degrees = {"tp": tp, "cp": cp, "pp": pp, "dp": world_size // parallel.model_ranks}
+    listed = groups(world_size, tp, pp, cp) if world_size <= LARGEST_TABLE else None
     for axis, degree in degrees.items():
         text = " ".join(str(group) for group in listed[axis]) if listed else f"{world_size // degree} of {degree}"
         table.add_row(axis, str(degree), text, end_section=axis == "dp")

@@ -96,41 +96,68 @@ def _tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Prob
             yield Problem(f"model.{key}", size, reason, f"use a multiple of {tp}, or a parallel.tp that divides {size}")
 
 
-@_rule("parallel.tp", "parallel.sequence_parallel", "data.seq_len")
-def _sequence_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    tp, seq_len = config.parallel.tp, config.data.seq_len
-    if config.parallel.sequence_parallel and seq_len % tp:
-        remedy = f"use a multiple of {tp}, or parallel.sequence_parallel=false"
-        yield Problem("data.seq_len", seq_len, f"sequence parallelism cannot split it over tp = {tp} ranks", remedy)
+def _length_problem(config: RunConfig, key: str, length: int) -> Iterator[Problem]:
+    """Context parallelism splits each sequence, sequence parallelism each of its parts."""
+    parallel = config.parallel
+    degrees = [f"parallel.cp = {parallel.cp}"] if parallel.cp > 1 else []
+    parts, off = parallel.cp, "parallel.cp=1"
+    if parallel.sequence_parallel:
+        degrees.append(f"parallel.tp = {parallel.tp} (sequence parallelism)")
+        parts, off = parts * parallel.tp, "parallel.sequence_parallel=false"
+    if length % parts:
+        remedy = f"use a multiple of {parts}, or {off}"
+        yield Problem(key, length, f"cannot be split over {' x '.join(degrees)} ranks", remedy)
 
 
-@_rule("parallel.pp", "model.num_layers")
+@_rule("parallel", "data.seq_len")
+def _sequence_split(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    yield from _length_problem(config, "data.seq_len", config.data.seq_len)
+
+
+@_rule("parallel", "selection.score_length", "selection.method")
+def _scored_split(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    length = config.selection.score_length
+    if config.selection.method != "uniform" and length is not None:
+        yield from _length_problem(config, "selection.score_length", length)
+
+
+@_rule("parallel.pp", "parallel.vpp", "model.num_layers")
 def _pipeline_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    layers, pp = config.model.num_layers, config.parallel.pp
-    if layers % pp:
-        remedy = f"use a multiple of {pp}, or a parallel.pp that divides {layers}"
-        yield Problem("model.num_layers", layers, f"cannot be split over parallel.pp = {pp} stages", remedy)
+    layers, pp, vpp = config.model.num_layers, config.parallel.pp, config.parallel.vpp
+    if layers % (pp * vpp):
+        where = f"parallel.pp = {pp} stages" + (f" x parallel.vpp = {vpp} chunks" if vpp > 1 else "")
+        product = "parallel.pp x parallel.vpp" if vpp > 1 else "parallel.pp"
+        remedy = f"use a multiple of {pp * vpp}, or a {product} that divides {layers}"
+        yield Problem("model.num_layers", layers, f"cannot be split over {where}", remedy)
 
 
-@_rule("parallel.tp", "parallel.pp")
+@_rule("parallel")
 def _world_size(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    tp, pp = config.parallel.tp, config.parallel.pp
-    if world_size is not None and world_size % (tp * pp):
-        reason = f"{world_size} ranks are not a multiple of tp x pp = {tp * pp}"
-        remedy = f"launch a multiple of {tp * pp} processes, or change parallel.tp and parallel.pp"
-        yield Problem("parallel.tp", tp, reason, remedy)
+    ranks = config.parallel.model_ranks
+    if world_size is not None and world_size % ranks:
+        reason = f"{world_size} ranks are not a multiple of tp x cp x pp = {ranks}"
+        remedy = f"launch a multiple of {ranks} processes, or change parallel.tp, parallel.cp and parallel.pp"
+        key = next(key for key in ("tp", "cp", "pp") if getattr(config.parallel, key) > 1)
+        yield Problem(f"parallel.{key}", getattr(config.parallel, key), reason, remedy)
+
+
+@_rule("parallel.distributed_optimizer", "optim.name")
+def _distributed_optimizer(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    if config.parallel.distributed_optimizer and config.optim.name != "adamw":
+        reason = f"shards the state of AdamW only, not of optim.name = {config.optim.name}"
+        yield Problem("parallel.distributed_optimizer", True, reason, "set it to false, or optim.name=adamw")
 
 
 def _dp(config: RunConfig, world_size: int | None) -> int:
     """Data-parallel ranks; 1 while the world size is unknown or does not fit (another rule says so)."""
-    ranks = config.parallel.tp * config.parallel.pp
+    ranks = config.parallel.model_ranks
     return world_size // ranks if world_size is not None and world_size % ranks == 0 else 1
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------
 
 
-@_rule("train.global_batch_size", "train.micro_batch_size", "parallel.tp", "parallel.pp")
+@_rule("train.global_batch_size", "train.micro_batch_size", "parallel")
 def _global_batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     total, micro, dp = config.train.global_batch_size, config.train.micro_batch_size, _dp(config, world_size)
     if total % (dp * micro):
@@ -139,9 +166,16 @@ def _global_batch(config: RunConfig, world_size: int | None) -> Iterator[Problem
         if total % dp == 0:
             remedy += f", or a train.micro_batch_size that divides {total // dp}"
         yield Problem("train.global_batch_size", total, reason, remedy)
+    elif config.parallel.vpp > 1 and total // (dp * micro) % config.parallel.pp:
+        pp = config.parallel.pp
+        reason = f"makes {total // (dp * micro)} micro-batches, with parallel.vpp a multiple of parallel.pp = {pp}"
+        reason += " is needed"
+        unit = dp * micro * pp
+        remedy = f"use a multiple of dp x micro_batch_size x pp = {unit}, for example {-(-total // unit) * unit}"
+        yield Problem("train.global_batch_size", total, reason, f"{remedy}, or a smaller train.micro_batch_size")
 
 
-@_rule("train.global_batch_size", "selection.rho", "selection.method", "parallel.tp", "parallel.pp")
+@_rule("train.global_batch_size", "selection.rho", "selection.method", "parallel")
 def _candidates(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     batch, rho, dp = config.train.global_batch_size, config.selection.rho, _dp(config, world_size)
     exact, num = batch / rho, config.num_candidates()
@@ -156,12 +190,16 @@ def _candidates(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         yield Problem("selection.rho", rho, reason, f"make global_batch_size / rho a multiple of {dp}")
 
 
-@_rule("selection.proxy_batch_size", "selection.method", "parallel.tp", "parallel.pp")
+@_rule("selection.proxy_batch_size", "selection.method", "parallel")
 def _proxy_batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    proxy, dp = config.selection.proxy_batch_size, _dp(config, world_size)
-    if config.selection.method == "opus" and proxy % dp:
-        remedy = f"use a multiple of {dp}, for example {-(-proxy // dp) * dp}"
-        yield Problem("selection.proxy_batch_size", proxy, f"cannot be shared evenly by dp = {dp} ranks", remedy)
+    proxy, dp, parallel = config.selection.proxy_batch_size, _dp(config, world_size), config.parallel
+    unit = dp * parallel.pp if parallel.vpp > 1 else dp
+    if config.selection.method == "opus" and proxy % unit:
+        remedy = f"use a multiple of {unit}, for example {-(-proxy // unit) * unit}"
+        reason = f"cannot be shared evenly by dp = {dp} ranks"
+        if parallel.vpp > 1:
+            reason += f" in micro-batches whose number is a multiple of parallel.pp = {parallel.pp} (parallel.vpp)"
+        yield Problem("selection.proxy_batch_size", proxy, reason, remedy)
 
 
 # -- lengths ---------------------------------------------------------------------------------------------------------
@@ -205,12 +243,12 @@ def _max_positions(config: RunConfig, world_size: int | None) -> Iterator[Proble
 # -- selection -------------------------------------------------------------------------------------------------------
 
 
-@_rule("selection.method", "parallel.tp", "parallel.pp")
+@_rule("selection.method", "parallel")
 def _scoring_layout(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    tp, pp, method = config.parallel.tp, config.parallel.pp, config.selection.method
-    if method != "uniform" and tp * pp > 1:
-        reason = f"scoring runs with tp = pp = 1 in this version, not tp = {tp}, pp = {pp}"
-        yield Problem("selection.method", method, reason, "parallel.tp=1 parallel.pp=1, or selection=uniform")
+    parallel, method = config.parallel, config.selection.method
+    if method != "uniform" and (parallel.model_ranks > 1 or parallel.distributed_optimizer):
+        reason = "scoring runs with tp = pp = cp = 1 and without parallel.distributed_optimizer in this version"
+        yield Problem("selection.method", method, reason, "set these so, or selection=uniform")
 
 
 @_rule("selection.estimator", "selection.method", "model", "data.path", "data.seq_len")

@@ -1,4 +1,4 @@
-"""Process group and the mesh of ranks: dp x pp x tp, tensor-parallel ranks fastest."""
+"""Process group and the mesh of ranks: pp x dp x cp x tp, tensor-parallel ranks fastest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,27 +16,41 @@ from megaopus.distributed.cpu import cpu_mode, prepare_megatron
 from megaopus.errors import EngineError
 
 
+class Coordinates(NamedTuple):
+    """Place of a rank along each axis of the mesh."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
 @dataclass(frozen=True, slots=True)
 class MeshShape:
     """Degrees of parallelism of a job; pure arithmetic, no process group."""
 
     world_size: int
-    tp: int
-    pp: int
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
 
     @property
     def dp(self) -> int:
-        return self.world_size // (self.tp * self.pp)
+        return self.world_size // (self.tp * self.cp * self.pp)
 
-    def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(dp, pp, tp) coordinates of a rank; megatron-core's default order tp-dp-pp, tp fastest."""
-        return (rank // self.tp) % self.dp, rank // (self.tp * self.dp), rank % self.tp
+    def coordinates(self, rank: int) -> Coordinates:
+        """Place of a rank in megatron-core's default order tp-cp-dp-pp, tp fastest."""
+        place = []
+        for degree in (self.tp, self.cp, self.dp, self.pp):
+            place.append(rank % degree)
+            rank //= degree
+        return Coordinates(*place)
 
 
 class Mesh:
     """torch.distributed and megatron's process groups, alive between ``Mesh(...)`` and ``close()``.
 
-    Raises ``EngineError`` if the world size is not a multiple of tp x pp or the device is missing.
+    Raises ``EngineError`` if the world size is not a multiple of tp x cp x pp or the device is missing.
     """
 
     def __init__(self, parallel: ParallelConfig, device: str = "auto", timeout_minutes: float = 10.0):
@@ -46,12 +60,12 @@ class Mesh:
             raise EngineError("engine.device=cuda, but torch sees no CUDA device: use engine.device=cpu or auto")
         self.rank = int(os.environ.get("RANK", "0"))
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size % (parallel.tp * parallel.pp):
+        self.shape = MeshShape(world_size, parallel.tp, parallel.pp, parallel.cp)
+        if world_size % parallel.model_ranks:
             raise EngineError(
-                f"{world_size} ranks cannot be split into tp={parallel.tp} x pp={parallel.pp}: "
-                f"launch a multiple of {parallel.tp * parallel.pp} processes"
+                f"{world_size} ranks cannot be split into tp={parallel.tp} x cp={parallel.cp} x pp={parallel.pp}: "
+                f"launch a multiple of {parallel.model_ranks} processes"
             )
-        self.shape = MeshShape(world_size, parallel.tp, parallel.pp)
         self.on_cpu = device == "cpu"
         if self.on_cpu:
             self.device = torch.device("cpu")
@@ -63,17 +77,21 @@ class Mesh:
         from megatron.core import parallel_state
 
         with self.megatron():
-            parallel_state.initialize_model_parallel(parallel.tp, parallel.pp)
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tp,
+                pipeline_model_parallel_size=parallel.pp,
+                virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+                context_parallel_size=parallel.cp,
+            )
         self.dp_group = parallel_state.get_data_parallel_group()
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.cp_group = parallel_state.get_context_parallel_group()
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
+        self.dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.model_parallel_group = parallel_state.get_model_parallel_group()
-        self.dp_rank, self.pp_rank, self.tp_rank = self.shape.coordinates(self.rank)
-        assert (self.dp_rank, self.pp_rank, self.tp_rank) == (
-            dist.get_rank(self.dp_group),
-            dist.get_rank(self.pp_group),
-            dist.get_rank(self.tp_group),
-        )
+        self.tp_rank, self.cp_rank, self.dp_rank, self.pp_rank = self.shape.coordinates(self.rank)
+        groups = (self.tp_group, self.cp_group, self.dp_group, self.pp_group)
+        assert tuple(dist.get_rank(group) for group in groups) == self.shape.coordinates(self.rank)
 
     def _init_process_group(self, timeout: timedelta) -> None:
         if dist.is_initialized():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.cpu import plain_calls
@@ -55,6 +55,8 @@ class MegatronEngine:
         self.mesh = mesh
         self.step = 0
         self.micro_batch_size = micro_batch_size
+        # The interleaved schedule takes micro-batches in groups of pp.
+        self._micro_batch_group = parallel.pp if parallel.vpp > 1 else 1
         self.bf16 = engine.precision == "bf16" or (engine.precision == "auto" and not mesh.on_cpu)
         self._seq_len = seq_len
         self._optim_config = optim
@@ -64,22 +66,24 @@ class MegatronEngine:
         self._seed_random_states()
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed, an option we do not set is deprecated
-            config = transformer_config(
-                model, mesh, bf16=self.bf16, sequence_parallel=parallel.sequence_parallel, recompute=engine.recompute
-            )
-            max_positions = model.max_positions or seq_len
-            self.module = build_gpt(
-                model, config, mesh, vocab_size=padded_vocab(vocab_size), max_positions=max_positions
-            )
+            config = transformer_config(model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute)
+            size = {"vocab_size": padded_vocab(vocab_size), "max_positions": model.max_positions or seq_len}
+            self.chunks = [build_gpt(model, config, mesh, chunk=chunk, **size) for chunk in range(parallel.vpp)]
+            self.module = self.chunks[0] if len(self.chunks) == 1 else nn.ModuleList(self.chunks)
             if self.bf16:
                 self.module.bfloat16()  # megatron leaves the position table in fp32
             initialize(self.module, model, mesh, seed)
             ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
-            self.ddp = DistributedDataParallel(config, ddp_config, self.module)
-            config.no_sync_func = self.ddp.no_sync
+            self.ddp = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
+            no_sync = [ddp.no_sync for ddp in self.ddp]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             config.finalize_model_grads_func = finalize_model_grads
             self.optimizer = MainOptimizer(optim, self.module, mesh, bf16=self.bf16)
             self._schedule = get_forward_backward_func()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(local name, parameter) over the chunks of this rank; the chunk's number comes first where there are several."""
+        return self.module.named_parameters()
 
     # -- training and evaluation ------------------------------------------------------------------------------------
 
@@ -107,7 +111,7 @@ class MegatronEngine:
 
     def evaluate(self, sequences: Candidates) -> Tensor:
         num = len(sequences)
-        multiple = self.mesh.shape.dp * self.micro_batch_size
+        multiple = self.mesh.shape.dp * self.micro_batch_size * self._micro_batch_group
         padded = -(-num // multiple) * multiple
         share = self._share(padded).clamp(max=num - 1)  # fill up with copies of the last sequence, dropped below
         self.ddp.eval()
@@ -118,23 +122,28 @@ class MegatronEngine:
     def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
         """Mean gradient of a global batch, dropout off, by local parameter name; fp32, the same on every dp rank.
 
-        The training path (schedule, DDP reduction) without the update; training gradients are overwritten.
+        The training path (schedule, DDP reduction) without the update; training gradients are overwritten. Raises
+        ValueError if ``batch`` cannot be split evenly over the dp ranks (and, with vpp, into groups of pp).
         """
         share = self._share(len(batch))
+        group_size, rest = divmod(len(share), self._micro_batch_group)
+        if rest:
+            raise ValueError(f"{len(share)} sequences per rank are not a multiple of pp = {self._micro_batch_group}")
         length = min(length or self._seq_len, self._seq_len)
         self.ddp.eval()
         with self.mesh.megatron():
             self._zero_gradients()
-            self._run(batch, share, math.gcd(len(share), self.micro_batch_size), length, forward_only=False)
+            self._run(batch, share, math.gcd(group_size, self.micro_batch_size), length, forward_only=False)
         # main_grad: megatron's DDP keeps each parameter's reduced gradient there
-        gradient = {name: p.main_grad.clone() for name, p in self.module.named_parameters()}
+        gradient = {name: p.main_grad.clone() for name, p in self.named_parameters()}
         self.ddp.train()
         return gradient
 
     def _zero_gradients(self) -> None:
         # The optimizer leaves param.grad aliased to main_grad: kept, the next backward pass would add it twice.
         self.optimizer.chained.zero_grad()
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddp:
+            ddp.zero_grad_buffer()
 
     def _share(self, num: int) -> Tensor:
         """Rows of a global batch of ``num`` sequences that this data-parallel rank works on."""
@@ -145,6 +154,23 @@ class MegatronEngine:
 
     def _run(self, batch: Candidates, share: Tensor, micro: int, length: int, *, forward_only: bool) -> Tensor:
         """Run the schedule over this rank's share; (dp * len(share),) sequence losses, float64, on every rank."""
+        local = self._run_local(batch, share, micro, length, forward_only=forward_only)
+        shape = self.mesh.shape
+        if shape.pp > 1:
+            dist.all_reduce(local, group=self.mesh.pp_group)
+        if shape.dp * shape.cp == 1:
+            return local
+        losses = torch.zeros(shape.dp, len(share), dtype=torch.float64, device=self.mesh.device)
+        losses[self.mesh.dp_rank] = local
+        dist.all_reduce(losses, group=self.mesh.dp_cp_group)
+        return losses.view(-1)
+
+    def _run_local(self, batch: Candidates, share: Tensor, micro: int, length: int, *, forward_only: bool) -> Tensor:
+        """Run the schedule over this rank's share, without exchanging the losses: (len(share),) float64.
+
+        They are this rank's part of each sequence's mean token loss: zeros before the last pipeline stage, the sum over
+        its own positions / ``length`` on the last. Their sum over the cp and pp ranks is the mean loss.
+        """
         micro_batches = share.split(micro)
 
         def tokens() -> Iterator[Tensor]:
@@ -153,35 +179,34 @@ class MegatronEngine:
 
         outputs = self._schedule(
             forward_step_func=self._forward_step,
-            data_iterator=tokens(),
-            model=[self.ddp],
+            data_iterator=[tokens() for _ in self.ddp],  # each chunk reads every micro-batch
+            model=list(self.ddp),
             num_microbatches=len(micro_batches),
             seq_length=length,
             micro_batch_size=micro,
             forward_only=forward_only,
         )
-        local = torch.empty(len(share), dtype=torch.float64, device=self.mesh.device)
-        if self.mesh.is_last_stage:
-            torch.cat(outputs, out=local)
-        if self.mesh.shape.pp > 1:
-            from megatron.core import parallel_state
-
-            dist.broadcast(local, parallel_state.get_pipeline_model_parallel_last_rank(), group=self.mesh.pp_group)
-        if self.mesh.shape.dp == 1:
-            return local
-        gathered = torch.empty(self.mesh.shape.dp * len(share), dtype=torch.float64, device=self.mesh.device)
-        dist.all_gather_into_tensor(gathered, local, group=self.mesh.dp_group)
-        return gathered
+        if not self.mesh.is_last_stage:
+            return torch.zeros(len(share), dtype=torch.float64, device=self.mesh.device)
+        return torch.cat(outputs)
 
     def _forward_step(self, data_iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
         tokens = next(data_iterator)
-        return token_losses(model, tokens), _sequence_losses
+        length = tokens.shape[1] - 1
+
+        def sequence_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
+            """What megatron's schedule minimises, and what it hands back: this rank's part of each sequence's mean."""
+            # Both are parts that add up over cp; the schedule multiplies the first by the cp that DDP will divide by.
+            return losses_BS.sum() / (len(tokens) * length), losses_BS.detach().double().sum(dim=1) / length
+
+        return token_losses(model, tokens, self.mesh.shape.cp, self.mesh.cp_rank), sequence_losses
 
     def _seed_random_states(self) -> None:
-        """Dropout's random states as a function of (seed, step, dp rank): nothing of them needs saving."""
+        """Dropout's random states as a function of (seed, step, dp and cp rank): nothing of them needs saving."""
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-        key = f"{self._seed}:dropout:{self.step}:{self.mesh.dp_rank}"
+        part = self.mesh.dp_rank * self.mesh.shape.cp + self.mesh.cp_rank
+        key = f"{self._seed}:dropout:{self.step}:{part}"
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
         with self.mesh.megatron():
             model_parallel_cuda_manual_seed(seed)
@@ -204,7 +229,7 @@ class MegatronEngine:
         from megatron.core import dist_checkpointing
 
         empty = {
-            group: {name: torch.empty_like(p, dtype=torch.float32) for name, p in self.module.named_parameters()}
+            group: {name: torch.empty_like(p, dtype=torch.float32) for name, p in self.named_parameters()}
             for group in groups
         }
         with self.mesh.megatron(), warnings.catch_warnings():
@@ -218,7 +243,10 @@ class MegatronEngine:
         """Weights, optimizer state, and parameter-shaped groups of tensors sharded as the parameters are."""
         from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
-        model_state = self.module.sharded_state_dict()
+        model_state = {}
+        for index, chunk in enumerate(self.chunks):
+            prefix = f"{index}." if len(self.chunks) > 1 else ""
+            model_state |= {prefix + name: value for name, value in chunk.sharded_state_dict().items()}
         state: dict[str, Any] = {
             "model": model_state,
             "optimizer": self.optimizer.sharded_state_dict(model_state, is_loading),
@@ -231,17 +259,14 @@ class MegatronEngine:
         return state
 
 
-def token_losses(model: Any, tokens: Tensor) -> Tensor:
-    """(B, S) loss of each token of (B, S + 1) tokens: inputs are all but the last, labels all but the first.
+def token_losses(model: Any, tokens: Tensor, cp: int = 1, cp_rank: int = 0) -> Tensor:
+    """(B, S / cp) loss of each token of (B, S + 1) tokens: inputs are all but the last, labels all but the first.
 
-    On earlier pipeline stages: the stage's activations.
+    Under context parallelism those of this rank's positions. On earlier pipeline stages: the stage's activations.
     """
-    inputs = tokens[:, :-1]
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
     positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs)
+    if cp > 1:
+        inputs, labels, positions = (x.chunk(cp, 1)[cp_rank] for x in (inputs, labels, positions))
     with plain_calls():
-        return model(inputs, positions, None, labels=tokens[:, 1:].contiguous())
-
-
-def _sequence_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """What megatron's schedule minimises (the micro-batch's mean), and what it hands back (each sequence's mean)."""
-    return losses_BS.mean(), losses_BS.detach().double().mean(dim=1)
+        return model(inputs, positions, None, labels=labels.contiguous())

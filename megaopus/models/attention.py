@@ -1,7 +1,9 @@
 """Causal core attention for megatron's SelfAttention over torch's scaled_dot_product_attention.
 
-The stock local one is unfused and draws from the CUDA generator; this one runs on every device. Shapes: S sequence,
-B micro-batch, A heads of this tensor-parallel rank, D head size.
+The stock local one is unfused and draws from the CUDA generator; this one runs on every device. Under context
+parallelism each rank has the queries of its part of the sequence and gathers the keys and values of all parts. Shapes:
+S positions of this rank, T positions up to its last, B micro-batch, A heads of this tensor-parallel rank, D head size.
+Import only after ``distributed.cpu.prepare_megatron``.
 """
 
 from __future__ import annotations
@@ -9,6 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,6 +35,7 @@ class CausalAttention(torch.nn.Module):
         super().__init__()
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self.cp_group = parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -43,18 +49,40 @@ class CausalAttention(torch.nn.Module):
         **unused: Any,
     ) -> Tensor:
         """(S, B, A*D) context."""
-        seq_len, batch = query_SBAD.shape[:2]
-        query_BASD, key_BASD, value_BASD = (x.permute(1, 2, 0, 3) for x in (query_SBAD, key_SBAD, value_SBAD))
+        seq_len, batch, num_heads = query_SBAD.shape[:3]
+        mask_ST = None
+        if self.cp_group is not None:
+            key_SBAD, value_SBAD, mask_ST = _gathered(key_SBAD, value_SBAD, num_heads, self.cp_group)
+        query_BASD, key_BATD, value_BATD = (x.permute(1, 2, 0, 3) for x in (query_SBAD, key_SBAD, value_SBAD))
         if query_SBAD.device.type == "cpu":
             # neighbouring positions lie a whole micro-batch apart: the copy costs less than the cache misses
-            query_BASD, key_BASD, value_BASD = query_BASD.contiguous(), key_BASD.contiguous(), value_BASD.contiguous()
+            query_BASD, key_BATD, value_BATD = query_BASD.contiguous(), key_BATD.contiguous(), value_BATD.contiguous()
         context_BASD = F.scaled_dot_product_attention(
             query_BASD,
-            key_BASD,
-            value_BASD,
+            key_BATD,
+            value_BATD,
+            attn_mask=mask_ST,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=mask_ST is None,
             scale=self.softmax_scale,
-            enable_gqa=key_SBAD.shape[2] != query_SBAD.shape[2],
+            enable_gqa=key_SBAD.shape[2] != num_heads,
         )
         return context_BASD.permute(2, 0, 1, 3).reshape(seq_len, batch, -1)
+
+
+def _gathered(
+    key_SBAD: Tensor, value_SBAD: Tensor, num_heads: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(T, B, A, D) keys and values of every position up to this rank's last, and the (S, T) mask of who sees whom.
+
+    The first rank needs no mask: plain causal attention. Backward sums each part's gradient over the ranks that saw it.
+    """
+    seq_len, rank = len(key_SBAD), dist.get_rank(group)
+    both = gather_from_sequence_parallel_region(torch.stack((key_SBAD, value_SBAD), dim=1), group=group)
+    key_TBAD, value_TBAD = both[: (rank + 1) * seq_len].unbind(1)
+    if rank == 0:
+        return key_TBAD, value_TBAD, None
+    if key_SBAD.shape[2] != num_heads:  # torch's fused kernels share heads only where there is no mask
+        key_TBAD, value_TBAD = (x.repeat_interleave(num_heads // x.shape[2], 2) for x in (key_TBAD, value_TBAD))
+    ones = torch.ones(seq_len, len(key_TBAD), dtype=torch.bool, device=key_SBAD.device)
+    return key_TBAD, value_TBAD, ones.tril_(rank * seq_len)

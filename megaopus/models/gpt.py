@@ -13,11 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.models.config import ModelConfig
 
 
-def transformer_config(model: ModelConfig, mesh: Mesh, *, bf16: bool, sequence_parallel: bool, recompute: bool) -> Any:
+def transformer_config(
+    model: ModelConfig, mesh: Mesh, parallel: ParallelConfig, *, bf16: bool, recompute: bool
+) -> Any:
     """megatron's TransformerConfig for this model on this mesh."""
     from megatron.core.transformer import TransformerConfig
 
@@ -40,7 +43,12 @@ def transformer_config(model: ModelConfig, mesh: Mesh, *, bf16: bool, sequence_p
         init_method_std=model.init_std,
         tensor_model_parallel_size=mesh.shape.tp,
         pipeline_model_parallel_size=mesh.shape.pp,
-        sequence_parallel=sequence_parallel,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        # The interleaved schedule posts each receive on its own: gloo pairs batched ones wrongly, without an error.
+        overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=parallel.vpp == 1,
+        context_parallel_size=mesh.shape.cp,
+        sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=bf16,
@@ -57,10 +65,13 @@ def transformer_config(model: ModelConfig, mesh: Mesh, *, bf16: bool, sequence_p
     )
 
 
-def build_gpt(model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, max_positions: int) -> Any:
-    """This rank's stage of the GPT, on the mesh's device, not yet initialised.
+def build_gpt(
+    model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, max_positions: int, chunk: int = 0
+) -> Any:
+    """Model chunk ``chunk`` of this rank's stage of the GPT, on the mesh's device, not yet initialised.
 
-    ``vocab_size`` is the padded one. Forward: (tokens (B, S), position ids (B, S), None, labels=(B, S)) -> loss (B, S).
+    ``vocab_size`` is the padded one. Forward: (tokens (B, S), position ids (B, S), None, labels=(B, S)) -> loss (B, S),
+    S this context-parallel rank's part of the positions.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -80,7 +91,10 @@ def build_gpt(model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, m
     mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
     if model.qk_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    block = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=Norm)
+    chunks = config.virtual_pipeline_model_parallel_size
+    vp_stage = None if chunks is None else chunk
+    num_layers = get_num_layers_to_build(config, vp_stage, mesh.pp_rank)
+    block = TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
 
     class GPT(GPTModel):
         def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -96,27 +110,49 @@ def build_gpt(model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, m
         transformer_layer_spec=block,
         vocab_size=vocab_size,
         max_sequence_length=max_positions,
-        pre_process=mesh.pp_rank == 0,
-        post_process=mesh.is_last_stage,
+        pre_process=mesh.pp_rank == 0 and chunk == 0,
+        post_process=mesh.is_last_stage and chunk == (chunks or 1) - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=model.tied,
         position_embedding_type={"learned": "learned_absolute", "rope": "rope", "none": "none"}[model.position],
         rotary_base=model.rope_base,
+        vp_stage=vp_stage,
     )
+    if model.position == "rope" and mesh.shape.cp > 1:
+        from megaopus.models.rotary import ContiguousRotary
+
+        gpt.rotary_pos_emb = ContiguousRotary(
+            config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=model.rope_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=mesh.cp_group,
+        )
     return gpt.to(mesh.device)
 
 
-def global_names(module: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(local name, name with the layer's number in the whole model, parameter) of each parameter of a stage."""
-    layers = getattr(module.decoder, "layers", [])
-    offset = layers[0].layer_number - 1 if len(layers) else 0
-    for name, parameter in module.named_parameters():
-        renamed = re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{int(m[1]) + offset}", name)
-        yield name, renamed, parameter
+def model_chunks(module: nn.Module) -> list[Any]:
+    """The GPTModels of a rank: several, in a ModuleList, under virtual pipeline parallelism."""
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 
-def _is_gated(module: Any, name: str) -> bool:
-    return bool(module.config.gated_linear_unit) and ".linear_fc1." in name
+def global_names(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(local name, name in the whole model, parameter) of each parameter of a rank.
+
+    The local name is that of ``module.named_parameters()``: the chunk's number comes first where there are several.
+    """
+    chunks = model_chunks(module)
+    for index, chunk in enumerate(chunks):
+        prefix = f"{index}." if len(chunks) > 1 else ""
+        layers = chunk.decoder.layers
+        offset = layers[0].layer_number - 1 if len(layers) else 0
+        for name, parameter in chunk.named_parameters():
+            renamed = re.sub(r"^decoder\.layers\.(\d+)", lambda m, o=offset: f"decoder.layers.{int(m[1]) + o}", name)
+            yield prefix + name, renamed, parameter
+
+
+def _is_gated(module: nn.Module, name: str) -> bool:
+    return bool(model_chunks(module)[0].config.gated_linear_unit) and ".linear_fc1." in name
 
 
 def shard(full: Tensor, parameter: Tensor, tp_rank: int, tp: int, gated: bool) -> Tensor:
@@ -141,7 +177,7 @@ def unshard(parts: list[Tensor], parameter: Tensor, gated: bool) -> Tensor:
 
 
 @torch.no_grad()
-def initialize(module: Any, model: ModelConfig, mesh: Mesh, seed: int) -> None:
+def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> None:
     """Draw each whole parameter from a generator keyed by (seed, its name) and keep this rank's part.
 
     Normal with ``init_std``; output projections of the blocks with init_std / sqrt(2 layers) (GPT-2); norms one,
@@ -166,7 +202,7 @@ def initialize(module: Any, model: ModelConfig, mesh: Mesh, seed: int) -> None:
         parameter.copy_(shard(full, parameter, mesh.tp_rank, mesh.shape.tp, gated))
 
 
-def full_parameters(module: Any, mesh: Mesh, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def full_parameters(module: nn.Module, mesh: Mesh, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Every whole parameter by its global name, on every rank, gathered over tp and pp (a collective call).
 
     ``values`` (by local name, shaped like the parameters) is gathered instead of the weights, if given.
@@ -184,6 +220,6 @@ def full_parameters(module: Any, mesh: Mesh, values: dict[str, Tensor] | None = 
     stages: list[Any] = [None] * mesh.shape.pp
     dist.all_gather_object(stages, local, group=mesh.pp_group)
     merged = {name: value for stage in reversed(stages) for name, value in stage.items()}
-    if module.share_embeddings_and_output_weights:
+    if model_chunks(module)[0].share_embeddings_and_output_weights:
         merged.pop("output_layer.weight", None)  # a copy of the embedding on the last stage
     return merged

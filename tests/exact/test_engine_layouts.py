@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,12 @@ LLAMA = ModelConfig(
     tied=False,
     qk_norm=True,
 )
-MODELS = {"gpt2": TINY, "llama": LLAMA}
+MODELS = {
+    "gpt2": TINY,
+    "llama": LLAMA,
+    "gpt2-4-layers": replace(TINY, num_layers=4),
+    "llama-4-layers": replace(LLAMA, num_layers=4),
+}
 OPTIMIZERS = {
     # eps above rounding noise: at 1e-8, Adam's first steps turn the last bit of a tiny gradient into a full step
     "adamw": OptimConfig(name="adamw", lr=3e-3, eps=1e-4, warmup_steps=2),
@@ -46,18 +52,24 @@ def train(
     return [r.loss for r in results], [r.grad_norm for r in results], full_parameters(built.module, mesh), evaluation
 
 
-def train_all(parallel: ParallelConfig) -> dict:
-    """Every model and optimizer at one layout."""
+# (model, optimizer)
+EVERY = [(m, o) for m in ("gpt2", "llama") for o in OPTIMIZERS]
+TWO = [("gpt2", "muon"), ("llama", "adamw")]
+DEEP = [("gpt2-4-layers", "adamw"), ("llama-4-layers", "muon")]
+
+
+def train_all(parallel: ParallelConfig, cases: Sequence[tuple[str, str]]) -> dict:
+    """Every case at one layout."""
     mesh = Mesh(parallel, "cpu")
     try:
-        return {(m, o): train(mesh, m, o, parallel) for m in MODELS for o in OPTIMIZERS}
+        return {case: train(mesh, *case, parallel) for case in cases}
     finally:
         mesh.close()
 
 
 @pytest.fixture(scope="module")
 def one_process() -> dict:
-    return train_all(ParallelConfig())
+    return train_all(ParallelConfig(), [*EVERY, *DEEP])
 
 
 @pytest.fixture
@@ -68,19 +80,24 @@ def mesh() -> Iterator[Mesh]:
 
 
 LAYOUTS = {
-    "dp2": (2, ParallelConfig()),
-    "tp2": (2, ParallelConfig(tp=2)),
-    "tp2-sequence-parallel": (2, ParallelConfig(tp=2, sequence_parallel=True)),
-    "pp2": (2, ParallelConfig(pp=2)),
-    "tp2-pp2": (4, ParallelConfig(tp=2, pp=2)),
+    "dp2": (2, ParallelConfig(), EVERY),
+    "tp2": (2, ParallelConfig(tp=2), EVERY),
+    "tp2-sequence-parallel": (2, ParallelConfig(tp=2, sequence_parallel=True), EVERY),
+    "pp2": (2, ParallelConfig(pp=2), EVERY),
+    "tp2-pp2": (4, ParallelConfig(tp=2, pp=2), EVERY),
+    "cp2": (2, ParallelConfig(cp=2), EVERY),
+    "cp2-tp2": (4, ParallelConfig(cp=2, tp=2, sequence_parallel=True), TWO),
+    "dp2-cp2": (4, ParallelConfig(cp=2), TWO),
+    "pp2-vpp2": (2, ParallelConfig(pp=2, vpp=2), DEEP),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_equals_one_process(layout: str, one_process: dict) -> None:
-    world_size, parallel = LAYOUTS[layout]
-    ranks = run_ranks(world_size, train_all, parallel)
-    for case, (losses, norms, weights, evaluation) in one_process.items():
+    world_size, parallel, cases = LAYOUTS[layout]
+    ranks = run_ranks(world_size, train_all, parallel, cases)
+    for case in cases:
+        losses, norms, weights, evaluation = one_process[case]
         for found in ranks:
             assert_close(found[case][0], losses, case)
             assert_close(found[case][1], norms, case)

@@ -126,6 +126,13 @@ def test_groups_are_meshes_of_adjacent_tensor_parallel_ranks():
         "tp": [[0, 1], [2, 3], [4, 5], [6, 7]],
         "pp": [[0, 4], [1, 5], [2, 6], [3, 7]],
         "dp": [[0, 2], [1, 3], [4, 6], [5, 7]],
+        "cp": [[rank] for rank in range(8)],
+    }
+    assert check.groups(8, tp=2, pp=1, cp=2) == {
+        "tp": [[0, 1], [2, 3], [4, 5], [6, 7]],
+        "cp": [[0, 2], [1, 3], [4, 6], [5, 7]],
+        "dp": [[0, 4], [1, 5], [2, 6], [3, 7]],
+        "pp": [[rank] for rank in range(8)],
     }
 
 
@@ -162,7 +169,7 @@ def printed(overrides, corpus, world_size=None):
 def test_check_prints_what_a_run_would_be(corpus):
     text = printed(["selection=opus", "data.seq_len=64", "run_dir='runs/a, b'", "data.wanted=[docs]"], corpus, 4)
     for line in (
-        "4 = 4 ranks / (tp 1 x pp 1)",
+        "4 = 4 ranks / (tp 1 x cp 1 x pp 1)",
         "64, of which 32 are picked",
         "2,048 per step, 2,048,000 in all",
         "8 sequences per step, 25.0% of the update tokens",

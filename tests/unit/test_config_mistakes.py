@@ -63,6 +63,8 @@ MISTAKES = {
     "selection.score_length=257": ("selection.score_length = 257", "longer than data.seq_len = 256", "at most 256"),
     "optim.warmup_steps=1001": ("optim.warmup_steps = 1001", "longer than train.steps = 1000", "at most 1000"),
     "train.micro_batch_size=6": ("train.global_batch_size = 32", "dp x micro_batch_size = 1 x 6", "example 36"),
+    "parallel.cp=0": ("parallel.cp = 0", "must be at least 1", "1 switches"),
+    "parallel.vpp=2": ("parallel.vpp = 2", "needs pp > 1", "set parallel.pp"),
     "selection.rho=0.3": ("selection.rho = 0.3", "106.67 candidates", "0.299065 (107 candidates)"),
 }
 
@@ -100,7 +102,7 @@ COMBINED = [
     ("parallel.tp=2 parallel.pp=2", 6, "parallel.tp = 2", "6 ranks are not a multiple", "multiple of 4 processes"),
     ("", 3, "train.global_batch_size = 32", "dp x micro_batch_size = 3 x 8", "for example 48"),
     ("train.micro_batch_size=32", 2, "train.global_batch_size = 32", "2 x 32", "micro_batch_size that divides 16"),
-    ("selection=opus parallel.tp=2", 2, "selection.method = 'opus'", "scoring runs with tp = pp = 1", "uniform"),
+    ("selection=opus parallel.tp=2", 2, "selection.method = 'opus'", "scoring runs with tp = pp = cp = 1", "uniform"),
     (
         "selection=opus selection.proxy_batch_size=6",
         4,
@@ -123,6 +125,30 @@ COMBINED = [
         "data.seq_len = 255",
         "split",
         "multiple of 2",
+    ),
+    ("parallel.cp=3", 3, "data.seq_len = 256", "over parallel.cp = 3 ranks", "multiple of 3"),
+    (
+        "parallel.cp=2 parallel.tp=2 parallel.sequence_parallel=true data.seq_len=254",
+        4,
+        "data.seq_len = 254",
+        "parallel.cp = 2 x parallel.tp = 2 (sequence parallelism)",
+        "multiple of 4, or parallel.sequence_parallel=false",
+    ),
+    ("parallel.cp=4", 6, "parallel.cp = 4", "6 ranks are not a multiple of tp x cp x pp = 4", "multiple of 4 processes"),
+    ("parallel.pp=2 parallel.vpp=3", 2, "model.num_layers = 4", "parallel.vpp = 3 chunks", "multiple of 6"),
+    (
+        "parallel.pp=2 parallel.vpp=2 train.global_batch_size=24",
+        2,
+        "train.global_batch_size = 24",
+        "makes 3 micro-batches",
+        "dp x micro_batch_size x pp = 16, for example 32",
+    ),
+    (
+        "parallel.distributed_optimizer=true optim.name=muon",
+        2,
+        "parallel.distributed_optimizer = True",
+        "not of optim.name = muon",
+        "optim.name=adamw",
     ),
     ("selection.redundancy=1 selection=opus", 1, "selection.redundancy", "no Gram matrix", "countsketch"),
 ]
