@@ -1,6 +1,6 @@
 """The megatron engine as the selector sees it, at every layout.
 
-Data-parallel ranks share the candidates; tensor-, context- and pipeline-parallel ranks each know a part of every number.
+Data-parallel ranks share the candidates; tensor-, context- and pipeline-parallel ranks each know a part of each number.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class MegatronScoringBackend(ModuleBackend):
     # -- passes -----------------------------------------------------------------------------------------------------
 
     def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
-        """(n,) float64: the last stage's tensor-parallel rank 0 has each candidate's loss (its positions' part of it)."""
+        """(n,) float64: tensor-parallel rank 0 of the last stage has the losses (its positions' part of them)."""
         micro = self._micro_batch_size(len(candidates), micro_batch_size)
         rows = torch.arange(len(candidates))
         with self._mesh.megatron(), self.scoring(), torch.no_grad():
@@ -132,7 +132,8 @@ class MegatronScoringBackend(ModuleBackend):
         micro = self._micro_batch_size(len(candidates), micro_batch_size)
         with ExitStack() as stack:
             capture = stack.enter_context(GhostCapture(layers, consume))
-            for context in (self.frozen(), self.scoring(), self._mesh.megatron(), self._engine.without_reduction()):
+            reduction = self._engine.without_reduction()
+            for context in (self.frozen(), self.scoring(), torch.enable_grad(), self._mesh.megatron(), reduction):
                 stack.enter_context(context)
             self._engine.run_capturing(candidates, micro, self._length(length), capture)
             capture.check()
@@ -143,13 +144,15 @@ class MegatronScoringBackend(ModuleBackend):
     def _micro_batch_size(self, count: int, wanted: int) -> int:
         """The largest size up to ``wanted`` that divides ``count`` candidates into enough micro-batches.
 
-        A pipeline needs equal ones (with virtual stages, in groups of pp), and several per stage to keep all stages busy.
+        A pipeline needs equal ones (with virtual stages, in groups of pp), several per stage to keep all stages busy.
         """
         pp, group = self._mesh.shape.pp, self._engine.micro_batch_group
         if pp == 1:
             return wanted
         if count % group:
-            raise EngineError(f"{count} candidates per data-parallel rank are not a multiple of pp={group}, as vpp needs")
+            raise EngineError(
+                f"{count} candidates per data-parallel rank are not a multiple of pp={group}, which vpp needs"
+            )
         most = max(1, min(wanted, count // (_PIPELINE_FILL * pp)))
         return next(size for size in range(most, 0, -1) if (count // group) % size == 0)
 

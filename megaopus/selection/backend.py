@@ -1,7 +1,7 @@
 """What the selector needs to know about data, model and optimizer; module.py implements it for any nn.Module.
 
-Two kinds of ranks: data-parallel ones hold the same weights and each score a share of the candidates; model-parallel ones
-(tensor, pipeline, context) share one model, work on the same candidates and each know a part of every number.
+Two kinds of ranks: data-parallel ones hold the same weights and each score a share of the candidates; model-parallel
+ones (tensor, pipeline, context) share one model, work on the same candidates and each know a part of every number.
 """
 
 from __future__ import annotations

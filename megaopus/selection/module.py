@@ -111,13 +111,15 @@ class ModuleBackend:
         tensors = [parameters[name].detach() for name in direction]
         saved = [tensor.clone() for tensor in tensors]
         with torch.no_grad():
-            torch._foreach_add_(tensors, list(direction.values()), alpha=scale)
+            if tensors:  # a pipeline stage may have nothing to move
+                torch._foreach_add_(tensors, list(direction.values()), alpha=scale)
         torch.clear_autocast_cache()
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(tensors, saved)
+                if tensors:
+                    torch._foreach_copy_(tensors, saved)
             torch.clear_autocast_cache()
 
     def ghost_layers(self) -> list[GhostLayer]:

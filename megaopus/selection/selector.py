@@ -73,7 +73,7 @@ class Selector:
         self._proxy = proxy
         self._proxy_gradient = ProxyGradient(config.proxy_ema)
         self._layers = config.derived_layers()
-        kind = {"countsketch": CountSketchEstimator, "kronecker": KroneckerEstimator}[config.derived_sketch()]
+        kind = CountSketchEstimator if config.derived_sketch() == "countsketch" else KroneckerEstimator
         self._sketch: CountSketchEstimator | KroneckerEstimator = kind(
             config.sketch_dim, config.sketch_seed, config.ghost_layers()
         )
