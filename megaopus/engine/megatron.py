@@ -78,12 +78,17 @@ class MegatronEngine:
             if self.bf16:
                 self.module.bfloat16()  # megatron leaves the position table in fp32
             initialize(self.module, model, mesh, seed)
-            ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+            sharded = parallel.distributed_optimizer
+            ddp_config = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=sharded
+            )
             self.ddp = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
             no_sync = [ddp.no_sync for ddp in self.ddp]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             config.finalize_model_grads_func = finalize_model_grads
-            self.optimizer = MainOptimizer(optim, self.module, mesh, bf16=self.bf16)
+            self.optimizer = MainOptimizer(
+                optim, self.module, mesh, bf16=self.bf16, sharded=list(self.ddp) if sharded else None
+            )
             self._schedule = get_forward_backward_func()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -138,7 +143,8 @@ class MegatronEngine:
         self.ddp.eval()
         with self.mesh.megatron():
             self._zero_gradients()
-            self._run(batch, share, math.gcd(group_size, self.micro_batch_size), length, forward_only=False)
+            micro = math.gcd(group_size, self.micro_batch_size)
+            self.run_local(batch, share, micro, length, forward_only=False, whole_gradient=True)
         # main_grad: megatron's DDP keeps each parameter's reduced gradient there
         gradient = {name: p.main_grad.clone() for name, p in self.named_parameters()}
         self.ddp.train()
@@ -170,11 +176,21 @@ class MegatronEngine:
         dist.all_reduce(losses, group=self.mesh.dp_cp_group)
         return losses.view(-1)
 
-    def run_local(self, batch: Candidates, share: Tensor, micro: int, length: int, *, forward_only: bool) -> Tensor:
+    def run_local(
+        self,
+        batch: Candidates,
+        share: Tensor,
+        micro: int,
+        length: int,
+        *,
+        forward_only: bool,
+        whole_gradient: bool = False,
+    ) -> Tensor:
         """Run the schedule over this rank's share, without exchanging the losses: (len(share),) float64.
 
         They are this rank's part of each sequence's mean token loss: zeros before the last pipeline stage, the sum over
         its own positions / ``length`` on the last. Their sum over the cp and pp ranks is the mean loss.
+        ``whole_gradient``: reduce gradients to every dp and cp rank, where the distributed optimizer needs pieces only.
         """
         micro_batches = share.split(micro)
 
@@ -190,6 +206,7 @@ class MegatronEngine:
             seq_length=length,
             micro_batch_size=micro,
             forward_only=forward_only,
+            force_all_reduce=whole_gradient,
         )
         if not self.mesh.is_last_stage:
             return torch.zeros(len(share), dtype=torch.float64, device=self.mesh.device)

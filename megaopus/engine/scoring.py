@@ -26,6 +26,7 @@ from megaopus.selection.backend import (
     UpdateOperator,
 )
 from megaopus.selection.ghost import GhostCapture
+from megaopus.selection.preconditioner import Held, operator_of
 
 if TYPE_CHECKING:
     from megaopus.engine.megatron import MegatronEngine
@@ -57,8 +58,9 @@ class MegatronScoringBackend(ModuleBackend):
         return self._engine.bf16
 
     def parameters(self) -> dict[str, Tensor]:
-        """The fp32 weights that the optimizer updates: under bf16, the main copies."""
-        return {name: getattr(p, "main_param", p) for name, p in self._weights.items()}
+        """The fp32 weights that the optimizer updates: under bf16 the main copies, gathered where sharded."""
+        main = self._engine.optimizer.main_weights()
+        return {name: main[own] for own, name in whole_names(self._engine.module, self._engine.tied)}
 
     def shards(self) -> dict[str, Shard]:
         return self._shards
@@ -83,7 +85,12 @@ class MegatronScoringBackend(ModuleBackend):
     def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
         """P_t with the learning rate of the coming update, not that of the last one."""
         self._engine.set_lr()
-        return super().operator(muon_operator)
+        names = dict(whole_names(self._engine.module, self._engine.tied))
+        held = (
+            Held(names[each.name], self._weights[names[each.name]], each.optimizer, each.group, each.state)
+            for each in self._engine.optimizer.states()
+        )
+        return operator_of(held, muon_operator, self.shards())
 
     def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
         """The training path without the update: megatron's schedule and DDP's reduction."""

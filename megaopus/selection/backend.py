@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 Batch = Any  # whatever the loss function takes: a tensor, or a tuple/dict of tensors, leading axis n
@@ -99,6 +100,10 @@ class ScoringBackend(Protocol):
     """Data-parallel rank."""
     world_size: int
     """Data-parallel ranks."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
 
     @property
     def coarse(self) -> bool:
