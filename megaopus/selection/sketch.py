@@ -98,19 +98,24 @@ class CountSketchEstimator:
         """
         uses = self.layers(backend)
         proxy = self._proxy(backend, uses, proxy_gradient)
-        phi = {name: psi.new_zeros(len(candidates), self._dim) for name, psi in proxy.items()}
+        parts = torch.zeros(len(candidates), dtype=torch.float64, device=backend.device)
+        phi = {name: psi.new_zeros(len(candidates), self._dim) for name, psi in proxy.items() if keep_sketches}
 
         def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
             weight = proxy_gradient[layer.parameter]
             grad_b = grad_b.to(weight.dtype)
             for part in torch.arange(len(grad_b)).split(max(1, _CHUNK_ELEMENTS // weight.numel())):
                 span = slice(int(part[0]), int(part[-1]) + 1)
-                into = phi[layer.parameter][rows.start + span.start : rows.start + span.stop]
-                into += self._sketch(backend, layer, weight, operator, act_a[span], grad_b[span])
+                sketch = self._sketch(backend, layer, weight, operator, act_a[span], grad_b[span])
+                where = slice(rows.start + span.start, rows.start + span.stop)
+                # linear in the sketch: parts of it, by shard or by use, give parts of the alignment
+                parts[where] += (sketch * proxy[layer.parameter]).sum(1, dtype=torch.float64)
+                if keep_sketches:
+                    phi[layer.parameter][where] += sketch
 
         with torch.no_grad():
             backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
-        return alignments(phi, proxy), phi if keep_sketches else None
+        return parts, phi if keep_sketches else None
 
     def _proxy(self, backend: ScoringBackend, uses: list[GhostLayer], gradient: Gradient) -> dict[str, Tensor]:
         """psi (m,) by layer, of whole matrices: one message where ranks share them."""
@@ -168,8 +173,3 @@ def sum_proxies(backend: ScoringBackend, psi: dict[str, Tensor]) -> dict[str, Te
         return psi
     whole = backend.sum_shards(torch.stack([value.flatten() for value in psi.values()]))
     return {name: row.view_as(value) for (name, value), row in zip(psi.items(), whole, strict=True)}
-
-
-def alignments(phi: dict[str, Tensor], psi: dict[str, Tensor]) -> Tensor:
-    """(n,) float64: sum over layers of <phi, psi>; linear in phi, so parts of phi give parts of the alignment."""
-    return torch.stack([(phi[name] * psi[name]).flatten(1).sum(1, dtype=torch.float64) for name in phi]).sum(0)
