@@ -77,7 +77,7 @@ class MegatronEngine:
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=sharded
             )
-            self.ddp = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
+            self.ddp: Any = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
             no_sync = [ddp.no_sync for ddp in self.ddp]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             config.finalize_model_grads_func = finalize_model_grads
@@ -86,8 +86,8 @@ class MegatronEngine:
             )
             self._schedule = get_forward_backward_func()
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(local name, parameter) over the chunks of this rank; the chunk's number comes first where there are several."""
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """(local name, parameter) over this rank's chunks; of several, the names begin with the chunk's number."""
         return self.module.named_parameters()
 
     # -- training and evaluation ------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class MegatronEngine:
         """Weights, optimizer state, and parameter-shaped groups of tensors sharded as the parameters are."""
         from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
-        model_state = {}
+        model_state: dict[str, Any] = {}
         for index, chunk in enumerate(self.chunks):
             prefix = f"{index}." if len(self.chunks) > 1 else ""
             model_state |= {prefix + name: value for name, value in chunk.sharded_state_dict().items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from benchmarks.reference_gpt import ReferenceGPT
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
+from megaopus.engine.megatron import MegatronEngine
 from megaopus.models.config import ModelConfig
 from megaopus.models.gpt import full_parameters
 from megaopus.optim.config import OptimConfig
@@ -42,35 +45,89 @@ OPTIMIZERS = {
 }
 
 
-def train(
-    mesh: Mesh, model: str, optimizer: str, parallel: ParallelConfig, engine: EngineConfig | None = None
-) -> tuple:
-    """(losses, gradient norms, whole parameters, validation losses) of four steps of eight sequences."""
-    built = tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel, engine=engine)
-    results = [built.train_step(random_batch(8, step)) for step in range(4)]
-    evaluation = built.evaluate(random_batch(5, 99))
-    return [r.loss for r in results], [r.grad_norm for r in results], full_parameters(built.module, mesh), evaluation
+Case = tuple[str, str]
+"""(model, optimizer)"""
+STEPS = 4
 
 
-# (model, optimizer)
+def build(mesh: Mesh, case: Case, parallel: ParallelConfig, engine: EngineConfig | None = None) -> MegatronEngine:
+    model, optimizer = case
+    return tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel, engine=engine)
+
+
+def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str, dict[str, torch.Tensor]]:
+    """Losses, gradient norms and validation losses of updates of eight sequences; whole weights, a gradient and state.
+
+    The state is the second moment, or Muon's momentum.
+    """
+    results = [built.train_step(random_batch(8, step)) for step in range(first, last)]
+    states = {s.name: s.state.get("exp_avg_sq", s.state.get("momentum_buffer")) for s in built.optimizer.states()}
+    return {
+        "weights": full_parameters(built.module, built.mesh),
+        "state": full_parameters(built.module, built.mesh, states),
+        "gradient": full_parameters(built.module, built.mesh, built.mean_gradient(random_batch(8, 98))),
+        "numbers": {
+            "losses": torch.tensor([r.loss for r in results]),
+            "gradient norms": torch.tensor([r.grad_norm for r in results]),
+            "validation losses": built.evaluate(random_batch(5, 99)),
+        },
+    }
+
+
+def save(built: MegatronEngine, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    built.save(folder, {"average": built.mean_gradient(random_batch(8, 97))})
+
+
+def resume(built: MegatronEngine, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The update after the saved one, and the group that was saved with it."""
+    average = built.load(folder, ["average"])["average"]
+    built.step = STEPS
+    return {"average": full_parameters(built.module, built.mesh, average), **train(built, STEPS, STEPS + 1)}
+
+
 EVERY = [(m, o) for m in ("gpt2", "llama") for o in OPTIMIZERS]
 TWO = [("gpt2", "muon"), ("llama", "adamw")]
-ADAMW = [(m, "adamw") for m in ("gpt2", "llama")]
-DEEP = [("gpt2-4-layers", "adamw"), ("llama-4-layers", "muon")]
+ADAMW = [("llama", "adamw"), ("gpt2", "adamw")]
+DEEP = [("llama-4-layers", "muon"), ("gpt2-4-layers", "adamw")]
 
 
-def train_all(parallel: ParallelConfig, cases: Sequence[tuple[str, str]]) -> dict:
-    """Every case at one layout."""
+def train_all(parallel: ParallelConfig, cases: Sequence[Case], alone: Path, folder: Path | None) -> dict:
+    """Every case at one layout; the first one also saves into ``folder``, and goes on from one process's checkpoint."""
     mesh = Mesh(parallel, "cpu")
     try:
-        return {case: train(mesh, *case, parallel) for case in cases}
+        found = {}
+        for case in cases:
+            built = build(mesh, case, parallel)
+            found[case] = train(built)
+            if folder is not None and case == cases[0]:
+                save(built, folder)
+                found["resumed"] = resume(build(mesh, case, parallel), alone / "-".join(case))
+        return found
     finally:
         mesh.close()
 
 
 @pytest.fixture(scope="module")
-def one_process() -> dict:
-    return train_all(ParallelConfig(), [*EVERY, *DEEP])
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def one_process(folder: Path) -> dict:
+    """Every case on one process; what it gives when it goes on, under ("resumed", case)."""
+    mesh = Mesh(ParallelConfig(), "cpu")
+    try:
+        found = {}
+        for case in (*EVERY, *DEEP):
+            built = build(mesh, case, ParallelConfig())
+            found[case] = train(built)
+            if case in RESUMED:
+                save(built, folder / "-".join(case))
+                found["resumed", case] = resume(build(mesh, case, ParallelConfig()), folder / "-".join(case))
+        return found
+    finally:
+        mesh.close()
 
 
 @pytest.fixture
@@ -95,31 +152,41 @@ LAYOUTS = {
 }
 
 
+SAVED = ("tp2-pp2", "cp2-tp2", "dp2-distributed-optimizer", "dp2-tp2-distributed-optimizer", "pp2-vpp2")
+"""Layouts whose checkpoints are tried: they go on from one process's, and one process from theirs."""
+RESUMED = {LAYOUTS[layout][2][0] for layout in SAVED}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_process(layout: str, one_process: dict) -> None:
+def test_layout_equals_one_process(layout: str, one_process: dict, folder: Path, request: Any) -> None:
     world_size, parallel, cases = LAYOUTS[layout]
-    ranks = run_ranks(world_size, train_all, parallel, cases)
-    for case in cases:
-        losses, norms, weights, evaluation = one_process[case]
+    saved = folder / layout if layout in SAVED else None
+    ranks = run_ranks(world_size, train_all, parallel, cases, folder, saved)
+    for found in ranks:
+        for case in cases:
+            assert_close(found[case], one_process[case], case)
+    if saved is not None:
+        expected = one_process["resumed", cases[0]]
         for found in ranks:
-            assert_close(found[case][0], losses, case)
-            assert_close(found[case][1], norms, case)
-            assert found[case][2].keys() == weights.keys()
-            for name, value in weights.items():
-                error = (found[case][2][name] - value).norm() / value.norm()
-                assert error < 1e-5, f"{case} {name}: relative error {error:.1e}"
-            torch.testing.assert_close(found[case][3], evaluation, rtol=1e-5, atol=0)
+            assert_close(found["resumed"], expected, "from one process")
+        alone = build(request.getfixturevalue("mesh"), cases[0], ParallelConfig())
+        assert_close(resume(alone, saved), expected, "to one process")
 
 
-def assert_close(found: list[float], expected: list[float], case: tuple) -> None:
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0, msg=str(case))
+def assert_close(found: dict, expected: dict, case: object) -> None:
+    """Each tensor within 1e-5, by norm."""
+    for kind, tensors in expected.items():
+        assert found[kind].keys() == tensors.keys()
+        for name, value in tensors.items():
+            error = (found[kind][name] - value).norm() / value.norm()
+            assert error < 1e-5, f"{case} {kind} {name}: relative error {error:.1e}"
 
 
 def test_recompute_changes_nothing(one_process: dict, mesh: Mesh) -> None:
     engine = EngineConfig(device="cpu", precision="fp32", recompute=True)
-    losses, norms, weights, _ = train(mesh, "gpt2", "adamw", ParallelConfig(), engine)
-    assert (losses, norms) == one_process["gpt2", "adamw"][:2]
-    assert all(torch.equal(value, weights[name]) for name, value in one_process["gpt2", "adamw"][2].items())
+    found = train(build(mesh, ("gpt2", "adamw"), ParallelConfig(), engine))
+    for kind, tensors in one_process["gpt2", "adamw"].items():
+        assert all(torch.equal(value, found[kind][name]) for name, value in tensors.items()), kind
 
 
 def test_gradient_equals_plain_pytorch(mesh: Mesh) -> None:
@@ -146,6 +213,19 @@ def test_bf16_keeps_fp32_main_weights(mesh: Mesh) -> None:
         assert parameter.dtype == torch.bfloat16
         assert parameter.main_param.dtype == torch.float32, name
         assert torch.equal(parameter.main_param.to(torch.bfloat16), parameter), name
+
+
+def test_bf16_with_sharded_main_weights(mesh: Mesh, tmp_path: Path) -> None:
+    engine, whole = EngineConfig(device="cpu", precision="bf16"), ParallelConfig()
+    sharded = ParallelConfig(distributed_optimizer=True)
+    built = {parallel.distributed_optimizer: build(mesh, ADAMW[0], parallel, engine) for parallel in (whole, sharded)}
+    expected, found = train(built[False]), train(built[True])
+    assert_close(found, expected, "bf16")
+    for kind, engine_ in built.items():
+        save(engine_, tmp_path / str(kind))
+    going_on = resume(built[False], tmp_path / "False")
+    for kind in (False, True):  # its own checkpoint, and the other's
+        assert_close(resume(build(mesh, ADAMW[0], sharded, engine), tmp_path / str(kind)), going_on, f"saved {kind}")
 
 
 def test_a_non_finite_gradient_leaves_every_weight_alone(mesh: Mesh) -> None:
