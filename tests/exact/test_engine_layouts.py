@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from megaopus.engine.megatron import MegatronEngine
 from megaopus.models.config import ModelConfig
 from megaopus.models.gpt import full_parameters
 from megaopus.optim.config import OptimConfig
+from tests.exact.resume_runs import free_ports
 from tests.harness import TINY, random_batch, run_ranks, tiny_engine
 
 LLAMA = ModelConfig(
@@ -87,22 +88,57 @@ def resume(built: MegatronEngine, folder: Path) -> dict[str, dict[str, torch.Ten
 
 
 EVERY = [(m, o) for m in ("gpt2", "llama") for o in OPTIMIZERS]
-TWO = [("gpt2", "muon"), ("llama", "adamw")]
 ADAMW = [("llama", "adamw"), ("gpt2", "adamw")]
 DEEP = [("llama-4-layers", "muon"), ("gpt2-4-layers", "adamw")]
+LAYOUTS = {
+    "dp2": (2, ParallelConfig(), EVERY),
+    "tp2": (2, ParallelConfig(tp=2), EVERY),
+    "tp2-sequence-parallel": (2, ParallelConfig(tp=2, sequence_parallel=True), EVERY),
+    "pp2": (2, ParallelConfig(pp=2), EVERY),
+    "pp2-vpp2": (2, ParallelConfig(pp=2, vpp=2), DEEP),
+    "cp2": (2, ParallelConfig(cp=2), EVERY),
+    "dp2-distributed-optimizer": (2, ParallelConfig(distributed_optimizer=True), ADAMW),
+    "tp2-pp2": (4, ParallelConfig(tp=2, pp=2), EVERY),
+    "cp2-tp2-sequence-parallel": (4, ParallelConfig(cp=2, tp=2, sequence_parallel=True), EVERY),
+    "cp2-pp2-vpp2": (4, ParallelConfig(cp=2, pp=2, vpp=2), DEEP),
+    "dp2-cp2": (4, ParallelConfig(cp=2), EVERY),
+    "dp2-cp2-distributed-optimizer": (4, ParallelConfig(cp=2, distributed_optimizer=True), ADAMW),
+    "dp2-tp2-distributed-optimizer": (4, ParallelConfig(tp=2, distributed_optimizer=True), ADAMW),
+    "dp2-pp2-vpp2-distributed-optimizer": (4, ParallelConfig(pp=2, vpp=2, distributed_optimizer=True), DEEP[1:]),
+}
+SAVED = (
+    "tp2-pp2",
+    "cp2-tp2-sequence-parallel",
+    "pp2-vpp2",
+    "dp2-distributed-optimizer",
+    "dp2-tp2-distributed-optimizer",
+    "dp2-pp2-vpp2-distributed-optimizer",
+)
+"""Layouts whose checkpoints are tried: they go on from one process's, and one process from theirs."""
+RESUMED = {LAYOUTS[layout][2][0] for layout in SAVED}
 
 
-def train_all(parallel: ParallelConfig, cases: Sequence[Case], alone: Path, folder: Path | None) -> dict:
-    """Every case at one layout; the first one also saves into ``folder``, and goes on from one process's checkpoint."""
+def train_layouts(ports: dict[str, int], folder: Path) -> dict[str, dict]:
+    """What this rank finds at each layout (name -> port), each with a process group for itself."""
+    found = {}
+    for layout, port in ports.items():
+        os.environ["MASTER_PORT"] = str(port)
+        found[layout] = train_layout(layout, folder)
+    return found
+
+
+def train_layout(layout: str, folder: Path) -> dict:
+    """Its cases; where checkpoints are tried, the first also saves one and goes on from one process's."""
+    _, parallel, cases = LAYOUTS[layout]
     mesh = Mesh(parallel, "cpu")
     try:
-        found = {}
+        found: dict = {}
         for case in cases:
             built = build(mesh, case, parallel)
             found[case] = train(built)
-            if folder is not None and case == cases[0]:
-                save(built, folder)
-                found["resumed"] = resume(build(mesh, case, parallel), alone / "-".join(case))
+            if layout in SAVED and case == cases[0]:
+                save(built, folder / layout)
+                found["resumed"] = resume(build(mesh, case, parallel), folder / "-".join(case))
         return found
     finally:
         mesh.close()
@@ -137,40 +173,34 @@ def mesh() -> Iterator[Mesh]:
     alone.close()
 
 
-LAYOUTS = {
-    "dp2": (2, ParallelConfig(), EVERY),
-    "tp2": (2, ParallelConfig(tp=2), EVERY),
-    "tp2-sequence-parallel": (2, ParallelConfig(tp=2, sequence_parallel=True), EVERY),
-    "pp2": (2, ParallelConfig(pp=2), EVERY),
-    "tp2-pp2": (4, ParallelConfig(tp=2, pp=2), EVERY),
-    "cp2": (2, ParallelConfig(cp=2), EVERY),
-    "cp2-tp2": (4, ParallelConfig(cp=2, tp=2, sequence_parallel=True), TWO),
-    "dp2-cp2": (4, ParallelConfig(cp=2), TWO),
-    "dp2-distributed-optimizer": (2, ParallelConfig(distributed_optimizer=True), ADAMW),
-    "dp2-tp2-distributed-optimizer": (4, ParallelConfig(tp=2, distributed_optimizer=True), ADAMW),
-    "pp2-vpp2": (2, ParallelConfig(pp=2, vpp=2), DEEP),
-}
-
-
-SAVED = ("tp2-pp2", "cp2-tp2", "dp2-distributed-optimizer", "dp2-tp2-distributed-optimizer", "pp2-vpp2")
-"""Layouts whose checkpoints are tried: they go on from one process's, and one process from theirs."""
-RESUMED = {LAYOUTS[layout][2][0] for layout in SAVED}
+@pytest.fixture(scope="module")
+def ranks(one_process: dict, folder: Path) -> dict[str, list[dict]]:
+    """Layout -> what each rank found. Starting a process takes longer than its work: one start for each world size."""
+    found: dict[str, list[dict]] = {}
+    for world_size in (2, 4):
+        names = [layout for layout, (size, _, _) in LAYOUTS.items() if size == world_size]
+        ports = dict(zip(names, free_ports(len(names)), strict=True))
+        results = run_ranks(world_size, train_layouts, ports, folder, timeout_s=300)
+        found |= {layout: [result[layout] for result in results] for layout in names}
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_process(layout: str, one_process: dict, folder: Path, request: Any) -> None:
-    world_size, parallel, cases = LAYOUTS[layout]
-    saved = folder / layout if layout in SAVED else None
-    ranks = run_ranks(world_size, train_all, parallel, cases, folder, saved)
-    for found in ranks:
-        for case in cases:
+def test_layout_equals_one_process(layout: str, ranks: dict, one_process: dict) -> None:
+    for found in ranks[layout]:
+        for case in LAYOUTS[layout][2]:
             assert_close(found[case], one_process[case], case)
-    if saved is not None:
-        expected = one_process["resumed", cases[0]]
-        for found in ranks:
-            assert_close(found["resumed"], expected, "from one process")
-        alone = build(request.getfixturevalue("mesh"), cases[0], ParallelConfig())
-        assert_close(resume(alone, saved), expected, "to one process")
+
+
+@pytest.mark.parametrize("layout", SAVED)
+def test_checkpoints_go_from_one_layout_to_another(
+    layout: str, ranks: dict, one_process: dict, folder: Path, mesh: Mesh
+) -> None:
+    case = LAYOUTS[layout][2][0]
+    expected = one_process["resumed", case]
+    for found in ranks[layout]:
+        assert_close(found["resumed"], expected, "from one process")
+    assert_close(resume(build(mesh, case, ParallelConfig()), folder / layout), expected, "to one process")
 
 
 def assert_close(found: dict, expected: dict, case: object) -> None:
