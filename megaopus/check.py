@@ -101,7 +101,8 @@ def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
     num_candidates, tokens = config.num_candidates(), train.global_batch_size * config.data.seq_len
     steps_per_epoch = data.sequences["pool"] / num_candidates
     rows = {
-        "data-parallel ranks (dp)": f"{dp} = {world_size} ranks / (tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp})",
+        "data-parallel ranks (dp)": f"{dp} = {world_size} ranks"
+        f" / (tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp})",
         "micro-batches per step": f"{train.global_batch_size // (dp * train.micro_batch_size)} on each rank",
         "vocabulary": f"{data.vocab_size:,}, padded to {padded_vocab(data.vocab_size):,}"
         f" (a multiple of {VOCAB_MULTIPLE})",

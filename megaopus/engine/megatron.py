@@ -82,7 +82,7 @@ class MegatronEngine:
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=sharded
             )
-            self.ddp = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
+            self.ddp: Any = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
             no_sync = [ddp.no_sync for ddp in self.ddp]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             config.finalize_model_grads_func = finalize_model_grads
@@ -91,8 +91,8 @@ class MegatronEngine:
             )
             self._schedule = get_forward_backward_func()
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(local name, parameter) over the chunks of this rank; the chunk's number comes first where there are several."""
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """(local name, parameter) over this rank's chunks; of several, the names begin with the chunk's number."""
         return self.module.named_parameters()
 
     # -- training and evaluation ------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ class MegatronEngine:
         """Weights, optimizer state, and groups of tensors by whole-model name, sharded as the parameters are."""
         from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
-        model_state = {}
+        model_state: dict[str, Any] = {}
         for index, chunk in enumerate(self.chunks):
             prefix = f"{index}." if len(self.chunks) > 1 else ""
             model_state |= {prefix + name: value for name, value in chunk.sharded_state_dict().items()}

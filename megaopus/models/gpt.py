@@ -145,8 +145,10 @@ def global_names(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
         layers = chunk.decoder.layers
         offset = layers[0].layer_number - 1 if len(layers) else 0
         for name, parameter in chunk.named_parameters():
-            renamed = re.sub(r"^decoder\.layers\.(\d+)", lambda m, o=offset: f"decoder.layers.{int(m[1]) + o}", name)
-            yield prefix + name, renamed, parameter
+            if match := re.match(r"decoder\.layers\.(\d+)", name):
+                yield prefix + name, f"decoder.layers.{int(match[1]) + offset}{name[match.end() :]}", parameter
+            else:
+                yield prefix + name, name, parameter
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
