@@ -130,7 +130,7 @@ class MegatronEngine:
         return losses[:num]
 
     def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
-        """Mean gradient of a global batch, dropout off, by local parameter name; fp32, the same on every dp rank.
+        """Mean gradient of a global batch, dropout off, by whole-model name; fp32, the same on every dp rank.
 
         The training path (schedule, DDP reduction) without the update; training gradients are overwritten. Raises
         ValueError if ``batch`` cannot be split evenly over the dp ranks (and, with vpp, into groups of pp).
@@ -146,7 +146,8 @@ class MegatronEngine:
             micro = math.gcd(group_size, self.micro_batch_size)
             self.run_local(batch, share, micro, length, forward_only=False, whole_gradient=True)
         # main_grad: megatron's DDP keeps each parameter's reduced gradient there
-        gradient = {name: p.main_grad.clone() for name, p in self.named_parameters()}
+        names = dict(whole_names(self.module))
+        gradient = {names[local]: p.main_grad.clone() for local, p in self.named_parameters()}
         self.ddp.train()
         return gradient
 
@@ -295,7 +296,7 @@ class MegatronEngine:
         from megatron.core import dist_checkpointing
 
         weights = dict(self.named_parameters())
-        names = list(whole_names(self.module, self.tied))
+        names = list(whole_names(self.module))
         empty = {
             group: {name: torch.empty_like(weights[local], dtype=torch.float32) for local, name in names}
             for group in groups
@@ -322,7 +323,7 @@ class MegatronEngine:
         for group, values in groups.items():
             state[group] = {
                 local: make_sharded_optimizer_tensor(model_state[local], values[name], prefix=group)
-                for local, name in whole_names(self.module, self.tied)
+                for local, name in whole_names(self.module)
             }
         return state
 

@@ -110,8 +110,16 @@ class CountSketchEstimator:
                 name: self._of(backend, name, proxy_gradient[name], None).transpose(psi).view_as(proxy_gradient[name])
                 for name, psi in proxy.items()
             }
-            passes = {"length": length, "micro_batch_size": micro_batch_size}
-            return adjoint_utilities(backend, candidates, operator, carried, layers=self._which, **passes), None
+            parts = adjoint_utilities(
+                backend,
+                candidates,
+                operator,
+                carried,
+                layers=self._which,
+                length=length,
+                micro_batch_size=micro_batch_size,
+            )
+            return parts, None
         parts = torch.zeros(len(candidates), dtype=torch.float64, device=backend.device)
         phi = {name: psi.new_zeros(len(candidates), self._dim) for name, psi in proxy.items()}
 

@@ -16,7 +16,7 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.megatron import MegatronEngine
 from megaopus.models.config import ModelConfig
-from megaopus.models.gpt import full_parameters
+from megaopus.models.gpt import full_parameters, whole_names
 from megaopus.optim.config import OptimConfig
 from tests.exact.resume_runs import free_ports
 from tests.harness import TINY, random_batch, run_ranks, tiny_engine
@@ -62,7 +62,10 @@ def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str,
     The state is the second moment, or Muon's momentum.
     """
     results = [built.train_step(random_batch(8, step)) for step in range(first, last)]
-    states = {s.name: s.state.get("exp_avg_sq", s.state.get("momentum_buffer")) for s in built.optimizer.states()}
+    names = dict(whole_names(built.module))
+    states = {
+        names[s.name]: s.state.get("exp_avg_sq", s.state.get("momentum_buffer")) for s in built.optimizer.states()
+    }
     return {
         "weights": full_parameters(built.module, built.mesh),
         "state": full_parameters(built.module, built.mesh, states),
