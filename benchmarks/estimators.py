@@ -18,7 +18,7 @@ bias_z           countsketch: largest |mean error over seeds| in standard errors
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -56,8 +56,10 @@ from megaopus.optim.config import OptimConfig
 from megaopus.selection import (
     CountSketchEstimator,
     Gradient,
+    KroneckerEstimator,
     ScoringBackend,
     UpdateOperator,
+    adjoint_utilities,
     directional_utilities,
     exact_utilities,
 )
@@ -123,7 +125,12 @@ class Scene:
             micro_batch_size=self.micro_batch_size,
         )
 
-    def sketched(self, estimator: CountSketchEstimator, candidates: CandidateBuffer) -> Tensor:
+    def adjoint(self, candidates: CandidateBuffer) -> Tensor:
+        return adjoint_utilities(
+            self.backend, candidates, self.operator, self.proxy_gradient, micro_batch_size=self.micro_batch_size
+        )
+
+    def sketched(self, estimator: CountSketchEstimator | KroneckerEstimator, candidates: CandidateBuffer) -> Tensor:
         return estimator.estimate(
             self.backend, candidates, self.operator, self.proxy_gradient, micro_batch_size=self.micro_batch_size
         )[0]
@@ -160,7 +167,8 @@ def estimators(scene: Scene, plan: Plan, vocab_size: int) -> list[Estimator]:
     """Every estimator with its FLOP floor; directional with its default step and with a whole optimizer step.
 
     Per token, forward is a third of training (2P of 6P for the matrices, and a third of the attention). Two forwards
-    cost 2/3. Ghost methods need forward and the gradients of activations: 4P, but all of the attention's backward.
+    cost 2/3. Ghost methods need forward and the gradients of activations: 4P, but all of the attention's backward;
+    adjoint, and countsketch, which is adjoint of the carried-back proxy sketch, a product with Q as well: 6P.
     """
     weights = training_flops_per_token(plan.model, vocab_size, 0)
     ghost = 1 - weights / training_flops_per_token(plan.model, vocab_size, plan.seq_len) / 3
@@ -172,11 +180,15 @@ def estimators(scene: Scene, plan: Plan, vocab_size: int) -> list[Estimator]:
         kept = CountSketchEstimator(dim, 42)
         return Estimator(
             f"countsketch_{dim}",
-            ghost,
+            1.0,
             lambda buffer: scene.sketched(kept, buffer),
             lambda buffer: scene.sketched(CountSketchEstimator(dim, 42), buffer),
             sketch_dim=dim,
         )
+
+    def kronecker(dim: int) -> Estimator:
+        kept = KroneckerEstimator(dim, 42)
+        return plain(f"kronecker_{dim}", ghost, lambda buffer: scene.sketched(kept, buffer))
 
     return [
         plain("exact", 1.0, lambda buffer: scene.exact(buffer), exact=True),
@@ -184,17 +196,22 @@ def estimators(scene: Scene, plan: Plan, vocab_size: int) -> list[Estimator]:
         plain("directional", 2 / 3, scene.directional),
         plain("directional_e1", 2 / 3, lambda buffer: scene.directional(buffer, 1.0)),
         plain("directional_one_sided", 2 / 3, lambda buffer: scene.directional(buffer, sides="one")),
+        plain("adjoint", 1.0, scene.adjoint),
         countsketch(8192),
         countsketch(1024),
+        kronecker(8192),
         plain("raw_gradient", 1.0, lambda buffer: scene.exact(buffer, raw=True), exact=True),
         plain("high_ppl", 1 / 3, scene.losses),
     ]
 
 
 def measure(
-    optim: OptimConfig, plan: Plan, corpus: Corpus, clock: str, bar: Progress
+    optim: OptimConfig, plan: Plan, corpus: Corpus, clock: str, bar: Progress, only: Collection[str] | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of one optimizer, and what they share. Raises EngineError if the model has not learned."""
+    """The rows of one optimizer, and what they share. Raises EngineError if the model has not learned.
+
+    ``only``: estimators whose costs are measured, and not their fidelity.
+    """
     pool = Sequences(corpus, "pool", plan.seq_len)
     with single_engine(
         plan.model,
@@ -214,7 +231,11 @@ def measure(
         scene = Scene(backend, operator, backend.gradient(proxy), plan.micro_batch_size)
         every = estimators(scene, plan, corpus.vocab_size)
         shared: dict[str, Any] = {"optimizer": optim.name, "loss_first": losses[0], "loss_last": losses[-1]}
-        rows = _fidelity(every, candidates, scene, plan, bar, optim.name)
+        if only is None:
+            rows = _fidelity(every, candidates, scene, plan, bar, optim.name)
+        else:
+            every = [estimator for estimator in every if estimator.name in only]
+            rows = [{"estimator": estimator.name} for estimator in every]
         _add_costs(rows, shared, every, engine, candidates, proxy, plan, clock, bar)
     return [{"optimizer": optim.name, **row} for row in rows], shared
 

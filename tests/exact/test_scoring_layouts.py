@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.optim.config import OptimConfig
 from megaopus.selection import SelectionConfig, Selector
+from tests.exact.resume_runs import free_ports
 from tests.exact.test_engine_layouts import MODELS
 from tests.harness import random_batch, run_ranks, tiny_engine
 
@@ -62,36 +64,56 @@ def select(mesh: Mesh, model: str, optimizer: str, parallel: ParallelConfig) -> 
     return found
 
 
-def select_all(parallel: ParallelConfig) -> dict[tuple[str, str], dict[str, Any]]:
+def select_layout(layout: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Every model and optimizer at one layout; "one": on one process."""
+    parallel = ParallelConfig() if layout == "one" else LAYOUTS[layout][1]
     mesh = Mesh(parallel, "cpu")
     try:
-        return {
-            (m, o): select(mesh, m, o, parallel)
-            for m in SHAPES
-            for o in OPTIMIZERS
-            if o == "adamw" or not parallel.distributed_optimizer
-        }
+        optimizers = ["adamw"] if parallel.distributed_optimizer else OPTIMIZERS
+        return {(m, o): select(mesh, m, o, parallel) for m in SHAPES for o in optimizers}
     finally:
         mesh.close()
 
 
+def select_layouts(ports: dict[str, int]) -> dict[str, dict]:
+    """What this rank finds at each layout (name -> port), each with a process group for itself."""
+    found = {}
+    for layout, port in ports.items():
+        os.environ["MASTER_PORT"] = str(port)
+        found[layout] = select_layout(layout)
+    return found
+
+
+def every_layout() -> dict[str, list[dict]]:
+    """Layout -> what each rank found; one start of processes for each world size."""
+    found: dict[str, list[dict]] = {}
+    for world_size in sorted({size for size, _ in LAYOUTS.values()}):
+        names = [layout for layout, (size, _) in LAYOUTS.items() if size == world_size]
+        ports = dict(zip(names, free_ports(len(names)), strict=True))
+        results = run_ranks(world_size, select_layouts, ports, timeout_s=400)
+        found |= {layout: [result[layout] for result in results] for layout in names}
+    return found
+
+
 @pytest.fixture(scope="module")
 def one_process() -> dict:
-    return select_all(ParallelConfig())
+    return select_layout("one")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[str, list[dict]]:
+    return every_layout()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_picks_and_utilities_are_those_of_one_process(layout: str, one_process: dict) -> None:
-    world_size, parallel = LAYOUTS[layout]
-    ranks = run_ranks(world_size, select_all, parallel)
-    for case, expected in one_process.items():
-        if case not in ranks[0]:  # megatron's distributed optimizer is AdamW's alone
-            continue
-        for name, steps in expected.items():
-            for index, (picked, utilities) in enumerate(steps):
-                for found in ranks:
+def test_picks_and_utilities_are_those_of_one_process(layout: str, ranks: dict, one_process: dict) -> None:
+    for case, settings in ranks[layout][0].items():
+        for name, steps in settings.items():
+            for index in range(len(steps)):
+                picked, utilities = one_process[case][name][index]
+                for found in ranks[layout]:
                     ids, values = found[case][name][index]
                     error = float((values - utilities).norm() / utilities.norm())
                     assert error < 1e-5, f"{case} {name}: relative error {error:.1e}"
                     assert ids == picked, f"{case} {name}"
-                    assert torch.equal(values, ranks[0][case][name][index][1])  # to the last bit on every rank
+                    assert torch.equal(values, steps[index][1])  # to the last bit on every rank

@@ -37,8 +37,10 @@ NAMES = [
     "directional",
     "directional_e1",
     "directional_one_sided",
+    "adjoint",
     "countsketch_8192",
     "countsketch_1024",
+    "kronecker_8192",
     "raw_gradient",
     "high_ppl",
 ]
@@ -96,7 +98,8 @@ def test_floors_are_shares_of_a_training_step(rows: dict) -> None:
     assert floors["exact"] == floors["raw_gradient"] == 1
     assert floors["high_ppl"] == pytest.approx(1 / 3)
     # between the matrices' 4P of 6P and a whole training step, since attention's backward is activations alone
-    assert 2 / 3 < floors["countsketch_8192"] == floors["countsketch_1024"] < 1
+    assert floors["adjoint"] == floors["countsketch_8192"] == 1
+    assert 2 / 3 < floors["kronecker_8192"] < 1
 
 
 def test_machine_is_recorded_beside_the_rows(output: Path) -> None:
