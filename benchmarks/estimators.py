@@ -60,7 +60,6 @@ from megaopus.selection import (
     UpdateOperator,
     directional_utilities,
     exact_utilities,
-    mean_losses,
 )
 
 SEED = 1234
@@ -100,6 +99,9 @@ class PlainGradient:
     def diagonal(self, name: str) -> Tensor | None:
         return torch.ones(())
 
+    def sides(self, name: str) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -137,7 +139,7 @@ class Scene:
         )
 
     def losses(self, candidates: CandidateBuffer) -> Tensor:
-        return mean_losses(self.backend, candidates, micro_batch_size=self.micro_batch_size)
+        return self.backend.losses(candidates, micro_batch_size=self.micro_batch_size)
 
 
 @dataclass(frozen=True)

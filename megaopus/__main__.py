@@ -68,7 +68,9 @@ def check(arguments: list[str]) -> int:
         "  python -m megaopus check model=gpt2_xl parallel=tp2 data.path=corpus --world-size 8",
     )
     _add_settings(parser)
-    parser.add_argument("--world-size", type=int, metavar="N", help="ranks to lay the run out on (default: tp x cp x pp)")
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks to lay the run out on (default: tp x cp x pp)"
+    )
     args = parser.parse_intermixed_args(arguments)
     if args.world_size is not None and args.world_size < 1:
         parser.error("--world-size must be at least 1")

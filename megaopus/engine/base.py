@@ -40,7 +40,7 @@ class Engine(Protocol):
         """The model and optimizer as the selector sees them."""
 
     def save(self, folder: Path, groups: dict[str, Gradient]) -> None:
-        """Write weights, optimizer state and further parameter-shaped tensors (by group, then parameter name)."""
+        """Write weights, optimizer state and further parameter-shaped tensors (by group, then whole-model name)."""
 
     def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
         """Restore what ``save`` wrote into this engine; returns the groups asked for."""

@@ -6,6 +6,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from megaopus.engine.config import EngineConfig
 from megaopus.engine.saving import in_process_strategy
 from megaopus.models.arithmetic import padded_vocab
 from megaopus.models.config import ModelConfig
-from megaopus.models.gpt import build_gpt, initialize, transformer_config
+from megaopus.models.gpt import build_gpt, initialize, transformer_config, whole_names
 from megaopus.optim.build import MainOptimizer
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.schedule import lr_factor
 from megaopus.selection.backend import Candidates, Gradient
+from megaopus.selection.ghost import GhostCapture
 
 
 class MegatronEngine:
@@ -56,9 +58,12 @@ class MegatronEngine:
         self.step = 0
         self.micro_batch_size = micro_batch_size
         # The interleaved schedule takes micro-batches in groups of pp.
-        self._micro_batch_group = parallel.pp if parallel.vpp > 1 else 1
+        self.micro_batch_group = parallel.pp if parallel.vpp > 1 else 1
         self.bf16 = engine.precision == "bf16" or (engine.precision == "auto" and not mesh.on_cpu)
-        self._seq_len = seq_len
+        self.seq_len = seq_len
+        self.tied = model.tied
+        self.gated = model.activation == "swiglu"
+        self.sequence_parallel = parallel.sequence_parallel
         self._optim_config = optim
         self._total_steps = total_steps
         self._seed = seed
@@ -73,12 +78,17 @@ class MegatronEngine:
             if self.bf16:
                 self.module.bfloat16()  # megatron leaves the position table in fp32
             initialize(self.module, model, mesh, seed)
-            ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+            sharded = parallel.distributed_optimizer
+            ddp_config = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=sharded
+            )
             self.ddp = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
             no_sync = [ddp.no_sync for ddp in self.ddp]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             config.finalize_model_grads_func = finalize_model_grads
-            self.optimizer = MainOptimizer(optim, self.module, mesh, bf16=self.bf16)
+            self.optimizer = MainOptimizer(
+                optim, self.module, mesh, bf16=self.bf16, sharded=list(self.ddp) if sharded else None
+            )
             self._schedule = get_forward_backward_func()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -99,7 +109,7 @@ class MegatronEngine:
             self.ddp.train()
         with self.mesh.megatron():
             self._zero_gradients()
-            losses = self._run(batch, share, self.micro_batch_size, self._seq_len, forward_only=False)
+            losses = self._run(batch, share, self.micro_batch_size, self.seq_len, forward_only=False)
             lr = self.set_lr()
             grad_norm, applied = self.optimizer.step()
         self.step += 1
@@ -111,12 +121,12 @@ class MegatronEngine:
 
     def evaluate(self, sequences: Candidates) -> Tensor:
         num = len(sequences)
-        multiple = self.mesh.shape.dp * self.micro_batch_size * self._micro_batch_group
+        multiple = self.mesh.shape.dp * self.micro_batch_size * self.micro_batch_group
         padded = -(-num // multiple) * multiple
         share = self._share(padded).clamp(max=num - 1)  # fill up with copies of the last sequence, dropped below
         self.ddp.eval()
         with self.mesh.megatron(), torch.no_grad():
-            losses = self._run(sequences, share, self.micro_batch_size, self._seq_len, forward_only=True)
+            losses = self._run(sequences, share, self.micro_batch_size, self.seq_len, forward_only=True)
         return losses[:num]
 
     def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
@@ -126,14 +136,15 @@ class MegatronEngine:
         ValueError if ``batch`` cannot be split evenly over the dp ranks (and, with vpp, into groups of pp).
         """
         share = self._share(len(batch))
-        group_size, rest = divmod(len(share), self._micro_batch_group)
+        group_size, rest = divmod(len(share), self.micro_batch_group)
         if rest:
-            raise ValueError(f"{len(share)} sequences per rank are not a multiple of pp = {self._micro_batch_group}")
-        length = min(length or self._seq_len, self._seq_len)
+            raise ValueError(f"{len(share)} sequences per rank are not a multiple of pp = {self.micro_batch_group}")
+        length = min(length or self.seq_len, self.seq_len)
         self.ddp.eval()
         with self.mesh.megatron():
             self._zero_gradients()
-            self._run(batch, share, math.gcd(group_size, self.micro_batch_size), length, forward_only=False)
+            micro = math.gcd(group_size, self.micro_batch_size)
+            self.run_local(batch, share, micro, length, forward_only=False, whole_gradient=True)
         # main_grad: megatron's DDP keeps each parameter's reduced gradient there
         gradient = {name: p.main_grad.clone() for name, p in self.named_parameters()}
         self.ddp.train()
@@ -154,7 +165,7 @@ class MegatronEngine:
 
     def _run(self, batch: Candidates, share: Tensor, micro: int, length: int, *, forward_only: bool) -> Tensor:
         """Run the schedule over this rank's share; (dp * len(share),) sequence losses, float64, on every rank."""
-        local = self._run_local(batch, share, micro, length, forward_only=forward_only)
+        local = self.run_local(batch, share, micro, length, forward_only=forward_only)
         shape = self.mesh.shape
         if shape.pp > 1:
             dist.all_reduce(local, group=self.mesh.pp_group)
@@ -165,11 +176,21 @@ class MegatronEngine:
         dist.all_reduce(losses, group=self.mesh.dp_cp_group)
         return losses.view(-1)
 
-    def _run_local(self, batch: Candidates, share: Tensor, micro: int, length: int, *, forward_only: bool) -> Tensor:
+    def run_local(
+        self,
+        batch: Candidates,
+        share: Tensor,
+        micro: int,
+        length: int,
+        *,
+        forward_only: bool,
+        whole_gradient: bool = False,
+    ) -> Tensor:
         """Run the schedule over this rank's share, without exchanging the losses: (len(share),) float64.
 
         They are this rank's part of each sequence's mean token loss: zeros before the last pipeline stage, the sum over
         its own positions / ``length`` on the last. Their sum over the cp and pp ranks is the mean loss.
+        ``whole_gradient``: reduce gradients to every dp and cp rank, where the distributed optimizer needs pieces only.
         """
         micro_batches = share.split(micro)
 
@@ -185,10 +206,55 @@ class MegatronEngine:
             seq_length=length,
             micro_batch_size=micro,
             forward_only=forward_only,
+            force_all_reduce=whole_gradient,
         )
         if not self.mesh.is_last_stage:
             return torch.zeros(len(share), dtype=torch.float64, device=self.mesh.device)
         return torch.cat(outputs)
+
+    def run_capturing(self, batch: Candidates, micro: int, length: int, capture: GhostCapture) -> None:
+        """Forward and backward passes of each sequence's mean loss over this rank's ``batch``, seen by ``capture``."""
+        shares = torch.arange(len(batch)).split(micro)
+        cp = self.mesh.shape.cp
+
+        def micro_batches() -> Iterator[tuple[slice, Tensor]]:
+            for rows in shares:
+                tokens = batch.take(rows).batch(length).to(self.mesh.device, non_blocking=True)
+                yield slice(int(rows[0]), int(rows[-1]) + 1), tokens
+
+        def forward_step(iterator: Iterator[tuple[slice, Tensor]], model: Any) -> tuple[Tensor, Any]:
+            capture.rows, tokens = next(iterator)
+            output = token_losses(model, tokens, cp, self.mesh.cp_rank)
+            if not output.requires_grad:  # no layer of this stage is captured
+                output.requires_grad_()
+            capture.watch(output)
+            return output, sum_of_losses
+
+        def sum_of_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
+            """The schedule multiplies by cp and divides by the number of micro-batches."""
+            total = losses_BS.sum() / length
+            return total * len(shares) / cp, total.detach()
+
+        self._schedule(
+            forward_step_func=forward_step,
+            data_iterator=[micro_batches() for _ in self.ddp],
+            model=list(self.ddp),
+            num_microbatches=len(shares),
+            seq_length=length,
+            micro_batch_size=micro,
+            forward_only=False,
+        )
+
+    @contextmanager
+    def without_reduction(self) -> Iterator[None]:
+        """Backward passes inside end without any reduction of weight gradients over ranks."""
+        config = self.chunks[0].config
+        saved = config.finalize_model_grads_func, config.no_sync_func
+        config.finalize_model_grads_func = config.no_sync_func = None
+        try:
+            yield
+        finally:
+            config.finalize_model_grads_func, config.no_sync_func = saved
 
     def _forward_step(self, data_iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
         tokens = next(data_iterator)
@@ -228,8 +294,10 @@ class MegatronEngine:
     def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
         from megatron.core import dist_checkpointing
 
+        weights = dict(self.named_parameters())
+        names = list(whole_names(self.module, self.tied))
         empty = {
-            group: {name: torch.empty_like(p, dtype=torch.float32) for name, p in self.named_parameters()}
+            group: {name: torch.empty_like(weights[local], dtype=torch.float32) for local, name in names}
             for group in groups
         }
         with self.mesh.megatron(), warnings.catch_warnings():
@@ -237,10 +305,10 @@ class MegatronEngine:
             state = dist_checkpointing.load(self._sharded_state(empty, is_loading=True), str(folder))
             self.module.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-        return {group: state[group] for group in groups}
+        return {group: {name: state[group][local] for local, name in names} for group in groups}
 
     def _sharded_state(self, groups: dict[str, Gradient], is_loading: bool) -> dict[str, Any]:
-        """Weights, optimizer state, and parameter-shaped groups of tensors sharded as the parameters are."""
+        """Weights, optimizer state, and groups of tensors by whole-model name, sharded as the parameters are."""
         from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
         model_state = {}
@@ -253,8 +321,8 @@ class MegatronEngine:
         }
         for group, values in groups.items():
             state[group] = {
-                name: make_sharded_optimizer_tensor(model_state[name], value, prefix=group)
-                for name, value in values.items()
+                local: make_sharded_optimizer_tensor(model_state[local], values[name], prefix=group)
+                for local, name in whole_names(self.module, self.tied)
             }
         return state
 

@@ -1,6 +1,6 @@
 """The megatron engine as the selector sees it, at every layout.
 
-Data-parallel ranks share the candidates; tensor-, context- and pipeline-parallel ranks each know a part of every number.
+Data-parallel ranks share the candidates; tensor-, context- and pipeline-parallel ranks each know a part of each number.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megaopus.selection.backend import (
     UpdateOperator,
 )
 from megaopus.selection.ghost import GhostCapture
+from megaopus.selection.preconditioner import Held, operator_of
 
 if TYPE_CHECKING:
     from megaopus.engine.megatron import MegatronEngine
@@ -57,8 +58,9 @@ class MegatronScoringBackend(ModuleBackend):
         return self._engine.bf16
 
     def parameters(self) -> dict[str, Tensor]:
-        """The fp32 weights that the optimizer updates: under bf16, the main copies."""
-        return {name: getattr(p, "main_param", p) for name, p in self._weights.items()}
+        """The fp32 weights that the optimizer updates: under bf16 the main copies, gathered where sharded."""
+        main = self._engine.optimizer.main_weights()
+        return {name: main[own] for own, name in whole_names(self._engine.module, self._engine.tied)}
 
     def shards(self) -> dict[str, Shard]:
         return self._shards
@@ -83,7 +85,12 @@ class MegatronScoringBackend(ModuleBackend):
     def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
         """P_t with the learning rate of the coming update, not that of the last one."""
         self._engine.set_lr()
-        return super().operator(muon_operator)
+        names = dict(whole_names(self._engine.module, self._engine.tied))
+        held = (
+            Held(names[each.name], self._weights[names[each.name]], each.optimizer, each.group, each.state)
+            for each in self._engine.optimizer.states()
+        )
+        return operator_of(held, muon_operator, self.shards())
 
     def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
         """The training path without the update: megatron's schedule and DDP's reduction."""
@@ -112,7 +119,7 @@ class MegatronScoringBackend(ModuleBackend):
     # -- passes -----------------------------------------------------------------------------------------------------
 
     def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
-        """(n,) float64: the last stage's tensor-parallel rank 0 has each candidate's loss (its positions' part of it)."""
+        """(n,) float64: tensor-parallel rank 0 of the last stage has the losses (its positions' part of them)."""
         micro = self._micro_batch_size(len(candidates), micro_batch_size)
         rows = torch.arange(len(candidates))
         with self._mesh.megatron(), self.scoring(), torch.no_grad():
@@ -132,7 +139,8 @@ class MegatronScoringBackend(ModuleBackend):
         micro = self._micro_batch_size(len(candidates), micro_batch_size)
         with ExitStack() as stack:
             capture = stack.enter_context(GhostCapture(layers, consume))
-            for context in (self.frozen(), self.scoring(), self._mesh.megatron(), self._engine.without_reduction()):
+            reduction = self._engine.without_reduction()
+            for context in (self.frozen(), self.scoring(), torch.enable_grad(), self._mesh.megatron(), reduction):
                 stack.enter_context(context)
             self._engine.run_capturing(candidates, micro, self._length(length), capture)
             capture.check()
@@ -143,13 +151,15 @@ class MegatronScoringBackend(ModuleBackend):
     def _micro_batch_size(self, count: int, wanted: int) -> int:
         """The largest size up to ``wanted`` that divides ``count`` candidates into enough micro-batches.
 
-        A pipeline needs equal ones (with virtual stages, in groups of pp), and several per stage to keep all stages busy.
+        A pipeline needs equal ones (with virtual stages, in groups of pp), several per stage to keep all stages busy.
         """
         pp, group = self._mesh.shape.pp, self._engine.micro_batch_group
         if pp == 1:
             return wanted
         if count % group:
-            raise EngineError(f"{count} candidates per data-parallel rank are not a multiple of pp={group}, as vpp needs")
+            raise EngineError(
+                f"{count} candidates per data-parallel rank are not a multiple of pp={group}, which vpp needs"
+            )
         most = max(1, min(wanted, count // (_PIPELINE_FILL * pp)))
         return next(size for size in range(most, 0, -1) if (count // group) % size == 0)
 

@@ -18,9 +18,7 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.models.config import ModelConfig
 
 
-def transformer_config(
-    model: ModelConfig, mesh: Mesh, parallel: ParallelConfig, *, bf16: bool, recompute: bool
-) -> Any:
+def transformer_config(model: ModelConfig, mesh: Mesh, parallel: ParallelConfig, *, bf16: bool, recompute: bool) -> Any:
     """megatron's TransformerConfig for this model on this mesh."""
     from megatron.core.transformer import TransformerConfig
 
@@ -151,6 +149,15 @@ def global_names(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
             yield prefix + name, renamed, parameter
 
 
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def whole_names(module: nn.Module, tied: bool) -> Iterator[tuple[str, str]]:
+    """(local name, name in the whole model) of each parameter of a rank; the copies of a tied matrix have one name."""
+    for local, name, _ in global_names(module):
+        yield local, EMBEDDING if tied and name == "output_layer.weight" else name
+
+
 def _is_gated(module: nn.Module, name: str) -> bool:
     return bool(model_chunks(module)[0].config.gated_linear_unit) and ".linear_fc1." in name
 
@@ -195,7 +202,7 @@ def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> 
         if mesh.shape.tp > 1 and getattr(parameter, "tensor_model_parallel", False):
             shape[parameter.partition_dim] *= mesh.shape.tp  # type: ignore[attr-defined]
         # A tied output layer on a later stage starts as the embedding it will stay equal to.
-        key = "embedding.word_embeddings.weight" if model.tied and name == "output_layer.weight" else name
+        key = EMBEDDING if model.tied and name == "output_layer.weight" else name
         digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         full = torch.randn(shape, generator=generator) * std

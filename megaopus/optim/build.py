@@ -3,43 +3,106 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megaopus.distributed.mesh import Mesh
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.muon import Muon
 
 
+class ParameterState(NamedTuple):
+    """What an optimizer knows of one local parameter."""
+
+    name: str
+    """As in ``module.named_parameters()``."""
+    optimizer: torch.optim.Optimizer
+    group: dict[str, Any]
+    """The settings that the parameter is updated with."""
+    state: dict[str, Any]
+    """torch's names -> values; tensors are shaped as the whole local parameter. Empty before the first update."""
+
+
 class MainOptimizer:
     """megatron's ChainedOptimizer over one or two torch optimizers, with a learning rate set by the caller.
 
-    ``param_groups`` carry ``peak_lr``; ``step(factor)`` applies peak_lr * factor.
+    ``param_groups`` carry ``peak_lr``; ``step(factor)`` applies peak_lr * factor. ``sharded``: the wrapped model chunks
+    over whose gradient buffers AdamW's state is sharded; None keeps it whole on each rank.
     """
 
-    def __init__(self, config: OptimConfig, module: nn.Module, mesh: Mesh, *, bf16: bool):
+    def __init__(
+        self, config: OptimConfig, module: nn.Module, mesh: Mesh, *, bf16: bool, sharded: Sequence[Any] | None = None
+    ):
         from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig
 
         self._clip = config.clip_grad
         self._mesh = mesh
+        self._module = module
+        self._sharded = sharded is not None
+        self._bf16 = bf16
         megatron_config = OptimizerConfig(
             optimizer="sgd" if config.name == "sgd" else "adam",
             lr=config.lr,
             clip_grad=config.clip_grad,
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=self._sharded,
         )
-        self.chained = ChainedOptimizer(
-            [_wrap(optimizer, megatron_config, mesh, bf16) for optimizer in torch_optimizers(config, module, mesh)]
-        )
+        optimizers = torch_optimizers(config, module, mesh)
+        if sharded is None:
+            wrapped = [_wrap(optimizer, megatron_config, mesh, bf16) for optimizer in optimizers]
+        else:
+            from megaopus.optim.sharded import ShardedAdamW
+
+            wrapped = [ShardedAdamW(optimizer, megatron_config, sharded, mesh, _init_state) for optimizer in optimizers]
+        self.chained = ChainedOptimizer(wrapped)
 
     @property
     def torch_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimizers underneath; their parameters are the fp32 main weights."""
+        """The optimizers underneath; their parameters are the fp32 main weights, or this rank's pieces of them."""
         return [wrapped.optimizer for wrapped in self.chained.chained_optimizers]
+
+    def states(self) -> list[ParameterState]:
+        """Each local parameter's group and state, in the order of ``module.named_parameters()``.
+
+        References to the optimizers' own tensors. Where AdamW is sharded, ``state`` holds ``step`` and ``exp_avg_sq``
+        only, gathered over dp and cp: a collective call then.
+        """
+        if self._sharded:
+            return self._gathered_states()
+        held = {id(p): (o, group) for o in self.torch_optimizers for group in o.param_groups for p in group["params"]}
+        found = []
+        for name, parameter in self._module.named_parameters():
+            main = getattr(parameter, "main_param", parameter)
+            optimizer, group = held[id(main)]
+            found.append(ParameterState(name, optimizer, group, dict(optimizer.state.get(main, {}))))
+        return found
+
+    def main_weights(self) -> dict[str, Tensor]:
+        """The fp32 weights by local name: the parameters themselves, or under bf16 their main copies.
+
+        Copies, gathered over dp and cp in a collective call, where AdamW is sharded under bf16.
+        """
+        if not self._bf16:
+            return dict(self._module.named_parameters())
+        if self._sharded:
+            whole = self.chained.chained_optimizers[0].whole("param")
+            return {name: whole[p] for name, p in self._module.named_parameters()}
+        return {name: p.main_param for name, p in self._module.named_parameters()}
+
+    def _gathered_states(self) -> list[ParameterState]:
+        wrapped = self.chained.chained_optimizers[0]
+        steps = wrapped.steps()
+        squares = wrapped.whole("exp_avg_sq") if steps else {}
+        found = []
+        for name, parameter in self._module.named_parameters():
+            state = {"step": torch.tensor(float(steps)), "exp_avg_sq": squares[parameter]} if steps else {}
+            found.append(ParameterState(name, wrapped.optimizer, wrapped.group_of(parameter), state))
+        return found
 
     def set_lr(self, factor: float) -> float:
         """Set every group's learning rate to its peak times ``factor``; returns the first group's."""
@@ -70,7 +133,9 @@ class MainOptimizer:
         gradients = [g for wrapped in self.chained.chained_optimizers for g in wrapped.get_main_grads_for_grad_norm()]
         norms = torch._foreach_norm(gradients) if gradients else [torch.zeros((), device=self._mesh.device)]
         square = torch.stack(norms).square().sum()
-        if self._mesh.shape.tp * self._mesh.shape.pp > 1:
+        if self._sharded:  # each rank has the gradients of its pieces
+            dist.all_reduce(square)
+        elif self._mesh.shape.tp * self._mesh.shape.pp > 1:
             dist.all_reduce(square, group=self._mesh.model_parallel_group)
         return math.sqrt(square)
 

@@ -1,7 +1,7 @@
 """What the selector needs to know about data, model and optimizer; module.py implements it for any nn.Module.
 
-Two kinds of ranks: data-parallel ones hold the same weights and each score a share of the candidates; model-parallel ones
-(tensor, pipeline, context) share one model, work on the same candidates and each know a part of every number.
+Two kinds of ranks: data-parallel ones hold the same weights and each score a share of the candidates; model-parallel
+ones (tensor, pipeline, context) share one model, work on the same candidates and each know a part of every number.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 Batch = Any  # whatever the loss function takes: a tensor, or a tuple/dict of tensors, leading axis n
@@ -99,6 +100,10 @@ class ScoringBackend(Protocol):
     """Data-parallel rank."""
     world_size: int
     """Data-parallel ranks."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
 
     @property
     def coarse(self) -> bool:

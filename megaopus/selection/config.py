@@ -56,7 +56,7 @@ class SelectionConfig:
     """Seed of the sketch's hashes."""
     layers: str = "auto"
     """What is summed over. linear: matrices used at least once as one; all: every parameter (ghost estimators: every
-    matrix and embedding); else a regular expression in their names. auto: all for directional and exact, else linear."""
+    matrix and embedding); else a regular expression in names. auto: all for directional and exact, else linear."""
     muon_operator: str = "paper"
     """paper: the first Newton-Schulz factor S_1; full: the product S_5..S_1 at frozen momentum."""
 

@@ -37,8 +37,7 @@ def parameter_names(backend: ScoringBackend, which: str) -> list[str]:
 
 def require_some(backend: ScoringBackend, found: int, which: str) -> None:
     """Raise ValueError if no rank found anything of ``which``; a collective call."""
-    device = next(iter(backend.parameters().values())).device
-    if not int(backend.sum_stages(torch.tensor([found], device=device))):
+    if not int(backend.sum_stages(torch.tensor([found], device=backend.device))):
         raise ValueError(
             f"selection.layers={which} matches no trained matrix of this model: use linear, all, a regular expression"
             " found in parameter names, or estimator=directional with layers=all"

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient, Shard, UpdateOperator
 from megaopus.selection.candidates import map_tensors, tensors_of
 from megaopus.selection.ghost import GhostCapture
-from megaopus.selection.preconditioner import build_operator, factory_of
+from megaopus.selection.preconditioner import factory_of, held_by, operator_of
 
 Loss = Callable[[nn.Module, Batch], Tensor]  # (model, batch of n sequences) -> (n,) mean token loss of each
 
@@ -52,7 +52,7 @@ class ModuleBackend:
     @property
     def coarse(self) -> bool:
         """Whether weights are rounded to 16 bits: by autocast around the loop, or as they are."""
-        return torch.is_autocast_enabled(self._device().type) or any(
+        return torch.is_autocast_enabled(self.device.type) or any(
             p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in self.module.parameters()
         )
 
@@ -63,7 +63,7 @@ class ModuleBackend:
 
     def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
         """P_t now, or None while one of the optimizers has no state."""
-        return build_operator(self.parameters(), self.optimizers, muon_operator, self.shards())
+        return operator_of(held_by(self.optimizers, self.parameters()), muon_operator, self.shards())
 
     def shards(self) -> dict[str, Shard]:
         """No parameter is part of a larger matrix."""
@@ -111,13 +111,15 @@ class ModuleBackend:
         tensors = [parameters[name].detach() for name in direction]
         saved = [tensor.clone() for tensor in tensors]
         with torch.no_grad():
-            torch._foreach_add_(tensors, list(direction.values()), alpha=scale)
+            if tensors:  # a pipeline stage may have nothing to move
+                torch._foreach_add_(tensors, list(direction.values()), alpha=scale)
         torch.clear_autocast_cache()
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(tensors, saved)
+                if tensors:
+                    torch._foreach_copy_(tensors, saved)
             torch.clear_autocast_cache()
 
     def ghost_layers(self) -> list[GhostLayer]:
@@ -180,7 +182,7 @@ class ModuleBackend:
         for index in range(len(next(tensors_of(batch)))):
             sequence = map_tensors(batch, itemgetter(slice(index, index + 1)))
             with self.scoring(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-                with torch.autocast(self._device().type, enabled=False):
+                with torch.autocast(self.device.type, enabled=False):
                     losses = torch.func.functional_call(wrapped, values, (sequence,))
                 found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
             yield {
@@ -238,7 +240,7 @@ class ModuleBackend:
         weights move, or without a graph, must be seen neither by the next pass nor by training.
         """
         training = [module for module in self.module.modules() if module.training]
-        device = self._device().type
+        device = self.device.type
         with ExitStack() as stack:
             torch.clear_autocast_cache()
             stack.callback(torch.clear_autocast_cache)
@@ -265,10 +267,12 @@ class ModuleBackend:
         return losses
 
     def _place(self, batch: Batch) -> Batch:
-        device = self._device()
+        device = self.device
         return map_tensors(batch, lambda x: x.to(device))
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
         return next(self.module.parameters()).device
 
 

@@ -7,9 +7,9 @@ every utility is 0. Formulas: arXiv 2602.05400, section 4, and the optimizers' o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -215,32 +215,52 @@ class OptimizerOperator:
         return None if operator is None else operator.sides()
 
 
-@torch.no_grad()
+class Held(NamedTuple):
+    """A parameter and what its optimizer knows of it."""
+
+    name: str
+    parameter: Tensor
+    optimizer: Optimizer
+    group: Mapping[str, Any]
+    state: Mapping[str, Any]
+
+
+def held_by(optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> Iterator[Held]:
+    """Those of ``parameters`` (name -> the tensor an optimizer holds) that one of ``optimizers`` updates."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if (name := names.get(id(parameter))) is not None:
+                    yield Held(name, parameter, optimizer, group, optimizer.state.get(parameter, {}))
+
+
 def build_operator(
-    parameters: Mapping[str, Tensor],
-    optimizers: Iterable[Optimizer],
-    muon_operator: str = "paper",
-    shards: Mapping[str, Shard] | None = None,
+    parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer], muon_operator: str = "paper"
 ) -> OptimizerOperator | None:
     """P_t of ``parameters`` (name -> the tensor the optimizer holds), or None while one of the optimizers has no state.
+
+    Raises TypeError for an optimizer without a registered operator.
+    """
+    return operator_of(held_by(optimizers, parameters), muon_operator)
+
+
+@torch.no_grad()
+def operator_of(
+    held: Iterable[Held], muon_operator: str = "paper", shards: Mapping[str, Shard] | None = None
+) -> OptimizerOperator | None:
+    """As ``build_operator``, of parameters wherever their optimizer's state lies.
 
     ``shards``: those of the parameters that ranks share; the call is then collective where P_t needs the whole matrix.
     Raises TypeError for an optimizer without a registered operator.
     """
-    names = {id(parameter): name for name, parameter in parameters.items()}
     operators: dict[str, ParameterOperator] = {}
-    for optimizer in optimizers:
-        factory = factory_of(optimizer)
-        found = {}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if (name := names.get(id(parameter))) is not None:
-                    settings = {**group, "muon_operator": muon_operator, "shard": (shards or {}).get(name)}
-                    operator = factory(settings, optimizer.state.get(parameter, {}), parameter)
-                    if operator is not None:
-                        found[name] = operator
-        mine = any(id(parameter) in names for group in optimizer.param_groups for parameter in group["params"])
-        if mine and not found:
-            return None
-        operators.update(found)
-    return OptimizerOperator(operators)
+    with_state: dict[int, bool] = {}
+    for each in held:
+        settings = {**each.group, "muon_operator": muon_operator, "shard": (shards or {}).get(each.name)}
+        operator = factory_of(each.optimizer)(settings, each.state, each.parameter)
+        key = id(each.optimizer)
+        with_state[key] = with_state.get(key, False) or operator is not None
+        if operator is not None:
+            operators[each.name] = operator
+    return OptimizerOperator(operators) if all(with_state.values()) else None

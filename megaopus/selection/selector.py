@@ -73,7 +73,7 @@ class Selector:
         self._proxy = proxy
         self._proxy_gradient = ProxyGradient(config.proxy_ema)
         self._layers = config.derived_layers()
-        kind = {"countsketch": CountSketchEstimator, "kronecker": KroneckerEstimator}[config.derived_sketch()]
+        kind = CountSketchEstimator if config.derived_sketch() == "countsketch" else KroneckerEstimator
         self._sketch: CountSketchEstimator | KroneckerEstimator = kind(
             config.sketch_dim, config.sketch_seed, config.ghost_layers()
         )
@@ -190,8 +190,7 @@ class Selector:
 
     def _gram(self, features: dict[str, Tensor], size: int) -> Tensor:
         """(N, N) float64 on the CPU: inner products of the candidates' updates, over every layer of every stage."""
-        device = next(iter(self.backend.parameters().values())).device
-        total = torch.zeros(size, size, dtype=torch.float64, device=device)
+        total = torch.zeros(size, size, dtype=torch.float64, device=self.backend.device)
         for value in self.backend.sum_parts(features).values():
             rows = self.backend.gather_candidates(value).double()
             total += rows @ rows.t()

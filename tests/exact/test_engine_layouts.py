@@ -55,6 +55,7 @@ def train(
 # (model, optimizer)
 EVERY = [(m, o) for m in ("gpt2", "llama") for o in OPTIMIZERS]
 TWO = [("gpt2", "muon"), ("llama", "adamw")]
+ADAMW = [(m, "adamw") for m in ("gpt2", "llama")]
 DEEP = [("gpt2-4-layers", "adamw"), ("llama-4-layers", "muon")]
 
 
@@ -88,6 +89,8 @@ LAYOUTS = {
     "cp2": (2, ParallelConfig(cp=2), EVERY),
     "cp2-tp2": (4, ParallelConfig(cp=2, tp=2, sequence_parallel=True), TWO),
     "dp2-cp2": (4, ParallelConfig(cp=2), TWO),
+    "dp2-distributed-optimizer": (2, ParallelConfig(distributed_optimizer=True), ADAMW),
+    "dp2-tp2-distributed-optimizer": (4, ParallelConfig(tp=2, distributed_optimizer=True), ADAMW),
     "pp2-vpp2": (2, ParallelConfig(pp=2, vpp=2), DEEP),
 }
 

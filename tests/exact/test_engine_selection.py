@@ -19,7 +19,7 @@ from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.selection import ModuleBackend, Selector
 from megaopus.selection.config import SelectionConfig
-from megaopus.selection.direction import directional_utilities, mean_losses
+from megaopus.selection.direction import directional_utilities
 from megaopus.selection.exact import exact_utilities
 from megaopus.selection.sketch import CountSketchEstimator
 from tests.exact.estimators_toy import SEQ_LEN, VOCAB, buffer, proxy, spearman
@@ -179,7 +179,7 @@ def test_scores_equal_those_of_a_plain_gpt(optimizer: str, mesh: Mesh) -> None:
     candidates, target = text(16, 50), wanted(16, 3)
     gradient, plain_gradient = scored.gradient(target), plain.gradient(target)
     pairs = {
-        "losses": (mean_losses(scored, candidates), mean_losses(plain, candidates)),
+        "losses": (scored.losses(candidates), plain.losses(candidates)),
         "exact": (
             exact_utilities(scored, candidates, operator, gradient),
             exact_utilities(plain, candidates, plain.operator(), plain_gradient),
@@ -260,9 +260,9 @@ def test_bf16_utilities_rank_as_fp32_ones(optimizer: str, trained: Callable, mes
     found = directional_utilities(low, candidates, low.operator(), low.gradient(target))
     assert spearman(found, expected) >= 0.9
     # Token losses must not be rounded to bf16: their differences are what is scored.
-    difference = low.losses(candidates.batch()) - backend.losses(candidates.batch())
+    difference = low.losses(candidates) - backend.losses(candidates)
     assert 0 < difference.abs().max() < 5e-3
-    with low.scoring(), low._megatron(), torch.no_grad():
+    with low.scoring(), mesh.megatron(), torch.no_grad():
         assert token_losses(low.module, candidates.batch()).dtype == torch.float32
 
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megaopus.selection import CountSketchEstimator, ModuleBackend, TensorCandidates, directional_utilities
 from megaopus.selection.backend import GhostLayer
-from megaopus.selection.ghost import GhostCapture, per_sample_gradient, rows_by_sequence
+from megaopus.selection.ghost import per_sample_gradient
 from tests.exact.estimators_toy import ToyGPT, buffer, per_sequence_loss, proxy, train
 
 
@@ -19,14 +19,13 @@ def captured_gradients(backend: ModuleBackend, batch: object, count: int) -> dic
     shapes = {name: p.shape for name, p in backend.parameters().items()}
     total: dict[str, Tensor] = {}
 
-    def consume(layer: GhostLayer, act_a: Tensor, grad_b: Tensor) -> None:
-        act_a, grad_b = rows_by_sequence(layer, act_a, count), rows_by_sequence(layer, grad_b, count)
+    def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
         gradient = per_sample_gradient(layer, shapes[layer.parameter], act_a, grad_b)
-        total[layer.parameter] = total.get(layer.parameter, 0) + gradient
+        if layer.parameter not in total:
+            total[layer.parameter] = gradient.new_zeros(count, *gradient.shape[1:])
+        total[layer.parameter][rows] += gradient
 
-    with GhostCapture(backend.ghost_layers(), consume) as capture:
-        backend.ghost_backward(batch)
-        capture.check()
+    backend.ghost_pass(TensorCandidates(batch), backend.ghost_layers(), consume, micro_batch_size=2)
     return total
 
 
@@ -96,7 +95,7 @@ def test_compiled_scores_equal_eager_scores() -> None:
     candidates, gradient, operator = buffer(6, seed=0), backend.gradient(proxy(0)), backend.operator()
 
     def scores(scored: ModuleBackend) -> tuple[Tensor, Tensor]:
-        scored.losses(candidates.batch())  # compiled once without hooks
+        scored.losses(candidates)  # compiled once without hooks
         sketch, _ = CountSketchEstimator(1024, 0).estimate(scored, candidates, operator, gradient, micro_batch_size=3)
         return sketch, directional_utilities(scored, candidates, operator, gradient)
 

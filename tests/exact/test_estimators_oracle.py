@@ -8,11 +8,17 @@ import torch
 from megaopus.selection import (
     CountSketch,
     CountSketchEstimator,
+    Gradient,
+    KroneckerEstimator,
     ModuleBackend,
+    UpdateOperator,
+    adjoint_utilities,
     directional_utilities,
     exact_utilities,
 )
 from megaopus.selection.exact import exact_estimate
+from megaopus.selection.kronecker import rank_one
+from megaopus.selection.layers import ghost_layers
 from tests.exact.estimators_toy import buffer, proxy, spearman, train
 
 OPERATORS = [("adamw", "paper"), ("muon", "paper"), ("muon", "full")]
@@ -20,7 +26,7 @@ OPERATORS = [("adamw", "paper"), ("muon", "paper"), ("muon", "full")]
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, ModuleBackend]:
-    return {name: train(name, steps=150) for name in ("adamw", "muon")}
+    return {name: train(name, steps=150) for name in ("adamw", "muon", "sgd")}
 
 
 @pytest.mark.parametrize(("optimizer", "muon_operator"), OPERATORS)
@@ -70,7 +76,8 @@ def test_countsketch_is_unbiased_over_seeds_in_alignment_and_gram(trained, optim
         backend, candidates, operator, gradient, parameters=dict.fromkeys(linear), keep_updates=True
     )
     found = [e.estimate(backend, candidates, operator, gradient, keep_sketches=True) for e in estimators]
-    grams = torch.stack([(s.double() @ s.double().t()) for _, s in found])
+    flat = [torch.cat(list(sketches.values()), 1).double() for _, sketches in found]
+    grams = torch.stack([rows @ rows.t() for rows in flat])
     for estimates, truth in ((torch.stack([u for u, _ in found]), exact), (grams, updates @ updates.t())):
         standard_error = estimates.std(0) / len(found) ** 0.5
         assert standard_error.max() > 0
@@ -114,3 +121,57 @@ def test_the_sign_says_following_the_proxy_lowers_the_loss(trained) -> None:
     assert own.mean() > 0
     uphill = directional_utilities(backend, proxy(3), operator, {name: -g for name, g in gradient.items()})
     torch.testing.assert_close(uphill, -own)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("layers", ["linear", "all", "blocks.1"])
+def test_adjoint_is_the_exact_alignment_of_its_layers(trained, optimizer, layers) -> None:
+    backend, candidates = trained[optimizer], buffer(9, seed=3)
+    gradient, operator = backend.gradient(proxy(0)), backend.operator()
+    names = {layer.parameter for layer in ghost_layers(backend, layers)}
+    exact = exact_utilities(backend, candidates, operator, gradient, parameters=names)
+    found = adjoint_utilities(backend, candidates, operator, gradient, layers=layers, micro_batch_size=4)
+    assert exact.std() > 0
+    assert (found - exact).norm() < 1e-4 * exact.norm()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_kronecker_is_unbiased_but_for_the_fold_of_a_diagonal(trained, optimizer) -> None:
+    backend, candidates = trained[optimizer], buffer(6, seed=2)
+    gradient, operator = backend.gradient(proxy(0)), backend.operator()
+    names = {layer.parameter for layer in ghost_layers(backend, "linear")}
+    exact = exact_utilities(backend, candidates, folded(backend, operator), gradient, parameters=names)
+    found = torch.stack(
+        [KroneckerEstimator(256, s).estimate(backend, candidates, operator, gradient)[0] for s in range(48)]
+    )
+    deviation = (found.mean(0) - exact) / (found.std(0) / 48**0.5)
+    assert found.std(0).max() > 0
+    assert deviation.abs().max() < 4
+
+
+def folded(backend: ModuleBackend, operator: UpdateOperator) -> UpdateOperator:
+    """The operator with each full diagonal replaced by its rank-1 fit."""
+
+    class Folded:
+        def apply(self, gradient: Gradient) -> Gradient:
+            applied = operator.apply(gradient)
+            for name, value in gradient.items():
+                factor = operator.diagonal(name)
+                if factor is not None and factor.ndim == 2:
+                    rows, columns = rank_one(backend, name, factor)
+                    applied[name] = value * rows.unsqueeze(1) * columns
+            return applied
+
+    return Folded()
+
+
+def test_the_rank_one_fit_is_exact_for_a_product_and_ranks_like_the_oracle(trained) -> None:
+    backend, candidates = trained["adamw"], buffer(24, seed=5)
+    rows, columns = torch.rand(5) + 0.1, torch.rand(7) + 0.1
+    fit = torch.outer(*rank_one(backend, "none", torch.outer(rows, columns)))
+    torch.testing.assert_close(fit, torch.outer(rows, columns))
+    gradient, operator = backend.gradient(proxy(0)), backend.operator()
+    names = {layer.parameter for layer in ghost_layers(backend, "linear")}
+    exact = exact_utilities(backend, candidates, operator, gradient, parameters=names)
+    found, _ = KroneckerEstimator(8192, 42).estimate(backend, candidates, operator, gradient)
+    assert spearman(found, exact) > 0.8

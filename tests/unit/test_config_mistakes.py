@@ -134,7 +134,13 @@ COMBINED = [
         "parallel.cp = 2 x parallel.tp = 2 (sequence parallelism)",
         "multiple of 4, or parallel.sequence_parallel=false",
     ),
-    ("parallel.cp=4", 6, "parallel.cp = 4", "6 ranks are not a multiple of tp x cp x pp = 4", "multiple of 4 processes"),
+    (
+        "parallel.cp=4",
+        6,
+        "parallel.cp = 4",
+        "6 ranks are not a multiple of tp x cp x pp = 4",
+        "multiple of 4 processes",
+    ),
     ("parallel.pp=2 parallel.vpp=3", 2, "model.num_layers = 4", "parallel.vpp = 3 chunks", "multiple of 6"),
     (
         "parallel.pp=2 parallel.vpp=2 train.global_batch_size=24",
@@ -150,7 +156,7 @@ COMBINED = [
         "not of optim.name = muon",
         "optim.name=adamw",
     ),
-    ("selection.redundancy=1 selection=opus", 1, "selection.redundancy", "no Gram matrix", "countsketch"),
+    ("selection.redundancy=1 selection=high_ppl", 1, "selection.redundancy", "no Gram matrix", "redundancy=0"),
 ]
 
 

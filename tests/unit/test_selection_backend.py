@@ -10,13 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaopus.selection import (
-    CountSketchEstimator,
     ModuleBackend,
     SelectionConfig,
     Selector,
     TensorCandidates,
     directional_utilities,
-    mean_losses,
 )
 
 
@@ -93,7 +91,7 @@ def test_an_error_while_scoring_restores_weights_and_modes() -> None:
     def fail() -> None:
         with backend.perturbed(direction, 0.1):
             assert not torch.equal(backend.module.up.weight, before["up.weight"])
-            backend.losses({"x": torch.zeros(2, 5, 6)})  # no labels
+            backend.losses(TensorCandidates({"x": torch.zeros(2, 5, 6)}))  # no labels
 
     with pytest.raises(KeyError):
         fail()
@@ -149,7 +147,7 @@ def test_scoring_inside_autocast_leaves_training_its_gradients() -> None:
     for p in backend.module.parameters():
         p.grad = None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mean_losses(backend, data(4))
+        backend.losses(data(4))
         loss(backend.module, data(4).batch()).mean().backward()
     assert all(p.grad is not None for p in backend.module.parameters())
 
@@ -166,7 +164,7 @@ def test_a_loss_that_is_not_per_sequence_is_refused() -> None:
     backend = ready()
     backend.loss = lambda model, batch: loss(model, batch).mean()
     with pytest.raises(ValueError, match=r"returned shape \(\) for 4 sequences: it must return \(4,\)"):
-        backend.losses(data(4).batch())
+        backend.losses(data(4))
 
 
 def test_labels_are_the_next_token_at_any_score_length() -> None:
@@ -190,7 +188,7 @@ def test_labels_are_the_next_token_at_any_score_length() -> None:
     by_two = (2 * torch.arange(12)) % 32
     candidates = TensorCandidates(torch.stack([by_one, by_two, by_one + 3, by_two + 5]))
     for length in (None, 6):
-        losses = mean_losses(backend, candidates, length=length)
+        losses = backend.losses(candidates, length=length)
         assert losses[[0, 2]].max() < 1e-4  # the text the model predicts costs nothing
         assert losses[[1, 3]].min() > 19
     gradient, operator = backend.gradient(candidates.take(torch.tensor([1]))), backend.operator()
@@ -227,8 +225,13 @@ def test_unusable_tensor_candidates_are_refused(batch, ids, message) -> None:
         TensorCandidates(batch, ids)
 
 
-def test_countsketch_without_matrices_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("estimator", "layers"), [("countsketch", "auto"), ("adjoint", "all"), ("directional", "no such name")]
+)
+def test_layers_that_match_nothing_are_refused(estimator: str, layers: str) -> None:
     model = nn.Sequential(nn.LayerNorm(6))
     backend = ModuleBackend(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, x: m(x).mean((1, 2)))
-    with pytest.raises(ValueError, match=r"no trained nn.Linear"):
-        CountSketchEstimator(8, 0).layers(backend)
+    config = SelectionConfig(method="opus", estimator=estimator, layers=layers)
+    selector = Selector(config, backend, num_selected=2, proxy=lambda step: torch.randn(4, 5, 6), seed=0)
+    with pytest.raises(ValueError, match="matches no trained matrix"):
+        selector.select(torch.randn(4, 5, 6), 0)

@@ -325,7 +325,7 @@ def test_scored_length_cuts_candidates_not_the_proxy() -> None:
     ("settings", "num_selected", "message"),
     [
         ({"temperature": 0.0}, K, "temperature=0.0: must be positive"),
-        ({"estimator": "directional", "redundancy": 0.5}, K, "no Gram matrix"),
+        ({"layers": "("}, K, "is no regular expression"),
         ({"method": "high_ppl", "redundancy": 0.5}, K, "no Gram matrix"),
         ({}, 0, "num_selected=0"),
     ],

@@ -1,0 +1,153 @@
+"""AdamW with its state sharded over the data- and context-parallel ranks: megatron's DistributedOptimizer.
+
+Each rank keeps the moments (and, under bf16, the fp32 main weights) of a contiguous piece of the gradient buffer, which
+pays no heed to where parameters begin. What others read is whole parameters: the update operator, and checkpoints,
+which are those of the unsharded optimizer, so that either can go on from the other's at any layout. megatron's own
+formats do not restore without Apex or Transformer Engine. Import only after ``distributed.cpu.prepare_megatron``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+    optim_state_to_sharding_state,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor, nn
+
+from megaopus.distributed.mesh import Mesh
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MAIN = "param"
+"""megatron's key for the fp32 main weights among a parameter's state."""
+
+
+class ShardedAdamW(DistributedOptimizer):
+    """``optimizer``'s AdamW over the pieces that this rank owns; ``ddp``: the rank's wrapped model chunks."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.AdamW,
+        config: Any,
+        ddp: Sequence[Any],
+        mesh: Mesh,
+        init_state: Callable[..., None],
+    ):
+        self._groups: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
+        super().__init__(
+            optimizer,
+            config,
+            None,
+            init_state,
+            model_chunks=list(ddp),
+            per_model_buffers={index: chunk.buffers for index, chunk in enumerate(ddp)},
+            data_parallel_group=mesh.dp_cp_group,
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=0,
+            distributed_optimizer_instance_id=0,
+        )
+        self.tp_group = mesh.tp_group
+        self.grad_stats_parallel_group = dist.group.WORLD
+
+    def steps(self) -> int:
+        """Updates so far; the same on every rank, also where a rank owns no piece. Collective."""
+        local = max((float(state.get("step", 0)) for state in self.optimizer.state.values()), default=0.0)
+        count = torch.tensor(local, device=self.buffers[0].grad_data.device)
+        dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.data_parallel_group)
+        return int(count)
+
+    def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The settings that ``parameter`` is updated with."""
+        index = next(i for i, group in enumerate(self._groups) if any(parameter is p for p in group))
+        return self.optimizer.param_groups[index]
+
+    @torch.no_grad()
+    def whole(self, key: str) -> dict[nn.Parameter, Tensor]:
+        """``exp_avg``, ``exp_avg_sq`` or ``param`` (fp32 weights) of each whole local parameter, fp32. Collective.
+
+        The moments exist only where ``steps() > 0``.
+        """
+        values: dict[nn.Parameter, Tensor] = {}
+        for buffer, index, pieces in self._buckets():
+            bucket = buffer.buckets[index]
+            ranks = dist.get_world_size(self.data_parallel_group)
+            local = bucket.grad_data.new_zeros(bucket.grad_data.numel() // ranks, dtype=torch.float32)
+            for parameter, ranges in pieces.items():
+                piece = self._get_main_param_and_optimizer_states(parameter)[key]
+                local[ranges["gbuf_local"].start : ranges["gbuf_local"].end] = piece
+            flat = local.new_empty(bucket.grad_data.numel())
+            dist.all_gather_into_tensor(flat, local, group=self.data_parallel_group)
+            for parameter, (start, end, where) in buffer.param_index_map.items():
+                if where == index:
+                    part = flat[start - bucket.offset : end - bucket.offset]
+                    values[parameter] = part.view(parameter.shape).clone()
+        return values
+
+    def _buckets(self) -> Iterator[tuple[Any, int, dict[nn.Parameter, dict[str, Any]]]]:
+        """(buffer, bucket's number, parameter -> ranges of the piece of it that this rank owns)."""
+        for buffer, by_dtype in zip(self.buffers, self.gbuf_ranges, strict=True):
+            for index, ranges in enumerate(chain.from_iterable(by_dtype.values())):
+                yield buffer, index, ranges["param_map"]
+
+    # -- checkpoints: in the form of the unsharded optimizer ----------------------------------------------------------
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, **unused: Any
+    ) -> dict[str, Any]:
+        """State for megatron's dist_checkpointing, gathered to whole parameters on the CPU. Collective."""
+        parameters, steps = list(chain.from_iterable(self._groups)), self.steps()
+        moments = MOMENTS if is_loading or steps else ()
+        keys = (*moments, MAIN) if self.config.bf16 else moments
+        if is_loading:
+            self.init_state_fn(self.optimizer)
+            found = {key: {p: torch.empty(p.shape, dtype=torch.float32) for p in parameters} for key in keys}
+        else:
+            found = {key: {p: value.cpu() for p, value in self.whole(key).items()} for key in keys}
+        state: dict[Any, Any] = {i: {key: found[key][p] for key in moments} for i, p in enumerate(parameters)}
+        tensors = get_param_id_to_sharded_param_map(model_sharded_state_dict, parameters)
+        numbers = iter(range(len(parameters)))
+        groups = [
+            {**settings, "params": [next(numbers) for _ in group]}
+            for settings, group in zip(self.optimizer.param_groups, self._groups, strict=True)
+        ]
+        inner = {"state": state, "param_groups": groups}
+        optim_state_to_sharding_state(inner, tensors)
+        if steps:
+            inner["state"]["common_step"] = torch.tensor(float(steps))
+        if not self.config.bf16:
+            return inner
+        numbers = iter(range(len(parameters)))
+        main = [
+            [
+                make_sharded_optimizer_tensor(tensors[next(numbers)], found[MAIN][p], "optimizer.state.fp32_param")
+                for p in group
+            ]
+            for group in self._groups
+        ]
+        return {"optimizer": inner, "fp32_from_fp16_params": main}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take this rank's pieces out of whole parameters, as ``sharded_state_dict`` lays them out."""
+        inner = state_dict["optimizer"] if self.config.bf16 else state_dict
+        found: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for number, parameter in enumerate(chain.from_iterable(self._groups)):
+            found[parameter] = dict(inner["state"][number])
+        if self.config.bf16:
+            saved = chain.from_iterable(state_dict["fp32_from_fp16_params"])
+            for parameter, value in zip(chain.from_iterable(self._groups), saved, strict=True):
+                found[parameter][MAIN] = value
+        step = float(inner["state"]["common_step"])
+        for _, _, pieces in self._buckets():
+            for parameter, ranges in pieces.items():
+                mine = self._get_main_param_and_optimizer_states(parameter)
+                for key, value in found[parameter].items():
+                    mine[key].copy_(value.view(-1)[ranges["param"].start : ranges["param"].end])
+                mine["step"].fill_(step)

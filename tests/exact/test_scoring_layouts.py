@@ -1,0 +1,97 @@
+"""Scoring at every layout equals one process: the same utilities, the same picks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.optim.config import OptimConfig
+from megaopus.selection import SelectionConfig, Selector
+from tests.exact.test_engine_layouts import MODELS
+from tests.harness import random_batch, run_ranks, tiny_engine
+
+OPTIMIZERS = {
+    # eps above rounding noise: at 1e-8, an embedding row hardly ever seen turns the last bit into a large step
+    "adamw": OptimConfig(name="adamw", lr=1e-2, eps=1e-4),
+    "muon": OptimConfig(name="muon", lr=1e-2, eps=1e-4, muon_lr=0.02),
+}
+SHAPES = ("gpt2-4-layers", "llama-4-layers")
+COMMON: dict[str, Any] = {"method": "opus", "proxy_batch_size": 4, "score_micro_batch_size": 4, "sketch_dim": 256}
+SETTINGS = {
+    # a whole step: the difference of two fp32 losses is then well above their rounding
+    "directional": {"redundancy": 0.5, "epsilon": 1.0},
+    "directional-blocks": {"layers": r"layers\.[13]\.", "epsilon": 4.0, "score_length": 8},
+    "adjoint": {"estimator": "adjoint", "layers": "all", "proxy_ema": 0.0},
+    "countsketch": {"estimator": "countsketch", "redundancy": 0.5, "sampler": "boltzmann"},
+    "kronecker": {"estimator": "kronecker", "redundancy": 0.5},
+    "high_ppl": {"method": "high_ppl"},
+}
+LAYOUTS = {
+    "dp2": (2, ParallelConfig()),
+    "dp4": (4, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tp=2)),
+    "tp2-sp": (2, ParallelConfig(tp=2, sequence_parallel=True)),
+    "pp2": (2, ParallelConfig(pp=2)),
+    "pp2-vpp2": (2, ParallelConfig(pp=2, vpp=2)),
+    "cp2": (2, ParallelConfig(cp=2)),
+    "tp2-sp-pp2": (4, ParallelConfig(tp=2, pp=2, sequence_parallel=True)),
+    "dp2-tp2-sp": (4, ParallelConfig(tp=2, sequence_parallel=True)),
+    "dp2-pp2": (4, ParallelConfig(pp=2)),
+    "dp2-distributed-optimizer": (2, ParallelConfig(distributed_optimizer=True)),
+}
+
+
+def select(mesh: Mesh, model: str, optimizer: str, parallel: ParallelConfig) -> dict[str, Any]:
+    """(picked ids, utilities) of each setting's steps 2 and 3, after two updates."""
+    engine = tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel)
+    for step in range(2):
+        engine.train_step(random_batch(8, step))
+    found = {}
+    for name, settings in SETTINGS.items():
+        config = SelectionConfig(**{**COMMON, **settings})
+        selector = Selector(
+            config, engine.scoring_backend(), num_selected=6, proxy=lambda step: random_batch(4, 700 + step), seed=7
+        )
+        picks = [selector.select(random_batch(16, step), step) for step in (2, 3)]
+        assert all(pick.method == config.method and not pick.events for pick in picks)
+        found[name] = [(pick.picked_ids.tolist(), pick.utilities) for pick in picks]
+    return found
+
+
+def select_all(parallel: ParallelConfig) -> dict[tuple[str, str], dict[str, Any]]:
+    mesh = Mesh(parallel, "cpu")
+    try:
+        return {
+            (m, o): select(mesh, m, o, parallel)
+            for m in SHAPES
+            for o in OPTIMIZERS
+            if o == "adamw" or not parallel.distributed_optimizer
+        }
+    finally:
+        mesh.close()
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict:
+    return select_all(ParallelConfig())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_picks_and_utilities_are_those_of_one_process(layout: str, one_process: dict) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    ranks = run_ranks(world_size, select_all, parallel)
+    for case, expected in one_process.items():
+        if case not in ranks[0]:  # megatron's distributed optimizer is AdamW's alone
+            continue
+        for name, steps in expected.items():
+            for index, (picked, utilities) in enumerate(steps):
+                for found in ranks:
+                    ids, values = found[case][name][index]
+                    error = float((values - utilities).norm() / utilities.norm())
+                    assert error < 1e-5, f"{case} {name}: relative error {error:.1e}"
+                    assert ids == picked, f"{case} {name}"
+                    assert torch.equal(values, ranks[0][case][name][index][1])  # to the last bit on every rank
