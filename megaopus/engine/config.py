@@ -46,8 +46,11 @@ class EngineConfig:
         megatron = "or engine.name=megatron"
         for key in ("pp", "cp", "vpp"):
             if (degree := getattr(parallel, key)) > 1:
-                yield f"parallel.{key}", degree, "the deepspeed engine has tensor and data parallelism only", (
-                    f"parallel.{key}=1, {megatron}"
+                yield (
+                    f"parallel.{key}",
+                    degree,
+                    "the deepspeed engine has tensor and data parallelism only",
+                    (f"parallel.{key}=1, {megatron}"),
                 )
         if parallel.distributed_optimizer:
             reason = "is megatron's way of sharding the optimizer; the deepspeed engine has engine.zero_stage for it"

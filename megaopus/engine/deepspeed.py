@@ -20,7 +20,7 @@ from megaopus.engine.base import StepResult
 from megaopus.engine.common import data_parallel_share, seed_dropout
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.megatron import token_losses
-from megaopus.engine.zero import Partitions
+from megaopus.engine.zero import ZeroOptimizer
 from megaopus.errors import EngineError
 from megaopus.models.arithmetic import padded_vocab
 from megaopus.models.config import ModelConfig
@@ -84,18 +84,17 @@ class DeepSpeedEngine:
         _sum_partial_gradients(self.module, mesh)
         (optimizer,) = torch_optimizers(optim, self.module, mesh)
         groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        self.group_of = {name: groups[id(p)] for name, p in self.module.named_parameters()}
-        """Parameter name -> index in ``param_groups``."""
+        group_of = {name: groups[id(p)] for name, p in self.module.named_parameters()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.deepspeed, self._zero, _, _ = deepspeed.initialize(
+            self.deepspeed, zero, _, _ = deepspeed.initialize(
                 model=self.module,
                 optimizer=optimizer,
                 config=self._settings(engine.zero_stage),
                 mpu=_Ranks(mesh),
                 dist_init_required=False,
             )
-        self.partitions = Partitions(self._zero, self.module.named_parameters(), mesh.dp_group)
+        self.optimizer = ZeroOptimizer(zero, self.module, group_of, mesh.dp_group)
 
     def _settings(self, stage: int) -> dict[str, Any]:
         """DeepSpeed's own configuration."""
@@ -115,10 +114,9 @@ class DeepSpeedEngine:
             settings["communication_data_type"] = "fp32"
         return settings
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Settings of the torch optimizer by group: lr, betas, eps, weight_decay."""
-        return self._zero.optimizer.param_groups
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of this tensor-parallel rank; the parameters are empty where stage 3 partitions them."""
+        return self.module.named_parameters()
 
     # -- training and evaluation ------------------------------------------------------------------------------------
 
@@ -148,10 +146,7 @@ class DeepSpeedEngine:
 
     def set_lr(self) -> float:
         """Give the optimizer the learning rate of the coming update, and return it."""
-        factor = lr_factor(self._optim_config, self.step, self._total_steps)
-        for group in self.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        return self.param_groups[0]["lr"]
+        return self.optimizer.set_lr(lr_factor(self._optim_config, self.step, self._total_steps))
 
     def evaluate(self, sequences: Candidates) -> Tensor:
         num = len(sequences)
@@ -183,9 +178,26 @@ class DeepSpeedEngine:
         dist.all_gather(parts, local, group=self.mesh.dp_group)
         return torch.cat(parts)
 
-    def whole_parameters(self) -> dict[str, Tensor]:
-        """Name -> fp32 weights of this tensor-parallel rank, gathered over the data-parallel ones; collective."""
-        return {name: self.partitions.whole(name) for name in self.partitions.fragments}
+    def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
+        """Mean gradient of a global batch, dropout off, by parameter name; fp32, whole, the same on every dp rank.
+
+        ``autograd.grad`` leaves ZeRO's gradient hooks alone, so nothing of it enters the next update.
+        """
+        share = data_parallel_share(len(batch), self.mesh)
+        length = min(length or self.seq_len, self.seq_len)
+        parameters = dict(self.module.named_parameters())
+        total = {name: self.optimizer.zeros(name) for name in parameters}
+        self.deepspeed.eval()
+        with self.mesh.megatron():
+            for rows in share.split(math.gcd(len(share), self.micro_batch_size)):
+                loss = token_losses(self.module, self._tokens(batch, rows, length)).mean() * (len(rows) / len(batch))
+                found = torch.autograd.grad(loss, list(parameters.values()))
+                for value, gradient in zip(total.values(), found, strict=True):
+                    value += gradient
+        for value in total.values():
+            dist.all_reduce(value, group=self.mesh.dp_group)
+        self.deepspeed.train()
+        return total
 
     # -- selection and checkpoints ----------------------------------------------------------------------------------
 
@@ -197,12 +209,12 @@ class DeepSpeedEngine:
     def save(self, folder: Path, groups: dict[str, Gradient]) -> None:
         from megaopus.engine.zero_checkpoint import save
 
-        save(folder, self.partitions, self.mesh, groups)
+        save(folder, self.optimizer, self.mesh, groups)
 
     def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
         from megaopus.engine.zero_checkpoint import load
 
-        return load(folder, self.partitions, self.mesh, groups)
+        return load(folder, self.optimizer, self.mesh, groups)
 
 
 class _Ranks:
@@ -246,6 +258,8 @@ def import_deepspeed(on_cpu: bool) -> Any:
             " or use engine.name=megatron"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Shared-memory collectives for CPU inference: every rank would compile them in C++ on its first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 

@@ -2,19 +2,20 @@
 
 Every data-parallel rank owns, of each parameter, one run of its flattened elements (possibly none). Stages 1 and 2 (and
 the optimizer that DeepSpeed takes for stage 1 under bf16) cut the concatenation of a group's parameters into equal
-parts; stage 3 cuts each parameter. ``Partitions`` hides the difference. All tensors are tensor-parallel shards where
-the parameter is one.
+parts; stage 3 cuts each parameter. ``ZeroOptimizer`` hides the difference. "Whole" means of this tensor-parallel rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from megaopus.optim.build import ParameterState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of the size of the weights."""
@@ -40,26 +41,58 @@ class Fragment:
         return whole.reshape(-1).narrow(0, self.start, self.numel)
 
 
-class Partitions:
-    """The fp32 weights and optimizer state under a ZeRO optimizer, by parameter name.
+class ZeroOptimizer:
+    """The fp32 weights and optimizer state under ZeRO, by parameter name, as ``optim.build.MainOptimizer`` offers them.
 
-    ``optimizer``: what ``deepspeed.initialize`` made of a torch optimizer. Methods marked collective are called by every
-    data-parallel rank, in the same order.
+    ``optimizer``: what ``deepspeed.initialize`` made of a torch optimizer; ``group_of``: parameter name -> index of its
+    group. Methods marked collective are called by every data-parallel rank, in the same order.
     """
 
-    def __init__(self, optimizer: Any, named: Iterable[tuple[str, nn.Parameter]], group: dist.ProcessGroup):
+    def __init__(self, optimizer: Any, module: nn.Module, group_of: Mapping[str, int], group: dist.ProcessGroup):
         self._zero = optimizer
         self._group = group
-        self._parameters = dict(named)
+        self._group_of = group_of
+        self._parameters: dict[str, Any] = dict(module.named_parameters())
+        self._bf16 = any(p.dtype == torch.bfloat16 for p in module.parameters())
         self.sharded = hasattr(optimizer, "fp16_partitioned_groups_flat")
         """Stage 3: the model's weights are partitioned too."""
         locate = self._locate_in_parameter if self.sharded else self._locate_in_group
         self.fragments = {name: locate(p) for name, p in self._parameters.items()}
 
+    @property
+    def torch_optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW over this rank's flat fp32 weights."""
+        return [self._zero.optimizer]
+
+    def set_lr(self, factor: float) -> float:
+        """Set every group's learning rate to its peak times ``factor``; returns the first group's."""
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        return self._zero.optimizer.param_groups[0]["lr"]
+
+    def main_weights(self) -> dict[str, Tensor]:
+        """The whole fp32 weights: the parameters themselves where they are that, else copies (collective)."""
+        if self.sharded or self._bf16:
+            return {name: self.whole(name) for name in self._parameters}
+        return dict(self._parameters)
+
+    def states(self) -> list[ParameterState]:
+        """Each parameter's group, step and whole second moment; collective."""
+        steps, optimizer = self.steps(), self._zero.optimizer
+        found = []
+        for name in self._parameters:
+            state = {"step": torch.tensor(float(steps)), "exp_avg_sq": self.whole(name, "exp_avg_sq")} if steps else {}
+            found.append(ParameterState(name, optimizer, optimizer.param_groups[self._group_of[name]], state))
+        return found
+
     def shape(self, name: str) -> torch.Size:
         """Shape of the parameter, also while it is partitioned."""
         parameter = self._parameters[name]
         return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+    def zeros(self, name: str) -> Tensor:
+        """A whole fp32 tensor of zeros for the parameter."""
+        return torch.zeros(self.shape(name), device=self.fragments[name].flat.device)
 
     def _locate_in_parameter(self, parameter: Any) -> Fragment:
         zero = self._zero
@@ -92,11 +125,10 @@ class Partitions:
 
     def whole(self, name: str, key: str = "weight") -> Tensor:
         """The parameter's fp32 weights, or one of MOMENTS, in its shape; collective."""
-        fragment, shape = self.fragments[name], self.shape(name)
-        flat = torch.zeros(shape.numel(), dtype=torch.float32, device=fragment.flat.device)
-        fragment.cut(flat).copy_(self.local(name, key))
-        dist.all_reduce(flat, group=self._group)  # each element is owned by one rank, the others add zero
-        return flat.view(shape)
+        whole = self.zeros(name)
+        self.fragments[name].cut(whole).copy_(self.local(name, key))
+        dist.all_reduce(whole, group=self._group)  # each element is owned by one rank, the others add zero
+        return whole
 
     def _state(self, flat: Tensor) -> dict[str, Tensor]:
         """The torch optimizer's state of ``flat``, made of zeros if there has been no update."""
@@ -122,6 +154,10 @@ class Partitions:
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         self.regather()
+
+    def shards(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Stage 3: (numel,) view of this rank's fragment of the model's own weights (see ``regather``)."""
+        return {n: self._parameters[n].ds_tensor.detach().narrow(0, 0, self.fragments[n].numel) for n in names}
 
     @torch.no_grad()
     def regather(self) -> None:

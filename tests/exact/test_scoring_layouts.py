@@ -9,6 +9,7 @@ import torch
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
+from megaopus.engine.config import EngineConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.selection import SelectionConfig, Selector
 from tests.exact.test_engine_layouts import MODELS
@@ -45,9 +46,11 @@ LAYOUTS = {
 }
 
 
-def select(mesh: Mesh, model: str, optimizer: str, parallel: ParallelConfig) -> dict[str, Any]:
-    """(picked ids, utilities) of each setting's steps 2 and 3, after two updates."""
-    engine = tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel)
+def select(
+    mesh: Mesh, model: str, optimizer: str, parallel: ParallelConfig, kind: EngineConfig | None = None
+) -> dict[str, Any]:
+    """(picked ids, utilities) of each setting's steps 2 and 3, after two updates; ``kind`` of engine."""
+    engine = tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel, engine=kind)
     for step in range(2):
         engine.train_step(random_batch(8, step))
     found = {}
@@ -85,13 +88,17 @@ def test_picks_and_utilities_are_those_of_one_process(layout: str, one_process: 
     world_size, parallel = LAYOUTS[layout]
     ranks = run_ranks(world_size, select_all, parallel)
     for case, expected in one_process.items():
-        if case not in ranks[0]:  # megatron's distributed optimizer is AdamW's alone
-            continue
-        for name, steps in expected.items():
-            for index, (picked, utilities) in enumerate(steps):
-                for found in ranks:
-                    ids, values = found[case][name][index]
-                    error = float((values - utilities).norm() / utilities.norm())
-                    assert error < 1e-5, f"{case} {name}: relative error {error:.1e}"
-                    assert ids == picked, f"{case} {name}"
-                    assert torch.equal(values, ranks[0][case][name][index][1])  # to the last bit on every rank
+        if case in ranks[0]:  # megatron's distributed optimizer is AdamW's alone
+            assert_same_picks([rank[case] for rank in ranks], expected, case)
+
+
+def assert_same_picks(ranks: list[dict[str, Any]], expected: dict[str, Any], case: tuple) -> None:
+    """What ``select`` returned on each rank against what it returned on one process."""
+    for name, steps in expected.items():
+        for index, (picked, utilities) in enumerate(steps):
+            for found in ranks:
+                ids, values = found[name][index]
+                error = float((values - utilities).norm() / utilities.norm())
+                assert error < 1e-5, f"{case} {name}: relative error {error:.1e}"
+                assert ids == picked, f"{case} {name}"
+                assert torch.equal(values, ranks[0][name][index][1])  # to the last bit on every rank
