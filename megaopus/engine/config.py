@@ -44,7 +44,7 @@ class EngineConfig:
         if self.name != "deepspeed":
             return
         megatron = "or engine.name=megatron"
-        for key in ("pp", "cp", "vpp"):
+        for key in ("pp", "cp"):
             if (degree := getattr(parallel, key)) > 1:
                 yield (
                     f"parallel.{key}",
