@@ -110,7 +110,9 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
 
 def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> MegatronEngine | DeepSpeedEngine:
     """The engine of this rank; ``vocab_size`` is the tokenizer's."""
-    kind = {"megatron": MegatronEngine, "deepspeed": DeepSpeedEngine}[config.engine.name]
+    kind: type[MegatronEngine | DeepSpeedEngine] = MegatronEngine
+    if config.engine.name == "deepspeed":
+        kind = DeepSpeedEngine
     return kind(
         mesh,
         model=config.model,

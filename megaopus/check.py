@@ -207,12 +207,10 @@ def _zero_memory(zero_stage: int, count: int, precision: str, shards: int) -> di
     """Weights and gradients of a rank's ``count`` parameters under ZeRO, whose update works on fp32 copies always."""
     width = 4 if precision == "fp32" else 2
     model, gradients = (shards if zero_stage == 3 else 1), (shards if zero_stage >= 2 else 1)
-    parts = {1: "fp32 copies", 2: "fp32 copies", 3: "both"}[zero_stage]
+    parts = "both" if zero_stage == 3 else "the copies"
+    how = f"{precision} and fp32 copies, {parts} over {shards} ranks"
     return {
-        "weights": (
-            width * count // model + 4 * count // shards,
-            f"{precision} and fp32 copies; {parts} over {shards}",
-        ),
+        "weights": (width * count // model + 4 * count // shards, how),
         "gradients": (4 * count // gradients, f"fp32, over {gradients} ranks, without buckets"),
     }
 

@@ -1,7 +1,7 @@
 """The DeepSpeed engine as the selector sees it: data- and tensor-parallel ranks, weights as ZeRO keeps them.
 
-Under stage 3 each forward and backward pass gathers weights from all data-parallel ranks. They make equally many passes:
-candidates and proxy are shared evenly.
+Under stage 3 each forward and backward pass gathers weights from all data-parallel ranks. They make equally many
+passes: candidates and proxy are shared evenly.
 """
 
 from __future__ import annotations
