@@ -21,6 +21,7 @@ from megaopus.models.arithmetic import (
     stage_weights,
     training_flops_per_token,
 )
+from megaopus.selection.config import SKETCHES
 
 SCORING_COST = {
     "directional": (2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
@@ -100,7 +101,8 @@ def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
     num_candidates, tokens = config.num_candidates(), train.global_batch_size * config.data.seq_len
     steps_per_epoch = data.sequences["pool"] / num_candidates
     rows = {
-        "data-parallel ranks (dp)": f"{dp} = {world_size} ranks / (tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp})",
+        "data-parallel ranks (dp)": f"{dp} = {world_size} ranks"
+        f" / (tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp})",
         "micro-batches per step": f"{train.global_batch_size // (dp * train.micro_batch_size)} on each rank",
         "vocabulary": f"{data.vocab_size:,}, padded to {padded_vocab(data.vocab_size):,}"
         f" (a multiple of {VOCAB_MULTIPLE})",
@@ -247,7 +249,7 @@ def _in_flight(config: RunConfig, world_size: int, stage: int) -> int:
 
 
 def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight]) -> dict[str, tuple[int, str]]:
-    """Selection runs with tp = pp = 1: each rank holds every weight."""
+    """What scoring adds on a rank that holds ``weights``."""
     selection, count = config.selection, sum(weight.numel for weight in weights)
     if selection.method != "opus":
         return {}
@@ -255,16 +257,20 @@ def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight])
     rows = {"proxy gradient": (4 * count * (1 + average), "fp32, with its running average" if average else "fp32")}
     if selection.estimator == "directional":
         rows["direction"] = (8 * count, "fp32 direction and a copy of the weights to restore")
+    elif selection.estimator == "adjoint":
+        rows["update on the proxy"] = (4 * count, "fp32, P g_proxy of each matrix")
     elif selection.estimator == "exact":
         rows["exact gradients"] = (16 * count, "float64 weights and one candidate's gradient")
-    else:
-        sketched = [weight for weight in weights if _is_sketched(weight, config)]
-        rows["hashes"] = (5 * sum(weight.numel for weight in sketched), "bucket and sign of each sketched weight")
-        # Redundancy needs the sketches of this rank's whole share; the alignment alone those of one micro-batch.
-        share = config.num_candidates() // world_size
+    sketched = [weight for weight in weights if _is_sketched(weight, config)]
+    if selection.estimator in SKETCHES or (selection.redundancy and selection.estimator != "exact"):
+        if selection.derived_sketch() == "countsketch":
+            rows["hashes"] = (9 * sum(weight.numel for weight in sketched), "bucket and sign of each sketched weight")
+        # The alignment needs one micro-batch of one layer at a time, the Gram matrix all of this rank's candidates.
+        share = config.num_candidates() // (world_size // config.parallel.model_ranks)
         kept = share if selection.redundancy else min(share, selection.score_micro_batch_size)
-        size = 4 * kept * len(sketched) * selection.sketch_dim
-        rows["sketches"] = (size, f"fp32, {kept} candidates x {len(sketched)} matrices x {selection.sketch_dim}")
+        layers = len(sketched) if selection.redundancy else 1
+        size = 4 * kept * layers * selection.sketch_dim
+        rows["sketches"] = (size, f"fp32, {kept} candidates x {layers} matrices x {selection.sketch_dim}")
     return rows
 
 

@@ -199,6 +199,10 @@ def _candidates(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     elif config.selection.method != "uniform" and num % dp:
         reason = f"{num} candidates (global_batch_size / rho) cannot be shared evenly by dp = {dp} ranks"
         yield Problem("selection.rho", rho, reason, f"make global_batch_size / rho a multiple of {dp}")
+    elif config.selection.method != "uniform" and config.parallel.vpp > 1 and num // dp % config.parallel.pp:
+        pp = config.parallel.pp
+        reason = f"{num // dp} candidates per dp rank are not a multiple of parallel.pp = {pp}, as parallel.vpp needs"
+        yield Problem("selection.rho", rho, reason, f"make global_batch_size / rho a multiple of {dp * pp}")
 
 
 @_rule("selection.proxy_batch_size", "selection.method", "parallel")
@@ -254,18 +258,14 @@ def _max_positions(config: RunConfig, world_size: int | None) -> Iterator[Proble
 # -- selection -------------------------------------------------------------------------------------------------------
 
 
-@_rule("selection.method", "parallel")
-def _scoring_layout(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    parallel, method = config.parallel, config.selection.method
-    if method != "uniform" and (parallel.model_ranks > 1 or parallel.distributed_optimizer):
-        reason = "scoring runs with tp = pp = cp = 1 and without parallel.distributed_optimizer in this version"
-        yield Problem("selection.method", method, reason, "set these so, or selection=uniform")
-
-
-@_rule("selection.estimator", "selection.method", "model", "data.path", "data.seq_len")
+@_rule("selection.estimator", "selection.method", "model", "data.path", "data.seq_len", "parallel")
 def _exact_estimator(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     if config.selection.method != "opus" or config.selection.estimator != "exact":
         return
+    if config.parallel.model_ranks > 1:
+        reason = "one float64 gradient per candidate is taken of a whole model: it needs tp = pp = cp = 1"
+        remedy = "selection.estimator=adjoint or directional work at every layout"
+        yield Problem("selection.estimator", "exact", reason, remedy)
     vocab_size = config.model.vocab_size or read_manifest(Path(config.data.path)).get("vocab_size")
     if not isinstance(vocab_size, int):
         return  # no readable corpus: another rule says so

@@ -82,7 +82,7 @@ class MegatronEngine:
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=sharded
             )
-            self.ddp = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
+            self.ddp: Any = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
             no_sync = [ddp.no_sync for ddp in self.ddp]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             config.finalize_model_grads_func = finalize_model_grads
@@ -91,8 +91,8 @@ class MegatronEngine:
             )
             self._schedule = get_forward_backward_func()
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(local name, parameter) over the chunks of this rank; the chunk's number comes first where there are several."""
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """(local name, parameter) over this rank's chunks; of several, the names begin with the chunk's number."""
         return self.module.named_parameters()
 
     # -- training and evaluation ------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class MegatronEngine:
         return losses[:num]
 
     def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
-        """Mean gradient of a global batch, dropout off, by local parameter name; fp32, the same on every dp rank.
+        """Mean gradient of a global batch, dropout off, by whole-model name; fp32, the same on every dp rank.
 
         The training path (schedule, DDP reduction) without the update; training gradients are overwritten. Raises
         ValueError if ``batch`` cannot be split evenly over the dp ranks (and, with vpp, into groups of pp).
@@ -146,7 +146,8 @@ class MegatronEngine:
             micro = math.gcd(group_size, self.micro_batch_size)
             self.run_local(batch, share, micro, length, forward_only=False, whole_gradient=True)
         # main_grad: megatron's DDP keeps each parameter's reduced gradient there
-        gradient = {name: p.main_grad.clone() for name, p in self.named_parameters()}
+        names = dict(whole_names(self.module))
+        gradient = {names[local]: p.main_grad.clone() for local, p in self.named_parameters()}
         self.ddp.train()
         return gradient
 
@@ -284,7 +285,7 @@ class MegatronEngine:
         from megatron.core import dist_checkpointing
 
         weights = dict(self.named_parameters())
-        names = list(whole_names(self.module, self.tied))
+        names = list(whole_names(self.module))
         empty = {
             group: {name: torch.empty_like(weights[local], dtype=torch.float32) for local, name in names}
             for group in groups
@@ -300,7 +301,7 @@ class MegatronEngine:
         """Weights, optimizer state, and groups of tensors by whole-model name, sharded as the parameters are."""
         from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
-        model_state = {}
+        model_state: dict[str, Any] = {}
         for index, chunk in enumerate(self.chunks):
             prefix = f"{index}." if len(self.chunks) > 1 else ""
             model_state |= {prefix + name: value for name, value in chunk.sharded_state_dict().items()}
@@ -311,7 +312,7 @@ class MegatronEngine:
         for group, values in groups.items():
             state[group] = {
                 local: make_sharded_optimizer_tensor(model_state[local], values[name], prefix=group)
-                for local, name in whole_names(self.module, self.tied)
+                for local, name in whole_names(self.module)
             }
         return state
 

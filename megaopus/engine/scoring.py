@@ -48,7 +48,7 @@ class MegatronScoringBackend(ModuleBackend):
             micro_batch_size=engine.micro_batch_size,
         )
         local = dict(engine.named_parameters())
-        self._weights = {name: local[own] for own, name in whole_names(engine.module, engine.tied)}
+        self._weights = {name: local[own] for own, name in whole_names(engine.module)}
         self._shards = dict(self._find_shards())
 
     # -- what there is ----------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ class MegatronScoringBackend(ModuleBackend):
     def parameters(self) -> dict[str, Tensor]:
         """The fp32 weights that the optimizer updates: under bf16 the main copies, gathered where sharded."""
         main = self._engine.optimizer.main_weights()
-        return {name: main[own] for own, name in whole_names(self._engine.module, self._engine.tied)}
+        return {name: main[own] for own, name in whole_names(self._engine.module)}
 
     def shards(self) -> dict[str, Shard]:
         return self._shards
@@ -71,7 +71,7 @@ class MegatronScoringBackend(ModuleBackend):
             shape = self._shape(p)
             if size == 1 or len(shape) != 2 or not getattr(p, "tensor_model_parallel", False):
                 continue
-            dim = p.partition_dim  # type: ignore[attr-defined]
+            dim = p.partition_dim
             gated = self._engine.gated and ".linear_fc1." in name
             whole = torch.arange(shape[dim] * size, device=p.device)
             index = shard(whole.unsqueeze(1 - dim), p, rank, size, gated).flatten()
@@ -90,7 +90,7 @@ class MegatronScoringBackend(ModuleBackend):
     def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
         """P_t with the learning rate of the coming update, not that of the last one."""
         self._engine.set_lr()
-        names = dict(whole_names(self._engine.module, self._engine.tied))
+        names = dict(whole_names(self._engine.module))
         held = (
             Held(names[each.name], self._weights[names[each.name]], each.optimizer, each.group, each.state)
             for each in self._engine.optimizer.states()
@@ -99,8 +99,7 @@ class MegatronScoringBackend(ModuleBackend):
 
     def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
         """The training path without the update: megatron's schedule and DDP's reduction."""
-        found = self._engine.mean_gradient(proxy, length)
-        return {name: found[own] for own, name in whole_names(self._engine.module, self._engine.tied)}
+        return self._engine.mean_gradient(proxy, length)
 
     @contextmanager
     def perturbed(self, direction: Gradient, scale: float) -> Iterator[None]:

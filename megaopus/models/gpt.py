@@ -145,15 +145,18 @@ def global_names(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
         layers = chunk.decoder.layers
         offset = layers[0].layer_number - 1 if len(layers) else 0
         for name, parameter in chunk.named_parameters():
-            renamed = re.sub(r"^decoder\.layers\.(\d+)", lambda m, o=offset: f"decoder.layers.{int(m[1]) + o}", name)
-            yield prefix + name, renamed, parameter
+            if match := re.match(r"decoder\.layers\.(\d+)", name):
+                yield prefix + name, f"decoder.layers.{int(match[1]) + offset}{name[match.end() :]}", parameter
+            else:
+                yield prefix + name, name, parameter
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
-def whole_names(module: nn.Module, tied: bool) -> Iterator[tuple[str, str]]:
+def whole_names(module: nn.Module) -> Iterator[tuple[str, str]]:
     """(local name, name in the whole model) of each parameter of a rank; the copies of a tied matrix have one name."""
+    tied = model_chunks(module)[0].share_embeddings_and_output_weights
     for local, name, _ in global_names(module):
         yield local, EMBEDDING if tied and name == "output_layer.weight" else name
 
@@ -210,23 +213,22 @@ def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> 
 
 
 def full_parameters(module: nn.Module, mesh: Mesh, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Every whole parameter by its global name, on every rank, gathered over tp and pp (a collective call).
+    """Every whole parameter by its whole-model name, on every rank, gathered over tp and pp (a collective call).
 
-    ``values`` (by local name, shaped like the parameters) is gathered instead of the weights, if given.
+    ``values`` (by whole-model name, shaped like this rank's parameters) is gathered instead of the weights, if given.
     """
     local: dict[str, Tensor] = {}
-    for name, renamed, parameter in global_names(module):
+    parameters = dict(module.named_parameters())
+    for own, name in whole_names(module):
+        parameter = parameters[own]
         value = (parameter if values is None else values[name]).detach().contiguous()
         parts = [value]
         if mesh.shape.tp > 1 and getattr(parameter, "tensor_model_parallel", False):
             parts = [torch.empty_like(value) for _ in range(mesh.shape.tp)]
             dist.all_gather(parts, value, group=mesh.tp_group)
-        local[renamed] = unshard(parts, parameter, _is_gated(module, renamed)).cpu()
+        local[name] = unshard(parts, parameter, _is_gated(module, name)).cpu()
     if mesh.shape.pp == 1:
         return local
     stages: list[Any] = [None] * mesh.shape.pp
     dist.all_gather_object(stages, local, group=mesh.pp_group)
-    merged = {name: value for stage in reversed(stages) for name, value in stage.items()}
-    if model_chunks(module)[0].share_embeddings_and_output_weights:
-        merged.pop("output_layer.weight", None)  # a copy of the embedding on the last stage
-    return merged
+    return {name: value for stage in reversed(stages) for name, value in stage.items()}

@@ -92,7 +92,7 @@ class MainOptimizer:
         if self._sharded:
             whole = self.chained.chained_optimizers[0].whole("param")
             return {name: whole[p] for name, p in self._module.named_parameters()}
-        return {name: p.main_param for name, p in self._module.named_parameters()}
+        return {name: p.main_param for name, p in self._module.named_parameters()}  # type: ignore[attr-defined]
 
     def _gathered_states(self) -> list[ParameterState]:
         wrapped = self.chained.chained_optimizers[0]

@@ -34,7 +34,7 @@ class ShardedAdamW(DistributedOptimizer):
 
     def __init__(
         self,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         config: Any,
         ddp: Sequence[Any],
         mesh: Mesh,
@@ -77,13 +77,13 @@ class ShardedAdamW(DistributedOptimizer):
         values: dict[nn.Parameter, Tensor] = {}
         for buffer, index, pieces in self._buckets():
             bucket = buffer.buckets[index]
-            ranks = dist.get_world_size(self.data_parallel_group)
-            local = bucket.grad_data.new_zeros(bucket.grad_data.numel() // ranks, dtype=torch.float32)
+            flat = torch.empty_like(bucket.grad_data, dtype=torch.float32)
+            parts = list(flat.chunk(dist.get_world_size(self.data_parallel_group)))
+            local = torch.zeros_like(parts[0])
             for parameter, ranges in pieces.items():
                 piece = self._get_main_param_and_optimizer_states(parameter)[key]
                 local[ranges["gbuf_local"].start : ranges["gbuf_local"].end] = piece
-            flat = local.new_empty(bucket.grad_data.numel())
-            dist.all_gather_into_tensor(flat, local, group=self.data_parallel_group)
+            dist.all_gather(parts, local, group=self.data_parallel_group)
             for parameter, (start, end, where) in buffer.param_index_map.items():
                 if where == index:
                     part = flat[start - bucket.offset : end - bucket.offset]
@@ -117,7 +117,7 @@ class ShardedAdamW(DistributedOptimizer):
             {**settings, "params": [next(numbers) for _ in group]}
             for settings, group in zip(self.optimizer.param_groups, self._groups, strict=True)
         ]
-        inner = {"state": state, "param_groups": groups}
+        inner: dict[str, Any] = {"state": state, "param_groups": groups}
         optim_state_to_sharding_state(inner, tensors)
         if steps:
             inner["state"]["common_step"] = torch.tensor(float(steps))

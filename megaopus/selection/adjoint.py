@@ -37,12 +37,14 @@ def adjoint_utilities(
 
     def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
         q = matrices[layer.parameter].to(grad_b.dtype)
-        if layer.kind == "linear":
-            product = act_a.to(grad_b.dtype) @ q.t()
-        else:
+        if layer.kind == "embedding":
             index, mine = local_rows(layer, len(q), act_a)
-            product = q[index] * mine.unsqueeze(-1)
-        parts[rows] += (product * grad_b).flatten(1).sum(1, dtype=torch.float64)
+            product = q[index] * mine.unsqueeze(-1) * grad_b
+        elif q.shape[0] > q.shape[1]:  # b^T Q a from the side whose product is narrower
+            product = (grad_b @ q) * act_a
+        else:
+            product = (act_a.to(grad_b.dtype) @ q.t()) * grad_b
+        parts[rows] += product.flatten(1).sum(1, dtype=torch.float64)
 
     with torch.no_grad():
         backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)

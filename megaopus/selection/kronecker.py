@@ -13,7 +13,7 @@ from torch import Tensor
 from megaopus.selection.backend import Candidates, GhostLayer, Gradient, ScoringBackend, UpdateOperator
 from megaopus.selection.ghost import local_rows
 from megaopus.selection.layers import ghost_layers
-from megaopus.selection.sketch import alignments, hashes, spread_dim, sum_proxies, whole_coordinates
+from megaopus.selection.sketch import hashes, spread_dim, sum_proxies, whole_coordinates
 
 
 def sketch_shape(dim: int) -> tuple[int, int]:
@@ -54,7 +54,9 @@ class KroneckerEstimator:
             left, right = self._sketches(backend, name, weight, None)
             psi[name] = left @ weight @ right.t() * (name in counted)
         psi = sum_proxies(backend, psi)
-        phi = {name: value.new_zeros(len(candidates), *self._shape) for name, value in psi.items()}
+        parts = torch.zeros(len(candidates), dtype=torch.float64, device=backend.device)
+        size = self._shape[0] * self._shape[1]
+        phi = {name: value.new_zeros(len(candidates), size) for name, value in psi.items() if keep_sketches}
 
         def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
             left, right = folded[layer.parameter]
@@ -64,12 +66,14 @@ class KroneckerEstimator:
             else:
                 index, mine = local_rows(layer, left.shape[1], act_a)
                 of_rows, of_columns = left.t()[index] * mine.unsqueeze(-1), grad_b @ right.t()
-            phi[layer.parameter][rows] += torch.bmm(of_rows.transpose(1, 2), of_columns)
+            sketch = torch.bmm(of_rows.transpose(1, 2), of_columns).flatten(1)
+            parts[rows] += (sketch * psi[layer.parameter].flatten()).sum(1, dtype=torch.float64)
+            if keep_sketches:
+                phi[layer.parameter][rows] += sketch
 
         with torch.no_grad():
             backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
-        kept = {name: value.flatten(1) for name, value in phi.items()} if keep_sketches else None
-        return alignments(phi, psi), kept
+        return parts, phi if keep_sketches else None
 
     def _sketches(
         self, backend: ScoringBackend, name: str, weight: Tensor, spread: int | None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megaopus.selection import noise
+from megaopus.selection.adjoint import adjoint_utilities
 from megaopus.selection.backend import Candidates, GhostLayer, Gradient, ScoringBackend, UpdateOperator
 from megaopus.selection.ghost import per_sample_gradient
 from megaopus.selection.layers import ghost_layers
@@ -31,6 +32,10 @@ class CountSketch:
         if factor is not None:
             weight = weight * factor.to(rows.dtype)
         return rows.new_zeros(len(rows), self.dim).scatter_add_(1, self._bucket.expand_as(rows), rows * weight)
+
+    def transpose(self, sketch: Tensor) -> Tensor:
+        """(m,) -> (d,): Pi^T, so that <Pi x, s> = <x, Pi^T s>."""
+        return sketch[self._bucket] * self._sign.to(sketch.dtype)
 
 
 def hashes(name: str, indices: Tensor, dim: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -93,11 +98,29 @@ class CountSketchEstimator:
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """((n,) float64 parts of the alignments, sketches (n, m) by layer or None); of this rank's candidates.
 
-        The inner products of the sketches, once summed over parts, estimate the Gram matrix <P g_z, P g_s>.
+        The inner products of the sketches, once summed over parts, estimate the Gram matrix <P g_z, P g_s>. Where only
+        alignments are asked for, no candidate is sketched: <Pi P g_z, psi> = <g_z, P Pi^T psi> is adjoint scoring of
+        the proxy's sketch carried back, the same number without any per-sample gradient.
         Raises RuntimeError naming any layer whose activations could not be captured.
         """
         uses = self.layers(backend)
         proxy = self._proxy(backend, uses, proxy_gradient)
+        if not keep_sketches:
+            carried = {
+                name: self._of(backend, name, proxy_gradient[name], None).transpose(psi).view_as(proxy_gradient[name])
+                for name, psi in proxy.items()
+            }
+            parts = adjoint_utilities(
+                backend,
+                candidates,
+                operator,
+                carried,
+                layers=self._which,
+                length=length,
+                micro_batch_size=micro_batch_size,
+            )
+            return parts, None
+        parts = torch.zeros(len(candidates), dtype=torch.float64, device=backend.device)
         phi = {name: psi.new_zeros(len(candidates), self._dim) for name, psi in proxy.items()}
 
         def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
@@ -105,12 +128,15 @@ class CountSketchEstimator:
             grad_b = grad_b.to(weight.dtype)
             for part in torch.arange(len(grad_b)).split(max(1, _CHUNK_ELEMENTS // weight.numel())):
                 span = slice(int(part[0]), int(part[-1]) + 1)
-                into = phi[layer.parameter][rows.start + span.start : rows.start + span.stop]
-                into += self._sketch(backend, layer, weight, operator, act_a[span], grad_b[span])
+                sketch = self._sketch(backend, layer, weight, operator, act_a[span], grad_b[span])
+                where = slice(rows.start + span.start, rows.start + span.stop)
+                # linear in the sketch: parts of it, by shard or by use, give parts of the alignment
+                parts[where] += (sketch * proxy[layer.parameter]).sum(1, dtype=torch.float64)
+                phi[layer.parameter][where] += sketch
 
         with torch.no_grad():
             backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
-        return alignments(phi, proxy), phi if keep_sketches else None
+        return parts, phi
 
     def _proxy(self, backend: ScoringBackend, uses: list[GhostLayer], gradient: Gradient) -> dict[str, Tensor]:
         """psi (m,) by layer, of whole matrices: one message where ranks share them."""
@@ -168,8 +194,3 @@ def sum_proxies(backend: ScoringBackend, psi: dict[str, Tensor]) -> dict[str, Te
         return psi
     whole = backend.sum_shards(torch.stack([value.flatten() for value in psi.values()]))
     return {name: row.view_as(value) for (name, value), row in zip(psi.items(), whole, strict=True)}
-
-
-def alignments(phi: dict[str, Tensor], psi: dict[str, Tensor]) -> Tensor:
-    """(n,) float64: sum over layers of <phi, psi>; linear in phi, so parts of phi give parts of the alignment."""
-    return torch.stack([(phi[name] * psi[name]).flatten(1).sum(1, dtype=torch.float64) for name in phi]).sum(0)

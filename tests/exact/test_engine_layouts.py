@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from benchmarks.reference_gpt import ReferenceGPT
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
+from megaopus.engine.megatron import MegatronEngine
 from megaopus.models.config import ModelConfig
-from megaopus.models.gpt import full_parameters
+from megaopus.models.gpt import full_parameters, whole_names
 from megaopus.optim.config import OptimConfig
+from tests.exact.resume_runs import free_ports
 from tests.harness import TINY, random_batch, run_ranks, tiny_engine
 
 LLAMA = ModelConfig(
@@ -42,36 +46,128 @@ OPTIMIZERS = {
 }
 
 
-def train(
-    mesh: Mesh, model: str, optimizer: str, parallel: ParallelConfig, engine: EngineConfig | None = None
-) -> tuple:
-    """(losses, gradient norms, whole parameters, validation losses) of four steps of eight sequences."""
-    built = tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel, engine=engine)
-    results = [built.train_step(random_batch(8, step)) for step in range(4)]
-    evaluation = built.evaluate(random_batch(5, 99))
-    weights = full_parameters(built.module, mesh, built.optimizer.main_weights())
-    return [r.loss for r in results], [r.grad_norm for r in results], weights, evaluation
+Case = tuple[str, str]
+"""(model, optimizer)"""
+STEPS = 4
 
 
-# (model, optimizer)
+def build(mesh: Mesh, case: Case, parallel: ParallelConfig, engine: EngineConfig | None = None) -> MegatronEngine:
+    model, optimizer = case
+    return tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel, engine=engine)
+
+
+def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str, dict[str, torch.Tensor]]:
+    """Losses, gradient norms and validation losses of updates of eight sequences; whole weights, a gradient and state.
+
+    The state is the second moment, or Muon's momentum.
+    """
+    results = [built.train_step(random_batch(8, step)) for step in range(first, last)]
+    names = dict(whole_names(built.module))
+    states = {
+        names[s.name]: s.state.get("exp_avg_sq", s.state.get("momentum_buffer")) for s in built.optimizer.states()
+    }
+    weights = {names[own]: value for own, value in built.optimizer.main_weights().items()}
+    return {
+        "weights": full_parameters(built.module, built.mesh, weights),
+        "state": full_parameters(built.module, built.mesh, states),
+        "gradient": full_parameters(built.module, built.mesh, built.mean_gradient(random_batch(8, 98))),
+        "numbers": {
+            "losses": torch.tensor([r.loss for r in results]),
+            "gradient norms": torch.tensor([r.grad_norm for r in results]),
+            "validation losses": built.evaluate(random_batch(5, 99)),
+        },
+    }
+
+
+def save(built: MegatronEngine, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    built.save(folder, {"average": built.mean_gradient(random_batch(8, 97))})
+
+
+def resume(built: MegatronEngine, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The update after the saved one, and the group that was saved with it."""
+    average = built.load(folder, ["average"])["average"]
+    built.step = STEPS
+    return {"average": full_parameters(built.module, built.mesh, average), **train(built, STEPS, STEPS + 1)}
+
+
 EVERY = [(m, o) for m in ("gpt2", "llama") for o in OPTIMIZERS]
-TWO = [("gpt2", "muon"), ("llama", "adamw")]
-ADAMW = [(m, "adamw") for m in ("gpt2", "llama")]
-DEEP = [("gpt2-4-layers", "adamw"), ("llama-4-layers", "muon")]
+ADAMW = [("llama", "adamw"), ("gpt2", "adamw")]
+DEEP = [("llama-4-layers", "muon"), ("gpt2-4-layers", "adamw")]
+LAYOUTS = {
+    "dp2": (2, ParallelConfig(), EVERY),
+    "tp2": (2, ParallelConfig(tp=2), EVERY),
+    "tp2-sequence-parallel": (2, ParallelConfig(tp=2, sequence_parallel=True), EVERY),
+    "pp2": (2, ParallelConfig(pp=2), EVERY),
+    "pp2-vpp2": (2, ParallelConfig(pp=2, vpp=2), DEEP),
+    "cp2": (2, ParallelConfig(cp=2), EVERY),
+    "dp2-distributed-optimizer": (2, ParallelConfig(distributed_optimizer=True), ADAMW),
+    "tp2-pp2": (4, ParallelConfig(tp=2, pp=2), EVERY),
+    "cp2-tp2-sequence-parallel": (4, ParallelConfig(cp=2, tp=2, sequence_parallel=True), EVERY),
+    "cp2-pp2-vpp2": (4, ParallelConfig(cp=2, pp=2, vpp=2), DEEP),
+    "dp2-cp2": (4, ParallelConfig(cp=2), EVERY),
+    "dp2-cp2-distributed-optimizer": (4, ParallelConfig(cp=2, distributed_optimizer=True), ADAMW),
+    "dp2-tp2-distributed-optimizer": (4, ParallelConfig(tp=2, distributed_optimizer=True), ADAMW),
+    "dp2-pp2-vpp2-distributed-optimizer": (4, ParallelConfig(pp=2, vpp=2, distributed_optimizer=True), DEEP[1:]),
+}
+SAVED = (
+    "tp2-pp2",
+    "cp2-tp2-sequence-parallel",
+    "pp2-vpp2",
+    "dp2-distributed-optimizer",
+    "dp2-tp2-distributed-optimizer",
+    "dp2-pp2-vpp2-distributed-optimizer",
+)
+"""Layouts whose checkpoints are tried: they go on from one process's, and one process from theirs."""
+RESUMED = {LAYOUTS[layout][2][0] for layout in SAVED}
 
 
-def train_all(parallel: ParallelConfig, cases: Sequence[tuple[str, str]]) -> dict:
-    """Every case at one layout."""
+def train_layouts(ports: dict[str, int], folder: Path) -> dict[str, dict]:
+    """What this rank finds at each layout (name -> port), each with a process group for itself."""
+    found = {}
+    for layout, port in ports.items():
+        os.environ["MASTER_PORT"] = str(port)
+        found[layout] = train_layout(layout, folder)
+    return found
+
+
+def train_layout(layout: str, folder: Path) -> dict:
+    """Its cases; where checkpoints are tried, the first also saves one and goes on from one process's."""
+    _, parallel, cases = LAYOUTS[layout]
     mesh = Mesh(parallel, "cpu")
     try:
-        return {case: train(mesh, *case, parallel) for case in cases}
+        found: dict = {}
+        for case in cases:
+            built = build(mesh, case, parallel)
+            found[case] = train(built)
+            if layout in SAVED and case == cases[0]:
+                save(built, folder / layout)
+                found["resumed"] = resume(build(mesh, case, parallel), folder / "-".join(case))
+        return found
     finally:
         mesh.close()
 
 
 @pytest.fixture(scope="module")
-def one_process() -> dict:
-    return train_all(ParallelConfig(), [*EVERY, *DEEP])
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def one_process(folder: Path) -> dict:
+    """Every case on one process; what it gives when it goes on, under ("resumed", case)."""
+    mesh = Mesh(ParallelConfig(), "cpu")
+    try:
+        found = {}
+        for case in (*EVERY, *DEEP):
+            built = build(mesh, case, ParallelConfig())
+            found[case] = train(built)
+            if case in RESUMED:
+                save(built, folder / "-".join(case))
+                found["resumed", case] = resume(build(mesh, case, ParallelConfig()), folder / "-".join(case))
+        return found
+    finally:
+        mesh.close()
 
 
 @pytest.fixture
@@ -81,51 +177,50 @@ def mesh() -> Iterator[Mesh]:
     alone.close()
 
 
-LAYOUTS = {
-    "dp2": (2, ParallelConfig(), EVERY),
-    "tp2": (2, ParallelConfig(tp=2), EVERY),
-    "tp2-sequence-parallel": (2, ParallelConfig(tp=2, sequence_parallel=True), EVERY),
-    "pp2": (2, ParallelConfig(pp=2), EVERY),
-    "tp2-pp2": (4, ParallelConfig(tp=2, pp=2), EVERY),
-    "cp2": (2, ParallelConfig(cp=2), EVERY),
-    "cp2-tp2": (4, ParallelConfig(cp=2, tp=2, sequence_parallel=True), TWO),
-    "dp2-cp2": (4, ParallelConfig(cp=2), TWO),
-    "dp2-distributed-optimizer": (2, ParallelConfig(distributed_optimizer=True), ADAMW),
-    "dp2-tp2-distributed-optimizer": (4, ParallelConfig(tp=2, distributed_optimizer=True), ADAMW),
-    "pp2-vpp2": (2, ParallelConfig(pp=2, vpp=2), DEEP),
-}
+@pytest.fixture(scope="module")
+def ranks(one_process: dict, folder: Path) -> dict[str, list[dict]]:
+    """Layout -> what each rank found. Starting a process takes longer than its work: one start for each world size."""
+    found: dict[str, list[dict]] = {}
+    for world_size in (2, 4):
+        names = [layout for layout, (size, _, _) in LAYOUTS.items() if size == world_size]
+        ports = dict(zip(names, free_ports(len(names)), strict=True))
+        results = run_ranks(world_size, train_layouts, ports, folder, timeout_s=300)
+        found |= {layout: [result[layout] for result in results] for layout in names}
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_process(layout: str, one_process: dict) -> None:
-    world_size, parallel, cases = LAYOUTS[layout]
-    ranks = run_ranks(world_size, train_all, parallel, cases)
-    for case in cases:
-        assert_same_training([rank[case] for rank in ranks], one_process[case], case)
+def test_layout_equals_one_process(layout: str, ranks: dict, one_process: dict) -> None:
+    for found in ranks[layout]:
+        for case in LAYOUTS[layout][2]:
+            assert_close(found[case], one_process[case], case)
 
 
-def assert_same_training(ranks: list[tuple], expected: tuple, case: tuple) -> None:
-    """What ``train`` returned on each rank against what it returned on one process."""
-    losses, norms, weights, evaluation = expected
-    for found in ranks:
-        assert_close(found[0], losses, case)
-        assert_close(found[1], norms, case)
-        assert found[2].keys() == weights.keys()
-        for name, value in weights.items():
-            error = (found[2][name] - value).norm() / value.norm()
-            assert error < 1e-5, f"{case} {name}: relative error {error:.1e}"
-        torch.testing.assert_close(found[3], evaluation, rtol=1e-5, atol=0)
+@pytest.mark.parametrize("layout", SAVED)
+def test_checkpoints_go_from_one_layout_to_another(
+    layout: str, ranks: dict, one_process: dict, folder: Path, mesh: Mesh
+) -> None:
+    case = LAYOUTS[layout][2][0]
+    expected = one_process["resumed", case]
+    for found in ranks[layout]:
+        assert_close(found["resumed"], expected, "from one process")
+    assert_close(resume(build(mesh, case, ParallelConfig()), folder / layout), expected, "to one process")
 
 
-def assert_close(found: list[float], expected: list[float], case: tuple) -> None:
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0, msg=str(case))
+def assert_close(found: dict, expected: dict, case: object) -> None:
+    """Each tensor within 1e-5, by norm."""
+    for kind, tensors in expected.items():
+        assert found[kind].keys() == tensors.keys()
+        for name, value in tensors.items():
+            error = (found[kind][name] - value).norm() / value.norm()
+            assert error < 1e-5, f"{case} {kind} {name}: relative error {error:.1e}"
 
 
 def test_recompute_changes_nothing(one_process: dict, mesh: Mesh) -> None:
     engine = EngineConfig(device="cpu", precision="fp32", recompute=True)
-    losses, norms, weights, _ = train(mesh, "gpt2", "adamw", ParallelConfig(), engine)
-    assert (losses, norms) == one_process["gpt2", "adamw"][:2]
-    assert all(torch.equal(value, weights[name]) for name, value in one_process["gpt2", "adamw"][2].items())
+    found = train(build(mesh, ("gpt2", "adamw"), ParallelConfig(), engine))
+    for kind, tensors in one_process["gpt2", "adamw"].items():
+        assert all(torch.equal(value, found[kind][name]) for name, value in tensors.items()), kind
 
 
 def test_gradient_equals_plain_pytorch(mesh: Mesh) -> None:
@@ -152,6 +247,19 @@ def test_bf16_keeps_fp32_main_weights(mesh: Mesh) -> None:
         assert parameter.dtype == torch.bfloat16
         assert parameter.main_param.dtype == torch.float32, name
         assert torch.equal(parameter.main_param.to(torch.bfloat16), parameter), name
+
+
+def test_bf16_with_sharded_main_weights(mesh: Mesh, tmp_path: Path) -> None:
+    engine, whole = EngineConfig(device="cpu", precision="bf16"), ParallelConfig()
+    sharded = ParallelConfig(distributed_optimizer=True)
+    built = {parallel.distributed_optimizer: build(mesh, ADAMW[0], parallel, engine) for parallel in (whole, sharded)}
+    expected, found = train(built[False]), train(built[True])
+    assert_close(found, expected, "bf16")
+    for kind, engine_ in built.items():
+        save(engine_, tmp_path / str(kind))
+    going_on = resume(built[False], tmp_path / "False")
+    for kind in (False, True):  # its own checkpoint, and the other's
+        assert_close(resume(build(mesh, ADAMW[0], sharded, engine), tmp_path / str(kind)), going_on, f"saved {kind}")
 
 
 def test_a_non_finite_gradient_leaves_every_weight_alone(mesh: Mesh) -> None:

@@ -175,3 +175,15 @@ def test_the_rank_one_fit_is_exact_for_a_product_and_ranks_like_the_oracle(train
     exact = exact_utilities(backend, candidates, operator, gradient, parameters=names)
     found, _ = KroneckerEstimator(8192, 42).estimate(backend, candidates, operator, gradient)
     assert spearman(found, exact) > 0.8
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_alignments_without_sketches_are_those_with_them(trained, optimizer) -> None:
+    backend, candidates = trained[optimizer], buffer(9, seed=3)
+    gradient, operator = backend.gradient(proxy(0)), backend.operator()
+    estimator = CountSketchEstimator(512, 42, "all")
+    carried, none = estimator.estimate(backend, candidates, operator, gradient)
+    sketched, kept = estimator.estimate(backend, candidates, operator, gradient, keep_sketches=True)
+    assert none is None
+    assert kept is not None
+    assert (carried - sketched).norm() < 1e-4 * sketched.norm()

@@ -27,7 +27,7 @@ SETTINGS = {
     "directional": {"redundancy": 0.5, "epsilon": 1.0},
     "directional-blocks": {"layers": r"layers\.[13]\.", "epsilon": 4.0, "score_length": 8},
     "adjoint": {"estimator": "adjoint", "layers": "all", "proxy_ema": 0.0},
-    "countsketch": {"estimator": "countsketch", "redundancy": 0.5, "sampler": "boltzmann"},
+    "countsketch": {"estimator": "countsketch", "sampler": "boltzmann"},
     "kronecker": {"estimator": "kronecker", "redundancy": 0.5},
     "high_ppl": {"method": "high_ppl"},
 }

@@ -136,6 +136,27 @@ def test_groups_are_meshes_of_adjacent_tensor_parallel_ranks():
     }
 
 
+def test_memory_at_layouts():
+    config = small()
+    config.parallel.cp = 2
+    config.parallel.distributed_optimizer = True
+    count = count_parameters(config.model, 500, config.data.seq_len)
+    rows = check.memory(config, 500, 4, "bf16", 0)
+    assert rows["optimizer state"][0] == 8 * count // 4
+    assert rows["weights"][0] == 2 * count + 4 * count // 4
+    assert rows["logits"][0] == 8 * 128 * 512 * 8  # half the positions
+    # norms 4h, q 1h, gathered k v 4h, attention 1h, MLP 2 x 4h, of half the positions
+    assert rows["activations"][0] == 8 * 128 * 4 * 18 * 128 * 2
+    config = small()
+    config.train.micro_batch_size = 2
+    config.parallel.pp = 2
+    plain = [check.memory(config, 500, 2, "fp32", stage)["activations"][0] for stage in (0, 1)]
+    assert plain[0] == 2 * plain[1]
+    config.parallel.vpp = 2  # chunks of half the layers; 5 passes in flight on the first stage, 3 on the last
+    chunks = [check.memory(config, 500, 2, "fp32", stage)["activations"][0] for stage in (0, 1)]
+    assert [2 * size for size in chunks] == [5 * plain[1], 3 * plain[1]]
+
+
 def test_memory_of_weights_gradients_and_optimizers():
     config = small()
     count = count_parameters(config.model, 500, config.data.seq_len)

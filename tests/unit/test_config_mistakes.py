@@ -102,7 +102,13 @@ COMBINED = [
     ("parallel.tp=2 parallel.pp=2", 6, "parallel.tp = 2", "6 ranks are not a multiple", "multiple of 4 processes"),
     ("", 3, "train.global_batch_size = 32", "dp x micro_batch_size = 3 x 8", "for example 48"),
     ("train.micro_batch_size=32", 2, "train.global_batch_size = 32", "2 x 32", "micro_batch_size that divides 16"),
-    ("selection=opus parallel.tp=2", 2, "selection.method = 'opus'", "scoring runs with tp = pp = cp = 1", "uniform"),
+    (
+        "selection=opus selection.estimator=exact parallel.tp=2",
+        2,
+        "selection.estimator = 'exact'",
+        "needs tp = pp = cp = 1",
+        "adjoint or directional",
+    ),
     (
         "selection=opus selection.proxy_batch_size=6",
         4,
