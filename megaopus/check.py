@@ -198,6 +198,8 @@ def memory(
         rows["weights"] = (2 * count + 4 * count // shards, f"bf16 and fp32 main weights{sharded}")
     if zero:
         rows |= _zero_memory(config.engine.zero_stage, count, precision, shards)
+        if config.selection.method == "opus" and shards > 1:
+            rows["second moment"] = (4 * count, "fp32, AdamW's gathered for scoring")
     if stage == pp - 1:
         positions = config.train.micro_batch_size * config.data.seq_len // config.parallel.cp
         logits = positions * padded_vocab(vocab_size) // tp
