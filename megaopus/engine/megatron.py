@@ -189,6 +189,10 @@ class MegatronEngine:
         its own positions / ``length`` on the last. Their sum over the cp and pp ranks is the mean loss.
         ``whole_gradient``: reduce gradients to every dp and cp rank, where the distributed optimizer needs pieces only.
         """
+        if length % self.mesh.shape.cp:
+            raise ValueError(
+                f"{length} positions cannot be split evenly over {self.mesh.shape.cp} context-parallel ranks"
+            )
         micro_batches = share.split(micro)
 
         def tokens() -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""The same promises on several ranks: data-parallel under torchrun, and uniform runs on tensor and pipeline ranks."""
+"""The same promises on several ranks: data-parallel under torchrun, and uniform runs at every layout of two."""
 
 from __future__ import annotations
 
@@ -27,7 +27,14 @@ from tests.harness import run_ranks
 
 DROPOUT = [*SELECTIONS["directional"], *OPTIMIZERS["adamw"], "model.dropout=0.1"]
 SKETCH = [*SELECTIONS["countsketch"], *OPTIMIZERS["muon"]]
-LAYOUTS = {"tp2": ["parallel.tp=2"], "pp2": ["parallel.pp=2"]}
+LAYOUTS = {
+    "tp2": ["parallel.tp=2"],
+    "pp2": ["parallel.pp=2"],
+    "cp2": ["parallel.cp=2"],
+    "vpp2": ["parallel.pp=2", "parallel.vpp=2"],
+    "distributed": ["parallel.distributed_optimizer=true"],
+}
+FOUR_LAYERS = ["model.num_layers=4"]
 
 
 def on_two_ranks(corpus: Path, folder: Path, ports: list[int]) -> None:
@@ -44,14 +51,14 @@ def on_two_ranks(corpus: Path, folder: Path, ports: list[int]) -> None:
         assert begin(f"{name}_killed", *chosen) == 0
     assert begin("torchrun", *DROPOUT) == 0
     for layout, parallel in LAYOUTS.items():
-        assert begin(layout, *parallel) == 0
+        assert begin(layout, *parallel, *FOUR_LAYERS) == 0
 
 
 @pytest.fixture(scope="module")
 def folder(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of this file. Under torchrun, SIGTERM reaches rank 1 just before update 6."""
     folder = tmp_path_factory.mktemp("ranks")
-    port, *ports = free_ports(10)  # torchrun, and nine process groups
+    port, *ports = free_ports(13)  # torchrun, and twelve process groups
     launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m"]
     fault = ["tests.faults", "SIGTERM", "6", "1", "train"]
     stopped = command([*launch, *fault, *settings(tiny_corpus, folder / "torchrun", *DROPOUT)])
@@ -80,7 +87,7 @@ def test_the_launch_script_names_torchrun(folder: Path) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_uniform_trains_alike_at_every_layout(layout: str, folder: Path, tiny_corpus: Path) -> None:
     alone = folder / f"alone_{layout}"
-    assert train(settings(tiny_corpus, alone)) == 0
+    assert train(settings(tiny_corpus, alone, *FOUR_LAYERS)) == 0
     assert rows(folder / layout / "selection.jsonl") == rows(alone / "selection.jsonl")
     found, expected = (rows(path / "metrics.jsonl") for path in (folder / layout, alone))
     assert len(found) == len(expected) == 15  # ten updates; validations after 0, 3, 6, 9 and 10
