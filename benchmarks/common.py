@@ -192,8 +192,8 @@ def start(args: argparse.Namespace, console: Console) -> None:
         console.print("other processes keep this machine busy: times will vary (see --clock cpu)", style="yellow")
 
 
-def write_results(path: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """``path``: the list of rows; beside it, with the suffix .machine.json: what ``machine`` and the benchmark say."""
+def write_results(path: Path, rows: Any, about: dict[str, Any]) -> None:
+    """``path``: the rows; beside it, with the suffix .machine.json: what ``machine`` and the benchmark say."""
     for target, value in ((path, rows), (path.with_suffix(".machine.json"), about)):
         partial = target.with_name(target.name + ".partial")
         partial.write_text(json.dumps(value, indent=1) + "\n")

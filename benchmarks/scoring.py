@@ -3,10 +3,10 @@
 Prints four tables and writes an object:
 rows      {estimator, optimizer, cost_ratio, floor_ratio}: as in estimators.py, at one shape
 layouts   {layout, engine, estimator, optimizer, max_rel_error, identical_picks}: against one process, over two steps
-overhead  {measured, floor, ratio}: seconds of a selection over those of a uniform training step, N = 2K candidates scored
-          over a twelfth of their length; floor by FLOPs: (N/K)(L_score/L)(2/3) for two forwards + proxy / K
-growth    {ranks, N, bytes_per_rank, gradient_bytes_per_rank, seconds}: what a data-parallel rank sends for one selection:
-          for utilities, and for the proxy gradient
+overhead  {measured, floor, ratio}: seconds of a selection over those of a uniform training step, N = 2K candidates
+          scored over a twelfth of their length; floor by FLOPs: (N/K)(L_score/L)(2/3) for two forwards + proxy / K
+growth    {ranks, N, bytes_per_rank, gradient_bytes_per_rank, seconds}: what a data-parallel rank sends for one
+          selection: for utilities, and for the proxy gradient
 """
 
 from __future__ import annotations
@@ -48,11 +48,15 @@ OVERHEAD_TARGET = 1.3
 ESTIMATORS = ("directional", "adjoint", "countsketch_8192", "kronecker_8192", "high_ppl")
 
 
+COST = replace(estimators.FULL, train_steps=30, repeats=9)
+QUICK_COST = replace(estimators.QUICK, train_steps=12, repeats=5)
+
+
 @dataclass(frozen=True)
 class Plan:
     """``cost``: the shape whose estimators are timed. The overhead is measured at K sequences of seq_len tokens."""
 
-    cost: estimators.Plan = replace(estimators.FULL, train_steps=30, repeats=9)
+    cost: estimators.Plan = COST
     seq_len: int = 384
     num_selected: int = 16
     proxy_batch_size: int = 4
@@ -61,7 +65,7 @@ class Plan:
 
 
 FULL = Plan()
-QUICK = Plan(cost=replace(estimators.QUICK, train_steps=12, repeats=5), repeats=5, ranks=(1, 2))
+QUICK = Plan(cost=QUICK_COST, repeats=5, ranks=(1, 2))
 
 
 def costs(plan: estimators.Plan, corpus: Corpus, clock: str, bar: Progress) -> list[dict[str, Any]]:
@@ -155,7 +159,7 @@ def count_bytes(num_candidates: int) -> dict[str, Any]:
             with counting(sent, "gradient"):
                 return gradient(*args, **kwargs)
 
-        backend.gradient = counted  # type: ignore[method-assign]
+        backend.gradient = counted
         selector = Selector(config, backend, num_selected=8, proxy=lambda step: random_batch(8, step), seed=1)
         engine.train_step(random_batch(8, 0))
         selector.select(random_batch(num_candidates, 0), 0)

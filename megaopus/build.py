@@ -20,6 +20,7 @@ from megaopus.data.candidates import CandidateStream
 from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
 from megaopus.distributed.mesh import Mesh
+from megaopus.engine.deepspeed import DeepSpeedEngine
 from megaopus.engine.megatron import MegatronEngine
 from megaopus.errors import CheckpointError
 from megaopus.models.arithmetic import count_parameters
@@ -27,6 +28,9 @@ from megaopus.monitor.health import STOP_EXIT_CODE, StopSignal
 from megaopus.monitor.monitor import Monitor
 from megaopus.selection import Selector
 from megaopus.trainer import Trainer
+
+PACKAGES = ("megaopus", "torch", "megatron-core", "deepspeed", "tokenizers", "numpy")
+"""Whose versions a run's environment.json tells."""
 
 
 def train(config: RunConfig) -> int:
@@ -104,9 +108,12 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
     )
 
 
-def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> MegatronEngine:
+def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> MegatronEngine | DeepSpeedEngine:
     """The engine of this rank; ``vocab_size`` is the tokenizer's."""
-    return MegatronEngine(
+    kind: type[MegatronEngine | DeepSpeedEngine] = MegatronEngine
+    if config.engine.name == "deepspeed":
+        kind = DeepSpeedEngine
+    return kind(
         mesh,
         model=config.model,
         optim=config.optim,
@@ -148,8 +155,10 @@ def _agreed(mesh: Mesh, stop: StopSignal) -> str | None:
 
 
 def _identity(config: RunConfig, corpora: Corpora, *, bf16: bool) -> dict[str, Any]:
-    """What must be equal for a checkpoint to mean the same thing: sample order, model shape, optimizer."""
-    return {
+    """What must be equal for a checkpoint to mean the same thing: its form, sample order, model shape, optimizer."""
+    # Only the engine that came second is named: checkpoints written before it go on.
+    engine = {} if config.engine.name == "megatron" else {"engine": config.engine.name}
+    return engine | {
         "corpus": corpora.pool.corpus.fingerprint,
         "seq_len": config.data.seq_len,
         "seed": config.seed,
@@ -197,9 +206,12 @@ def _derived(config: RunConfig, mesh: Mesh, corpora: Corpora, trainer: Trainer) 
     train = config.train
     vocab_size = config.model.vocab_size or corpora.pool.corpus.vocab_size
     parameters = count_parameters(config.model, vocab_size, config.data.seq_len)
+    engine = config.engine.name
+    if engine == "deepspeed":
+        engine += f" (ZeRO stage {config.engine.zero_stage})"
     parts = [
         f"{shape.world_size} rank(s) on {mesh.device.type}: dp={shape.dp} tp={shape.tp} cp={shape.cp} pp={shape.pp}",
-        f"{parameters:,} parameters, {trainer.identity['precision']}, {config.optim.name}",
+        f"{parameters:,} parameters, {trainer.identity['precision']}, {config.optim.name}, {engine}",
         f"{train.steps} steps of {train.global_batch_size} x {config.data.seq_len} tokens",
         f"{config.selection.method} picks {train.global_batch_size} of {config.num_candidates()} candidates",
         f"pool of {len(corpora.pool):,} sequences ({corpora.pool.corpus.fingerprint[:12]})",
@@ -218,7 +230,7 @@ def write_run_folder(config: RunConfig, run_dir: Path, mesh: Mesh) -> None:
         "platform": platform.platform(),
         "device": mesh.device.type,
         "world_size": mesh.shape.world_size,
-        "packages": {name: _version(name) for name in ("megaopus", "torch", "megatron-core", "tokenizers", "numpy")},
+        "packages": {name: _version(name) for name in PACKAGES},
         "git": _git_revision(),
         "arguments": sys.argv[1:],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -148,6 +148,17 @@ def _distributed_optimizer(config: RunConfig, world_size: int | None) -> Iterato
         yield Problem("parallel.distributed_optimizer", True, reason, "set it to false, or optim.name=adamw")
 
 
+@_rule("engine.name", "engine.zero_stage", "parallel", "optim.name", "selection.estimator", "selection.method")
+def _engine(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    engine, selection = config.engine, config.selection
+    for key, value, reason, remedy in engine.refusals(config.parallel, config.optim.name):
+        yield Problem(key, value, reason, remedy)
+    exact = selection.method == "opus" and selection.estimator == "exact"
+    if engine.name == "deepspeed" and engine.zero_stage == 3 and exact:
+        reason = "needs whole weights on every rank, and engine.zero_stage = 3 partitions them"
+        yield Problem("selection.estimator", "exact", reason, "selection.estimator=directional, or engine.zero_stage=2")
+
+
 def _dp(config: RunConfig, world_size: int | None) -> int:
     """Data-parallel ranks; 1 while the world size is unknown or does not fit (another rule says so)."""
     ranks = config.parallel.model_ranks

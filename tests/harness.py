@@ -17,10 +17,12 @@ import torch.multiprocessing as mp
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
+from megaopus.engine.deepspeed import DeepSpeedEngine
 from megaopus.engine.megatron import MegatronEngine
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 
+ENGINES = {"megatron": MegatronEngine, "deepspeed": DeepSpeedEngine}
 TINY = ModelConfig(num_layers=2, hidden_size=32, num_heads=4)
 
 
@@ -97,13 +99,14 @@ def tiny_engine(
     seq_len: int = 16,
     micro_batch_size: int = 2,
     vocab_size: int = 128,
-) -> MegatronEngine:
-    """A two-layer GPT on ``mesh``."""
-    return MegatronEngine(
+) -> Any:
+    """A two-layer GPT on ``mesh``; the engine is the one that ``engine`` names."""
+    engine = engine or EngineConfig(device="cpu", precision="fp32")
+    return ENGINES[engine.name](
         mesh,
         model=model,
         optim=optim or OptimConfig(),
-        engine=engine or EngineConfig(device="cpu", precision="fp32"),
+        engine=engine,
         parallel=parallel or ParallelConfig(),
         vocab_size=vocab_size,
         seq_len=seq_len,

@@ -33,6 +33,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "megatron": {"models", "engine", "distributed", "optim", "checkpoint", "data"},
+    "deepspeed": {"engine"},
     "hydra": {"config"},
     "omegaconf": {"config"},
     "wandb": {"monitor"},

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-ENGINES = ("megatron",)
+from megaopus.distributed.config import ParallelConfig
+
+ENGINES = ("megatron", "deepspeed")
+ZERO_STAGES = (1, 2, 3)
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -15,6 +18,8 @@ class EngineConfig:
     """The trainer under the loop."""
 
     name: str = "megatron"
+    zero_stage: int = 1
+    """deepspeed: what data-parallel ranks share: 1 the optimizer's state, 2 gradients too, 3 weights too."""
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
     precision: str = "auto"
@@ -29,5 +34,29 @@ class EngineConfig:
         for key, allowed in (("name", ENGINES), ("device", DEVICES), ("precision", PRECISIONS)):
             if getattr(self, key) not in allowed:
                 yield key, "unknown choice", f"use one of: {', '.join(allowed)}"
+        if self.zero_stage not in ZERO_STAGES:
+            yield "zero_stage", "unknown ZeRO stage", "use 1, 2 or 3; without sharding: engine.name=megatron"
         if not self.timeout_minutes > 0:
             yield "timeout_minutes", "must be positive", "10 is usual"
+
+    def refusals(self, parallel: ParallelConfig, optimizer: str) -> Iterator[tuple[str, object, str, str]]:
+        """Yield ``(dotted key, value, reason, remedy)`` for each setting elsewhere that this engine cannot serve."""
+        if self.name != "deepspeed":
+            return
+        megatron = "or engine.name=megatron"
+        for key in ("pp", "cp"):
+            if (degree := getattr(parallel, key)) > 1:
+                yield (
+                    f"parallel.{key}",
+                    degree,
+                    "the deepspeed engine has tensor and data parallelism only",
+                    (f"parallel.{key}=1, {megatron}"),
+                )
+        if parallel.distributed_optimizer:
+            reason = "is megatron's way of sharding the optimizer; the deepspeed engine has engine.zero_stage for it"
+            yield "parallel.distributed_optimizer", True, reason, f"parallel.distributed_optimizer=false, {megatron}"
+        if optimizer == "muon":
+            reason = "needs whole matrices, and ZeRO gives the optimizer flat parts of them"
+            yield "optim.name", optimizer, reason, f"optim=adamw, {megatron}"
+        elif optimizer != "adamw":
+            yield "optim.name", optimizer, "the deepspeed engine runs AdamW only", f"optim=adamw, {megatron}"

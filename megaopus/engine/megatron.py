@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.cpu import plain_calls
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import StepResult
+from megaopus.engine.common import data_parallel_share, seed_dropout
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.saving import in_process_strategy
 from megaopus.models.arithmetic import padded_vocab
@@ -158,11 +158,7 @@ class MegatronEngine:
             ddp.zero_grad_buffer()
 
     def _share(self, num: int) -> Tensor:
-        """Rows of a global batch of ``num`` sequences that this data-parallel rank works on."""
-        dp = self.mesh.shape.dp
-        if num % dp:
-            raise ValueError(f"{num} sequences cannot be split evenly over {dp} data-parallel ranks")
-        return torch.arange(num).view(dp, -1)[self.mesh.dp_rank]
+        return data_parallel_share(num, self.mesh)
 
     def _run(self, batch: Candidates, share: Tensor, micro: int, length: int, *, forward_only: bool) -> Tensor:
         """Run the schedule over this rank's share; (dp * len(share),) sequence losses, float64, on every rank."""
@@ -273,14 +269,7 @@ class MegatronEngine:
         return token_losses(model, tokens, self.mesh.shape.cp, self.mesh.cp_rank), sequence_losses
 
     def _seed_random_states(self) -> None:
-        """Dropout's random states as a function of (seed, step, dp and cp rank): nothing of them needs saving."""
-        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-        part = self.mesh.dp_rank * self.mesh.shape.cp + self.mesh.cp_rank
-        key = f"{self._seed}:dropout:{self.step}:{part}"
-        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
-        with self.mesh.megatron():
-            model_parallel_cuda_manual_seed(seed)
+        seed_dropout(self.mesh, self._seed, self.step)
 
     # -- selection and checkpoints ----------------------------------------------------------------------------------
 

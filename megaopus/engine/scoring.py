@@ -68,11 +68,12 @@ class MegatronScoringBackend(ModuleBackend):
     def _find_shards(self) -> Iterator[tuple[str, Shard]]:
         size, rank, group = self._mesh.shape.tp, self._mesh.tp_rank, self._mesh.tp_group
         for name, p in self._weights.items():
-            if size == 1 or p.dim() != 2 or not getattr(p, "tensor_model_parallel", False):
+            shape = self._shape(p)
+            if size == 1 or len(shape) != 2 or not getattr(p, "tensor_model_parallel", False):
                 continue
             dim = p.partition_dim
             gated = self._engine.gated and ".linear_fc1." in name
-            whole = torch.arange(p.shape[dim] * size, device=p.device)
+            whole = torch.arange(shape[dim] * size, device=p.device)
             index = shard(whole.unsqueeze(1 - dim), p, rank, size, gated).flatten()
 
             def gather(part: Tensor, p: Tensor = p, gated: bool = gated) -> Tensor:
@@ -81,6 +82,10 @@ class MegatronScoringBackend(ModuleBackend):
                 return unshard(parts, p, gated)
 
             yield name, Shard(dim, index, len(whole), gather)
+
+    def _shape(self, parameter: Tensor) -> torch.Size:
+        """Of the parameter on this tensor-parallel rank."""
+        return parameter.shape
 
     def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
         """P_t with the learning rate of the coming update, not that of the last one."""

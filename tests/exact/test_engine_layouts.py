@@ -66,8 +66,9 @@ def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str,
     states = {
         names[s.name]: s.state.get("exp_avg_sq", s.state.get("momentum_buffer")) for s in built.optimizer.states()
     }
+    weights = {names[own]: value for own, value in built.optimizer.main_weights().items()}
     return {
-        "weights": full_parameters(built.module, built.mesh),
+        "weights": full_parameters(built.module, built.mesh, weights),
         "state": full_parameters(built.module, built.mesh, states),
         "gradient": full_parameters(built.module, built.mesh, built.mean_gradient(random_batch(8, 98))),
         "numbers": {

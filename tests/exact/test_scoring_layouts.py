@@ -10,6 +10,7 @@ import torch
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
+from megaopus.engine.config import EngineConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.selection import SelectionConfig, Selector
 from tests.exact.resume_runs import free_ports
@@ -23,7 +24,7 @@ OPTIMIZERS = {
 }
 SHAPES = ("gpt2-4-layers", "llama-4-layers")
 COMMON: dict[str, Any] = {"method": "opus", "proxy_batch_size": 4, "score_micro_batch_size": 4, "sketch_dim": 256}
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     # a whole step: the difference of two fp32 losses is then well above their rounding
     "directional": {"redundancy": 0.5, "epsilon": 1.0},
     "directional-blocks": {"layers": r"layers\.[13]\.", "epsilon": 4.0, "score_length": 8},
@@ -47,9 +48,11 @@ LAYOUTS = {
 }
 
 
-def select(mesh: Mesh, model: str, optimizer: str, parallel: ParallelConfig) -> dict[str, Any]:
-    """(picked ids, utilities) of each setting's steps 2 and 3, after two updates."""
-    engine = tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel)
+def select(
+    mesh: Mesh, model: str, optimizer: str, parallel: ParallelConfig, kind: EngineConfig | None = None
+) -> dict[str, Any]:
+    """(picked ids, utilities) of each setting's steps 2 and 3, after two updates; ``kind`` of engine."""
+    engine = tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel, engine=kind)
     for step in range(2):
         engine.train_step(random_batch(8, step))
     found = {}
@@ -107,13 +110,17 @@ def ranks() -> dict[str, list[dict]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_picks_and_utilities_are_those_of_one_process(layout: str, ranks: dict, one_process: dict) -> None:
-    for case, settings in ranks[layout][0].items():
-        for name, steps in settings.items():
-            for index in range(len(steps)):
-                picked, utilities = one_process[case][name][index]
-                for found in ranks[layout]:
-                    ids, values = found[case][name][index]
-                    error = float((values - utilities).norm() / utilities.norm())
-                    assert error < 1e-5, f"{case} {name}: relative error {error:.1e}"
-                    assert ids == picked, f"{case} {name}"
-                    assert torch.equal(values, steps[index][1])  # to the last bit on every rank
+    for case in ranks[layout][0]:
+        assert_same_picks([found[case] for found in ranks[layout]], one_process[case], case)
+
+
+def assert_same_picks(ranks: list[dict[str, Any]], expected: dict[str, Any], case: tuple) -> None:
+    """What ``select`` returned on each rank against what it returned on one process."""
+    for name, steps in expected.items():
+        for index, (picked, utilities) in enumerate(steps):
+            for found in ranks:
+                ids, values = found[name][index]
+                error = float((values - utilities).norm() / utilities.norm())
+                assert error < 1e-5, f"{case} {name}: relative error {error:.1e}"
+                assert ids == picked, f"{case} {name}"
+                assert torch.equal(values, ranks[0][name][index][1])  # to the last bit on every rank

@@ -162,6 +162,25 @@ COMBINED = [
         "not of optim.name = muon",
         "optim.name=adamw",
     ),
+    ("engine=deepspeed parallel.pp=2", 2, "parallel.pp = 2", "tensor and data parallelism only", "parallel.pp=1"),
+    ("engine=deepspeed parallel.cp=2", 2, "parallel.cp = 2", "tensor and data parallelism only", "parallel.cp=1"),
+    ("engine=deepspeed optim=muon", 1, "optim.name = 'muon'", "whole matrices", "engine.name=megatron"),
+    ("engine=deepspeed optim=sgd", 1, "optim.name = 'sgd'", "AdamW only", "optim=adamw"),
+    (
+        "engine=deepspeed parallel.distributed_optimizer=true",
+        2,
+        "parallel.distributed_optimizer = True",
+        "engine.zero_stage",
+        "engine.name=megatron",
+    ),
+    ("engine=deepspeed engine.zero_stage=4", 1, "engine.zero_stage = 4", "unknown ZeRO stage", "1, 2 or 3"),
+    (
+        "engine=deepspeed engine.zero_stage=3 selection=opus selection.estimator=exact",
+        1,
+        "selection.estimator = 'exact'",
+        "partitions them",
+        "engine.zero_stage=2",
+    ),
     ("selection.redundancy=1 selection=high_ppl", 1, "selection.redundancy", "no Gram matrix", "redundancy=0"),
 ]
 

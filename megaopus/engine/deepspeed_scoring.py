@@ -1,0 +1,85 @@
+"""The DeepSpeed engine as the selector sees it: data- and tensor-parallel ranks, weights as ZeRO keeps them.
+
+Under stage 3 each forward and backward pass gathers weights from all data-parallel ranks. They make equally many
+passes: candidates and proxy are shared evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from megaopus.engine.megatron import MegatronEngine
+from megaopus.engine.scoring import MegatronScoringBackend
+from megaopus.errors import EngineError
+from megaopus.selection import ModuleBackend
+from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient
+
+if TYPE_CHECKING:
+    from megaopus.engine.deepspeed import DeepSpeedEngine
+
+
+class DeepSpeedScoringBackend(MegatronScoringBackend):
+    """``ScoringBackend`` over the engine's GPT; gradient, direction and second moment are whole on every rank."""
+
+    def __init__(self, engine: DeepSpeedEngine):
+        self._deepspeed = engine
+        self._zero = engine.optimizer
+        super().__init__(cast(MegatronEngine, engine))  # which has all that the base class asks of an engine
+
+    def _shape(self, parameter: Tensor) -> torch.Size:
+        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+    @contextmanager
+    def perturbed(self, direction: Gradient, scale: float) -> Iterator[None]:
+        """Moves the fp32 weights; the model's become the cast of the moved ones, under stage 3 each rank's part."""
+        if self._zero.sharded:
+            weights = self._zero.shards(direction)
+            moved = {
+                name: torch.add(self._zero.local(name, "weight"), self._zero.fragments[name].cut(step), alpha=scale)
+                for name, step in direction.items()
+            }
+        else:
+            weights, main = {name: self._weights[name].detach() for name in direction}, self._zero.main_weights()
+            moved = {name: torch.add(main[name], step, alpha=scale) for name, step in direction.items()}
+        saved = {name: weight.clone() for name, weight in weights.items()}
+        self._set(weights, moved)
+        try:
+            yield
+        finally:
+            self._set(weights, saved)
+
+    @torch.no_grad()
+    def _set(self, weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            weights[name].copy_(value)
+        if self._zero.sharded:
+            self._zero.regather()
+
+    def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
+        rows = torch.arange(len(candidates))
+        with self.scoring(), torch.no_grad():
+            losses = self._deepspeed.local_losses(candidates, rows, micro_batch_size, self._length(length))
+        return losses if self._mesh.tp_rank == 0 else torch.zeros_like(losses)
+
+    def ghost_pass(
+        self,
+        candidates: Candidates,
+        layers: Iterable[GhostLayer],
+        consume: GhostConsumer,
+        *,
+        length: int | None = None,
+        micro_batch_size: int = 16,
+    ) -> None:
+        limits = {"length": self._length(length), "micro_batch_size": micro_batch_size}
+        with self._mesh.megatron():
+            ModuleBackend.ghost_pass(self, candidates, layers, consume, **limits)
+
+    def exact_gradients(self, batch: Batch) -> Iterator[Gradient]:
+        if self._zero.sharded:
+            raise EngineError("selection.estimator=exact needs whole weights on every rank: engine.zero_stage=1 or 2")
+        yield from super().exact_gradients(batch)
