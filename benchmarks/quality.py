@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -183,11 +184,10 @@ def _row(plan: Plan, uniform: Sequence[Run], arm: Sequence[Run], step_cost: floa
 
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     """The table a person reads."""
-    table = Table(title=f"{rows[0]['seeds']} seed(s), paired with uniform; ratio: less is better, - never reached")
-    for name in ("optimizer", "arm"):
-        table.add_column(name, no_wrap=True)
-    for name in ("tokens_ratio", "time_ratio", "final loss", "p", "step cost", "wanted share"):
-        table.add_column(name, justify="right", no_wrap=name in ("p", "step cost"))
+    title = f"{rows[0]['seeds']} seed(s), paired with uniform; ratios: less is better, - never reached"
+    table = Table(title=title, box=SIMPLE, padding=0)
+    for name in ("", "arm", "tokens", "time", "final loss", "p", "step", "wanted"):
+        table.add_column(name, justify="left" if name in ("", "arm") else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["optimizer"],
