@@ -84,7 +84,10 @@ def layouts(bar: Progress) -> list[dict[str, Any]]:
     rows = []
     task = bar.add_task("layouts", total=1)
     for layout, ranks in every_layout().items():
-        for (model, optimizer), settings in ranks[0].items():
+        for case, settings in ranks[0].items():
+            if case == "faults":
+                continue
+            model, optimizer = case
             for name, steps in settings.items():
                 pairs = [
                     (found[model, optimizer][name][index], alone[model, optimizer][name][index])

@@ -10,9 +10,12 @@ import subprocess
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate
 from megaopus.config import RunConfig, to_yaml
@@ -82,7 +85,7 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
     engine = build_engine(config, mesh, corpora.pool.corpus.vocab_size)
     selection = config.selection
     proxy = None
-    if selection.method == "opus":
+    if selection.needs_proxy:
         proxy = CandidateStream(corpora.proxy(), selection.proxy_batch_size, config.seed, "proxy").at
     selector = Selector(
         selection,
@@ -90,6 +93,7 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
         num_selected=config.train.global_batch_size,
         proxy=proxy,
         seed=config.seed,
+        wanted=partial(_is_wanted, config.data.wanted),
     )
     validation = corpora.validation.fixed(config.train.eval_sequences)
     return Trainer(
@@ -106,6 +110,12 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
         tokens_per_step=config.train.global_batch_size * config.data.seq_len,
         eval_every=config.train.eval_every,
     )
+
+
+def _is_wanted(wanted: list[str], candidates: Any) -> torch.Tensor:
+    """(N,) which of the candidates are of a wanted domain."""
+    names = candidates.domain_names
+    return torch.tensor([names[index] in wanted for index in candidates.domains])
 
 
 def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> MegatronEngine | DeepSpeedEngine:

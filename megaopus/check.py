@@ -21,13 +21,19 @@ from megaopus.models.arithmetic import (
     stage_weights,
     training_flops_per_token,
 )
-from megaopus.selection.config import SKETCHES
+from megaopus.selection.config import BY_LOSS, SKETCHES
 
 SCORING_COST = {
     "directional": (2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
-    "countsketch": (1.0, "forward, input gradients and each layer's gradient per sequence; sketching not counted"),
+    "adjoint": (1.0, "forward, input gradients, and a product of each layer's with the update on the proxy"),
+    "countsketch": (
+        1.0,
+        "forward, input gradients, and a product of each layer's with the carried-back proxy sketch",
+    ),
+    "kronecker": (2 / 3, "forward and input gradients; the sketches of activations not counted"),
     "exact": (1.0, "forward and backward per candidate, in float64"),
-    "high_ppl": (1 / 3, "one forward"),
+    **dict.fromkeys(BY_LOSS, (1 / 3, "one forward")),
+    "domain_oracle": (0.0, "labels alone"),
 }
 """FLOPs per scored token over FLOPs per trained token, and why."""
 LARGEST_TABLE = 16
@@ -88,7 +94,7 @@ def open_data(config: RunConfig) -> Data:
         "pool": len(Sequences(pool, "pool", data.seq_len)),
         "validation": len(Sequences(validation, "validation", data.seq_len, wanted)),
     }
-    if config.selection.method == "opus":
+    if config.selection.needs_proxy:
         sequences["proxy"] = len(Sequences(proxy, "proxy", data.seq_len, wanted))
     return Data(config.model.vocab_size or pool.vocab_size, sequences, list(pool.domains))
 
@@ -115,7 +121,7 @@ def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
         "steps per epoch": f"{steps_per_epoch:,.1f}; {train.steps:,} steps read {train.steps / steps_per_epoch:.2f}"
         " epochs of candidates",
     }
-    if selection.method == "opus":
+    if selection.needs_proxy:
         share = selection.proxy_batch_size / train.global_batch_size
         rows["proxy"] = f"{selection.proxy_batch_size} sequences per step, {share:.1%} of the update tokens"
     return rows
@@ -130,9 +136,9 @@ def scoring_overhead(config: RunConfig) -> float:
     selection, train = config.selection, config.train
     if selection.method == "uniform":
         return 0.0
-    ratio = SCORING_COST[selection.estimator if selection.method == "opus" else selection.method][0]
+    ratio = SCORING_COST[selection.estimator if selection.needs_proxy else selection.method][0]
     length = (selection.score_length or config.data.seq_len) / config.data.seq_len
-    proxy = selection.proxy_batch_size if selection.method == "opus" else 0
+    proxy = selection.proxy_batch_size if selection.needs_proxy else 0
     return (config.num_candidates() * ratio * length + proxy) / train.global_batch_size
 
 
@@ -147,7 +153,7 @@ def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
     if method == "uniform":
         rows["selection"] = "none (uniform)"
     else:
-        ratio, why = SCORING_COST[estimator if method == "opus" else method]
+        ratio, why = SCORING_COST[estimator if config.selection.needs_proxy else method]
         rows["scoring"] = f"{ratio:.2f} of a training token per scored token: {why}"
         rows["expected overhead"] = f"{scoring_overhead(config):.1%} of the training FLOPs of a step, proxy included"
         rows["steps that select"] = f"{selecting:.0%} (warm-up of {config.selection.warmup_steps} steps is uniform)"
@@ -198,7 +204,7 @@ def memory(
         rows["weights"] = (2 * count + 4 * count // shards, f"bf16 and fp32 main weights{sharded}")
     if zero:
         rows |= _zero_memory(config.engine.zero_stage, count, precision, shards)
-        if config.selection.method == "opus" and shards > 1:
+        if config.selection.needs_proxy and shards > 1:
             rows["second moment"] = (4 * count, "fp32, AdamW's gathered for scoring")
     if stage == pp - 1:
         positions = config.train.micro_batch_size * config.data.seq_len // config.parallel.cp
@@ -253,7 +259,7 @@ def _in_flight(config: RunConfig, world_size: int, stage: int) -> int:
 def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight]) -> dict[str, tuple[int, str]]:
     """What scoring adds on a rank that holds ``weights``."""
     selection, count = config.selection, sum(weight.numel for weight in weights)
-    if selection.method != "opus":
+    if not selection.needs_proxy:
         return {}
     average = selection.proxy_ema > 0
     rows = {"proxy gradient": (4 * count * (1 + average), "fp32, with its running average" if average else "fp32")}

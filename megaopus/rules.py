@@ -153,7 +153,7 @@ def _engine(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     engine, selection = config.engine, config.selection
     for key, value, reason, remedy in engine.refusals(config.parallel, config.optim.name):
         yield Problem(key, value, reason, remedy)
-    exact = selection.method == "opus" and selection.estimator == "exact"
+    exact = selection.needs_proxy and selection.estimator == "exact"
     if engine.name == "deepspeed" and engine.zero_stage == 3 and exact:
         reason = "needs whole weights on every rank, and engine.zero_stage = 3 partitions them"
         yield Problem("selection.estimator", "exact", reason, "selection.estimator=directional, or engine.zero_stage=2")
@@ -209,7 +209,7 @@ def _candidates(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
 def _proxy_batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     proxy, dp, parallel = config.selection.proxy_batch_size, _dp(config, world_size), config.parallel
     unit = dp * parallel.pp if parallel.vpp > 1 else dp
-    if config.selection.method == "opus" and proxy % unit:
+    if config.selection.needs_proxy and proxy % unit:
         remedy = f"use a multiple of {unit}, for example {-(-proxy // unit) * unit}"
         reason = f"cannot be shared evenly by dp = {dp} ranks"
         if parallel.vpp > 1:
@@ -258,9 +258,15 @@ def _max_positions(config: RunConfig, world_size: int | None) -> Iterator[Proble
 # -- selection -------------------------------------------------------------------------------------------------------
 
 
+@_rule("selection.method", "data.wanted")
+def _domain_oracle(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    if config.selection.method == "domain_oracle" and not config.data.wanted:
+        yield Problem("selection.method", "domain_oracle", "takes the wanted domains", "name them: data.wanted=[NAME]")
+
+
 @_rule("selection.estimator", "selection.method", "model", "data.path", "data.seq_len", "parallel")
 def _exact_estimator(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    if config.selection.method != "opus" or config.selection.estimator != "exact":
+    if not config.selection.needs_proxy or config.selection.estimator != "exact":
         return
     if config.parallel.model_ranks > 1:
         reason = "one float64 gradient per candidate is taken of a whole model: it needs tp = pp = cp = 1"
@@ -321,7 +327,7 @@ def _corpora(config: RunConfig) -> dict[str, tuple[str, str]]:
     proxy = ("data.proxy_path", data.proxy_path) if data.proxy_path else ("data.path", data.path)
     validation = ("data.validation_path", data.validation_path) if data.validation_path else ("data.path", data.path)
     corpora = {"pool": ("data.path", data.path), "validation": validation}
-    return corpora | ({"proxy": proxy} if config.selection.method == "opus" else {})
+    return corpora | ({"proxy": proxy} if config.selection.needs_proxy else {})
 
 
 @_rule("data", "selection.method")

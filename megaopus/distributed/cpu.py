@@ -99,13 +99,17 @@ def plain_calls() -> Iterator[None]:
 
 def prepare_megatron(on_cpu: bool) -> None:
     """Import megatron-core once, quietly; on CPU without torch.compile fusers and with a CPU random-state tracker."""
+    # megatron calls collectives by names that torch >= 2.13 renames; a user can do nothing about it
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if on_cpu:
+        keep_freed_memory()
+        warnings.filterwarnings("ignore", "When using async grad allreduce", UserWarning)  # concerns CUDA streams
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Transformer Engine and Apex are not installed", once per module
         if not on_cpu:
             import megatron.core.parallel_state  # noqa: F401
 
             return
-        keep_freed_memory()
         from megatron.core import jit
 
         jit.disable_jit_fuser()  # must precede every other megatron import

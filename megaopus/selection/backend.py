@@ -116,7 +116,7 @@ class ScoringBackend(Protocol):
         """Those of the parameters that are parts of larger matrices."""
 
     def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
-        """P_t now, or None while the optimizer has no state yet. ``muon_operator``: 'paper' or 'full'."""
+        """P_t now, or None while the optimizer has no state yet. ``muon_operator``: as in ``build_operator``."""
 
     def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
         """(n,) float64: this rank's part of each candidate's mean token loss; no graph, dropout off."""

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-METHODS = ("uniform", "opus", "high_ppl")
+METHODS = ("uniform", "opus", "greats", "high_ppl", "low_ppl", "mid_ppl", "domain_oracle")
+BY_LOSS = ("high_ppl", "low_ppl", "mid_ppl")
+BY_PROXY = ("opus", "greats")
 ESTIMATORS = ("directional", "adjoint", "countsketch", "kronecker", "exact")
 SKETCHES = ("countsketch", "kronecker")
 SAMPLERS = ("top_k", "boltzmann")
@@ -20,7 +22,8 @@ class SelectionConfig:
     """How the global batch is chosen from a buffer of candidates (symbols of arXiv 2602.05400 in brackets)."""
 
     method: str = "uniform"
-    """uniform: at random; opus: by utility for the proxy; high_ppl: by the candidate's own loss."""
+    """uniform: at random; opus: by utility for the proxy; greats: the same of raw gradients, greedily, less the overlap
+    with what is picked; high_ppl, low_ppl, mid_ppl: by the candidate's own loss; domain_oracle: the wanted domains."""
     rho: float = 0.5
     """Share of the buffer that is picked [rho]: num_candidates N = global_batch_size / rho."""
     estimator: str = "directional"
@@ -60,6 +63,11 @@ class SelectionConfig:
     muon_operator: str = "paper"
     """paper: the first Newton-Schulz factor S_1; full: the product S_5..S_1 at frozen momentum."""
 
+    @property
+    def needs_proxy(self) -> bool:
+        """Whether candidates are scored against a proxy batch."""
+        return self.method in BY_PROXY
+
     def derived_layers(self) -> str:
         """``layers`` with auto resolved for the estimator."""
         if self.layers != "auto":
@@ -94,8 +102,8 @@ class SelectionConfig:
             yield "temperature", "must be positive", "0.9 is the paper's value"
         if self.redundancy < 0:
             yield "redundancy", "must not be negative", "0 switches the redundancy term off"
-        if self.redundancy > 0 and self.method == "high_ppl":
-            yield "redundancy", "high_ppl scores by loss and has no Gram matrix", "set selection.redundancy=0"
+        if self.redundancy > 0 and self.method not in BY_PROXY:
+            yield "redundancy", f"method {self.method} has no Gram matrix", "set selection.redundancy=0"
         try:
             re.compile(self.layers)
         except re.error as error:

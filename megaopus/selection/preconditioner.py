@@ -240,6 +240,7 @@ def build_operator(
 ) -> OptimizerOperator | None:
     """P_t of ``parameters`` (name -> the tensor the optimizer holds), or None while one of the optimizers has no state.
 
+    ``muon_operator``: 'paper' or 'full' for Muon's; 'raw' for lr I whatever the optimizer, as GREATS has it.
     Raises TypeError for an optimizer without a registered operator.
     """
     return operator_of(held_by(optimizers, parameters), muon_operator)
@@ -257,8 +258,12 @@ def operator_of(
     operators: dict[str, ParameterOperator] = {}
     with_state: dict[int, bool] = {}
     for each in held:
-        settings = {**each.group, "muon_operator": muon_operator, "shard": (shards or {}).get(each.name)}
-        operator = factory_of(each.optimizer)(settings, each.state, each.parameter)
+        operator: ParameterOperator | None
+        if muon_operator == "raw":
+            operator = Diagonal(_scalar(each.group["lr"], each.parameter))
+        else:
+            settings = {**each.group, "muon_operator": muon_operator, "shard": (shards or {}).get(each.name)}
+            operator = factory_of(each.optimizer)(settings, each.state, each.parameter)
         key = id(each.optimizer)
         with_state[key] = with_state.get(key, False) or operator is not None
         if operator is not None:

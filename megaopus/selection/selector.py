@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaopus.selection import sampler
+from megaopus.selection import noise, sampler
 from megaopus.selection.adjoint import adjoint_utilities
 from megaopus.selection.backend import Batch, Candidates, Gradient, Proxy, ScoringBackend, UpdateOperator
 from megaopus.selection.candidates import as_candidates
-from megaopus.selection.config import SelectionConfig
+from megaopus.selection.config import BY_LOSS, SelectionConfig
 from megaopus.selection.direction import directional_utilities
 from megaopus.selection.exact import exact_estimate
 from megaopus.selection.kronecker import KroneckerEstimator
@@ -53,24 +54,37 @@ class Selector:
     """Chooses ``num_selected`` of each step's candidates; a function of (seed, step, candidates, weights).
 
     ``proxy``: step -> the proxy mini-batch of that step (``Candidates``, or plain tensors), the whole batch on every
-    rank; only method 'opus' needs it. Raises ValueError for unusable settings.
+    rank; methods 'opus' and 'greats' need it. ``wanted``: candidates -> (N,) which are of a wanted domain; method
+    'domain_oracle' needs it. Raises ValueError for unusable settings.
     """
 
     def __init__(
-        self, config: SelectionConfig, backend: ScoringBackend, *, num_selected: int, proxy: Proxy | None, seed: int
+        self,
+        config: SelectionConfig,
+        backend: ScoringBackend,
+        *,
+        num_selected: int,
+        proxy: Proxy | None,
+        seed: int,
+        wanted: Callable[[Candidates], Tensor] | None = None,
     ):
         problems = [f"{key}={getattr(config, key)!r}: {why} ({remedy})" for key, why, remedy in config.problems()]
         if problems:
             raise ValueError("selection settings: " + "; ".join(problems))
         if num_selected < 1:
             raise ValueError(f"num_selected={num_selected} must be at least 1")
-        if config.method == "opus" and proxy is None:
-            raise ValueError("method 'opus' scores candidates against a proxy: pass proxy=, a function of the step")
+        if config.needs_proxy and proxy is None:
+            raise ValueError(
+                f"method {config.method!r} scores candidates against a proxy: pass proxy=, a function of the step"
+            )
+        if config.method == "domain_oracle" and wanted is None:
+            raise ValueError("method 'domain_oracle' must know what is wanted: pass wanted=, candidates -> (N,) bool")
         self.config = config
         self.backend = backend
         self.num_selected = num_selected
         self.seed = seed
         self._proxy = proxy
+        self._wanted = wanted
         self._proxy_gradient = ProxyGradient(config.proxy_ema)
         self._layers = config.derived_layers()
         kind = CountSketchEstimator if config.derived_sketch() == "countsketch" else KroneckerEstimator
@@ -137,10 +151,16 @@ class Selector:
             return None, None
         share = len(buffer) // self.backend.world_size
         mine = buffer.take(torch.arange(share) + self.backend.rank * share)
-        if self.config.method == "high_ppl":
+        if self.config.method == "domain_oracle":
+            assert self._wanted is not None  # checked on construction
+            noise_N = noise.uniform(noise.key(self.seed, "domain_oracle", step), buffer.ids.cpu())
+            return self._wanted(buffer).cpu().double() + noise_N, None
+        if self.config.method in BY_LOSS:
             parts = self.backend.losses(mine, **self._passes())
-            return self.backend.combine(parts, parts.new_zeros(1))[0].cpu(), None
-        operator = self.backend.operator(self.config.muon_operator)
+            losses = self.backend.combine(parts, parts.new_zeros(1))[0].cpu()
+            return by_loss(self.config.method, losses), None
+        raw = self.config.method == "greats"
+        operator = self.backend.operator("raw" if raw else self.config.muon_operator)
         if operator is None:
             events.append("the optimizer has no state yet, so its step is not known: picked uniformly")
             return None, None
@@ -247,3 +267,13 @@ class Selector:
                 f"raw utilities spread {spread:.2g} against a temperature of {self.config.temperature:g}: the largest"
                 f" probability is {ratio:.5f}x uniform, so sampling is practically uniform (utilities=standardised)"
             )
+
+
+def by_loss(method: str, losses: Tensor) -> Tensor:
+    """(N,) utilities from the candidates' own losses: the highest, the lowest, or those nearest the median."""
+    if method == "high_ppl":
+        return losses
+    if method == "low_ppl":
+        return -losses
+    finite = losses[losses.isfinite()]
+    return -(losses - (finite.median() if len(finite) else 0)).abs()

@@ -25,7 +25,7 @@ def test_the_groups_are_those_of_the_settings():
 @pytest.mark.parametrize("choice", CHOICES)
 def test_each_choice_composes_and_comes_back_from_its_file(choice, corpus, tmp_path):
     group, name = choice.split("/")
-    overrides = [f"data.path={corpus}", f"{group}={name}"]
+    overrides = [f"data.path={corpus}", "data.wanted=[docs]", f"{group}={name}"]
     config = compose(overrides, world_size=RANKS.get(choice, 1))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load(tmp_path / "config.yaml") == config

@@ -12,7 +12,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.optim.config import OptimConfig
-from megaopus.selection import SelectionConfig, Selector
+from megaopus.selection import Selection, SelectionConfig, Selector
 from tests.exact.resume_runs import free_ports
 from tests.exact.test_engine_layouts import MODELS
 from tests.harness import random_batch, run_ranks, tiny_engine
@@ -67,13 +67,51 @@ def select(
     return found
 
 
-def select_layout(layout: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """Every model and optimizer at one layout; "one": on one process."""
+def select_with_faults(mesh: Mesh, parallel: ParallelConfig) -> dict[str, Selection]:
+    """Selections in which the last rank alone sees a fault: in the proxy gradient, in one candidate's loss, in all."""
+    engine = tiny_engine(mesh, model=MODELS[SHAPES[0]], optim=OPTIMIZERS["adamw"], parallel=parallel)
+    engine.train_step(random_batch(8, 0))
+    real = engine.scoring_backend()
+    gradient, losses = real.gradient, real.losses
+    last = mesh.rank == mesh.shape.world_size - 1
+
+    def bad_gradient(*args: Any) -> dict[str, torch.Tensor]:
+        return {name: value * torch.nan if last else value for name, value in gradient(*args).items()}
+
+    def bad_losses(rows: slice) -> Any:
+        def found(*args: Any, **kwargs: Any) -> torch.Tensor:
+            parts = losses(*args, **kwargs)
+            if last:
+                parts[rows] = torch.nan
+            return parts
+
+        return found
+
+    results = {}
+    patches = {
+        "gradient": {"gradient": bad_gradient},
+        "candidate": {"losses": bad_losses(slice(-1, None))},
+        "all": {"losses": bad_losses(slice(None))},
+    }
+    for fault, patch in patches.items():
+        backend = engine.scoring_backend()
+        for name, function in patch.items():
+            setattr(backend, name, function)
+        config = SelectionConfig(**COMMON, proxy_ema=0.9)
+        selector = Selector(config, backend, num_selected=6, proxy=lambda step: random_batch(4, 700 + step), seed=7)
+        results[fault] = selector.select(random_batch(16, 2), 2)
+        assert bool(selector.state_dict()) == (fault != "gradient")  # kept out of the average
+    return results
+
+
+def select_layout(layout: str) -> dict[Any, Any]:
+    """Every model and optimizer at one layout, and faults under "faults"; "one": on one process."""
     parallel = ParallelConfig() if layout == "one" else LAYOUTS[layout][1]
     mesh = Mesh(parallel, "cpu")
     try:
         optimizers = ["adamw"] if parallel.distributed_optimizer else OPTIMIZERS
-        return {(m, o): select(mesh, m, o, parallel) for m in SHAPES for o in optimizers}
+        found: dict[Any, Any] = {(m, o): select(mesh, m, o, parallel) for m in SHAPES for o in optimizers}
+        return found | {"faults": select_with_faults(mesh, parallel)}
     finally:
         mesh.close()
 
@@ -110,8 +148,31 @@ def ranks() -> dict[str, list[dict]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_picks_and_utilities_are_those_of_one_process(layout: str, ranks: dict, one_process: dict) -> None:
-    for case in ranks[layout][0]:
+    for case in ranks[layout][0].keys() - {"faults"}:
         assert_same_picks([found[case] for found in ranks[layout]], one_process[case], case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_fault_on_one_rank_is_every_rank_s(layout: str, ranks: dict) -> None:
+    share = 16 // (LAYOUTS[layout][0] // LAYOUTS[layout][1].model_ranks)
+    for fault in ("gradient", "candidate", "all"):
+        each = [found["faults"][fault] for found in ranks[layout]]
+        assert len({tuple(selection.picked_ids.tolist()) for selection in each}) == 1
+        assert len({tuple(selection.events) for selection in each}) == 1
+        selection = each[0]
+        if fault == "gradient":
+            assert selection.method == "uniform"
+            assert "the proxy gradient is not finite" in selection.events[0]
+        elif fault == "candidate":  # the last of the buffer
+            assert selection.method == "opus"
+            assert selection.events == [f"utility not finite: candidates [{int(selection.ids[-1])}]"]
+            assert int(selection.ids[-1]) not in selection.picked_ids
+        elif share < 16:  # other ranks' candidates are left
+            assert selection.method == "opus"
+            assert not set(selection.ids[-share:].tolist()) & set(selection.picked_ids.tolist())
+        else:
+            assert selection.method == "uniform"
+            assert "only 0 candidates have a finite utility" in selection.events[1]
 
 
 def assert_same_picks(ranks: list[dict[str, Any]], expected: dict[str, Any], case: tuple) -> None:

@@ -341,3 +341,44 @@ def test_opus_without_a_proxy_and_a_small_buffer_are_refused() -> None:
         make(proxy_of=None)
     with pytest.raises(ValueError, match=r"step 3: the buffer has 2 candidates, 4 are to be picked"):
         make().select(batch(0, 2), 3)
+
+
+@pytest.mark.parametrize("method", ["high_ppl", "low_ppl", "mid_ppl"])
+def test_picks_by_the_candidates_own_loss(method: str) -> None:
+    selector = make(method=method)
+    x = batch(3)
+    losses = selector.backend.losses(TensorCandidates(x))
+    order = {
+        "high_ppl": losses.argsort(descending=True),
+        "low_ppl": losses.argsort(),
+        "mid_ppl": (losses - losses.median()).abs().argsort(),
+    }[method]
+    assert set(selector.select(x, 0).indices.tolist()) == set(order[:K].tolist())
+
+
+def test_the_oracle_of_domains_takes_what_is_wanted_first_and_the_rest_by_chance() -> None:
+    wanted = torch.zeros(N, dtype=torch.bool)
+    wanted[[1, 4]] = True
+    config = SelectionConfig(method="domain_oracle")
+    selector = Selector(config, make().backend, num_selected=K, proxy=None, seed=0, wanted=lambda candidates: wanted)
+    picks = [set(selector.select(batch(0), step).indices.tolist()) for step in range(8)]
+    assert all({1, 4} <= pick for pick in picks)
+    assert len({frozenset(pick) for pick in picks}) > 1
+    with pytest.raises(ValueError, match="pass wanted="):
+        Selector(config, make().backend, num_selected=K, proxy=None, seed=0)
+
+
+def test_greats_is_greedy_by_raw_gradients_less_their_overlap() -> None:
+    greats = make(method="greats", estimator="exact", utilities="raw", redundancy=1.0)
+    x = batch(2)
+    backend = greats.backend
+    rate = backend.optimizers[0].param_groups[0]["lr"]
+    rows = torch.stack([torch.cat([g.flatten() for g in each.values()]) for each in backend.exact_gradients(x)])
+    target = torch.cat([g.double().flatten() for g in backend.gradient(TensorCandidates(proxy(0))).values()])
+    left, picked = rate * rows @ target, []
+    for _ in range(K):
+        best = int(left.argmax())
+        picked.append(best)
+        left = left - rate**2 * rows @ rows[best]
+        left[picked] = -torch.inf
+    assert set(greats.select(x, 0).indices.tolist()) == set(picked)
