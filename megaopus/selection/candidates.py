@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from megaopus.selection import noise
 from megaopus.selection.backend import Batch, Candidates
 
 
@@ -46,6 +47,53 @@ class TensorCandidates:
         if length is None:
             return self._batch
         return map_tensors(self._batch, lambda x: x[:, :length] if x.ndim > 1 else x)
+
+
+class Windowed:
+    """``candidates`` of which ``batch(length)`` gives another stretch than the first.
+
+    ``window``: 'random', a run of positions whose start is drawn from (seed, step, id); 'strided', every
+    (whole length / length)-th position. Positions are those along axis 1.
+    """
+
+    def __init__(self, candidates: Candidates, window: str, seed: int, step: int):
+        self._inner = candidates
+        self._window = window
+        self._seed = seed
+        self._step = step
+
+    @property
+    def ids(self) -> Tensor:
+        """(N,) int64."""
+        return self._inner.ids
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def take(self, indices: Tensor) -> Windowed:
+        """The candidates at ``indices`` (n,), in that order."""
+        return Windowed(self._inner.take(indices), self._window, self._seed, self._step)
+
+    def batch(self, length: int | None = None) -> Batch:
+        """Their tokens; of tensors with positions as many as the first ``length`` would be, taken from the window."""
+        whole = self._inner.batch()
+        if length is None:
+            return whole
+        widths = iter([part.shape[1] if part.ndim > 1 else 0 for part in tensors_of(self._inner.batch(length))])
+        return map_tensors(whole, lambda x: self._cut(x, next(widths)))
+
+    def _cut(self, tensor: Tensor, width: int) -> Tensor:
+        if tensor.ndim < 2 or width >= tensor.shape[1]:
+            return tensor
+        steps = torch.arange(width)
+        if self._window == "strided":
+            positions = (steps * tensor.shape[1] // width).expand(len(tensor), width)
+        else:
+            drawn = noise.uniform(noise.key(self._seed, "window", self._step), self.ids.cpu())
+            start = (drawn * (tensor.shape[1] - width + 1)).long()
+            positions = start.unsqueeze(1) + steps
+        rows = torch.arange(len(tensor)).unsqueeze(1)
+        return tensor[rows.to(tensor.device), positions.to(tensor.device)]
 
 
 def as_candidates(buffer: Candidates | Batch, step: int) -> Candidates:

@@ -14,6 +14,7 @@ SKETCHES = ("countsketch", "kronecker")
 SAMPLERS = ("top_k", "boltzmann")
 UTILITIES = ("standardised", "raw")
 SIDES = ("central", "one")
+WINDOWS = ("first", "random", "strided")
 MUON_OPERATORS = ("paper", "full")
 
 
@@ -42,7 +43,9 @@ class SelectionConfig:
     warmup_steps: int = 0
     """Steps picked uniformly before utilities are used (the optimizer's state must mean something first)."""
     score_length: int | None = None
-    """Tokens of each candidate that are scored, from its start [L_score]; null: all. The proxy is never cut."""
+    """Tokens of each candidate that are scored [L_score]; null: all. The proxy is never cut."""
+    score_window: str = "first"
+    """Where those tokens lie: first; random (a run drawn per step and candidate); strided (evenly spread)."""
     score_micro_batch_size: int = 16
     """Candidates per forward pass while scoring, on each rank."""
     proxy_batch_size: int = 32
@@ -91,6 +94,7 @@ class SelectionConfig:
             "utilities": UTILITIES,
             "sides": SIDES,
             "gram": SKETCHES,
+            "score_window": WINDOWS,
             "muon_operator": MUON_OPERATORS,
         }
         for key, allowed in choices.items():

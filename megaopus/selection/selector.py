@@ -13,7 +13,7 @@ from torch import Tensor
 from megaopus.selection import noise, sampler
 from megaopus.selection.adjoint import adjoint_utilities
 from megaopus.selection.backend import Batch, Candidates, Gradient, Proxy, ScoringBackend, UpdateOperator
-from megaopus.selection.candidates import as_candidates
+from megaopus.selection.candidates import Windowed, as_candidates
 from megaopus.selection.config import BY_LOSS, SelectionConfig
 from megaopus.selection.direction import directional_utilities
 from megaopus.selection.exact import exact_estimate
@@ -151,6 +151,8 @@ class Selector:
             return None, None
         share = len(buffer) // self.backend.world_size
         mine = buffer.take(torch.arange(share) + self.backend.rank * share)
+        if self.config.score_window != "first":
+            mine = Windowed(mine, self.config.score_window, self.seed, step)
         if self.config.method == "domain_oracle":
             assert self._wanted is not None  # checked on construction
             noise_N = noise.uniform(noise.key(self.seed, "domain_oracle", step), buffer.ids.cpu())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megaopus.selection import ModuleBackend, Selection, SelectionConfig, Selector, TensorCandidates
+from megaopus.selection.candidates import Windowed
 
 N, K = 12, 4
 
@@ -382,3 +383,30 @@ def test_greats_is_greedy_by_raw_gradients_less_their_overlap() -> None:
         left = left - rate**2 * rows @ rows[best]
         left[picked] = -torch.inf
     assert set(greats.select(x, 0).indices.tolist()) == set(picked)
+
+
+def test_windows_lie_where_they_should_and_only_scoring_sees_them() -> None:
+    tokens = torch.arange(20).expand(N, 20) + 100 * torch.arange(N).unsqueeze(1)
+    inner = TensorCandidates({"tokens": tokens, "weight": torch.ones(N)}, torch.arange(N) + 50)
+    strided = Windowed(inner, "strided", 1, 0).batch(5)["tokens"]
+    assert torch.equal(strided, tokens[:, ::4])
+    random = Windowed(inner, "random", 1, 0)
+    found = random.batch(5)["tokens"]
+    assert torch.equal(found - found[:, :1], torch.arange(5).expand(N, 5))
+    starts = found[:, 0] - tokens[:, 0]
+    assert len(set(starts.tolist())) > 3
+    assert starts.min() >= 0
+    assert starts.max() <= 15
+    assert torch.equal(random.take(torch.tensor([7, 2])).batch(5)["tokens"], found[[7, 2]])
+    assert not torch.equal(Windowed(inner, "random", 1, 1).batch(5)["tokens"], found)
+    assert torch.equal(random.batch()["tokens"], tokens)
+    assert torch.equal(random.batch(5)["weight"], torch.ones(N))
+
+
+@pytest.mark.parametrize("window", ["random", "strided"])
+def test_utilities_of_a_window_are_those_of_candidates_cut_to_it(window: str) -> None:
+    backend, x = make_backend(), batch(4)
+    cut = Windowed(TensorCandidates(x, torch.arange(N)), window, 0, 0).batch(2)
+    found = make(backend, score_length=2, score_window=window).select(x, 0).utilities
+    expected = make(backend).select(cut, 0).utilities
+    assert torch.equal(found, expected)
