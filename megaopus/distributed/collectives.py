@@ -1,9 +1,13 @@
-"""Decisions that one rank takes for all."""
+"""Decisions that one rank takes for all, and tensors that all ranks of a group hold after."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from megaopus.distributed.mesh import Mesh
 from megaopus.errors import CheckpointError
@@ -26,3 +30,12 @@ def on_rank_0(mesh: Mesh, action: Callable[[], T]) -> T:
     if problem is not None:
         raise problem
     return value
+
+
+def gathered(part: Tensor, group: dist.ProcessGroup, size: int) -> list[Tensor]:
+    """Equally shaped tensors of the ``size`` ranks of a group, in rank order."""
+    if size == 1:
+        return [part]
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size)]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return parts

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megaopus.distributed.collectives import gathered
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import StepResult
@@ -65,9 +66,6 @@ class DeepSpeedEngine:
         self.micro_batch_size = micro_batch_size
         self.seq_len = seq_len
         self.bf16 = engine.precision == "bf16" or (engine.precision == "auto" and not mesh.on_cpu)
-        self.tied = model.tied
-        self.gated = model.activation == "swiglu"
-        self.sequence_parallel = parallel.sequence_parallel
         self._optim_config = optim
         self._total_steps = total_steps
         self._seed = seed
@@ -174,9 +172,7 @@ class DeepSpeedEngine:
 
     def _gather(self, local: Tensor) -> Tensor:
         """Concatenate over the data-parallel ranks."""
-        parts = [torch.empty_like(local) for _ in range(self.mesh.shape.dp)]
-        dist.all_gather(parts, local, group=self.mesh.dp_group)
-        return torch.cat(parts)
+        return torch.cat(gathered(local, self.mesh.dp_group, self.mesh.shape.dp))
 
     def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
         """Mean gradient of a global batch, dropout off, by parameter name; fp32, whole, the same on every dp rank.

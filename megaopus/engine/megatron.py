@@ -61,9 +61,6 @@ class MegatronEngine:
         self.micro_batch_group = parallel.pp if parallel.vpp > 1 else 1
         self.bf16 = engine.precision == "bf16" or (engine.precision == "auto" and not mesh.on_cpu)
         self.seq_len = seq_len
-        self.tied = model.tied
-        self.gated = model.activation == "swiglu"
-        self.sequence_parallel = parallel.sequence_parallel
         self._optim_config = optim
         self._total_steps = total_steps
         self._seed = seed

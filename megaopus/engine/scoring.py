@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megaopus.distributed.collectives import gathered
 from megaopus.errors import EngineError
-from megaopus.models.gpt import EMBEDDING, shard, unshard, whole_names
+from megaopus.models.gpt import EMBEDDING, gather_whole, is_gated, is_tied, model_chunks, shard, whole_names
 from megaopus.selection import ModuleBackend
 from megaopus.selection.backend import (
     Batch,
@@ -66,20 +67,18 @@ class MegatronScoringBackend(ModuleBackend):
         return self._shards
 
     def _find_shards(self) -> Iterator[tuple[str, Shard]]:
-        size, rank, group = self._mesh.shape.tp, self._mesh.tp_rank, self._mesh.tp_group
+        size, rank = self._mesh.shape.tp, self._mesh.tp_rank
         for name, p in self._weights.items():
             shape = self._shape(p)
             if size == 1 or len(shape) != 2 or not getattr(p, "tensor_model_parallel", False):
                 continue
             dim = p.partition_dim
-            gated = self._engine.gated and ".linear_fc1." in name
+            gated = is_gated(self.module, name)
             whole = torch.arange(shape[dim] * size, device=p.device)
             index = shard(whole.unsqueeze(1 - dim), p, rank, size, gated).flatten()
 
             def gather(part: Tensor, p: Tensor = p, gated: bool = gated) -> Tensor:
-                parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size)]
-                dist.all_gather(parts, part.contiguous(), group=group)
-                return unshard(parts, p, gated)
+                return gather_whole(part, p, self._mesh, gated)
 
             yield name, Shard(dim, index, len(whole), gather)
 
@@ -191,7 +190,7 @@ class MegatronScoringBackend(ModuleBackend):
                     "embedding",
                     collect=collect["embedding"] if module.reduce_scatter_embeddings else None,
                     first_row=module.vocab_start_index,
-                    tied=self._engine.tied,
+                    tied=is_tied(self.module),
                 )
             elif isinstance(module, nn.Embedding):  # the same on every tensor-parallel rank
                 layer = GhostLayer(names[id(module.weight)], module, "embedding", counted=self._mesh.tp_rank == 0)
@@ -208,7 +207,7 @@ class MegatronScoringBackend(ModuleBackend):
 
     def _collectors(self) -> dict[str, Any]:
         """How a and b of each kind of layer are put together where tensor-parallel ranks share the sequence."""
-        if not self._engine.sequence_parallel:
+        if not model_chunks(self.module)[0].config.sequence_parallel:
             return dict.fromkeys(("column", "row", "embedding"))
         return {
             "column": lambda act_a, grad_b: (self._gather_positions(act_a), grad_b),
@@ -218,21 +217,14 @@ class MegatronScoringBackend(ModuleBackend):
 
     def _gather_positions(self, part: Tensor) -> Tensor:
         """(T / tp, n, ...) -> (T, n, ...)."""
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self._mesh.shape.tp)]
-        dist.all_gather(parts, part.contiguous(), group=self._mesh.tp_group)
-        return torch.cat(parts)
+        return torch.cat(gathered(part, self._mesh.tp_group, self._mesh.shape.tp))
 
     # -- what crosses ranks -----------------------------------------------------------------------------------------
 
-    def combine(self, parts: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
-        """One message over all ranks: each adds its parts at the places of its candidates."""
-        if self._mesh.shape.world_size == 1:
-            return parts, tally.to(parts)
-        count = len(parts)
-        vector = torch.cat([parts.new_zeros(self.world_size * count), tally.to(parts)])
-        vector[self.rank * count : (self.rank + 1) * count] = parts
-        dist.all_reduce(vector)
-        return vector[: self.world_size * count], vector[self.world_size * count :]
+    def sum_ranks(self, values: Tensor) -> None:
+        """Over model-parallel ranks too: they have parts of the same candidates' numbers."""
+        if self._mesh.shape.world_size > 1:
+            dist.all_reduce(values)
 
     def sum_shards(self, values: Tensor) -> Tensor:
         return _sum(values, self._mesh.tp_group, self._mesh.shape.tp)
@@ -247,7 +239,7 @@ class MegatronScoringBackend(ModuleBackend):
         stacked = torch.stack(list(values.values()))
         stacked = _sum(_sum(stacked, self._mesh.tp_group, shape.tp), self._mesh.cp_group, shape.cp)
         summed = dict(zip(values, stacked, strict=True))
-        if self._engine.tied and shape.pp > 1 and EMBEDDING in summed:
+        if is_tied(self.module) and shape.pp > 1 and EMBEDDING in summed:
             from megatron.core import parallel_state
 
             whole = _sum(summed[EMBEDDING], parallel_state.get_embedding_group(), 2)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megaopus.distributed.collectives import gathered
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.models.config import ModelConfig
@@ -156,12 +157,17 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 def whole_names(module: nn.Module) -> Iterator[tuple[str, str]]:
     """(local name, name in the whole model) of each parameter of a rank; the copies of a tied matrix have one name."""
-    tied = model_chunks(module)[0].share_embeddings_and_output_weights
     for local, name, _ in global_names(module):
-        yield local, EMBEDDING if tied and name == "output_layer.weight" else name
+        yield local, EMBEDDING if is_tied(module) and name == "output_layer.weight" else name
 
 
-def _is_gated(module: nn.Module, name: str) -> bool:
+def is_tied(module: nn.Module) -> bool:
+    """Whether the output layer is the embedding (on another pipeline stage, a copy of it)."""
+    return bool(model_chunks(module)[0].share_embeddings_and_output_weights)
+
+
+def is_gated(module: nn.Module, name: str) -> bool:
+    """Whether a parameter holds [gate; up] of a gated MLP."""
     return bool(model_chunks(module)[0].config.gated_linear_unit) and ".linear_fc1." in name
 
 
@@ -186,6 +192,13 @@ def unshard(parts: list[Tensor], parameter: Tensor, gated: bool) -> Tensor:
     return torch.cat(parts, dim)
 
 
+def gather_whole(part: Tensor, parameter: Tensor, mesh: Mesh, gated: bool) -> Tensor:
+    """The whole of a tensor that is split as ``parameter`` is, on every tensor-parallel rank (a collective call)."""
+    if mesh.shape.tp == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return part
+    return unshard(gathered(part, mesh.tp_group, mesh.shape.tp), parameter, gated)
+
+
 @torch.no_grad()
 def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> None:
     """Draw each whole parameter from a generator keyed by (seed, its name) and keep this rank's part.
@@ -194,7 +207,7 @@ def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> 
     biases zero. The model is therefore the same at every layout.
     """
     for _, name, parameter in global_names(module):
-        gated = _is_gated(module, name)
+        gated = is_gated(module, name)
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
@@ -221,12 +234,8 @@ def full_parameters(module: nn.Module, mesh: Mesh, values: dict[str, Tensor] | N
     parameters = dict(module.named_parameters())
     for own, name in whole_names(module):
         parameter = parameters[own]
-        value = (parameter if values is None else values[name]).detach().contiguous()
-        parts = [value]
-        if mesh.shape.tp > 1 and getattr(parameter, "tensor_model_parallel", False):
-            parts = [torch.empty_like(value) for _ in range(mesh.shape.tp)]
-            dist.all_gather(parts, value, group=mesh.tp_group)
-        local[name] = unshard(parts, parameter, _is_gated(module, name)).cpu()
+        value = (parameter if values is None else values[name]).detach()
+        local[name] = gather_whole(value, parameter, mesh, is_gated(module, name)).cpu()
     if mesh.shape.pp == 1:
         return local
     stages: list[Any] = [None] * mesh.shape.pp

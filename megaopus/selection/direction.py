@@ -31,7 +31,7 @@ def directional_utilities(
     smaller step would drown (docs/decisions/005). ``layers``: the parameters that are moved
     (``layers.parameter_names``).
     """
-    names = parameter_names(backend, layers)
+    names = parameter_names(backend, proxy_gradient, layers)
     update = operator.apply({name: proxy_gradient[name] for name in names})  # P g = -d
     if epsilon is None:
         epsilon = 1.0 if backend.coarse else 0.25

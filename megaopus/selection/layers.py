@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from megaopus.selection.backend import GhostLayer, ScoringBackend
+from megaopus.selection.backend import GhostLayer, Gradient, ScoringBackend
 
 
 def ghost_layers(backend: ScoringBackend, which: str) -> list[GhostLayer]:
@@ -24,9 +24,9 @@ def ghost_layers(backend: ScoringBackend, which: str) -> list[GhostLayer]:
     return [layer for layer in every if re.search(which, layer.parameter)]
 
 
-def parameter_names(backend: ScoringBackend, which: str) -> list[str]:
-    """The parameters of this rank that ``which`` (see ``ghost_layers``) means where all kinds can count."""
-    names = list(backend.parameters())
+def parameter_names(backend: ScoringBackend, gradient: Gradient, which: str) -> list[str]:
+    """Those of the parameters in ``gradient`` that ``which`` (see ``ghost_layers``) means where all kinds can count."""
+    names = list(gradient)
     if which == "all":
         return names
     if which == "linear":

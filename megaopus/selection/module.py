@@ -198,8 +198,12 @@ class ModuleBackend:
         count = len(parts)
         vector = torch.cat([parts.new_zeros(self.world_size * count), tally.to(parts)])
         vector[self.rank * count : (self.rank + 1) * count] = parts
-        self.all_reduce([vector])
+        self.sum_ranks(vector)
         return vector[: self.world_size * count], vector[self.world_size * count :]
+
+    def sum_ranks(self, values: Tensor) -> None:
+        """Sum over all ranks, in place."""
+        self.all_reduce([values])
 
     def sum_shards(self, values: Tensor) -> Tensor:
         """No matrix is split over ranks."""

@@ -189,13 +189,14 @@ class Selector:
         Both are of this rank's share of the candidates and of its part of the model.
         """
         config, passes, diverse = self.config, self._passes(), self.config.redundancy > 0
+        names = parameter_names(self.backend, gradient, self._layers)
         if not self._matched:
-            found = parameter_names if config.estimator in ("directional", "exact") else ghost_layers
-            require_some(self.backend, len(found(self.backend, self._layers)), self._layers)
+            of_parameters = config.estimator in ("directional", "exact")
+            uses = names if of_parameters else ghost_layers(self.backend, self._layers)
+            require_some(self.backend, len(uses), self._layers)
             self._matched = True
         given = (self.backend, mine, operator, gradient)
         if config.estimator == "exact":
-            names = parameter_names(self.backend, self._layers)
             parts, updates = exact_estimate(*given, parameters=names, length=config.score_length, keep_updates=diverse)
             return parts, None if updates is None else {"": updates}
         if config.estimator in ("countsketch", "kronecker"):
