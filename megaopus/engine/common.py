@@ -21,6 +21,20 @@ def data_parallel_share(num: int, mesh: Mesh) -> Tensor:
     return torch.arange(num).view(dp, -1)[mesh.dp_rank]
 
 
+def training_share(num: int, mesh: Mesh, micro_batch_size: int) -> Tensor:
+    """As ``data_parallel_share``; raises ValueError if it does not fall into micro-batches either."""
+    share = data_parallel_share(num, mesh)
+    if len(share) % micro_batch_size:
+        raise ValueError(f"{len(share)} sequences per rank are not a multiple of {micro_batch_size} per micro-batch")
+    return share
+
+
+def padded_share(num: int, mesh: Mesh, unit: int) -> Tensor:
+    """This rank's rows of ``num`` sequences filled up, with copies of the last, to a multiple of dp x ``unit``."""
+    multiple = mesh.shape.dp * unit
+    return data_parallel_share(-(-num // multiple) * multiple, mesh).clamp(max=num - 1)
+
+
 def seed_dropout(mesh: Mesh, seed: int, step: int) -> None:
     """Dropout's random states as a function of (seed, step, dp and cp rank): nothing of them needs saving."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

@@ -18,7 +18,7 @@ from megaopus.distributed.collectives import gathered
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import StepResult
-from megaopus.engine.common import data_parallel_share, seed_dropout
+from megaopus.engine.common import data_parallel_share, padded_share, seed_dropout, training_share
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.megatron import token_losses
 from megaopus.engine.zero import ZeroOptimizer
@@ -119,11 +119,7 @@ class DeepSpeedEngine:
     # -- training and evaluation ------------------------------------------------------------------------------------
 
     def train_step(self, batch: Candidates) -> StepResult:
-        share = data_parallel_share(len(batch), self.mesh)
-        if len(share) % self.micro_batch_size:
-            raise ValueError(
-                f"{len(share)} sequences per rank are not a multiple of {self.micro_batch_size} per micro-batch"
-            )
+        share = training_share(len(batch), self.mesh, self.micro_batch_size)
         if self._dropout:
             seed_dropout(self.mesh, self._seed, self.step)
         self.deepspeed.train()
@@ -148,10 +144,7 @@ class DeepSpeedEngine:
 
     def evaluate(self, sequences: Candidates) -> Tensor:
         num = len(sequences)
-        multiple = self.mesh.shape.dp * self.micro_batch_size
-        padded = -(-num // multiple) * multiple
-        # Filled up with copies of the last sequence, dropped below: stage 3 needs equally many passes on every rank.
-        share = data_parallel_share(padded, self.mesh).clamp(max=num - 1)
+        share = padded_share(num, self.mesh, self.micro_batch_size)  # stage 3: equally many passes on every rank
         self.deepspeed.eval()
         with torch.no_grad():
             losses = self.local_losses(sequences, share, self.micro_batch_size, self.seq_len)

@@ -17,7 +17,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.cpu import plain_calls
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import StepResult
-from megaopus.engine.common import data_parallel_share, seed_dropout
+from megaopus.engine.common import data_parallel_share, padded_share, seed_dropout, training_share
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.saving import in_process_strategy
 from megaopus.models.arithmetic import padded_vocab
@@ -65,7 +65,7 @@ class MegatronEngine:
         self._total_steps = total_steps
         self._seed = seed
         self._dropout = model.dropout > 0
-        self._seed_random_states()
+        seed_dropout(mesh, seed, 0)
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed, an option we do not set is deprecated
             config = transformer_config(model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute)
@@ -95,13 +95,9 @@ class MegatronEngine:
     # -- training and evaluation ------------------------------------------------------------------------------------
 
     def train_step(self, batch: Candidates) -> StepResult:
-        share = self._share(len(batch))
-        if len(share) % self.micro_batch_size:
-            raise ValueError(
-                f"{len(share)} sequences per rank are not a multiple of {self.micro_batch_size} per micro-batch"
-            )
+        share = training_share(len(batch), self.mesh, self.micro_batch_size)
         if self._dropout:
-            self._seed_random_states()
+            seed_dropout(self.mesh, self._seed, self.step)
         if not self.ddp.training:
             self.ddp.train()
         with self.mesh.megatron():
@@ -118,9 +114,7 @@ class MegatronEngine:
 
     def evaluate(self, sequences: Candidates) -> Tensor:
         num = len(sequences)
-        multiple = self.mesh.shape.dp * self.micro_batch_size * self.micro_batch_group
-        padded = -(-num // multiple) * multiple
-        share = self._share(padded).clamp(max=num - 1)  # fill up with copies of the last sequence, dropped below
+        share = padded_share(num, self.mesh, self.micro_batch_size * self.micro_batch_group)
         self.ddp.eval()
         with self.mesh.megatron(), torch.no_grad():
             losses = self._run(sequences, share, self.micro_batch_size, self.seq_len, forward_only=True)
@@ -132,7 +126,7 @@ class MegatronEngine:
         The training path (schedule, DDP reduction) without the update; training gradients are overwritten. Raises
         ValueError if ``batch`` cannot be split evenly over the dp ranks (and, with vpp, into groups of pp).
         """
-        share = self._share(len(batch))
+        share = data_parallel_share(len(batch), self.mesh)
         group_size, rest = divmod(len(share), self.micro_batch_group)
         if rest:
             raise ValueError(f"{len(share)} sequences per rank are not a multiple of pp = {self.micro_batch_group}")
@@ -153,9 +147,6 @@ class MegatronEngine:
         self.optimizer.chained.zero_grad()
         for ddp in self.ddp:
             ddp.zero_grad_buffer()
-
-    def _share(self, num: int) -> Tensor:
-        return data_parallel_share(num, self.mesh)
 
     def _run(self, batch: Candidates, share: Tensor, micro: int, length: int, *, forward_only: bool) -> Tensor:
         """Run the schedule over this rank's share; (dp * len(share),) sequence losses, float64, on every rank."""
@@ -264,9 +255,6 @@ class MegatronEngine:
             return losses_BS.sum() / (len(tokens) * length), losses_BS.detach().double().sum(dim=1) / length
 
         return token_losses(model, tokens, self.mesh.shape.cp, self.mesh.cp_rank), sequence_losses
-
-    def _seed_random_states(self) -> None:
-        seed_dropout(self.mesh, self._seed, self.step)
 
     # -- selection and checkpoints ----------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaopus.optim.build import ParameterState
+from megaopus.optim.build import ParameterState, set_lr
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of the size of the weights."""
@@ -66,9 +66,7 @@ class ZeroOptimizer:
 
     def set_lr(self, factor: float) -> float:
         """Set every group's learning rate to its peak times ``factor``; returns the first group's."""
-        for group in self._zero.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        return self._zero.optimizer.param_groups[0]["lr"]
+        return set_lr(self.torch_optimizers, factor)
 
     def main_weights(self) -> dict[str, Tensor]:
         """The whole fp32 weights: the parameters themselves where they are that, else copies (collective)."""

@@ -105,11 +105,8 @@ class MainOptimizer:
         return found
 
     def set_lr(self, factor: float) -> float:
-        """Set every group's learning rate to its peak times ``factor``; returns the first group's."""
-        for optimizer in self.torch_optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-        return self.torch_optimizers[-1].param_groups[0]["lr"]
+        """Set every group's learning rate to its peak times ``factor``; returns AdamW's where Muon is beside it."""
+        return set_lr(self.torch_optimizers, factor)
 
     def step(self) -> tuple[float, bool]:
         """(gradient norm before clipping, applied). A non-finite gradient anywhere leaves every weight as it is."""
@@ -150,6 +147,14 @@ class MainOptimizer:
         for optimizer, groups in zip(self.torch_optimizers, made_with, strict=True):
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
                 group.update({key: value for key, value in settings.items() if key != "params"})
+
+
+def set_lr(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> float:
+    """Set each group's learning rate to its peak times ``factor``; returns that of the last optimizer's first group."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+    return optimizers[-1].param_groups[0]["lr"]
 
 
 def torch_optimizers(config: OptimConfig, module: nn.Module, mesh: Mesh) -> list[torch.optim.Optimizer]:

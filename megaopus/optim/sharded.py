@@ -41,6 +41,7 @@ class ShardedAdamW(DistributedOptimizer):
         init_state: Callable[..., None],
     ):
         self._groups: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
+        self._group_of = {parameter: index for index, group in enumerate(self._groups) for parameter in group}
         super().__init__(
             optimizer,
             config,
@@ -65,8 +66,7 @@ class ShardedAdamW(DistributedOptimizer):
 
     def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The settings that ``parameter`` is updated with."""
-        index = next(i for i, group in enumerate(self._groups) if any(parameter is p for p in group))
-        return self.optimizer.param_groups[index]
+        return self.optimizer.param_groups[self._group_of[parameter]]
 
     @torch.no_grad()
     def whole(self, key: str) -> dict[nn.Parameter, Tensor]:
