@@ -21,7 +21,7 @@ from megaopus.models.arithmetic import (
     stage_weights,
     training_flops_per_token,
 )
-from megaopus.selection.config import BY_LOSS, SKETCHES
+from megaopus.selection.config import BY_LOSS, SKETCHES, SelectionConfig
 
 SCORING_COST = {
     "directional": (2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
@@ -36,6 +36,12 @@ SCORING_COST = {
     "domain_oracle": (0.0, "labels alone"),
 }
 """FLOPs per scored token over FLOPs per trained token, and why."""
+GHOST_PASS = 2 / 3  # forward and input gradients
+GRAM_COST = {
+    "countsketch": (1.0, "forward, input gradients and each layer's gradient per sequence; sketching not counted"),
+    "kronecker": SCORING_COST["kronecker"],
+}
+"""The same of sketching every candidate for a Gram matrix."""
 LARGEST_TABLE = 16
 
 
@@ -136,10 +142,23 @@ def scoring_overhead(config: RunConfig) -> float:
     selection, train = config.selection, config.train
     if selection.method == "uniform":
         return 0.0
-    ratio = SCORING_COST[selection.estimator if selection.needs_proxy else selection.method][0]
+    ratio = _scoring_cost(selection)[0]
     length = (selection.score_length or config.data.seq_len) / config.data.seq_len
     proxy = selection.proxy_batch_size if selection.needs_proxy else 0
     return (config.num_candidates() * ratio * length + proxy) / train.global_batch_size
+
+
+def _scoring_cost(selection: SelectionConfig) -> tuple[float, str]:
+    """FLOPs per scored token over FLOPs per trained token, and why; of the Gram matrix's sketches too."""
+    ratio, why = SCORING_COST[selection.estimator if selection.needs_proxy else selection.method]
+    if not selection.redundancy or selection.estimator == "exact":
+        return ratio, why
+    sketch, how = GRAM_COST[selection.derived_sketch()]
+    if selection.estimator in SKETCHES:
+        return sketch, how
+    if selection.estimator == "adjoint":  # from one pass
+        return ratio + sketch - GHOST_PASS, f"{why}; the same pass sketches the Gram matrix"
+    return ratio + sketch, f"{why}; then for the Gram matrix {how}"
 
 
 def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
@@ -149,11 +168,10 @@ def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
     selecting = max(0, config.train.steps - config.selection.warmup_steps) / config.train.steps
     total = flops * tokens * (1 + scoring_overhead(config) * selecting)
     rows = {"training": f"{flops:.3e} FLOPs per token (forward and backward, attention included)"}
-    method, estimator = config.selection.method, config.selection.estimator
-    if method == "uniform":
+    if config.selection.method == "uniform":
         rows["selection"] = "none (uniform)"
     else:
-        ratio, why = SCORING_COST[estimator if config.selection.needs_proxy else method]
+        ratio, why = _scoring_cost(config.selection)
         rows["scoring"] = f"{ratio:.2f} of a training token per scored token: {why}"
         rows["expected overhead"] = f"{scoring_overhead(config):.1%} of the training FLOPs of a step, proxy included"
         rows["steps that select"] = f"{selecting:.0%} (warm-up of {config.selection.warmup_steps} steps is uniform)"

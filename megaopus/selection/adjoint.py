@@ -6,10 +6,19 @@ computed once per layer and step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from megaopus.selection.backend import Candidates, GhostLayer, Gradient, ScoringBackend, UpdateOperator
+from megaopus.selection.backend import (
+    Candidates,
+    GhostConsumer,
+    GhostLayer,
+    Gradient,
+    ScoringBackend,
+    UpdateOperator,
+)
 from megaopus.selection.ghost import local_rows
 from megaopus.selection.layers import ghost_layers
 
@@ -30,10 +39,23 @@ def adjoint_utilities(
     Raises RuntimeError naming any layer whose activations could not be captured.
     """
     uses = ghost_layers(backend, layers)
+    parts, consume = adjoint_consumer(backend, len(candidates), operator, proxy_gradient, uses)
+    with torch.no_grad():
+        backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
+    return parts
+
+
+def adjoint_consumer(
+    backend: ScoringBackend,
+    count: int,
+    operator: UpdateOperator,
+    proxy_gradient: Gradient,
+    uses: Iterable[GhostLayer],
+) -> tuple[Tensor, GhostConsumer]:
+    """((count,) float64 zeros, what adds to them in a ghost pass over ``uses``): to score beside something else."""
     names = dict.fromkeys(layer.parameter for layer in uses)
     matrices = operator.apply({name: proxy_gradient[name] for name in names})
-    device = next(iter(proxy_gradient.values())).device
-    parts = torch.zeros(len(candidates), dtype=torch.float64, device=device)
+    parts = torch.zeros(count, dtype=torch.float64, device=backend.device)
 
     def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
         q = matrices[layer.parameter].to(grad_b.dtype)
@@ -46,6 +68,4 @@ def adjoint_utilities(
             product = (act_a.to(grad_b.dtype) @ q.t()) * grad_b
         parts[rows] += product.flatten(1).sum(1, dtype=torch.float64)
 
-    with torch.no_grad():
-        backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
-    return parts
+    return parts, consume

@@ -10,7 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megaopus.selection.backend import Candidates, GhostLayer, Gradient, ScoringBackend, UpdateOperator
+from megaopus.selection.backend import (
+    Candidates,
+    GhostConsumer,
+    GhostLayer,
+    Gradient,
+    ScoringBackend,
+    UpdateOperator,
+)
 from megaopus.selection.ghost import local_rows
 from megaopus.selection.layers import ghost_layers
 from megaopus.selection.sketch import hashes, spread_dim, sum_proxies, whole_coordinates
@@ -23,12 +30,16 @@ def sketch_shape(dim: int) -> tuple[int, int]:
 
 
 class KroneckerEstimator:
-    """Alignment sum_r <phi_r, psi_r> with two-sided sketches; ``layers``: see ``layers.ghost_layers``."""
+    """Alignment sum_r <phi_r, psi_r> with two-sided sketches; ``layers``: see ``layers.ghost_layers``.
+
+    Keeps each layer's C1 and C2 between steps.
+    """
 
     def __init__(self, dim: int, seed: int, layers: str = "linear"):
         self._shape = sketch_shape(dim)
         self._seed = seed
         self._which = layers
+        self._kept: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
 
     def estimate(
         self,
@@ -40,10 +51,11 @@ class KroneckerEstimator:
         length: int | None = None,
         micro_batch_size: int = 16,
         keep_sketches: bool = False,
+        also: GhostConsumer | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """((n,) float64 parts of the alignments, sketches (n, m) by layer or None); of this rank's candidates.
 
-        Raises RuntimeError naming any layer whose activations could not be captured.
+        ``also`` sees the same pass. Raises RuntimeError naming any layer whose activations could not be captured.
         """
         uses = ghost_layers(backend, self._which)
         counted = {layer.parameter for layer in uses if layer.counted}
@@ -59,6 +71,8 @@ class KroneckerEstimator:
         phi = {name: value.new_zeros(len(candidates), size) for name, value in psi.items() if keep_sketches}
 
         def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
+            if also is not None:
+                also(layer, rows, act_a, grad_b)
             left, right = folded[layer.parameter]
             grad_b = grad_b.to(left.dtype)
             if layer.kind == "linear":
@@ -79,6 +93,8 @@ class KroneckerEstimator:
         self, backend: ScoringBackend, name: str, weight: Tensor, spread: int | None
     ) -> tuple[Tensor, Tensor]:
         """C1 (rows, O) and C2 (columns, I) as dense matrices."""
+        if (name, spread) in self._kept:
+            return self._kept[name, spread]
         made = []
         coordinates = whole_coordinates(backend, name, weight, spread)
         for side, indices, dim in zip(("rows", "columns"), coordinates, self._shape, strict=True):
@@ -86,6 +102,7 @@ class KroneckerEstimator:
             matrix = weight.new_zeros(dim, len(indices))
             matrix[bucket, torch.arange(len(indices), device=weight.device)] = sign.to(weight.dtype)
             made.append(matrix)
+        self._kept[name, spread] = made[0], made[1]
         return made[0], made[1]
 
     def _fold(

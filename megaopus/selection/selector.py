@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaopus.selection import noise, sampler
-from megaopus.selection.adjoint import adjoint_utilities
+from megaopus.selection.adjoint import adjoint_consumer, adjoint_utilities
 from megaopus.selection.backend import Batch, Candidates, Gradient, Proxy, ScoringBackend, UpdateOperator
 from megaopus.selection.candidates import Windowed, as_candidates
 from megaopus.selection.config import BY_LOSS, SelectionConfig
@@ -201,15 +201,14 @@ class Selector:
             return parts, None if updates is None else {"": updates}
         if config.estimator in ("countsketch", "kronecker"):
             return self._sketch.estimate(*given, keep_sketches=diverse, **passes)
+        if config.estimator == "adjoint" and diverse:  # one pass for both
+            uses = ghost_layers(self.backend, self._layers)
+            parts, consume = adjoint_consumer(self.backend, len(mine), operator, gradient, uses)
+            return parts, self._sketch.estimate(*given, keep_sketches=True, also=consume, **passes)[1]
         if config.estimator == "adjoint":
-            parts = adjoint_utilities(*given, layers=self._layers, **passes)
-        else:
-            parts = directional_utilities(
-                *given, layers=self._layers, epsilon=config.epsilon, sides=config.sides, **passes
-            )
-        if not diverse:
-            return parts, None
-        return parts, self._sketch.estimate(*given, keep_sketches=True, **passes)[1]
+            return adjoint_utilities(*given, layers=self._layers, **passes), None
+        parts = directional_utilities(*given, layers=self._layers, epsilon=config.epsilon, sides=config.sides, **passes)
+        return parts, self._sketch.estimate(*given, keep_sketches=True, **passes)[1] if diverse else None
 
     def _gram(self, features: dict[str, Tensor], size: int) -> Tensor:
         """(N, N) float64 on the CPU: inner products of the candidates' updates, over every layer of every stage."""

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from megaopus.selection import noise
 from megaopus.selection.adjoint import adjoint_utilities
-from megaopus.selection.backend import Candidates, GhostLayer, Gradient, ScoringBackend, UpdateOperator
+from megaopus.selection.backend import (
+    Candidates,
+    GhostConsumer,
+    GhostLayer,
+    Gradient,
+    ScoringBackend,
+    UpdateOperator,
+)
 from megaopus.selection.ghost import per_sample_gradient
 from megaopus.selection.layers import ghost_layers
 
@@ -95,14 +102,16 @@ class CountSketchEstimator:
         length: int | None = None,
         micro_batch_size: int = 16,
         keep_sketches: bool = False,
+        also: GhostConsumer | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """((n,) float64 parts of the alignments, sketches (n, m) by layer or None); of this rank's candidates.
 
         The inner products of the sketches, once summed over parts, estimate the Gram matrix <P g_z, P g_s>. Where only
         alignments are asked for, no candidate is sketched: <Pi P g_z, psi> = <g_z, P Pi^T psi> is adjoint scoring of
-        the proxy's sketch carried back, the same number without any per-sample gradient.
+        the proxy's sketch carried back, the same number without any per-sample gradient. ``also`` sees the same pass.
         Raises RuntimeError naming any layer whose activations could not be captured.
         """
+        assert also is None or keep_sketches
         uses = self.layers(backend)
         proxy = self._proxy(backend, uses, proxy_gradient)
         if not keep_sketches:
@@ -125,6 +134,8 @@ class CountSketchEstimator:
 
         def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
             weight = proxy_gradient[layer.parameter]
+            if also is not None:
+                also(layer, rows, act_a, grad_b)
             grad_b = grad_b.to(weight.dtype)
             for part in torch.arange(len(grad_b)).split(max(1, _CHUNK_ELEMENTS // weight.numel())):
                 span = slice(int(part[0]), int(part[-1]) + 1)

@@ -410,3 +410,14 @@ def test_utilities_of_a_window_are_those_of_candidates_cut_to_it(window: str) ->
     found = make(backend, score_length=2, score_window=window).select(x, 0).utilities
     expected = make(backend).select(cut, 0).utilities
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("gram", ["countsketch", "kronecker"])
+def test_adjoint_and_the_sketches_of_its_gram_matrix_come_from_one_pass(gram: str) -> None:
+    backend, x = make_backend(), batch(4)
+    passes = []
+    ghost_pass = backend.ghost_pass
+    backend.ghost_pass = lambda *args, **kwargs: (passes.append(1), ghost_pass(*args, **kwargs))
+    diverse = make(backend, estimator="adjoint", redundancy=0.5, gram=gram).select(x, 0)
+    assert len(passes) == 1
+    assert torch.equal(diverse.utilities, make(backend, estimator="adjoint").select(x, 0).utilities)
