@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +38,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     if world_size == 1:
         return [function(*args)]
     context = mp.get_context("spawn")
-    port = _free_port()
+    (port,) = free_ports(1)
     pipes, processes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
@@ -52,6 +54,30 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         for process in processes:
             process.kill()
             process.join()
+
+
+def run_layouts(
+    world_sizes: dict[str, int], function: Callable[..., Any], *args: Any, timeout_s: float = 300
+) -> dict[str, list[Any]]:
+    """``function(layout, *args)`` on each rank of every layout (name -> ranks); results by layout, then rank.
+
+    Starting a process takes longer than its work: one start for each world size, a process group for each layout.
+    """
+    found: dict[str, list[Any]] = {}
+    for world_size in sorted(set(world_sizes.values())):
+        names = [layout for layout, size in world_sizes.items() if size == world_size]
+        ports = dict(zip(names, free_ports(len(names)), strict=True))
+        results = run_ranks(world_size, _one_after_another, function, ports, args, timeout_s=timeout_s)
+        found |= {layout: [result[layout] for result in results] for layout in names}
+    return found
+
+
+def _one_after_another(function: Callable[..., Any], ports: dict[str, int], args: tuple) -> dict[str, Any]:
+    found = {}
+    for layout, port in ports.items():
+        os.environ["MASTER_PORT"] = str(port)
+        found[layout] = function(layout, *args)
+    return found
 
 
 def _receive(rank: int, pipe: Any, deadline: float) -> Any:
@@ -83,10 +109,16 @@ def _rank(rank: int, world_size: int, port: int, pipe: Any, function: Callable[.
     pipe.send_bytes(pickle.dumps(answer))  # plain pickle: no shared memory with a dying process
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Free ports below those that outgoing connections are given: nobody takes one before it is used."""
+    found: list[int] = []
+    for port in random.Random(os.getpid()).sample(range(12_000, 30_000), 1000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError(f"fewer than {count} free ports")
 
 
 def tiny_engine(

@@ -6,11 +6,8 @@ import copy
 import functools
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,18 +86,6 @@ def command(program: list[str], timeout_s: float = 300) -> subprocess.CompletedP
         text=True,
         timeout=timeout_s,
     )
-
-
-def free_ports(count: int) -> list[int]:
-    """Free ports below those that outgoing connections are given: nobody takes one before it is used."""
-    found: list[int] = []
-    for port in random.Random(os.getpid()).sample(range(12_000, 30_000), 1000):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError(f"fewer than {count} free ports")
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +17,7 @@ from megaopus.engine.megatron import MegatronEngine
 from megaopus.models.config import ModelConfig
 from megaopus.models.gpt import full_parameters, whole_names
 from megaopus.optim.config import OptimConfig
-from tests.exact.resume_runs import free_ports
-from tests.harness import TINY, random_batch, run_ranks, tiny_engine
+from tests.harness import TINY, random_batch, run_layouts, tiny_engine
 
 LLAMA = ModelConfig(
     num_layers=2,
@@ -122,15 +120,6 @@ SAVED = (
 RESUMED = {LAYOUTS[layout][2][0] for layout in SAVED}
 
 
-def train_layouts(ports: dict[str, int], folder: Path) -> dict[str, dict]:
-    """What this rank finds at each layout (name -> port), each with a process group for itself."""
-    found = {}
-    for layout, port in ports.items():
-        os.environ["MASTER_PORT"] = str(port)
-        found[layout] = train_layout(layout, folder)
-    return found
-
-
 def train_layout(layout: str, folder: Path) -> dict:
     """Its cases; where checkpoints are tried, the first also saves one and goes on from one process's."""
     _, parallel, cases = LAYOUTS[layout]
@@ -179,14 +168,8 @@ def mesh() -> Iterator[Mesh]:
 
 @pytest.fixture(scope="module")
 def ranks(one_process: dict, folder: Path) -> dict[str, list[dict]]:
-    """Layout -> what each rank found. Starting a process takes longer than its work: one start for each world size."""
-    found: dict[str, list[dict]] = {}
-    for world_size in (2, 4):
-        names = [layout for layout, (size, _, _) in LAYOUTS.items() if size == world_size]
-        ports = dict(zip(names, free_ports(len(names)), strict=True))
-        results = run_ranks(world_size, train_layouts, ports, folder, timeout_s=300)
-        found |= {layout: [result[layout] for result in results] for layout in names}
-    return found
+    """Layout -> what each rank found."""
+    return run_layouts({layout: size for layout, (size, _, _) in LAYOUTS.items()}, train_layout, folder)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -17,13 +17,12 @@ from tests.exact.resume_runs import (
     assert_same,
     command,
     everything,
-    free_ports,
     rows,
     settings,
     train,
 )
 from tests.faults import Interrupted, at_step, interrupt
-from tests.harness import run_ranks
+from tests.harness import free_ports, run_ranks
 
 DROPOUT = [*SELECTIONS["directional"], *OPTIMIZERS["adamw"], "model.dropout=0.1"]
 SKETCH = [*SELECTIONS["countsketch"], *OPTIMIZERS["muon"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.selection import Selection, SelectionConfig, Selector
-from tests.exact.resume_runs import free_ports
 from tests.exact.test_engine_layouts import MODELS
-from tests.harness import random_batch, run_ranks, tiny_engine
+from tests.harness import random_batch, run_layouts, tiny_engine
 
 OPTIMIZERS = {
     # eps above rounding noise: at 1e-8, an embedding row hardly ever seen turns the last bit into a large step
@@ -116,24 +114,9 @@ def select_layout(layout: str) -> dict[Any, Any]:
         mesh.close()
 
 
-def select_layouts(ports: dict[str, int]) -> dict[str, dict]:
-    """What this rank finds at each layout (name -> port), each with a process group for itself."""
-    found = {}
-    for layout, port in ports.items():
-        os.environ["MASTER_PORT"] = str(port)
-        found[layout] = select_layout(layout)
-    return found
-
-
 def every_layout() -> dict[str, list[dict]]:
-    """Layout -> what each rank found; one start of processes for each world size."""
-    found: dict[str, list[dict]] = {}
-    for world_size in sorted({size for size, _ in LAYOUTS.values()}):
-        names = [layout for layout, (size, _) in LAYOUTS.items() if size == world_size]
-        ports = dict(zip(names, free_ports(len(names)), strict=True))
-        results = run_ranks(world_size, select_layouts, ports, timeout_s=400)
-        found |= {layout: [result[layout] for result in results] for layout in names}
-    return found
+    """Layout -> what each rank found."""
+    return run_layouts({layout: size for layout, (size, _) in LAYOUTS.items()}, select_layout)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,11 @@ import torch
 from rich.console import Console
 
 from benchmarks import common, estimators, throughput
+from benchmarks.scoring import count_bytes
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
+from tests.harness import run_ranks
 
 TINY = estimators.Plan(
     model=ModelConfig(num_layers=2, hidden_size=32, num_heads=4),
@@ -195,3 +197,12 @@ def test_the_cpu_clock_does_not_count_waiting() -> None:
     with common.progress(Console(quiet=True)) as bar:
         seconds = common.interleaved({"sleep": lambda: time.sleep(0.05)}, 2, "cpu", bar, "test")
     assert max(seconds["sleep"]) < 0.05
+
+
+def test_a_selection_sends_its_utilities_in_one_message_that_grows_with_candidates_alone() -> None:
+    alone, two = run_ranks(1, count_bytes, 32)[0], run_ranks(2, count_bytes, 32)[0]
+    more = run_ranks(2, count_bytes, 64)[0]
+    assert alone["bytes_per_rank"] == alone["gradient_bytes_per_rank"] == 0
+    assert two["bytes_per_rank"] == 8 * (32 + 1)  # and whether the proxy gradient is finite
+    assert more["bytes_per_rank"] == 8 * (64 + 1)
+    assert two["gradient_bytes_per_rank"] == more["gradient_bytes_per_rank"] > 0
