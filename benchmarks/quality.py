@@ -51,9 +51,10 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": ("optim=adamw", "optim.lr=2e-3"),
     "muon": ("optim=muon", "optim.lr=8e-3", "optim.muon_lr=0.01"),
 }
-# Learning rates are the best for uniform after 400 updates of one seed: of {1, 2, 3}e-3 for AdamW; for (AdamW on the
-# rest, Muon on the matrices) of ten pairs, {2, 4, 8, 16}e-3 with {.0025, .005, .01, .02}: 4.548 at (8e-3, .01), 4.550
-# at (16e-3, .005), 4.560 at (8e-3, .005), 4.58 to 4.84 elsewhere. Every arm has the same.
+# Learning rates are the best for uniform after 400 updates of one seed, run by hand (python -m megaopus train
+# experiment=demo train.steps=400 optim=muon optim.lr=... optim.muon_lr=...): of {1, 2, 3}e-3 for AdamW; for (AdamW on
+# the rest, Muon on the matrices) of ten pairs, {2, 4, 8, 16}e-3 with {.0025, .005, .01, .02}: 4.548 at (8e-3, .01),
+# 4.550 at (16e-3, .005), 4.560 at (8e-3, .005), 4.58 to 4.84 elsewhere. Every arm has the same.
 COMMON = ("experiment=demo", f"data.wanted=[{WANTED}]", "logging.every=50")
 
 

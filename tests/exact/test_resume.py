@@ -167,7 +167,7 @@ def test_without_an_applied_update_there_is_nothing_to_save(
 
 
 def test_weights_and_biases_sees_one_run(tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="wandb is an optional extra (megaopus[wandb])")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     run = tmp_path / "run"
     overrides = settings(tiny_corpus, run, "logging=wandb_offline", "train.steps=6", *SELECTIONS["directional"])

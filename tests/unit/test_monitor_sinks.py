@@ -204,7 +204,7 @@ def test_wandb_missing_is_reported_before_anything_is_written(tmp_path: Path, mo
 
 
 def test_wandb_offline_run_continues_one_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="wandb is an optional extra (megaopus[wandb])")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2 + "01234567")
     losses = {0: 3.7346190, 2: 3.5280917}
