@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate
 from megaopus.config import RunConfig, to_yaml
 from megaopus.data.candidates import CandidateStream
 from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
+from megaopus.data.traits import SequenceTraits, ensure_traits
+from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.deepspeed import DeepSpeedEngine
 from megaopus.engine.megatron import MegatronEngine
@@ -29,7 +32,7 @@ from megaopus.errors import CheckpointError
 from megaopus.models.arithmetic import count_parameters
 from megaopus.monitor.health import STOP_EXIT_CODE, StopSignal
 from megaopus.monitor.monitor import Monitor
-from megaopus.selection import Selector
+from megaopus.selection import SelectionConfig, Selector
 from megaopus.trainer import Trainer
 
 PACKAGES = ("megaopus", "torch", "megatron-core", "deepspeed", "tokenizers", "numpy")
@@ -94,11 +97,12 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
         proxy=proxy,
         seed=config.seed,
         wanted=partial(_is_wanted, config.data.wanted),
+        traits=corpora.traits(selection, mesh) if selection.needs_traits else None,
     )
     validation = corpora.validation.fixed(config.train.eval_sequences)
     return Trainer(
         engine=engine,
-        stream=CandidateStream(corpora.pool, config.num_candidates(), config.seed),
+        stream=CandidateStream(corpora.pool, config.buffer_size(), config.seed, serves=selection.score_every),
         selector=selector,
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh),
         validation=validation,
@@ -151,6 +155,12 @@ class Corpora:
         data = self._config
         return Sequences(self._open(data.proxy_path or data.path), "proxy", data.seq_len, data.wanted or None)
 
+    def traits(self, selection: SelectionConfig, mesh: Mesh) -> SequenceTraits:
+        """Of the pool's sequences, computed by rank 0 if they are not there."""
+        proxy = self.proxy()
+        folder = on_rank_0(mesh, lambda: ensure_traits(self.pool, proxy, self._config.traits_path, Console()))
+        return SequenceTraits(self.pool, folder, selection.prescreen.traits)
+
     def _open(self, path: str) -> Corpus:
         if path not in self._opened:
             self._opened[path] = Corpus.open(path)
@@ -176,7 +186,7 @@ def _identity(config: RunConfig, corpora: Corpora, *, bf16: bool) -> dict[str, A
         "precision": "bf16" if bf16 else "fp32",
         "optimizer": config.optim.name,
         "global_batch_size": config.train.global_batch_size,
-        "num_candidates": config.num_candidates(),
+        "num_candidates": config.buffer_size(),
     }
 
 

@@ -110,8 +110,8 @@ def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
     train, model, selection = config.train, config.model, config.selection
     parallel = config.parallel
     dp = world_size // parallel.model_ranks
-    num_candidates, tokens = config.num_candidates(), train.global_batch_size * config.data.seq_len
-    steps_per_epoch = data.sequences["pool"] / num_candidates
+    tokens = train.global_batch_size * config.data.seq_len
+    steps_per_epoch = data.sequences["pool"] * selection.score_every / config.buffer_size()
     rows = {
         "data-parallel ranks (dp)": f"{dp} = {world_size} ranks"
         f" / (tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp})",
@@ -120,13 +120,16 @@ def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
         f" (a multiple of {VOCAB_MULTIPLE})",
         "MLP width (ffn)": f"{model.derived_ffn():,}",
         "head size": f"{model.derived_head_dim()}",
-        "candidates per step (N)": f"{num_candidates}, of which {train.global_batch_size} are picked",
+        "candidates per step (N)": f"{config.num_candidates()}, of which {train.global_batch_size} are picked",
         "update tokens": f"{tokens:,} per step, {tokens * train.steps:,} in all",
         "corpus": f"{len(data.domains)} domains ({', '.join(data.domains)})",
         "sequences": ", ".join(f"{split} {count:,}" for split, count in data.sequences.items()),
         "steps per epoch": f"{steps_per_epoch:,.1f}; {train.steps:,} steps read {train.steps / steps_per_epoch:.2f}"
         " epochs of candidates",
     }
+    if selection.prescreen.mode != "off" or selection.score_every > 1:
+        served = f" for {selection.score_every} steps" if selection.score_every > 1 else ""
+        rows["buffer"] = f"{config.buffer_size()} sequences{served}, {config.num_scored()} of them scored exactly"
     if selection.needs_proxy:
         share = selection.proxy_batch_size / train.global_batch_size
         rows["proxy"] = f"{selection.proxy_batch_size} sequences per step, {share:.1%} of the update tokens"
@@ -144,8 +147,9 @@ def scoring_overhead(config: RunConfig) -> float:
         return 0.0
     ratio = _scoring_cost(selection)[0]
     length = (selection.score_length or config.data.seq_len) / config.data.seq_len
-    proxy = selection.proxy_batch_size if selection.needs_proxy else 0
-    return (config.num_candidates() * ratio * length + proxy) / train.global_batch_size
+    proxy = selection.proxy_batch_size / selection.proxy_every if selection.needs_proxy else 0
+    scored = config.num_scored() / selection.score_every
+    return (scored * ratio * length + proxy) / train.global_batch_size
 
 
 def _scoring_cost(selection: SelectionConfig) -> tuple[float, str]:
@@ -292,7 +296,7 @@ def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight])
         if selection.derived_sketch() == "countsketch":
             rows["hashes"] = (9 * sum(weight.numel for weight in sketched), "bucket and sign of each sketched weight")
         # The alignment needs one micro-batch of one layer at a time, the Gram matrix all of this rank's candidates.
-        share = config.num_candidates() // (world_size // config.parallel.model_ranks)
+        share = config.num_scored() // (world_size // config.parallel.model_ranks)
         kept = share if selection.redundancy else min(share, selection.score_micro_batch_size)
         layers = len(sketched) if selection.redundancy else 1
         size = 4 * kept * layers * selection.sketch_dim

@@ -48,6 +48,16 @@ class RunConfig:
         """N = global_batch_size / rho, to the nearest integer (``validate`` refuses a rho that is not close to one)."""
         return round(self.train.global_batch_size / self.selection.rho)
 
+    def buffer_size(self) -> int:
+        """Sequences of one buffer: the candidates of all the steps it serves, times what a prescreen looks through."""
+        return self.num_candidates() * self.selection.score_every * self.selection.screened
+
+    def num_scored(self) -> int:
+        """Candidates scored at a time, over all data-parallel ranks."""
+        if self.selection.prescreen.mode == "predict":
+            return self.selection.prescreen.slice
+        return self.num_candidates() * self.selection.score_every
+
 
 class _Issues:
     """Problems found so far, and the keys whose value is therefore not the one the user meant."""

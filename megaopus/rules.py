@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def validate(config: RunConfig, world_size: int | None, tainted: frozenset[str] 
         for key, reason, remedy in settings.problems() if hasattr(settings, "problems") else ():
             dotted = f"{section.name}.{key}"
             if dotted not in tainted:
-                problems.append(Problem(dotted, getattr(settings, key), reason, remedy))
+                problems.append(Problem(dotted, attrgetter(key)(settings), reason, remedy))
                 refused.add(dotted)
     for keys, rule in _RULES:
         if not any(bad in keys or bad.split(".", 1)[0] in keys for bad in refused):
@@ -196,13 +197,23 @@ def _candidates(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         remedy = f"use {batch / high:.6g} ({high} candidates)"
         remedy += f" or {batch / low:.6g} ({low} candidates)"
         yield Problem("selection.rho", rho, reason, remedy)
-    elif config.selection.method != "uniform" and num % dp:
-        reason = f"{num} candidates (global_batch_size / rho) cannot be shared evenly by dp = {dp} ranks"
-        yield Problem("selection.rho", rho, reason, f"make global_batch_size / rho a multiple of {dp}")
-    elif config.selection.method != "uniform" and config.parallel.vpp > 1 and num // dp % config.parallel.pp:
-        pp = config.parallel.pp
+        return
+    if config.selection.method == "uniform":
+        return
+    key, what, value = "selection.rho", "global_batch_size / rho", rho
+    if config.selection.prescreen.mode == "predict":
+        key = what = "selection.prescreen.slice"
+        value = config.selection.prescreen.slice
+    elif config.selection.score_every > 1:
+        what = f"score_every x {what}"
+    num = config.num_scored()
+    pp = config.parallel.pp if config.parallel.vpp > 1 else 1
+    if num % dp:
+        reason = f"{num} candidates ({what}) cannot be shared evenly by dp = {dp} ranks"
+        yield Problem(key, value, reason, f"make {what} a multiple of {dp}")
+    elif num // dp % pp:
         reason = f"{num // dp} candidates per dp rank are not a multiple of parallel.pp = {pp}, as parallel.vpp needs"
-        yield Problem("selection.rho", rho, reason, f"make global_batch_size / rho a multiple of {dp * pp}")
+        yield Problem(key, value, reason, f"make {what} a multiple of {dp * pp}")
 
 
 @_rule("selection.proxy_batch_size", "selection.method", "parallel")
@@ -327,7 +338,8 @@ def _corpora(config: RunConfig) -> dict[str, tuple[str, str]]:
     proxy = ("data.proxy_path", data.proxy_path) if data.proxy_path else ("data.path", data.path)
     validation = ("data.validation_path", data.validation_path) if data.validation_path else ("data.path", data.path)
     corpora = {"pool": ("data.path", data.path), "validation": validation}
-    return corpora | ({"proxy": proxy} if config.selection.needs_proxy else {})
+    used = config.selection.needs_proxy or config.selection.needs_traits
+    return corpora | ({"proxy": proxy} if used else {})
 
 
 @_rule("data", "selection.method")

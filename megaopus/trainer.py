@@ -32,6 +32,8 @@ class Selected(Protocol):
 
     indices: Tensor
     utilities: Tensor | None
+    predicted: Tensor | None
+    correlation: float | None
     method: str
     ess: float
     max_p_ratio: float
@@ -197,7 +199,11 @@ class Trainer:
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Gradient], dict[str, Any]]:
     """A selector's state as (groups of parameter-shaped tensors, plain values)."""
-    groups = {key: value for key, value in state.items() if isinstance(value, dict)}
+    groups = {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, dict) and all(isinstance(item, Tensor) for item in value.values())
+    }
     return groups, {key: value for key, value in state.items() if key not in groups}
 
 
@@ -206,7 +212,9 @@ def _selection_record(step: int, candidates: Buffer, picked: Buffer, selection: 
         step=step,
         method=selection.method,
         candidate_ids=candidates.ids.tolist(),
-        utilities=None if selection.utilities is None else selection.utilities.tolist(),
+        utilities=_list(selection.utilities),
+        predicted=_list(selection.predicted),
+        correlation=selection.correlation,
         picked_ids=picked.ids.tolist(),
         share=picked.share(),
         pool_share=candidates.share(),
@@ -214,3 +222,8 @@ def _selection_record(step: int, candidates: Buffer, picked: Buffer, selection: 
         max_p_ratio=selection.max_p_ratio,
         events=selection.events,
     )
+
+
+def _list(values: Tensor | None) -> list[float | None] | None:
+    """None for what was not scored."""
+    return None if values is None else [None if value != value else value for value in values.tolist()]

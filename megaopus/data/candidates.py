@@ -55,17 +55,20 @@ class CandidateBuffer:
 class CandidateStream:
     """An endless run of epochs, each a fresh permutation of all sequences, cut into buffers of N.
 
-    Step t has the places [t*N, (t+1)*N) of the run, so no sequence is lost or repeated within an epoch whatever N is,
+    Buffer b has the places [b*N, (b+1)*N) of the run, so no sequence is lost or repeated within an epoch whatever N is,
     and a buffer may straddle two epochs. A place in epoch e with sequence i has the id e*n + i (n sequences): unique
     over the whole run, equal on every rank and at every world size, and ``id % n`` gives the sequence back.
     """
 
-    def __init__(self, sequences: Sequences, num_candidates: int, seed: int, purpose: str = "candidates"):
+    def __init__(
+        self, sequences: Sequences, num_candidates: int, seed: int, purpose: str = "candidates", *, serves: int = 1
+    ):
         """Args:
         sequences: what to draw from.
         num_candidates: N, buffer size over all ranks.
         seed: the run's seed.
         purpose: keeps streams with the same seed apart (candidates, proxy, ...).
+        serves: consecutive steps that get the same buffer.
 
         Raises:
             DataError: N is not positive.
@@ -74,13 +77,14 @@ class CandidateStream:
             raise DataError(f"a buffer of {num_candidates} candidates cannot be drawn; use at least 1")
         self.sequences = sequences
         self.num_candidates = num_candidates
+        self._serves = serves
         self._key = f"{seed}/{purpose}/{sequences.key}"
 
     def at(self, step: int) -> CandidateBuffer:
         """The buffer of ``step`` (from 0)."""
         assert step >= 0
         n = len(self.sequences)
-        epochs, places = np.divmod(step * self.num_candidates + np.arange(self.num_candidates), n)
+        epochs, places = np.divmod(step // self._serves * self.num_candidates + np.arange(self.num_candidates), n)
         numbers = np.empty_like(places)
         for epoch in range(epochs[0], epochs[-1] + 1):
             here = epochs == epoch

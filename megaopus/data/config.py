@@ -18,6 +18,8 @@ class DataConfig:
     """Domains of the target: proxy and headline validation loss come from them; empty: every domain."""
     proxy_path: str | None = None
     """Another prepared corpus to draw the proxy from; null: the split 'proxy' of ``path``."""
+    traits_path: str | None = None
+    """Where traits of the sequences are kept (a prescreen needs them); null: beside ``path``, in NAME.traits."""
     validation_path: str | None = None
     """Another prepared corpus to validate on; null: the split 'validation' of ``path``."""
 

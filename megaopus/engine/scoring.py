@@ -226,6 +226,13 @@ class MegatronScoringBackend(ModuleBackend):
         if self._mesh.shape.world_size > 1:
             dist.all_reduce(values)
 
+    def from_rank_0(self, values: Tensor) -> Tensor:
+        if self._mesh.shape.world_size == 1:
+            return values
+        found = values.to(self.device)
+        dist.broadcast(found, src=0)
+        return found.cpu()
+
     def sum_shards(self, values: Tensor) -> Tensor:
         return _sum(values, self._mesh.tp_group, self._mesh.shape.tp)
 

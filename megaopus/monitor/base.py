@@ -33,8 +33,12 @@ class SelectionRecord:
     method: str
     """What really chose: 'uniform' in warm-up and after a fallback."""
     candidate_ids: list[int]
-    utilities: list[float] | None
-    """As estimated, before standardising; None when picked uniformly."""
+    utilities: list[float | None] | None
+    """As estimated, before standardising, None for what was not scored; None in a step that scores nothing."""
+    predicted: list[float | None] | None = None
+    """By the prescreen's predictor; None where it does not predict."""
+    correlation: float | None = None
+    """Of the predictor's latest predictions with the utilities of uniform draws."""
     picked_ids: list[int]
     share: dict[str, float]
     """Share of each domain among the picks."""

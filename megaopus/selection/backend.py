@@ -47,6 +47,22 @@ class Shard:
     """This rank's part -> the whole; a collective call of the ranks that share the matrix."""
 
 
+class Traits(Protocol):
+    """What is known of candidates without a model, by their ids (n,)."""
+
+    def features(self, ids: Tensor) -> Tensor:
+        """(n, F) float32, entries of the order of 1."""
+
+    def log_odds(self, ids: Tensor) -> Tensor:
+        """(n,) float64: log-likelihood under the proxy's n-grams less that under the pool's."""
+
+    def signatures(self, ids: Tensor, near: bool = False) -> Tensor:
+        """(n,) int64, equal for equal sequences; ``near``: mostly for similar ones too."""
+
+    def domains(self, ids: Tensor) -> Tensor:
+        """(n,) int64 number of the domain."""
+
+
 class UpdateOperator(Protocol):
     """P_t: the optimizer's linear map from a gradient to the (negated) weight change, its state frozen."""
 
@@ -152,6 +168,9 @@ class ScoringBackend(Protocol):
 
         One message: parts of one candidate are added over the model-parallel ranks, ``tally`` (k,) over all ranks.
         """
+
+    def from_rank_0(self, values: Tensor) -> Tensor:
+        """The first rank's values, on every rank; on the CPU."""
 
     def sum_shards(self, values: Tensor) -> Tensor:
         """Sum over the ranks among which matrices are split."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-METHODS = ("uniform", "opus", "greats", "high_ppl", "low_ppl", "mid_ppl", "domain_oracle")
+METHODS = ("uniform", "opus", "greats", "high_ppl", "low_ppl", "mid_ppl", "dsir", "domain_oracle")
 BY_LOSS = ("high_ppl", "low_ppl", "mid_ppl")
 BY_PROXY = ("opus", "greats")
 ESTIMATORS = ("directional", "adjoint", "countsketch", "kronecker", "exact")
@@ -16,6 +16,76 @@ UTILITIES = ("standardised", "raw")
 SIDES = ("central", "one")
 WINDOWS = ("first", "random", "strided")
 MUON_OPERATORS = ("paper", "full")
+PRESCREENS = ("off", "cascade", "predict")
+TRAITS = ("ngrams", "domain", "likelihood", "shape")
+
+
+@dataclass(slots=True, kw_only=True)
+class PrescreenConfig:
+    """An online predictor of utility from traits of a sequence that need no model (docs/selection.md)."""
+
+    mode: str = "off"
+    """cascade: it screens a larger buffer, the promising part is scored exactly; predict: it picks, and a small uniform
+    slice scored exactly keeps it trained."""
+    multiple: int = 4
+    """The buffer is this many times num_candidates."""
+    slice: int = 4
+    """Candidates drawn uniformly and scored exactly in each step, over all ranks."""
+    window: int = 1024
+    """Scores that the predictor is fitted to, the latest."""
+    refit: int = 32
+    """New scores after which it is fitted again."""
+    ridge: float = 1.0
+    """Penalty on the squared weights, in units of one score's squared error."""
+    traits: list[str] = field(default_factory=lambda: list(TRAITS))
+    """What it sees. ngrams: hashed uni- and bigrams; domain; likelihood: of them under proxy and pool (DSIR's); shape:
+    shares of distinct n-grams."""
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
+        if self.mode not in PRESCREENS:
+            yield "mode", "unknown choice", f"use one of: {', '.join(PRESCREENS)}"
+        for key in ("multiple", "slice", "refit"):
+            if getattr(self, key) < 1:
+                yield key, "must be at least 1", "see docs/selection.md"
+        if self.window < 64:
+            yield "window", "must be at least 64", "1024 is usual"
+        if not self.ridge > 0:
+            yield "ridge", "must be positive", "1 is usual"
+        if not self.traits or set(self.traits) - set(TRAITS):
+            yield "traits", "unknown or empty", f"name some of: {', '.join(TRAITS)}"
+
+
+@dataclass(slots=True, kw_only=True)
+class GuardConfig:
+    """What keeps selection from repeating itself or collapsing (docs/selection.md)."""
+
+    exposure_cap: int = 1
+    """Times a sequence (and its exact copies) may be trained on within the window; 0: no cap."""
+    exposure_window: int = 1000
+    """Steps over which exposures are counted."""
+    near_duplicates: bool = False
+    """Count sequences that share most of their 8-grams as copies too."""
+    domain_floor: float = 0.0
+    """Fraction of its share of the buffer that each domain keeps among the picks."""
+    min_ess: float = 1.2
+    """Alarm when the effective sample size is below this many candidates."""
+    min_distinct: float = 0.5
+    """Alarm when the picks have fewer different token pairs than this times those of a uniform draw."""
+    min_unique: float = 0.5
+    """Alarm when this share of the sequences trained on within the window are not different ones."""
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
+        if self.exposure_cap < 0:
+            yield "exposure_cap", "must not be negative", "0 lifts the cap"
+        if self.exposure_window < 1:
+            yield "exposure_window", "must be at least 1", "1000 is usual"
+        for key in ("domain_floor", "min_distinct", "min_unique"):
+            if not 0 <= getattr(self, key) <= 1:
+                yield key, "must lie in [0, 1]", "0 switches it off"
+        if self.min_ess < 0:
+            yield "min_ess", "must not be negative", "0 switches it off"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,7 +94,8 @@ class SelectionConfig:
 
     method: str = "uniform"
     """uniform: at random; opus: by utility for the proxy; greats: the same of raw gradients, greedily, less the overlap
-    with what is picked; high_ppl, low_ppl, mid_ppl: by the candidate's own loss; domain_oracle: the wanted domains."""
+    with what is picked; high_ppl, low_ppl, mid_ppl: by the candidate's own loss; dsir: by n-gram log-odds of proxy over
+    pool; domain_oracle: the wanted domains."""
     rho: float = 0.5
     """Share of the buffer that is picked [rho]: num_candidates N = global_batch_size / rho."""
     estimator: str = "directional"
@@ -66,10 +137,33 @@ class SelectionConfig:
     muon_operator: str = "paper"
     """paper: the first Newton-Schulz factor S_1; full: the product S_5..S_1 at frozen momentum."""
 
+    proxy_every: int = 1
+    """Steps between two proxy gradients; the average stands in between."""
+    score_every: int = 1
+    """Steps that one scored buffer serves; it has that many times num_candidates."""
+    prescreen: PrescreenConfig = field(default_factory=PrescreenConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
+
     @property
     def needs_proxy(self) -> bool:
         """Whether candidates are scored against a proxy batch."""
         return self.method in BY_PROXY
+
+    @property
+    def screened(self) -> int:
+        """Candidates in the buffer for each one that rho stands for."""
+        return 1 if self.prescreen.mode == "off" else self.prescreen.multiple
+
+    @property
+    def needs_traits(self) -> str:
+        """The setting that needs traits of the candidates; empty: none."""
+        if self.prescreen.mode != "off":
+            return f"selection.prescreen.mode={self.prescreen.mode}"
+        if self.method == "dsir":
+            return "selection.method=dsir"
+        if self.guards.domain_floor > 0:
+            return "selection.guards.domain_floor"
+        return "selection.guards.near_duplicates" if self.guards.near_duplicates else ""
 
     def derived_layers(self) -> str:
         """``layers`` with auto resolved for the estimator."""
@@ -116,10 +210,15 @@ class SelectionConfig:
             yield "warmup_steps", "must not be negative", "0 starts selecting as soon as the optimizer has state"
         if self.score_length is not None and self.score_length < 1:
             yield "score_length", "must be at least 1", "null scores whole sequences"
-        for key in ("score_micro_batch_size", "proxy_batch_size", "sketch_dim"):
+        for key in ("score_micro_batch_size", "proxy_batch_size", "sketch_dim", "proxy_every", "score_every"):
             if getattr(self, key) < 1:
                 yield key, "must be at least 1", "see docs/selection.md"
         if not 0 <= self.proxy_ema < 1:
             yield "proxy_ema", "must lie in [0, 1)", "0 uses each step's proxy gradient alone"
         if self.epsilon is not None and not self.epsilon > 0:
             yield "epsilon", "must be positive", "null chooses by precision; 1 is one optimizer step"
+        for section in ("prescreen", "guards"):
+            for key, reason, remedy in getattr(self, section).problems():
+                yield f"{section}.{key}", reason, remedy
+        if self.prescreen.mode in PRESCREENS[1:] and not self.needs_proxy:
+            yield "prescreen.mode", f"method {self.method} has no utilities to predict", "use selection.method=opus"

@@ -205,6 +205,14 @@ class ModuleBackend:
         """Sum over all ranks, in place."""
         self.all_reduce([values])
 
+    def from_rank_0(self, values: Tensor) -> Tensor:
+        """The first rank's values, on every rank; on the CPU."""
+        if self.world_size == 1:
+            return values
+        found = values.to(self.device)
+        dist.broadcast(found, group=self.group, group_src=0)
+        return found.cpu()
+
     def sum_shards(self, values: Tensor) -> Tensor:
         """No matrix is split over ranks."""
         return values

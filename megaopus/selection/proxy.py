@@ -13,11 +13,12 @@ from megaopus.selection.backend import Gradient
 class ProxyGradient:
     """Running average A <- decay A + (1 - decay) g from A = 0, read as A / (1 - decay^count): a weighted mean of the g.
 
-    Only steps that score feed it. With ``decay`` 0 nothing is kept.
+    Only steps that score feed it. With ``decay`` 0 it is the latest gradient, remembered only if ``kept``.
     """
 
-    def __init__(self, decay: float):
+    def __init__(self, decay: float, kept: bool = False):
         self._decay = decay
+        self._kept = kept or decay > 0
         self._average: dict[str, Tensor] = {}
         self._count = 0
         self._offered: dict[str, Tensor] = {}
@@ -27,7 +28,7 @@ class ProxyGradient:
 
         Raises ValueError if the parameters are not those kept.
         """
-        if self._decay == 0:
+        if not self._kept:
             return gradient
         if not self._count:
             self._offered = {name: value * (1 - self._decay) for name, value in gradient.items()}
@@ -41,8 +42,16 @@ class ProxyGradient:
                 name: torch.add(self._average[name].to(value.device) * self._decay, value, alpha=1 - self._decay)
                 for name, value in gradient.items()
             }
-        scale = 1 / (1 - self._decay ** (self._count + 1))
-        return {name: value * scale for name, value in self._offered.items()}
+        return self._unbiased(self._offered, self._count + 1)
+
+    def last(self) -> Gradient | None:
+        """The average as kept last, None before; an offer that was not kept is forgotten."""
+        self._offered = {}
+        return self._unbiased(self._average, self._count) if self._count else None
+
+    def _unbiased(self, average: Gradient, count: int) -> Gradient:
+        scale = 1 / (1 - self._decay**count)
+        return {name: value * scale for name, value in average.items()}
 
     def keep(self) -> None:
         """Make the offered average the one to go on from."""
@@ -57,8 +66,8 @@ class ProxyGradient:
         return {"count": self._count, "average": {name: value.clone() for name, value in self._average.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; with ``decay`` 0 there is nothing to continue."""
-        if self._decay == 0 or not state:
+        """Continue from a saved state; where nothing is remembered there is nothing to continue."""
+        if not self._kept or "average" not in state:
             self._average, self._count = {}, 0
         else:
             self._average = {name: value.detach().clone() for name, value in state["average"].items()}

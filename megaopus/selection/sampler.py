@@ -18,6 +18,43 @@ def probabilities(utilities: Tensor, temperature: float) -> Tensor:
     return torch.softmax(utilities / temperature, 0)
 
 
+def pick(
+    utilities: Tensor,
+    ids: Tensor,
+    count: int,
+    temperature: float | None,
+    penalty: Tensor | None,
+    quotas: tuple[Tensor, dict[int, int]] | None,
+    seed: int,
+    step: int,
+) -> Tensor:
+    """(count,) positions: the largest utilities, or with ``temperature`` draws; with ``penalty`` one after another.
+
+    ``quotas``: ((N,) domains, picks that each gets at least): those come first, from the domain alone.
+    """
+
+    def draw(among: Tensor, count: int) -> Tensor:
+        values, names = utilities[among], ids[among]
+        if penalty is not None:
+            overlap = penalty[among][:, among]
+            found = pick_diverse(values, overlap, names, count, temperature=temperature, seed=seed, step=step)
+        elif temperature is not None:
+            found = pick_boltzmann(values, names, count, temperature, seed, step)
+        else:
+            found = pick_top_k(values, names, count)
+        return among[found]
+
+    left = torch.ones(len(ids), dtype=torch.bool)
+    picked = []
+    if quotas is not None:
+        domains, least = quotas
+        for domain, quota in least.items():
+            picked.append(draw((domains == domain).nonzero().flatten(), quota))
+            left[picked[-1]] = False
+            count -= quota
+    return torch.cat([*picked, draw(left.nonzero().flatten(), count)])
+
+
 def pick_uniform(ids: Tensor, count: int, seed: int, step: int) -> Tensor:
     """(count,) positions drawn without replacement, every candidate equally likely."""
     return _largest(noise.uniform(noise.key(seed, "uniform", step), ids), ids, count)

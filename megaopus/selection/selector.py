@@ -1,28 +1,25 @@
-"""One step of selection: score the buffer, choose K of N, say what happened."""
+"""One step of selection: what to score, which K of N to take, whether to trust it, what to say of it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaopus.selection import noise, sampler
-from megaopus.selection.adjoint import adjoint_consumer, adjoint_utilities
-from megaopus.selection.backend import Batch, Candidates, Gradient, Proxy, ScoringBackend, UpdateOperator
-from megaopus.selection.candidates import Windowed, as_candidates
-from megaopus.selection.config import BY_LOSS, SelectionConfig
-from megaopus.selection.direction import directional_utilities
-from megaopus.selection.exact import exact_estimate
-from megaopus.selection.kronecker import KroneckerEstimator
-from megaopus.selection.layers import ghost_layers, parameter_names, require_some
-from megaopus.selection.proxy import ProxyGradient
-from megaopus.selection.sketch import CountSketchEstimator
+from megaopus.selection import guards, noise, sampler
+from megaopus.selection.backend import Batch, Candidates, Proxy, ScoringBackend, Traits
+from megaopus.selection.candidates import as_candidates
+from megaopus.selection.config import SelectionConfig
+from megaopus.selection.prescreen import Prescreen
+from megaopus.selection.scorer import Scorer
 
 _UNIFORM_RATIO = 1.01  # largest probability over the uniform one below which a draw is uniform for all purposes
+_DEBT = 1e9  # standardised utilities are small beside it; those of one level still differ in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +34,12 @@ class Selection:
     picked_ids: Tensor
     """(K,) int64 ids at ``indices``."""
     utilities: Tensor | None
-    """(N,) float64 as estimated (not standardised, without redundancy); None when picked uniformly."""
+    """(N,) float64 as estimated (not standardised, without redundancy), nan where not scored; None in a step that
+    scores nothing: in warm-up, and where the buffer was scored in an earlier step (``score_every``)."""
+    predicted: Tensor | None
+    """(N,) float64 by the prescreen's predictor, before it learnt from this step; None where it does not predict."""
+    correlation: float | None
+    """Of the predictor's latest predictions with the utilities of uniform draws."""
     method: str
     """What really chose: 'uniform' in warm-up and after a fallback."""
     ess: float
@@ -45,9 +47,41 @@ class Selection:
     max_p_ratio: float
     """N times the largest p."""
     events: list[str]
-    """Fallbacks and candidates never picked, in words."""
+    """Fallbacks, alarms and candidates never picked, in words."""
     seconds: float
     """Wall time of the selection."""
+
+
+@dataclass(slots=True)
+class _Choice:
+    """The picks of the ``score_every`` steps that one buffer serves."""
+
+    period: int
+    positions: Tensor
+    """(score_every * K,) positions in the buffer: K of each step, one step after the other."""
+    method: str
+    ess: float
+    max_p_ratio: float
+    utilities: Tensor | None = None
+    predicted: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    """The candidates of ``score_every`` steps, before anything is scored."""
+
+    candidates: Candidates
+    ids: Tensor
+    """(N,) on the CPU."""
+    step: int
+    period: int
+    times: Tensor | None
+    """(N,) how often each would have been trained on if it were picked now; None: not counted."""
+    allowed: Tensor
+    """Positions within the exposure cap, lifted where it must be."""
+    debt: Tensor
+    """(N,) float64 off each candidate's standing: more than any utility for each time above the cap."""
+    events: list[str]
 
 
 class Selector:
@@ -55,7 +89,8 @@ class Selector:
 
     ``proxy``: step -> the proxy mini-batch of that step (``Candidates``, or plain tensors), the whole batch on every
     rank; methods 'opus' and 'greats' need it. ``wanted``: candidates -> (N,) which are of a wanted domain; method
-    'domain_oracle' needs it. Raises ValueError for unusable settings.
+    'domain_oracle' needs it. ``traits``: what is known of candidates without a model; a prescreen, method 'dsir' and
+    some guards need it. Raises ValueError for unusable settings.
     """
 
     def __init__(
@@ -67,8 +102,9 @@ class Selector:
         proxy: Proxy | None,
         seed: int,
         wanted: Callable[[Candidates], Tensor] | None = None,
+        traits: Traits | None = None,
     ):
-        problems = [f"{key}={getattr(config, key)!r}: {why} ({remedy})" for key, why, remedy in config.problems()]
+        problems = [f"{key}={attrgetter(key)(config)!r}: {why} ({remedy})" for key, why, remedy in config.problems()]
         if problems:
             raise ValueError("selection settings: " + "; ".join(problems))
         if num_selected < 1:
@@ -79,203 +115,248 @@ class Selector:
             )
         if config.method == "domain_oracle" and wanted is None:
             raise ValueError("method 'domain_oracle' must know what is wanted: pass wanted=, candidates -> (N,) bool")
+        if config.needs_traits and traits is None:
+            raise ValueError(f"{config.needs_traits} needs traits of the candidates: pass traits= (backend.Traits)")
         self.config = config
         self.backend = backend
         self.num_selected = num_selected
         self.seed = seed
         self._proxy = proxy
-        self._wanted = wanted
-        self._proxy_gradient = ProxyGradient(config.proxy_ema)
-        self._layers = config.derived_layers()
-        kind = CountSketchEstimator if config.derived_sketch() == "countsketch" else KroneckerEstimator
-        self._sketch: CountSketchEstimator | KroneckerEstimator = kind(
-            config.sketch_dim, config.sketch_seed, config.ghost_layers()
-        )
-        self._matched = False
-        self._told_uniform = False
+        self._traits = traits
+        self._scorer = Scorer(config, backend, proxy=proxy, wanted=wanted, traits=traits, seed=seed)
+        self._exposure = guards.Exposure(config.guards.exposure_window)
+        self._prescreen = None
+        if config.prescreen.mode != "off":
+            assert traits is not None
+            self._prescreen = Prescreen(config.prescreen, traits)
+        self._choice: _Choice | None = None
+        self._told: set[str] = set()
 
     def select(self, candidates: Candidates | Batch, step: int) -> Selection:
         """Pick from ``candidates``: the global buffer of N sequences, the same on every rank, each scoring N / ranks.
 
-        Plain tensors get the ids step * N + 0..N-1. Raises ValueError if N < K or N does not divide over the ranks.
+        Plain tensors get the ids step * N + 0..N-1. With ``score_every`` = k the buffer is that of step - step % k.
+        Raises ValueError if N is too small or does not divide over the ranks.
         """
         started = time.perf_counter()
-        buffer = as_candidates(candidates, step)
-        size, ranks = len(buffer), self.backend.world_size
-        if size < self.num_selected:
-            raise ValueError(f"step {step}: the buffer has {size} candidates, {self.num_selected} are to be picked")
-        if size % ranks:
-            raise ValueError(f"step {step}: {size} candidates do not divide over {ranks} data-parallel ranks")
+        period, turn = divmod(step, self.config.score_every)
+        candidates = as_candidates(candidates, period)
+        ids = candidates.ids.cpu()
         events: list[str] = []
-        ids = buffer.ids.cpu()
-        utilities, gram = self._score(buffer, step, events)
-        allowed = torch.arange(size)
-        if utilities is not None:
-            allowed, usable = self._usable(utilities, gram, ids, events)
-            if not usable:
-                utilities = None
-        if utilities is None:
-            picked = sampler.pick_uniform(ids[allowed], self.num_selected, self.seed, step)
-            p = torch.full((len(allowed),), 1 / len(allowed), dtype=torch.float64)
-        else:
-            gram = None if gram is None else gram[allowed][:, allowed]
-            picked, p = self._pick(utilities[allowed], gram, ids[allowed], step)
-        indices = allowed[picked].sort().values
-        ratio = float(p.max()) * size
-        if utilities is not None:
-            self._tell_uniform(utilities[allowed], ratio, events)
+        served = turn > 0 and self._choice is not None and self._choice.period == period
+        if not served:
+            self._check_size(len(ids), step)
+            self._choice = self._choose(candidates, ids, step, events)
+        choice = self._choice
+        assert choice is not None
+        turn_of = slice(turn * self.num_selected, (turn + 1) * self.num_selected)
+        indices = choice.positions[turn_of].sort().values
+        if self._exposed:
+            self._exposure.record(step, self._signatures(candidates.take(indices)))
         return Selection(
             step=step,
             indices=indices,
             ids=ids,
             picked_ids=ids[indices],
-            utilities=utilities,
-            method="uniform" if utilities is None else self.config.method,
-            ess=float(1 / p.square().sum()),
-            max_p_ratio=ratio,
+            utilities=None if served else choice.utilities,
+            predicted=None if served else choice.predicted,
+            correlation=None if self._prescreen is None else self._prescreen.correlation,
+            method=choice.method,
+            ess=choice.ess,
+            max_p_ratio=choice.max_p_ratio,
             events=events,
             seconds=time.perf_counter() - started,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The running proxy gradient (``ProxyGradient.state_dict``); empty where there is none (yet)."""
-        return self._proxy_gradient.state_dict()
+        """Everything the coming picks depend on: the scorer's state, exposures, predictor and picks still to serve.
+
+        'average' is a dictionary of tensors by parameter, everything else plain values.
+        """
+        state = self._scorer.state_dict()
+        if self._exposed:
+            state["exposure"] = self._exposure.state_dict()
+        if self._prescreen is not None:
+            state["prescreen"] = self._prescreen.state_dict()
+        if self._choice is not None and self.config.score_every > 1:
+            choice = self._choice
+            kept = {name: getattr(choice, name) for name in ("period", "method", "ess", "max_p_ratio")}
+            state["choice"] = {**kept, "positions": choice.positions.tolist()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``; picks are then the same to the last bit."""
-        self._proxy_gradient.load_state_dict(state)
+        self._scorer.load_state_dict(state)
+        if self._exposed and "exposure" in state:
+            self._exposure.load_state_dict(state["exposure"])
+        if self._prescreen is not None and "prescreen" in state:
+            self._prescreen.load_state_dict(state["prescreen"])
+        self._choice = None
+        if "choice" in state:
+            saved = state["choice"]
+            self._choice = _Choice(**{**saved, "positions": torch.tensor(saved["positions"])})
 
-    def _score(self, buffer: Candidates, step: int, events: list[str]) -> tuple[Tensor | None, Tensor | None]:
-        """(utilities (N,), Gram matrix (N, N) or None) of the whole buffer; (None, None): pick uniformly."""
-        if self.config.method == "uniform" or step < self.config.warmup_steps:
-            return None, None
-        share = len(buffer) // self.backend.world_size
-        mine = buffer.take(torch.arange(share) + self.backend.rank * share)
-        if self.config.score_window != "first":
-            mine = Windowed(mine, self.config.score_window, self.seed, step)
-        if self.config.method == "domain_oracle":
-            assert self._wanted is not None  # checked on construction
-            noise_N = noise.uniform(noise.key(self.seed, "domain_oracle", step), buffer.ids.cpu())
-            return self._wanted(buffer).cpu().double() + noise_N, None
-        if self.config.method in BY_LOSS:
-            parts = self.backend.losses(mine, **self._passes())
-            losses = self.backend.combine(parts, parts.new_zeros(1))[0].cpu()
-            return by_loss(self.config.method, losses), None
-        raw = self.config.method == "greats"
-        operator = self.backend.operator("raw" if raw else self.config.muon_operator)
-        if operator is None:
-            events.append("the optimizer has no state yet, so its step is not known: picked uniformly")
-            return None, None
-        assert self._proxy is not None  # checked on construction
-        gradient = self.backend.gradient(as_candidates(self._proxy(step), step))
-        parts, features = self._estimate(mine, operator, self._proxy_gradient.offer(gradient))
-        # A stage or shard may be the only one to see a bad gradient: the word travels with the utilities.
-        bad = torch.stack([~value.isfinite().all() for value in gradient.values()]).any()
-        utilities, count = self.backend.combine(parts, bad.double().view(1))
-        gram = None if features is None else self._gram(features, len(buffer))
-        if bool(count > 0):
-            events.append(
-                "the proxy gradient is not finite: picked uniformly, and the gradient was left out of its average"
+    # -- one buffer ---------------------------------------------------------------------------------------------------
+
+    def _check_size(self, size: int, step: int) -> None:
+        ranks = self.backend.world_size
+        if size < self._num_chosen:
+            raise ValueError(f"step {step}: the buffer has {size} candidates, {self._num_chosen} are to be picked")
+        if self._num_scored(size) % ranks:
+            raise ValueError(
+                f"step {step}: {self._num_scored(size)} candidates do not divide over {ranks} data-parallel ranks"
             )
-            return None, None
-        self._proxy_gradient.keep()
-        return utilities.cpu(), gram
 
-    def _estimate(
-        self, mine: Candidates, operator: UpdateOperator, gradient: Gradient
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """(parts of the utilities (n,) float64, by layer the rows whose inner products make the Gram matrix or None).
+    @property
+    def _num_chosen(self) -> int:
+        """Picks from one buffer."""
+        return self.num_selected * self.config.score_every
 
-        Both are of this rank's share of the candidates and of its part of the model.
-        """
-        config, passes, diverse = self.config, self._passes(), self.config.redundancy > 0
-        names = parameter_names(self.backend, gradient, self._layers)
-        if not self._matched:
-            of_parameters = config.estimator in ("directional", "exact")
-            uses = names if of_parameters else ghost_layers(self.backend, self._layers)
-            require_some(self.backend, len(uses), self._layers)
-            self._matched = True
-        given = (self.backend, mine, operator, gradient)
-        if config.estimator == "exact":
-            parts, updates = exact_estimate(*given, parameters=names, length=config.score_length, keep_updates=diverse)
-            return parts, None if updates is None else {"": updates}
-        if config.estimator in ("countsketch", "kronecker"):
-            return self._sketch.estimate(*given, keep_sketches=diverse, **passes)
-        if config.estimator == "adjoint" and diverse:  # one pass for both
-            uses = ghost_layers(self.backend, self._layers)
-            parts, consume = adjoint_consumer(self.backend, len(mine), operator, gradient, uses)
-            return parts, self._sketch.estimate(*given, keep_sketches=True, also=consume, **passes)[1]
-        if config.estimator == "adjoint":
-            return adjoint_utilities(*given, layers=self._layers, **passes), None
-        parts = directional_utilities(*given, layers=self._layers, epsilon=config.epsilon, sides=config.sides, **passes)
-        return parts, self._sketch.estimate(*given, keep_sketches=True, **passes)[1] if diverse else None
+    def _num_scored(self, size: int) -> int:
+        """How many of a buffer of ``size`` are scored exactly."""
+        if self.config.prescreen.mode == "predict":
+            return min(self.config.prescreen.slice, size)
+        return size // self.config.screened
 
-    def _gram(self, features: dict[str, Tensor], size: int) -> Tensor:
-        """(N, N) float64 on the CPU: inner products of the candidates' updates, over every layer of every stage."""
-        total = torch.zeros(size, size, dtype=torch.float64, device=self.backend.device)
-        for value in self.backend.sum_parts(features).values():
-            rows = self.backend.gather_candidates(value).double()
-            total += rows @ rows.t()
-        return self.backend.sum_stages(total).cpu()
+    def _choose(self, candidates: Candidates, ids: Tensor, step: int, events: list[str]) -> _Choice:
+        everyone = torch.arange(len(ids))
+        period = step // self.config.score_every
+        if self.config.method == "uniform" or step < self.config.warmup_steps:
+            return self._uniform(ids, everyone, period)
+        times = self._exposure.times(self._signatures(candidates), ids) if self._exposed else None
+        allowed, debt = self._allowed(times, len(ids), events)
+        buffer = _Buffer(candidates, ids, step, period, times, allowed, debt, events)
+        scored, predicted, uniform, doubt = everyone, None, None, None
+        if self._prescreen is not None:
+            doubt = self._prescreen.doubt()
+            predicted = self._prescreen.predict(ids)
+            if predicted is not None:  # another processor may have rounded otherwise
+                predicted = self.backend.from_rank_0(predicted)
+            trusted = None if doubt or predicted is None else predicted - debt
+            scored, uniform = self._prescreen.screen(
+                ids, buffer.allowed, trusted, self._num_scored(len(ids)), noise.key(self.seed, "slice", period)
+            )
+        found, gram = self._scorer.score(candidates.take(scored), step, events)
+        utilities = None
+        if found is not None:
+            utilities = torch.full((len(ids),), torch.nan, dtype=torch.float64).index_copy(0, scored, found)
+            finite = found.isfinite() if gram is None else found.isfinite() & gram.diagonal().isfinite()
+            if not bool(finite.all()):
+                events.append(f"utility not finite: candidates {ids[scored][~finite].tolist()}")
+            if self._prescreen is not None and uniform is not None:
+                self._prescreen.learn(ids[scored], found, uniform)
+        if doubt:
+            events.append(doubt)
+        values = utilities
+        if self.config.prescreen.mode == "predict":
+            values, gram = None if doubt else predicted, None
+        if values is None:
+            choice = self._uniform(ids, buffer.allowed, period)
+        else:
+            choice = self._pick(buffer, values, None if gram is None else (scored, gram))
+        choice.utilities, choice.predicted = utilities, predicted
+        return choice
 
-    def _passes(self) -> dict[str, Any]:
-        return {"length": self.config.score_length, "micro_batch_size": self.config.score_micro_batch_size}
+    def _uniform(self, ids: Tensor, among: Tensor, period: int) -> _Choice:
+        """Any of the candidates at ``among``, each as likely as the others."""
+        positions = among[sampler.pick_uniform(ids[among], self._num_chosen, self.seed, period)]
+        return _Choice(period, positions, "uniform", len(among), len(ids) / len(among))
 
-    def _usable(self, utilities: Tensor, gram: Tensor | None, ids: Tensor, events: list[str]) -> tuple[Tensor, bool]:
-        """(positions that may be picked, whether their utilities can rank them)."""
-        finite = utilities.isfinite()
+    def _pick(self, buffer: _Buffer, values: Tensor, gram: tuple[Tensor, Tensor] | None) -> _Choice:
+        """By ``values`` (N,), uniformly where they tell nothing. ``gram``: (positions (n,), their (n, n) matrix)."""
+        config, ids, period, count = self.config, buffer.ids, buffer.period, self._num_chosen
+        usable = values.isfinite()
         if gram is not None:
-            finite &= gram.diagonal().isfinite()
-        allowed = finite.nonzero().flatten()
-        if len(allowed) < len(ids):
-            events.append(f"utility not finite: candidates {ids[~finite].tolist()}")
-        if len(allowed) < self.num_selected:
-            events.append(
-                f"only {len(allowed)} candidates have a finite utility, {self.num_selected} are to be picked:"
+            usable[gram[0]] &= gram[1].diagonal().isfinite()
+        among = buffer.allowed[usable[buffer.allowed]]
+        if len(among) < count:
+            buffer.events.append(
+                f"only {len(among)} candidates have a finite utility, {count} are to be picked:"
                 " picked uniformly from the whole buffer"
             )
-            return torch.arange(len(ids)), False
-        values = utilities[allowed]
-        if bool(values.max() == values.min()):
-            events.append("all utilities are equal (so they are at a learning rate of 0): picked uniformly")
-            return allowed, False
-        return allowed, True
-
-    def _pick(self, utilities: Tensor, gram: Tensor | None, ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """((K,) positions, (n,) probabilities of the first draw)."""
-        config, count = self.config, self.num_selected
+            return self._uniform(ids, torch.arange(len(ids)), period)
+        if bool(values[among].max() == values[among].min()):
+            buffer.events.append("all utilities are equal (so they are at a learning rate of 0): picked uniformly")
+            return self._uniform(ids, among, period)
         standardised = config.utilities == "standardised"
-        used = sampler.standardise(utilities) if standardised else utilities
-        p = sampler.probabilities(used, config.temperature)
-        drawn = config.sampler == "boltzmann"
+        used = sampler.standardise(values[among]) if standardised else values[among]
+        penalty = None
         if gram is not None:
-            scale = 1 / (count * gram.diagonal().mean()) if standardised else 1.0
-            penalty = config.redundancy * scale * gram
-            temperature = config.temperature if drawn else None
-            picked = sampler.pick_diverse(used, penalty, ids, count, temperature=temperature, seed=self.seed, step=step)
-        elif drawn:
-            picked = sampler.pick_boltzmann(used, ids, count, config.temperature, self.seed, step)
-        else:
-            picked = sampler.pick_top_k(used, ids, count)
-        return picked, p
+            rows = torch.full((len(ids),), -1).index_copy(0, gram[0], torch.arange(len(gram[0])))[among]
+            overlap = gram[1][rows][:, rows]
+            scale = 1 / (self.num_selected * overlap.diagonal().mean()) if standardised else 1.0
+            penalty = config.redundancy * scale * overlap
+        quotas = None
+        if config.guards.domain_floor > 0:
+            assert self._traits is not None  # checked on construction
+            domains = self._traits.domains(ids[among])
+            quotas = domains, guards.quotas(config.guards.domain_floor, domains, count, self.seed, period)
+        temperature = config.temperature if config.sampler == "boltzmann" else None
+        picked = among[
+            sampler.pick(used - buffer.debt[among], ids[among], count, temperature, penalty, quotas, self.seed, period)
+        ]
+        p = sampler.probabilities(used, config.temperature)
+        ess, ratio = float(1 / p.square().sum()), float(p.max()) * len(ids)
+        if alarm := self._alarm(buffer, picked, ess):
+            buffer.events.append(f"alarm: {alarm}; picked uniformly")
+            return self._uniform(ids, buffer.allowed, period)
+        self._tell_uniform(values[among], ratio, buffer.events)
+        if config.score_every > 1:  # a fair mix in each step
+            picked = picked[noise.uniform(noise.key(self.seed, "turns", period), ids[picked]).argsort()]
+        return _Choice(period, picked, config.method, ess, ratio)
+
+    # -- guards -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _exposed(self) -> bool:
+        """Whether exposures are counted."""
+        config = self.config
+        return config.method != "uniform" and (config.guards.exposure_cap > 0 or config.guards.min_unique > 0)
+
+    def _signatures(self, candidates: Candidates) -> Tensor:
+        if self._traits is not None:
+            return self._traits.signatures(candidates.ids, self.config.guards.near_duplicates)
+        return guards.token_signatures(candidates.batch())
+
+    def _allowed(self, times: Tensor | None, size: int, events: list[str]) -> tuple[Tensor, Tensor]:
+        """(positions within the exposure cap, (N,) their debts); the cap is lifted by as little as leaves enough."""
+        cap = self.config.guards.exposure_cap
+        if times is None or not cap:
+            return torch.arange(size), torch.zeros(size, dtype=torch.float64)
+        needed = self._num_chosen if self._prescreen is None else max(self._num_chosen, self._num_scored(size))
+        lifted = max(cap, int(times.sort().values[needed - 1]))
+        if lifted > cap and f"cap {lifted}" not in self._told:
+            self._told.add(f"cap {lifted}")
+            events.append(
+                f"fewer than {needed} candidates would be trained on at most {cap} time(s) in"
+                f" {self.config.guards.exposure_window} steps: cap lifted to {lifted} where it must be"
+            )
+        return (times <= lifted).nonzero().flatten(), _DEBT * (times - cap).clamp_min(0).double()
+
+    def _alarm(self, buffer: _Buffer, picked: Tensor, ess: float) -> str | None:
+        """What is wrong with the picks, in words."""
+        levels, candidates = self.config.guards, buffer.candidates
+        if ess < levels.min_ess:
+            return f"effective sample size {ess:.2f}, below {levels.min_ess:g}"
+        if levels.min_unique > 0 and buffer.times is not None:
+            new = (buffer.times == 1).double()
+            share, usual = float(new[picked].mean()), float(new.mean())
+            if share < levels.min_unique * usual:
+                return f"{share:.0%} of the picks are new in the window, {usual:.0%} of the candidates"
+        if levels.min_distinct > 0:
+            others = [candidates.take(sampler.pick_uniform(buffer.ids, len(picked), self.seed, buffer.period))]
+            if self._proxy is not None:
+                others.append(as_candidates(self._proxy(buffer.step), buffer.step))
+            return guards.alarm_of_pairs(candidates.take(picked), others, levels.min_distinct)
+        return None
 
     def _tell_uniform(self, utilities: Tensor, ratio: float, events: list[str]) -> None:
         """Say once that raw utilities are too small for the temperature."""
         raw = self.config.utilities == "raw" and self.config.sampler == "boltzmann"
-        if raw and ratio < _UNIFORM_RATIO and not self._told_uniform:
-            self._told_uniform = True
+        if raw and ratio < _UNIFORM_RATIO and "raw" not in self._told:
+            self._told.add("raw")
             spread = float(utilities.std(correction=0))
             events.append(
                 f"raw utilities spread {spread:.2g} against a temperature of {self.config.temperature:g}: the largest"
                 f" probability is {ratio:.5f}x uniform, so sampling is practically uniform (utilities=standardised)"
             )
-
-
-def by_loss(method: str, losses: Tensor) -> Tensor:
-    """(N,) utilities from the candidates' own losses: the highest, the lowest, or those nearest the median."""
-    if method == "high_ppl":
-        return losses
-    if method == "low_ppl":
-        return -losses
-    finite = losses[losses.isfinite()]
-    return -(losses - (finite.median() if len(finite) else 0)).abs()

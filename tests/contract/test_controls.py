@@ -16,6 +16,7 @@ CHOICES = {
     "low_ppl": ["selection=low_ppl"],
     "mid_ppl": ["selection=mid_ppl"],
     "domain_oracle": ["selection=domain_oracle"],
+    "dsir": ["selection=dsir"],
     "adjoint": ["selection=opus", "selection.estimator=adjoint", "selection.layers=all"],
     "kronecker": ["selection=opus", "selection.estimator=kronecker", "selection.sketch_dim=64"],
     "window": ["selection=opus", "selection.score_length=8", "selection.score_window=random"],
@@ -27,7 +28,7 @@ def test_runs_pick_by_the_method_named(choice: str, tiny_corpus: Path, tmp_path:
     overrides = [*CHOICES[choice], "selection.warmup_steps=2", "selection.rho=0.5"]
     assert train(settings(tiny_corpus, tmp_path / "run", *overrides)) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "selection.jsonl").read_text().splitlines()]
-    method = choice if choice in ("greats", "low_ppl", "mid_ppl", "domain_oracle") else "opus"
+    method = choice if choice in ("greats", "low_ppl", "mid_ppl", "dsir", "domain_oracle") else "opus"
     assert [row["method"] for row in rows] == ["uniform"] * 2 + [method] * (STEPS - 2)
     for row in rows[2:]:
         assert not row["events"]

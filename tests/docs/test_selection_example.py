@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ def blocks() -> list[str]:
 
 
 def sequences(stride: int, count: int, seed: int) -> Tensor:
-    """Tokens that count up in strides; stride 0: random ones."""
+    """Tokens that count up in strides, one in ten of them wrong; stride 0: random ones."""
     generator = torch.Generator().manual_seed(seed)
-    if stride == 0:
-        return torch.randint(0, VOCAB, (count, LENGTH), generator=generator)
+    random = torch.randint(0, VOCAB, (count, LENGTH), generator=generator)
     start = torch.randint(0, VOCAB, (count, 1), generator=generator)
-    return (start + stride * torch.arange(LENGTH)) % VOCAB
+    wrong = torch.rand(count, LENGTH, generator=generator) < (0.1 if stride else 1)
+    return torch.where(wrong, random, (start + stride * torch.arange(LENGTH)) % VOCAB)
 
 
 def per_sequence_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -93,21 +94,34 @@ def test_the_example_of_another_optimizer_runs(monkeypatch: pytest.MonkeyPatch) 
 
 def test_every_setting_is_documented_with_its_default() -> None:
     table = DOC.read_text().split("## Settings")[1]
-    rows = [line.split("|") for line in table.splitlines() if re.match(r"\| `\w+`", line)]
+    rows = [line.split("|") for line in table.splitlines() if re.match(r"\| `\w[\w.]*\w`", line)]
     documented: dict[str, str] = {}
     for row in rows:
-        names, defaults = re.findall(r"`(\w+)`", row[1]), [d.strip(" `") for d in row[2].split(",")]
+        names, defaults = re.findall(r"`([\w.]+)`", row[1]), [d.strip(" `") for d in row[2].split(",")]
         documented |= dict(zip(names, defaults, strict=True))
-    config = SelectionConfig()
-    assert set(documented) == set(SelectionConfig.__dataclass_fields__)
+    defaults = flat(SelectionConfig())
+    assert set(documented) == set(defaults)
     for name, text in documented.items():
-        default = getattr(config, name)
+        default = defaults[name]
         if isinstance(default, str):
             assert text == default
+        elif isinstance(default, list):
+            assert text.split() == default
         elif default is None:
             assert text == "null"
+        elif isinstance(default, bool):
+            assert text == str(default).lower()
         else:
             assert float(text) == default
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of every setting."""
+    found: dict[str, Any] = {}
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        found |= flat(value, f"{prefix}{each.name}.") if is_dataclass(value) else {f"{prefix}{each.name}": value}
+    return found
 
 
 def test_the_package_imports_without_anything_but_torch() -> None:

@@ -65,6 +65,14 @@ MISTAKES = {
     "train.micro_batch_size=6": ("train.global_batch_size = 32", "dp x micro_batch_size = 1 x 6", "example 36"),
     "parallel.cp=0": ("parallel.cp = 0", "must be at least 1", "1 switches"),
     "parallel.vpp=2": ("parallel.vpp = 2", "needs pp > 1", "set parallel.pp"),
+    "selection.prescreen=predict": ("selection.prescreen = 'predict'", "no such", "did you mean selection.prescreen.mode"),
+    "selection.prescreen.mode=on": ("selection.prescreen.mode = 'on'", "unknown choice", "off, cascade, predict"),
+    "selection.prescreen.slices=4": ("selection.prescreen.slices = 4", "no such", "selection.prescreen.slice?"),
+    "selection.prescreen.traits=[words]": ("selection.prescreen.traits = ['words']", "unknown", "ngrams, domain"),
+    "selection.prescreen.window=8": ("selection.prescreen.window = 8", "at least 64", "1024 is usual"),
+    "selection.guards.domain_floor=2": ("selection.guards.domain_floor = 2.0", "must lie in [0, 1]", "0 switches it off"),
+    "selection.guards.exposure_cap=-1": ("selection.guards.exposure_cap = -1", "not be negative", "0 lifts the cap"),
+    "selection.proxy_every=0": ("selection.proxy_every = 0", "at least 1", "docs/selection.md"),
     "selection.rho=0.3": ("selection.rho = 0.3", "106.67 candidates", "0.299065 (107 candidates)"),
 }
 
@@ -180,6 +188,14 @@ COMBINED = [
         "selection.estimator = 'exact'",
         "partitions them",
         "engine.zero_stage=2",
+    ),
+    ("selection.prescreen.mode=cascade", 1, "selection.prescreen.mode = 'cascade'", "no utilities", "method=opus"),
+    (
+        "selection=opus selection.prescreen.mode=predict selection.prescreen.slice=3",
+        2,
+        "selection.prescreen.slice = 3",
+        "3 candidates (selection.prescreen.slice) cannot be shared evenly by dp = 2 ranks",
+        "a multiple of 2",
     ),
     ("selection.redundancy=1 selection=high_ppl", 1, "selection.redundancy", "no Gram matrix", "redundancy=0"),
 ]

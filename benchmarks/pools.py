@@ -1,0 +1,186 @@
+"""The text pools of the quality study, made from a folder of JSON lines; each becomes a prepared corpus.
+
+mixed: books wanted; code, command-line help in many languages, French novels and shuffled words beside them.
+hard:  books wanted; beside them the same kind of text, changed so that words and pairs tell little: blocks shuffled,
+       passages repeated, 30 % of the words replaced by others as frequent.
+clean: nothing but books in the pool; wanted are books by other authors.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megaopus.data.corpus import MANIFEST, TOKENIZER
+from megaopus.data.prepare import prepare
+from megaopus.data.sources import Source
+from megaopus.data.split import SplitRule
+
+VOCAB_SIZE = 2048
+WANTED = "books"
+MIXED = {"books": 8_000_000, "code": 7_000_000, "tldr": 3_300_000, "french": 4_000_000, "shuffled": 7_000_000}
+"""Characters of each domain, at most."""
+HARD = dict.fromkeys(("books", "blocks", "repeated", "replaced"), 5_800_000)
+BLOCK_WORDS = 12
+PASSAGE_WORDS = 50
+REPLACED = 0.3
+NEAR = 0.1
+"""A replacement's rank by frequency is within this fraction of the word's own."""
+PROXY_FRACTION, VALIDATION_FRACTION = 0.12, 0.06
+
+Text = tuple[str, str]  # id, text
+
+
+def ensure_pool(name: str, data: Path, folder: Path, console: Any = None) -> list[str]:
+    """The settings that train on pool ``name``; its corpora are prepared under ``folder`` if they are not there."""
+    corpus = folder / name
+    books = list(_read(data / "books.jsonl.gz"))
+    random.Random(0).shuffle(books)
+    if name == "clean":
+        authors = sorted({key.split("/")[0] for key, _ in books})
+        others = set(authors[::2])
+        parts = {
+            "books": [text for text in books if text[0].split("/")[0] not in others],
+            "other_books": [text for text in books if text[0].split("/")[0] in others],
+        }
+        _prepare(corpus, {"books": parts["books"]}, ("books",), None, console)
+        # the same rule keeps the same documents out of the pool, so that both can be validated on
+        _prepare(folder / "clean_held_out", parts, ("other_books",), corpus / TOKENIZER, console)
+        held_out = folder / "clean_held_out"
+        return [f"data.path={corpus}", "data.wanted=[other_books]"] + [
+            f"data.{split}_path={held_out}" for split in ("proxy", "validation")
+        ]
+    if not (corpus / MANIFEST).is_file():
+        _prepare(corpus, _mixed(books, data) if name == "mixed" else _hard(books), (WANTED,), None, console)
+    return [f"data.path={corpus}", f"data.wanted=[{WANTED}]"]
+
+
+def _mixed(books: Sequence[Text], data: Path) -> dict[str, list[Text]]:
+    rest = iter(books)
+    parts = {"books": _take(rest, MIXED["books"])}
+    code = iter(list(_read(data / "code.jsonl.gz")))
+    parts["code"] = _take(code, MIXED["code"])
+    parts["tldr"] = _take(_read(data / "tldr_pages.jsonl.gz"), MIXED["tldr"])
+    parts["french"] = _take(_read(data / "french_novels.jsonl.gz"), MIXED["french"])
+    half = MIXED["shuffled"] // 2
+    parts["shuffled"] = _changed([*_take(rest, half), *_take(code, half)], shuffled_words)
+    return parts
+
+
+def _hard(books: Sequence[Text]) -> dict[str, list[Text]]:
+    rest = iter(books)
+    parts = {domain: _take(rest, limit) for domain, limit in HARD.items()}
+    ranked = ranks(text for _, text in books)
+    parts["blocks"] = _changed(parts["blocks"], shuffled_blocks)
+    parts["repeated"] = _changed(parts["repeated"], repeated_passages)
+    parts["replaced"] = _changed(parts["replaced"], lambda words, draw: replaced_words(words, draw, ranked))
+    return parts
+
+
+# -- changes of a text, given as its words with the white space that follows each -------------------------------------
+
+
+def shuffled_words(words: list[str], draw: random.Random) -> list[str]:
+    """All words, in any order."""
+    return draw.sample(words, len(words))
+
+
+def shuffled_blocks(words: list[str], draw: random.Random) -> list[str]:
+    """Blocks of ``BLOCK_WORDS`` words in any order; inside a block the text is as it was."""
+    blocks = [words[start : start + BLOCK_WORDS] for start in range(0, len(words), BLOCK_WORDS)]
+    draw.shuffle(blocks)
+    return [word for block in blocks for word in block]
+
+
+def repeated_passages(words: list[str], draw: random.Random) -> list[str]:
+    """Every other passage of ``PASSAGE_WORDS`` words, two to four times in a row; as long as the text was."""
+    found: list[str] = []
+    for start in range(0, len(words), PASSAGE_WORDS):
+        found += words[start : start + PASSAGE_WORDS] * draw.randint(2, 4)
+        if len(found) >= len(words):
+            break
+    return found[: len(words)]
+
+
+def replaced_words(words: list[str], draw: random.Random, ranked: list[str]) -> list[str]:
+    """``REPLACED`` of the words stand for others about as frequent; ``ranked``: from the most frequent on."""
+    places = _places(ranked)
+    found = []
+    for word in words:
+        bare = word.rstrip()
+        place = places.get(bare)
+        if place is not None and draw.random() < REPLACED:
+            reach = max(1, int(NEAR * place))
+            new = ranked[min(len(ranked) - 1, max(0, place + draw.choice((-1, 1)) * draw.randint(1, reach)))]
+            word = new + word[len(bare) :]
+        found.append(word)
+    return found
+
+
+def ranks(texts: Iterator[str]) -> list[str]:
+    """Words (with their punctuation) from the most frequent on; equal counts by spelling."""
+    counts = Counter(word.rstrip() for text in texts for word in _words(text))
+    return sorted(counts, key=lambda word: (-counts[word], word))
+
+
+_PLACES: dict[int, dict[str, int]] = {}
+
+
+def _places(ranked: list[str]) -> dict[str, int]:
+    if id(ranked) not in _PLACES:
+        _PLACES[id(ranked)] = {word: place for place, word in enumerate(ranked)}
+    return _PLACES[id(ranked)]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\S+\s*", text)
+
+
+def _changed(texts: Sequence[Text], change: Callable[[list[str], random.Random], list[str]]) -> list[Text]:
+    return [(key, "".join(change(_words(text), random.Random(key)))) for key, text in texts]
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> Iterator[Text]:
+    with gzip.open(path, "rt", encoding="utf-8") as rows:
+        for row in rows:
+            document = json.loads(row)
+            yield document["id"], document["text"]
+
+
+def _take(texts: Iterator[Text], limit: int) -> list[Text]:
+    """Texts until ``limit`` characters are reached."""
+    kept, characters = [], 0
+    for key, text in texts:
+        kept.append((key, text))
+        characters += len(text)
+        if characters >= limit:
+            break
+    return kept
+
+
+def _prepare(
+    out: Path, domains: dict[str, list[Text]], wanted: tuple[str, ...], tokenizer: Path | None, console: Any
+) -> None:
+    if (out / MANIFEST).is_file():
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        sources = []
+        for domain, texts in domains.items():
+            path = Path(place) / f"{domain}.jsonl"
+            with path.open("w", encoding="utf-8") as stream:
+                for key, text in texts:
+                    stream.write(json.dumps({"id": key, "domain": domain, "text": text}, ensure_ascii=False) + "\n")
+            sources.append(Source(path, domain))
+        rule = SplitRule(PROXY_FRACTION, VALIDATION_FRACTION, wanted)
+        prepare(sources, out, vocab_size=VOCAB_SIZE, tokenizer=tokenizer, rule=rule, console=console)

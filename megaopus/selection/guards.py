@@ -1,0 +1,109 @@
+"""What keeps selection from collapsing: a cap on exposures, a floor for each domain, and alarms."""
+
+from __future__ import annotations
+
+import base64
+from array import array
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaopus.selection import noise
+from megaopus.selection.backend import Batch, Candidates
+from megaopus.selection.candidates import tensors_of
+
+
+class Exposure:
+    """How often each sequence was trained on over the last ``window`` steps.
+
+    Sequences are told apart by a 64-bit signature of their tokens, so copies count as one.
+    """
+
+    def __init__(self, window: int):
+        self._window = window
+        self._steps: deque[tuple[int, list[int]]] = deque()
+        self._counts: Counter[int] = Counter()
+
+    def times(self, signatures: Tensor, ids: Tensor) -> Tensor:
+        """(N,) how often each would have been trained on if it were picked now, copies with smaller ids too."""
+        values, times = signatures.tolist(), torch.empty(len(ids), dtype=torch.int64)
+        copies: Counter[int] = Counter()
+        for position in torch.argsort(ids).tolist():
+            signature = values[position]
+            copies[signature] += 1
+            times[position] = self._counts[signature] + copies[signature]
+        return times
+
+    def record(self, step: int, signatures: Tensor) -> None:
+        """These were trained on in ``step``; what lies ``window`` steps back is forgotten."""
+        self._add(step, signatures.tolist())
+        while self._steps[0][0] <= step - self._window:
+            _, old = self._steps.popleft()
+            self._counts -= Counter(old)  # drops what falls to zero
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: the steps, how many sequences each had, and their signatures as base64 of int64."""
+        packed = array("q", [signature for _, found in self._steps for signature in found])
+        return {
+            "steps": [step for step, _ in self._steps],
+            "sizes": [len(found) for _, found in self._steps],
+            "signatures": base64.b64encode(packed.tobytes()).decode(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``."""
+        self._steps.clear()
+        self._counts.clear()
+        packed = array("q", base64.b64decode(state["signatures"])).tolist()
+        for step, size in zip(state["steps"], state["sizes"], strict=True):
+            self._add(step, packed[:size])
+            del packed[:size]
+
+    def _add(self, step: int, found: list[int]) -> None:
+        self._steps.append((step, found))
+        self._counts.update(found)
+
+
+def token_signatures(batch: Batch) -> Tensor:
+    """(n,) int64 hash of each sequence: of every number in its first tensor, (n, ...), and its place."""
+    tokens = next(tensors_of(batch)).cpu().flatten(1)
+    tokens = tokens.double().view(torch.int64) if tokens.is_floating_point() else tokens.to(torch.int64)
+    places = torch.arange(tokens.shape[1]) << 32
+    return noise.bits(0, noise.bits(0, tokens + places).sum(dim=1))  # int64 sums wrap
+
+
+def alarm_of_pairs(picks: Candidates, others: Sequence[Candidates], level: float) -> str | None:
+    """What to say if ``picks`` repeat themselves: fewer different pairs of tokens than ``level`` times the others'.
+
+    The least of the others counts, and as many sequences of each are compared. None too if batches are not tokens
+    (n, T).
+    """
+    count = min(len(each) for each in (picks, *others))
+    batches = [each.take(torch.arange(count)).batch() for each in (picks, *others)]
+    tokens = [next(tensors_of(batch)).cpu() for batch in batches]
+    if any(each.ndim != 2 or each.is_floating_point() for each in tokens):
+        return None
+    pairs = [(each[:, :-1].long() << 32) + each[:, 1:] for each in tokens]
+    found, *elsewhere = (len(each.unique()) for each in pairs)
+    if found >= level * min(elsewhere):
+        return None
+    return f"{found} different token pairs in {count} picks, {min(elsewhere)} in as many sequences elsewhere"
+
+
+def quotas(floor: float, domains: Tensor, count: int, seed: int, step: int) -> dict[int, int]:
+    """Picks that each domain gets at least: ``floor`` times its share of the buffer, of ``count`` in all.
+
+    Fractions are rounded up as often as keeps the mean over steps, by noise keyed by (seed, step, domain).
+    ``domains``: (N,) of the candidates. The quotas add up to ``count`` at most.
+    """
+    present, sizes = domains.unique(return_counts=True)
+    due = floor * sizes.double() * count / len(domains)
+    rounded = (due + noise.uniform(noise.key(seed, "floor", step), present)).floor().long()
+    found, left = {}, count
+    for domain, quota, size in zip(present.tolist(), rounded.tolist(), sizes.tolist(), strict=True):
+        found[domain] = min(quota, size, left)
+        left -= found[domain]
+    return found

@@ -1,0 +1,139 @@
+"""A linear predictor of utility, fitted to the utilities already paid for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaopus.selection import noise, sampler
+from megaopus.selection.backend import Traits
+from megaopus.selection.config import PrescreenConfig
+
+_BLOCK = 64
+"""Neighbouring scores that are standardised together: the level and spread of utilities drift over training."""
+_JUDGED = 256
+"""Latest uniform scores that the predictor is judged by."""
+_FEWEST = 64
+"""Scores below which it neither predicts nor is judged."""
+
+
+class Prescreen:
+    """Ridge regression of standardised utilities on a candidate's traits, over a window of the latest scores.
+
+    A function of what it has learnt, so it is the same on every rank that has seen the same scores.
+    """
+
+    def __init__(self, config: PrescreenConfig, traits: Traits):
+        self._config = config
+        self._traits = traits
+        self._ids = torch.empty(0, dtype=torch.int64)
+        self._utilities = torch.empty(0, dtype=torch.float64)
+        self._predicted = torch.empty(0, dtype=torch.float64)  # at the time, before its score was known; nan: not yet
+        self._uniform = torch.empty(0, dtype=torch.bool)
+        self._unfitted = 0  # scores since the last fit
+        self._weights: Tensor | None = None  # (F + 1,), the intercept last
+
+    def predict(self, ids: Tensor) -> Tensor | None:
+        """(n,) float64 predicted utilities, in standard deviations; None before the first fit."""
+        if self._weights is None:
+            return None
+        return self._traits.features(ids).double() @ self._weights[:-1] + self._weights[-1]
+
+    def learn(self, ids: Tensor, utilities: Tensor, uniform: Tensor) -> None:
+        """Take in scores: ``ids`` (n,), ``utilities`` (n,), and which of them were drawn uniformly, (n,) bool.
+
+        Utilities that are not finite are left out. Refits after every ``refit_every`` calls' worth of scores.
+        """
+        kept = utilities.isfinite()
+        ids, utilities, uniform = ids[kept], utilities[kept], uniform[kept]
+        predicted = self.predict(ids)
+        if predicted is None:
+            predicted = torch.full_like(utilities, torch.nan)
+        for name, new in (("_ids", ids), ("_utilities", utilities), ("_predicted", predicted), ("_uniform", uniform)):
+            setattr(self, name, torch.cat([getattr(self, name), new])[-self._config.window :])
+        self._unfitted += len(ids)
+        if len(self._ids) >= _FEWEST and (self._weights is None or self._unfitted >= self._config.refit):
+            self._fit()
+
+    @property
+    def correlation(self) -> float | None:
+        """Pearson's r of predictions with what uniform draws then scored, the latest of them; None while too few."""
+        judged = (self._uniform & self._predicted.isfinite()).nonzero().flatten()[-_JUDGED:]
+        if len(judged) < _FEWEST:
+            return None
+        pairs = torch.stack([self._predicted[judged], _standardised(self._utilities[judged])])
+        return float(torch.corrcoef(pairs)[0, 1].nan_to_num())
+
+    def doubt(self) -> str | None:
+        """Why it is not to be trusted now, in words; None: nothing speaks against it."""
+        r = self.correlation
+        if r is None or r > 0:
+            return None
+        instead = "candidates screened" if self._config.mode == "cascade" else "picked"
+        return f"alarm: the predictor's correlation with utilities is {r:.2f}; {instead} uniformly"
+
+    def screen(
+        self, ids: Tensor, allowed: Tensor, predicted: Tensor | None, count: int, key: int
+    ) -> tuple[Tensor, Tensor]:
+        """(ascending positions to score exactly (count,), which of them are uniform draws (count,) bool).
+
+        ``allowed``: positions to take from. Without predictions all are uniform draws, by noise keyed by ``key``.
+        """
+        drawn = count if predicted is None else min(self._config.slice, count)
+        uniform = torch.zeros(len(ids), dtype=torch.bool)
+        uniform[allowed[sampler.pick_top_k(noise.uniform(key, ids[allowed]), ids[allowed], drawn)]] = True
+        chosen = uniform.clone()
+        if predicted is not None:
+            rest = allowed[~uniform[allowed]]
+            chosen[rest[sampler.pick_top_k(predicted[rest], ids[rest], count - drawn)]] = True
+        scored = chosen.nonzero().flatten()
+        return scored, uniform[scored]
+
+    def _fit(self) -> None:
+        """w = argmin |X w - y|^2 + ridge |w|^2 over the window, columns of X and blocks of y centred."""
+        features = self._traits.features(self._ids).double()
+        mean = features.mean(dim=0)
+        features = features - mean
+        target = _standardised(self._utilities)
+        n, width = features.shape
+        ridge = self._config.ridge * torch.eye(min(n, width), dtype=torch.float64)
+        if n < width:
+            dual = torch.linalg.cholesky(features @ features.t() + ridge)
+            weights = features.t() @ torch.cholesky_solve(target.unsqueeze(1), dual).flatten()
+        else:
+            primal = torch.linalg.cholesky(features.t() @ features + ridge)
+            weights = torch.cholesky_solve((features.t() @ target).unsqueeze(1), primal).flatten()
+        self._weights = torch.cat([weights, -(mean @ weights).view(1)])
+        self._unfitted = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values; ``load_state_dict`` makes the predictor what it was, to the last bit."""
+        return {
+            "ids": self._ids.tolist(),
+            "utilities": self._utilities.tolist(),
+            "predicted": [None if value != value else value for value in self._predicted.tolist()],
+            "uniform": self._uniform.int().tolist(),
+            "unfitted": self._unfitted,
+            "weights": None if self._weights is None else self._weights.tolist(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``."""
+        predicted = [torch.nan if value is None else value for value in state["predicted"]]
+        self._ids = torch.tensor(state["ids"], dtype=torch.int64)
+        self._utilities = torch.tensor(state["utilities"], dtype=torch.float64)
+        self._predicted = torch.tensor(predicted, dtype=torch.float64)
+        self._uniform = torch.tensor(state["uniform"], dtype=torch.bool)
+        self._unfitted = int(state["unfitted"])
+        weights = state["weights"]
+        self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+
+
+def _standardised(utilities: Tensor) -> Tensor:
+    """Each block of neighbours z-scored by itself; the first takes the rest of the division."""
+    blocks = max(1, len(utilities) // _BLOCK)
+    rest = len(utilities) - (blocks - 1) * _BLOCK
+    parts = utilities.split([rest] + [_BLOCK] * (blocks - 1))
+    return torch.cat([(part - part.mean()) / part.std(correction=0).clamp_min(1e-300) for part in parts])

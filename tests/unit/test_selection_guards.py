@@ -1,0 +1,185 @@
+"""Exposure, copies, domain floors and alarms: what is kept out, when, and that a resumed count goes on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaopus.selection import SelectionConfig, Selector, TensorCandidates
+from megaopus.selection.config import GuardConfig, PrescreenConfig
+from megaopus.selection.guards import Exposure, quotas, token_signatures
+from tests.unit.test_selection_prescreen import LinearTraits
+
+K = 4
+
+
+class ByTable:
+    """A backend that knows losses alone: those of a table; a candidate's batch is its row of tokens."""
+
+    rank, world_size, device, coarse = 0, 1, torch.device("cpu"), False
+
+    def losses(self, candidates, **passes) -> Tensor:
+        return candidates.batch()[:, -1].double()
+
+    def combine(self, parts: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
+        return parts, tally
+
+    def from_rank_0(self, values: Tensor) -> Tensor:
+        return values
+
+
+def selector(traits=None, **guards) -> Selector:
+    """Picks the K largest last tokens."""
+    off = {"min_ess": 0, "min_distinct": 0, "min_unique": 0}
+    config = SelectionConfig(method="high_ppl", guards=GuardConfig(**{**off, **guards}))
+    return Selector(config, ByTable(), num_selected=K, proxy=None, seed=0, traits=traits)  # type: ignore[arg-type]
+
+
+def rows(values: list[int], width: int = 6, seed: int = 0) -> Tensor:
+    """A sequence for each value: random tokens that depend on the value, the value last."""
+    found = []
+    for value in values:
+        generator = torch.Generator().manual_seed(seed + value)
+        found.append(torch.cat([torch.randint(0, 90, (width,), generator=generator), torch.tensor([value])]))
+    return torch.stack(found)
+
+
+# -- exposure ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sequence_is_trained_on_once_in_a_window_of_steps() -> None:
+    chosen = selector(exposure_window=2)
+    candidates = rows(list(range(12)))
+    picks = [sorted(candidates[chosen.select(candidates, step).indices, -1].tolist()) for step in range(5)]
+    assert picks[:3] == [[8, 9, 10, 11], [4, 5, 6, 7], [0, 1, 2, 3]]
+    assert picks[3:] == [[8, 9, 10, 11], [4, 5, 6, 7]]  # the third step after they may come again
+
+
+def test_a_cap_of_two_allows_two() -> None:
+    chosen = selector(exposure_cap=2)
+    candidates = rows(list(range(12)))
+    picks = Counter(candidates[chosen.select(candidates, step).indices, -1].sum().item() for step in range(4))
+    assert picks == {38: 2, 22: 2}
+
+
+def test_copies_in_one_buffer_count_as_one_sequence() -> None:
+    candidates = rows([50, 50, 50, 50, 7, 6, 5, 4])
+    picked = candidates[selector().select(candidates, 0).indices, -1].tolist()
+    assert sorted(picked) == [5, 6, 7, 50]
+    lifted = selector().select(rows([50] * 6 + [1, 2]), 0)
+    assert "cap lifted to 2" in lifted.events[0]
+    assert len(lifted.indices) == K
+
+
+def test_an_exhausted_pool_goes_on_with_what_was_trained_on_least() -> None:
+    chosen = selector()
+    candidates = rows(list(range(6)))
+    first = chosen.select(candidates, 0)
+    second = chosen.select(candidates, 1)
+    assert not first.events
+    assert "cap lifted to 2" in second.events[0]
+    assert candidates[second.indices, -1].tolist() == [0, 1, 4, 5]  # the new ones, then the best
+    assert candidates[chosen.select(candidates, 2).indices, -1].tolist() == [0, 1, 2, 3]
+
+
+def test_exposures_go_through_json() -> None:
+    straight, first = Exposure(4), Exposure(4)
+    steps = [torch.tensor([2**62, -5, 7]), torch.tensor([7]), torch.tensor([8, 8])]
+    for step, found in enumerate(steps):
+        straight.record(step, found)
+        first.record(step, found)
+    second = Exposure(4)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    asked, ids = torch.tensor([7, 8, -5, 2**62, 9, 7]), torch.tensor([3, 1, 2, 0, 4, 5])
+    for step in range(3, 8):
+        assert second.times(asked, ids).tolist() == straight.times(asked, ids).tolist()
+        if step == 3:
+            assert straight.times(asked, ids).tolist() == [3, 3, 2, 2, 1, 4]
+        for each in (straight, second):
+            each.record(step, torch.tensor([9]))
+    assert straight.times(asked, ids).tolist() == [1, 1, 1, 1, 5, 2]
+
+
+def test_signatures_of_tokens_count_every_place() -> None:
+    tokens = torch.randint(0, 3, (500, 9), generator=torch.Generator().manual_seed(0)).unique(dim=0)
+    assert len(token_signatures(tokens).unique()) == len(tokens)
+    assert torch.equal(token_signatures((tokens, tokens)), token_signatures(tokens))
+    floats = torch.tensor([[0.25, 0.5], [0.5, 0.25], [0.25, 0.5]])
+    assert token_signatures(floats).unique().numel() == 2
+
+
+# -- domains -----------------------------------------------------------------------------------------------------------
+
+
+class Domains(LinearTraits):
+    def domains(self, ids: Tensor) -> Tensor:
+        return ids % 3
+
+    def signatures(self, ids: Tensor, near: bool = False) -> Tensor:
+        return ids
+
+
+def test_each_domain_keeps_its_floor_on_average() -> None:
+    chosen = selector(Domains(), domain_floor=0.5, exposure_cap=0)
+    candidates = TensorCandidates(rows([30 if i % 3 == 0 else i for i in range(12)], seed=5))
+    counts = Counter[int]()
+    for step in range(400):
+        selection = chosen.select(candidates, step)
+        assert len(selection.indices.unique()) == K
+        counts.update((selection.picked_ids % 3).tolist())
+    # floor x share x K = 2/3 a step and domain; the best are all of domain 0
+    for domain in (1, 2):
+        assert counts[domain] / 400 == pytest.approx(2 / 3, abs=0.1)
+    assert quotas(0.0, torch.arange(12) % 3, K, 0, 0) == {0: 0, 1: 0, 2: 0}
+    assert sum(quotas(1.0, torch.arange(12) % 3, K, 0, 0).values()) <= K
+
+
+# -- alarms ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_dominant_utility_raises_the_alarm() -> None:
+    candidates = rows([*range(31), 10**9])
+    selection = selector(min_ess=1.2).select(candidates, 0)
+    assert selection.method == "uniform"
+    assert selection.events == ["alarm: effective sample size 1.11, below 1.2; picked uniformly"]
+    assert selection.utilities is not None
+    assert selector(min_ess=1.2).select(rows(list(range(32))), 0).method == "high_ppl"
+
+
+def test_picks_that_repeat_themselves_raise_the_alarm() -> None:
+    dull = torch.cat([torch.full((8, 40), 3), torch.arange(50, 58).unsqueeze(1)], dim=1)
+    candidates = torch.cat([dull, rows(list(range(24)), width=40)])
+    selection = selector(min_distinct=0.5, exposure_cap=0).select(candidates, 0)
+    assert selection.method == "uniform"
+    assert "different token pairs" in selection.events[0]
+    assert selector(min_distinct=0, exposure_cap=0).select(candidates, 0).method == "high_ppl"
+
+
+def test_picks_that_were_all_trained_on_before_raise_the_alarm() -> None:
+    chosen = selector(min_unique=0.5, exposure_cap=0)
+    candidates = rows(list(range(12)))
+    assert chosen.select(candidates, 0).method == "high_ppl"
+    again = chosen.select(candidates, 1)
+    assert again.method == "uniform"
+    assert again.events == ["alarm: 0% of the picks are new in the window, 67% of the candidates; picked uniformly"]
+
+
+# -- what traits are needed for ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"method": "dsir"}, "selection.method=dsir"),
+        ({"method": "opus", "prescreen": PrescreenConfig(mode="predict")}, "selection.prescreen.mode=predict"),
+        ({"method": "high_ppl", "guards": GuardConfig(domain_floor=0.1)}, "selection.guards.domain_floor"),
+        ({"method": "high_ppl", "guards": GuardConfig(near_duplicates=True)}, "selection.guards.near_duplicates"),
+    ],
+)
+def test_settings_that_need_traits_say_so(settings: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named} needs traits"):
+        Selector(SelectionConfig(**settings), ByTable(), num_selected=K, proxy=lambda step: None, seed=0)  # type: ignore[arg-type]

@@ -1,0 +1,138 @@
+"""The predictor learns what utilities follow from, is judged on uniform draws, and goes on from its state."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaopus.selection.config import PrescreenConfig
+from megaopus.selection.prescreen import Prescreen, _standardised
+
+
+class LinearTraits:
+    """Utility is a linear function of six traits, in part; ids index a table."""
+
+    def __init__(self, count: int = 4000):
+        generator = torch.Generator().manual_seed(0)
+        self.table = torch.randn(count, 6, generator=generator)
+        self.table[:, 3] = 7.0  # says nothing
+        self.noise = torch.randn(count, generator=generator, dtype=torch.float64)
+
+    def features(self, ids: Tensor) -> Tensor:
+        return self.table[ids]
+
+    def utilities(self, ids: Tensor, noise: float = 0.5) -> Tensor:
+        known = self.table[ids, 0] - 2 * self.table[ids, 4]
+        return 1e-3 * (known.double() + noise * self.noise[ids]) + 0.2
+
+
+TRAITS = LinearTraits()
+
+
+def taught(steps: int, *, sign: int = 1, **settings) -> Prescreen:
+    prescreen = Prescreen(PrescreenConfig(mode="cascade", **settings), TRAITS)  # type: ignore[arg-type]
+    for step in range(steps):
+        ids = torch.arange(8) + 8 * step
+        prescreen.learn(ids, sign * TRAITS.utilities(ids), torch.tensor([True, False] * 4))
+    return prescreen
+
+
+def test_weights_are_those_of_the_normal_equations() -> None:
+    prescreen = taught(16, ridge=3.0, refit=8)
+    ids = torch.arange(128)
+    columns = TRAITS.features(ids).double()
+    mean = columns.mean(dim=0)
+    target = _standardised(TRAITS.utilities(ids))
+    left = (columns - mean).t() @ (columns - mean) + 3.0 * torch.eye(6, dtype=torch.float64)
+    weights = torch.linalg.solve(left, (columns - mean).t() @ target)
+    unseen = torch.arange(3000, 3050)
+    expected = (TRAITS.features(unseen).double() - mean) @ weights
+    torch.testing.assert_close(prescreen.predict(unseen), expected)
+
+
+def test_fewer_scores_than_traits_give_the_same_weights() -> None:
+    wide = LinearTraits()
+    wide.table = torch.cat([wide.table, torch.randn(4000, 200, generator=torch.Generator().manual_seed(1))], 1)
+    prescreen = Prescreen(PrescreenConfig(), wide)  # type: ignore[arg-type]
+    ids = torch.arange(100)
+    prescreen.learn(ids, wide.utilities(ids), torch.ones(100, dtype=torch.bool))
+    columns = wide.features(ids).double()
+    centred = columns - columns.mean(dim=0)
+    left = centred.t() @ centred + torch.eye(206, dtype=torch.float64)
+    weights = torch.linalg.solve(left, centred.t() @ _standardised(wide.utilities(ids)))
+    torch.testing.assert_close(prescreen.predict(ids), centred @ weights)
+
+
+def test_predictions_begin_after_enough_scores_and_follow_utilities() -> None:
+    assert taught(7).predict(torch.arange(4)) is None
+    prescreen = taught(40)
+    unseen = torch.arange(2000, 3000)
+    pairs = torch.stack([prescreen.predict(unseen), TRAITS.utilities(unseen)])
+    assert torch.corrcoef(pairs)[0, 1] > 0.95
+    assert prescreen.correlation == pytest.approx(0.97, abs=0.03)
+    assert prescreen.doubt() is None
+
+
+def test_a_predictor_that_errs_is_doubted_until_it_has_learnt_better() -> None:
+    for refit, doubted in ((10_000, True), (32, False)):
+        prescreen = taught(40, refit=refit)
+        for step in range(40, 300):  # the world has turned over
+            ids = torch.arange(8) + 8 * step
+            prescreen.learn(ids, -TRAITS.utilities(ids), torch.ones(8, dtype=torch.bool))
+        assert (prescreen.doubt() is not None) == doubted
+        if doubted:
+            assert "correlation with utilities is -0.9" in str(prescreen.doubt())
+
+
+def test_scores_that_are_not_finite_teach_nothing() -> None:
+    prescreen, expected = taught(20), taught(20)
+    ids = torch.arange(160, 164)
+    utilities = TRAITS.utilities(ids)
+    utilities[[1, 3]] = torch.tensor([torch.nan, torch.inf], dtype=torch.float64)
+    prescreen.learn(ids, utilities, torch.ones(4, dtype=torch.bool))
+    expected.learn(ids[::2], utilities[::2], torch.ones(2, dtype=torch.bool))
+    assert prescreen.state_dict() == expected.state_dict()
+
+
+def test_the_window_forgets() -> None:
+    prescreen = taught(40, window=64)
+    ids = torch.arange(256, 320)
+    assert prescreen.state_dict()["ids"] == ids.tolist()
+
+
+def test_screening_takes_the_promising_and_a_uniform_slice() -> None:
+    prescreen = Prescreen(PrescreenConfig(mode="cascade", slice=4), TRAITS)  # type: ignore[arg-type]
+    ids, allowed = torch.arange(64) + 500, torch.arange(0, 64, 2)
+    predicted = -torch.arange(64).double()
+    scored, uniform = prescreen.screen(ids, allowed, predicted, 12, key=1)
+    assert len(scored) == 12
+    assert int(uniform.sum()) == 4
+    assert (scored % 2 == 0).all()
+    assert scored.tolist() == sorted(set(scored.tolist()))
+    left = [p for p in range(0, 64, 2) if p not in scored[uniform]]
+    assert scored[~uniform].tolist() == left[:8]  # the most promising
+    assert not torch.equal(prescreen.screen(ids, allowed, predicted, 12, key=2)[0], scored)
+    scored, uniform = prescreen.screen(ids, allowed, None, 12, key=1)
+    assert bool(uniform.all())
+    assert len(scored) == 12
+
+
+def test_state_goes_through_json_and_on_to_the_last_bit() -> None:
+    straight, first = taught(30), taught(21)
+    second = Prescreen(PrescreenConfig(mode="cascade"), TRAITS)  # type: ignore[arg-type]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for step in range(21, 30):
+        ids = torch.arange(8) + 8 * step
+        second.learn(ids, TRAITS.utilities(ids), torch.tensor([True, False] * 4))
+    assert second.state_dict() == straight.state_dict()
+    assert torch.equal(second.predict(torch.arange(100)), straight.predict(torch.arange(100)))
+
+
+def test_levels_and_spreads_of_blocks_do_not_matter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(200, dtype=torch.float64, generator=generator)
+    drift = torch.cat([values[:72], 1e-4 * values[72:136] - 3, 50 * values[136:] + 9])
+    torch.testing.assert_close(_standardised(drift), _standardised(values))
