@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 VERSION = 1
 BUCKETS = 1 << 14
 """Of hashed uni- and bigrams, together."""
-SKETCH_DIM = 512
+SKETCH_DIM = 256
 """Numbers that a sequence's n-gram vector is folded into."""
 SHINGLE = 8
 """Tokens of the n-grams whose smallest hash is the near-duplicate signature."""

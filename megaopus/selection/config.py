@@ -33,10 +33,8 @@ class PrescreenConfig:
     """Candidates drawn uniformly and scored exactly in each step, over all ranks."""
     window: int = 1024
     """Scores that the predictor is fitted to, the latest."""
-    refit: int = 32
+    refit: int = 64
     """New scores after which it is fitted again."""
-    ridge: float = 1.0
-    """Penalty on the squared weights, in units of one score's squared error."""
     traits: list[str] = field(default_factory=lambda: list(TRAITS))
     """What it sees. ngrams: hashed uni- and bigrams; domain; likelihood: of them under proxy and pool (DSIR's); shape:
     shares of distinct n-grams."""
@@ -50,8 +48,6 @@ class PrescreenConfig:
                 yield key, "must be at least 1", "see docs/selection.md"
         if self.window < 64:
             yield "window", "must be at least 64", "1024 is usual"
-        if not self.ridge > 0:
-            yield "ridge", "must be positive", "1 is usual"
         if not self.traits or set(self.traits) - set(TRAITS):
             yield "traits", "unknown or empty", f"name some of: {', '.join(TRAITS)}"
 

@@ -15,6 +15,8 @@ _BLOCK = 64
 """Neighbouring scores that are standardised together: the level and spread of utilities drift over training."""
 _JUDGED = 256
 """Latest uniform scores that the predictor is judged by."""
+_RIDGES = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+"""Penalties to choose from; a predictor of noise wants the largest, whose predictions are next to nothing."""
 _FEWEST = 64
 """Scores below which it neither predicts nor is judged."""
 
@@ -92,19 +94,28 @@ class Prescreen:
         return scored, uniform[scored]
 
     def _fit(self) -> None:
-        """w = argmin |X w - y|^2 + ridge |w|^2 over the window, columns of X and blocks of y centred."""
+        """w = argmin |X w - y|^2 + ridge |w|^2 over the window, columns of X and blocks of y centred.
+
+        ``ridge`` is the one of ``_RIDGES`` with the least squared error on each score when it is left out, which the
+        fit to all tells: (y_i - y^_i) / (1 - H_ii), H = X (X^T X + ridge)^-1 X^T (Allen's PRESS, 1974).
+        """
         features = self._traits.features(self._ids).double()
         mean = features.mean(dim=0)
-        features = features - mean
         target = _standardised(self._utilities)
-        n, width = features.shape
-        ridge = self._config.ridge * torch.eye(min(n, width), dtype=torch.float64)
-        if n < width:
-            dual = torch.linalg.cholesky(features @ features.t() + ridge)
-            weights = features.t() @ torch.cholesky_solve(target.unsqueeze(1), dual).flatten()
+        centred = features - mean
+        if len(centred) > centred.shape[1]:
+            values, vectors = torch.linalg.eigh(centred.t() @ centred)
         else:
-            primal = torch.linalg.cholesky(features.t() @ features + ridge)
-            weights = torch.cholesky_solve((features.t() @ target).unsqueeze(1), primal).flatten()
+            _, singular, transposed = torch.linalg.svd(centred, full_matrices=False)
+            values, vectors = singular.square(), transposed.t()
+        rotated, values = centred @ vectors, values.clamp_min(0)
+        along = rotated.t() @ target
+        ridges = torch.tensor(_RIDGES, dtype=torch.float64).unsqueeze(1)
+        solved = along / (values + ridges)  # (ridges, directions)
+        errors = target - solved @ rotated.t()
+        leverage = (1 / (values + ridges)) @ rotated.square().t()
+        press = (errors / (1 - leverage)).square().sum(dim=1)
+        weights = vectors @ solved[int(press.argmin())]
         self._weights = torch.cat([weights, -(mean @ weights).view(1)])
         self._unfitted = 0
 

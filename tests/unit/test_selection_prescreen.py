@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaopus.selection import prescreen as prescreen_module
 from megaopus.selection.config import PrescreenConfig
 from megaopus.selection.prescreen import Prescreen, _standardised
 
@@ -40,30 +41,36 @@ def taught(steps: int, *, sign: int = 1, **settings) -> Prescreen:
     return prescreen
 
 
-def test_weights_are_those_of_the_normal_equations() -> None:
-    prescreen = taught(16, ridge=3.0, refit=8)
-    ids = torch.arange(128)
-    columns = TRAITS.features(ids).double()
-    mean = columns.mean(dim=0)
-    target = _standardised(TRAITS.utilities(ids))
-    left = (columns - mean).t() @ (columns - mean) + 3.0 * torch.eye(6, dtype=torch.float64)
-    weights = torch.linalg.solve(left, (columns - mean).t() @ target)
-    unseen = torch.arange(3000, 3050)
-    expected = (TRAITS.features(unseen).double() - mean) @ weights
-    torch.testing.assert_close(prescreen.predict(unseen), expected)
+def by_hand(traits: LinearTraits, ids: Tensor, unseen: Tensor) -> Tensor:
+    """Predictions of ridge regression with the penalty of the least error on scores left out, one fit for each."""
+    columns = traits.features(ids).double()
+    centred, target = columns - columns.mean(dim=0), _standardised(traits.utilities(ids))
+
+    def weights(rows: Tensor, ridge: float) -> Tensor:
+        left = centred[rows].t() @ centred[rows] + ridge * torch.eye(centred.shape[1], dtype=torch.float64)
+        return torch.linalg.solve(left, centred[rows].t() @ target[rows])
+
+    everyone = torch.arange(len(ids))
+    errors = {
+        ridge: sum(
+            float(target[i] - centred[i] @ weights(everyone[everyone != i], ridge)) ** 2 for i in range(len(ids))
+        )
+        for ridge in prescreen_module._RIDGES
+    }
+    best = min(errors, key=errors.__getitem__)
+    return (traits.features(unseen).double() - columns.mean(dim=0)) @ weights(everyone, best)
 
 
-def test_fewer_scores_than_traits_give_the_same_weights() -> None:
-    wide = LinearTraits()
-    wide.table = torch.cat([wide.table, torch.randn(4000, 200, generator=torch.Generator().manual_seed(1))], 1)
-    prescreen = Prescreen(PrescreenConfig(), wide)  # type: ignore[arg-type]
-    ids = torch.arange(100)
-    prescreen.learn(ids, wide.utilities(ids), torch.ones(100, dtype=torch.bool))
-    columns = wide.features(ids).double()
-    centred = columns - columns.mean(dim=0)
-    left = centred.t() @ centred + torch.eye(206, dtype=torch.float64)
-    weights = torch.linalg.solve(left, centred.t() @ _standardised(wide.utilities(ids)))
-    torch.testing.assert_close(prescreen.predict(ids), centred @ weights)
+@pytest.mark.parametrize("noise_traits", [0, 100])
+def test_weights_are_those_of_leaving_each_score_out(noise_traits: int) -> None:
+    """Both with fewer and with more traits than scores."""
+    traits = LinearTraits()
+    more = torch.randn(4000, noise_traits, generator=torch.Generator().manual_seed(1))
+    traits.table = torch.cat([traits.table, more], 1)
+    prescreen = Prescreen(PrescreenConfig(), traits)  # type: ignore[arg-type]
+    ids, unseen = torch.arange(80), torch.arange(3000, 3050)
+    prescreen.learn(ids, traits.utilities(ids), torch.ones(80, dtype=torch.bool))
+    torch.testing.assert_close(prescreen.predict(unseen), by_hand(traits, ids, unseen))
 
 
 def test_predictions_begin_after_enough_scores_and_follow_utilities() -> None:
