@@ -1,24 +1,31 @@
-"""Does selection reach uniform's final loss with fewer update tokens, and in less time?
+"""Does selection reach uniform's final loss with fewer update tokens, and in less time? What does it cost elsewhere?
 
-On the demo corpus, for each optimizer and seed: one uniform warm-up, then every arm goes on from it with the same
-number of update tokens. Prints a table and writes rows {corpus, optimizer, arm, seeds, tokens_ratio, time_ratio,
-final_loss, final_loss_std, p_value, ...}. Resumable: finished runs under --folder are not run again, killed ones go on.
+Trains every arm from random weights with the same number of update tokens, one learning rate (tuned for uniform) and
+schedule, on several pools of text (see pools.py; 'demo' is the demo corpus). A row per run is appended to --results as
+it finishes, and runs that have one are not repeated: a study may take several sittings, and several machines.
+Then prints a table and writes rows {corpus, optimizer, arm, seeds, tokens_ratio, time_ratio, final_loss, ...}.
 
-tokens_ratio: fraction of uniform's update tokens after the warm-up at which the arm reaches uniform's final loss.
-time_ratio: tokens_ratio times the arm's seconds per step (data, proxy, scoring, update) over uniform's, both measured
-here side by side: the arms take turns step by step in one process, median. wall_time_ratio: by the runs' own clocks.
+tokens_ratio: fraction of uniform's update tokens at which the arm reaches uniform's final loss on the wanted domain.
+time_ratio: tokens_ratio times the arm's seconds per step (data, proxy, scoring, update) over uniform's, measured side
+by side: the arms take turns step by step in one process, median. Kept in --results too.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,109 +35,249 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.common import interleaved, machine, parser, progress, start, write_results
-from megaopus.arms import OPUS, UNIFORM, Stretch
+from benchmarks.common import ROOT, interleaved, machine, parser, progress, start, write_results
+from benchmarks.pools import ensure_pool
 from megaopus.build import Corpora, build_trainer
-from megaopus.checkpoint.checkpointer import locate
 from megaopus.config import compose
-from megaopus.demo import WANTED, ensure_corpus, picked_share
+from megaopus.demo import WANTED as DEMO_WANTED
+from megaopus.demo import ensure_corpus
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
-from megaopus.monitor.compare import Run, aggregate, compare, load_run
+from megaopus.monitor.compare import Run, aggregate, compare, load_run, paired_t_test
 from megaopus.monitor.health import StopSignal
 
+POOLS = ("demo", "mixed", "hard", "clean")
+SCORED = "selection.score_length=64"  # a quarter of a sequence
 ARMS: dict[str, tuple[str, ...]] = {
-    "uniform": UNIFORM,
-    "high_ppl": ("selection=high_ppl", "selection.warmup_steps=0"),
-    "opus_top_k": OPUS,
-    "opus_boltzmann": ("selection=opus_boltzmann", "selection.warmup_steps=0", "selection.score_length=64"),
-    "countsketch_published": ("selection=opus_paper", "selection.warmup_steps=0"),
+    "uniform": ("selection=uniform",),
+    "dsir": ("selection=dsir",),
+    "exact": ("selection=opus_exact", SCORED),
+    "published": ("selection=opus_paper",),
+    "opus": ("selection=opus_predict", SCORED),
+    "high_ppl": ("selection=high_ppl",),
+    "greats": ("selection=greats", SCORED),
+    "cascade": ("selection=opus_cascade", SCORED),
+    "predict": ("selection=opus_predict", SCORED, "selection.prescreen.traits=[ngrams,domain,shape]"),
+    "oracle": ("selection=domain_oracle", "selection.rho=0.125"),
 }
+MAIN = ("uniform", "dsir", "exact", "published", "opus")
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": ("optim=adamw", "optim.lr=2e-3"),
     "muon": ("optim=muon", "optim.lr=8e-3", "optim.muon_lr=0.01"),
 }
-# Learning rates are the best for uniform after 400 updates of one seed, run by hand (python -m megaopus train
-# experiment=demo train.steps=400 optim=muon optim.lr=... optim.muon_lr=...): of {1, 2, 3}e-3 for AdamW; for (AdamW on
-# the rest, Muon on the matrices) of ten pairs, {2, 4, 8, 16}e-3 with {.0025, .005, .01, .02}: 4.548 at (8e-3, .01),
-# 4.550 at (16e-3, .005), 4.560 at (8e-3, .005), 4.58 to 4.84 elsewhere. Every arm has the same.
-COMMON = ("experiment=demo", f"data.wanted=[{WANTED}]", "logging.every=50")
+MODEL = ("model=tiny", "model.hidden_size=192", "model.num_heads=6")
+COMMON = (
+    *MODEL,
+    "data.seq_len=256",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=8",
+    "optim.schedule=cosine",
+    "optim.warmup_steps=50",
+    "logging.every=50",
+)
 
 
 @dataclass(frozen=True)
 class Plan:
     """How long and how often."""
 
-    warm_steps: int
     steps: int
     eval_every: int
+    eval_sequences: int
     seeds: tuple[int, ...]
+    headline_seeds: tuple[int, ...]
     timing_repeats: int
+    pools: tuple[str, ...]
+    arms: tuple[str, ...]
+    """On every pool, with AdamW."""
+    more_arms: tuple[str, ...]
+    """On the pool 'mixed' too, and there the main ones with Muon."""
 
 
-FULL = Plan(warm_steps=300, steps=300, eval_every=20, seeds=(1, 2, 3), timing_repeats=20)
-QUICK = Plan(warm_steps=60, steps=40, eval_every=10, seeds=(1,), timing_repeats=5)
+FULL = Plan(600, 30, 40, (1, 2, 3), (1, 2, 3, 4, 5), 5, POOLS, MAIN, tuple(a for a in ARMS if a not in MAIN))
+QUICK = Plan(60, 10, 8, (1,), (1,), 2, ("demo",), ("uniform", "dsir", "opus"), ())
+HEADLINE = ("uniform", "dsir", "opus")
+HEADLINE_POOLS = ("mixed", "hard")
 
 
-def train_all(plan: Plan, folder: Path, corpus: Path, jobs: int, console: Console) -> None:
-    """Every run of the plan; ``jobs`` chains (one optimizer and seed each) at a time, the cores shared evenly."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    total = len(OPTIMIZERS) * len(plan.seeds) * len(ARMS)
-    done = 0
+@dataclass(frozen=True, order=True)
+class Job:
+    """One training run."""
 
-    def chain(optimizer: str, seed: int) -> None:
+    seed: int
+    pool: str
+    optimizer: str
+    arm: str
+
+
+def jobs_of(plan: Plan, pools: Sequence[str]) -> list[Job]:
+    """Seed after seed, so that an early stop leaves whole comparisons."""
+    found = []
+    for pool in pools:
+        chosen = [("adamw", arm) for arm in plan.arms]
+        if pool == "mixed":
+            chosen += [("adamw", arm) for arm in plan.more_arms]
+            chosen += [("muon", arm) for arm in plan.arms] if plan.more_arms else []
+        found += [Job(seed, pool, optimizer, arm) for optimizer, arm in chosen for seed in plan.seeds]
+        if pool in HEADLINE_POOLS:
+            extra = set(plan.headline_seeds) - set(plan.seeds)
+            found += [Job(seed, pool, "adamw", arm) for arm in HEADLINE for seed in extra]
+    return sorted(found, key=lambda job: (job.seed, pools.index(job.pool), job.optimizer, list(ARMS).index(job.arm)))
+
+
+class Results:
+    """Rows of finished runs and timings, one JSON line each, added as they come."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._lock = Lock()
+        self.rows: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            for line in path.read_text().splitlines():
+                row = json.loads(line)
+                self.rows[row["key"]] = row
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        with self._lock:
+            self.rows[key] = {"key": key, **row}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as stream:
+                stream.write(json.dumps(self.rows[key]) + "\n")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A plan, where its pools lie, and what is known of its runs."""
+
+    plan: Plan
+    jobs: list[Job]
+    places: dict[str, list[str]]
+    """Pool -> the settings that train on it."""
+    results: Results
+    folder: Path
+
+    def overrides(self, job: Job) -> list[str]:
+        """Everything that the run's outcome depends on."""
+        plan = self.plan
+        length = (f"train.steps={plan.steps}", f"train.eval_every={plan.eval_every}")
+        more = (f"train.eval_sequences={plan.eval_sequences}", f"seed={job.seed}")
+        return [*COMMON, *OPTIMIZERS[job.optimizer], *length, *more, *self.places[job.pool], *ARMS[job.arm]]
+
+    def key(self, job: Job) -> str:
+        """Names a run by its settings as composed, and so by the files of configs/ too; paths are left out."""
+        config = asdict(compose(self.overrides(job)))
+        del config["run_dir"]
+        for name in ("path", "proxy_path", "validation_path", "traits_path"):
+            del config["data"][name]
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+        return f"{job.pool}/{job.optimizer}/{job.arm}/{job.seed}/{digest}"
+
+    def done(self) -> dict[tuple[str, str, str], dict[int, dict[str, Any]]]:
+        """(pool, optimizer, arm) -> seed -> row, of the runs that are done."""
+        found: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+        for job in self.jobs:
+            if (row := self.results.rows.get(self.key(job))) is not None:
+                found.setdefault((job.pool, job.optimizer, job.arm), {})[job.seed] = row
+        return found
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def train_all(study: Study, jobs: Sequence[Job], workers: int, console: Console) -> None:
+    """Every one of ``jobs`` that has no row yet; ``workers`` at a time, the cores shared evenly."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    keys = {job: study.key(job) for job in jobs}
+    left = [job for job in jobs if keys[job] not in study.results.rows]
+    console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done before", highlight=False)
+    began, done = time.monotonic(), 0
+
+    def run(job: Job) -> None:
         nonlocal done
-        stretch = stretch_of(plan, folder, corpus, optimizer, seed, threads)
-        for arm, overrides in ARMS.items():
-            started = time.monotonic()
-            stretch.run(arm, overrides)
-            done += 1
-            seconds = time.monotonic() - started
-            console.print(f"[{done}/{total}] {optimizer} seed {seed} {arm}: {seconds:.0f} s", markup=False)
+        started = time.monotonic()
+        row = _trained(study, job, threads)
+        study.results.add(keys[job], row)
+        done += 1
+        now = time.monotonic()
+        eta = (now - began) / done * (len(left) - done) / 60
+        line = f"[{done}/{len(left)}] {job.pool} {job.optimizer} {job.arm}, seed {job.seed}:"
+        line += f" {row['validations'][-1]['loss']:.3f} after {now - started:.0f} s; eta {eta:.0f} min"
+        console.print(line, highlight=False, markup=False)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        chains = [pool.submit(chain, optimizer, seed) for seed in plan.seeds for optimizer in OPTIMIZERS]
-        for each in chains:
+    with ThreadPoolExecutor(workers) as pool:
+        for each in [pool.submit(run, job) for job in left]:
             each.result()
 
 
-def stretch_of(plan: Plan, folder: Path, corpus: Path, optimizer: str, seed: int, threads: int | None) -> Stretch:
-    """The runs of one optimizer and seed."""
-    settings = (*COMMON, f"data.path={corpus}", *OPTIMIZERS[optimizer], f"train.eval_every={plan.eval_every}")
-    return Stretch(
-        folder=folder / optimizer,
-        settings=settings,
-        warm_steps=plan.warm_steps,
-        steps=plan.steps,
-        seed=seed,
-        threads=threads,
-        quiet=True,
-        echo=lambda text: None,
-    )
+def _trained(study: Study, job: Job, threads: int) -> dict[str, Any]:
+    """Train in a process of its own and sum the run folder up, which is deleted then; a killed run goes on."""
+    run_dir = study.folder / "_".join((job.pool, job.optimizer, job.arm, str(job.seed)))
+    command = [sys.executable, "-m", "megaopus", "train", *study.overrides(job), f"run_dir={run_dir}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    log = run_dir.with_name(run_dir.name + ".log")
+    with log.open("a") as output:
+        status = subprocess.run(command, env=environment, stdout=output, stderr=output).returncode
+    if status:
+        raise SystemExit(f"{run_dir}: training ended with exit status {status}; see {log}")
+    run = load_run(run_dir)
+    row = {**asdict(job), **_summary(run, run_dir), "validations": [asdict(each) for each in run.validations]}
+    row |= {"tokens_per_step": run.steps[0].tokens, "commit": run.environment.get("git")}
+    shutil.rmtree(run_dir)
+    log.unlink()
+    return row
 
 
-def step_seconds(stretch: Stretch, repeats: int, clock: str, bar: Progress) -> dict[str, float]:
-    """Median seconds of one step of each arm after the warm-up, all arms taking turns in this process."""
+def _summary(run: Run, run_dir: Path) -> dict[str, Any]:
+    """What selection did over the run."""
+    picked = Counter[int]()
+    with (run_dir / "selection.jsonl").open() as rows:
+        for line in rows:
+            picked.update(json.loads(line)["picked_ids"])
+    domains = run.selections[0].share
+    return {
+        "share": {name: statistics.fmean(row.share[name] for row in run.selections) for name in domains},
+        "unique_share": len(picked) / picked.total(),
+        "uniform_steps": sum(row.method == "uniform" for row in run.selections),
+        "events": sum(bool(row.events) for row in run.selections),
+        "step_s": statistics.median(row.step_s for row in run.steps),
+    }
+
+
+# -- seconds of a step -------------------------------------------------------------------------------------------------
+
+
+def step_seconds(study: Study, jobs: Sequence[Job], clock: str, bar: Progress) -> dict[str, float]:
+    """Median seconds of one step of each of ``jobs`` (arms of one pool and optimizer), taking turns in this process."""
     mesh = Mesh(ParallelConfig())
     try:
-        steps = {arm: _step(stretch, overrides, mesh) for arm, overrides in ARMS.items()}
-        title = f"timing the arms side by side, {stretch.folder.name}"
-        seconds = interleaved(steps, repeats, clock, bar, title)
+        steps = {job.arm: _steps(study, job, mesh) for job in jobs}
+        title = f"timing {jobs[0].pool}, {jobs[0].optimizer}"
+        seconds = interleaved(steps, study.plan.timing_repeats, clock, bar, title)
     finally:
         mesh.close()
-    return {arm: statistics.median(values) for arm, values in seconds.items()}
+    return {arm: statistics.median(values) / _TURN for arm, values in seconds.items()}
 
 
-def _step(stretch: Stretch, overrides: Sequence[str], mesh: Mesh) -> Callable[[], None]:
-    """One step of an arm that goes on from the warm-up; it writes nothing."""
-    own = [f"seed={stretch.seed}", f"train.steps={stretch.warm_steps + stretch.steps}"]
-    config = compose([*stretch.settings, *overrides, *own, f"run_dir={stretch.folder / 'timing'}"])
+def _steps(study: Study, job: Job, mesh: Mesh) -> Callable[[], None]:
+    """A run taken to where every cost has set in, and its next few steps as one pass; writes nothing."""
+    place = f"run_dir={study.folder / 'timing'}"
+    config = compose([*study.overrides(job), "selection.warmup_steps=1", place])
     trainer = build_trainer(config, mesh, Corpora(config), StopSignal())
-    checkpoint = locate(str(stretch.warm_up()), Path(config.run_dir), mesh)
-    assert checkpoint is not None
-    trainer.restore(checkpoint)
-    return lambda: trainer.update(_Nobody())
+    nobody = _Nobody()
+    for _ in range(_SETTLED):
+        trainer.update(nobody)
+
+    def several() -> None:
+        for _ in range(_TURN):
+            trainer.update(nobody)
+
+    return several
+
+
+_SETTLED = 24  # updates after which a predictor of 4 scores a step predicts
+_TURN = 16  # updates between two fits of the predictor, and a multiple of every period of the arms
 
 
 class _Nobody:
@@ -145,62 +292,109 @@ class _Nobody:
     def note(self, text: str) -> None: ...
 
 
-def rows_of(plan: Plan, folder: Path, seconds: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """One row per optimizer and arm, over the seeds; ratios are null unless every seed reached uniform's final loss.
+# -- what came of it ---------------------------------------------------------------------------------------------------
 
-    ``seconds``: of a step, by optimizer and arm.
-    """
+
+def run_of(row: dict[str, Any]) -> Run:
+    """A row as ``compare`` takes it: its validations, and of its steps what their clock says."""
+    validations = [ValidationRecord(**each) for each in row["validations"]]
+    last, tokens = validations[-1], row["tokens_per_step"]
+    steps = [
+        StepRecord(
+            step=step,
+            tokens=(step + 1) * tokens,
+            loss=0.0,
+            grad_norm=0.0,
+            lr=0.0,
+            time_s=last.time_s * (step + 1) / last.step,
+            step_s=last.time_s / last.step,
+            select_s=0.0,
+        )
+        for step in (0, last.step - 1)
+    ]
+    key = row["key"]
+    return Run(name=key, path=Path(key), steps=steps, validations=validations, selections=[], config={}, environment={})
+
+
+def rows_of(study: Study) -> list[dict[str, Any]]:
+    """One row per pool, optimizer and arm, over the seeds that have run; null ratios: not every seed got there."""
+    runs = study.done()
     rows = []
-    for optimizer in OPTIMIZERS:
-        runs = {arm: [load_run(folder / optimizer / f"{arm}_seed{s}", arm) for s in plan.seeds] for arm in ARMS}
-        for arm in ARMS:
-            cost = seconds[optimizer][arm] / seconds[optimizer]["uniform"]
-            row = _row(plan, runs["uniform"], runs[arm], cost)
-            rows.append({"corpus": "demo", "optimizer": optimizer, "arm": arm, **row})
+    for (pool, optimizer, arm), found in runs.items():
+        uniform, dsir = (runs.get((pool, optimizer, name), {}) for name in ("uniform", "dsir"))
+        seeds = sorted(found.keys() & uniform.keys())
+        if not seeds:
+            continue
+        pairs = [compare(run_of(uniform[seed]), run_of(found[seed])) for seed in seeds]
+        result = aggregate(pairs)
+        cost = _cost(study.results, pool, optimizer, arm)
+        tokens = result.tokens_ratio
+        rows.append(
+            {
+                "corpus": pool,
+                "optimizer": optimizer,
+                "arm": arm,
+                "seeds": len(seeds),
+                "tokens_ratio": tokens,
+                "tokens_ratio_std": result.tokens_ratio_std,
+                "time_ratio": None if tokens is None or cost is None else tokens * cost,
+                "step_cost": cost,
+                "reached": result.reached,
+                "final_loss": result.final_loss,
+                "final_loss_std": result.final_loss_std,
+                "uniform_fall": result.uniform_fall,
+                "p_uniform": None if arm == "uniform" else result.p_value,
+                "p_dsir": None if arm == "dsir" else _p_value(dsir, found),
+                "final_domains": {
+                    name: statistics.fmean(pair.final_domains[name] for pair in pairs)
+                    for name in pairs[0].final_domains
+                },
+                "share": {
+                    name: statistics.fmean(found[s]["share"][name] for s in seeds) for name in found[seeds[0]]["share"]
+                },
+                "unique_share": statistics.fmean(found[seed]["unique_share"] for seed in seeds),
+            }
+        )
     return rows
 
 
-def _row(plan: Plan, uniform: Sequence[Run], arm: Sequence[Run], step_cost: float) -> dict[str, Any]:
-    pairs = [compare(base, other, plan.warm_steps) for base, other in zip(uniform, arm, strict=True)]
-    result = aggregate(pairs)
-    shares = [picked_share(run, plan.warm_steps)[WANTED] for run in arm]
-    return {
-        "seeds": result.seeds,
-        "tokens_ratio": result.tokens_ratio,
-        "tokens_ratio_std": result.tokens_ratio_std,
-        "time_ratio": None if result.tokens_ratio is None else result.tokens_ratio * step_cost,
-        "wall_time_ratio": result.time_ratio,
-        "step_cost": step_cost,
-        "final_loss": result.final_loss,
-        "final_loss_std": result.final_loss_std,
-        "p_value": None if arm is uniform else result.p_value,
-        "reached": result.reached,
-        "uniform_fall": result.uniform_fall,
-        "wanted_share": sum(shares) / len(shares),
-        "final_domains": {
-            domain: sum(pair.final_domains[domain] for pair in pairs) / len(pairs) for domain in pairs[0].final_domains
-        },
-    }
+def _cost(results: Results, pool: str, optimizer: str, arm: str) -> float | None:
+    timing = results.rows.get(f"timing/{pool}/{optimizer}")
+    if timing is None or arm not in timing["seconds"]:
+        return None
+    return timing["seconds"][arm] / timing["seconds"]["uniform"]
+
+
+def _p_value(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) -> float | None:
+    """Of final losses, paired by seed; None for fewer than two pairs."""
+    seeds = sorted(first.keys() & second.keys())
+    if len(seeds) < 2:
+        return None
+    finals = [[compare(run_of(arm[s]), run_of(arm[s])).final_loss for s in seeds] for arm in (first, second)]
+    return paired_t_test(*finals)
 
 
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
-    """The table a person reads."""
-    title = f"{rows[0]['seeds']} seed(s), paired with uniform; ratios: less is better, - never reached"
-    table = Table(title=title, box=SIMPLE, padding=0)
-    for name in ("", "arm", "tokens", "time", "final loss", "p", "step", "wanted"):
-        table.add_column(name, justify="left" if name in ("", "arm") else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["optimizer"],
-            row["arm"],
-            _spread(row["tokens_ratio"], row["tokens_ratio_std"], 2),
-            _spread(row["time_ratio"], None, 2),
-            _spread(row["final_loss"], row["final_loss_std"], 3),
-            "-" if row["p_value"] is None else f"{row['p_value']:.3f}",
-            f"{row['step_cost']:.2f}x",
-            f"{row['wanted_share']:.0%}",
-        )
-    console.print(table)
+    """The tables a person reads, a pool each."""
+    for pool in dict.fromkeys(row["corpus"] for row in rows):
+        here = [row for row in rows if row["corpus"] == pool]
+        table = Table(title=f"{pool}; ratios: less is better, - not reached by every seed", box=SIMPLE, padding=0)
+        for name in ("", "arm", "seeds", "tokens", "time", "step", "final loss", "p unif", "p dsir", "unique"):
+            table.add_column(name, justify="left" if name in ("", "arm") else "right", no_wrap=True)
+        for row in here:
+            table.add_row(
+                row["optimizer"],
+                row["arm"],
+                str(row["seeds"]),
+                _spread(row["tokens_ratio"], row["tokens_ratio_std"], 2),
+                _spread(row["time_ratio"], None, 2),
+                _spread(row["step_cost"], None, 2),
+                _spread(row["final_loss"], row["final_loss_std"], 3),
+                _spread(row["p_uniform"], None, 3),
+                _spread(row["p_dsir"], None, 3),
+                f"{row['unique_share']:.0%}",
+            )
+        console.print(table)
 
 
 def _spread(mean: float | None, std: float | None, digits: int) -> str:
@@ -209,30 +403,84 @@ def _spread(mean: float | None, std: float | None, digits: int) -> str:
     return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 
 
+def draw(study: Study, folder: Path) -> None:
+    """A picture for each pool: the loss on the wanted domain over update tokens, mean of the seeds, AdamW."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = study.done()
+    for pool in dict.fromkeys(key[0] for key in runs):
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        finals: dict[str, float] = {}
+        for arm in ARMS:
+            found = list(runs.get((pool, "adamw", arm), {}).values())
+            if not found:
+                continue
+            curves = list(zip(*(row["validations"] for row in found), strict=True))[1:]
+            tokens = [points[0]["tokens"] / 1e6 for points in curves]
+            losses = [statistics.fmean(point["loss"] for point in points) for points in curves]
+            axes.plot(tokens, losses, label=f"{arm} ({len(found)})", linewidth=2.4 if arm in HEADLINE else 1.2)
+            finals[arm] = losses[-1]
+        if "uniform" in finals:
+            axes.axhline(finals["uniform"], color="grey", linewidth=0.8, linestyle=":")
+        lowest = min(finals.values())
+        axes.set_ylim(lowest - 0.05, finals.get("uniform", lowest) + 1.0)
+        axes.set(
+            title=f"{pool}: loss on the wanted domain", xlabel="update tokens (millions)", ylabel="loss (nats a token)"
+        )
+        axes.legend(title="arm (seeds)", fontsize=8)
+        figure.savefig(folder / f"quality_{pool}.png", dpi=110)
+        pyplot.close(figure)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     command = parser(__doc__)
-    command.add_argument("--folder", type=Path, help="run folders (default: runs/quality, or runs/quality_quick)")
-    command.add_argument("--jobs", type=int, help="chains at a time (default: 1; with --quick, the cores)")
+    command.add_argument("--data", type=Path, metavar="FOLDER", help="with books.jsonl.gz and the rest; not for 'demo'")
+    command.add_argument("--pools", nargs="+", choices=POOLS, help="default: all")
+    command.add_argument("--arms", nargs="+", choices=ARMS, help="of the plan's, these alone")
+    command.add_argument("--seeds", nargs="+", type=int, help="of the plan's, these alone")
+    command.add_argument("--folder", type=Path, help="corpora and run folders (default: runs/quality)")
+    command.add_argument("--results", type=Path, help="rows of finished runs (default: FOLDER/results.jsonl)")
+    command.add_argument("--plots", type=Path, metavar="FOLDER", help="a picture for each pool")
+    command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (%(default)s)")
+    command.add_argument("--no-training", action="store_true", help="times and tables of the runs there are")
+    command.add_argument("--no-timing", action="store_true", help="leave the seconds of a step as they are")
     args = command.parse_args(arguments)
     console = Console()
     start(args, console)
     plan = QUICK if args.quick else FULL
     folder = args.folder or Path("runs/quality_quick" if args.quick else "runs/quality")
-    jobs = args.jobs or ((os.cpu_count() or 1) if args.quick else 1)
-    corpus = ensure_corpus(args.corpus, console)
-    train_all(plan, folder, corpus, jobs, console)
-    with progress(console) as bar:
-        seconds = {
-            name: step_seconds(
-                stretch_of(plan, folder, corpus, name, plan.seeds[0], None), plan.timing_repeats, args.clock, bar
-            )
-            for name in OPTIMIZERS
-        }
-    rows = rows_of(plan, folder, seconds)
+    pools = args.pools or plan.pools
+    if args.data is None and set(pools) - {"demo"}:
+        command.error("--data is needed for other pools than demo")
+    places = {
+        pool: [f"data.path={ensure_corpus(args.corpus, console)}", f"data.wanted=[{DEMO_WANTED}]"]
+        if pool == "demo"
+        else ensure_pool(pool, args.data, folder / "pools", console)
+        for pool in pools
+    }
+    results = Results(args.results or folder / "results.jsonl")
+    study = Study(plan, jobs_of(plan, pools), places, results, folder)
+    chosen = [
+        job for job in study.jobs if job.arm in (args.arms or ARMS) and (not args.seeds or job.seed in args.seeds)
+    ]
+    if not args.no_training:
+        train_all(study, chosen, args.jobs, console)
+    if not args.no_timing:
+        with progress(console) as bar:
+            for group in dict.fromkeys((job.pool, job.optimizer) for job in chosen):
+                arms = [job for job in study.jobs if (job.pool, job.optimizer, job.seed) == (*group, plan.seeds[0])]
+                seconds = step_seconds(study, arms, args.clock, bar)
+                results.add(f"timing/{group[0]}/{group[1]}", {"seconds": seconds, **machine(args)})
+    rows = rows_of(study)
     print_rows(rows, console)
+    if args.plots:
+        draw(study, args.plots)
     if args.json:
-        write_results(args.json, rows, {**machine(args), "plan": asdict(plan), "step_seconds": seconds})
+        write_results(args.json, rows, {**machine(args), "plan": asdict(plan)})
         console.print(f"rows: {args.json}")
     return 0
 
