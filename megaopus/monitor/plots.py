@@ -24,6 +24,7 @@ OTHER_COLOUR = "#c4c4c4"
 WIDTH = 6.4  # inches; at 100 dots per inch and half the pixels shown, the text reads like that of the page
 DPI = 200
 LOSS = "loss (nats per token)"
+UNIFORM_DRAW = "predicted for a uniform draw"
 MIN_LOSS_SPAN = 0.1
 STYLE_PT = {"title": 11.0, "label": 10.0, "tick": 9.0}
 
@@ -247,7 +248,7 @@ def check_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionR
     Dots: as measured, outliers as triangles at the border; lines: running medians.
     """
     figure, axes = _figure(rows=len(rows), height=0.7 + 2.5 * len(rows))
-    series = (("realised", 2, ARM_COLOURS[0]), ("predicted", 0, ARM_COLOURS[1]), ("uniform draw", 1, BASELINE_COLOUR))
+    series = (("realised", 2, ARM_COLOURS[0]), ("predicted", 0, ARM_COLOURS[1]), (UNIFORM_DRAW, 1, BASELINE_COLOUR))
     for axis, (name, part) in zip(axes, rows.items(), strict=True):
         tokens = _step_tokens(runs[name])
         x = [tokens.get(row.step, math.nan) for row in part]
@@ -257,13 +258,13 @@ def check_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionR
         low, high = min(0.0, low - (high - low)), high + (high - low)
         for label, at, colour in series:
             y = [fall[at] for fall in falls]
-            if label != "uniform draw":
+            if label != UNIFORM_DRAW:
                 inside = [value if low <= value <= high else math.nan for value in y]
                 axis.plot(x, inside, ".", color=colour, alpha=0.35, markersize=5)
                 for edge, marker, outside in ((high, "^", [v > high for v in y]), (low, "v", [v < low for v in y])):
                     places = [place for place, out in zip(x, outside, strict=True) if out]
                     axis.plot(places, [edge] * len(places), marker, color=colour, markersize=5)
-            style = "--" if label == "uniform draw" else "-"
+            style = "--" if label == UNIFORM_DRAW else "-"
             axis.plot(x, running_median(y), style, color=colour, linewidth=1.8, label=label)
         axis.axhline(0, color="#999999", linewidth=0.8)
         margin = 0.05 * (high - low) or 1.0
