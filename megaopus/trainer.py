@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,9 +39,19 @@ class Selected(Protocol):
     max_p_ratio: float
     events: list[str]
 
+    @property
+    def predicted_fall(self) -> float: ...
+
+    @property
+    def uniform_fall(self) -> float: ...
+
 
 class SelectorLike(Protocol):
     def select(self, candidates: Any, step: int) -> Any: ...
+
+    def check_due(self, selection: Any) -> bool: ...
+
+    def proxy_loss(self, step: int) -> float: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -132,25 +142,35 @@ class Trainer:
         return reason
 
     def update(self, monitor: MonitorLike) -> None:
-        """One step: candidates, selection, training, record."""
+        """One step: candidates, selection, training, record. As validation, a check of the selection is not timed."""
         step = self.engine.step
         start = time.perf_counter()
         candidates = self.stream.at(step)
         scoring = time.perf_counter()
         selection = self.selector.select(candidates, step)
         selected = time.perf_counter()
+        check = self.selector.check_due(selection)
+        before = self.selector.proxy_loss(step) if check else 0.0
+        training = time.perf_counter()
         picked = candidates.take(selection.indices)
         result = self.engine.train_step(picked)
-        end = time.perf_counter()
-        self.time_s += end - start
+        seconds = selected - start + time.perf_counter() - training
+        self.time_s += seconds
         self.updated |= result.applied
+        falls = {}
+        if check and result.applied:
+            falls = {
+                "predicted_fall": selection.predicted_fall,
+                "uniform_fall": selection.uniform_fall,
+                "realised_fall": before - self.selector.proxy_loss(step),
+            }
         for event in selection.events:
             monitor.event(event)
         if not result.applied:
             monitor.event(f"step {step}: gradient not finite, update skipped; ids {picked.ids.tolist()}")
         monitor.step(
-            self._step_record(step, result, end - start, selected - scoring),
-            _selection_record(step, candidates, picked, selection),
+            self._step_record(step, result, seconds, selected - scoring),
+            replace(_selection_record(step, candidates, picked, selection), **falls),
         )
 
     def _step_record(self, step: int, result: StepResult, seconds: float, select_seconds: float) -> StepRecord:

@@ -6,7 +6,7 @@ passes: candidates and proxy are shared evenly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -35,21 +35,25 @@ class DeepSpeedScoringBackend(MegatronScoringBackend):
         return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
     @contextmanager
-    def perturbed(self, direction: Gradient, scale: float) -> Iterator[None]:
-        """Moves the fp32 weights; the model's become the cast of the moved ones, under stage 3 each rank's part."""
-        if self._zero.sharded:
-            weights = self._zero.shards(direction)
-            moved = {
-                name: torch.add(self._zero.local(name, "weight"), self._zero.fragments[name].cut(step), alpha=scale)
-                for name, step in direction.items()
-            }
+    def perturbed(self, direction: Gradient) -> Iterator[Callable[[float], None]]:
+        """The model's weights become the cast of the fp32 ones moved, under stage 3 each rank's part."""
+        zero, steps = self._zero, direction
+        if zero.sharded:
+            weights = zero.shards(direction)
+            steps = {name: zero.fragments[name].cut(step) for name, step in direction.items()}
         else:
-            weights, main = {name: self._weights[name].detach() for name in direction}, self._zero.main_weights()
-            moved = {name: torch.add(main[name], step, alpha=scale) for name, step in direction.items()}
-        saved = {name: weight.clone() for name, weight in weights.items()}
-        self._set(weights, moved)
+            weights = {name: self._weights[name].detach() for name in direction}
+        main = saved = {name: weight.clone() for name, weight in weights.items()}
+        if self._engine.bf16 and zero.sharded:
+            main = {name: zero.local(name, "weight") for name in direction}
+        elif self._engine.bf16:
+            main = zero.main_weights()
+
+        def move(scale: float) -> None:
+            self._set(weights, {name: torch.add(main[name], step, alpha=scale) for name, step in steps.items()})
+
         try:
-            yield
+            yield move
         finally:
             self._set(weights, saved)
 

@@ -5,7 +5,7 @@ Data-parallel ranks share the candidates; tensor-, context- and pipeline-paralle
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -101,19 +101,22 @@ class MegatronScoringBackend(ModuleBackend):
         return self._engine.mean_gradient(proxy, length)
 
     @contextmanager
-    def perturbed(self, direction: Gradient, scale: float) -> Iterator[None]:
-        """Moves the fp32 weights; 16-bit model weights become the cast of the moved ones."""
+    def perturbed(self, direction: Gradient) -> Iterator[Callable[[float], None]]:
+        """16-bit model weights become the cast of the fp32 ones moved, which are gathered once where sharded."""
         if not self._engine.bf16:
-            with super().perturbed(direction, scale):
-                yield
+            with super().perturbed(direction) as move:
+                yield move
             return
         main = self.parameters()
         saved = {name: self._weights[name].detach().clone() for name in direction}
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def move_cast(scale: float) -> None:
             for name, step in direction.items():
                 self._weights[name].copy_(torch.add(main[name], step, alpha=scale))
+
         try:
-            yield
+            yield move_cast
         finally:
             with torch.no_grad():
                 for name, value in saved.items():

@@ -50,6 +50,12 @@ class SelectionRecord:
     """Largest probability over the uniform one."""
     events: list[str] = field(default_factory=list)
     """Fallbacks and candidates with a non-finite utility, in words."""
+    predicted_fall: float | None = None
+    """Mean utility of the picks: the first-order fall of the proxy loss; None, as the next two, where not checked."""
+    uniform_fall: float | None = None
+    """Mean utility of the candidates: what a uniform draw would be predicted to gain."""
+    realised_fall: float | None = None
+    """Proxy loss before the update less that after it, in nats per token."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -36,6 +36,8 @@ class SelectionRow:
     ess: float
     max_p_ratio: float
     events: list[str]
+    falls: tuple[float, float, float] | None = None
+    """(predicted, of a uniform draw, realised) fall of the proxy loss where it was checked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +186,7 @@ def _load_selections(path: Path) -> list[SelectionRow]:
                     ess=_number(row["ess"]),
                     max_p_ratio=_number(row["max_p_ratio"]),
                     events=[str(event) for event in row["events"]],
+                    falls=_falls(row),
                 )
             )
         except KeyError as error:
@@ -191,6 +194,13 @@ def _load_selections(path: Path) -> list[SelectionRow]:
         except (TypeError, ValueError) as error:
             raise DataError(f"{path}, line {number}: {error}") from error
     return rows
+
+
+def _falls(row: dict[str, Any]) -> tuple[float, float, float] | None:
+    """None where nothing was checked, and in rows written before there was a check."""
+    if row.get("realised_fall") is None:
+        return None
+    return _number(row["predicted_fall"]), _number(row["uniform_fall"]), _number(row["realised_fall"])
 
 
 def _load_mapping(path: Path, parse: Any) -> dict[str, Any]:

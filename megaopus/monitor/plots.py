@@ -24,6 +24,7 @@ OTHER_COLOUR = "#c4c4c4"
 WIDTH = 6.4  # inches; at 100 dots per inch and half the pixels shown, the text reads like that of the page
 DPI = 200
 LOSS = "loss (nats per token)"
+UNIFORM_DRAW = "predicted for a uniform draw"
 MIN_LOSS_SPAN = 0.1
 STYLE_PT = {"title": 11.0, "label": 10.0, "tick": 9.0}
 
@@ -174,6 +175,12 @@ def smoothing_window(number: int) -> int:
     return max(1, number // 30) // 2 * 2 + 1
 
 
+def running_median(values: Sequence[float]) -> list[float]:
+    """Centred, over the smoothing window (five values at least), so that single outliers do not show."""
+    half = max(2, smoothing_window(len(values)) // 2)
+    return [statistics.median(values[max(0, at - half) : at + half + 1]) for at in range(len(values))]
+
+
 def _step_tokens(run: Run) -> dict[int, float]:
     return {record.step: float(record.tokens) for record in run.steps}
 
@@ -235,6 +242,40 @@ def ess_figure(
     return figure
 
 
+def check_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRow]]) -> Figure:
+    """Predicted and realised falls of the proxy loss, one panel a run; ``rows``: the checked ones, all finite.
+
+    Dots: as measured, outliers as triangles at the border; lines: running medians.
+    """
+    figure, axes = _figure(rows=len(rows), height=0.7 + 2.5 * len(rows))
+    series = (("realised", 2, ARM_COLOURS[0]), ("predicted", 0, ARM_COLOURS[1]), (UNIFORM_DRAW, 1, BASELINE_COLOUR))
+    for axis, (name, part) in zip(axes, rows.items(), strict=True):
+        tokens = _step_tokens(runs[name])
+        x = [tokens.get(row.step, math.nan) for row in part]
+        falls = [row.falls for row in part if row.falls is not None]
+        ordered = sorted(value for fall in falls for value in fall)
+        low, high = (ordered[int(share * (len(ordered) - 1))] for share in (0.1, 0.9))
+        low, high = min(0.0, low - (high - low)), high + (high - low)
+        for label, at, colour in series:
+            y = [fall[at] for fall in falls]
+            if label != UNIFORM_DRAW:
+                inside = [value if low <= value <= high else math.nan for value in y]
+                axis.plot(x, inside, ".", color=colour, alpha=0.35, markersize=5)
+                for edge, marker, outside in ((high, "^", [v > high for v in y]), (low, "v", [v < low for v in y])):
+                    places = [place for place, out in zip(x, outside, strict=True) if out]
+                    axis.plot(places, [edge] * len(places), marker, color=colour, markersize=5)
+            style = "--" if label == UNIFORM_DRAW else "-"
+            axis.plot(x, running_median(y), style, color=colour, linewidth=1.8, label=label)
+        axis.axhline(0, color="#999999", linewidth=0.8)
+        margin = 0.05 * (high - low) or 1.0
+        axis.set_ylim(low - margin, high + margin)
+        _token_axis(axis)
+        _labels(axis, "update tokens", "fall of the proxy loss\n(nats per token)", name)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=STYLE_PT["tick"])
+    return figure
+
+
 def overhead_figure(runs: Mapping[str, Run], colours: Mapping[str, str], start_step: int) -> Figure:
     """Seconds of selection over the other seconds of the step: a running median, so that single pauses do not show."""
     figure, (axis,) = _figure(height=3.2)
@@ -244,8 +285,7 @@ def overhead_figure(runs: Mapping[str, Run], colours: Mapping[str, str], start_s
         raw = [record.select_s / (record.step_s - record.select_s) for record in steps]
         if not raw:
             continue
-        half = max(2, smoothing_window(len(raw)) // 2)
-        median = [statistics.median(raw[max(0, at - half) : at + half + 1]) for at in range(len(raw))]
+        median = running_median(raw)
         highest = max(highest, *median)
         axis.plot([record.tokens for record in steps], median, color=colours[name], linewidth=2, label=name)
     axis.set_ylim(0, max(0.01, 1.15 * highest))

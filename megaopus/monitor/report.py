@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import html
+import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,23 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = "null" if item is None else str(item)
     return flat
+
+
+def _checked(rows: Sequence[SelectionRow]) -> list[SelectionRow]:
+    """Those with a predicted and a realised fall of the proxy loss, all finite."""
+    return [row for row in rows if row.falls is not None and all(map(math.isfinite, row.falls))]
+
+
+def _agreement(rows: Sequence[SelectionRow]) -> str:
+    """How well falls were predicted, in words; medians and ranks, which outliers do not rule."""
+    predicted, uniform, realised = zip(*(row.falls for row in rows if row.falls is not None), strict=True)
+    middle = [statistics.median(values) for values in (realised, predicted, uniform)]
+    text = "median {:.2g} realised, {:.2g} predicted, {:.2g} for a uniform draw".format(*middle)
+    if len(set(predicted)) < 3 or len(set(realised)) < 3:
+        return f"{text}; too few checks to correlate."
+    ranks = [[sorted(values).index(value) for value in values] for values in (predicted, realised)]
+    correlation = statistics.correlation(*ranks)
+    return f"{text}; rank correlation of predicted and realised {correlation:.2f} over {len(rows)} checks."
 
 
 def _ratio(ratio: float | None) -> str:
@@ -300,6 +319,13 @@ class _Page:
                 "Effective sample size of the selection probabilities; low: a few candidates take nearly all of it."
             )
             found.append((plots.ess_figure(self.runs, rows, self.colours), caption))
+        if checked := {name: part for name, each in self.rows.items() if (part := _checked(each))}:
+            caption = (
+                "Fall of the proxy loss in one update on the picks: realised, predicted from the picks' utilities, and "
+                "predicted for a uniform draw. What is realised also holds the optimizer's history and higher orders. "
+            )
+            words = " ".join(f"{name}: {_agreement(part)}" for name, part in checked.items())
+            found.append((plots.check_figure(self.runs, checked), caption + words))
         if any(record.select_s > 0 for each in self.runs.values() for record in each.steps):
             caption = "Seconds spent choosing each batch over the other seconds of its step (running median)."
             found.append((plots.overhead_figure(self.runs, self.colours, self.start_step), caption))

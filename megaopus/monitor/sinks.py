@@ -167,6 +167,8 @@ class WandbSink:
             row["selection/ess"] = selection.ess
             row["selection/max_p_ratio"] = selection.max_p_ratio
             row["selection/events"] = len(selection.events)
+            falls = {key: getattr(selection, key) for key in ("predicted_fall", "uniform_fall", "realised_fall")}
+            row |= {f"selection/{key}": fall for key, fall in falls.items() if fall is not None}
             row |= {f"selection/share/{domain}": share for domain, share in selection.share.items()}
             row |= {f"selection/pool_share/{domain}": share for domain, share in selection.pool_share.items()}
         self._run.log(row)

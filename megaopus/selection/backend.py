@@ -160,8 +160,11 @@ class ScoringBackend(Protocol):
     def exact_gradients(self, batch: Batch) -> Iterator[Gradient]:
         """The gradient of each sequence's mean loss, in float64, one sequence at a time."""
 
-    def perturbed(self, direction: Gradient, scale: float) -> AbstractContextManager[None]:
-        """Weights moved by ``scale * direction`` inside, restored to the last bit after."""
+    def perturbed(self, direction: Gradient) -> AbstractContextManager[Callable[[float], None]]:
+        """Gives ``move``: ``move(scale)`` sets the weights to what they were before, plus ``scale * direction``.
+
+        They are restored to the last bit after. Collective, and so is ``move``.
+        """
 
     def combine(self, parts: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) float64 parts of this rank's candidates -> (N,) for the whole buffer, the same on every rank.

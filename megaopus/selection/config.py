@@ -132,7 +132,9 @@ class SelectionConfig:
     matrix and embedding); else a regular expression in names. auto: all for directional and exact, else linear."""
     muon_operator: str = "paper"
     """paper: the first Newton-Schulz factor S_1; full: the product S_5..S_1 at frozen momentum."""
-
+    check_every: int = 0
+    """Every that many steps, those chosen by the proxy compare the predicted fall of its loss with the real one (two
+    forward passes of the proxy batch); 0: never."""
     proxy_every: int = 1
     """Steps between two proxy gradients; the average stands in between."""
     score_every: int = 1
@@ -198,6 +200,12 @@ class SelectionConfig:
             yield "redundancy", "must not be negative", "0 switches the redundancy term off"
         if self.redundancy > 0 and self.method not in BY_PROXY:
             yield "redundancy", f"method {self.method} has no Gram matrix", "set selection.redundancy=0"
+        if self.check_every < 0:
+            yield "check_every", "must not be negative", "0 switches the check off"
+        if self.check_every > 0 and not self.needs_proxy:
+            yield "check_every", f"method {self.method} predicts nothing for a proxy", "set selection.check_every=0"
+        if self.check_every > 0 and self.prescreen.mode == "predict":
+            yield "check_every", "picks are predicted, not scored", "use selection.prescreen.mode=cascade or off"
         try:
             re.compile(self.layers)
         except re.error as error:

@@ -36,11 +36,14 @@ def directional_utilities(
     if epsilon is None:
         epsilon = 1.0 if backend.coarse else 0.25
 
-    def at(scale: float) -> Tensor:
-        with backend.perturbed(update, scale):
-            return backend.losses(candidates, length=length, micro_batch_size=micro_batch_size)
+    def losses() -> Tensor:
+        return backend.losses(candidates, length=length, micro_batch_size=micro_batch_size)
 
-    if sides == "one":
-        before = backend.losses(candidates, length=length, micro_batch_size=micro_batch_size)
-        return (before - at(-epsilon)) / epsilon
-    return (at(epsilon) - at(-epsilon)) / (2 * epsilon)
+    before = losses() if sides == "one" else None
+    with backend.perturbed(update) as move:
+        move(-epsilon)
+        ahead = losses()
+        if before is not None:
+            return (before - ahead) / epsilon
+        move(epsilon)
+        return (losses() - ahead) / (2 * epsilon)

@@ -96,8 +96,8 @@ class ModuleBackend:
         return dict(zip(parameters, total, strict=True))
 
     @contextmanager
-    def perturbed(self, direction: Gradient, scale: float) -> Iterator[None]:
-        """Weights moved by ``scale * direction`` inside, restored from a copy (to the last bit) after.
+    def perturbed(self, direction: Gradient) -> Iterator[Callable[[float], None]]:
+        """``move(scale)`` inside moves weights from a copy, which they are restored from (to the last bit) after.
 
         Raises ValueError for 16-bit weights: a step of the optimizer's size would be rounded away.
         """
@@ -109,18 +109,24 @@ class ModuleBackend:
                     f" (parameter {name}): keep the weights in fp32 and compute under autocast, or use countsketch"
                 )
         tensors = [parameters[name].detach() for name in direction]
-        saved = [tensor.clone() for tensor in tensors]
-        with torch.no_grad():
+        saved, steps = [tensor.clone() for tensor in tensors], list(direction.values())
+
+        @torch.no_grad()
+        def restore() -> None:
             if tensors:  # a pipeline stage may have nothing to move
-                torch._foreach_add_(tensors, list(direction.values()), alpha=scale)
-        torch.clear_autocast_cache()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                if tensors:
-                    torch._foreach_copy_(tensors, saved)
+                torch._foreach_copy_(tensors, saved)
             torch.clear_autocast_cache()
+
+        @torch.no_grad()
+        def move(scale: float) -> None:
+            restore()
+            if tensors:
+                torch._foreach_add_(tensors, steps, alpha=scale)
+
+        try:
+            yield move
+        finally:
+            restore()
 
     def ghost_layers(self) -> list[GhostLayer]:
         """Every nn.Linear and nn.Embedding whose weight is trained; a tied weight comes once per use."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from megaopus.selection import guards, noise, sampler
 from megaopus.selection.backend import Batch, Candidates, Proxy, ScoringBackend, Traits
 from megaopus.selection.candidates import as_candidates
-from megaopus.selection.config import SelectionConfig
+from megaopus.selection.config import BY_PROXY, SelectionConfig
 from megaopus.selection.prescreen import Prescreen
 from megaopus.selection.scorer import Scorer
 
@@ -50,6 +50,21 @@ class Selection:
     """Fallbacks, alarms and candidates never picked, in words."""
     seconds: float
     """Wall time of the selection."""
+
+    @property
+    def predicted_fall(self) -> float:
+        """Mean utility of the picks: to first order, how much one update on them lowers the proxy loss, in nats.
+
+        Methods 'opus' and 'greats' only. For the optimizer's history see docs/selection.md.
+        """
+        assert self.utilities is not None
+        return float(self.utilities[self.indices].mean())
+
+    @property
+    def uniform_fall(self) -> float:
+        """The same for a uniform draw: the mean over all candidates with a finite utility."""
+        assert self.utilities is not None
+        return float(self.utilities[self.utilities.isfinite()].mean())
 
 
 @dataclass(slots=True)
@@ -167,6 +182,27 @@ class Selector:
             events=events,
             seconds=time.perf_counter() - started,
         )
+
+    def check_due(self, selection: Selection) -> bool:
+        """Whether the step is one of every ``check_every``, and all its picks were scored by the proxy."""
+        every, utilities = self.config.check_every, selection.utilities
+        if every == 0 or selection.step % every or selection.method not in BY_PROXY or utilities is None:
+            return False
+        return bool(utilities[selection.indices].isfinite().all())
+
+    def proxy_loss(self, step: int) -> float:
+        """Mean token loss of the step's proxy batch, whole, dropout off, as the weights are; the same on every rank.
+
+        Each data-parallel rank takes its share, as for the gradient (``ScoringBackend.gradient``). Collective.
+        """
+        if self._proxy is None:
+            raise ValueError(f"method {self.config.method!r} has no proxy: pass proxy=, a function of the step")
+        proxy, backend = as_candidates(self._proxy(step), step), self.backend
+        share = torch.arange(len(proxy)).tensor_split(backend.world_size)[backend.rank]
+        parts = torch.zeros(0, dtype=torch.float64, device=backend.device)
+        if len(share):
+            parts = backend.losses(proxy.take(share), micro_batch_size=self.config.score_micro_batch_size)
+        return float(backend.combine(parts[:0], parts.sum().view(1))[1]) / len(proxy)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the coming picks depend on: the scorer's state, exposures, predictor and picks still to serve.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.exact.resume_runs import STEPS, settings, train
+from tests.exact.resume_runs import OPTIMIZERS, STEPS, assert_same, everything, settings, train
 
 CHOICES = {
     "greats": ["selection=greats"],
@@ -45,3 +45,39 @@ def assert_consistent(choice: str, row: dict[str, Any]) -> None:
     if choice == "domain_oracle":
         wanted = round(row["pool_share"]["docs"] * len(utilities))
         assert row["share"]["docs"] == pytest.approx(min(wanted, 4) / 4)
+
+
+FALLS = ("predicted_fall", "uniform_fall", "realised_fall")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_checking_predictions_changes_nothing_else(optimizer: str, tiny_corpus: Path, tmp_path: Path) -> None:
+    """Picks, losses, weights and optimizer state to the last bit, dropout on; rows where a check was due."""
+    common = ["selection=opus", *OPTIMIZERS[optimizer], "selection.warmup_steps=2", "model.dropout=0.1"]
+    runs = {}
+    for every in (0, 3):
+        overrides = settings(tiny_corpus, tmp_path / str(every), *common, f"selection.check_every={every}")
+        assert train(overrides) == 0
+        runs[every] = everything(tmp_path / str(every))
+    falls = {every: [[row.pop(key) for key in FALLS] for row in run["selection"]] for every, run in runs.items()}
+    assert_same(runs[3], runs[0])
+    assert all(fall == [None] * 3 for fall in falls[0])
+    assert [step for step, fall in enumerate(falls[3]) if None not in fall] == [3, 6, 9]
+    for row, (predicted, uniform, _) in zip(runs[3]["selection"], falls[3], strict=True):
+        if predicted is not None:
+            utilities = dict(zip(row["candidate_ids"], row["utilities"], strict=True))
+            assert predicted == pytest.approx(sum(utilities[i] for i in row["picked_ids"]) / len(row["picked_ids"]))
+            assert uniform == pytest.approx(sum(utilities.values()) / len(utilities))
+            assert predicted > uniform
+
+
+def test_plain_sgd_does_what_was_predicted(tiny_corpus: Path, tmp_path: Path) -> None:
+    """Without momentum, decay, clipping and the average of proxy gradients, nothing but higher orders is left out."""
+    plain = [f"optim.{key}=0" for key in ("momentum", "weight_decay", "clip_grad")]
+    check = ["selection=opus", "selection.warmup_steps=0", "selection.proxy_ema=0", "selection.check_every=1"]
+    overrides = settings(tiny_corpus, tmp_path, "optim=sgd", "optim.lr=0.001", *plain, *check)
+    assert train(overrides) == 0
+    rows = [json.loads(line) for line in (tmp_path / "selection.jsonl").read_text().splitlines()]
+    assert len(rows) == STEPS
+    for row in rows:
+        assert row["realised_fall"] == pytest.approx(row["predicted_fall"], rel=0.02)

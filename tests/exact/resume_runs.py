@@ -21,7 +21,7 @@ from megaopus.config import RunConfig, compose
 STEPS = 10
 TIMING = ("time_s", "step_s", "select_s")
 SELECTIONS = {
-    "directional": ["selection=opus", "selection.warmup_steps=2", "selection.proxy_ema=0.9"],
+    "directional": ["selection=opus", "selection.warmup_steps=2", "selection.proxy_ema=0.9", "selection.check_every=2"],
     "countsketch": [
         "selection=opus_boltzmann",
         "selection.estimator=countsketch",

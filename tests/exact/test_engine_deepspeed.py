@@ -132,7 +132,8 @@ def scores_without_trace(mesh: Mesh, stage: int) -> bool:
         if scores:
             backend = engine.scoring_backend()
             operator, gradient = backend.operator(), backend.gradient(random_batch(4, 9))
-            with backend.perturbed(operator.apply(gradient), 0.37):
+            with backend.perturbed(operator.apply(gradient)) as move:
+                move(0.37)
                 moved = backend.losses(random_batch(4, 8))
             assert not torch.equal(moved, backend.losses(random_batch(4, 8)))
             backend.ghost_pass(random_batch(4, 8), backend.ghost_layers(), lambda *args: None)
@@ -144,11 +145,13 @@ def learns_in_bf16(mesh: Mesh, stage: int) -> bool:
     """Whether the loss falls, weights are the main weights rounded, and moved ones come back to the last bit."""
     engine = tiny_engine(mesh, engine=zero(stage, precision="bf16"))
     losses = [engine.train_step(random_batch(8, 0)).loss for _ in range(8)]
-    backend, main, batch = engine.scoring_backend(), weights_of(engine), random_batch(4, 1)
+    backend, batch = engine.scoring_backend(), random_batch(4, 1)
     before = backend.losses(batch)
-    with backend.perturbed(backend.operator().apply(backend.gradient(batch)), -4.0):
+    with backend.perturbed(backend.operator().apply(backend.gradient(batch))) as move:
+        move(4.0)
+        move(-4.0)
         moved = backend.losses(batch)
-    with backend.perturbed({name: torch.zeros_like(value) for name, value in main.items()}, 1.0):
+        move(0.0)
         rounded = backend.losses(batch)
     same = torch.equal(rounded, before) and torch.equal(backend.losses(batch), before)
     return losses[-1] < losses[0] - 0.05 and moved.mean() < before.mean() and same and backend.coarse

@@ -68,6 +68,8 @@ def assert_meaningful(run: dict, selection: str, optimizer: str) -> None:
         assert any(row["method"] == "opus" and row["predicted"] is not None for row in last)
     elif selection != "uniform":
         assert len(last[-1]["utilities"]) == 8
+    checked = [row["step"] for row in run["selection"] if row["realised_fall"] is not None]
+    assert checked == ([2, 4, 6, 8] if selection == "directional" else [])  # none in warm-up
     parts = {
         "adamw": ("exp_avg.", "exp_avg_sq."),
         "muon": ("momentum_buffer.", "exp_avg."),

@@ -49,7 +49,7 @@ LAYOUTS = {
 def select(
     mesh: Mesh, model: str, optimizer: str, parallel: ParallelConfig, kind: EngineConfig | None = None
 ) -> dict[str, Any]:
-    """(picked ids, utilities) of each setting's steps 2 and 3, after two updates; ``kind`` of engine."""
+    """(picked ids, utilities, proxy loss) of each setting's steps 2 and 3, after two updates; ``kind`` of engine."""
     engine = tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel, engine=kind)
     for step in range(2):
         engine.train_step(random_batch(8, step))
@@ -61,7 +61,7 @@ def select(
         )
         picks = [selector.select(random_batch(16, step), step) for step in (2, 3)]
         assert all(pick.method == config.method and not pick.events for pick in picks)
-        found[name] = [(pick.picked_ids.tolist(), pick.utilities) for pick in picks]
+        found[name] = [(pick.picked_ids.tolist(), pick.utilities, selector.proxy_loss(pick.step)) for pick in picks]
     return found
 
 
@@ -161,9 +161,10 @@ def test_a_fault_on_one_rank_is_every_rank_s(layout: str, ranks: dict) -> None:
 def assert_same_picks(ranks: list[dict[str, Any]], expected: dict[str, Any], case: tuple) -> None:
     """What ``select`` returned on each rank against what it returned on one process."""
     for name, steps in expected.items():
-        for index, (picked, utilities) in enumerate(steps):
+        for index, (picked, utilities, loss) in enumerate(steps):
             for found in ranks:
-                ids, values = found[name][index]
+                ids, values, found_loss = found[name][index]
+                assert found_loss == pytest.approx(loss, rel=1e-6)
                 error = float((values - utilities).norm() / utilities.norm())
                 assert error < 1e-5, f"{case} {name}: relative error {error:.1e}"
                 assert ids == picked, f"{case} {name}"

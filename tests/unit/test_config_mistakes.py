@@ -198,6 +198,8 @@ COMBINED = [
         "a multiple of 2",
     ),
     ("selection.redundancy=1 selection=high_ppl", 1, "selection.redundancy", "no Gram matrix", "redundancy=0"),
+    ("selection=opus selection.check_every=-1", 1, "selection.check_every", "negative", "switches the check off"),
+    ("selection.check_every=5", 1, "selection.check_every", "method uniform predicts nothing", "check_every=0"),
 ]
 
 

@@ -82,8 +82,16 @@ def selection_record(step: int, chosen: bool, ramp: float, rng: random.Random) -
         pool_share=draw(POOL, 64),
         ess=rng.uniform(24, 34) if chosen else 64.0,
         max_p_ratio=rng.uniform(5, 12) if chosen else 1.0,
+        **(falls(step) if chosen and step % 10 == 0 else {}),
         events=[f"{step} <b>candidates</b> with a utility that is not finite"] if chosen and step in (120, 150) else [],
     )
+
+
+def falls(step: int) -> dict[str, float]:
+    """Realised ones grow with the predicted ones, but for two outliers."""
+    predicted = 0.01 + 1e-3 * (step % 70) + 1e-7 * step
+    realised = {130: -4.0, 200: math.nan}.get(step, predicted / 2)
+    return {"predicted_fall": predicted, "uniform_fall": predicted / 4, "realised_fall": realised}
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +128,8 @@ def test_load_run_reads_back_what_was_written(folders: list[Path]) -> None:
     assert [record.step for record in loaded.validations] == list(range(100, 241, 10))
     assert loaded.steps[-1].tokens == 240 * TOKENS
     assert loaded.selections[0].candidates == 64
+    assert loaded.selections[0].falls == pytest.approx((0.04, 0.01, 0.02), rel=1e-3)
+    assert loaded.selections[1].falls is None
     assert loaded.selections[0].picked == 32
     assert loaded.selections[20].events == ["120 <b>candidates</b> with a utility that is not finite"]
 
@@ -192,8 +202,11 @@ def test_report_of_two_arms(folders: list[Path], tmp_path: Path) -> None:
     assert ["selection.method", "uniform", "opus"] in rows
     assert ["packages.torch", "2.13.0"] in rows
     assert ["opus", "2", "120", "120 &lt;b&gt;candidates&lt;/b&gt; with a utility that is not finite"] in rows
+    assert "opus: median 0.015 realised, 0.04 predicted, 0.01 for a uniform draw" in page
+    # 13 checks are finite; the outlier has rank 1 instead of 13, the rest one more: 1 - 6 (12^2 + 12) / (13 (13^2 - 1))
+    assert "rank correlation of predicted and realised 0.57 over 13 checks" in page
     images = pictures(page)
-    assert len(images) == 6
+    assert len(images) == 7
     assert all(image.startswith(b"\x89PNG") and len(image) > 10_000 for image in images)
     assert not re.search(r"https?://|<script|<link|@import", page), "the page must stand alone"
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "page.html"]

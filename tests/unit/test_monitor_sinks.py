@@ -44,6 +44,7 @@ def selection_record(step: int, events: tuple[str, ...] = ()) -> SelectionRecord
         ess=2.5,
         max_p_ratio=2.0,
         events=list(events),
+        realised_fall=0.1357924,
     )
 
 
@@ -222,6 +223,8 @@ def test_wandb_offline_run_continues_one_curve(tmp_path: Path, monkeypatch: pyte
             b"train/loss",
             b"selection/ess",
             b"selection/share/docs",
+            b"selection/realised_fall",
+            b"0.1357924",
             b"validation/domain/noise",
             b"beta",
             b"0.9371",

@@ -89,7 +89,8 @@ def test_an_error_while_scoring_restores_weights_and_modes() -> None:
     direction = {name: torch.ones_like(p) for name, p in backend.parameters().items()}
 
     def fail() -> None:
-        with backend.perturbed(direction, 0.1):
+        with backend.perturbed(direction) as move:
+            move(0.1)
             assert not torch.equal(backend.module.up.weight, before["up.weight"])
             backend.losses(TensorCandidates({"x": torch.zeros(2, 5, 6)}))  # no labels
 
@@ -157,7 +158,7 @@ def test_16_bit_weights_are_refused_by_directional_scoring() -> None:
     backend.module.bfloat16()
     direction = {name: torch.ones_like(p) for name, p in backend.parameters().items()}
     with pytest.raises(ValueError, match=r"too little for torch.bfloat16 \(parameter up.weight\)"):
-        backend.perturbed(direction, 1.0).__enter__()
+        backend.perturbed(direction).__enter__()
 
 
 def test_a_loss_that_is_not_per_sequence_is_refused() -> None:

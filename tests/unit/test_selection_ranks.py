@@ -60,10 +60,13 @@ def run(group: dist.ProcessGroup | None) -> dict[str, Any]:
     if group is not None:
         with pytest.raises(ValueError, match="15 candidates do not divide over 2 data-parallel ranks"):
             Selector(config, backend, num_selected=5, proxy=lambda _: bad_proxy, seed=3).select(batch(0, 15), 0)
-    return {
+    results: dict[str, Any] = {
         name: [(s.method, s.picked_ids.tolist(), s.utilities, s.events, s.ess) for s in selections]
         for name, selections in found.items()
     }
+    sizes = (7, 1)  # uneven shares; none for the second rank
+    proxies = [Selector(config, backend, num_selected=5, proxy=lambda step, n=n: batch(step, n), seed=3) for n in sizes]
+    return results | {"proxy losses": [selector.proxy_loss(4) for selector in proxies]}
 
 
 def worker(rank: int, folder: str) -> None:
@@ -77,6 +80,10 @@ def test_two_ranks_select_what_one_process_selects(tmp_path: Path) -> None:
     mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
     one = run(None)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    expected_losses = one.pop("proxy losses")
+    assert len(set(expected_losses)) == 2
+    for rank in ranks:
+        assert rank["proxy losses"] == pytest.approx(expected_losses, rel=1e-6)
     for name, expected in one.items():
         for index, (method, picked, utilities, events, ess) in enumerate(expected):
             both = [rank[name][index] for rank in ranks]

@@ -425,3 +425,53 @@ def test_adjoint_and_the_sketches_of_its_gram_matrix_come_from_one_pass(gram: st
     diverse = make(backend, estimator="adjoint", redundancy=0.5, gram=gram).select(x, 0)
     assert len(passes) == 1
     assert torch.equal(diverse.utilities, make(backend, estimator="adjoint").select(x, 0).utilities)
+
+
+# -- the check of predictions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drawn", ["picks", "all"])
+@pytest.mark.parametrize("estimator", ["exact", "directional", "adjoint"])
+def test_plain_sgd_lowers_the_proxy_loss_as_predicted_to_first_order(estimator: str, drawn: str) -> None:
+    """Ten times smaller steps are ten times nearer the prediction; "all": one update on the whole buffer."""
+    errors = []
+    for lr in (1e-3, 1e-4):
+        torch.manual_seed(0)
+        model = Net().double()
+        backend = ModuleBackend(model, torch.optim.SGD(model.parameters(), lr=lr), loss)
+        if estimator == "adjoint":  # which leaves biases out
+            model.a.bias.requires_grad_(False)
+            model.b.bias.requires_grad_(False)
+        selector = make(backend, estimator=estimator, proxy_of=lambda step: proxy(step).double())
+        x = batch(0).double()
+        selection = selector.select(x, 7)
+        predicted = selection.predicted_fall if drawn == "picks" else selection.uniform_fall
+        before = selector.proxy_loss(7)
+        train_step(backend, x[selection.indices] if drawn == "picks" else x)
+        realised = before - selector.proxy_loss(7)
+        errors.append(abs(realised / predicted - 1))
+    assert selection.predicted_fall > selection.uniform_fall
+    assert errors[1] < 1e-4
+    assert errors[0] / errors[1] == pytest.approx(10, rel=0.1)
+
+
+def test_the_proxy_loss_is_the_mean_over_the_whole_batch() -> None:
+    backend = make_backend()
+    for size in (1, 3, 16):
+        selector = make(backend, score_micro_batch_size=size, score_length=2)
+        expected = loss(backend.module, proxy(3)).mean().item()
+        assert selector.proxy_loss(3) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="method 'uniform' has no proxy"):
+        make(backend, method="uniform", proxy_of=None).proxy_loss(0)
+
+
+def test_a_check_is_due_only_where_the_proxy_chose() -> None:
+    selector = make(check_every=3, warmup_steps=4)
+    assert [selector.check_due(selector.select(batch(step), step)) for step in range(10)] == [
+        step in (6, 9) for step in range(10)
+    ]
+    fresh = make(make_backend(0), check_every=3)  # falls back: the optimizer has no state
+    assert not fresh.check_due(fresh.select(batch(6), 6))
+    assert not selector.check_due(make(method="high_ppl").select(batch(6), 6))
+    off = make()
+    assert not any(off.check_due(off.select(batch(step), step)) for step in range(3))
