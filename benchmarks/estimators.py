@@ -104,6 +104,9 @@ class PlainGradient:
     def sides(self, name: str) -> None:
         return None
 
+    def bounded(self, gradient: Gradient) -> PlainGradient:
+        return self
+
 
 @dataclass(frozen=True)
 class Scene:

@@ -76,6 +76,12 @@ class UpdateOperator(Protocol):
     def diagonal(self, name: str) -> Tensor | None:
         """P_t of one parameter as an elementwise factor (or scalar tensor); None where it is not diagonal."""
 
+    def bounded(self, gradient: Gradient) -> UpdateOperator:
+        """The same map once the optimizer has seen how large ``gradient`` is: P gradient is then a step it could take.
+
+        Adam's second moment takes the gradient in; other states do not bound a step and stay frozen. Linear as before.
+        """
+
     def sides(self, name: str) -> tuple[Tensor | None, Tensor | None] | None:
         """(left, right) with P_t g = left g right, None for the identity; None if P_t is not of this form.
 

@@ -132,6 +132,9 @@ class SelectionConfig:
     matrix and embedding); else a regular expression in names. auto: all for directional and exact, else linear."""
     muon_operator: str = "paper"
     """paper: the first Newton-Schulz factor S_1; full: the product S_5..S_1 at frozen momentum."""
+    bounded: bool = True
+    """Adam's second moment with the proxy gradient in it, which bounds the step that utilities are about; false: as it
+    stands (the paper), where an embedding row hardly ever seen can outweigh all others."""
     check_every: int = 0
     """Every that many steps, those chosen by the proxy compare the predicted fall of its loss with the real one (two
     forward passes of the proxy batch); 0: never."""

@@ -30,6 +30,9 @@ class ParameterOperator(Protocol):
     def sides(self) -> tuple[Tensor | None, Tensor | None] | None:
         """As ``UpdateOperator.sides``."""
 
+    def bounded(self, gradient: Tensor) -> ParameterOperator:
+        """As ``UpdateOperator.bounded``, of this parameter."""
+
 
 OperatorFactory = Callable[[Mapping[str, Any], Mapping[str, Any], Tensor], ParameterOperator | None]
 """(parameter group, state of the parameter, parameter) -> its operator, or None while there is no state.
@@ -51,6 +54,19 @@ class Diagonal:
 
     def sides(self) -> None:
         return None
+
+    def bounded(self, gradient: Tensor) -> Diagonal:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptive(Diagonal):
+    """Adam's: ``factor`` is that of the second moment as it stands; ``after`` gives it after one more gradient."""
+
+    after: Callable[[Tensor], Tensor]
+
+    def bounded(self, gradient: Tensor) -> Diagonal:
+        return Diagonal(self.after(gradient))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +99,9 @@ class OneSided:
             return (matrix.t(), None) if self.left else (None, matrix)
         return (matrix, None) if self.left else (None, matrix)
 
+    def bounded(self, gradient: Tensor) -> OneSided:
+        return self
+
     def _mixes_ranks(self) -> bool:
         return self.shard is not None and self.shard.dim == (0 if self.left else 1)
 
@@ -105,7 +124,9 @@ def adam(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) 
     """Adam and AdamW: C_t / (sqrt(v / (1 - b2^(t-1))) + eps), C_t = lr (1 - b1) / (1 - b1^t).
 
     t is the step about to be taken: the state holds v after t - 1 steps and is corrected for as many, while b1's
-    correction is the one the coming update uses. With amsgrad, v is its running maximum.
+    correction is the one the coming update uses. With amsgrad, v is its running maximum. Bounded by a gradient g:
+    v' = b2 v + (1 - b2) g^2 in place of v, corrected for t steps, as the update itself would have it; then
+    |P g| <= C_t sqrt((1 - b2^t) / (1 - b2)) whatever g is.
     """
     _refuse_maximize(group)
     step = float(state.get("step", group.get("step", 0)))  # apex keeps it in the group
@@ -114,9 +135,18 @@ def adam(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) 
     beta1, beta2 = (float(beta) for beta in group["betas"])
     corrected = group.get("bias_correction", True)
     first, second = (1 - beta1 ** (step + 1), 1 - beta2**step) if corrected else (1.0, 1.0)
-    v = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
-    denominator = (v / second).sqrt_().add_(group["eps"])
-    return Diagonal(denominator.reciprocal_().mul_(group["lr"] * (1 - beta1) / first))
+    v, largest = state["exp_avg_sq"], state["max_exp_avg_sq"] if group.get("amsgrad") else None
+    scale = group["lr"] * (1 - beta1) / first
+
+    def factor(v: Tensor, correction: float) -> Tensor:
+        return (v / correction).sqrt_().add_(group["eps"]).reciprocal_().mul_(scale)
+
+    def after(gradient: Tensor) -> Tensor:
+        updated = v * beta2 + (1 - beta2) * gradient.to(v.dtype).square()
+        updated = updated if largest is None else updated.maximum(largest)
+        return factor(updated, 1 - beta2 ** (step + 1) if corrected else 1.0)
+
+    return Adaptive(factor(v if largest is None else largest, second), after)
 
 
 def muon(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
@@ -202,6 +232,15 @@ class OptimizerOperator:
             name: self._operators[name].apply(value) if name in self._operators else torch.zeros_like(value)
             for name, value in gradient.items()
         }
+
+    def bounded(self, gradient: Gradient) -> OptimizerOperator:
+        """As ``UpdateOperator.bounded``; parameters that have no gradient there stay as they are."""
+        return OptimizerOperator(
+            {
+                name: operator.bounded(gradient[name]) if name in gradient else operator
+                for name, operator in self._operators.items()
+            }
+        )
 
     def diagonal(self, name: str) -> Tensor | None:
         """Elementwise factor of one parameter, or None where P is not diagonal."""

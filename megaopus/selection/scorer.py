@@ -82,6 +82,8 @@ class Scorer:
             events.append("the optimizer has no state yet, so its step is not known: picked uniformly")
             return None, None
         average, bad = self._proxy_average(step)
+        if self.config.bounded:
+            operator = operator.bounded(average)
         parts, features = self._estimate(mine, operator, average)
         # A stage or shard may be the only one to see a bad gradient: the word travels with the utilities.
         utilities, count = self.backend.combine(parts, bad.double().view(1))

@@ -89,6 +89,37 @@ def test_adam_operator_is_the_difference_of_its_updates(cls, settings) -> None:
         torch.testing.assert_close(operator.diagonal(name) * gradient[name], applied[name])
 
 
+@pytest.mark.parametrize("settings", [{}, {"betas": (0.8, 0.95), "eps": 1e-3}, {"amsgrad": True}])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_bounded_adam_operator_is_the_update_without_its_history(settings, size) -> None:
+    """For gradients of any size, the tiny second moment of a row hardly ever seen included."""
+    parameters, optimizer = trained(lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0, **settings))
+    for state in optimizer.state.values():
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"][0] = 1e-20
+        if settings.get("amsgrad"):
+            state["max_exp_avg_sq"][0] = 1e-20
+    gradient = {name: size * torch.randn_like(p) for name, p in parameters.items()}
+    operator = build_operator(parameters, [optimizer]).bounded(gradient)
+    moved, applied = updates(parameters, optimizer, gradient), operator.apply(gradient)
+    (beta1, beta2), step = optimizer.param_groups[0]["betas"], 4
+    bound = 0.01 * (1 - beta1) / (1 - beta1**step) * ((1 - beta2**step) / (1 - beta2)) ** 0.5
+    for name in parameters:
+        torch.testing.assert_close(-applied[name], moved[name], rtol=1e-9, atol=1e-15)
+        assert float(applied[name].abs().max()) <= bound * (1 + 1e-12)
+        twice = operator.apply({name: 2 * gradient[name]})[name]
+        torch.testing.assert_close(twice, 2 * applied[name])  # linear: the gradient that bounds it is another matter
+
+
+def test_states_that_bound_no_step_stay_frozen() -> None:
+    for make in (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.Muon(p, lr=0.1)):
+        parameters, optimizer = trained(make, names=("wide", "tall"))
+        operator = build_operator(parameters, [optimizer])
+        gradient = {name: torch.randn_like(p) for name, p in parameters.items()}
+        for name, value in operator.bounded(gradient).apply(gradient).items():
+            assert torch.equal(value, operator.apply(gradient)[name])
+
+
 MUON_SETTINGS = [{}, {"nesterov": False}, {"adjust_lr_fn": "match_rms_adamw"}, {"ns_steps": 3, "momentum": 0.8}]
 
 

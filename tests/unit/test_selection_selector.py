@@ -285,7 +285,7 @@ def test_exact_redundancy_follows_the_formula() -> None:
     backend = make_backend()
     x = batch(0)
     gradients = list(backend.exact_gradients(x))
-    operator = backend.operator()
+    operator = backend.operator().bounded(backend.gradient(TensorCandidates(proxy(0))))
     rows = torch.stack([torch.cat([u.flatten() for u in operator.apply(g).values()]) for g in gradients])
     gram = rows @ rows.t()
     selection = make(backend, estimator="exact", redundancy=2.0).select(x, 0)
