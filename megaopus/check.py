@@ -227,7 +227,7 @@ def memory(
     if zero:
         rows |= _zero_memory(config.engine.zero_stage, count, precision, shards)
         if config.selection.needs_proxy and shards > 1:
-            rows["second moment"] = (4 * count, "fp32, AdamW's gathered for scoring")
+            rows["gathered state"] = (4 * count, "fp32 second moments or Muon's momentum, for scoring")
     if stage == pp - 1:
         positions = config.train.micro_batch_size * config.data.seq_len // config.parallel.cp
         logits = positions * padded_vocab(vocab_size) // tp

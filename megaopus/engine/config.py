@@ -55,8 +55,5 @@ class EngineConfig:
         if parallel.distributed_optimizer:
             reason = "is megatron's way of sharding the optimizer; the deepspeed engine has engine.zero_stage for it"
             yield "parallel.distributed_optimizer", True, reason, f"parallel.distributed_optimizer=false, {megatron}"
-        if optimizer == "muon":
-            reason = "needs whole matrices, and ZeRO gives the optimizer flat parts of them"
-            yield "optim.name", optimizer, reason, f"optim=adamw, {megatron}"
-        elif optimizer != "adamw":
-            yield "optim.name", optimizer, "the deepspeed engine runs AdamW only", f"optim=adamw, {megatron}"
+        if optimizer not in ("adamw", "muon"):
+            yield "optim.name", optimizer, "the deepspeed engine runs AdamW and Muon", f"optim=adamw, {megatron}"

@@ -22,6 +22,7 @@ from megaopus.engine.common import data_parallel_share, padded_share, seed_dropo
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.megatron import token_losses
 from megaopus.engine.zero import ZeroOptimizer
+from megaopus.engine.zero_muon import Together, ZeroMuon
 from megaopus.errors import EngineError
 from megaopus.models.arithmetic import padded_vocab
 from megaopus.models.config import ModelConfig
@@ -80,19 +81,20 @@ class DeepSpeedEngine:
                 self.module.bfloat16()
             initialize(self.module, model, mesh, seed)
         _sum_partial_gradients(self.module, mesh)
-        (optimizer,) = torch_optimizers(optim, self.module, mesh)
-        groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        optimizers = torch_optimizers(optim, self.module, mesh, ZeroMuon)
+        together = Together(optimizers)
+        groups = {id(p): index for index, group in enumerate(together.param_groups) for p in group["params"]}
         group_of = {name: groups[id(p)] for name, p in self.module.named_parameters()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.deepspeed, zero, _, _ = deepspeed.initialize(
                 model=self.module,
-                optimizer=optimizer,
+                optimizer=together,
                 config=self._settings(engine.zero_stage),
                 mpu=_Ranks(mesh),
                 dist_init_required=False,
             )
-        self.optimizer = ZeroOptimizer(zero, self.module, group_of, mesh.dp_group)
+        self.optimizer = ZeroOptimizer(zero, optimizers, self.module, group_of, mesh.dp_group)
 
     def _settings(self, stage: int) -> dict[str, Any]:
         """DeepSpeed's own configuration."""
@@ -249,6 +251,9 @@ def import_deepspeed(on_cpu: bool) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Shared-memory collectives for CPU inference: every rank would compile them in C++ on its first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    tested = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
+    if Together not in tested:
+        tested.append(Together)
     return deepspeed
 
 

@@ -8,28 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megaopus.engine.megatron import MegatronEngine
-from megaopus.engine.scoring import MegatronScoringBackend
+from megaopus.engine.scoring import EngineScoringBackend
 from megaopus.errors import EngineError
-from megaopus.selection import ModuleBackend
 from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient
 
 if TYPE_CHECKING:
     from megaopus.engine.deepspeed import DeepSpeedEngine
 
 
-class DeepSpeedScoringBackend(MegatronScoringBackend):
-    """``ScoringBackend`` over the engine's GPT; gradient, direction and second moment are whole on every rank."""
+class DeepSpeedScoringBackend(EngineScoringBackend):
+    """The backend of the DeepSpeed engine; gradient, direction and optimizer state are whole on every rank."""
+
+    _engine: DeepSpeedEngine
 
     def __init__(self, engine: DeepSpeedEngine):
-        self._deepspeed = engine
         self._zero = engine.optimizer
-        super().__init__(cast(MegatronEngine, engine))  # which has all that the base class asks of an engine
+        super().__init__(engine)
 
     def _shape(self, parameter: Tensor) -> torch.Size:
         return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
@@ -67,7 +66,7 @@ class DeepSpeedScoringBackend(MegatronScoringBackend):
     def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
         rows = torch.arange(len(candidates))
         with self.scoring(), torch.no_grad():
-            losses = self._deepspeed.local_losses(candidates, rows, micro_batch_size, self._length(length))
+            losses = self._engine.local_losses(candidates, rows, micro_batch_size, self._length(length))
         return losses if self._mesh.tp_rank == 0 else torch.zeros_like(losses)
 
     def ghost_pass(
@@ -81,7 +80,7 @@ class DeepSpeedScoringBackend(MegatronScoringBackend):
     ) -> None:
         limits = {"length": self._length(length), "micro_batch_size": micro_batch_size}
         with self._mesh.megatron():
-            ModuleBackend.ghost_pass(self, candidates, layers, consume, **limits)
+            super().ghost_pass(candidates, layers, consume, **limits)
 
     def exact_gradients(self, batch: Batch) -> Iterator[Gradient]:
         if self._zero.sharded:

@@ -1,4 +1,4 @@
-"""The megatron engine as the selector sees it, at every layout.
+"""The engines as the selector sees them, the megatron engine at every layout.
 
 Data-parallel ranks share the candidates; tensor-, context- and pipeline-parallel ranks each know a part of each number.
 """
@@ -30,15 +30,19 @@ from megaopus.selection.ghost import GhostCapture
 from megaopus.selection.preconditioner import Held, operator_of
 
 if TYPE_CHECKING:
+    from megaopus.engine.deepspeed import DeepSpeedEngine
     from megaopus.engine.megatron import MegatronEngine
 
 _PIPELINE_FILL = 4  # micro-batches per stage that keep the idle share of a pipeline small
 
 
-class MegatronScoringBackend(ModuleBackend):
-    """``ScoringBackend`` over an engine's GPT, its main weights and its mesh; parameters have whole-model names."""
+class EngineScoringBackend(ModuleBackend):
+    """What both engines' backends share: ``ScoringBackend`` over an engine's GPT, main weights and mesh.
 
-    def __init__(self, engine: MegatronEngine):
+    Parameters have whole-model names.
+    """
+
+    def __init__(self, engine: MegatronEngine | DeepSpeedEngine):
         self._engine = engine
         self._mesh = engine.mesh
         super().__init__(
@@ -97,77 +101,11 @@ class MegatronScoringBackend(ModuleBackend):
         return operator_of(held, muon_operator, self.shards())
 
     def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
-        """The training path without the update: megatron's schedule and DDP's reduction."""
+        """The training path without the update."""
         return self._engine.mean_gradient(proxy, length)
-
-    @contextmanager
-    def perturbed(self, direction: Gradient) -> Iterator[Callable[[float], None]]:
-        """16-bit model weights become the cast of the fp32 ones moved, which are gathered once where sharded."""
-        if not self._engine.bf16:
-            with super().perturbed(direction) as move:
-                yield move
-            return
-        main = self.parameters()
-        saved = {name: self._weights[name].detach().clone() for name in direction}
-
-        @torch.no_grad()
-        def move_cast(scale: float) -> None:
-            for name, step in direction.items():
-                self._weights[name].copy_(torch.add(main[name], step, alpha=scale))
-
-        try:
-            yield move_cast
-        finally:
-            with torch.no_grad():
-                for name, value in saved.items():
-                    self._weights[name].copy_(value)
-
-    # -- passes -----------------------------------------------------------------------------------------------------
-
-    def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
-        """(n,) float64: tensor-parallel rank 0 of the last stage has the losses (its positions' part of them)."""
-        micro = self._micro_batch_size(len(candidates), micro_batch_size)
-        rows = torch.arange(len(candidates))
-        with self._mesh.megatron(), self.scoring(), torch.no_grad():
-            parts = self._engine.run_local(candidates, rows, micro, self._length(length), forward_only=True)
-        return parts if self._mesh.tp_rank == 0 else torch.zeros_like(parts)
-
-    def ghost_pass(
-        self,
-        candidates: Candidates,
-        layers: Iterable[GhostLayer],
-        consume: GhostConsumer,
-        *,
-        length: int | None = None,
-        micro_batch_size: int = 16,
-    ) -> None:
-        """All stages work on micro-batches at once, by the training schedule."""
-        micro = self._micro_batch_size(len(candidates), micro_batch_size)
-        with ExitStack() as stack:
-            capture = stack.enter_context(GhostCapture(layers, consume))
-            reduction = self._engine.without_reduction()
-            for context in (self.frozen(), self.scoring(), torch.enable_grad(), self._mesh.megatron(), reduction):
-                stack.enter_context(context)
-            self._engine.run_capturing(candidates, micro, self._length(length), capture)
-            capture.check()
 
     def _length(self, length: int | None) -> int:
         return min(length or self._engine.seq_len, self._engine.seq_len)
-
-    def _micro_batch_size(self, count: int, wanted: int) -> int:
-        """The largest size up to ``wanted`` that divides ``count`` candidates into enough micro-batches.
-
-        A pipeline needs equal ones (with virtual stages, in groups of pp), several per stage to keep all stages busy.
-        """
-        pp, group = self._mesh.shape.pp, self._engine.micro_batch_group
-        if pp == 1:
-            return wanted
-        if count % group:
-            raise EngineError(
-                f"{count} candidates per data-parallel rank are not a multiple of pp={group}, which vpp needs"
-            )
-        most = max(1, min(wanted, count // (_PIPELINE_FILL * pp)))
-        return next(size for size in range(most, 0, -1) if (count // group) % size == 0)
 
     def exact_gradients(self, batch: Batch) -> Iterator[Gradient]:
         shape = self._mesh.shape
@@ -255,6 +193,76 @@ class MegatronScoringBackend(ModuleBackend):
             whole = _sum(summed[EMBEDDING], parallel_state.get_embedding_group(), 2)
             summed[EMBEDDING] = whole if self._mesh.pp_rank == 0 else torch.zeros_like(whole)
         return summed
+
+
+class MegatronScoringBackend(EngineScoringBackend):
+    """The backend of the megatron engine, through whose schedule every pass runs."""
+
+    _engine: MegatronEngine
+
+    @contextmanager
+    def perturbed(self, direction: Gradient) -> Iterator[Callable[[float], None]]:
+        """16-bit model weights become the cast of the fp32 ones moved, which are gathered once where sharded."""
+        if not self._engine.bf16:
+            with super().perturbed(direction) as move:
+                yield move
+            return
+        main = self.parameters()
+        saved = {name: self._weights[name].detach().clone() for name in direction}
+
+        @torch.no_grad()
+        def move_cast(scale: float) -> None:
+            for name, step in direction.items():
+                self._weights[name].copy_(torch.add(main[name], step, alpha=scale))
+
+        try:
+            yield move_cast
+        finally:
+            with torch.no_grad():
+                for name, value in saved.items():
+                    self._weights[name].copy_(value)
+
+    def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
+        """(n,) float64: tensor-parallel rank 0 of the last stage has the losses (its positions' part of them)."""
+        micro = self._micro_batch_size(len(candidates), micro_batch_size)
+        rows = torch.arange(len(candidates))
+        with self._mesh.megatron(), self.scoring(), torch.no_grad():
+            parts = self._engine.run_local(candidates, rows, micro, self._length(length), forward_only=True)
+        return parts if self._mesh.tp_rank == 0 else torch.zeros_like(parts)
+
+    def ghost_pass(
+        self,
+        candidates: Candidates,
+        layers: Iterable[GhostLayer],
+        consume: GhostConsumer,
+        *,
+        length: int | None = None,
+        micro_batch_size: int = 16,
+    ) -> None:
+        """All stages work on micro-batches at once, by the training schedule."""
+        micro = self._micro_batch_size(len(candidates), micro_batch_size)
+        with ExitStack() as stack:
+            capture = stack.enter_context(GhostCapture(layers, consume))
+            reduction = self._engine.without_reduction()
+            for context in (self.frozen(), self.scoring(), torch.enable_grad(), self._mesh.megatron(), reduction):
+                stack.enter_context(context)
+            self._engine.run_capturing(candidates, micro, self._length(length), capture)
+            capture.check()
+
+    def _micro_batch_size(self, count: int, wanted: int) -> int:
+        """The largest size up to ``wanted`` that divides ``count`` candidates into enough micro-batches.
+
+        A pipeline needs equal ones (with virtual stages, in groups of pp), several per stage to keep all stages busy.
+        """
+        pp, group = self._mesh.shape.pp, self._engine.micro_batch_group
+        if pp == 1:
+            return wanted
+        if count % group:
+            raise EngineError(
+                f"{count} candidates per data-parallel rank are not a multiple of pp={group}, which vpp needs"
+            )
+        most = max(1, min(wanted, count // (_PIPELINE_FILL * pp)))
+        return next(size for size in range(most, 0, -1) if (count // group) % size == 0)
 
 
 def _sum(values: Tensor, group: Any, size: int) -> Tensor:

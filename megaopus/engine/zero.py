@@ -7,7 +7,7 @@ parts; stage 3 cuts each parameter. ``ZeroOptimizer`` hides the difference. "Who
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaopus.optim.build import ParameterState, set_lr
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of the size of the weights."""
+from megaopus.distributed.collectives import gathered
+from megaopus.engine.zero_muon import Matrix, ZeroMuon
+from megaopus.optim.build import ParameterState, set_lr, state_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,28 +43,48 @@ class Fragment:
 class ZeroOptimizer:
     """The fp32 weights and optimizer state under ZeRO, by parameter name, as ``optim.build.MainOptimizer`` offers them.
 
-    ``optimizer``: what ``deepspeed.initialize`` made of a torch optimizer; ``group_of``: parameter name -> index of its
-    group. Methods marked collective are called by every data-parallel rank, in the same order.
+    ``zero``: what ``deepspeed.initialize`` made of ``optimizers``; ``group_of``: parameter name -> index of its group
+    among all of theirs. Methods marked collective are called by every data-parallel rank, in the same order.
     """
 
-    def __init__(self, optimizer: Any, module: nn.Module, group_of: Mapping[str, int], group: dist.ProcessGroup):
-        self._zero = optimizer
+    def __init__(
+        self,
+        zero: Any,
+        optimizers: Sequence[torch.optim.Optimizer],
+        module: nn.Module,
+        group_of: Mapping[str, int],
+        group: dist.ProcessGroup,
+    ):
+        self._zero = zero
+        self.torch_optimizers = optimizers
+        """AdamW, or Muon and AdamW, over this rank's flat fp32 weights."""
         self._group = group
+        held = [(optimizer, settings) for optimizer in optimizers for settings in optimizer.param_groups]
+        self._held = {name: held[index] for name, index in group_of.items()}
         self._group_of = group_of
         self._parameters: dict[str, Any] = dict(module.named_parameters())
         self._bf16 = any(p.dtype == torch.bfloat16 for p in module.parameters())
-        self.sharded = hasattr(optimizer, "fp16_partitioned_groups_flat")
+        self.sharded = hasattr(zero, "fp16_partitioned_groups_flat")
         """Stage 3: the model's weights are partitioned too."""
         locate = self._locate_in_parameter if self.sharded else self._locate_in_group
-        self.fragments = {name: locate(p) for name, p in self._parameters.items()}
+        self.fragments = {name: locate(name, p) for name, p in self._parameters.items()}
+        for optimizer in optimizers:
+            if isinstance(optimizer, ZeroMuon):
+                optimizer.place(self._matrices(optimizer), group)
 
-    @property
-    def torch_optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW over this rank's flat fp32 weights."""
-        return [self._zero.optimizer]
+    def _matrices(self, optimizer: torch.optim.Optimizer) -> list[Matrix]:
+        """Where the parameters of ``optimizer`` lie; collective."""
+        names = [name for name, (holder, _) in self._held.items() if holder is optimizer]
+        fragments = [self.fragments[name] for name in names]
+        numels = torch.tensor([f.numel for f in fragments], device=fragments[0].flat.device)
+        counts = torch.stack(gathered(numels, self._group, dist.get_world_size(self._group)), 1).tolist()
+        return [
+            Matrix(self._parameters[name], self.shape(name), fragment.flat, fragment.offset, count)
+            for name, fragment, count in zip(names, fragments, counts, strict=True)
+        ]
 
     def set_lr(self, factor: float) -> float:
-        """Set every group's learning rate to its peak times ``factor``; returns the first group's."""
+        """Set every group's learning rate to its peak times ``factor``; returns AdamW's."""
         return set_lr(self.torch_optimizers, factor)
 
     def main_weights(self) -> dict[str, Tensor]:
@@ -75,13 +94,18 @@ class ZeroOptimizer:
         return dict(self._parameters)
 
     def states(self) -> list[ParameterState]:
-        """Each parameter's group, step and whole second moment; collective."""
-        steps, optimizer = self.steps(), self._zero.optimizer
+        """Each parameter's group, step and whole second moment, or Muon's momentum; collective."""
+        steps = self.steps()
         found = []
         for name in self._parameters:
-            state = {"step": torch.tensor(float(steps)), "exp_avg_sq": self.whole(name, "exp_avg_sq")} if steps else {}
-            found.append(ParameterState(name, optimizer, optimizer.param_groups[self._group_of[name]], state))
+            key = self.keys(name)[-1]
+            state = {"step": torch.tensor(float(steps)), key: self.whole(name, key)} if steps else {}
+            found.append(ParameterState(name, *self._held[name], state))
         return found
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """What the optimizer keeps of the size of the parameter."""
+        return state_names(self._held[name][0])
 
     def shape(self, name: str) -> torch.Size:
         """Shape of the parameter, also while it is partitioned."""
@@ -92,20 +116,21 @@ class ZeroOptimizer:
         """A whole fp32 tensor of zeros for the parameter."""
         return torch.zeros(self.shape(name), device=self.fragments[name].flat.device)
 
-    def _locate_in_parameter(self, parameter: Any) -> Fragment:
+    def _locate_in_parameter(self, name: str, parameter: Any) -> Fragment:
         zero = self._zero
         group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
         start = min(dist.get_rank(self._group) * size, parameter.ds_numel)
         numel = min(size, parameter.ds_numel - start)  # the last ranks' parts are filled up with padding
         return Fragment(start, numel, zero.fp32_partitioned_groups_flat[group], offset)
 
-    def _locate_in_group(self, parameter: Any) -> Fragment:
+    def _locate_in_group(self, name: str, parameter: Any) -> Fragment:
         zero, place = self._zero, parameter._hp_mapping
         flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
+        flat = flats[self._group_of[name]]
         if place is None:
-            return Fragment(0, 0, flats[0], 0)
+            return Fragment(0, 0, flat, 0)
         owned, address = place.lp_fragment_address, place.hp_fragment_address
-        return Fragment(owned.start, owned.numel, flats[place.param_group_index], address.start)
+        return Fragment(owned.start, owned.numel, flat, address.start)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -115,33 +140,34 @@ class ZeroOptimizer:
         return max(found, default=0)
 
     def local(self, name: str, key: str) -> Tensor:
-        """(numel,) view of this rank's fragment: of the weights (key 'weight') or of one of MOMENTS."""
+        """(numel,) view of this rank's fragment: of the weights (key 'weight') or of one of ``keys``."""
         fragment = self.fragments[name]
-        if key == "weight":
-            return fragment.of(fragment.flat)
-        return fragment.of(self._state(fragment.flat)[key])
+        return fragment.of(fragment.flat if key == "weight" else self._state(name)[key])
 
     def whole(self, name: str, key: str = "weight") -> Tensor:
-        """The parameter's fp32 weights, or one of MOMENTS, in its shape; collective."""
+        """The parameter's fp32 weights, or one of its ``keys``, in its shape; collective."""
         whole = self.zeros(name)
         self.fragments[name].cut(whole).copy_(self.local(name, key))
         dist.all_reduce(whole, group=self._group)  # each element is owned by one rank, the others add zero
         return whole
 
-    def _state(self, flat: Tensor) -> dict[str, Tensor]:
-        """The torch optimizer's state of ``flat``, made of zeros if there has been no update."""
-        state = self._zero.optimizer.state[flat]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            state.update({key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS})
+    def _state(self, name: str) -> dict[str, Tensor]:
+        """The torch optimizer's state of the parameter's flat weights, made of zeros if there has been no update."""
+        flat, optimizer = self.fragments[name].flat, self._held[name][0]
+        state = optimizer.state[flat]
+        if not state:
+            state.update({key: torch.zeros_like(flat, requires_grad=False) for key in self.keys(name)})
+            if isinstance(optimizer, torch.optim.AdamW):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
         return state
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def set_steps(self, steps: int) -> None:
         """Set the number of updates behind the state."""
-        for flat in {id(f.flat): f.flat for f in self.fragments.values()}.values():
-            self._state(flat)["step"].fill_(steps)
+        for state in map(self._state, self.fragments):
+            if "step" in state:
+                state["step"].fill_(steps)
 
     @torch.no_grad()
     def refresh(self) -> None:

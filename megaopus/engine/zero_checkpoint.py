@@ -1,7 +1,7 @@
 """Checkpoints of the DeepSpeed engine: each rank writes the fragments it owns, and any number of ranks reads them.
 
 DeepSpeed's own checkpoints pickle its settings and objects and are cut to the number of ranks and the stage that wrote
-them. Here a file holds plain tensors: of each parameter a run of its flattened elements (fp32 weights, AdamW's moments)
+them. Here a file holds plain tensors: of each parameter a run of its flattened elements (fp32 weights, optimizer state)
 and where it starts. A reader takes from all files of its tensor-parallel rank what it owns itself, so the number of
 data-parallel ranks and the stage may change; the tensor-parallel degree may not.
 """
@@ -15,11 +15,9 @@ from typing import Any
 import torch
 
 from megaopus.distributed.mesh import Mesh
-from megaopus.engine.zero import MOMENTS, Fragment, ZeroOptimizer
+from megaopus.engine.zero import Fragment, ZeroOptimizer
 from megaopus.errors import EngineError
 from megaopus.selection.backend import Gradient
-
-KEYS = ("weight", *MOMENTS)
 
 
 def _path(folder: Path, mesh: Mesh, dp_rank: int) -> Path:
@@ -36,7 +34,7 @@ def save(folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: dict[str, Gradie
             name: {
                 "start": fragment.start,
                 "shape": list(zero.shape(name)),
-                **{key: zero.local(name, key).cpu().clone() for key in KEYS},
+                **{key: zero.local(name, key).cpu().clone() for key in ("weight", *zero.keys(name))},
             }
             for name, fragment in zero.fragments.items()
         },
@@ -67,6 +65,8 @@ def load(folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: list[str]) -> di
         for name, saved in content["fragments"].items():
             if saved["shape"] != list(zero.shape(name)):
                 raise EngineError(f"{name} has shape {saved['shape']} in the checkpoint, {list(zero.shape(name))} here")
+            if lacking := set(zero.keys(name)) - saved.keys():
+                raise EngineError(f"the checkpoint is of another optimizer: no {', '.join(sorted(lacking))} of {name}")
             missing[name] -= _take(zero, name, saved)
         if "first" not in content:
             continue
@@ -101,7 +101,7 @@ def _take(zero: ZeroOptimizer, name: str, saved: dict[str, Any]) -> int:
     count = min(mine.start + mine.numel, saved["start"] + len(saved["weight"])) - start
     if count <= 0:
         return 0
-    for key in KEYS:
+    for key in ("weight", *zero.keys(name)):
         part = saved[key].narrow(0, start - saved["start"], count)
         zero.local(name, key).narrow(0, start - mine.start, count).copy_(part)
     return count

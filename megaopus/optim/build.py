@@ -157,7 +157,9 @@ def set_lr(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> float:
     return optimizers[-1].param_groups[0]["lr"]
 
 
-def torch_optimizers(config: OptimConfig, module: nn.Module, mesh: Mesh) -> list[torch.optim.Optimizer]:
+def torch_optimizers(
+    config: OptimConfig, module: nn.Module, mesh: Mesh, muon_class: type[Muon] = Muon
+) -> list[torch.optim.Optimizer]:
     """The torch optimizers of this stage: [AdamW], [SGD], or [Muon for the blocks' matrices, AdamW for the rest]."""
     named = list(module.named_parameters())
     in_blocks = [p for name, p in named if "decoder.layers." in name and p.dim() == 2]
@@ -169,7 +171,7 @@ def torch_optimizers(config: OptimConfig, module: nn.Module, mesh: Mesh) -> list
     matrices = _groups(in_blocks, config.muon_weight_decay, config.muon_lr)
     ids = {id(p) for p in in_blocks}
     rest = _groups([p for _, p in named if id(p) not in ids], config.weight_decay, config.lr)
-    muon = Muon(
+    muon = muon_class(
         matrices,
         lr=config.muon_lr,
         momentum=config.muon_momentum,
@@ -208,10 +210,14 @@ def _wrap(optimizer: torch.optim.Optimizer, config: Any, mesh: Mesh, bf16: bool)
     return wrapped
 
 
+def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The optimizer's state of the size of the weights; the last is what its update operator needs."""
+    return ("exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ("momentum_buffer",)
+
+
 def _init_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
     """Zero state of the shapes a checkpoint restores (called before loading)."""
-    keys = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
-    names = keys.get(type(optimizer), ("momentum_buffer",))
+    names = state_names(optimizer)
     for group in optimizer.param_groups:
         if group.get("momentum") == 0:  # SGD then keeps nothing
             continue

@@ -88,10 +88,14 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        direction = self.direction(update, parameter, group)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
+
+    def direction(self, update: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """max(1, m/n)^.5 NS(U) of a whole m x n matrix from this rank's part of U, ``update``; the same part of it."""
         whole, part = self._gather(update, parameter)
         ortho = orthogonalise(whole, group["ns_steps"], tuple(group["ns_coefficients"]), group["eps"])
-        scale = group["lr"] * max(1.0, whole.shape[0] / whole.shape[1]) ** 0.5
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(part(ortho), alpha=scale)
+        return part(ortho.mul_(max(1.0, whole.shape[0] / whole.shape[1]) ** 0.5))
 
     def _gather(self, update: Tensor, parameter: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The whole matrix, and the map from it back to this rank's part.

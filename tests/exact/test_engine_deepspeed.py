@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import ZERO_STAGES, EngineConfig
 from megaopus.engine.deepspeed import DeepSpeedEngine
+from megaopus.engine.zero_muon import Matrix, ZeroMuon
 from megaopus.errors import EngineError
 from megaopus.optim.config import OptimConfig
-from tests.exact.test_engine_layouts import assert_close, build, train
+from megaopus.optim.muon import Muon
+from tests.exact.test_engine_layouts import OPTIMIZERS, assert_close, build, train
 from tests.exact.test_scoring_layouts import assert_same_picks, select
 from tests.harness import random_batch, run_ranks, tiny_engine
 
@@ -24,7 +27,9 @@ LAYOUTS = {
     "tp2": (2, ParallelConfig(tp=2)),
     "dp2-tp2-sp": (4, ParallelConfig(tp=2, sequence_parallel=True)),
 }
-MODELS = ("gpt2", "llama")
+TRAINED = [("gpt2", "adamw"), ("llama", "adamw"), ("llama", "muon")]
+BOTH = [(("llama", "adamw"), 3), (("llama", "muon"), 1), (("llama", "muon"), 3)]
+"""(case, stage): what is trained at the layout that is data- and tensor-parallel at once."""
 SOME_KEPT_WHOLE = 2000
 """Elements: between the norms and the matrices of the small models, so that stage 3 has parameters of both kinds."""
 
@@ -37,17 +42,18 @@ def zero(stage: int, **settings: Any) -> EngineConfig:
 
 
 def train_and_select(parallel: ParallelConfig) -> dict[tuple, Any]:
-    """Everything at one layout: ('train', model, stage) and ('select', stage) -> results."""
+    """Everything at one layout: ('train', (model, optimizer), stage) and ('select', optimizer, stage) -> results."""
     DeepSpeedEngine.persistence_threshold = SOME_KEPT_WHOLE
     mesh = Mesh(parallel, "cpu")
     try:
         both = mesh.shape.dp > 1 and parallel.tp > 1
-        models, stages = (MODELS[1:], (3,)) if both else (MODELS, ZERO_STAGES)
+        trained = BOTH if both else product(TRAINED, ZERO_STAGES)
         found: dict[tuple, Any] = {
-            ("train", m, s): train(build(mesh, (m, "adamw"), parallel, zero(s))) for m in models for s in stages
+            ("train", case, stage): train(build(mesh, case, parallel, zero(stage))) for case, stage in trained
         }
-        stages = ZERO_STAGES if parallel.tp == 1 else (3,)
-        return found | {("select", s): select(mesh, MODELS[1], "adamw", parallel, zero(s)) for s in stages}
+        for optimizer, stage in product(OPTIMIZERS, (3,) if both else ZERO_STAGES):
+            found["select", optimizer, stage] = select(mesh, "llama", optimizer, parallel, zero(stage))
+        return found
     finally:
         mesh.close()
 
@@ -56,8 +62,9 @@ def train_and_select(parallel: ParallelConfig) -> dict[tuple, Any]:
 def one_process() -> dict:
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
-        trained = {("train", m): train(build(mesh, (m, "adamw"), ParallelConfig())) for m in MODELS}
-        return trained | {("select",): select(mesh, MODELS[1], "adamw", ParallelConfig())}
+        one = ParallelConfig()
+        found: dict[tuple, Any] = {("train", case): train(build(mesh, case, one)) for case in TRAINED}
+        return found | {("select", o): select(mesh, "llama", o, one) for o in OPTIMIZERS}
     finally:
         mesh.close()
 
@@ -81,13 +88,20 @@ def weights_of(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in engine.optimizer.main_weights().items()}
 
 
-def resumed(mesh: Mesh, stage: int, folder: Path) -> bool:
+def states_of(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """AdamW's second moments and Muon's momentum."""
+    found = {each.name: each.state for each in engine.optimizer.states()}
+    return {name: state.get("momentum_buffer", state.get("exp_avg_sq")) for name, state in found.items()}
+
+
+def resumed(mesh: Mesh, optimizer: str, stage: int, folder: Path) -> bool:
     """Whether two updates after a restored checkpoint are to the last bit those after its save."""
-    first, second = (tiny_engine(mesh, engine=zero(stage)) for _ in range(2))
+    first, second = (tiny_engine(mesh, optim=OPTIMIZERS[optimizer], engine=zero(stage)) for _ in range(2))
     for step in range(2):
         first.train_step(random_batch(8, step))
     average = {name: value + 1 for name, value in first.optimizer.main_weights().items()}
-    first.save(folder, {"average": average})
+    folder.mkdir(exist_ok=True)
+    first.save(folder, {"average": average, "states": states_of(first)})
     second.train_step(random_batch(8, 50))  # state that the checkpoint has to replace
     groups = second.load(folder, ["average"])
     second.step = first.step
@@ -101,18 +115,18 @@ def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def survives_a_bad_gradient(mesh: Mesh, stage: int) -> bool:
-    """Whether a gradient that is not finite on one rank leaves weights and moments of all ranks alone."""
-    engine = tiny_engine(mesh, engine=zero(stage))
+    """Whether a gradient that is not finite on one rank leaves weights and state of all ranks alone."""
+    engine = tiny_engine(mesh, optim=OPTIMIZERS["muon"], engine=zero(stage))
     engine.train_step(random_batch(8, 0))
-    before = weights_of(engine) | {f"{each.name}.v": each.state["exp_avg_sq"] for each in engine.optimizer.states()}
+    before = weights_of(engine), states_of(engine)
     if mesh.rank == 1:
         parameter = next(engine.module.parameters())
         handle = parameter.register_hook(lambda gradient: gradient * torch.inf)
     applied = engine.train_step(random_batch(8, 1)).applied
     if mesh.rank == 1:
         handle.remove()
-    after = weights_of(engine) | {f"{each.name}.v": each.state["exp_avg_sq"] for each in engine.optimizer.states()}
-    return not applied and same_tensors(before, after) and engine.train_step(random_batch(8, 2)).applied
+    same = all(map(same_tensors, before, (weights_of(engine), states_of(engine))))
+    return not applied and same and engine.train_step(random_batch(8, 2)).applied
 
 
 def recomputes_alike(mesh: Mesh, stage: int) -> bool:
@@ -157,47 +171,93 @@ def learns_in_bf16(mesh: Mesh, stage: int) -> bool:
     return losses[-1] < losses[0] - 0.05 and moved.mean() < before.mean() and same and backend.coarse
 
 
-def properties(folder: Path) -> dict[tuple[str, int], bool]:
+def compare_bf16(mesh: Mesh) -> None:
+    """Losses and fp32 main weights of three updates at every stage against the megatron engine's on the same ranks."""
+    ends = []
+    for kind in (EngineConfig(device="cpu", precision="bf16"), *(zero(s, precision="bf16") for s in ZERO_STAGES)):
+        engine = build(mesh, ("llama", "muon"), ParallelConfig(), kind)
+        losses = [engine.train_step(random_batch(8, step)).loss for step in range(3)]
+        ends.append({"numbers": {"losses": torch.tensor(losses)}, "weights": weights_of(engine)})
+        assert_close(ends[-1], ends[0], ("bf16", kind.zero_stage))
+
+
+def properties(folder: Path) -> dict[tuple, bool]:
     DeepSpeedEngine.persistence_threshold = SOME_KEPT_WHOLE
     mesh = Mesh(ParallelConfig(), "cpu")
     checks = (survives_a_bad_gradient, recomputes_alike, scores_without_trace, learns_in_bf16)
     try:
         found = {(check.__name__, stage): check(mesh, stage) for check in checks for stage in ZERO_STAGES}
-        for stage in ZERO_STAGES:
-            place = folder / str(stage)
-            place.mkdir(exist_ok=True)
-            found["resumed", stage] = resumed(mesh, stage, place)
+        for optimizer, stage in product(OPTIMIZERS, ZERO_STAGES):
+            found["resumed", optimizer, stage] = resumed(mesh, optimizer, stage, folder / f"{optimizer}{stage}")
+        compare_bf16(mesh)
         return found
     finally:
         mesh.close()
 
 
-def restored(folder: Path) -> list[dict[str, Tensor]]:
-    """Weights of stage-1 and stage-3 engines at this number of ranks after loading the other stage's checkpoint."""
+def restored(mesh: Mesh, optimizer: str, stage: int, folder: Path, saved_by: str | None = None) -> bool:
+    """Whether weights and state are those of another stage's checkpoint at another number of ranks."""
+    engine = tiny_engine(mesh, optim=OPTIMIZERS[optimizer], engine=zero(stage))
+    groups = engine.load(folder / f"{saved_by or optimizer}{4 - stage}", ["average", "states"])
+    found = {name: value + 1 for name, value in weights_of(engine).items()}
+    return same_tensors(groups["average"], found) and same_tensors(groups["states"], states_of(engine))
+
+
+def shares_matrices(mesh: Mesh, nesterov: bool) -> bool:
+    """Whether flat parts, empty and with padding too, are updated as the whole matrices that they are parts of."""
+    shapes = [torch.Size(shape) for shape in ((8, 12), (12, 8), (6, 6), (3, 40), (40, 3))]
+    cuts = [0, 100, 100, 472]  # 468 elements over three ranks
+    generator = torch.Generator().manual_seed(0)
+    whole = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    padding = torch.zeros(cuts[-1] - sum(p.numel() for p in whole))
+    settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": nesterov}
+    plain, shared = Muon(whole, **settings), ZeroMuon(whole, **settings)
+
+    def part() -> Tensor:
+        """This rank's, of the weights."""
+        return torch.cat([*(p.detach().flatten() for p in whole), padding])[cuts[mesh.rank] : cuts[mesh.rank + 1]]
+
+    flat, matrices, start = nn.Parameter(part()), [], 0
+    shared.param_groups[0]["params"] = [flat]
+    for p in whole:
+        spans = [(max(start, first), min(start + p.numel(), last)) for first, last in pairwise(cuts)]
+        counts = [max(0, last - first) for first, last in spans]
+        offset = spans[mesh.rank][0] - cuts[mesh.rank] if counts[mesh.rank] else 0
+        matrices.append(Matrix(p, p.shape, flat, offset, counts))
+        start += p.numel()
+    shared.place(matrices, mesh.dp_group)
+    for _ in range(3):
+        for p in whole:
+            p.grad = torch.randn(p.shape, generator=generator)
+        gradient = torch.cat([*(p.grad.flatten() for p in whole), padding])
+        flat.grad = gradient[cuts[mesh.rank] : cuts[mesh.rank + 1]]
+        plain.step()
+        shared.step()
+    return torch.allclose(flat, part(), rtol=1e-6, atol=1e-6)
+
+
+def on_three_ranks(folder: Path) -> dict[tuple, bool]:
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
-        found = []
-        for stage in (1, 3):
-            engine = tiny_engine(mesh, engine=zero(stage))
-            average = engine.load(folder / str(4 - stage), ["average"])["average"]
-            found.append({name: value - average[name] for name, value in weights_of(engine).items()})
-        return found
+        with pytest.raises(EngineError, match="the checkpoint is of another optimizer: no momentum_buffer of decoder"):
+            restored(mesh, "muon", 1, folder, saved_by="adamw")
+        cases = product(OPTIMIZERS, (1, 3))
+        found: dict[tuple, bool] = {("restored", *case): restored(mesh, *case, folder) for case in cases}
+        return found | {("shares", nesterov): shares_matrices(mesh, nesterov) for nesterov in (True, False)}
     finally:
         mesh.close()
 
 
-def test_resume_bad_gradients_recomputation_and_scoring(tmp_path: Path) -> None:
-    for found in run_ranks(2, properties, tmp_path, timeout_s=300):
-        assert [case for case, holds in found.items() if not holds] == []
-    for difference in run_ranks(3, restored, tmp_path)[0]:  # at another number of ranks and another stage
-        for name, value in difference.items():
-            torch.testing.assert_close(value, torch.full_like(value, -1.0), rtol=0, atol=1e-6, msg=name)
+def test_resume_bad_gradients_recomputation_bf16_and_scoring(tmp_path: Path) -> None:
+    for world_size, cases in ((2, properties), (3, on_three_ranks)):
+        for found in run_ranks(world_size, cases, tmp_path, timeout_s=300):
+            assert [case for case, holds in found.items() if not holds] == []
 
 
 def test_what_zero_cannot_serve_is_refused() -> None:
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
-        with pytest.raises(EngineError, match=r"optim\.name=muon: needs whole matrices"):
-            tiny_engine(mesh, optim=OptimConfig(name="muon"), engine=zero(1))
+        with pytest.raises(EngineError, match=r"optim\.name=sgd: the deepspeed engine runs AdamW and Muon"):
+            tiny_engine(mesh, optim=OptimConfig(name="sgd"), engine=zero(1))
     finally:
         mesh.close()

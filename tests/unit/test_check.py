@@ -174,10 +174,15 @@ def test_memory_of_weights_gradients_and_optimizers():
     # per token and layer: norms 4h, q k v 3h, attention 1h, MLP 2 x 4h
     assert rows["fp32"]["activations"][0] == 8 * 256 * 4 * 16 * 128 * 4
     assert rows["fp32"]["logits"][0] == 8 * 256 * 512 * 8
+    plain = rows["fp32"]["activations"][0]
     config.optim.name = "muon"
     assert check.memory(config, 500, 1, "fp32", 0)["optimizer state"][0] == 8 * count - 4 * matrices
+    config.engine.name, config.selection.method = "deepspeed", "opus"
+    rows = check.memory(config, 500, 2, "fp32", 0)
+    assert (rows["optimizer state"][0], rows["gathered state"][0]) == (4 * count - 2 * matrices, 4 * count)
+    config = small()
     config.engine.recompute = True
-    assert check.memory(config, 500, 1, "fp32", 0)["activations"][0] < rows["fp32"]["activations"][0]
+    assert check.memory(config, 500, 1, "fp32", 0)["activations"][0] < plain
     config = small(method="opus", proxy_ema=0.0)
     assert check.memory(config, 500, 1, "fp32", 0)["direction"][0] == 8 * count
     assert check.memory(config, 500, 1, "fp32", 0)["proxy gradient"][0] == 4 * count

@@ -172,8 +172,7 @@ COMBINED = [
     ),
     ("engine=deepspeed parallel.pp=2", 2, "parallel.pp = 2", "tensor and data parallelism only", "parallel.pp=1"),
     ("engine=deepspeed parallel.cp=2", 2, "parallel.cp = 2", "tensor and data parallelism only", "parallel.cp=1"),
-    ("engine=deepspeed optim=muon", 1, "optim.name = 'muon'", "whole matrices", "engine.name=megatron"),
-    ("engine=deepspeed optim=sgd", 1, "optim.name = 'sgd'", "AdamW only", "optim=adamw"),
+    ("engine=deepspeed optim=sgd", 1, "optim.name = 'sgd'", "AdamW and Muon", "optim=adamw"),
     (
         "engine=deepspeed parallel.distributed_optimizer=true",
         2,
