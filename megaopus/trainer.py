@@ -36,6 +36,7 @@ class Selected(Protocol):
     ess: float
     max_p_ratio: float
     events: list[str]
+    notes: list[str]
 
 
 class SelectorLike(Protocol):
@@ -144,6 +145,8 @@ class Trainer:
         self.updated |= result.applied
         for event in selection.events:
             monitor.event(event)
+        for note in selection.notes:
+            monitor.note(note)
         if not result.applied:
             monitor.event(f"step {step}: gradient not finite, update skipped; ids {picked.ids.tolist()}")
         monitor.step(

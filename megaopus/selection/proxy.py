@@ -58,7 +58,7 @@ class ProxyGradient:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state; with ``decay`` 0 there is nothing to continue."""
-        if self._decay == 0 or not state:
+        if self._decay == 0 or "average" not in state:
             self._average, self._count = {}, 0
         else:
             self._average = {name: value.detach().clone() for name, value in state["average"].items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from torch import Tensor
 from megaopus.selection import noise, sampler
 from megaopus.selection.adjoint import adjoint_consumer, adjoint_utilities
 from megaopus.selection.backend import Batch, Candidates, Gradient, Proxy, ScoringBackend, UpdateOperator
-from megaopus.selection.candidates import Windowed, as_candidates
-from megaopus.selection.config import BY_LOSS, SelectionConfig
+from megaopus.selection.candidates import Windowed, as_candidates, tensors_of
+from megaopus.selection.config import BY_LOSS, SelectionConfig, most_per_pass
 from megaopus.selection.direction import directional_utilities
 from megaopus.selection.exact import exact_estimate
 from megaopus.selection.kronecker import KroneckerEstimator
 from megaopus.selection.layers import ghost_layers, parameter_names, require_some
+from megaopus.selection.memory import find_micro_batch_size
 from megaopus.selection.proxy import ProxyGradient
 from megaopus.selection.sketch import CountSketchEstimator
 
@@ -46,6 +48,8 @@ class Selection:
     """N times the largest p."""
     events: list[str]
     """Fallbacks and candidates never picked, in words."""
+    notes: list[str]
+    """What was found out on the way and goes as it should: the micro-batch size, once."""
     seconds: float
     """Wall time of the selection."""
 
@@ -93,6 +97,8 @@ class Selector:
         )
         self._matched = False
         self._told_uniform = False
+        self._micro_batch_size = config.score_micro_batch_size or 1
+        self._sized_for: str | None = None
 
     def select(self, candidates: Candidates | Batch, step: int) -> Selection:
         """Pick from ``candidates``: the global buffer of N sequences, the same on every rank, each scoring N / ranks.
@@ -107,8 +113,9 @@ class Selector:
         if size % ranks:
             raise ValueError(f"step {step}: {size} candidates do not divide over {ranks} data-parallel ranks")
         events: list[str] = []
+        notes: list[str] = []
         ids = buffer.ids.cpu()
-        utilities, gram = self._score(buffer, step, events)
+        utilities, gram = self._score(buffer, step, events, notes)
         allowed = torch.arange(size)
         if utilities is not None:
             allowed, usable = self._usable(utilities, gram, ids, events)
@@ -134,18 +141,29 @@ class Selector:
             ess=float(1 / p.square().sum()),
             max_p_ratio=ratio,
             events=events,
+            notes=notes,
             seconds=time.perf_counter() - started,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The running proxy gradient (``ProxyGradient.state_dict``); empty where there is none (yet)."""
-        return self._proxy_gradient.state_dict()
+        """The running proxy gradient (``ProxyGradient.state_dict``) and the micro-batch size found; empty before."""
+        state = self._proxy_gradient.state_dict()
+        if self._sized_for is not None:
+            state |= {"micro_batch_size": self._micro_batch_size, "sized_for": self._sized_for}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``; picks are then the same to the last bit."""
-        self._proxy_gradient.load_state_dict(state)
+        """Continue from ``state_dict()``; picks are then the same to the last bit.
 
-    def _score(self, buffer: Candidates, step: int, events: list[str]) -> tuple[Tensor | None, Tensor | None]:
+        A micro-batch size found under other settings, or for another number of candidates, is found anew.
+        """
+        self._proxy_gradient.load_state_dict(state)
+        if self.config.score_micro_batch_size is None:
+            self._micro_batch_size, self._sized_for = state.get("micro_batch_size", 1), state.get("sized_for")
+
+    def _score(
+        self, buffer: Candidates, step: int, events: list[str], notes: list[str]
+    ) -> tuple[Tensor | None, Tensor | None]:
         """(utilities (N,), Gram matrix (N, N) or None) of the whole buffer; (None, None): pick uniformly."""
         if self.config.method == "uniform" or step < self.config.warmup_steps:
             return None, None
@@ -158,6 +176,7 @@ class Selector:
             noise_N = noise.uniform(noise.key(self.seed, "domain_oracle", step), buffer.ids.cpu())
             return self._wanted(buffer).cpu().double() + noise_N, None
         if self.config.method in BY_LOSS:
+            self._find_size(mine, lambda: self.backend.losses(mine, **self._passes()), notes)
             parts = self.backend.losses(mine, **self._passes())
             losses = self.backend.combine(parts, parts.new_zeros(1))[0].cpu()
             return by_loss(self.config.method, losses), None
@@ -168,7 +187,9 @@ class Selector:
             return None, None
         assert self._proxy is not None  # checked on construction
         gradient = self.backend.gradient(as_candidates(self._proxy(step), step))
-        parts, features = self._estimate(mine, operator, self._proxy_gradient.offer(gradient))
+        average = self._proxy_gradient.offer(gradient)
+        self._find_size(mine, lambda: self._estimate(mine, operator, average), notes)
+        parts, features = self._estimate(mine, operator, average)
         # A stage or shard may be the only one to see a bad gradient: the word travels with the utilities.
         bad = torch.stack([~value.isfinite().all() for value in gradient.values()]).any()
         utilities, count = self.backend.combine(parts, bad.double().view(1))
@@ -219,7 +240,31 @@ class Selector:
         return self.backend.sum_stages(total).cpu()
 
     def _passes(self) -> dict[str, Any]:
-        return {"length": self.config.score_length, "micro_batch_size": self.config.score_micro_batch_size}
+        return {"length": self.config.score_length, "micro_batch_size": self._micro_batch_size}
+
+    def _find_size(self, mine: Candidates, estimate: Callable[[], Any], notes: list[str]) -> None:
+        """Unless it is set or known, find the micro-batch size of the passes that ``estimate`` makes over ``mine``."""
+        config, device = self.config, self.backend.device
+        sized_for = hashlib.sha256(f"{len(mine)} {config}".encode()).hexdigest()[:16]
+        exact = config.needs_proxy and config.estimator == "exact"  # one candidate at a time
+        if config.score_micro_batch_size is not None or exact or self._sized_for == sized_for:
+            return
+
+        def run(size: int) -> None:
+            self._micro_batch_size = size
+            estimate()
+
+        first = next(tensors_of(mine.take(torch.arange(1)).batch(config.score_length)))
+        most = most_per_pass(len(mine), first.shape[1] if first.ndim > 1 else 1, device.type)
+        self._micro_batch_size, note = find_micro_batch_size(run, most, device, self._least)
+        self._sized_for = sized_for
+        notes.append(note)
+
+    def _least(self, value: int) -> int:
+        """The smallest over all ranks of a number below 64: each votes for its own in one message."""
+        votes = torch.zeros(64, dtype=torch.float64, device=self.backend.device)
+        votes[value] = 1
+        return int(self.backend.combine(votes[:0], votes)[1].nonzero()[0])
 
     def _usable(self, utilities: Tensor, gram: Tensor | None, ids: Tensor, events: list[str]) -> tuple[Tensor, bool]:
         """(positions that may be picked, whether their utilities can rank them)."""
