@@ -123,6 +123,8 @@ def find_micro_batch_size(
 ) -> tuple[int, str]:
     """(largest power of two up to ``most`` whose run stays within half of the free memory, at least 1; in words).
 
+    Half, since other processes take memory too, and operations and allocators use more than tensors hold.
+
     ``run``: a whole estimate at a micro-batch size. ``least``: a number of this rank -> the smallest over all ranks,
     so that all run the same sizes. The size returned has itself been run.
     """

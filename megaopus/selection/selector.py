@@ -155,7 +155,7 @@ class Selector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``; picks are then the same to the last bit.
 
-        A micro-batch size found under other settings, or for another number of candidates, is found anew.
+        A micro-batch size found under other settings, or on another number of data-parallel ranks, is found anew.
         """
         self._proxy_gradient.load_state_dict(state)
         if self.config.score_micro_batch_size is None:
@@ -245,7 +245,7 @@ class Selector:
     def _find_size(self, mine: Candidates, estimate: Callable[[], Any], notes: list[str]) -> None:
         """Unless it is set or known, find the micro-batch size of the passes that ``estimate`` makes over ``mine``."""
         config, device = self.config, self.backend.device
-        sized_for = hashlib.sha256(f"{len(mine)} {config}".encode()).hexdigest()[:16]
+        sized_for = hashlib.sha256(f"{self.backend.world_size} {config}".encode()).hexdigest()[:16]
         exact = config.needs_proxy and config.estimator == "exact"  # one candidate at a time
         if config.score_micro_batch_size is not None or exact or self._sized_for == sized_for:
             return

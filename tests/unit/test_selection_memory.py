@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
@@ -222,6 +224,17 @@ def estimate_of(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Ca
 
 
 @pytest.mark.parametrize("case", SETTINGS)
+def test_peaks_of_estimates_are_those_of_torchs_allocator(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = estimate_of(SETTINGS[case], monkeypatch)
+    run(4)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run(4)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    assert memory.peak_bytes(partial(run, 4), CPU) == pytest.approx(max(held), rel=0.01)
+
+
+@pytest.mark.parametrize("case", SETTINGS)
 def test_the_size_found_keeps_a_selectors_passes_within_half_of_the_free_memory(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,7 +248,7 @@ def test_the_size_found_keeps_a_selectors_passes_within_half_of_the_free_memory(
     for free, expected in ((1, 1), (2 * peaks[4], 4), (2 * peaks[8] - 2, 4), (2 * peaks[8], 8), (10**12, COUNT)):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         found = make(**SETTINGS[case])
-        first, second = found.select(candidates(0), 0), found.select(candidates(1), 1)
+        first, second = found.select(candidates(0), 0), found.select(candidates(1).take(torch.arange(8)), 1)
         assert found.state_dict()["micro_batch_size"] == expected
         assert first.notes[0].startswith(f"scoring micro-batch {expected} (takes ")
         assert (len(first.notes), second.notes, first.events) == (1, [], [])
