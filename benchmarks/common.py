@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -30,6 +30,7 @@ from megaopus.engine.megatron import MegatronEngine
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 
+K = TypeVar("K")
 ROOT = Path(__file__).resolve().parent.parent
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -84,15 +85,15 @@ def progress(console: Console) -> Iterator[Progress]:
 
 
 def interleaved(
-    passes: Mapping[str, Callable[[], Any]], repeats: int, clock: str, bar: Progress, title: str
-) -> dict[str, list[float]]:
+    passes: Mapping[K, Callable[[], Any]], repeats: int, clock: str, bar: Progress, title: str
+) -> dict[K, list[float]]:
     """Seconds of each pass in each of ``repeats`` rounds.
 
     A round runs every pass once, in an order that turns by one from round to round, so that a change in the machine's
     load meets all of them alike. One more round before the first warms up and is not counted.
     """
     names, now = list(passes), CLOCKS[clock]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[K, list[float]] = {name: [] for name in names}
     task = bar.add_task(title, total=(repeats + 1) * len(names))
     for round_ in range(repeats + 1):
         turn = round_ % len(names)

@@ -1,10 +1,11 @@
 """The scoring service: cost of each estimator against its floor, agreement of layouts, overhead of a step, bytes sent.
 
-Prints four tables and writes an object:
+Prints five tables and writes an object:
 rows      {estimator, optimizer, cost_ratio, floor_ratio}: as in estimators.py, at one shape
 layouts   {layout, engine, estimator, optimizer, max_rel_error, identical_picks}: against one process, over two steps
 overhead  {measured, floor, ratio}: seconds of a selection over those of a uniform training step, N = 2K candidates
           scored over a twelfth of their length; floor by FLOPs: (N/K)(L_score/L)(2/3) for two forwards + proxy / K
+passes    {estimator, tokens, tokens_per_second}: scoring by passes of 256 to 8192 tokens, for selection's PASS_TOKENS
 growth    {ranks, N, bytes_per_rank, gradient_bytes_per_rank, seconds}: what a data-parallel rank sends for one
           selection: for utilities, and for the proxy gradient
 """
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
-from megaopus.selection import SelectionConfig, Selector
+from megaopus.selection import SelectionConfig, Selector, adjoint_utilities
 from tests.exact.test_scoring_layouts import every_layout, select_layout
 from tests.harness import random_batch, run_ranks, tiny_engine
 
@@ -137,6 +139,30 @@ def overhead(plan: Plan, corpus: Corpus, clock: str, bar: Progress) -> dict[str,
     return {"measured": measured, "floor": floor, "ratio": measured / floor}
 
 
+def pass_sizes(plan: Plan, clock: str, bar: Progress) -> list[dict[str, Any]]:
+    """How fast the same 8192 tokens are scored by small and by large passes, taking turns."""
+    shape = {"vocab_size": 2048, "seq_len": 128}
+    optim = OptimConfig(name="adamw", lr=1e-3, schedule="constant")
+    with single_engine(plan.cost.model, optim, micro_batch_size=8, total_steps=10, **shape) as engine:
+        engine.train_step(random_batch(8, 0, **shape))
+        backend, candidates = engine.scoring_backend(), random_batch(64, 2, **shape)
+        operator, gradient = backend.operator(), backend.gradient(random_batch(8, 1, **shape))
+        passes: dict[tuple[str, int], Any] = {}
+        for size in (2, 4, 8, 16, 32, 64):
+            passes["losses", size] = partial(backend.losses, candidates, micro_batch_size=size)
+            given = (backend, candidates, operator, gradient)
+            passes["adjoint", size] = partial(adjoint_utilities, *given, micro_batch_size=size)
+        seconds = interleaved(passes, plan.repeats, clock, bar, "tokens per pass")
+    return [
+        {
+            "estimator": estimator,
+            "tokens": size * shape["seq_len"],
+            "tokens_per_second": 64 * shape["seq_len"] / statistics.median(found),
+        }
+        for (estimator, size), found in seconds.items()
+    ]
+
+
 def growth(plan: Plan, bar: Progress) -> list[dict[str, Any]]:
     """Bytes and seconds of a selection as ranks and candidates grow together, 16 candidates per rank."""
     rows = []
@@ -213,7 +239,7 @@ def counting(sent: dict[str, int], what: str) -> Iterator[None]:
 
 
 def print_tables(result: dict[str, Any], console: Console) -> None:
-    """The four tables a person reads."""
+    """The five tables a person reads."""
     table = _table(
         "cost of scoring a token, in tokens trained", "optimizer", "estimator", "cost", "quartiles", "/floor"
     )
@@ -236,6 +262,10 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
         f" {over['floor']:.3f}: {over['ratio']:.2f}x (target {OVERHEAD_TARGET}x)",
         highlight=False,
     )
+    table = _table("scoring by the size of a pass", "estimator", "tokens", "tokens/s")
+    for row in result["passes"]:
+        table.add_row(row["estimator"], f"{row['tokens']:,}", f"{row['tokens_per_second']:,.0f}")
+    console.print(table)
     table = _table("what a rank sends for a selection", "ranks", "N", "utilities (bytes)", "proxy gradient", "seconds")
     for row in result["growth"]:
         values = (row["ranks"], row["N"], row["bytes_per_rank"], row["gradient_bytes_per_rank"])
@@ -262,6 +292,7 @@ def main(arguments: list[str] | None = None, plan: Plan | None = None) -> int:
             "rows": costs(plan.cost, corpus, args.clock, bar),
             "overhead": overhead(plan, corpus, args.clock, bar),
             "layouts": layouts(bar),
+            "passes": pass_sizes(plan, args.clock, bar),
             "growth": growth(plan, bar),
         }
     print_tables(result, console)

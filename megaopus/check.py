@@ -21,7 +21,7 @@ from megaopus.models.arithmetic import (
     stage_weights,
     training_flops_per_token,
 )
-from megaopus.selection.config import BY_LOSS, SKETCHES, SelectionConfig
+from megaopus.selection.config import BY_LOSS, SKETCHES, SelectionConfig, most_per_pass
 
 SCORING_COST = {
     "directional": (2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
@@ -133,7 +133,18 @@ def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
     if selection.needs_proxy:
         share = selection.proxy_batch_size / train.global_batch_size
         rows["proxy"] = f"{selection.proxy_batch_size} sequences per step, {share:.1%} of the update tokens"
+    if selection.method in BY_LOSS or (selection.needs_proxy and selection.estimator != "exact"):
+        how = "" if selection.score_micro_batch_size else " at most, found from free memory at the first scored step"
+        rows["scoring micro-batch"] = f"{scoring_micro_batch(config, world_size)} on each rank{how}"
     return rows
+
+
+def scoring_micro_batch(config: RunConfig, world_size: int) -> int:
+    """Candidates of a scoring pass on each rank: as set, or the most that may be found."""
+    share = config.num_candidates() // (world_size // config.parallel.model_ranks)
+    length = config.selection.score_length or config.data.seq_len
+    device = "cpu" if config.engine.device == "cpu" else "cuda"
+    return config.selection.score_micro_batch_size or most_per_pass(share, length, device)
 
 
 def scoring_overhead(config: RunConfig) -> float:
@@ -297,7 +308,7 @@ def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight])
             rows["hashes"] = (9 * sum(weight.numel for weight in sketched), "bucket and sign of each sketched weight")
         # The alignment needs one micro-batch of one layer at a time, the Gram matrix all of this rank's candidates.
         share = config.num_scored() // (world_size // config.parallel.model_ranks)
-        kept = share if selection.redundancy else min(share, selection.score_micro_batch_size)
+        kept = share if selection.redundancy else min(share, scoring_micro_batch(config, world_size))
         layers = len(sketched) if selection.redundancy else 1
         size = 4 * kept * layers * selection.sketch_dim
         rows["sketches"] = (size, f"fp32, {kept} candidates x {layers} matrices x {selection.sketch_dim}")

@@ -38,6 +38,7 @@ class Selected(Protocol):
     ess: float
     max_p_ratio: float
     events: list[str]
+    notes: list[str]
 
     @property
     def predicted_fall(self) -> float: ...
@@ -166,6 +167,8 @@ class Trainer:
             }
         for event in selection.events:
             monitor.event(event)
+        for note in selection.notes:
+            monitor.note(note)
         if not result.applied:
             monitor.event(f"step {step}: gradient not finite, update skipped; ids {picked.ids.tolist()}")
         monitor.step(

@@ -176,6 +176,7 @@ class ScoringBackend(Protocol):
         """(n,) float64 parts of this rank's candidates -> (N,) for the whole buffer, the same on every rank.
 
         One message: parts of one candidate are added over the model-parallel ranks, ``tally`` (k,) over all ranks.
+        There may be no parts (n = 0).
         """
 
     def from_rank_0(self, values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,14 @@ WINDOWS = ("first", "random", "strided")
 MUON_OPERATORS = ("paper", "full")
 PRESCREENS = ("off", "cascade", "predict")
 TRAITS = ("ngrams", "domain", "likelihood", "shape")
+PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens of a scoring pass beyond which larger ones are hardly faster (CPU: docs/benchmarks.md; CUDA: not measured)."""
+
+
+def most_per_pass(count: int, tokens: int, device: str) -> int:
+    """The largest power of two of ``count`` candidates that has about PASS_TOKENS tokens at most, at least 1."""
+    by_tokens = round(math.log2(PASS_TOKENS.get(device, PASS_TOKENS["cuda"]) / tokens))
+    return 2 ** max(0, min(by_tokens, count.bit_length() - 1))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -113,8 +122,8 @@ class SelectionConfig:
     """Tokens of each candidate that are scored [L_score]; null: all. The proxy is never cut."""
     score_window: str = "first"
     """Where those tokens lie: first; random (a run drawn per step and candidate); strided (evenly spread)."""
-    score_micro_batch_size: int = 16
-    """Candidates per forward pass while scoring, on each rank."""
+    score_micro_batch_size: int | None = None
+    """Candidates per forward pass while scoring, on each rank; null: found from the free memory."""
     proxy_batch_size: int = 32
     """Proxy sequences drawn anew each step, over all ranks."""
     proxy_ema: float = 0.5
@@ -217,7 +226,9 @@ class SelectionConfig:
             yield "warmup_steps", "must not be negative", "0 starts selecting as soon as the optimizer has state"
         if self.score_length is not None and self.score_length < 1:
             yield "score_length", "must be at least 1", "null scores whole sequences"
-        for key in ("score_micro_batch_size", "proxy_batch_size", "sketch_dim", "proxy_every", "score_every"):
+        if self.score_micro_batch_size is not None and self.score_micro_batch_size < 1:
+            yield "score_micro_batch_size", "must be at least 1", "null finds it from the free memory"
+        for key in ("proxy_batch_size", "sketch_dim", "proxy_every", "score_every"):
             if getattr(self, key) < 1:
                 yield key, "must be at least 1", "see docs/selection.md"
         if not 0 <= self.proxy_ema < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor
 from megaopus.selection import noise
 from megaopus.selection.adjoint import adjoint_consumer, adjoint_utilities
 from megaopus.selection.backend import Candidates, Gradient, Proxy, ScoringBackend, Traits, UpdateOperator
-from megaopus.selection.candidates import Windowed, as_candidates
-from megaopus.selection.config import BY_LOSS, SelectionConfig
+from megaopus.selection.candidates import Windowed, as_candidates, tensors_of
+from megaopus.selection.config import BY_LOSS, SelectionConfig, most_per_pass
 from megaopus.selection.direction import directional_utilities
 from megaopus.selection.exact import exact_estimate
 from megaopus.selection.kronecker import KroneckerEstimator
 from megaopus.selection.layers import ghost_layers, parameter_names, require_some
+from megaopus.selection.memory import find_micro_batch_size
 from megaopus.selection.proxy import ProxyGradient
 from megaopus.selection.sketch import CountSketchEstimator
 
@@ -47,14 +49,30 @@ class Scorer:
             config.sketch_dim, config.sketch_seed, config.ghost_layers()
         )
         self._matched = False
+        self.micro_batch_size = config.score_micro_batch_size or 1
+        self._sized_for: str | None = None
+        self._notes: list[str] = []
+
+    def told(self) -> list[str]:
+        """Notes since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def state_dict(self) -> dict[str, Any]:
-        """The running proxy gradient (``ProxyGradient.state_dict``); empty where there is none (yet)."""
-        return self._proxy_gradient.state_dict()
+        """The running proxy gradient (``ProxyGradient.state_dict``) and the micro-batch size found; empty before."""
+        state = self._proxy_gradient.state_dict()
+        if self._sized_for is not None:
+            state |= {"micro_batch_size": self.micro_batch_size, "sized_for": self._sized_for}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``."""
+        """Continue from ``state_dict()``.
+
+        A micro-batch size found under other settings, or on another number of data-parallel ranks, is found anew.
+        """
         self._proxy_gradient.load_state_dict(state)
+        if self.config.score_micro_batch_size is None:
+            self.micro_batch_size, self._sized_for = state.get("micro_batch_size", 1), state.get("sized_for")
 
     def score(self, buffer: Candidates, step: int, events: list[str]) -> tuple[Tensor | None, Tensor | None]:
         """(utilities (N,), Gram matrix (N, N) or None) of the whole buffer, on the CPU; (None, None): no way to tell.
@@ -73,6 +91,7 @@ class Scorer:
             noise_N = noise.uniform(noise.key(self._seed, "domain_oracle", step), buffer.ids.cpu())
             return self._wanted(buffer).cpu().double() + noise_N, None
         if self.config.method in BY_LOSS:
+            self._find_size(mine, lambda: self.backend.losses(mine, **self._passes()))
             parts = self.backend.losses(mine, **self._passes())
             losses = self.backend.combine(parts, parts.new_zeros(1))[0].cpu()
             return by_loss(self.config.method, losses), None
@@ -84,6 +103,7 @@ class Scorer:
         average, bad = self._proxy_average(step)
         if self.config.bounded:
             operator = operator.bounded(average)
+        self._find_size(mine, lambda: self._estimate(mine, operator, average))
         parts, features = self._estimate(mine, operator, average)
         # A stage or shard may be the only one to see a bad gradient: the word travels with the utilities.
         utilities, count = self.backend.combine(parts, bad.double().view(1))
@@ -143,7 +163,31 @@ class Scorer:
         return self.backend.sum_stages(total).cpu()
 
     def _passes(self) -> dict[str, Any]:
-        return {"length": self.config.score_length, "micro_batch_size": self.config.score_micro_batch_size}
+        return {"length": self.config.score_length, "micro_batch_size": self.micro_batch_size}
+
+    def _find_size(self, mine: Candidates, estimate: Callable[[], Any]) -> None:
+        """Unless it is set or known, find the micro-batch size of the passes that ``estimate`` makes over ``mine``."""
+        config, device = self.config, self.backend.device
+        sized_for = hashlib.sha256(f"{self.backend.world_size} {config}".encode()).hexdigest()[:16]
+        exact = config.needs_proxy and config.estimator == "exact"  # one candidate at a time
+        if config.score_micro_batch_size is not None or exact or self._sized_for == sized_for:
+            return
+
+        def run(size: int) -> None:
+            self.micro_batch_size = size
+            estimate()
+
+        first = next(tensors_of(mine.take(torch.arange(1)).batch(config.score_length)))
+        most = most_per_pass(len(mine), first.shape[1] if first.ndim > 1 else 1, device.type)
+        self.micro_batch_size, note = find_micro_batch_size(run, most, device, self._least)
+        self._sized_for = sized_for
+        self._notes.append(note)
+
+    def _least(self, value: int) -> int:
+        """The smallest over all ranks of a number below 64: each votes for its own in one message."""
+        votes = torch.zeros(64, dtype=torch.float64, device=self.backend.device)
+        votes[value] = 1
+        return int(self.backend.combine(votes[:0], votes)[1].nonzero()[0])
 
 
 def by_loss(method: str, losses: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class Selection:
     """N times the largest p."""
     events: list[str]
     """Fallbacks, alarms and candidates never picked, in words."""
+    notes: list[str]
+    """What was found out on the way and goes as it should: the micro-batch size, once."""
     seconds: float
     """Wall time of the selection."""
 
@@ -180,6 +182,7 @@ class Selector:
             ess=choice.ess,
             max_p_ratio=choice.max_p_ratio,
             events=events,
+            notes=self._scorer.told(),
             seconds=time.perf_counter() - started,
         )
 
@@ -201,7 +204,7 @@ class Selector:
         share = torch.arange(len(proxy)).tensor_split(backend.world_size)[backend.rank]
         parts = torch.zeros(0, dtype=torch.float64, device=backend.device)
         if len(share):
-            parts = backend.losses(proxy.take(share), micro_batch_size=self.config.score_micro_batch_size)
+            parts = backend.losses(proxy.take(share), micro_batch_size=self._scorer.micro_batch_size)
         return float(backend.combine(parts[:0], parts.sum().view(1))[1]) / len(proxy)
 
     def state_dict(self) -> dict[str, Any]:

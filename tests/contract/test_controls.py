@@ -24,9 +24,14 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_runs_pick_by_the_method_named(choice: str, tiny_corpus: Path, tmp_path: Path) -> None:
+def test_runs_pick_by_the_method_named(
+    choice: str, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     overrides = [*CHOICES[choice], "selection.warmup_steps=2", "selection.rho=0.5"]
     assert train(settings(tiny_corpus, tmp_path / "run", *overrides)) == 0
+    said = capsys.readouterr().out
+    assert said.count("scoring micro-batch 8 (takes ") == (choice != "domain_oracle")
+    assert "WARNING" not in said
     rows = [json.loads(line) for line in (tmp_path / "run" / "selection.jsonl").read_text().splitlines()]
     method = choice if choice in ("greats", "low_ppl", "mid_ppl", "dsir", "domain_oracle") else "opus"
     assert [row["method"] for row in rows] == ["uniform"] * 2 + [method] * (STEPS - 2)

@@ -202,6 +202,7 @@ def test_check_prints_what_a_run_would_be(corpus):
     for line in (
         "4 = 4 ranks / (tp 1 x cp 1 x pp 1)",
         "64, of which 32 are picked",
+        "16 on each rank at most, found from free memory at the first scored step",
         "2,048 per step, 2,048,000 in all",
         "8 sequences per step, 25.0% of the update tokens",
         "expected overhead │ 158.3%",

@@ -233,7 +233,7 @@ def test_resume_is_bitwise() -> None:
 
 
 def test_no_average_means_no_state() -> None:
-    selector = make(proxy_ema=0.0)
+    selector = make(proxy_ema=0.0, score_micro_batch_size=4)
     selector.select(batch(0), 0)
     assert selector.state_dict() == {}
 
@@ -331,6 +331,7 @@ def test_scored_length_cuts_candidates_not_the_proxy() -> None:
     [
         ({"temperature": 0.0}, K, "temperature=0.0: must be positive"),
         ({"layers": "("}, K, "is no regular expression"),
+        ({"score_micro_batch_size": 0}, K, "null finds it from the free memory"),
         ({"method": "high_ppl", "redundancy": 0.5}, K, "no Gram matrix"),
         ({}, 0, "num_selected=0"),
     ],
@@ -422,9 +423,10 @@ def test_adjoint_and_the_sketches_of_its_gram_matrix_come_from_one_pass(gram: st
     passes = []
     ghost_pass = backend.ghost_pass
     backend.ghost_pass = lambda *args, **kwargs: (passes.append(1), ghost_pass(*args, **kwargs))
-    diverse = make(backend, estimator="adjoint", redundancy=0.5, gram=gram).select(x, 0)
+    settings = {"estimator": "adjoint", "score_micro_batch_size": 16}
+    diverse = make(backend, **settings, redundancy=0.5, gram=gram).select(x, 0)
     assert len(passes) == 1
-    assert torch.equal(diverse.utilities, make(backend, estimator="adjoint").select(x, 0).utilities)
+    assert torch.equal(diverse.utilities, make(backend, **settings).select(x, 0).utilities)
 
 
 # -- the check of predictions ----------------------------------------------------------------------------------------
