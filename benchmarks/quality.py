@@ -39,6 +39,7 @@ from benchmarks.common import ROOT, interleaved, machine, parser, progress, star
 from benchmarks.pools import ensure_pool
 from megaopus.build import Corpora, build_trainer
 from megaopus.config import compose
+from megaopus.data.traits import ensure_traits
 from megaopus.demo import WANTED as DEMO_WANTED
 from megaopus.demo import ensure_corpus
 from megaopus.distributed.config import ParallelConfig
@@ -61,7 +62,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "predict": ("selection=opus_predict", SCORED, "selection.prescreen.traits=[ngrams,domain,shape]"),
     "oracle": ("selection=domain_oracle", "selection.rho=0.125"),
 }
-MAIN = ("uniform", "dsir", "exact", "published", "opus")
+MAIN = ("uniform", "dsir", "opus", "exact", "published")
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": ("optim=adamw", "optim.lr=2e-3"),
     "muon": ("optim=muon", "optim.lr=8e-3", "optim.muon_lr=0.01"),
@@ -95,7 +96,7 @@ class Plan:
     """On the pool 'mixed' too, and there the main ones with Muon."""
 
 
-FULL = Plan(600, 30, 40, (1, 2, 3), (1, 2, 3, 4, 5), 5, POOLS, MAIN, tuple(a for a in ARMS if a not in MAIN))
+FULL = Plan(600, 30, 32, (1, 2, 3), (1, 2, 3, 4, 5), 5, POOLS, MAIN, tuple(a for a in ARMS if a not in MAIN))
 QUICK = Plan(60, 10, 8, (1,), (1,), 2, ("demo",), ("uniform", "dsir", "opus"), ())
 HEADLINE = ("uniform", "dsir", "opus")
 HEADLINE_POOLS = ("mixed", "hard")
@@ -464,6 +465,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     results = Results(args.results or folder / "results.jsonl")
     study = Study(plan, jobs_of(plan, pools), places, results, folder)
+    for pool in pools:  # once, not in each of the runs at the same time
+        corpora = Corpora(compose([*COMMON, *places[pool]]))
+        ensure_traits(corpora.pool, corpora.proxy(), None, console)
     chosen = [
         job for job in study.jobs if job.arm in (args.arms or ARMS) and (not args.seeds or job.seed in args.seeds)
     ]
