@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -55,11 +56,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "dsir": ("selection=dsir",),
     "exact": ("selection=opus_exact", SCORED),
     "published": ("selection=opus_paper",),
-    "opus": ("selection=opus_predict", SCORED),
+    "opus": ("selection=opus", SCORED),
     "high_ppl": ("selection=high_ppl",),
     "greats": ("selection=greats", SCORED),
     "cascade": ("selection=opus_cascade", SCORED),
-    "predict": ("selection=opus_predict", SCORED, "selection.prescreen.traits=[ngrams,domain,shape]"),
+    "predict": ("selection=opus", SCORED, "selection.prescreen.traits=[ngrams,domain,shape]"),
     "oracle": ("selection=domain_oracle", "selection.rho=0.125"),
 }
 MAIN = ("uniform", "dsir", "opus", "exact", "published")
@@ -167,12 +168,7 @@ class Study:
 
     def key(self, job: Job) -> str:
         """Names a run by its settings as composed, and so by the files of configs/ too; paths are left out."""
-        config = asdict(compose(self.overrides(job)))
-        del config["run_dir"]
-        for name in ("path", "proxy_path", "validation_path", "traits_path"):
-            del config["data"][name]
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
-        return f"{job.pool}/{job.optimizer}/{job.arm}/{job.seed}/{digest}"
+        return f"{job.pool}/{job.optimizer}/{job.arm}/{job.seed}/{_digest(tuple(self.overrides(job)))}"
 
     def done(self) -> dict[tuple[str, str, str], dict[int, dict[str, Any]]]:
         """(pool, optimizer, arm) -> seed -> row, of the runs that are done."""
@@ -181,6 +177,15 @@ class Study:
             if (row := self.results.rows.get(self.key(job))) is not None:
                 found.setdefault((job.pool, job.optimizer, job.arm), {})[job.seed] = row
         return found
+
+
+@cache
+def _digest(overrides: tuple[str, ...]) -> str:
+    config = asdict(compose(list(overrides)))
+    del config["run_dir"]
+    for name in ("path", "proxy_path", "validation_path", "traits_path"):
+        del config["data"][name]
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -223,26 +228,27 @@ def _trained(study: Study, job: Job, threads: int) -> dict[str, Any]:
     if status:
         raise SystemExit(f"{run_dir}: training ended with exit status {status}; see {log}")
     run = load_run(run_dir)
-    row = {**asdict(job), **_summary(run, run_dir), "validations": [asdict(each) for each in run.validations]}
-    row |= {"tokens_per_step": run.steps[0].tokens, "commit": run.environment.get("git")}
+    row = {**asdict(job), **summary_of(run), "commit": run.environment.get("git")}
     shutil.rmtree(run_dir)
     log.unlink()
     return row
 
 
-def _summary(run: Run, run_dir: Path) -> dict[str, Any]:
-    """What selection did over the run."""
+def summary_of(run: Run) -> dict[str, Any]:
+    """What the study keeps of a run: its validations, and what selection did."""
     picked = Counter[int]()
-    with (run_dir / "selection.jsonl").open() as rows:
+    with (run.path / "selection.jsonl").open() as rows:
         for line in rows:
             picked.update(json.loads(line)["picked_ids"])
     domains = run.selections[0].share
     return {
+        "tokens_per_step": run.steps[0].tokens,
+        "step_s": statistics.median(row.step_s for row in run.steps),
         "share": {name: statistics.fmean(row.share[name] for row in run.selections) for name in domains},
         "unique_share": len(picked) / picked.total(),
         "uniform_steps": sum(row.method == "uniform" for row in run.selections),
         "events": sum(bool(row.events) for row in run.selections),
-        "step_s": statistics.median(row.step_s for row in run.steps),
+        "validations": [asdict(each) for each in run.validations],
     }
 
 

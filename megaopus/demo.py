@@ -1,75 +1,88 @@
-"""The demo: two runs of a small GPT from one warm-up, uniform and opus, on text found in this Python installation."""
+"""The demo: two runs of a small GPT from the same weights, uniform and opus, on text of this Python installation."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megaopus.checkpoint.checkpointer import complete_checkpoints
+from megaopus.errors import EngineError
 
 if TYPE_CHECKING:
     from megaopus.monitor.compare import Comparison, Run
 
 WANTED = "docs"
-WARM_STEPS = 300
+WARM_STEPS = 20
 LR_WARM_STEPS = 40
-STEPS = 500
+STEPS = 800
+ARMS = {"uniform": ("selection=uniform",), "opus": ("selection=opus", "selection.score_length=64")}
+"""opus: the default recipe, scoring half of the demo's sequences."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the ``demo`` verb."""
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1234, help="of data order, weights and sampling (%(default)s)")
-    parser.add_argument(
-        "--warm-steps", type=int, default=WARM_STEPS, metavar="N", help="shared uniform updates (%(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="updates of each arm after (%(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="updates of each run (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Build the corpus, train both arms, print the table, write report.html and summary.json."""
     from rich.console import Console
 
-    from megaopus.arms import OPUS, UNIFORM, Stretch
     from megaopus.monitor.compare import compare, load_run
     from megaopus.monitor.report import write_report
 
     console = Console()
     started = time.monotonic()
     corpus = ensure_corpus(args.out / "corpus", console)
-    stretch = Stretch(
-        folder=args.out,
-        settings=(
-            "experiment=demo",
-            f"data.path={corpus}",
-            f"data.wanted=[{WANTED}]",
-            f"optim.warmup_steps={min(LR_WARM_STEPS, args.warm_steps)}",
-        ),
-        warm_steps=args.warm_steps,
-        steps=args.steps,
-        seed=args.seed,
-        echo=lambda text: console.print(text, style="bold", highlight=False, markup=False, soft_wrap=True),
-    )
-    uniform = load_run(stretch.run("uniform", UNIFORM), "uniform")
-    opus = load_run(stretch.run("opus", OPUS), "opus")
-    comparison = compare(uniform, opus, args.warm_steps)
+    runs = {}
+    for name, overrides in ARMS.items():
+        run_dir = args.out / f"{name}_seed{args.seed}"
+        settings = ["experiment=demo", f"data.path={corpus}", f"data.wanted=[{WANTED}]", f"seed={args.seed}"]
+        settings += [f"train.steps={args.steps}", f"optim.warmup_steps={min(LR_WARM_STEPS, args.steps)}"]
+        settings += [*overrides, f"selection.warmup_steps={min(WARM_STEPS, args.steps)}"]
+        train(run_dir, args.steps, settings, console)
+        runs[name] = load_run(run_dir, name)
+    uniform, opus = runs["uniform"], runs["opus"]
+    comparison = compare(uniform, opus)
     summary = summarise(uniform, opus, comparison, args)
     summary_path = args.out / "summary.json"
     partial = summary_path.with_suffix(".partial")
     partial.write_text(json.dumps(summary, indent=1) + "\n")
     partial.replace(summary_path)
     report = write_report(
-        {"uniform": uniform, "opus": opus},
+        runs,
         args.out / "report.html",
-        start_step=args.warm_steps,
         title="megaopus demo: uniform against opus",
-        notes=[f"Both arms continue one uniform warm-up of {args.warm_steps} updates; wanted domain: {WANTED}."],
+        notes=[f"Both runs begin with the same weights and read the same stream of text; wanted domain: {WANTED}."],
     )
     print_table(console, uniform, opus, comparison)
     minutes = (time.monotonic() - started) / 60
     console.print(f"\nreport: {report}\nsummary: {summary_path}\n{minutes:.1f} minutes in all", highlight=False)
+
+
+def train(run_dir: Path, steps: int, settings: Sequence[str], console: Any) -> None:
+    """A ``train`` process of its own; a finished run is not run again, a killed one goes on."""
+    done = complete_checkpoints(run_dir)
+    if done and done[-1].name == f"step_{steps:08d}":
+        return
+    arguments = [*settings, f"run_dir={run_dir}"]
+    line = f"\n$ python -m megaopus train {shlex.join(arguments)}"
+    console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    status = subprocess.run([sys.executable, "-m", "megaopus", "train", *arguments], env=environment).returncode
+    if status:
+        raise EngineError(f"{run_dir}: training ended with exit status {status}; its message is above")
 
 
 def ensure_corpus(path: Path, console: Any) -> Path:
@@ -93,16 +106,15 @@ def summarise(uniform: Run, opus: Run, comparison: Comparison, args: argparse.Na
         "seeds": 1,
         "seed": args.seed,
         "uniform_fall": comparison.uniform_fall,
-        "warm_steps": args.warm_steps,
         "steps": args.steps,
-        "picked_share": {run.name: picked_share(run, args.warm_steps) for run in (uniform, opus)},
+        "picked_share": {run.name: picked_share(run) for run in (uniform, opus)},
         "comparison": asdict(comparison),
     }
 
 
-def picked_share(run: Run, start_step: int) -> dict[str, float]:
-    """Mean share of each domain among the picks after ``start_step``."""
-    rows = [row for row in run.selections if row.step >= start_step]
+def picked_share(run: Run) -> dict[str, float]:
+    """Mean share of each domain among the picks."""
+    rows = run.selections
     return {domain: sum(row.share[domain] for row in rows) / len(rows) for domain in rows[0].share}
 
 
@@ -110,11 +122,10 @@ def print_table(console: Any, uniform: Run, opus: Run, comparison: Comparison) -
     """The result as a table."""
     from rich.table import Table
 
-    start = comparison.start_step
-    steps = [row for row in uniform.steps if row.step >= start]
-    tokens = len(steps) * (steps[0].tokens // (steps[0].step + 1))
+    steps = uniform.steps
+    tokens = steps[-1].tokens
     seconds = sum(row.step_s for row in steps)
-    table = Table(title=f"{len(steps)} updates after a shared uniform warm-up of {start}", title_style="bold")
+    table = Table(title=f"{len(steps)} updates from the same random weights", title_style="bold")
     for column, justify in (("", "left"), ("uniform", "right"), ("opus", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_row(f"final loss on {WANTED}", f"{comparison.uniform_final_loss:.3f}", f"{comparison.final_loss:.3f}")
@@ -124,7 +135,7 @@ def print_table(console: Any, uniform: Run, opus: Run, comparison: Comparison) -
     base = sum(row.select_s for row in steps) / (seconds - sum(row.select_s for row in steps))
     table.add_row("scoring overhead over training", f"{base:.1%}", f"{comparison.overhead:.1%}")
     pool = opus.selections[-1].pool_share
-    shares = [picked_share(run, start) for run in (uniform, opus)]
+    shares = [picked_share(run) for run in (uniform, opus)]
     for domain in pool:
         table.add_row(f"picked from {domain}", *(f"{share[domain]:.1%}" for share in shares))
     console.print()

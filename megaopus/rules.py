@@ -200,20 +200,17 @@ def _candidates(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         return
     if config.selection.method == "uniform":
         return
-    key, what, value = "selection.rho", "global_batch_size / rho", rho
-    if config.selection.prescreen.mode == "predict":
-        key = what = "selection.prescreen.slice"
-        value = config.selection.prescreen.slice
-    elif config.selection.score_every > 1:
-        what = f"score_every x {what}"
+    if config.selection.prescreen.mode != "off":
+        return  # what does not divide is scored with a few more from the larger buffer
+    what = f"{'score_every x ' if config.selection.score_every > 1 else ''}global_batch_size / rho"
     num = config.num_scored()
     pp = config.parallel.pp if config.parallel.vpp > 1 else 1
     if num % dp:
         reason = f"{num} candidates ({what}) cannot be shared evenly by dp = {dp} ranks"
-        yield Problem(key, value, reason, f"make {what} a multiple of {dp}")
+        yield Problem("selection.rho", rho, reason, f"make {what} a multiple of {dp}")
     elif num // dp % pp:
         reason = f"{num // dp} candidates per dp rank are not a multiple of parallel.pp = {pp}, as parallel.vpp needs"
-        yield Problem(key, value, reason, f"make {what} a multiple of {dp * pp}")
+        yield Problem("selection.rho", rho, reason, f"make {what} a multiple of {dp * pp}")
 
 
 @_rule("selection.proxy_batch_size", "selection.method", "parallel")

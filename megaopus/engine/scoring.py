@@ -200,6 +200,11 @@ class MegatronScoringBackend(EngineScoringBackend):
 
     _engine: MegatronEngine
 
+    @property
+    def multiple(self) -> int:
+        """With virtual stages micro-batches come in groups."""
+        return self.world_size * self._engine.micro_batch_group
+
     @contextmanager
     def perturbed(self, direction: Gradient) -> Iterator[Callable[[float], None]]:
         """16-bit model weights become the cast of the fp32 ones moved, which are gathered once where sharded."""

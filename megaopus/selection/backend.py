@@ -124,6 +124,10 @@ class ScoringBackend(Protocol):
     """Data-parallel ranks."""
 
     @property
+    def multiple(self) -> int:
+        """Candidates are scored in multiples of this many at a time."""
+
+    @property
     def device(self) -> torch.device:
         """Where the model computes."""
 

@@ -50,6 +50,11 @@ class ModuleBackend:
         self.world_size = 1 if group is None else dist.get_world_size(group)
 
     @property
+    def multiple(self) -> int:
+        """Every rank scores as many as the others."""
+        return self.world_size
+
+    @property
     def coarse(self) -> bool:
         """Whether weights are rounded to 16 bits: by autocast around the loop, or as they are."""
         return torch.is_autocast_enabled(self.device.type) or any(

@@ -238,13 +238,11 @@ class Selector:
     # -- one buffer ---------------------------------------------------------------------------------------------------
 
     def _check_size(self, size: int, step: int) -> None:
-        ranks = self.backend.world_size
         if size < self._num_chosen:
             raise ValueError(f"step {step}: the buffer has {size} candidates, {self._num_chosen} are to be picked")
-        if self._num_scored(size) % ranks:
-            raise ValueError(
-                f"step {step}: {self._num_scored(size)} candidates do not divide over {ranks} data-parallel ranks"
-            )
+        scored, ranks = self._num_scored(size), self.backend.world_size
+        if scored + (-scored % self.backend.multiple) > size:
+            raise ValueError(f"step {step}: {scored} candidates do not divide over {ranks} data-parallel ranks")
 
     @property
     def _num_chosen(self) -> int:
@@ -275,7 +273,7 @@ class Selector:
             scored, uniform = self._prescreen.screen(
                 ids, buffer.allowed, trusted, self._num_scored(len(ids)), noise.key(self.seed, "slice", period)
             )
-        found, gram = self._scorer.score(candidates.take(scored), step, events)
+        found, gram = self._score(candidates, scored, step, events)
         utilities = None
         if found is not None:
             utilities = torch.full((len(ids),), torch.nan, dtype=torch.float64).index_copy(0, scored, found)
@@ -295,6 +293,20 @@ class Selector:
             choice = self._pick(buffer, values, None if gram is None else (scored, gram))
         choice.utilities, choice.predicted = utilities, predicted
         return choice
+
+    def _score(
+        self, candidates: Candidates, scored: Tensor, step: int, events: list[str]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """``Scorer.score`` of the candidates at ``scored`` (n,); where n does not divide over the ranks, of a few more.
+
+        Those are left out of the answer, so that it does not depend on the layout.
+        """
+        count = len(scored)
+        if extra := -count % self.backend.multiple:
+            rest = torch.ones(len(candidates), dtype=torch.bool).index_fill(0, scored, False)
+            scored = torch.cat([scored, rest.nonzero().flatten()[:extra]])
+        found, gram = self._scorer.score(candidates.take(scored), step, events)
+        return None if found is None else found[:count], None if gram is None else gram[:count, :count]
 
     def _uniform(self, ids: Tensor, among: Tensor, period: int) -> _Choice:
         """Any of the candidates at ``among``, each as likely as the others."""

@@ -90,7 +90,7 @@ def test_the_two_small_experiments_differ_in_the_selection_alone(corpus):
     }
 
 
-def test_boltzmann_is_opus_but_for_the_draw(corpus):
-    opus = differences(compose([f"data.path={corpus}", "selection=opus"]))
+def test_boltzmann_is_exact_opus_but_for_the_draw(corpus):
+    opus = differences(compose([f"data.path={corpus}", "selection=opus_exact"]))
     boltzmann = differences(compose([f"data.path={corpus}", "selection=opus_boltzmann"]))
     assert boltzmann == opus | {"selection.sampler": ("boltzmann", "top_k")}

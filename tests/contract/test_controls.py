@@ -17,9 +17,9 @@ CHOICES = {
     "mid_ppl": ["selection=mid_ppl"],
     "domain_oracle": ["selection=domain_oracle"],
     "dsir": ["selection=dsir"],
-    "adjoint": ["selection=opus", "selection.estimator=adjoint", "selection.layers=all"],
-    "kronecker": ["selection=opus", "selection.estimator=kronecker", "selection.sketch_dim=64"],
-    "window": ["selection=opus", "selection.score_length=8", "selection.score_window=random"],
+    "adjoint": ["selection=opus_exact", "selection.estimator=adjoint", "selection.layers=all"],
+    "kronecker": ["selection=opus_exact", "selection.estimator=kronecker", "selection.sketch_dim=64"],
+    "window": ["selection=opus_exact", "selection.score_length=8", "selection.score_window=random"],
 }
 
 
@@ -58,7 +58,7 @@ FALLS = ("predicted_fall", "uniform_fall", "realised_fall")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_checking_predictions_changes_nothing_else(optimizer: str, tiny_corpus: Path, tmp_path: Path) -> None:
     """Picks, losses, weights and optimizer state to the last bit, dropout on; rows where a check was due."""
-    common = ["selection=opus", *OPTIMIZERS[optimizer], "selection.warmup_steps=2", "model.dropout=0.1"]
+    common = ["selection=opus_exact", *OPTIMIZERS[optimizer], "selection.warmup_steps=2", "model.dropout=0.1"]
     runs = {}
     for every in (0, 3):
         overrides = settings(tiny_corpus, tmp_path / str(every), *common, f"selection.check_every={every}")
@@ -79,7 +79,7 @@ def test_checking_predictions_changes_nothing_else(optimizer: str, tiny_corpus: 
 def test_plain_sgd_does_what_was_predicted(tiny_corpus: Path, tmp_path: Path) -> None:
     """Without momentum, decay, clipping and the average of proxy gradients, nothing but higher orders is left out."""
     plain = [f"optim.{key}=0" for key in ("momentum", "weight_decay", "clip_grad")]
-    check = ["selection=opus", "selection.warmup_steps=0", "selection.proxy_ema=0", "selection.check_every=1"]
+    check = ["selection=opus_exact", "selection.warmup_steps=0", "selection.proxy_ema=0", "selection.check_every=1"]
     overrides = settings(tiny_corpus, tmp_path, "optim=sgd", "optim.lr=0.001", *plain, *check)
     assert train(overrides) == 0
     rows = [json.loads(line) for line in (tmp_path / "selection.jsonl").read_text().splitlines()]

@@ -21,7 +21,12 @@ from megaopus.config import RunConfig, compose
 STEPS = 10
 TIMING = ("time_s", "step_s", "select_s")
 SELECTIONS = {
-    "directional": ["selection=opus", "selection.warmup_steps=2", "selection.proxy_ema=0.9", "selection.check_every=2"],
+    "directional": [
+        "selection=opus_exact",
+        "selection.warmup_steps=2",
+        "selection.proxy_ema=0.9",
+        "selection.check_every=2",
+    ],
     "countsketch": [
         "selection=opus_boltzmann",
         "selection.estimator=countsketch",
@@ -30,7 +35,7 @@ SELECTIONS = {
         "selection.warmup_steps=2",
     ],
     "predict": [
-        "selection=opus",
+        "selection=opus_exact",
         "selection.warmup_steps=0",
         "selection.rho=0.25",
         "selection.proxy_every=3",
@@ -39,7 +44,7 @@ SELECTIONS = {
         "selection.prescreen.refit=16",
     ],
     "cascade": [
-        "selection=opus",
+        "selection=opus_exact",
         "selection.warmup_steps=1",
         "selection.rho=0.125",
         "selection.score_every=3",

@@ -189,13 +189,6 @@ COMBINED = [
         "engine.zero_stage=2",
     ),
     ("selection.prescreen.mode=cascade", 1, "selection.prescreen.mode = 'cascade'", "no utilities", "method=opus"),
-    (
-        "selection=opus selection.prescreen.mode=predict selection.prescreen.slice=3",
-        2,
-        "selection.prescreen.slice = 3",
-        "3 candidates (selection.prescreen.slice) cannot be shared evenly by dp = 2 ranks",
-        "a multiple of 2",
-    ),
     ("selection.redundancy=1 selection=high_ppl", 1, "selection.redundancy", "no Gram matrix", "redundancy=0"),
     ("selection=opus selection.check_every=-1", 1, "selection.check_every", "negative", "switches the check off"),
     ("selection.check_every=5", 1, "selection.check_every", "method uniform predicts nothing", "check_every=0"),

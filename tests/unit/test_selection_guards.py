@@ -20,7 +20,7 @@ K = 4
 class ByTable:
     """A backend that knows losses alone: those of a table; a candidate's batch is its row of tokens."""
 
-    rank, world_size, device, coarse = 0, 1, torch.device("cpu"), False
+    rank, world_size, multiple, device, coarse = 0, 1, 1, torch.device("cpu"), False
 
     def losses(self, candidates, **passes) -> Tensor:
         return candidates.batch()[:, -1].double()
