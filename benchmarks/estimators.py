@@ -231,7 +231,8 @@ def measure(
         backend = engine.scoring_backend()
         operator = backend.operator()
         assert operator is not None  # the optimizer has just been used
-        scene = Scene(backend, operator, backend.gradient(proxy), plan.micro_batch_size)
+        gradient = backend.gradient(proxy)
+        scene = Scene(backend, operator.bounded(gradient), gradient, plan.micro_batch_size)
         every = estimators(scene, plan, corpus.vocab_size)
         shared: dict[str, Any] = {"optimizer": optim.name, "loss_first": losses[0], "loss_last": losses[-1]}
         if only is None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from megaopus.monitor.compare import Comparison, Run
 
 WANTED = "docs"
-WARM_STEPS = 20
 LR_WARM_STEPS = 40
 STEPS = 800
 ARMS = {"uniform": ("selection=uniform",), "opus": ("selection=opus", "selection.score_length=64")}
@@ -50,8 +49,7 @@ def run(args: argparse.Namespace) -> None:
         run_dir = args.out / f"{name}_seed{args.seed}"
         settings = ["experiment=demo", f"data.path={corpus}", f"data.wanted=[{WANTED}]", f"seed={args.seed}"]
         settings += [f"train.steps={args.steps}", f"optim.warmup_steps={min(LR_WARM_STEPS, args.steps)}"]
-        settings += [*overrides, f"selection.warmup_steps={min(WARM_STEPS, args.steps)}"]
-        train(run_dir, args.steps, settings, console)
+        train(run_dir, args.steps, [*settings, *overrides], console)
         runs[name] = load_run(run_dir, name)
     uniform, opus = runs["uniform"], runs["opus"]
     comparison = compare(uniform, opus)

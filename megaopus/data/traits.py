@@ -51,6 +51,8 @@ class SequenceTraits:
         self._sketch, self._scalars, self._exact, self._near = (arrays[name] for name in _FILES)
         values = np.asarray(self._scalars, dtype=np.float64)
         self._mean, self._scale = values.mean(axis=0), np.maximum(values.std(axis=0), 1e-12)
+        odds = values[:, :2].sum(axis=1) - values[:, 2:4].sum(axis=1)
+        self._log_odds = (odds - odds.mean()) / max(float(odds.std()), 1e-12)
 
     @property
     def domain_names(self) -> list[str]:
@@ -73,12 +75,12 @@ class SequenceTraits:
         return torch.from_numpy(np.concatenate(parts, axis=1))
 
     def log_odds(self, ids: Tensor) -> Tensor:
-        """(n,) float64: mean log-likelihood of a sequence's hashed n-grams under the proxy less that under the pool.
+        """(n,) float64: log-likelihood of hashed n-grams under the proxy less that under the pool, z-scored.
 
-        The importance weight of DSIR (Xie et al. 2023, arXiv 2302.03169) per n-gram: all sequences have one length.
+        The importance weight of DSIR (Xie et al. 2023, arXiv 2302.03169): a mean over n-grams, since all sequences have
+        one length, in standard deviations over the pool.
         """
-        values = np.asarray(self._scalars[self._rows(ids)], dtype=np.float64)
-        return torch.from_numpy(values[:, :2].sum(axis=1) - values[:, 2:4].sum(axis=1))
+        return torch.from_numpy(self._log_odds[self._rows(ids)])
 
     def signatures(self, ids: Tensor, near: bool = False) -> Tensor:
         """(n,) int64: equal for equal tokens; ``near``: for sequences that share most of their 8-grams, mostly."""

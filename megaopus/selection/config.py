@@ -44,6 +44,8 @@ class PrescreenConfig:
     """Scores that the predictor is fitted to, the latest."""
     refit: int = 64
     """New scores after which it is fitted again."""
+    prior: float = 0.3
+    """What it expects before it has learnt: this times the z-scored n-gram log-odds of proxy over pool (DSIR)."""
     traits: list[str] = field(default_factory=lambda: list(TRAITS))
     """What it sees. ngrams: hashed uni- and bigrams; domain; likelihood: of them under proxy and pool (DSIR's); shape:
     shares of distinct n-grams."""
@@ -55,6 +57,8 @@ class PrescreenConfig:
         for key in ("multiple", "slice", "refit"):
             if getattr(self, key) < 1:
                 yield key, "must be at least 1", "see docs/selection.md"
+        if self.prior < 0:
+            yield "prior", "must not be negative", "0 begins with nothing, 0.3 is usual"
         if self.window < 64:
             yield "window", "must be at least 64", "1024 is usual"
         if not self.traits or set(self.traits) - set(TRAITS):

@@ -24,6 +24,7 @@ _FEWEST = 64
 class Prescreen:
     """Ridge regression of standardised utilities on a candidate's traits, over a window of the latest scores.
 
+    It starts from a prior, ``prior`` times the n-gram log-odds of proxy over pool, and learns what utilities add to it.
     A function of what it has learnt, so it is the same on every rank that has seen the same scores.
     """
 
@@ -38,10 +39,15 @@ class Prescreen:
         self._weights: Tensor | None = None  # (F + 1,), the intercept last
 
     def predict(self, ids: Tensor) -> Tensor | None:
-        """(n,) float64 predicted utilities, in standard deviations; None before the first fit."""
+        """(n,) float64 predicted utilities, in standard deviations; None before the first fit if there is no prior."""
         if self._weights is None:
-            return None
-        return self._traits.features(ids).double() @ self._weights[:-1] + self._weights[-1]
+            return self._prior(ids) if self._config.prior > 0 else None
+        return self._prior(ids) + self._traits.features(ids).double() @ self._weights[:-1] + self._weights[-1]
+
+    def _prior(self, ids: Tensor) -> Tensor:
+        if self._config.prior == 0:
+            return torch.zeros(len(ids), dtype=torch.float64)
+        return self._config.prior * self._traits.log_odds(ids)
 
     def learn(self, ids: Tensor, utilities: Tensor, uniform: Tensor) -> None:
         """Take in scores: ``ids`` (n,), ``utilities`` (n,), and which of them were drawn uniformly, (n,) bool.
@@ -94,14 +100,15 @@ class Prescreen:
         return scored, uniform[scored]
 
     def _fit(self) -> None:
-        """w = argmin |X w - y|^2 + ridge |w|^2 over the window, columns of X and blocks of y centred.
+        """w = argmin |X w - y|^2 + ridge |w|^2 over the window, columns centred; y: standardised, less the prior.
 
         ``ridge`` is the one of ``_RIDGES`` with the least squared error on each score when it is left out, which the
         fit to all tells: (y_i - y^_i) / (1 - H_ii), H = X (X^T X + ridge)^-1 X^T (Allen's PRESS, 1974).
         """
         features = self._traits.features(self._ids).double()
         mean = features.mean(dim=0)
-        target = _standardised(self._utilities)
+        prior = self._prior(self._ids)
+        target = _standardised(self._utilities) - (prior - prior.mean())
         centred = features - mean
         if len(centred) > centred.shape[1]:
             values, vectors = torch.linalg.eigh(centred.t() @ centred)

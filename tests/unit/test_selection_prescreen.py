@@ -25,6 +25,9 @@ class LinearTraits:
     def features(self, ids: Tensor) -> Tensor:
         return self.table[ids]
 
+    def log_odds(self, ids: Tensor) -> Tensor:
+        return self.table[ids, 1].double()
+
     def utilities(self, ids: Tensor, noise: float = 0.5) -> Tensor:
         known = self.table[ids, 0] - 2 * self.table[ids, 4]
         return 1e-3 * (known.double() + noise * self.noise[ids]) + 0.2
@@ -34,17 +37,17 @@ TRAITS = LinearTraits()
 
 
 def taught(steps: int, *, sign: int = 1, **settings) -> Prescreen:
-    prescreen = Prescreen(PrescreenConfig(mode="cascade", **settings), TRAITS)  # type: ignore[arg-type]
+    prescreen = Prescreen(PrescreenConfig(**{"mode": "cascade", "prior": 0.0, **settings}), TRAITS)  # type: ignore[arg-type]
     for step in range(steps):
         ids = torch.arange(8) + 8 * step
         prescreen.learn(ids, sign * TRAITS.utilities(ids), torch.tensor([True, False] * 4))
     return prescreen
 
 
-def by_hand(traits: LinearTraits, ids: Tensor, unseen: Tensor) -> Tensor:
+def by_hand(traits: LinearTraits, ids: Tensor, unseen: Tensor, prior: float) -> Tensor:
     """Predictions of ridge regression with the penalty of the least error on scores left out, one fit for each."""
-    columns = traits.features(ids).double()
-    centred, target = columns - columns.mean(dim=0), _standardised(traits.utilities(ids))
+    columns, odds = traits.features(ids).double(), prior * traits.log_odds(ids)
+    centred, target = columns - columns.mean(dim=0), _standardised(traits.utilities(ids)) - (odds - odds.mean())
 
     def weights(rows: Tensor, ridge: float) -> Tensor:
         left = centred[rows].t() @ centred[rows] + ridge * torch.eye(centred.shape[1], dtype=torch.float64)
@@ -58,19 +61,21 @@ def by_hand(traits: LinearTraits, ids: Tensor, unseen: Tensor) -> Tensor:
         for ridge in prescreen_module._RIDGES
     }
     best = min(errors, key=errors.__getitem__)
-    return (traits.features(unseen).double() - columns.mean(dim=0)) @ weights(everyone, best)
+    learnt = (traits.features(unseen).double() - columns.mean(dim=0)) @ weights(everyone, best)
+    return prior * traits.log_odds(unseen) + learnt
 
 
+@pytest.mark.parametrize("prior", [0.0, 0.3])
 @pytest.mark.parametrize("noise_traits", [0, 100])
-def test_weights_are_those_of_leaving_each_score_out(noise_traits: int) -> None:
+def test_weights_are_those_of_leaving_each_score_out(noise_traits: int, prior: float) -> None:
     """Both with fewer and with more traits than scores."""
     traits = LinearTraits()
     more = torch.randn(4000, noise_traits, generator=torch.Generator().manual_seed(1))
     traits.table = torch.cat([traits.table, more], 1)
-    prescreen = Prescreen(PrescreenConfig(), traits)  # type: ignore[arg-type]
+    prescreen = Prescreen(PrescreenConfig(prior=prior), traits)  # type: ignore[arg-type]
     ids, unseen = torch.arange(80), torch.arange(3000, 3050)
     prescreen.learn(ids, traits.utilities(ids), torch.ones(80, dtype=torch.bool))
-    torch.testing.assert_close(prescreen.predict(unseen), by_hand(traits, ids, unseen))
+    torch.testing.assert_close(prescreen.predict(unseen), by_hand(traits, ids, unseen, prior))
 
 
 def test_predictions_begin_after_enough_scores_and_follow_utilities() -> None:
@@ -81,6 +86,25 @@ def test_predictions_begin_after_enough_scores_and_follow_utilities() -> None:
     assert torch.corrcoef(pairs)[0, 1] > 0.95
     assert prescreen.correlation == pytest.approx(0.97, abs=0.03)
     assert prescreen.doubt() is None
+
+
+def test_it_starts_from_its_prior_and_unlearns_it_where_utilities_do_not_bear_it_out() -> None:
+    prescreen = Prescreen(PrescreenConfig(prior=0.5), TRAITS)  # type: ignore[arg-type]
+    unseen = torch.arange(2000, 3000)
+    odds = TRAITS.log_odds(unseen)
+    assert torch.equal(prescreen.predict(unseen), 0.5 * odds)
+    for step in range(128):
+        ids = torch.arange(8) + 8 * step
+        prescreen.learn(ids, TRAITS.noise[ids], torch.ones(8, dtype=torch.bool))
+    assert prescreen.predict(unseen).std() < 0.2
+    for step in range(128, 250):
+        ids = torch.arange(8) + 8 * step
+        prescreen.learn(ids, odds_alone(ids), torch.ones(8, dtype=torch.bool))
+    assert torch.corrcoef(torch.stack([prescreen.predict(unseen), odds]))[0, 1] > 0.95
+
+
+def odds_alone(ids: Tensor) -> Tensor:
+    return TRAITS.log_odds(ids) + TRAITS.noise[ids]
 
 
 def test_a_predictor_that_errs_is_doubted_until_it_has_learnt_better() -> None:
@@ -129,7 +153,7 @@ def test_screening_takes_the_promising_and_a_uniform_slice() -> None:
 
 def test_state_goes_through_json_and_on_to_the_last_bit() -> None:
     straight, first = taught(30), taught(21)
-    second = Prescreen(PrescreenConfig(mode="cascade"), TRAITS)  # type: ignore[arg-type]
+    second = Prescreen(PrescreenConfig(mode="cascade", prior=0.0), TRAITS)  # type: ignore[arg-type]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for step in range(21, 30):
         ids = torch.arange(8) + 8 * step
