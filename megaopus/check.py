@@ -160,6 +160,8 @@ def scoring_overhead(config: RunConfig) -> float:
     length = (selection.score_length or config.data.seq_len) / config.data.seq_len
     proxy = selection.proxy_batch_size / selection.proxy_every if selection.needs_proxy else 0
     scored = config.num_scored() / selection.score_every
+    if selection.prescreen.mode == "predict":
+        scored, proxy = scored / selection.prescreen.every, proxy / selection.prescreen.every
     return (scored * ratio * length + proxy) / train.global_batch_size
 
 

@@ -38,8 +38,10 @@ class PrescreenConfig:
     slice scored exactly keeps it trained."""
     multiple: int = 4
     """The buffer is this many times num_candidates."""
-    slice: int = 4
-    """Candidates drawn uniformly and scored exactly in each step, over all ranks."""
+    slice: int = 32
+    """Candidates drawn uniformly and scored exactly at a time, over all ranks."""
+    every: int = 8
+    """predict: steps from one such slice to the next; in between nothing is scored."""
     window: int = 1024
     """Scores that the predictor is fitted to, the latest."""
     refit: int = 64
@@ -54,7 +56,7 @@ class PrescreenConfig:
         """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
         if self.mode not in PRESCREENS:
             yield "mode", "unknown choice", f"use one of: {', '.join(PRESCREENS)}"
-        for key in ("multiple", "slice", "refit"):
+        for key in ("multiple", "slice", "every", "refit"):
             if getattr(self, key) < 1:
                 yield key, "must be at least 1", "see docs/selection.md"
         if self.prior < 0:

@@ -11,8 +11,11 @@ from megaopus.selection import noise, sampler
 from megaopus.selection.backend import Traits
 from megaopus.selection.config import PrescreenConfig
 
-_BLOCK = 64
-"""Neighbouring scores that are standardised together: the level and spread of utilities drift over training."""
+_BLOCK = 16
+"""Fewest scores that are standardised together: those of a step, or of several where a step has fewer.
+
+All utilities of a step share what its proxy gradient has in common with any text, which tells no candidates apart.
+"""
 _JUDGED = 256
 """Latest uniform scores that the predictor is judged by."""
 _RIDGES = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
@@ -35,6 +38,7 @@ class Prescreen:
         self._utilities = torch.empty(0, dtype=torch.float64)
         self._predicted = torch.empty(0, dtype=torch.float64)  # at the time, before its score was known; nan: not yet
         self._uniform = torch.empty(0, dtype=torch.bool)
+        self._steps = torch.empty(0, dtype=torch.int64)
         self._unfitted = 0  # scores since the last fit
         self._weights: Tensor | None = None  # (F + 1,), the intercept last
 
@@ -49,17 +53,19 @@ class Prescreen:
             return torch.zeros(len(ids), dtype=torch.float64)
         return self._config.prior * self._traits.log_odds(ids)
 
-    def learn(self, ids: Tensor, utilities: Tensor, uniform: Tensor) -> None:
-        """Take in scores: ``ids`` (n,), ``utilities`` (n,), and which of them were drawn uniformly, (n,) bool.
+    def learn(self, ids: Tensor, utilities: Tensor, uniform: Tensor, step: int) -> None:
+        """Take in a step's scores: ``ids`` (n,), ``utilities`` (n,), and which of them were drawn uniformly, (n,) bool.
 
-        Utilities that are not finite are left out. Refits after every ``refit_every`` calls' worth of scores.
+        Utilities that are not finite are left out. Fits again once there are ``refit`` new ones.
         """
         kept = utilities.isfinite()
         ids, utilities, uniform = ids[kept], utilities[kept], uniform[kept]
         predicted = self.predict(ids)
         if predicted is None:
             predicted = torch.full_like(utilities, torch.nan)
-        for name, new in (("_ids", ids), ("_utilities", utilities), ("_predicted", predicted), ("_uniform", uniform)):
+        steps = torch.full_like(ids, step)
+        new_of = {"_ids": ids, "_utilities": utilities, "_predicted": predicted, "_uniform": uniform, "_steps": steps}
+        for name, new in new_of.items():
             setattr(self, name, torch.cat([getattr(self, name), new])[-self._config.window :])
         self._unfitted += len(ids)
         if len(self._ids) >= _FEWEST and (self._weights is None or self._unfitted >= self._config.refit):
@@ -71,7 +77,7 @@ class Prescreen:
         judged = (self._uniform & self._predicted.isfinite()).nonzero().flatten()[-_JUDGED:]
         if len(judged) < _FEWEST:
             return None
-        pairs = torch.stack([self._predicted[judged], _standardised(self._utilities[judged])])
+        pairs = torch.stack([self._predicted[judged], _standardised(self._utilities[judged], self._steps[judged])])
         return float(torch.corrcoef(pairs)[0, 1].nan_to_num())
 
     def doubt(self) -> str | None:
@@ -108,7 +114,7 @@ class Prescreen:
         features = self._traits.features(self._ids).double()
         mean = features.mean(dim=0)
         prior = self._prior(self._ids)
-        target = _standardised(self._utilities) - (prior - prior.mean())
+        target = _standardised(self._utilities, self._steps) - (prior - prior.mean())
         centred = features - mean
         if len(centred) > centred.shape[1]:
             values, vectors = torch.linalg.eigh(centred.t() @ centred)
@@ -133,6 +139,7 @@ class Prescreen:
             "utilities": self._utilities.tolist(),
             "predicted": [None if value != value else value for value in self._predicted.tolist()],
             "uniform": self._uniform.int().tolist(),
+            "steps": self._steps.tolist(),
             "unfitted": self._unfitted,
             "weights": None if self._weights is None else self._weights.tolist(),
         }
@@ -144,14 +151,21 @@ class Prescreen:
         self._utilities = torch.tensor(state["utilities"], dtype=torch.float64)
         self._predicted = torch.tensor(predicted, dtype=torch.float64)
         self._uniform = torch.tensor(state["uniform"], dtype=torch.bool)
+        self._steps = torch.tensor(state["steps"], dtype=torch.int64)
         self._unfitted = int(state["unfitted"])
         weights = state["weights"]
         self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
 
 
-def _standardised(utilities: Tensor) -> Tensor:
-    """Each block of neighbours z-scored by itself; the first takes the rest of the division."""
-    blocks = max(1, len(utilities) // _BLOCK)
-    rest = len(utilities) - (blocks - 1) * _BLOCK
-    parts = utilities.split([rest] + [_BLOCK] * (blocks - 1))
+def _standardised(utilities: Tensor, steps: Tensor) -> Tensor:
+    """Blocks of neighbouring ``steps`` z-scored by themselves, ``_BLOCK`` scores each or more; both (n,)."""
+    _, sizes = steps.unique_consecutive(return_counts=True)
+    blocks = [0]
+    for size in sizes.tolist():
+        if blocks[-1] >= _BLOCK:
+            blocks.append(0)
+        blocks[-1] += size
+    if len(blocks) > 1 and blocks[-1] < _BLOCK:
+        blocks[-2:] = [sum(blocks[-2:])]
+    parts = utilities.split(blocks)
     return torch.cat([(part - part.mean()) / part.std(correction=0).clamp_min(1e-300) for part in parts])

@@ -273,7 +273,9 @@ class Selector:
             scored, uniform = self._prescreen.screen(
                 ids, buffer.allowed, trusted, self._num_scored(len(ids)), noise.key(self.seed, "slice", period)
             )
-        found, gram = self._score(candidates, scored, step, events)
+        found, gram = None, None
+        if self.config.prescreen.mode != "predict" or period % self.config.prescreen.every == 0:
+            found, gram = self._score(candidates, scored, step, events)
         utilities = None
         if found is not None:
             utilities = torch.full((len(ids),), torch.nan, dtype=torch.float64).index_copy(0, scored, found)
@@ -281,7 +283,7 @@ class Selector:
             if not bool(finite.all()):
                 events.append(f"utility not finite: candidates {ids[scored][~finite].tolist()}")
             if self._prescreen is not None and uniform is not None:
-                self._prescreen.learn(ids[scored], found, uniform)
+                self._prescreen.learn(ids[scored], found, uniform, step)
         if doubt:
             events.append(doubt)
         values = utilities

@@ -40,8 +40,9 @@ SELECTIONS = {
         "selection.rho=0.25",
         "selection.proxy_every=3",
         "selection.prescreen.mode=predict",
-        "selection.prescreen.slice=16",
+        "selection.prescreen.slice=32",
         "selection.prescreen.refit=16",
+        "selection.prescreen.every=2",
     ],
     "cascade": [
         "selection=opus_exact",

@@ -21,7 +21,10 @@ GUARDS = GuardConfig(domain_floor=0.4, exposure_window=4)
 COMMON: dict[str, Any] = {"method": "opus", "epsilon": 1.0, "score_micro_batch_size": 4, "guards": GUARDS}
 SETTINGS = {
     # a slice of 18 does not divide over 4 ranks
-    "predict": {"proxy_every": 3, "prescreen": PrescreenConfig(mode="predict", multiple=3, slice=18, refit=16)},
+    "predict": {
+        "proxy_every": 3,
+        "prescreen": PrescreenConfig(mode="predict", multiple=3, slice=18, every=1, refit=16),
+    },
     "cascade": {"score_every": 2, "prescreen": PrescreenConfig(mode="cascade", multiple=2, slice=5, refit=16)},
 }
 LAYOUTS = {

@@ -123,7 +123,7 @@ def test_settings_changed_on_resume_are_named_and_used(
 ) -> None:
     constant = ["optim.schedule=constant", "optim.weight_decay=0.1"]
     assert train(settings(tiny_corpus, tmp_path / "run", *constant, "optim.lr=1e-3", "train.steps=6")) == 0
-    more = [*constant, "optim.lr=2e-3", "optim.betas=[0.8,0.9]", "train.steps=8", "selection=opus"]
+    more = [*constant, "optim.lr=2e-3", "optim.betas=[0.8,0.9]", "train.steps=8", "selection=opus_exact"]
     capsys.readouterr()
     assert train(settings(tiny_corpus, tmp_path / "run", *more, "selection.warmup_steps=0")) == 0
     said = capsys.readouterr().out

@@ -40,14 +40,17 @@ def taught(steps: int, *, sign: int = 1, **settings) -> Prescreen:
     prescreen = Prescreen(PrescreenConfig(**{"mode": "cascade", "prior": 0.0, **settings}), TRAITS)  # type: ignore[arg-type]
     for step in range(steps):
         ids = torch.arange(8) + 8 * step
-        prescreen.learn(ids, sign * TRAITS.utilities(ids), torch.tensor([True, False] * 4))
+        prescreen.learn(ids, sign * TRAITS.utilities(ids), torch.tensor([True, False] * 4), step)
     return prescreen
 
 
 def by_hand(traits: LinearTraits, ids: Tensor, unseen: Tensor, prior: float) -> Tensor:
     """Predictions of ridge regression with the penalty of the least error on scores left out, one fit for each."""
     columns, odds = traits.features(ids).double(), prior * traits.log_odds(ids)
-    centred, target = columns - columns.mean(dim=0), _standardised(traits.utilities(ids)) - (odds - odds.mean())
+    centred, target = (
+        columns - columns.mean(dim=0),
+        _standardised(traits.utilities(ids), torch.zeros_like(ids)) - (odds - odds.mean()),
+    )
 
     def weights(rows: Tensor, ridge: float) -> Tensor:
         left = centred[rows].t() @ centred[rows] + ridge * torch.eye(centred.shape[1], dtype=torch.float64)
@@ -74,7 +77,7 @@ def test_weights_are_those_of_leaving_each_score_out(noise_traits: int, prior: f
     traits.table = torch.cat([traits.table, more], 1)
     prescreen = Prescreen(PrescreenConfig(prior=prior), traits)  # type: ignore[arg-type]
     ids, unseen = torch.arange(80), torch.arange(3000, 3050)
-    prescreen.learn(ids, traits.utilities(ids), torch.ones(80, dtype=torch.bool))
+    prescreen.learn(ids, traits.utilities(ids), torch.ones(80, dtype=torch.bool), 0)
     torch.testing.assert_close(prescreen.predict(unseen), by_hand(traits, ids, unseen, prior))
 
 
@@ -84,7 +87,7 @@ def test_predictions_begin_after_enough_scores_and_follow_utilities() -> None:
     unseen = torch.arange(2000, 3000)
     pairs = torch.stack([prescreen.predict(unseen), TRAITS.utilities(unseen)])
     assert torch.corrcoef(pairs)[0, 1] > 0.95
-    assert prescreen.correlation == pytest.approx(0.97, abs=0.03)
+    assert prescreen.correlation > 0.85
     assert prescreen.doubt() is None
 
 
@@ -95,11 +98,11 @@ def test_it_starts_from_its_prior_and_unlearns_it_where_utilities_do_not_bear_it
     assert torch.equal(prescreen.predict(unseen), 0.5 * odds)
     for step in range(128):
         ids = torch.arange(8) + 8 * step
-        prescreen.learn(ids, TRAITS.noise[ids], torch.ones(8, dtype=torch.bool))
+        prescreen.learn(ids, TRAITS.noise[ids], torch.ones(8, dtype=torch.bool), step)
     assert prescreen.predict(unseen).std() < 0.2
     for step in range(128, 250):
         ids = torch.arange(8) + 8 * step
-        prescreen.learn(ids, odds_alone(ids), torch.ones(8, dtype=torch.bool))
+        prescreen.learn(ids, odds_alone(ids), torch.ones(8, dtype=torch.bool), step)
     assert torch.corrcoef(torch.stack([prescreen.predict(unseen), odds]))[0, 1] > 0.95
 
 
@@ -112,10 +115,10 @@ def test_a_predictor_that_errs_is_doubted_until_it_has_learnt_better() -> None:
         prescreen = taught(40, refit=refit)
         for step in range(40, 300):  # the world has turned over
             ids = torch.arange(8) + 8 * step
-            prescreen.learn(ids, -TRAITS.utilities(ids), torch.ones(8, dtype=torch.bool))
+            prescreen.learn(ids, -TRAITS.utilities(ids), torch.ones(8, dtype=torch.bool), step)
         assert (prescreen.doubt() is not None) == doubted
         if doubted:
-            assert "correlation with utilities is -0.9" in str(prescreen.doubt())
+            assert "correlation with utilities is -0.8" in str(prescreen.doubt())
 
 
 def test_scores_that_are_not_finite_teach_nothing() -> None:
@@ -123,8 +126,8 @@ def test_scores_that_are_not_finite_teach_nothing() -> None:
     ids = torch.arange(160, 164)
     utilities = TRAITS.utilities(ids)
     utilities[[1, 3]] = torch.tensor([torch.nan, torch.inf], dtype=torch.float64)
-    prescreen.learn(ids, utilities, torch.ones(4, dtype=torch.bool))
-    expected.learn(ids[::2], utilities[::2], torch.ones(2, dtype=torch.bool))
+    prescreen.learn(ids, utilities, torch.ones(4, dtype=torch.bool), 20)
+    expected.learn(ids[::2], utilities[::2], torch.ones(2, dtype=torch.bool), 20)
     assert prescreen.state_dict() == expected.state_dict()
 
 
@@ -157,13 +160,19 @@ def test_state_goes_through_json_and_on_to_the_last_bit() -> None:
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for step in range(21, 30):
         ids = torch.arange(8) + 8 * step
-        second.learn(ids, TRAITS.utilities(ids), torch.tensor([True, False] * 4))
+        second.learn(ids, TRAITS.utilities(ids), torch.tensor([True, False] * 4), step)
     assert second.state_dict() == straight.state_dict()
     assert torch.equal(second.predict(torch.arange(100)), straight.predict(torch.arange(100)))
 
 
-def test_levels_and_spreads_of_blocks_do_not_matter() -> None:
+def test_levels_and_spreads_of_steps_do_not_matter() -> None:
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(200, dtype=torch.float64, generator=generator)
-    drift = torch.cat([values[:72], 1e-4 * values[72:136] - 3, 50 * values[136:] + 9])
-    torch.testing.assert_close(_standardised(drift), _standardised(values))
+    values = torch.randn(100, dtype=torch.float64, generator=generator)
+    steps = torch.tensor([0] * 40 + [3] * 20 + [4] * 10 + [5] * 10 + [7] * 17 + [8] * 3)
+    blocks = (slice(0, 40), slice(40, 60), slice(60, 80), slice(80, 100))  # 10 and 10, 17 and 3 go together
+    drift = torch.cat([values[cut] * (1 + 9 * i) - 3 * i for i, cut in enumerate(blocks)])
+    found = _standardised(drift, steps)
+    torch.testing.assert_close(found, _standardised(values, steps))
+    for cut in blocks:
+        assert float(found[cut].mean()) == pytest.approx(0, abs=1e-12)
+        assert float(found[cut].std(correction=0)) == pytest.approx(1)
