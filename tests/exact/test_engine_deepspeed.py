@@ -15,8 +15,9 @@ from megaopus.engine.config import ZERO_STAGES, EngineConfig
 from megaopus.engine.deepspeed import DeepSpeedEngine
 from megaopus.errors import EngineError
 from megaopus.optim.config import OptimConfig
+from tests.exact.scoring_runs import select_each, trained
 from tests.exact.test_engine_layouts import assert_close, build, train
-from tests.exact.test_scoring_layouts import assert_same_picks, select
+from tests.exact.test_scoring_layouts import assert_same_picks
 from tests.harness import random_batch, run_ranks, tiny_engine
 
 LAYOUTS = {
@@ -25,6 +26,8 @@ LAYOUTS = {
     "dp2-tp2-sp": (4, ParallelConfig(tp=2, sequence_parallel=True)),
 }
 MODELS = ("gpt2", "llama")
+CASE = ("llama", "adamw")
+"""The model and optimizer that selections are made with."""
 SOME_KEPT_WHOLE = 2000
 """Elements: between the norms and the matrices of the small models, so that stage 3 has parameters of both kinds."""
 
@@ -47,7 +50,7 @@ def train_and_select(parallel: ParallelConfig) -> dict[tuple, Any]:
             ("train", m, s): train(build(mesh, (m, "adamw"), parallel, zero(s))) for m in models for s in stages
         }
         stages = ZERO_STAGES if parallel.tp == 1 else (3,)
-        return found | {("select", s): select(mesh, MODELS[1], "adamw", parallel, zero(s)) for s in stages}
+        return found | {("select", s): select_each(trained(mesh, CASE, parallel, zero(s))) for s in stages}
     finally:
         mesh.close()
 
@@ -57,7 +60,7 @@ def one_process() -> dict:
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
         trained = {("train", m): train(build(mesh, (m, "adamw"), ParallelConfig())) for m in MODELS}
-        return trained | {("select",): select(mesh, MODELS[1], "adamw", ParallelConfig())}
+        return trained | {("select",): select_each(trained(mesh, CASE, ParallelConfig()))}
     finally:
         mesh.close()
 
