@@ -2,7 +2,8 @@
 
 Prints five tables and writes an object:
 rows      {estimator, optimizer, cost_ratio, floor_ratio}: as in estimators.py, at one shape
-layouts   {layout, engine, estimator, optimizer, max_rel_error, identical_picks}: against one process, over two steps
+layouts   {layout, engine, model, estimator, optimizer, max_rel_error, identical_picks}: against one process, over two
+          steps
 overhead  {measured, floor, ratio}: seconds of a selection over those of a uniform training step, N = 2K candidates
           scored over a twelfth of their length; floor by FLOPs: (N/K)(L_score/L)(2/3) for two forwards + proxy / K
 passes    {estimator, tokens, tokens_per_second}: scoring by passes of 256 to 8192 tokens, for selection's PASS_TOKENS
@@ -42,8 +43,8 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.selection import SelectionConfig, Selector, adjoint_utilities
-from tests.exact.test_scoring_layouts import every_layout, select_layout
-from tests.harness import random_batch, run_ranks, tiny_engine
+from tests.exact.scoring_runs import LAYOUTS, relative_error, same_picks, select_all
+from tests.harness import random_batch, run_layouts, run_ranks, tiny_engine
 
 TARGETS = {"directional": 0.70, "adjoint": 1.0, "countsketch_8192": 1.0}
 OVERHEAD_TARGET = 1.3
@@ -81,35 +82,25 @@ def costs(plan: estimators.Plan, corpus: Corpus, clock: str, bar: Progress) -> l
 
 
 def layouts(bar: Progress) -> list[dict[str, Any]]:
-    """Utilities and picks of each layout beside those of one process."""
-    alone = select_layout("one")
-    rows = []
+    """Utilities and picks of each layout beside those of one process: every setting, model style and optimizer."""
+    alone = select_all("one")
     task = bar.add_task("layouts", total=1)
-    for layout, ranks in every_layout().items():
-        for case, settings in ranks[0].items():
-            if case == "faults":
-                continue
-            model, optimizer = case
-            for name, steps in settings.items():
-                pairs = [
-                    (found[model, optimizer][name][index], alone[model, optimizer][name][index])
-                    for found in ranks
-                    for index in range(len(steps))
-                ]
-                errors = [float((mine[1] - one[1]).norm() / one[1].norm()) for mine, one in pairs]
-                rows.append(
-                    {
-                        "layout": layout,
-                        "engine": "megatron",
-                        "model": model,
-                        "estimator": name,
-                        "optimizer": optimizer,
-                        "max_rel_error": max(errors),
-                        "identical_picks": all(mine[0] == one[0] for mine, one in pairs),
-                    }
-                )
+    found = run_layouts({layout: size for layout, (size, _) in LAYOUTS.items()}, select_all, timeout_s=1800)
     bar.advance(task)
-    return rows
+    return [
+        {
+            "layout": layout,
+            "engine": "megatron",
+            "model": model,
+            "estimator": name,
+            "optimizer": optimizer,
+            "max_rel_error": max(relative_error(rank[model, optimizer][name], expected) for rank in ranks),
+            "identical_picks": all(same_picks(rank[model, optimizer][name], expected) for rank in ranks),
+        }
+        for layout, ranks in found.items()
+        for model, optimizer in ranks[0]
+        for name, expected in alone[model, optimizer].items()
+    ]
 
 
 def overhead(plan: Plan, corpus: Corpus, clock: str, bar: Progress) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,22 @@ from megaopus.optim.config import OptimConfig
 
 ENGINES = {"megatron": MegatronEngine, "deepspeed": DeepSpeedEngine}
 TINY = ModelConfig(num_layers=2, hidden_size=32, num_heads=4)
+LLAMA = replace(
+    TINY,
+    num_kv_heads=2,
+    position="rope",
+    norm="rmsnorm",
+    activation="swiglu",
+    bias=False,
+    tied=False,
+    qk_norm=True,
+)
+MODELS = {
+    "gpt2": TINY,
+    "llama": LLAMA,
+    "gpt2-4-layers": replace(TINY, num_layers=4),
+    "llama-4-layers": replace(LLAMA, num_layers=4),
+}
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 180) -> list[Any]:
@@ -146,6 +162,13 @@ def tiny_engine(
         total_steps=100,
         seed=0,
     )
+
+
+def state_of(engine: Any) -> list[torch.Tensor]:
+    """Copies of this rank's weights, fp32 main weights and optimizer state."""
+    weights = [*engine.module.parameters(), *engine.scoring_backend().parameters().values()]
+    states = [value for o in engine.optimizer.torch_optimizers for s in o.state.values() for value in s.values()]
+    return [tensor.detach().clone() for tensor in (*weights, *states)]
 
 
 def random_batch(size: int, step: int, *, seq_len: int = 16, vocab_size: int = 128) -> TokenCandidates:

@@ -132,6 +132,8 @@ class MegatronEngine:
             raise ValueError(f"{len(share)} sequences per rank are not a multiple of pp = {self.micro_batch_group}")
         length = min(length or self.seq_len, self.seq_len)
         self.ddp.eval()
+        for chunk in self.chunks:
+            chunk.decoder.training = True  # whether it recomputes; dropout is decided by the modules inside
         with self.mesh.megatron():
             self._zero_gradients()
             micro = math.gcd(group_size, self.micro_batch_size)

@@ -138,6 +138,11 @@ class Scorer:
             of_parameters = config.estimator in ("directional", "exact")
             uses = names if of_parameters else ghost_layers(self.backend, self._layers)
             require_some(self.backend, len(uses), self._layers)
+            if config.method == "greats" and of_parameters and config.epsilon is None and self.backend.coarse:
+                raise ValueError(
+                    "method greats scores along lr * gradient, a step too small for weights rounded to 16 bits, so that"
+                    " directional scoring would measure the rounding: use estimator=adjoint (or set epsilon)"
+                )
             self._matched = True
         given = (self.backend, mine, operator, gradient)
         if config.estimator == "exact":

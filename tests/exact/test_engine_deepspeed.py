@@ -18,8 +18,9 @@ from megaopus.engine.zero_muon import Matrix, ZeroMuon
 from megaopus.errors import EngineError
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.muon import Muon
+from tests.exact.scoring_runs import select_each, trained
 from tests.exact.test_engine_layouts import OPTIMIZERS, assert_close, build, train
-from tests.exact.test_scoring_layouts import assert_same_picks, select
+from tests.exact.test_scoring_layouts import assert_same_picks
 from tests.harness import random_batch, run_ranks, tiny_engine
 
 LAYOUTS = {
@@ -47,12 +48,12 @@ def train_and_select(parallel: ParallelConfig) -> dict[tuple, Any]:
     mesh = Mesh(parallel, "cpu")
     try:
         both = mesh.shape.dp > 1 and parallel.tp > 1
-        trained = BOTH if both else product(TRAINED, ZERO_STAGES)
+        chosen = BOTH if both else product(TRAINED, ZERO_STAGES)
         found: dict[tuple, Any] = {
-            ("train", case, stage): train(build(mesh, case, parallel, zero(stage))) for case, stage in trained
+            ("train", case, stage): train(build(mesh, case, parallel, zero(stage))) for case, stage in chosen
         }
         for optimizer, stage in product(OPTIMIZERS, (3,) if both else ZERO_STAGES):
-            found["select", optimizer, stage] = select(mesh, "llama", optimizer, parallel, zero(stage))
+            found["select", optimizer, stage] = select_each(trained(mesh, ("llama", optimizer), parallel, zero(stage)))
         return found
     finally:
         mesh.close()
@@ -64,7 +65,7 @@ def one_process() -> dict:
     try:
         one = ParallelConfig()
         found: dict[tuple, Any] = {("train", case): train(build(mesh, case, one)) for case in TRAINED}
-        return found | {("select", o): select(mesh, "llama", o, one) for o in OPTIMIZERS}
+        return found | {("select", o): select_each(trained(mesh, ("llama", o), one)) for o in OPTIMIZERS}
     finally:
         mesh.close()
 

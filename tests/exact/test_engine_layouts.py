@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,29 +13,10 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.megatron import MegatronEngine
-from megaopus.models.config import ModelConfig
 from megaopus.models.gpt import full_parameters, whole_names
 from megaopus.optim.config import OptimConfig
-from tests.harness import TINY, random_batch, run_layouts, tiny_engine
+from tests.harness import MODELS, random_batch, run_layouts, tiny_engine
 
-LLAMA = ModelConfig(
-    num_layers=2,
-    hidden_size=32,
-    num_heads=4,
-    num_kv_heads=2,
-    position="rope",
-    norm="rmsnorm",
-    activation="swiglu",
-    bias=False,
-    tied=False,
-    qk_norm=True,
-)
-MODELS = {
-    "gpt2": TINY,
-    "llama": LLAMA,
-    "gpt2-4-layers": replace(TINY, num_layers=4),
-    "llama-4-layers": replace(LLAMA, num_layers=4),
-}
 OPTIMIZERS = {
     # eps above rounding noise: at 1e-8, Adam's first steps turn the last bit of a tiny gradient into a full step
     "adamw": OptimConfig(name="adamw", lr=3e-3, eps=1e-4, warmup_steps=2),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -23,19 +22,8 @@ from megaopus.selection.direction import directional_utilities
 from megaopus.selection.exact import exact_utilities
 from megaopus.selection.sketch import CountSketchEstimator
 from tests.exact.estimators_toy import SEQ_LEN, VOCAB, buffer, proxy, spearman
-from tests.harness import TINY, TokenCandidates, run_ranks, tiny_engine
+from tests.harness import MODELS, TINY, TokenCandidates, run_ranks, state_of, tiny_engine
 
-LLAMA = replace(
-    TINY,
-    num_kv_heads=2,
-    position="rope",
-    norm="rmsnorm",
-    activation="swiglu",
-    bias=False,
-    tied=False,
-    qk_norm=True,
-)
-MODELS = {"gpt2": TINY, "llama": LLAMA}
 OPTIMIZERS = {
     "adamw": OptimConfig(name="adamw", lr=3e-3, warmup_steps=5, schedule="constant"),
     "muon": OptimConfig(name="muon", lr=3e-3, muon_lr=0.02, warmup_steps=5, schedule="constant"),
@@ -228,7 +216,7 @@ def trained(mesh: Mesh) -> Callable[[str, str], MegatronEngine]:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_estimators_agree_with_the_oracle(model: str, optimizer: str, trained: Callable) -> None:
     engine = trained(model, optimizer)
     backend = engine.scoring_backend()
@@ -272,12 +260,6 @@ def test_perturbed_weights_come_back_to_the_last_bit(precision: str, fails: bool
     assert all(not torch.equal(moved, old) for moved, old in zip(inside, before, strict=False))
     after = [*engine.module.parameters(), *backend.parameters().values()]
     assert all(torch.equal(new, old) for new, old in zip(after, before, strict=True))
-
-
-def state_of(engine: MegatronEngine) -> list[Any]:
-    weights = [*engine.module.parameters(), *engine.scoring_backend().parameters().values()]
-    states = [value for o in engine.optimizer.torch_optimizers for s in o.state.values() for value in s.values()]
-    return [tensor.detach().clone() for tensor in (*weights, *states)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -1,7 +1,8 @@
-"""Scoring at every layout equals one process: the same utilities, the same picks."""
+"""Scoring at every layout equals one process: the same utilities, the same picks, and no trace in training."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,59 +11,198 @@ import torch
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
-from megaopus.optim.config import OptimConfig
 from megaopus.selection import Selection, SelectionConfig, Selector
-from tests.exact.test_engine_layouts import MODELS
-from tests.harness import random_batch, run_layouts, tiny_engine
+from tests.exact.scoring_runs import (
+    CASES,
+    COMMON,
+    LAYOUTS,
+    OPTIMIZERS,
+    SETTINGS,
+    Picks,
+    cases,
+    meshed,
+    proxy_loss,
+    relative_error,
+    same_picks,
+    select,
+    select_each,
+    trained,
+)
+from tests.harness import MODELS, random_batch, run_layouts, state_of, tiny_engine
 
-OPTIMIZERS = {
-    # eps above rounding noise: at 1e-8, an embedding row hardly ever seen turns the last bit into a large step
-    "adamw": OptimConfig(name="adamw", lr=1e-2, eps=1e-4),
-    "muon": OptimConfig(name="muon", lr=1e-2, eps=1e-4, muon_lr=0.02),
+EVERY_SETTING = (("gpt2-4-layers", "adamw"), ("llama-4-layers", "muon"))
+PRODUCTS = {
+    "dp2-cp2": ("llama-4-layers", "muon"),
+    "cp2-tp2-sp": ("llama-4-layers", "muon"),
+    "cp2-pp2-vpp2": ("gpt2-4-layers", "adamw"),
 }
-CASES = (("gpt2-4-layers", "adamw"), ("llama-4-layers", "muon"))
-COMMON: dict[str, Any] = {"method": "opus", "proxy_batch_size": 4, "score_micro_batch_size": 4, "sketch_dim": 256}
-SETTINGS: dict[str, dict[str, Any]] = {
-    # a whole step: the difference of two fp32 losses is then well above their rounding
-    "directional": {"redundancy": 0.5, "epsilon": 1.0},
-    "directional-blocks": {"layers": r"layers\.[13]\.", "epsilon": 4.0, "score_length": 8},
-    "adjoint": {"estimator": "adjoint", "layers": "all", "proxy_ema": 0.0},
-    "countsketch": {"estimator": "countsketch", "sampler": "boltzmann"},
-    "kronecker": {"estimator": "kronecker", "redundancy": 0.5},
-    "high_ppl": {"method": "high_ppl"},
-}
-LAYOUTS = {
-    "dp2": (2, ParallelConfig()),
-    "dp4": (4, ParallelConfig()),
-    "tp2": (2, ParallelConfig(tp=2)),
-    "tp2-sp": (2, ParallelConfig(tp=2, sequence_parallel=True)),
-    "pp2": (2, ParallelConfig(pp=2)),
-    "pp2-vpp2": (2, ParallelConfig(pp=2, vpp=2)),
-    "cp2": (2, ParallelConfig(cp=2)),
-    "tp2-sp-pp2": (4, ParallelConfig(tp=2, pp=2, sequence_parallel=True)),
-    "dp2-tp2-sp": (4, ParallelConfig(tp=2, sequence_parallel=True)),
-    "dp2-pp2": (4, ParallelConfig(pp=2)),
-    "dp2-distributed-optimizer": (2, ParallelConfig(distributed_optimizer=True)),
-}
+"""Layouts of which one case is enough here: benchmarks/scoring.py compares every setting of every case at every one."""
+SOME_SETTINGS = ("directional", "adjoint", "countsketch")
+CROSSED = ("one", "dp2", "tp2", "pp2", "cp2", "dp2-distributed-optimizer")
+"""Where the other two cases are compared as well, by some settings."""
+DROPOUT = ("one", "tp2", "pp2", "cp2")
+ESTIMATORS = [name for name, settings in SETTINGS.items() if "method" not in settings]
+RECOMPUTE = ("one", "pp2", "pp2-vpp2")
 
 
-def select(
-    mesh: Mesh, model: str, optimizer: str, parallel: ParallelConfig, kind: EngineConfig | None = None
-) -> dict[str, Any]:
-    """(picked ids, utilities, proxy loss) of each setting's steps 2 and 3, after two updates; ``kind`` of engine."""
-    engine = tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel, engine=kind)
-    for step in range(2):
-        engine.train_step(random_batch(8, step))
-    found = {}
-    for name, settings in SETTINGS.items():
-        config = SelectionConfig(**{**COMMON, **settings})
-        selector = Selector(
-            config, engine.scoring_backend(), num_selected=6, proxy=lambda step: random_batch(4, 700 + step), seed=7
-        )
-        picks = [selector.select(random_batch(16, step), step) for step in (2, 3)]
-        assert all(pick.method == config.method and not pick.events for pick in picks)
-        found[name] = [(pick.picked_ids.tolist(), pick.utilities, selector.proxy_loss(pick.step)) for pick in picks]
+def select_layout(layout: str) -> dict[Any, Any]:
+    """What one rank finds at one layout: picks by case, and the outcome of each check below by its name."""
+    found: dict[Any, Any] = {}
+    with meshed(layout) as (mesh, parallel):
+        for case in cases(parallel):
+            if case in EVERY_SETTING and PRODUCTS.get(layout, case) == case:
+                found[case], found["traces", case] = select_and_go_on(mesh, case, parallel)
+            elif layout in CROSSED:
+                found[case] = select_each(trained(mesh, case, parallel), SOME_SETTINGS)
+        found["proxy loss"] = proxy_loss(trained(mesh, EVERY_SETTING[0], parallel))
+        if layout not in PRODUCTS:
+            found["faults"] = select_with_faults(mesh, parallel)
+        if layout in DROPOUT:
+            found["dropout"] = select_with_dropout(mesh, parallel)
+        if layout in RECOMPUTE:
+            found["recompute"] = select_with_recompute(mesh, parallel)
     return found
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict:
+    return select_layout("one")
+
+
+@pytest.fixture(scope="module")
+def ranks(one_process: dict) -> dict[str, list[dict]]:
+    """Layout -> what each rank found."""
+    found = run_layouts({layout: size for layout, (size, _) in LAYOUTS.items()}, select_layout, timeout_s=600)
+    return {"one": [one_process], **found}
+
+
+# -- picks and utilities ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_picks_and_utilities_are_those_of_one_process(layout: str, ranks: dict, one_process: dict) -> None:
+    for case in CASES:
+        if case in ranks[layout][0]:
+            assert_same_picks([found[case] for found in ranks[layout]], one_process[case], case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_proxy_loss_is_that_of_one_process(layout: str, ranks: dict, one_process: dict) -> None:
+    for found in ranks[layout]:
+        assert found["proxy loss"] == pytest.approx(one_process["proxy loss"], rel=1e-6)
+
+
+def assert_same_picks(ranks: list[dict[str, Picks]], expected: dict[str, Picks], case: object) -> None:
+    """What ``select_each`` returned on each rank against what it returned on one process."""
+    for name in ranks[0]:
+        for found in ranks:
+            error = relative_error(found[name], expected[name])
+            assert error < 1e-5, f"{case} {name}: relative error {error:.1e}"
+            assert same_picks(found[name], expected[name]), f"{case} {name}"
+            assert identical(found[name], ranks[0][name])  # on every rank
+
+
+def identical(found: Picks, expected: Picks) -> bool:
+    """To the last bit."""
+    pairs = zip(found, expected, strict=True)
+    return all(ids == others and torch.equal(mine, one) for (ids, mine), (others, one) in pairs)
+
+
+# -- no trace --------------------------------------------------------------------------------------------------------
+
+
+def select_and_go_on(mesh: Mesh, case: tuple[str, str], parallel: ParallelConfig) -> tuple[dict[str, Picks], list[str]]:
+    """Picks of every setting, and the settings that left another weight or optimizer state to the last bit.
+
+    "the next update" among them: it is not that of an engine which has not scored.
+    """
+    engine, untouched = (trained(mesh, case, parallel) for _ in range(2))
+    before = state_of(untouched)
+    found, traces = {}, []
+    for name, settings in SETTINGS.items():
+        found[name] = select(engine, **settings)
+        if not all(map(torch.equal, state_of(engine), before)):
+            traces.append(name)
+    results = [each.train_step(random_batch(8, 2)) for each in (engine, untouched)]
+    assert not all(map(torch.equal, state_of(untouched), before))
+    if results[0] != results[1] or not all(map(torch.equal, state_of(engine), state_of(untouched))):
+        traces.append("the next update")
+    return found, traces
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_state_and_the_next_update_are_those_without_scoring(layout: str, ranks: dict) -> None:
+    traces = [found["traces", case] for found in ranks[layout] for case in EVERY_SETTING if case in found]
+    assert traces
+    assert not any(traces), traces
+
+
+# -- dropout and recomputation ---------------------------------------------------------------------------------------
+
+
+def select_with_dropout(mesh: Mesh, parallel: ParallelConfig) -> dict[str, bool]:
+    """Whether a model with dropout picks to the last bit as one of the same weights without, and trains otherwise."""
+    plain = trained(mesh, EVERY_SETTING[0], parallel)
+    dropping = trained(mesh, EVERY_SETTING[0], parallel, dropout=0.5)
+    dropping.module.load_state_dict(plain.module.state_dict())
+    for ours, theirs in zip(dropping.optimizer.torch_optimizers, plain.optimizer.torch_optimizers, strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    expected = select_each(plain, SOME_SETTINGS)
+    found = {name: identical(picks, expected[name]) for name, picks in select_each(dropping, SOME_SETTINGS).items()}
+    losses = [engine.train_step(random_batch(8, 2)).loss for engine in (plain, dropping)]
+    return found | {"trains otherwise": abs(losses[0] - losses[1]) > 1e-3}
+
+
+@pytest.mark.parametrize("layout", DROPOUT)
+def test_dropout_is_off_while_scoring(layout: str, ranks: dict) -> None:
+    for found in ranks[layout]:
+        assert found["dropout"] == dict.fromkeys((*SOME_SETTINGS, "trains otherwise"), True)
+
+
+def select_with_recompute(mesh: Mesh, parallel: ParallelConfig) -> dict[str, Any]:
+    """Whether each estimator picks to the last bit as without recomputation; "passes": how many more it takes."""
+    found: list[dict[str, Picks]] = []
+    passes: list[Counter[str]] = []
+    for recompute in (False, True):
+        kind = EngineConfig(device="cpu", precision="fp32", recompute=recompute)
+        engine = trained(mesh, EVERY_SETTING[0], parallel, kind)
+        picks = select_each(engine, ESTIMATORS)
+        if mesh.shape.world_size == 1:
+            picks["exact"] = select(engine, estimator="exact")
+        found.append(picks)
+        passes.append(count_passes(engine))
+    same = {name: identical(picks, found[0][name]) for name, picks in found[1].items()}
+    return same | {"passes": {name: passes[1][name] / passes[0][name] for name in passes[0]}}
+
+
+def count_passes(engine: Any) -> Counter[str]:
+    """Forward passes through this rank's first layer in an update and in each kind of scoring pass."""
+    backend, batch = engine.scoring_backend(), random_batch(8, 2)
+    kinds = {
+        "update": lambda: engine.train_step(batch),
+        "proxy gradient": lambda: backend.gradient(batch),
+        "losses": lambda: backend.losses(batch),
+        "ghost pass": lambda: backend.ghost_pass(batch, backend.ghost_layers(), lambda *factors: None),
+    }
+    counts: Counter[str] = Counter()
+    for kind, run in kinds.items():
+        hook = engine.chunks[0].decoder.layers[0].register_forward_hook(lambda *call: counts.update([kind]))  # noqa: B023
+        run()
+        hook.remove()
+    return counts
+
+
+@pytest.mark.parametrize("layout", RECOMPUTE)
+def test_recomputation_changes_no_utility(layout: str, ranks: dict) -> None:
+    """Gradients of weights take each layer's forward pass twice; passes that capture activations keep them."""
+    for found in ranks[layout]:
+        outcome = dict(found["recompute"])
+        assert outcome.pop("passes") == {"update": 2, "proxy gradient": 2, "losses": 1, "ghost pass": 1}
+        assert outcome == dict.fromkeys(outcome, True)
+        assert outcome.keys() == {*ESTIMATORS, *(["exact"] if layout == "one" else [])}
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
 
 
 def select_with_faults(mesh: Mesh, parallel: ParallelConfig) -> dict[str, Selection]:
@@ -98,44 +238,11 @@ def select_with_faults(mesh: Mesh, parallel: ParallelConfig) -> dict[str, Select
         config = SelectionConfig(**COMMON, proxy_ema=0.9)
         selector = Selector(config, backend, num_selected=6, proxy=lambda step: random_batch(4, 700 + step), seed=7)
         results[fault] = selector.select(random_batch(16, 2), 2)
-        assert bool(selector.state_dict()) == (fault != "gradient")  # kept out of the average
+        assert ("average" in selector.state_dict()) == (fault != "gradient")
     return results
 
 
-def select_layout(layout: str) -> dict[Any, Any]:
-    """Every case at one layout, and faults under "faults"; "one": on one process."""
-    parallel = ParallelConfig() if layout == "one" else LAYOUTS[layout][1]
-    mesh = Mesh(parallel, "cpu")
-    try:
-        cases = CASES[:1] if parallel.distributed_optimizer else CASES
-        found: dict[Any, Any] = {case: select(mesh, *case, parallel) for case in cases}
-        return found | {"faults": select_with_faults(mesh, parallel)}
-    finally:
-        mesh.close()
-
-
-def every_layout() -> dict[str, list[dict]]:
-    """Layout -> what each rank found."""
-    return run_layouts({layout: size for layout, (size, _) in LAYOUTS.items()}, select_layout)
-
-
-@pytest.fixture(scope="module")
-def one_process() -> dict:
-    return select_layout("one")
-
-
-@pytest.fixture(scope="module")
-def ranks() -> dict[str, list[dict]]:
-    return every_layout()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_picks_and_utilities_are_those_of_one_process(layout: str, ranks: dict, one_process: dict) -> None:
-    for case in ranks[layout][0].keys() - {"faults"}:
-        assert_same_picks([found[case] for found in ranks[layout]], one_process[case], case)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in PRODUCTS])
 def test_a_fault_on_one_rank_is_every_rank_s(layout: str, ranks: dict) -> None:
     share = 16 // (LAYOUTS[layout][0] // LAYOUTS[layout][1].model_ranks)
     for fault in ("gradient", "candidate", "all"):
@@ -156,16 +263,3 @@ def test_a_fault_on_one_rank_is_every_rank_s(layout: str, ranks: dict) -> None:
         else:
             assert selection.method == "uniform"
             assert "only 0 candidates have a finite utility" in selection.events[1]
-
-
-def assert_same_picks(ranks: list[dict[str, Any]], expected: dict[str, Any], case: tuple) -> None:
-    """What ``select`` returned on each rank against what it returned on one process."""
-    for name, steps in expected.items():
-        for index, (picked, utilities, loss) in enumerate(steps):
-            for found in ranks:
-                ids, values, found_loss = found[name][index]
-                assert found_loss == pytest.approx(loss, rel=1e-6)
-                error = float((values - utilities).norm() / utilities.norm())
-                assert error < 1e-5, f"{case} {name}: relative error {error:.1e}"
-                assert ids == picked, f"{case} {name}"
-                assert torch.equal(values, ranks[0][name][index][1])  # to the last bit on every rank

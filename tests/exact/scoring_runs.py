@@ -1,0 +1,132 @@
+"""Selections at every layout, to compare with one process: for the tests and the table of benchmarks/scoring.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.engine.config import EngineConfig
+from megaopus.optim.config import OptimConfig
+from megaopus.selection import SelectionConfig, Selector
+from tests.harness import MODELS, random_batch, tiny_engine
+
+OPTIMIZERS = {
+    # Adam divides by sqrt(v) + eps. A gradient element that nearly cancelled (1e-4 among 1e-2) is wrong by 1e-4 of
+    # itself after fp32 sums in another order; at eps=1e-4 it is the element with the largest step, and one of an
+    # embedding row moved the utilities at cp=2 by 1e-5 (from the same weights and state they agree to 1e-6).
+    "adamw": OptimConfig(name="adamw", lr=1e-2, eps=1e-3),
+    "muon": OptimConfig(name="muon", lr=1e-2, eps=1e-3, muon_lr=0.02),
+}
+CASES = tuple((model, optimizer) for model in ("gpt2-4-layers", "llama-4-layers") for optimizer in OPTIMIZERS)
+COMMON: dict[str, Any] = {"method": "opus", "proxy_batch_size": 4, "score_micro_batch_size": 4, "sketch_dim": 256}
+SETTINGS: dict[str, dict[str, Any]] = {
+    # a whole step: the difference of two fp32 losses is then well above their rounding
+    "directional": {"redundancy": 0.5, "epsilon": 1.0},
+    "directional-blocks": {"layers": r"layers\.[13]\.", "epsilon": 4.0, "score_length": 8, "proxy_ema": 0.0},
+    "adjoint": {"estimator": "adjoint", "layers": "all", "proxy_ema": 0.0},
+    "countsketch": {"estimator": "countsketch", "sampler": "boltzmann"},
+    "kronecker": {"estimator": "kronecker", "redundancy": 0.5},
+    "greats": {"method": "greats", "estimator": "adjoint", "utilities": "raw", "redundancy": 1.0, "proxy_ema": 0.0},
+    "high_ppl": {"method": "high_ppl"},
+    "low_ppl": {"method": "low_ppl"},
+    "mid_ppl": {"method": "mid_ppl"},
+    "domain_oracle": {"method": "domain_oracle"},
+}
+LAYOUTS = {
+    "dp2": (2, ParallelConfig()),
+    "dp4": (4, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tp=2)),
+    "tp2-sp": (2, ParallelConfig(tp=2, sequence_parallel=True)),
+    "pp2": (2, ParallelConfig(pp=2)),
+    "pp2-vpp2": (2, ParallelConfig(pp=2, vpp=2)),
+    "cp2": (2, ParallelConfig(cp=2)),
+    "tp2-sp-pp2": (4, ParallelConfig(tp=2, pp=2, sequence_parallel=True)),
+    "dp2-tp2-sp": (4, ParallelConfig(tp=2, sequence_parallel=True)),
+    "dp2-pp2": (4, ParallelConfig(pp=2)),
+    "dp2-cp2": (4, ParallelConfig(cp=2)),
+    "cp2-tp2-sp": (4, ParallelConfig(cp=2, tp=2, sequence_parallel=True)),
+    "cp2-pp2-vpp2": (4, ParallelConfig(cp=2, pp=2, vpp=2)),
+    "dp2-distributed-optimizer": (2, ParallelConfig(distributed_optimizer=True)),
+}
+"""Name -> (ranks, parallel)."""
+Picks = list[tuple[list[int], Tensor]]
+"""(picked ids, utilities) of each step."""
+
+
+@contextmanager
+def meshed(layout: str) -> Iterator[tuple[Mesh, ParallelConfig]]:
+    """The mesh of ``layout`` on this rank; "one": of one process."""
+    parallel = ParallelConfig() if layout == "one" else LAYOUTS[layout][1]
+    mesh = Mesh(parallel, "cpu")
+    try:
+        yield mesh, parallel
+    finally:
+        mesh.close()
+
+
+def cases(parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
+    """(model, optimizer) pairs that the layout serves."""
+    return (case for case in CASES if case[1] == "adamw" or not parallel.distributed_optimizer)
+
+
+def trained(
+    mesh: Mesh, case: tuple[str, str], parallel: ParallelConfig, kind: EngineConfig | None = None, **model: Any
+) -> Any:
+    """An engine after two updates; ``model`` replaces settings of the case's."""
+    shape, optim = replace(MODELS[case[0]], **model), OPTIMIZERS[case[1]]
+    engine = tiny_engine(mesh, model=shape, optim=optim, parallel=parallel, engine=kind)
+    for step in range(2):
+        engine.train_step(random_batch(8, step))
+    return engine
+
+
+def select(engine: Any, **settings: Any) -> Picks:
+    """Step 2 of a selector of its own, and step 3 where the proxy gradient's average goes on from one to the next."""
+    config = SelectionConfig(**{**COMMON, **settings})
+    selector = Selector(
+        config,
+        engine.scoring_backend(),
+        num_selected=6,
+        proxy=lambda step: random_batch(4, 700 + step),
+        seed=7,
+        wanted=lambda buffer: buffer.ids % 3 == 0,
+    )
+    steps = (2, 3) if config.needs_proxy and config.proxy_ema > 0 else (2,)
+    picks = [selector.select(random_batch(16, step), step) for step in steps]
+    assert all(pick.method == config.method and not pick.events for pick in picks)
+    return [(pick.picked_ids.tolist(), pick.utilities) for pick in picks]
+
+
+def proxy_loss(engine: Any) -> float:
+    """What the check of predictions measures."""
+    config = SelectionConfig(**COMMON)
+    backend = engine.scoring_backend()
+    return Selector(config, backend, num_selected=6, proxy=lambda step: random_batch(4, 700 + step), seed=7).proxy_loss(
+        2
+    )
+
+
+def select_each(engine: Any, names: Iterable[str] = SETTINGS) -> dict[str, Picks]:
+    return {name: select(engine, **SETTINGS[name]) for name in names}
+
+
+def select_all(layout: str) -> dict[tuple[str, str], dict[str, Picks]]:
+    """Every setting of every case on this rank."""
+    with meshed(layout) as (mesh, parallel):
+        return {case: select_each(trained(mesh, case, parallel)) for case in cases(parallel)}
+
+
+def relative_error(found: Picks, expected: Picks) -> float:
+    """Largest of the steps' errors of the utilities, by norm."""
+    pairs = zip(found, expected, strict=True)
+    return max(float((mine - one).norm() / one.norm()) for (_, mine), (_, one) in pairs)
+
+
+def same_picks(found: Picks, expected: Picks) -> bool:
+    return [ids for ids, _ in found] == [ids for ids, _ in expected]
