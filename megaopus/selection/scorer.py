@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -173,7 +174,8 @@ class Scorer:
     def _find_size(self, mine: Candidates, estimate: Callable[[], Any]) -> None:
         """Unless it is set or known, find the micro-batch size of the passes that ``estimate`` makes over ``mine``."""
         config, device = self.config, self.backend.device
-        sized_for = hashlib.sha256(f"{self.backend.world_size} {config}".encode()).hexdigest()[:16]
+        passes = f"{self.backend.world_size} {replace(config, check_every=0)}"  # a check measures no candidates
+        sized_for = hashlib.sha256(passes.encode()).hexdigest()[:16]
         exact = config.needs_proxy and config.estimator == "exact"  # one candidate at a time
         if config.score_micro_batch_size is not None or exact or self._sized_for == sized_for:
             return
