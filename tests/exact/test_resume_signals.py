@@ -56,7 +56,7 @@ def signal_in(owner: Any, name: str, step: int) -> Iterator[None]:
 PHASES: dict[str, tuple[Callable[[], AbstractContextManager[None]], int]] = {
     # phase: (the signal, updates done when the run stops)
     "before the update": (lambda: at_step(5, send), 6),
-    "scoring": (lambda: signal_in(MegatronScoringBackend, "losses", 5), 6),
+    "scoring": (lambda: signal_in(MegatronScoringBackend, "losses", 6), 7),  # no check of step 5 comes before
     "proxy gradient": (lambda: signal_in(MegatronScoringBackend, "gradient", 6), 7),
     "training": (lambda: signal_in(MegatronEngine, "train_step", 2), 3),
     "validating": (lambda: signal_in(MegatronEngine, "evaluate", 6), 6),
