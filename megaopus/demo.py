@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaopus.checkpoint.checkpointer import complete_checkpoints
 from megaopus.errors import EngineError
 
 if TYPE_CHECKING:
@@ -71,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
 
 def train(run_dir: Path, steps: int, settings: Sequence[str], console: Any) -> None:
     """A ``train`` process of its own; a finished run is not run again, a killed one goes on."""
+    from megaopus.checkpoint.checkpointer import complete_checkpoints
+
     done = complete_checkpoints(run_dir)
     if done and done[-1].name == f"step_{steps:08d}":
         return

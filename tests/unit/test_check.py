@@ -198,7 +198,7 @@ def printed(overrides, corpus, world_size=None):
 
 
 def test_check_prints_what_a_run_would_be(corpus):
-    text = printed(["selection=opus", "data.seq_len=64", "run_dir='runs/a, b'", "data.wanted=[docs]"], corpus, 4)
+    text = printed(["selection=opus_exact", "data.seq_len=64", "run_dir='runs/a, b'", "data.wanted=[docs]"], corpus, 4)
     for line in (
         "4 = 4 ranks / (tp 1 x cp 1 x pp 1)",
         "64, of which 32 are picked",
@@ -212,7 +212,7 @@ def test_check_prints_what_a_run_would_be(corpus):
         "Memory per rank in bf16",
     ):
         assert line in text, line
-    command = f"torchrun --nproc-per-node 4 -m megaopus train data.path={corpus} selection=opus data.seq_len=64"
+    command = f"torchrun --nproc-per-node 4 -m megaopus train data.path={corpus} selection=opus_exact data.seq_len=64"
     assert command in text
     pasted = shlex.split(text.rstrip().rsplit("\n", 1)[1])  # what a shell makes of it
     assert pasted[-2:] == ["run_dir='runs/a, b'", "data.wanted=[docs]"]
