@@ -55,8 +55,8 @@ LAYOUTS = {
     "dp2-distributed-optimizer": (2, ParallelConfig(distributed_optimizer=True)),
 }
 """Name -> (ranks, parallel)."""
-Picks = list[tuple[list[int], Tensor]]
-"""(picked ids, utilities) of each step."""
+Picks = list[tuple[list[int], list[Tensor]]]
+"""(picked ids, [utilities, the Gram matrix if there is one]) of each step."""
 
 
 @contextmanager
@@ -86,10 +86,20 @@ def trained(
     return engine
 
 
+class ShowingGram(Selector):
+    """Keeps the Gram matrix of the last selection: picks tell little of it."""
+
+    gram: Tensor | None = None
+
+    def _score(self, *asked: Any) -> tuple[Tensor | None, Tensor | None]:
+        found, self.gram = super()._score(*asked)
+        return found, self.gram
+
+
 def select(engine: Any, **settings: Any) -> Picks:
     """Step 2 of a selector of its own, and step 3 where the proxy gradient's average goes on from one to the next."""
     config = SelectionConfig(**{**COMMON, **settings})
-    selector = Selector(
+    selector = ShowingGram(
         config,
         engine.scoring_backend(),
         num_selected=6,
@@ -98,9 +108,15 @@ def select(engine: Any, **settings: Any) -> Picks:
         wanted=lambda buffer: buffer.ids % 3 == 0,
     )
     steps = (2, 3) if config.needs_proxy and config.proxy_ema > 0 else (2,)
-    picks = [selector.select(random_batch(16, step), step) for step in steps]
-    assert all(pick.method == config.method and not pick.events for pick in picks)
-    return [(pick.picked_ids.tolist(), pick.utilities) for pick in picks]
+    found: Picks = []
+    for step in steps:
+        selection = selector.select(random_batch(16, step), step)
+        assert selection.method == config.method
+        assert not selection.events
+        values = [value for value in (selection.utilities, selector.gram) if value is not None]
+        assert len(values) == 1 + (config.redundancy > 0)
+        found.append((selection.picked_ids.tolist(), values))
+    return found
 
 
 def proxy_loss(engine: Any) -> float:
@@ -123,9 +139,10 @@ def select_all(layout: str) -> dict[tuple[str, str], dict[str, Picks]]:
 
 
 def relative_error(found: Picks, expected: Picks) -> float:
-    """Largest of the steps' errors of the utilities, by norm."""
-    pairs = zip(found, expected, strict=True)
-    return max(float((mine - one).norm() / one.norm()) for (_, mine), (_, one) in pairs)
+    """Largest error of any step's utilities or Gram matrix, by norm."""
+    steps = zip(found, expected, strict=True)
+    pairs = [pair for (_, mine), (_, one) in steps for pair in zip(mine, one, strict=True)]
+    return max(float((mine - one).norm() / one.norm()) for mine, one in pairs)
 
 
 def same_picks(found: Picks, expected: Picks) -> bool:

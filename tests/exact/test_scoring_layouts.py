@@ -1,4 +1,4 @@
-"""Scoring at every layout equals one process: the same utilities, the same picks, and no trace in training."""
+"""Scoring at every layout equals one process: the same utilities, Gram matrices and picks, and no trace in training."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def assert_same_picks(ranks: list[dict[str, Picks]], expected: dict[str, Picks],
 def identical(found: Picks, expected: Picks) -> bool:
     """To the last bit."""
     pairs = zip(found, expected, strict=True)
-    return all(ids == others and torch.equal(mine, one) for (ids, mine), (others, one) in pairs)
+    return all(ids == others and all(map(torch.equal, mine, one)) for (ids, mine), (others, one) in pairs)
 
 
 # -- no trace --------------------------------------------------------------------------------------------------------
