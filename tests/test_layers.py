@@ -27,7 +27,6 @@ MAY_IMPORT = {
     "trainer": {"checkpoint", "data", "engine", "errors", "monitor", "selection"},
     "check": ANY,
     "build": ANY,
-    "arms": {"checkpoint", "errors"},
     "demo": ANY,
     "__main__": ANY,
 }
