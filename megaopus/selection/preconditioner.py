@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -59,14 +60,30 @@ class Diagonal:
         return self
 
 
-@dataclass(frozen=True, slots=True)
-class Adaptive(Diagonal):
-    """Adam's: ``factor`` is that of the second moment as it stands; ``after`` gives it after one more gradient."""
+class Adaptive:
+    """Adam's: multiplication by ``factor`` of a gradient that the second moment takes in first; of None: as it stands.
 
-    after: Callable[[Tensor], Tensor]
+    Worked out when first asked for: where steps are bounded the frozen one never is.
+    """
+
+    def __init__(self, factor: Callable[[Tensor | None], Tensor]):
+        self._factor = factor
+
+    @cached_property
+    def _frozen(self) -> Diagonal:
+        return Diagonal(self._factor(None))
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        return self._frozen.apply(gradient)
+
+    def diagonal(self) -> Tensor:
+        return self._frozen.factor
+
+    def sides(self) -> None:
+        return None
 
     def bounded(self, gradient: Tensor) -> Diagonal:
-        return Diagonal(self.after(gradient))
+        return Diagonal(self._factor(gradient))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +155,16 @@ def adam(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) 
     v, largest = state["exp_avg_sq"], state["max_exp_avg_sq"] if group.get("amsgrad") else None
     scale = group["lr"] * (1 - beta1) / first
 
-    def factor(v: Tensor, correction: float) -> Tensor:
-        return (v / correction).sqrt_().add_(group["eps"]).reciprocal_().mul_(scale)
+    @torch.no_grad()
+    def factor(gradient: Tensor | None) -> Tensor:
+        moment, correction = v if largest is None else largest, second
+        if gradient is not None:
+            moment = v * beta2 + (1 - beta2) * gradient.to(v.dtype).square()
+            moment = moment if largest is None else moment.maximum(largest)
+            correction = 1 - beta2 ** (step + 1) if corrected else 1.0
+        return (moment / correction).sqrt_().add_(group["eps"]).reciprocal_().mul_(scale)
 
-    def after(gradient: Tensor) -> Tensor:
-        updated = v * beta2 + (1 - beta2) * gradient.to(v.dtype).square()
-        updated = updated if largest is None else updated.maximum(largest)
-        return factor(updated, 1 - beta2 ** (step + 1) if corrected else 1.0)
-
-    return Adaptive(factor(v if largest is None else largest, second), after)
+    return Adaptive(factor)
 
 
 def muon(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
