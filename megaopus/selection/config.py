@@ -84,7 +84,7 @@ class GuardConfig:
     min_distinct: float = 0.5
     """Alarm when the picks have fewer different token pairs than this times those of a uniform draw."""
     min_unique: float = 0.5
-    """Alarm when this share of the sequences trained on within the window are not different ones."""
+    """Alarm when the share of picks that are new in the window is below this times the candidates' share."""
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""

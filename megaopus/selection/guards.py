@@ -93,17 +93,18 @@ def alarm_of_pairs(picks: Candidates, others: Sequence[Candidates], level: float
     return f"{found} different token pairs in {count} picks, {min(elsewhere)} in as many sequences elsewhere"
 
 
-def quotas(floor: float, domains: Tensor, count: int, seed: int, step: int) -> dict[int, int]:
+def quotas(floor: float, domains: Tensor, usable: Tensor, count: int, seed: int, step: int) -> dict[int, int]:
     """Picks that each domain gets at least: ``floor`` times its share of the buffer, of ``count`` in all.
 
     Fractions are rounded up as often as keeps the mean over steps, by noise keyed by (seed, step, domain).
-    ``domains``: (N,) of the candidates. The quotas add up to ``count`` at most.
+    ``domains``: (N,) of the buffer; ``usable``: (n,) of what may be picked, of which no domain is due more than it has.
+    The quotas add up to ``count`` at most.
     """
     present, sizes = domains.unique(return_counts=True)
     due = floor * sizes.double() * count / len(domains)
     rounded = (due + noise.uniform(noise.key(seed, "floor", step), present)).floor().long()
     found, left = {}, count
-    for domain, quota, size in zip(present.tolist(), rounded.tolist(), sizes.tolist(), strict=True):
-        found[domain] = min(quota, size, left)
+    for domain, quota in zip(present.tolist(), rounded.tolist(), strict=True):
+        found[domain] = min(quota, int((usable == domain).sum()), left)
         left -= found[domain]
     return found

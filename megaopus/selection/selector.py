@@ -264,18 +264,18 @@ class Selector:
         allowed, debt = self._allowed(times, len(ids), events)
         buffer = _Buffer(candidates, ids, step, period, times, allowed, debt, events)
         scored, predicted, uniform, doubt = everyone, None, None, None
+        due = self.config.prescreen.mode != "predict" or period % self.config.prescreen.every == 0
         if self._prescreen is not None:
             doubt = self._prescreen.doubt()
             predicted = self._prescreen.predict(ids)
             if predicted is not None:  # another processor may have rounded otherwise
                 predicted = self.backend.from_rank_0(predicted)
+        if self._prescreen is not None and due:
             trusted = None if doubt or predicted is None else predicted - debt
             scored, uniform = self._prescreen.screen(
                 ids, buffer.allowed, trusted, self._num_scored(len(ids)), noise.key(self.seed, "slice", period)
             )
-        found, gram = None, None
-        if self.config.prescreen.mode != "predict" or period % self.config.prescreen.every == 0:
-            found, gram = self._score(candidates, scored, step, events)
+        found, gram = self._score(candidates, scored, step, events) if due else (None, None)
         utilities = None
         if found is not None:
             utilities = torch.full((len(ids),), torch.nan, dtype=torch.float64).index_copy(0, scored, found)
@@ -342,8 +342,9 @@ class Selector:
         quotas = None
         if config.guards.domain_floor > 0:
             assert self._traits is not None  # checked on construction
-            domains = self._traits.domains(ids[among])
-            quotas = domains, guards.quotas(config.guards.domain_floor, domains, count, self.seed, period)
+            domains = self._traits.domains(ids)
+            floor = config.guards.domain_floor
+            quotas = domains[among], guards.quotas(floor, domains, domains[among], count, self.seed, period)
         temperature = config.temperature if config.sampler == "boltzmann" else None
         picked = among[
             sampler.pick(used - buffer.debt[among], ids[among], count, temperature, penalty, quotas, self.seed, period)

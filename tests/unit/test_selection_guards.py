@@ -134,8 +134,12 @@ def test_each_domain_keeps_its_floor_on_average() -> None:
     # floor x share x K = 2/3 a step and domain; the best are all of domain 0
     for domain in (1, 2):
         assert counts[domain] / 400 == pytest.approx(2 / 3, abs=0.1)
-    assert quotas(0.0, torch.arange(12) % 3, K, 0, 0) == {0: 0, 1: 0, 2: 0}
-    assert sum(quotas(1.0, torch.arange(12) % 3, K, 0, 0).values()) <= K
+    domains = torch.arange(12) % 3
+    assert quotas(0.0, domains, domains, K, 0, 0) == {0: 0, 1: 0, 2: 0}
+    assert sum(quotas(1.0, domains, domains, K, 0, 0).values()) <= K
+    left = quotas(1.0, domains, torch.tensor([0, 0, 2]), K, 0, 0)  # shares are of the buffer, not of what is left
+    assert (left[1], left[2]) == (0, 1)
+    assert 1 <= left[0] <= 2
 
 
 # -- alarms ------------------------------------------------------------------------------------------------------------
