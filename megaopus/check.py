@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
 
 def scoring_micro_batch(config: RunConfig, world_size: int) -> int:
     """Candidates of a scoring pass on each rank: as set, or the most that may be found."""
-    share = config.num_candidates() // (world_size // config.parallel.model_ranks)
+    share = config.num_scored() // (world_size // config.parallel.model_ranks)
     length = config.selection.score_length or config.data.seq_len
     device = "cpu" if config.engine.device == "cpu" else "cuda"
     return config.selection.score_micro_batch_size or most_per_pass(share, length, device)
@@ -158,11 +159,9 @@ def scoring_overhead(config: RunConfig) -> float:
         return 0.0
     ratio = _scoring_cost(selection)[0]
     length = (selection.score_length or config.data.seq_len) / config.data.seq_len
-    proxy = selection.proxy_batch_size / selection.proxy_every if selection.needs_proxy else 0
-    scored = config.num_scored() / selection.score_every
-    if selection.prescreen.mode == "predict":
-        scored, proxy = scored / selection.prescreen.every, proxy / selection.prescreen.every
-    return (scored * ratio * length + proxy) / train.global_batch_size
+    every = selection.score_every * (selection.prescreen.every if selection.prescreen.mode == "predict" else 1)
+    proxy = selection.proxy_batch_size / math.lcm(every, selection.proxy_every) if selection.needs_proxy else 0
+    return (config.num_scored() / every * ratio * length + proxy) / train.global_batch_size
 
 
 def _scoring_cost(selection: SelectionConfig) -> tuple[float, str]:
