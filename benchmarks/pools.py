@@ -14,7 +14,7 @@ import random
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,10 @@ def _hard(books: Sequence[Text]) -> dict[str, list[Text]]:
     rest = iter(books)
     parts = {domain: _take(rest, limit) for domain, limit in HARD.items()}
     ranked = ranks(text for _, text in books)
+    places = {word: place for place, word in enumerate(ranked)}
     parts["blocks"] = _changed(parts["blocks"], shuffled_blocks)
     parts["repeated"] = _changed(parts["repeated"], repeated_passages)
-    parts["replaced"] = _changed(parts["replaced"], lambda words, draw: replaced_words(words, draw, ranked))
+    parts["replaced"] = _changed(parts["replaced"], lambda words, draw: replaced_words(words, draw, ranked, places))
     return parts
 
 
@@ -109,9 +110,8 @@ def repeated_passages(words: list[str], draw: random.Random) -> list[str]:
     return found[: len(words)]
 
 
-def replaced_words(words: list[str], draw: random.Random, ranked: list[str]) -> list[str]:
-    """``REPLACED`` of the words stand for others about as frequent; ``ranked``: from the most frequent on."""
-    places = _places(ranked)
+def replaced_words(words: list[str], draw: random.Random, ranked: list[str], places: dict[str, int]) -> list[str]:
+    """``REPLACED`` of the words stand for others about as frequent; ``places``: where each is in ``ranked``."""
     found = []
     for word in words:
         bare = word.rstrip()
@@ -124,19 +124,10 @@ def replaced_words(words: list[str], draw: random.Random, ranked: list[str]) -> 
     return found
 
 
-def ranks(texts: Iterator[str]) -> list[str]:
+def ranks(texts: Iterable[str]) -> list[str]:
     """Words (with their punctuation) from the most frequent on; equal counts by spelling."""
     counts = Counter(word.rstrip() for text in texts for word in _words(text))
     return sorted(counts, key=lambda word: (-counts[word], word))
-
-
-_PLACES: dict[int, dict[str, int]] = {}
-
-
-def _places(ranked: list[str]) -> dict[str, int]:
-    if id(ranked) not in _PLACES:
-        _PLACES[id(ranked)] = {word: place for place, word in enumerate(ranked)}
-    return _PLACES[id(ranked)]
 
 
 def _words(text: str) -> list[str]:

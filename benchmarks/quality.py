@@ -39,15 +39,16 @@ from rich.table import Table
 from benchmarks.common import ROOT, interleaved, machine, parser, progress, start, write_results
 from benchmarks.pools import ensure_pool
 from megaopus.build import Corpora, build_trainer
-from megaopus.config import compose
+from megaopus.config import compose, differences
 from megaopus.data.traits import ensure_traits
 from megaopus.demo import WANTED as DEMO_WANTED
-from megaopus.demo import ensure_corpus
+from megaopus.demo import ensure_corpus, picked_share
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
 from megaopus.monitor.compare import Run, aggregate, compare, load_run, paired_t_test
 from megaopus.monitor.health import StopSignal
+from megaopus.monitor.sinks import read_rows
 
 POOLS = ("demo", "mixed", "hard", "clean")
 SCORED = "selection.score_length=64"  # a quarter of a sequence
@@ -136,9 +137,7 @@ class Results:
         self._lock = Lock()
         self.rows: dict[str, dict[str, Any]] = {}
         if path.is_file():
-            for line in path.read_text().splitlines():
-                row = json.loads(line)
-                self.rows[row["key"]] = row
+            self.rows = {row["key"]: row for _, _, row in read_rows(path)}
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         with self._lock:
@@ -181,10 +180,10 @@ class Study:
 
 @cache
 def _digest(overrides: tuple[str, ...]) -> str:
-    config = asdict(compose(list(overrides)))
-    del config["run_dir"]
-    for name in ("path", "proxy_path", "validation_path", "traits_path"):
-        del config["data"][name]
+    """Of the settings that are not at their defaults: a setting that is new leaves the rows of older runs valid."""
+    config = {name: value for name, (value, _) in differences(compose(list(overrides))).items()}
+    for name in ("run_dir", *(f"data.{path}" for path in ("path", "proxy_path", "validation_path", "traits_path"))):
+        config.pop(name, None)
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -240,11 +239,10 @@ def summary_of(run: Run) -> dict[str, Any]:
     with (run.path / "selection.jsonl").open() as rows:
         for line in rows:
             picked.update(json.loads(line)["picked_ids"])
-    domains = run.selections[0].share
     return {
         "tokens_per_step": run.steps[0].tokens,
         "step_s": statistics.median(row.step_s for row in run.steps),
-        "share": {name: statistics.fmean(row.share[name] for row in run.selections) for name in domains},
+        "share": picked_share(run),
         "unique_share": len(picked) / picked.total(),
         "uniform_steps": sum(row.method == "uniform" for row in run.selections),
         "events": sum(bool(row.events) for row in run.selections),

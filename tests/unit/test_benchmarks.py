@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import common, estimators, throughput
+from benchmarks import common, estimators, pools, throughput
 from benchmarks.scoring import count_bytes
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
@@ -206,3 +208,26 @@ def test_a_selection_sends_its_utilities_in_one_message_that_grows_with_candidat
     assert two["bytes_per_rank"] == 8 * (32 + 1)  # and whether the proxy gradient is finite
     assert more["bytes_per_rank"] == 8 * (64 + 1)
     assert two["gradient_bytes_per_rank"] == more["gradient_bytes_per_rank"] > 0
+
+
+def test_changed_texts_of_the_pools_keep_what_they_should() -> None:
+    text = "".join(f"w{i % 50}{'abc'[i % 3]} " for i in range(600))
+    words = pools._words(text)
+    assert "".join(words) == text
+    draw = random.Random(0)
+    assert sorted(pools.shuffled_words(words, draw)) == sorted(words)
+    blocks = pools.shuffled_blocks(words, draw)
+    assert sorted(blocks) == sorted(words)
+    assert blocks != words
+    neighbours = set(itertools.pairwise(words))
+    kept = [pair in neighbours for pair in itertools.pairwise(blocks)]
+    assert sum(kept) >= len(words) * (1 - 1 / pools.BLOCK_WORDS) - 1
+    repeated = pools.repeated_passages([str(i) for i in range(600)], draw)
+    assert len(repeated) == 600
+    assert len(set(repeated)) < 350
+    ranked = pools.ranks([text])
+    places = {word: place for place, word in enumerate(ranked)}
+    replaced = pools.replaced_words(words, draw, ranked, places)
+    changed = [(a.strip(), b.strip()) for a, b in zip(words, replaced, strict=True) if a != b]
+    assert len(changed) / len(words) == pytest.approx(pools.REPLACED, abs=0.06)
+    assert all(abs(places[a] - places[b]) <= max(1, pools.NEAR * places[a]) for a, b in changed)
