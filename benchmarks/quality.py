@@ -270,7 +270,7 @@ def _steps(study: Study, job: Job, mesh: Mesh) -> Callable[[], None]:
     place = f"run_dir={study.folder / 'timing'}"
     config = compose([*study.overrides(job), "selection.warmup_steps=1", place])
     trainer = build_trainer(config, mesh, Corpora(config), StopSignal())
-    nobody = _Nobody()
+    nobody = Nobody()
     for _ in range(_SETTLED):
         trainer.update(nobody)
 
@@ -285,7 +285,7 @@ _SETTLED = 24  # updates after which a predictor of 4 scores a step predicts
 _TURN = 16  # updates between two fits of the predictor, and a multiple of every period of the arms
 
 
-class _Nobody:
+class Nobody:
     """A monitor that does not listen."""
 
     def step(self, record: StepRecord, selection: SelectionRecord | None) -> None: ...

@@ -87,14 +87,17 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
     """Engine, data and selector of this rank, from the config alone; writes nothing."""
     engine = build_engine(config, mesh, corpora.pool.corpus.vocab_size)
     selection = config.selection
-    proxy = None
+    proxy = pool = None
     if selection.needs_proxy:
         proxy = CandidateStream(corpora.proxy(), selection.proxy_batch_size, config.seed, "proxy").at
+    if selection.needs_pool:
+        pool = CandidateStream(corpora.pool, selection.proxy_batch_size, config.seed, "contrast").at
     selector = Selector(
         selection,
         engine.scoring_backend(),
         num_selected=config.train.global_batch_size,
         proxy=proxy,
+        pool=pool,
         seed=config.seed,
         wanted=partial(_is_wanted, config.data.wanted),
         traits=corpora.traits(selection, mesh) if selection.needs_traits else None,

@@ -124,6 +124,10 @@ class Sequences:
         positions = (begin[:, None] + np.arange(width)).ravel() + np.repeat(self._shift[segments], lengths)
         return torch.from_numpy(self.corpus.tokens[positions].astype(np.int64).reshape(-1, width))
 
+    def first_document_of(self, ids: np.ndarray | Items[int]) -> np.ndarray:
+        """Number in the corpus of the document that each sequence begins in, (n,) int64."""
+        return self._documents[self._span(ids, 1)[1]]
+
     def documents_of(self, sequence: int) -> list[str]:
         """Ids of the documents a sequence has tokens of, in order."""
         _, first, last = self._span([sequence], self.seq_len + 1)

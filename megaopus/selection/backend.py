@@ -54,7 +54,10 @@ class Traits(Protocol):
         """(n, F) float32, entries of the order of 1."""
 
     def log_odds(self, ids: Tensor) -> Tensor:
-        """(n,) float64: log-likelihood under the proxy's n-grams less that under the pool's, z-scored over the pool."""
+        """(n,) float64: log-likelihood under the proxy's n-grams less that under the pool's, nats a token."""
+
+    def importance(self, ids: Tensor) -> Tensor:
+        """(n,) float64: log of how much likelier the proxy holds such a sequence than the pool."""
 
     def signatures(self, ids: Tensor, near: bool = False) -> Tensor:
         """(n,) int64, equal for equal sequences; ``near``: mostly for similar ones too."""

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-METHODS = ("uniform", "opus", "greats", "high_ppl", "low_ppl", "mid_ppl", "dsir", "domain_oracle")
+METHODS = ("uniform", "opus", "greats", "high_ppl", "low_ppl", "mid_ppl", "dsir", "importance", "domain_oracle")
 BY_LOSS = ("high_ppl", "low_ppl", "mid_ppl")
+BY_TRAITS = ("dsir", "importance")
 BY_PROXY = ("opus", "greats")
 ESTIMATORS = ("directional", "adjoint", "countsketch", "kronecker", "exact")
 SKETCHES = ("countsketch", "kronecker")
@@ -46,8 +47,9 @@ class PrescreenConfig:
     """Scores that the predictor is fitted to, the latest."""
     refit: int = 64
     """New scores after which it is fitted again."""
-    prior: float = 0.3
-    """What it expects before it has learnt: this times the z-scored n-gram log-odds of proxy over pool (DSIR)."""
+    prior: float = 1.0
+    """Weight of the log of a sequence's importance (as method importance) beside what is learnt. Utilities are about
+    one step and do not unlearn it: what text like the proxy's is worth shows in the long run (docs/decisions/007)."""
     traits: list[str] = field(default_factory=lambda: list(TRAITS))
     """What it sees. ngrams: hashed uni- and bigrams; domain; likelihood: of them under proxy and pool (DSIR's); shape:
     shares of distinct n-grams."""
@@ -60,7 +62,7 @@ class PrescreenConfig:
             if getattr(self, key) < 1:
                 yield key, "must be at least 1", "see docs/selection.md"
         if self.prior < 0:
-            yield "prior", "must not be negative", "0 begins with nothing, 0.3 is usual"
+            yield "prior", "must not be negative", "0 begins with nothing, 1 is usual"
         if self.window < 64:
             yield "window", "must be at least 64", "1024 is usual"
         if not self.traits or set(self.traits) - set(TRAITS):
@@ -106,7 +108,7 @@ class SelectionConfig:
     method: str = "uniform"
     """uniform: at random; opus: by utility for the proxy; greats: the same of raw gradients, greedily, less the overlap
     with what is picked; high_ppl, low_ppl, mid_ppl: by the candidate's own loss; dsir: by n-gram log-odds of proxy over
-    pool; domain_oracle: the wanted domains."""
+    pool; importance: by the log of how much likelier the proxy holds such text; domain_oracle: the wanted domains."""
     rho: float = 0.5
     """Share of the buffer that is picked [rho]: num_candidates N = global_batch_size / rho."""
     estimator: str = "directional"
@@ -132,6 +134,8 @@ class SelectionConfig:
     """Candidates per forward pass while scoring, on each rank; null: found from the free memory."""
     proxy_batch_size: int = 32
     """Proxy sequences drawn anew each step, over all ranks."""
+    contrast: bool = False
+    """Less the gradient of as many sequences of the pool: what helps the proxy more than it helps any text."""
     proxy_ema: float = 0.5
     """Decay of the running average of the proxy gradient; 0: this step's gradient alone."""
     epsilon: float | None = None
@@ -166,6 +170,11 @@ class SelectionConfig:
         return self.method in BY_PROXY
 
     @property
+    def needs_pool(self) -> bool:
+        """Whether utilities are relative to a batch of the pool."""
+        return self.needs_proxy and self.contrast
+
+    @property
     def screened(self) -> int:
         """Candidates in the buffer for each one that rho stands for."""
         return 1 if self.prescreen.mode == "off" else self.prescreen.multiple
@@ -175,8 +184,8 @@ class SelectionConfig:
         """The setting that needs traits of the candidates; empty: none."""
         if self.prescreen.mode != "off":
             return f"selection.prescreen.mode={self.prescreen.mode}"
-        if self.method == "dsir":
-            return "selection.method=dsir"
+        if self.method in BY_TRAITS:
+            return f"selection.method={self.method}"
         if self.guards.domain_floor > 0:
             return "selection.guards.domain_floor"
         return "selection.guards.near_duplicates" if self.guards.near_duplicates else ""
@@ -222,6 +231,8 @@ class SelectionConfig:
             yield "check_every", "must not be negative", "0 switches the check off"
         if self.check_every > 0 and not self.needs_proxy:
             yield "check_every", f"method {self.method} predicts nothing for a proxy", "set selection.check_every=0"
+        if self.check_every > 0 and self.contrast:
+            yield "check_every", "utilities are relative to the pool", "set selection.contrast=false"
         if self.check_every > 0 and self.prescreen.mode == "predict":
             yield "check_every", "picks are predicted, not scored", "use selection.prescreen.mode=cascade or off"
         try:

@@ -12,7 +12,7 @@ from megaopus.selection.backend import Traits
 from megaopus.selection.config import PrescreenConfig
 
 _BLOCK = 16
-"""Fewest scores that are standardised together: those of a step, or of several where a step has fewer.
+"""Fewest scores that are ranked together: those of a step, or of several where a step has fewer.
 
 All utilities of a step share what its proxy gradient has in common with any text, which tells no candidates apart.
 """
@@ -25,9 +25,9 @@ _FEWEST = 64
 
 
 class Prescreen:
-    """Ridge regression of standardised utilities on a candidate's traits, over a window of the latest scores.
+    """Ridge regression of utilities' normal scores on a candidate's traits, over a window of the latest scores.
 
-    It starts from a prior, ``prior`` times the n-gram log-odds of proxy over pool, and learns what utilities add to it.
+    Candidates stand by the sum of what it predicts and ``prior`` times the log of their importance.
     A function of what it has learnt, so it is the same on every rank that has seen the same scores.
     """
 
@@ -36,22 +36,23 @@ class Prescreen:
         self._traits = traits
         self._ids = torch.empty(0, dtype=torch.int64)
         self._utilities = torch.empty(0, dtype=torch.float64)
-        self._predicted = torch.empty(0, dtype=torch.float64)  # at the time, before its score was known; nan: not yet
+        self._standing = torch.empty(0, dtype=torch.float64)  # at the time, before its score was known; nan: not yet
         self._uniform = torch.empty(0, dtype=torch.bool)
         self._steps = torch.empty(0, dtype=torch.int64)
         self._unfitted = 0  # scores since the last fit
         self._weights: Tensor | None = None  # (F + 1,), the intercept last
 
-    def predict(self, ids: Tensor) -> Tensor | None:
-        """(n,) float64 predicted utilities, in standard deviations; None before the first fit if there is no prior."""
-        if self._weights is None:
-            return self._prior(ids) if self._config.prior > 0 else None
-        return self._prior(ids) + self._traits.features(ids).double() @ self._weights[:-1] + self._weights[-1]
-
-    def _prior(self, ids: Tensor) -> Tensor:
-        if self._config.prior == 0:
-            return torch.zeros(len(ids), dtype=torch.float64)
-        return self._config.prior * self._traits.log_odds(ids)
+    def standing(self, ids: Tensor) -> Tensor | None:
+        """(n,) float64 that candidates are screened and picked by; None before the first fit if there is no prior."""
+        prior, weights = self._config.prior, self._weights
+        if weights is None and prior == 0:
+            return None
+        total = torch.zeros(len(ids), dtype=torch.float64)
+        if prior > 0:
+            total += prior * self._traits.importance(ids)
+        if weights is not None:
+            total += self._traits.features(ids).double() @ weights[:-1] + weights[-1]
+        return total
 
     def learn(self, ids: Tensor, utilities: Tensor, uniform: Tensor, step: int) -> None:
         """Take in a step's scores: ``ids`` (n,), ``utilities`` (n,), and which of them were drawn uniformly, (n,) bool.
@@ -60,11 +61,11 @@ class Prescreen:
         """
         kept = utilities.isfinite()
         ids, utilities, uniform = ids[kept], utilities[kept], uniform[kept]
-        predicted = self.predict(ids)
-        if predicted is None:
-            predicted = torch.full_like(utilities, torch.nan)
+        standing = self.standing(ids)
+        if standing is None:
+            standing = torch.full_like(utilities, torch.nan)
         steps = torch.full_like(ids, step)
-        new_of = {"_ids": ids, "_utilities": utilities, "_predicted": predicted, "_uniform": uniform, "_steps": steps}
+        new_of = {"_ids": ids, "_utilities": utilities, "_standing": standing, "_uniform": uniform, "_steps": steps}
         for name, new in new_of.items():
             setattr(self, name, torch.cat([getattr(self, name), new])[-self._config.window :])
         self._unfitted += len(ids)
@@ -73,12 +74,12 @@ class Prescreen:
 
     @property
     def correlation(self) -> float | None:
-        """Pearson's r of predictions with what uniform draws then scored, the latest of them; None while too few."""
-        judged = (self._uniform & self._predicted.isfinite()).nonzero().flatten()[-_JUDGED:]
+        """Rank correlation of standing with what uniform draws then scored, the latest of them; None while too few."""
+        judged = (self._uniform & self._standing.isfinite()).nonzero().flatten()[-_JUDGED:]
         if len(judged) < _FEWEST:
             return None
-        pairs = torch.stack([self._predicted[judged], _standardised(self._utilities[judged], self._steps[judged])])
-        return float(torch.corrcoef(pairs)[0, 1].nan_to_num())
+        pairs = [_normal_scores(values[judged], self._steps[judged]) for values in (self._standing, self._utilities)]
+        return float(torch.corrcoef(torch.stack(pairs))[0, 1].nan_to_num())
 
     def doubt(self) -> str | None:
         """Why it is not to be trusted now, in words; None: nothing speaks against it."""
@@ -89,32 +90,31 @@ class Prescreen:
         return f"alarm: the predictor's correlation with utilities is {r:.2f}; {instead} uniformly"
 
     def screen(
-        self, ids: Tensor, allowed: Tensor, predicted: Tensor | None, count: int, key: int
+        self, ids: Tensor, allowed: Tensor, standing: Tensor | None, count: int, key: int
     ) -> tuple[Tensor, Tensor]:
         """(ascending positions to score exactly (count,), which of them are uniform draws (count,) bool).
 
-        ``allowed``: positions to take from. Without predictions all are uniform draws, by noise keyed by ``key``.
+        ``allowed``: positions to take from. Without ``standing`` all are uniform draws, by noise keyed by ``key``.
         """
-        drawn = count if predicted is None else min(self._config.slice, count)
+        drawn = count if standing is None else min(self._config.slice, count)
         uniform = torch.zeros(len(ids), dtype=torch.bool)
         uniform[allowed[sampler.pick_top_k(noise.uniform(key, ids[allowed]), ids[allowed], drawn)]] = True
         chosen = uniform.clone()
-        if predicted is not None:
+        if standing is not None:
             rest = allowed[~uniform[allowed]]
-            chosen[rest[sampler.pick_top_k(predicted[rest], ids[rest], count - drawn)]] = True
+            chosen[rest[sampler.pick_top_k(standing[rest], ids[rest], count - drawn)]] = True
         scored = chosen.nonzero().flatten()
         return scored, uniform[scored]
 
     def _fit(self) -> None:
-        """w = argmin |X w - y|^2 + ridge |w|^2 over the window, columns centred; y: standardised, less the prior.
+        """w = argmin |X w - y|^2 + ridge |w|^2 over the window, columns centred; y: normal scores.
 
         ``ridge`` is the one of ``_RIDGES`` with the least squared error on each score when it is left out, which the
         fit to all tells: (y_i - y^_i) / (1 - H_ii), H = X (X^T X + ridge)^-1 X^T (Allen's PRESS, 1974).
         """
         features = self._traits.features(self._ids).double()
         mean = features.mean(dim=0)
-        prior = self._prior(self._ids)
-        target = _standardised(self._utilities, self._steps) - (prior - prior.mean())
+        target = _normal_scores(self._utilities, self._steps)
         centred = features - mean
         if len(centred) > centred.shape[1]:
             values, vectors = torch.linalg.eigh(centred.t() @ centred)
@@ -137,7 +137,7 @@ class Prescreen:
         return {
             "ids": self._ids.tolist(),
             "utilities": self._utilities.tolist(),
-            "predicted": [None if value != value else value for value in self._predicted.tolist()],
+            "standing": [None if value != value else value for value in self._standing.tolist()],
             "uniform": self._uniform.int().tolist(),
             "steps": self._steps.tolist(),
             "unfitted": self._unfitted,
@@ -146,10 +146,10 @@ class Prescreen:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``."""
-        predicted = [torch.nan if value is None else value for value in state["predicted"]]
+        standing = [torch.nan if value is None else value for value in state["standing"]]
         self._ids = torch.tensor(state["ids"], dtype=torch.int64)
         self._utilities = torch.tensor(state["utilities"], dtype=torch.float64)
-        self._predicted = torch.tensor(predicted, dtype=torch.float64)
+        self._standing = torch.tensor(standing, dtype=torch.float64)
         self._uniform = torch.tensor(state["uniform"], dtype=torch.bool)
         self._steps = torch.tensor(state["steps"], dtype=torch.int64)
         self._unfitted = int(state["unfitted"])
@@ -157,8 +157,11 @@ class Prescreen:
         self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
 
 
-def _standardised(utilities: Tensor, steps: Tensor) -> Tensor:
-    """Blocks of neighbouring ``steps`` z-scored by themselves, ``_BLOCK`` scores each or more; both (n,)."""
+def _normal_scores(utilities: Tensor, steps: Tensor) -> Tensor:
+    """(n,) ranks as quantiles of a normal distribution, in blocks of steps that follow, ``_BLOCK`` or more each.
+
+    Utilities have tails, a few rare tokens wide, that would make a least-squares fit their own.
+    """
     _, sizes = steps.unique_consecutive(return_counts=True)
     blocks = [0]
     for size in sizes.tolist():
@@ -167,5 +170,8 @@ def _standardised(utilities: Tensor, steps: Tensor) -> Tensor:
         blocks[-1] += size
     if len(blocks) > 1 and blocks[-1] < _BLOCK:
         blocks[-2:] = [sum(blocks[-2:])]
-    parts = utilities.split(blocks)
-    return torch.cat([(part - part.mean()) / part.std(correction=0).clamp_min(1e-300) for part in parts])
+    found = []
+    for part in utilities.split(blocks):
+        _, rank, copies = part.unique(return_inverse=True, return_counts=True)
+        found.append(torch.special.ndtri((copies.cumsum(0) - copies.double() / 2)[rank] / len(part)))
+    return torch.cat(found)

@@ -14,7 +14,7 @@ from megaopus.selection import noise
 from megaopus.selection.adjoint import adjoint_consumer, adjoint_utilities
 from megaopus.selection.backend import Candidates, Gradient, Proxy, ScoringBackend, Traits, UpdateOperator
 from megaopus.selection.candidates import Windowed, as_candidates, tensors_of
-from megaopus.selection.config import BY_LOSS, SelectionConfig, most_per_pass
+from megaopus.selection.config import BY_LOSS, BY_TRAITS, SelectionConfig, most_per_pass
 from megaopus.selection.direction import directional_utilities
 from megaopus.selection.exact import exact_estimate
 from megaopus.selection.kronecker import KroneckerEstimator
@@ -33,6 +33,7 @@ class Scorer:
         backend: ScoringBackend,
         *,
         proxy: Proxy | None,
+        pool: Proxy | None,
         wanted: Callable[[Candidates], Tensor] | None,
         traits: Traits | None,
         seed: int,
@@ -40,6 +41,7 @@ class Scorer:
         self.config = config
         self.backend = backend
         self._proxy = proxy
+        self._pool = pool
         self._wanted = wanted
         self._traits = traits
         self._seed = seed
@@ -84,9 +86,10 @@ class Scorer:
         mine = buffer.take(torch.arange(share) + self.backend.rank * share)
         if self.config.score_window != "first":
             mine = Windowed(mine, self.config.score_window, self._seed, step)
-        if self.config.method == "dsir":
+        if self.config.method in BY_TRAITS:
             assert self._traits is not None  # checked on construction
-            return self._traits.log_odds(buffer.ids), None
+            known = self._traits.log_odds if self.config.method == "dsir" else self._traits.importance
+            return known(buffer.ids), None
         if self.config.method == "domain_oracle":
             assert self._wanted is not None  # checked on construction
             noise_N = noise.uniform(noise.key(self._seed, "domain_oracle", step), buffer.ids.cpu())
@@ -123,6 +126,10 @@ class Scorer:
             return average, torch.zeros((), device=self.backend.device)
         assert self._proxy is not None  # checked on construction
         gradient = self.backend.gradient(as_candidates(self._proxy(step), step))
+        if self.config.contrast:
+            assert self._pool is not None  # checked on construction
+            other = self.backend.gradient(as_candidates(self._pool(step), step))
+            gradient = {name: value - other[name] for name, value in gradient.items()}
         bad = torch.stack([~value.isfinite().all() for value in gradient.values()]).any()
         return self._proxy_gradient.offer(gradient), bad
 

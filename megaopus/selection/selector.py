@@ -105,9 +105,10 @@ class Selector:
     """Chooses ``num_selected`` of each step's candidates; a function of (seed, step, candidates, weights).
 
     ``proxy``: step -> the proxy mini-batch of that step (``Candidates``, or plain tensors), the whole batch on every
-    rank; methods 'opus' and 'greats' need it. ``wanted``: candidates -> (N,) which are of a wanted domain; method
-    'domain_oracle' needs it. ``traits``: what is known of candidates without a model; a prescreen, method 'dsir' and
-    some guards need it. Raises ValueError for unusable settings.
+    rank; methods 'opus' and 'greats' need it. ``pool``: the same of any text; ``contrast`` needs it. ``wanted``:
+    candidates -> (N,) which are of a wanted domain; method 'domain_oracle' needs it. ``traits``: what is known of
+    candidates without a model; a prescreen, method 'dsir' and some guards need it. Raises ValueError for unusable
+    settings.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Selector:
         num_selected: int,
         proxy: Proxy | None,
         seed: int,
+        pool: Proxy | None = None,
         wanted: Callable[[Candidates], Tensor] | None = None,
         traits: Traits | None = None,
     ):
@@ -130,6 +132,8 @@ class Selector:
             raise ValueError(
                 f"method {config.method!r} scores candidates against a proxy: pass proxy=, a function of the step"
             )
+        if config.needs_pool and pool is None:
+            raise ValueError("contrast is with a batch of the pool: pass pool=, a function of the step like proxy=")
         if config.method == "domain_oracle" and wanted is None:
             raise ValueError("method 'domain_oracle' must know what is wanted: pass wanted=, candidates -> (N,) bool")
         if config.needs_traits and traits is None:
@@ -140,7 +144,7 @@ class Selector:
         self.seed = seed
         self._proxy = proxy
         self._traits = traits
-        self._scorer = Scorer(config, backend, proxy=proxy, wanted=wanted, traits=traits, seed=seed)
+        self._scorer = Scorer(config, backend, proxy=proxy, pool=pool, wanted=wanted, traits=traits, seed=seed)
         self._exposure = guards.Exposure(config.guards.exposure_window)
         self._prescreen = None
         if config.prescreen.mode != "off":
@@ -267,7 +271,7 @@ class Selector:
         due = self.config.prescreen.mode != "predict" or period % self.config.prescreen.every == 0
         if self._prescreen is not None:
             doubt = self._prescreen.doubt()
-            predicted = self._prescreen.predict(ids)
+            predicted = self._prescreen.standing(ids)
             if predicted is not None:  # another processor may have rounded otherwise
                 predicted = self.backend.from_rank_0(predicted)
         if self._prescreen is not None and due:

@@ -23,6 +23,7 @@ SETTINGS = {
     # a slice of 18 does not divide over 4 ranks
     "predict": {
         "proxy_every": 3,
+        "contrast": True,
         "prescreen": PrescreenConfig(mode="predict", multiple=3, slice=18, every=1, refit=16),
     },
     "cascade": {"score_every": 2, "prescreen": PrescreenConfig(mode="cascade", multiple=2, slice=5, refit=16)},
@@ -48,7 +49,7 @@ class TokenTraits:
         )
         return torch.nn.functional.one_hot(rows % 16, 16).float().sum(dim=1) / 4
 
-    def log_odds(self, ids: Tensor) -> Tensor:
+    def importance(self, ids: Tensor) -> Tensor:
         return self.features(ids)[:, 0].double()
 
     def signatures(self, ids: Tensor, near: bool = False) -> Tensor:
@@ -78,6 +79,7 @@ def select(mesh: Mesh, parallel: ParallelConfig, name: str) -> list[tuple[list[i
         engine.scoring_backend(),
         num_selected=8,
         proxy=lambda step: random_batch(8, 700 + step),
+        pool=lambda step: random_batch(8, 800 + step),
         seed=7,
         traits=TokenTraits(size),  # type: ignore[arg-type]
     )

@@ -191,6 +191,13 @@ COMBINED = [
     ("selection.prescreen.mode=cascade", 1, "selection.prescreen.mode = 'cascade'", "no utilities", "method=opus"),
     ("selection.redundancy=1 selection=high_ppl", 1, "selection.redundancy", "no Gram matrix", "redundancy=0"),
     ("selection=opus selection.check_every=-1", 1, "selection.check_every", "negative", "switches the check off"),
+    (
+        "selection=opus_exact selection.contrast=true selection.check_every=5",
+        1,
+        "selection.check_every",
+        "relative to the pool",
+        "contrast=false",
+    ),
     ("selection.check_every=5", 1, "selection.check_every", "method uniform predicts nothing", "check_every=0"),
 ]
 

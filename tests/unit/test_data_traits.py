@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +44,9 @@ def buckets(tokens: list[int]) -> tuple[list[int], list[int]]:
     return uni[0].tolist(), bi[0].tolist()
 
 
-def counted(sequences: Sequences) -> tuple[Counter[int], Counter[int]]:
+def counted(sequences: Sequences, rows: Iterable[int] | None = None) -> tuple[Counter[int], Counter[int]]:
     uni, bi = Counter[int](), Counter[int]()
-    for row in sequences.tokens(np.arange(len(sequences))).tolist():
+    for row in sequences.tokens(np.array(range(len(sequences)) if rows is None else rows)).tolist():
         first, second = buckets(row)
         uni.update(first)
         bi.update(second)
@@ -67,9 +68,67 @@ def test_log_odds_are_those_of_a_plain_count(pool: Sequences, proxy: Sequences, 
             total += sum(odds) / len(odds)
         expected.append(total)
     by_hand = torch.tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(found, (by_hand - by_hand.mean()) / by_hand.std(correction=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-4)
     wanted = torch.from_numpy(pool.domain_of(np.arange(len(pool))) == pool.domains.index("docs"))
-    assert found[wanted].mean() > found[~wanted].mean() + 0.5
+    assert found[wanted].mean() > found[~wanted].mean() + 0.25  # nats a token
+
+
+def described(sequences: Sequences, row: int, others: list[tuple[Counter[int], Counter[int]]]) -> list[float]:
+    """The numbers of one sequence, under counts of the proxy and of the pool."""
+    uni, bi = buckets(sequences.tokens(np.array([row]))[0].tolist())
+
+    def log_p(counts: Counter[int], bucket: int) -> float:
+        return math.log((counts[bucket] + 1) / (counts.total() + traits.BUCKETS))
+
+    found = []
+    for unigrams, bigrams in others:
+        first, both = [log_p(unigrams, h) for h in uni], [log_p(bigrams, h) for h in bi]
+        following = [pair - one for pair, one in zip(both, first, strict=False)]
+        found += [sum(each) / len(each) for each in (first, both, following)]
+    return [*found, len(set(uni)) / len(uni), len(set(bi)) / len(bi)]
+
+
+def test_importance_is_a_classifier_s_log_odds_and_no_text_is_described_by_its_own_counts(
+    pool: Sequences, proxy: Sequences, folder: Path
+) -> None:
+    sides = (proxy, pool)
+    documents = [each.first_document_of(np.arange(len(each))).tolist() for each in sides]
+    half_of = [[sorted(set(found)).index(document) % 2 for document in found] for found in documents]
+    counts = [
+        [counted(each, [row for row, h in enumerate(of) if h == half]) for each, of in zip(sides, half_of, strict=True)]
+        for half in (0, 1)
+    ]
+    numbers = [
+        torch.tensor([described(each, row, counts[1 - half]) for row, half in enumerate(of)], dtype=torch.float64)
+        for each, of in zip(sides, half_of, strict=True)
+    ]
+    mean, std = numbers[1].mean(dim=0), numbers[1].std(dim=0, correction=0)
+    z = [((each - mean) / std).clamp(-4, 4) for each in numbers]
+    wanted, other = (torch.cat([each, each**2, torch.ones(len(each), 1)], dim=1) for each in z)
+    weights = torch.zeros(17, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [weights], max_iter=2000, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> torch.Tensor:
+        solver.zero_grad()
+        softplus = torch.nn.functional.softplus
+        value = softplus(-wanted @ weights).sum() + len(wanted) / len(other) * softplus(other @ weights).sum()
+        value = value + weights[:-1].square().sum() / 2
+        value.backward()
+        return value
+
+    solver.step(loss)
+    found = SequenceTraits(pool, folder).importance(torch.arange(len(pool)))
+    most = float((wanted @ weights).detach().quantile(0.5))
+    torch.testing.assert_close(found, (other @ weights).detach().clamp_max(most), rtol=1e-3, atol=1e-3)
+    is_wanted = torch.from_numpy(pool.domain_of(np.arange(len(pool))) == pool.domains.index("docs"))
+    assert found[is_wanted].mean() > found[~is_wanted].mean() + 0.25
+
+
+def test_a_pool_like_the_proxy_has_no_important_sequences(pool: Sequences, tmp_path: Path) -> None:
+    folder = ensure_traits(pool, pool, str(tmp_path), Console(quiet=True))
+    assert SequenceTraits(pool, folder).importance(torch.arange(len(pool))).abs().max() < 1e-6
 
 
 def test_features_of_like_text_are_alike_and_blocks_stand_side_by_side(pool: Sequences, folder: Path) -> None:
@@ -81,7 +140,7 @@ def test_features_of_like_text_are_alike_and_blocks_stand_side_by_side(pool: Seq
     assert ngrams.norm(dim=1).mean() == pytest.approx(1, abs=0.1)
     assert torch.equal(domain.argmax(dim=1), SequenceTraits(pool, folder).domains(ids))
     assert domain.sum() == len(ids)
-    assert torch.cat([likelihood, shape], 1).std(dim=0) == pytest.approx([1] * 6, abs=0.3)
+    assert torch.cat([likelihood, shape], 1).std(dim=0) == pytest.approx([1] * 8, abs=0.3)
     again = SequenceTraits(pool, folder).features(ids + 5 * len(pool))  # ids of a later epoch
     assert torch.equal(again, whole)
 

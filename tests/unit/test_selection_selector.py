@@ -85,6 +85,26 @@ def test_estimators_agree_with_the_oracle(estimator: str) -> None:
     assert torch.corrcoef(torch.stack([oracle, found]))[0, 1] > 0.95
 
 
+@pytest.mark.parametrize("estimator", ["directional", "adjoint", "exact"])
+def test_contrast_takes_off_what_helps_any_text(estimator: str) -> None:
+    """The utility against the proxy less that against the batch of the pool, for a P_t that is a number."""
+    torch.manual_seed(0)
+    model = Net().double()
+    backend = ModuleBackend(model, torch.optim.SGD(model.parameters(), lr=1e-2), loss)
+    config = {"method": "opus", "estimator": estimator, "layers": "linear", "epsilon": 1e-4, "proxy_ema": 0.0}
+    x, parts = batch(0).double(), {"proxy": proxy(0).double(), "pool": batch(5, 6).double()}
+
+    def utilities(contrast: bool, **batches: Tensor) -> Tensor:
+        given = {name: lambda step, value=value: value for name, value in batches.items()}
+        selector = Selector(SelectionConfig(contrast=contrast, **config), backend, num_selected=K, seed=0, **given)
+        return selector.select(x, 0).utilities
+
+    expected = utilities(False, proxy=parts["proxy"]) - utilities(False, proxy=parts["pool"])
+    torch.testing.assert_close(utilities(True, **parts), expected, rtol=1e-6, atol=1e-12)
+    with pytest.raises(ValueError, match="pass pool="):
+        utilities(True, proxy=parts["proxy"])
+
+
 def test_uniform_needs_no_proxy_and_depends_on_seed_and_step_only() -> None:
     config = SelectionConfig()
 
