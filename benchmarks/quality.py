@@ -52,19 +52,22 @@ from megaopus.monitor.sinks import read_rows
 
 POOLS = ("demo", "mixed", "hard", "clean")
 SCORED = "selection.score_length=64"  # a quarter of a sequence
+UNKNOWING = ("selection.prescreen.prior=0",)  # what is promising is learnt from utilities alone
 ARMS: dict[str, tuple[str, ...]] = {
     "uniform": ("selection=uniform",),
     "dsir": ("selection=dsir",),
     "exact": ("selection=opus_exact", SCORED),
     "published": ("selection=opus_paper",),
+    "importance": ("selection=importance",),
     "opus": ("selection=opus", SCORED),
     "high_ppl": ("selection=high_ppl",),
     "greats": ("selection=greats", SCORED),
     "cascade": ("selection=opus_cascade", SCORED),
-    "predict": ("selection=opus", SCORED, "selection.prescreen.traits=[ngrams,domain,shape]"),
+    "predict": ("selection=opus", SCORED, *UNKNOWING, "selection.prescreen.traits=[ngrams,domain,shape]"),
+    "predict_dsir": ("selection=opus", SCORED, *UNKNOWING),
     "oracle": ("selection=domain_oracle", "selection.rho=0.125"),
 }
-MAIN = ("uniform", "dsir", "opus", "exact", "published")
+MAIN = ("uniform", "dsir", "importance", "opus", "exact", "published")
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": ("optim=adamw", "optim.lr=2e-3"),
     "muon": ("optim=muon", "optim.lr=8e-3", "optim.muon_lr=0.01"),
@@ -100,7 +103,7 @@ class Plan:
 
 FULL = Plan(600, 30, 32, (1, 2, 3), (1, 2, 3, 4, 5), 5, POOLS, MAIN, tuple(a for a in ARMS if a not in MAIN))
 QUICK = Plan(60, 10, 8, (1,), (1,), 2, ("demo",), ("uniform", "dsir", "opus"), ())
-HEADLINE = ("uniform", "dsir", "opus")
+HEADLINE = ("uniform", "dsir", "importance", "opus")
 HEADLINE_POOLS = ("mixed", "hard")
 
 

@@ -125,7 +125,8 @@ class SelectionConfig:
     gram: str = "countsketch"
     """Sketches that stand in for the updates in the Gram matrix of directional and adjoint: countsketch, kronecker."""
     warmup_steps: int = 0
-    """Steps picked uniformly before utilities are used (the optimizer's state must mean something first)."""
+    """Steps before utilities are used (the optimizer's state must mean something first): picked by the prescreen's
+    prior if there is one, else uniformly."""
     score_length: int | None = None
     """Tokens of each candidate that are scored [L_score]; null: all. The proxy is never cut."""
     score_window: str = "first"

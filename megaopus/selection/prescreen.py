@@ -18,6 +18,8 @@ All utilities of a step share what its proxy gradient has in common with any tex
 """
 _JUDGED = 256
 """Latest uniform scores that the predictor is judged by."""
+_CHANCE = 1.65
+"""Standard deviations below zero at which a correlation is no accident: one in twenty is as low where there is none."""
 _RIDGES = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 """Penalties to choose from; a predictor of noise wants the largest, whose predictions are next to nothing."""
 _FEWEST = 64
@@ -51,7 +53,8 @@ class Prescreen:
         if prior > 0:
             total += prior * self._traits.importance(ids)
         if weights is not None:
-            total += self._traits.features(ids).double() @ weights[:-1] + weights[-1]
+            learnt = self._traits.features(ids).double() @ weights[:-1] + weights[-1]
+            total += learnt.clamp_max(0) if prior > 0 else learnt
         return total
 
     def learn(self, ids: Tensor, utilities: Tensor, uniform: Tensor, step: int) -> None:
@@ -75,16 +78,20 @@ class Prescreen:
     @property
     def correlation(self) -> float | None:
         """Rank correlation of standing with what uniform draws then scored, the latest of them; None while too few."""
-        judged = (self._uniform & self._standing.isfinite()).nonzero().flatten()[-_JUDGED:]
+        judged = self._judged
         if len(judged) < _FEWEST:
             return None
         pairs = [_normal_scores(values[judged], self._steps[judged]) for values in (self._standing, self._utilities)]
         return float(torch.corrcoef(torch.stack(pairs))[0, 1].nan_to_num())
 
+    @property
+    def _judged(self) -> Tensor:
+        return (self._uniform & self._standing.isfinite()).nonzero().flatten()[-_JUDGED:]
+
     def doubt(self) -> str | None:
         """Why it is not to be trusted now, in words; None: nothing speaks against it."""
         r = self.correlation
-        if r is None or r > 0:
+        if r is None or r * len(self._judged) ** 0.5 > -_CHANCE:
             return None
         instead = "candidates screened" if self._config.mode == "cascade" else "picked"
         return f"alarm: the predictor's correlation with utilities is {r:.2f}; {instead} uniformly"

@@ -262,13 +262,15 @@ class Selector:
     def _choose(self, candidates: Candidates, ids: Tensor, step: int, events: list[str]) -> _Choice:
         everyone = torch.arange(len(ids))
         period = step // self.config.score_every
-        if self.config.method == "uniform" or step < self.config.warmup_steps:
+        warm = step >= self.config.warmup_steps
+        if self.config.method == "uniform" or not (warm or self._has_prior):
             return self._uniform(ids, everyone, period)
         times = self._exposure.times(self._signatures(candidates), ids) if self._exposed else None
         allowed, debt = self._allowed(times, len(ids), events)
         buffer = _Buffer(candidates, ids, step, period, times, allowed, debt, events)
         scored, predicted, uniform, doubt = everyone, None, None, None
-        due = self.config.prescreen.mode != "predict" or period % self.config.prescreen.every == 0
+        predicting = self.config.prescreen.mode == "predict" or not warm
+        due = warm and not (predicting and period % self.config.prescreen.every)
         if self._prescreen is not None:
             doubt = self._prescreen.doubt()
             predicted = self._prescreen.standing(ids)
@@ -291,7 +293,7 @@ class Selector:
         if doubt:
             events.append(doubt)
         values = utilities
-        if self.config.prescreen.mode == "predict":
+        if predicting:
             values, gram = None if doubt else predicted, None
         if values is None:
             choice = self._uniform(ids, buffer.allowed, period)
@@ -362,6 +364,11 @@ class Selector:
         if config.score_every > 1:  # a fair mix in each step
             picked = picked[noise.uniform(noise.key(self.seed, "turns", period), ids[picked]).argsort()]
         return _Choice(period, picked, config.method, ess, ratio)
+
+    @property
+    def _has_prior(self) -> bool:
+        """Whether there is something to pick by before there are utilities."""
+        return self._prescreen is not None and self.config.prescreen.prior > 0
 
     # -- guards -------------------------------------------------------------------------------------------------------
 
