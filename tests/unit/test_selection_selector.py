@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from megaopus.selection import ModuleBackend, Selection, SelectionConfig, Selector, TensorCandidates
 from megaopus.selection.candidates import Windowed
-from megaopus.selection.config import GuardConfig
+from megaopus.selection.config import GuardConfig, PrescreenConfig
+from tests.unit.test_selection_prescreen import LinearTraits
 
 N, K = 12, 4
 
@@ -497,3 +500,26 @@ def test_a_check_is_due_only_where_the_proxy_chose() -> None:
     assert not selector.check_due(make(method="high_ppl").select(batch(6), 6))
     off = make()
     assert not any(off.check_due(off.select(batch(step), step)) for step in range(3))
+
+
+@pytest.mark.parametrize("mode", ["predict", "cascade"])
+def test_a_warm_up_with_a_prior_picks_by_it_and_scores_nothing(mode: str) -> None:
+    prescreen = PrescreenConfig(mode=mode, slice=4, every=1)
+    config = SelectionConfig(method="opus", warmup_steps=2, prescreen=prescreen, guards=UNGUARDED)
+    read: list[int] = []
+
+    def counted(step: int) -> Tensor:
+        read.append(step)
+        return proxy(step)
+
+    traits: Any = LinearTraits()
+    selector = Selector(config, make_backend(), num_selected=K, proxy=counted, seed=0, traits=traits)
+    for step in range(3):
+        x = batch(step, 4 * N)
+        selection = selector.select(TensorCandidates(x, torch.arange(4 * N) + 4 * N * step), step)
+        best = traits.importance(selection.ids).topk(K).indices.sort().values
+        if step < 2 or mode == "predict":
+            assert torch.equal(selection.indices, best)
+        assert (selection.utilities is not None) == (step == 2)
+        assert selection.method == "opus"
+    assert read == [2]
