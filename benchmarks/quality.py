@@ -449,6 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--data", type=Path, metavar="FOLDER", help="with books.jsonl.gz and the rest; not for 'demo'")
     command.add_argument("--pools", nargs="+", choices=POOLS, help="default: all")
     command.add_argument("--arms", nargs="+", choices=ARMS, help="of the plan's, these alone")
+    command.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, help="of the plan's, these alone")
     command.add_argument("--seeds", nargs="+", type=int, help="of the plan's, these alone")
     command.add_argument("--folder", type=Path, help="corpora and run folders (default: runs/quality)")
     command.add_argument("--results", type=Path, help="rows of finished runs (default: FOLDER/results.jsonl)")
@@ -475,9 +476,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for pool in pools:  # once, not in each of the runs at the same time
         corpora = Corpora(compose([*COMMON, *places[pool]]))
         ensure_traits(corpora.pool, corpora.proxy(), None, console)
-    chosen = [
-        job for job in study.jobs if job.arm in (args.arms or ARMS) and (not args.seeds or job.seed in args.seeds)
-    ]
+    asked = {"arm": args.arms, "optimizer": args.optimizers, "seed": args.seeds}
+    chosen = [job for job in study.jobs if all(not only or getattr(job, name) in only for name, only in asked.items())]
     if not args.no_training:
         train_all(study, chosen, args.jobs, console)
     if not args.no_timing:
