@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = command.parse_args(arguments)
     console = Console()
     start(args, console)
-    halts = (30, 60) if args.quick else (30, 90, 300)
+    halts = (30,) if args.quick else (30, 90)
     place = ensure_pool("mixed", args.data, args.folder / "pools", console)
     rows = []
     with progress(console) as bar:

@@ -22,7 +22,7 @@ from megaopus.models.arithmetic import (
     stage_weights,
     training_flops_per_token,
 )
-from megaopus.selection.config import BY_LOSS, SKETCHES, SelectionConfig, most_per_pass
+from megaopus.selection.config import BY_LOSS, BY_TRAITS, SKETCHES, SelectionConfig, most_per_pass
 
 SCORING_COST = {
     "directional": (2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
@@ -34,6 +34,7 @@ SCORING_COST = {
     "kronecker": (2 / 3, "forward and input gradients; the sketches of activations not counted"),
     "exact": (1.0, "forward and backward per candidate, in float64"),
     **dict.fromkeys(BY_LOSS, (1 / 3, "one forward")),
+    **dict.fromkeys(BY_TRAITS, (0.0, "traits alone, worked out beforehand")),
     "domain_oracle": (0.0, "labels alone"),
 }
 """FLOPs per scored token over FLOPs per trained token, and why."""
@@ -151,8 +152,8 @@ def scoring_micro_batch(config: RunConfig, world_size: int) -> int:
 def scoring_overhead(config: RunConfig) -> float:
     """FLOPs of selection over FLOPs of training, per step after the warm-up.
 
-    (N/K)(L_score/L_train) x cost of the estimator, plus a forward and backward of the proxy batch at full length. Time
-    differs: scoring has no optimizer step, and forwards alone keep no activations.
+    (N/K)(L_score/L_train) x cost of the estimator, plus a forward and backward of the proxy batch at full length (of
+    the pool's too for a contrast). Time differs: scoring has no optimizer step, and forwards alone keep no activations.
     """
     selection, train = config.selection, config.train
     if selection.method == "uniform":
@@ -161,7 +162,7 @@ def scoring_overhead(config: RunConfig) -> float:
     length = (selection.score_length or config.data.seq_len) / config.data.seq_len
     every = selection.score_every * (selection.prescreen.every if selection.prescreen.mode == "predict" else 1)
     proxy = selection.proxy_batch_size / math.lcm(every, selection.proxy_every) if selection.needs_proxy else 0
-    return (config.num_scored() / every * ratio * length + proxy) / train.global_batch_size
+    return (config.num_scored() / every * ratio * length + proxy * (1 + selection.contrast)) / train.global_batch_size
 
 
 def _scoring_cost(selection: SelectionConfig) -> tuple[float, str]:
@@ -190,7 +191,7 @@ def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
         ratio, why = _scoring_cost(config.selection)
         rows["scoring"] = f"{ratio:.2f} of a training token per scored token: {why}"
         rows["expected overhead"] = f"{scoring_overhead(config):.1%} of the training FLOPs of a step, proxy included"
-        rows["steps that select"] = f"{selecting:.0%} (warm-up of {config.selection.warmup_steps} steps is uniform)"
+        rows["steps that score"] = f"{selecting:.0%} (not in the warm-up of {config.selection.warmup_steps} steps)"
     return rows | {"whole run": f"{total:.3e} FLOPs"}
 
 

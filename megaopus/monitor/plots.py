@@ -7,6 +7,7 @@ import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -181,6 +182,13 @@ def running_median(values: Sequence[float]) -> list[float]:
     return [statistics.median(values[max(0, at - half) : at + half + 1]) for at in range(len(values))]
 
 
+def running_sum(values: Sequence[float]) -> list[float]:
+    """Centred, over a tenth of the run."""
+    half = max(2, len(values) // 20)
+    total = list(accumulate(values, initial=0.0))
+    return [total[min(len(values), at + half + 1)] - total[max(0, at - half)] for at in range(len(values))]
+
+
 def _step_tokens(run: Run) -> dict[int, float]:
     return {record.step: float(record.tokens) for record in run.steps}
 
@@ -277,17 +285,18 @@ def check_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionR
 
 
 def overhead_figure(runs: Mapping[str, Run], colours: Mapping[str, str], start_step: int) -> Figure:
-    """Seconds of selection over the other seconds of the step: a running median, so that single pauses do not show."""
+    """Seconds of selection over the other seconds of a running window: some steps score, others do not."""
     figure, (axis,) = _figure(height=3.2)
     highest = 0.0
     for name, run in runs.items():
         steps = [record for record in run.steps if record.step >= start_step and record.step_s > record.select_s]
-        raw = [record.select_s / (record.step_s - record.select_s) for record in steps]
-        if not raw:
+        if not steps:
             continue
-        median = running_median(raw)
-        highest = max(highest, *median)
-        axis.plot([record.tokens for record in steps], median, color=colours[name], linewidth=2, label=name)
+        selecting = running_sum([record.select_s for record in steps])
+        training = running_sum([record.step_s - record.select_s for record in steps])
+        share = [s / t for s, t in zip(selecting, training, strict=True)]
+        highest = max(highest, *share)
+        axis.plot([record.tokens for record in steps], share, color=colours[name], linewidth=2, label=name)
     axis.set_ylim(0, max(0.01, 1.15 * highest))
     _percent_axis(axis)
     _token_axis(axis)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from megaopus import check
 from megaopus.__main__ import VERBS, main
-from megaopus.config import RunConfig, compose
+from megaopus.config import RunConfig, compose, default_config_dir
 from megaopus.data.prepare import Source, prepare
 from megaopus.data.split import SplitRule
 from megaopus.distributed.config import ParallelConfig
@@ -206,7 +206,7 @@ def test_check_prints_what_a_run_would_be(corpus):
         "2,048 per step, 2,048,000 in all",
         "8 sequences per step, 25.0% of the update tokens",
         "expected overhead │ 158.3%",
-        "90% (warm-up of 100 steps is uniform)",
+        "90% (not in the warm-up of 100 steps)",
         "│ 'opus'  (default 'uniform')",
         "Memory per rank in fp32",
         "Memory per rank in bf16",
@@ -216,6 +216,19 @@ def test_check_prints_what_a_run_would_be(corpus):
     assert command in text
     pasted = shlex.split(text.rstrip().rsplit("\n", 1)[1])  # what a shell makes of it
     assert pasted[-2:] == ["run_dir='runs/a, b'", "data.wanted=[docs]"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (default_config_dir() / "selection").glob("*.yaml")))
+def test_every_selection_has_its_expected_cost(name, corpus):
+    text = printed([f"selection={name}", "data.seq_len=64", "data.wanted=[docs]"], corpus)
+    expected = {
+        "uniform": "none (uniform)",
+        "dsir": "expected overhead │ 0.0%",
+        "importance": "expected overhead │ 0.0%",
+    }
+    # 32 candidates at 2/3 of a token and 8 + 8 sequences for the gradients every 32 steps, over 32 sequences
+    expected["opus"] = f"expected overhead │ {(32 * 2 / 3 + 16) / 32 / 32:.1%}"
+    assert expected.get(name, "expected overhead │") in text
 
 
 def test_check_of_a_model_parallel_layout(corpus):
