@@ -65,6 +65,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "cascade": ("selection=opus_cascade", SCORED),
     "predict": ("selection=opus", SCORED, *UNKNOWING, "selection.prescreen.traits=[ngrams,domain,shape]"),
     "predict_dsir": ("selection=opus", SCORED, *UNKNOWING),
+    "exact_8": ("selection=opus_exact", "selection.rho=0.125", SCORED),
+    "exact_proxy32": ("selection=opus_exact", "selection.proxy_batch_size=32", SCORED),
+    "exact_contrast": ("selection=opus_exact", "selection.contrast=true", SCORED),
     "oracle": ("selection=domain_oracle", "selection.rho=0.125"),
 }
 MAIN = ("uniform", "dsir", "importance", "opus", "exact", "published")

@@ -32,7 +32,7 @@ class Selected(Protocol):
 
     indices: Tensor
     utilities: Tensor | None
-    predicted: Tensor | None
+    standing: Tensor | None
     correlation: float | None
     method: str
     ess: float
@@ -236,7 +236,7 @@ def _selection_record(step: int, candidates: Buffer, picked: Buffer, selection: 
         method=selection.method,
         candidate_ids=candidates.ids.tolist(),
         utilities=_list(selection.utilities),
-        predicted=_list(selection.predicted),
+        standing=_list(selection.standing),
         correlation=selection.correlation,
         picked_ids=picked.ids.tolist(),
         share=picked.share(),

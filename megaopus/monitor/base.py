@@ -35,8 +35,8 @@ class SelectionRecord:
     candidate_ids: list[int]
     utilities: list[float | None] | None
     """As estimated, before standardising, None for what was not scored; None in a step that scores nothing."""
-    predicted: list[float | None] | None = None
-    """By the prescreen's predictor; None where it does not predict."""
+    standing: list[float | None] | None = None
+    """What a prescreen picks or screens by; None where there is none."""
     correlation: float | None = None
     """Of the predictor's latest predictions with the utilities of uniform draws."""
     picked_ids: list[int]

@@ -36,10 +36,10 @@ class Selection:
     utilities: Tensor | None
     """(N,) float64 as estimated (not standardised, without redundancy), nan where not scored; None in a step that
     scores nothing: in warm-up, and where the buffer was scored in an earlier step (``score_every``)."""
-    predicted: Tensor | None
-    """(N,) float64 by the prescreen's predictor, before it learnt from this step; None where it does not predict."""
+    standing: Tensor | None
+    """(N,) float64 in the prescreen, before it learnt from this step; None where there is none yet."""
     correlation: float | None
-    """Of the predictor's latest predictions with the utilities of uniform draws."""
+    """Rank correlation of standing with the utilities of uniform draws, the latest of them."""
     method: str
     """What really chose: 'uniform' in warm-up and after a fallback."""
     ess: float
@@ -80,7 +80,7 @@ class _Choice:
     ess: float
     max_p_ratio: float
     utilities: Tensor | None = None
-    predicted: Tensor | None = None
+    standing: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ class Selector:
             ids=ids,
             picked_ids=ids[indices],
             utilities=None if served else choice.utilities,
-            predicted=None if served else choice.predicted,
+            standing=None if served else choice.standing,
             correlation=None if self._prescreen is None else self._prescreen.correlation,
             method=choice.method,
             ess=choice.ess,
@@ -268,16 +268,16 @@ class Selector:
         times = self._exposure.times(self._signatures(candidates), ids) if self._exposed else None
         allowed, debt = self._allowed(times, len(ids), events)
         buffer = _Buffer(candidates, ids, step, period, times, allowed, debt, events)
-        scored, predicted, uniform, doubt = everyone, None, None, None
+        scored, standing, uniform, doubt = everyone, None, None, None
         predicting = self.config.prescreen.mode == "predict" or not warm
         due = warm and not (predicting and period % self.config.prescreen.every)
         if self._prescreen is not None:
             doubt = self._prescreen.doubt()
-            predicted = self._prescreen.standing(ids)
-            if predicted is not None:  # another processor may have rounded otherwise
-                predicted = self.backend.from_rank_0(predicted)
+            standing = self._prescreen.standing(ids)
+            if standing is not None:  # another processor may have rounded otherwise
+                standing = self.backend.from_rank_0(standing)
         if self._prescreen is not None and due:
-            trusted = None if doubt or predicted is None else predicted - debt
+            trusted = None if doubt or standing is None else standing - debt
             scored, uniform = self._prescreen.screen(
                 ids, buffer.allowed, trusted, self._num_scored(len(ids)), noise.key(self.seed, "slice", period)
             )
@@ -294,12 +294,12 @@ class Selector:
             events.append(doubt)
         values = utilities
         if predicting:
-            values, gram = None if doubt else predicted, None
+            values, gram = None if doubt else standing, None
         if values is None:
             choice = self._uniform(ids, buffer.allowed, period)
         else:
             choice = self._pick(buffer, values, None if gram is None else (scored, gram))
-        choice.utilities, choice.predicted = utilities, predicted
+        choice.utilities, choice.standing = utilities, standing
         return choice
 
     def _score(

@@ -65,7 +65,7 @@ def assert_meaningful(run: dict, selection: str, optimizer: str) -> None:
     last = [row for row in run["selection"] if row["utilities"] is not None]
     if selection in ("predict", "cascade"):
         assert None in last[-1]["utilities"]
-        assert any(row["method"] == "opus" and row["predicted"] is not None for row in last)
+        assert any(row["method"] == "opus" and row["standing"] is not None for row in last)
     elif selection != "uniform":
         assert len(last[-1]["utilities"]) == 8
     checked = [row["step"] for row in run["selection"] if row["realised_fall"] is not None]

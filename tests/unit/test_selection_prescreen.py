@@ -148,15 +148,15 @@ def test_the_window_forgets() -> None:
 def test_screening_takes_the_promising_and_a_uniform_slice() -> None:
     prescreen = Prescreen(PrescreenConfig(mode="cascade", slice=4), TRAITS)  # type: ignore[arg-type]
     ids, allowed = torch.arange(64) + 500, torch.arange(0, 64, 2)
-    predicted = -torch.arange(64).double()
-    scored, uniform = prescreen.screen(ids, allowed, predicted, 12, key=1)
+    standing = -torch.arange(64).double()
+    scored, uniform = prescreen.screen(ids, allowed, standing, 12, key=1)
     assert len(scored) == 12
     assert int(uniform.sum()) == 4
     assert (scored % 2 == 0).all()
     assert scored.tolist() == sorted(set(scored.tolist()))
     left = [p for p in range(0, 64, 2) if p not in scored[uniform]]
     assert scored[~uniform].tolist() == left[:8]  # the most promising
-    assert not torch.equal(prescreen.screen(ids, allowed, predicted, 12, key=2)[0], scored)
+    assert not torch.equal(prescreen.screen(ids, allowed, standing, 12, key=2)[0], scored)
     scored, uniform = prescreen.screen(ids, allowed, None, 12, key=1)
     assert bool(uniform.all())
     assert len(scored) == 12
