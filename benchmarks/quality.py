@@ -287,8 +287,8 @@ def _steps(study: Study, job: Job, mesh: Mesh) -> Callable[[], None]:
     return several
 
 
-_SETTLED = 24  # updates after which a predictor of 4 scores a step predicts
-_TURN = 16  # updates between two fits of the predictor, and a multiple of every period of the arms
+_SETTLED = 65  # updates after which the predictor has its first 64 scores
+_TURN = 32  # a multiple of every period of the arms
 
 
 class Nobody:
@@ -486,8 +486,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.no_timing:
         with progress(console) as bar:
             for group in dict.fromkeys((job.pool, job.optimizer) for job in chosen):
-                arms = [job for job in study.jobs if (job.pool, job.optimizer, job.seed) == (*group, plan.seeds[0])]
-                seconds = step_seconds(study, arms, args.clock, bar)
+                arms = {job.arm: job for job in chosen if (job.pool, job.optimizer) == group}
+                seconds = step_seconds(study, list(arms.values()), args.clock, bar)
                 results.add(f"timing/{group[0]}/{group[1]}", {"seconds": seconds, **machine(args)})
     rows = rows_of(study)
     print_rows(rows, console)

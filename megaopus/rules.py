@@ -239,10 +239,10 @@ def _schedule(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         yield Problem("optim.decay_steps", decay, reason, f"use at most {steps - warmup}, or more train.steps")
 
 
-@_rule("selection.warmup_steps", "selection.method", "train.steps")
+@_rule("selection.warmup_steps", "selection.method", "selection.prescreen", "train.steps")
 def _selection_warmup(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     steps, warmup = config.train.steps, config.selection.warmup_steps
-    if config.selection.method != "uniform" and warmup > steps:
+    if config.selection.method != "uniform" and not config.selection.has_prior and warmup > steps:
         reason = f"longer than train.steps = {steps}: nothing would ever be selected"
         yield Problem("selection.warmup_steps", warmup, reason, "use fewer, more train.steps, or selection=uniform")
 

@@ -176,6 +176,11 @@ class SelectionConfig:
         return self.needs_proxy and self.contrast
 
     @property
+    def has_prior(self) -> bool:
+        """Whether there is something to pick by before there are utilities."""
+        return self.prescreen.mode != "off" and self.prescreen.prior > 0
+
+    @property
     def screened(self) -> int:
         """Candidates in the buffer for each one that rho stands for."""
         return 1 if self.prescreen.mode == "off" else self.prescreen.multiple

@@ -263,7 +263,7 @@ class Selector:
         everyone = torch.arange(len(ids))
         period = step // self.config.score_every
         warm = step >= self.config.warmup_steps
-        if self.config.method == "uniform" or not (warm or self._has_prior):
+        if self.config.method == "uniform" or not (warm or self.config.has_prior):
             return self._uniform(ids, everyone, period)
         times = self._exposure.times(self._signatures(candidates), ids) if self._exposed else None
         allowed, debt = self._allowed(times, len(ids), events)
@@ -364,11 +364,6 @@ class Selector:
         if config.score_every > 1:  # a fair mix in each step
             picked = picked[noise.uniform(noise.key(self.seed, "turns", period), ids[picked]).argsort()]
         return _Choice(period, picked, config.method, ess, ratio)
-
-    @property
-    def _has_prior(self) -> bool:
-        """Whether there is something to pick by before there are utilities."""
-        return self._prescreen is not None and self.config.prescreen.prior > 0
 
     # -- guards -------------------------------------------------------------------------------------------------------
 

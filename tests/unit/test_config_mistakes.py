@@ -131,7 +131,7 @@ COMBINED = [
         "float64",
         "directional",
     ),
-    ("selection=opus selection.warmup_steps=1001", 1, "selection.warmup_steps", "nothing would ever", "fewer"),
+    ("selection=opus_exact selection.warmup_steps=1001", 1, "selection.warmup_steps", "nothing would ever", "fewer"),
     ("optim.schedule=wsd optim.warmup_steps=600 optim.decay_steps=600", 1, "optim.decay_steps = 600", "1200", "400"),
     (
         "parallel.tp=2 parallel.sequence_parallel=true data.seq_len=255",
