@@ -17,6 +17,7 @@ CHOICES = {
     "mid_ppl": ["selection=mid_ppl"],
     "domain_oracle": ["selection=domain_oracle"],
     "dsir": ["selection=dsir"],
+    "importance": ["selection=importance", "selection.sampler=top_k"],
     "adjoint": ["selection=opus_exact", "selection.estimator=adjoint", "selection.layers=all"],
     "kronecker": ["selection=opus_exact", "selection.estimator=kronecker", "selection.sketch_dim=64"],
     "window": ["selection=opus_exact", "selection.score_length=8", "selection.score_window=random"],
@@ -30,10 +31,11 @@ def test_runs_pick_by_the_method_named(
     overrides = [*CHOICES[choice], "selection.warmup_steps=2", "selection.rho=0.5"]
     assert train(settings(tiny_corpus, tmp_path / "run", *overrides)) == 0
     said = capsys.readouterr().out
-    assert said.count("scoring micro-batch 8 (takes ") == (choice not in ("dsir", "domain_oracle"))
+    assert said.count("scoring micro-batch 8 (takes ") == (choice not in ("dsir", "importance", "domain_oracle"))
     assert "WARNING" not in said
     rows = [json.loads(line) for line in (tmp_path / "run" / "selection.jsonl").read_text().splitlines()]
-    method = choice if choice in ("greats", "low_ppl", "mid_ppl", "dsir", "domain_oracle") else "opus"
+    own = ("greats", "low_ppl", "mid_ppl", "dsir", "importance", "domain_oracle")
+    method = choice if choice in own else "opus"
     assert [row["method"] for row in rows] == ["uniform"] * 2 + [method] * (STEPS - 2)
     for row in rows[2:]:
         assert not row["events"]
@@ -45,7 +47,9 @@ def assert_consistent(choice: str, row: dict[str, Any]) -> None:
     utilities = torch.tensor(row["utilities"], dtype=torch.float64)
     assert utilities.std() > 0
     picked = torch.tensor([i in row["picked_ids"] for i in row["candidate_ids"]])
-    if choice != "greats":  # whose picks also lower each other's utility
+    if choice == "importance":  # which many have as much of as can be
+        assert utilities[picked].min() >= utilities[~picked].max()
+    elif choice != "greats":  # whose picks also lower each other's utility
         assert utilities[picked].min() > utilities[~picked].max()
     if choice == "domain_oracle":
         wanted = round(row["pool_share"]["docs"] * len(utilities))
