@@ -169,6 +169,7 @@ def _write(pool: Sequences, proxy: Sequences, folder: Path, console: Console) ->
         target, whole = (_log_probability(counted[side, 0][0] + counted[side, 1][0]) for side in ("target", "pool"))
         # What a text is likely under must not have been counted in it: each half is described by the other.
         others = [[_log_probability(counted[side, 1 - half][0]) for side in ("target", "pool")] for half in (0, 1)]
+        odds = target - whole
         idf = np.log((1 + n) / (1 + counted["pool", 0][1] + counted["pool", 1][1])).astype(np.float32)
         signs = np.where(mix(np.arange(BUCKETS, dtype=_U64)) & _U64(1), 1, -1).astype(np.float32)
         for half, numbers in enumerate(_halves(pool)):
@@ -176,7 +177,6 @@ def _write(pool: Sequences, proxy: Sequences, folder: Path, console: Console) ->
                 uni, bi = _hashed(tokens)
                 out["sketch"][rows] = _sketch(uni, bi, idf, signs)
                 out["scalars"][rows] = _scalars(uni, bi, others[half])
-                odds = target - whole
                 out["log_odds"][rows] = odds[0][uni].mean(axis=1) + odds[1][bi].mean(axis=1)
                 out["exact"][rows], out["near"][rows] = exact_signature(tokens), near_signature(tokens)
                 bar.advance(work, len(rows))

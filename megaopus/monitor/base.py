@@ -31,7 +31,7 @@ class SelectionRecord:
 
     step: int
     method: str
-    """What really chose: 'uniform' in warm-up and after a fallback."""
+    """What really chose: 'uniform' in a warm-up without a prior and after a fallback."""
     candidate_ids: list[int]
     utilities: list[float | None] | None
     """As estimated, before standardising, None for what was not scored; None in a step that scores nothing."""

@@ -41,7 +41,7 @@ class Selection:
     correlation: float | None
     """Rank correlation of standing with the utilities of uniform draws, the latest of them."""
     method: str
-    """What really chose: 'uniform' in warm-up and after a fallback."""
+    """What really chose: 'uniform' in a warm-up without a prior and after a fallback."""
     ess: float
     """1 / sum p^2, p = softmax(utility as used / temperature) whatever the sampler; uniform: the number drawn from."""
     max_p_ratio: float
@@ -107,8 +107,8 @@ class Selector:
     ``proxy``: step -> the proxy mini-batch of that step (``Candidates``, or plain tensors), the whole batch on every
     rank; methods 'opus' and 'greats' need it. ``pool``: the same of any text; ``contrast`` needs it. ``wanted``:
     candidates -> (N,) which are of a wanted domain; method 'domain_oracle' needs it. ``traits``: what is known of
-    candidates without a model; a prescreen, method 'dsir' and some guards need it. Raises ValueError for unusable
-    settings.
+    candidates without a model; a prescreen, methods 'dsir' and 'importance', and some guards need it. Raises
+    ValueError for unusable settings.
     """
 
     def __init__(
