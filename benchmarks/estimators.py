@@ -84,7 +84,7 @@ class Plan:
     """Hash seeds over which the bias and the mean fidelity of countsketch are taken."""
     optimizers: tuple[OptimConfig, ...] = (
         OptimConfig(name="adamw", lr=3e-3, warmup_steps=40, schedule="constant"),
-        OptimConfig(name="muon", lr=3e-3, muon_lr=0.02, warmup_steps=40, schedule="constant"),
+        OptimConfig(name="muon", lr=3e-3, matrix_lr=0.02, warmup_steps=40, schedule="constant"),
     )
 
 
@@ -103,6 +103,9 @@ class PlainGradient:
 
     def sides(self, name: str) -> None:
         return None
+
+    def transposed(self) -> PlainGradient:
+        return self
 
     def bounded(self, gradient: Gradient) -> PlainGradient:
         return self

@@ -73,7 +73,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 MAIN = ("uniform", "dsir", "importance", "opus", "exact", "published")
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": ("optim=adamw", "optim.lr=2e-3"),
-    "muon": ("optim=muon", "optim.lr=8e-3", "optim.muon_lr=0.01"),
+    "muon": ("optim=muon", "optim.lr=8e-3", "optim.matrix_lr=0.01"),
 }
 MODEL = ("model=tiny", "model.hidden_size=192", "model.num_heads=6")
 COMMON = (

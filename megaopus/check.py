@@ -218,17 +218,11 @@ def memory(
     model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
     weights = stage_weights(model, vocab_size, config.data.seq_len, pp=pp, stage=stage)
     count = count_rank_parameters(model, vocab_size, config.data.seq_len, tp=tp, pp=pp, stage=stage)
-    matrices = sum(weight.numel // tp for weight in weights if weight.matrix)
-    state = {
-        "adamw": (8 * count, "two fp32 moments"),
-        "sgd": (4 * count if config.optim.momentum else 0, "fp32 momentum"),
-        "muon": (4 * matrices + 8 * (count - matrices), "fp32 momentum of block matrices, AdamW moments of the rest"),
-    }
+    size, what = _optimizer_state(config, count, [weight for weight in weights if weight.matrix])
     # The distributed optimizer shards what only the update reads: its state and, under bf16, the main weights.
     zero = config.engine.name == "deepspeed"
     shards = world_size // (tp * pp) if config.parallel.distributed_optimizer or zero else 1
     sharded = f", over {shards} ranks" if shards > 1 else ""
-    size, what = state[config.optim.name]
     rows = {
         "weights": (4 * count, "fp32"),
         "gradients": (4 * count, "fp32 buffer, also under bf16"),
@@ -289,6 +283,19 @@ def _in_flight(config: RunConfig, world_size: int, stage: int) -> int:
     if parallel.vpp == 1:
         return min(ahead + 1, micro_batches)
     return min(2 * ahead + (parallel.vpp - 1) * parallel.pp + 1, micro_batches * parallel.vpp)
+
+
+def _optimizer_state(config: RunConfig, count: int, matrices: list[Weight]) -> tuple[int, str]:
+    """(bytes, what they are) of ``count`` weights on a rank, unsharded over data-parallel ranks."""
+    spec, names = config.optim.spec(), ", ".join
+    shaped = () if config.optim.own_settings().get("momentum") == 0 else spec.shaped  # SGD then keeps nothing
+    if not spec.matrices:
+        return 4 * len(shaped) * count, f"fp32 {names(shaped)}" if shaped else "none"
+    inside = sum(weight.numel // config.parallel.tp for weight in matrices)
+    extra = spec.extra_state or (lambda rows, columns: 0)
+    more = sum(extra(weight.numel // weight.columns, weight.columns) for weight in matrices)
+    what = f"fp32 {names(shaped)} of block matrices, AdamW moments of the rest"
+    return 4 * (len(shaped) * inside + more) + 8 * (count - inside), what
 
 
 def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight]) -> dict[str, tuple[int, str]]:

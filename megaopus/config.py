@@ -132,7 +132,7 @@ def to_yaml(config: RunConfig) -> str:
 def differences(config: RunConfig) -> dict[str, tuple[object, object]]:
     """Dotted key -> (value, default) for each setting that differs from its default."""
     ours, default = _flat(asdict(config)), _flat(asdict(RunConfig()))
-    return {key: (value, default[key]) for key, value in ours.items() if value != default[key]}
+    return {key: (value, default.get(key)) for key, value in ours.items() if value != default.get(key)}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -140,6 +140,10 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
+
+
+_OPEN = ("optim.settings.",)
+"""Sections of settings that depend on another one; what they may hold, ``problems()`` of their owner says."""
 
 
 def _settings() -> list[str]:
@@ -211,7 +215,7 @@ def _acceptable(text: str, groups: dict[str, list[str]], issues: _Issues) -> boo
         return False
     if key in groups:
         return _acceptable_choice(key, value, groups[key], issues)
-    if key in _settings():
+    if key in _settings() or key.startswith(_OPEN):
         return True
     _add_unknown(key, value, [*_settings(), *groups], "no such setting", issues)
     return False
@@ -333,6 +337,10 @@ def _convert(value: Any, hint: Any) -> Any:
             return [_convert(element, item) for element in value]
         except ValueError as error:
             raise ValueError(f"each element {error.args[0]}", _EXAMPLES[hint]) from None
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"is a section, not a {type(value).__name__}", "write {key}.NAME=VALUE")
+        return dict(value)
     fits = {
         int: isinstance(value, int) and not isinstance(value, bool),
         float: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),

@@ -6,7 +6,6 @@ import difflib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +48,18 @@ def validate(config: RunConfig, world_size: int | None, tainted: frozenset[str] 
         for key, reason, remedy in settings.problems() if hasattr(settings, "problems") else ():
             dotted = f"{section.name}.{key}"
             if dotted not in tainted:
-                problems.append(Problem(dotted, attrgetter(key)(settings), reason, remedy))
+                problems.append(Problem(dotted, _value_at(settings, key), reason, remedy))
                 refused.add(dotted)
     for keys, rule in _RULES:
         if not any(bad in keys or bad.split(".", 1)[0] in keys for bad in refused):
             problems += rule(config, world_size)
     return problems
+
+
+def _value_at(settings: Any, key: str) -> object:
+    for name in key.split("."):
+        settings = settings[name] if isinstance(settings, dict) else getattr(settings, name)
+    return settings
 
 
 # -- run folder ------------------------------------------------------------------------------------------------------
@@ -149,10 +154,10 @@ def _distributed_optimizer(config: RunConfig, world_size: int | None) -> Iterato
         yield Problem("parallel.distributed_optimizer", True, reason, "set it to false, or optim.name=adamw")
 
 
-@_rule("engine.name", "engine.zero_stage", "parallel", "optim.name", "selection.estimator", "selection.method")
+@_rule("engine.name", "engine.zero_stage", "parallel", "optim", "selection.estimator", "selection.method")
 def _engine(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     engine, selection = config.engine, config.selection
-    for key, value, reason, remedy in engine.refusals(config.parallel, config.optim.name):
+    for key, value, reason, remedy in engine.refusals(config.parallel, config.optim):
         yield Problem(key, value, reason, remedy)
     exact = selection.needs_proxy and selection.estimator == "exact"
     if engine.name == "deepspeed" and engine.zero_stage == 3 and exact:

@@ -38,6 +38,7 @@ ONLY_IN = {
     "wandb": {"monitor"},
     "tokenizers": {"data"},
     "matplotlib": {"monitor"},
+    "pytorch_optimizer": {"optim"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megaopus.distributed.config import ParallelConfig
+from megaopus.optim.config import OptimConfig
 
 ENGINES = ("megatron", "deepspeed")
 ZERO_STAGES = (1, 2, 3)
@@ -39,7 +40,7 @@ class EngineConfig:
         if not self.timeout_minutes > 0:
             yield "timeout_minutes", "must be positive", "10 is usual"
 
-    def refusals(self, parallel: ParallelConfig, optimizer: str) -> Iterator[tuple[str, object, str, str]]:
+    def refusals(self, parallel: ParallelConfig, optim: OptimConfig) -> Iterator[tuple[str, object, str, str]]:
         """Yield ``(dotted key, value, reason, remedy)`` for each setting elsewhere that this engine cannot serve."""
         if self.name != "deepspeed":
             return
@@ -55,5 +56,8 @@ class EngineConfig:
         if parallel.distributed_optimizer:
             reason = "is megatron's way of sharding the optimizer; the deepspeed engine has engine.zero_stage for it"
             yield "parallel.distributed_optimizer", True, reason, f"parallel.distributed_optimizer=false, {megatron}"
-        if optimizer not in ("adamw", "muon"):
-            yield "optim.name", optimizer, "the deepspeed engine runs AdamW and Muon", f"optim=adamw, {megatron}"
+        spec = optim.spec()
+        if not spec.elementwise and optim.name != "muon":
+            why = "takes its curvature from gradients of its own" if spec.curvature else "needs whole tensors"
+            reason = f"{why}, of which ZeRO keeps flat pieces (it has an update of its own for muon alone)"
+            yield "optim.name", optim.name, reason, f"optim=adamw, sgd, lion or muon, {megatron}"

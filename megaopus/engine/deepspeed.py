@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import StepResult
 from megaopus.engine.common import data_parallel_share, padded_share, seed_dropout, training_share
 from megaopus.engine.config import EngineConfig
-from megaopus.engine.megatron import token_losses
+from megaopus.engine.forward import token_losses
 from megaopus.engine.zero import ZeroOptimizer
 from megaopus.engine.zero_muon import Together, ZeroMuon
 from megaopus.errors import EngineError
@@ -29,6 +30,7 @@ from megaopus.models.config import ModelConfig
 from megaopus.models.gpt import build_gpt, initialize, transformer_config
 from megaopus.optim.build import torch_optimizers
 from megaopus.optim.config import OptimConfig
+from megaopus.optim.muon import make_muon
 from megaopus.optim.schedule import lr_factor
 from megaopus.selection.backend import Candidates, Gradient
 
@@ -60,7 +62,7 @@ class DeepSpeedEngine:
         seed: int,
     ):
         deepspeed = import_deepspeed(mesh.on_cpu)
-        for key, value, reason, remedy in engine.refusals(parallel, optim.name):
+        for key, value, reason, remedy in engine.refusals(parallel, optim):
             raise EngineError(f"{key}={value}: {reason} ({remedy})")
         self.mesh = mesh
         self.step = 0
@@ -81,7 +83,7 @@ class DeepSpeedEngine:
                 self.module.bfloat16()
             initialize(self.module, model, mesh, seed)
         _sum_partial_gradients(self.module, mesh)
-        optimizers = torch_optimizers(optim, self.module, mesh, ZeroMuon)
+        optimizers = torch_optimizers(optim, self.module, mesh, {"muon": partial(make_muon, cls=ZeroMuon)})
         together = Together(optimizers)
         groups = {id(p): index for index, group in enumerate(together.param_groups) for p in group["params"]}
         group_of = {name: groups[id(p)] for name, p in self.module.named_parameters()}
@@ -133,16 +135,16 @@ class DeepSpeedEngine:
                 losses_BS = token_losses(self.deepspeed, self._tokens(batch, rows))
                 self.deepspeed.backward(losses_BS.mean() / len(micro_batches), scale_wrt_gas=False)
             losses.append(losses_BS.detach().double().mean(dim=1))
-        lr = self.set_lr()
+        lr = self.prepare_update()
         self.deepspeed.step()
         self.step += 1
         applied = self.deepspeed.was_step_applied()
         norm = float(self.deepspeed.get_global_grad_norm()) if applied else math.nan
         return StepResult(loss=float(self._gather(torch.cat(losses)).mean()), grad_norm=norm, lr=lr, applied=applied)
 
-    def set_lr(self) -> float:
-        """Give the optimizer the learning rate of the coming update, and return it."""
-        return self.optimizer.set_lr(lr_factor(self._optim_config, self.step, self._total_steps))
+    def prepare_update(self) -> float:
+        """Give the optimizer the learning rate and momentum of the coming update; returns the learning rate."""
+        return self.optimizer.set_step(self.step, lr_factor(self._optim_config, self.step, self._total_steps))
 
     def evaluate(self, sequences: Candidates) -> Tensor:
         num = len(sequences)

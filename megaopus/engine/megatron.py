@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaopus.distributed.config import ParallelConfig
-from megaopus.distributed.cpu import plain_calls
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import StepResult
 from megaopus.engine.common import data_parallel_share, padded_share, seed_dropout, training_share
 from megaopus.engine.config import EngineConfig
+from megaopus.engine.forward import SampledLabels, token_losses
 from megaopus.engine.saving import in_process_strategy
 from megaopus.models.arithmetic import padded_vocab
 from megaopus.models.config import ModelConfig
@@ -100,17 +101,23 @@ class MegatronEngine:
             seed_dropout(self.mesh, self._seed, self.step)
         if not self.ddp.training:
             self.ddp.train()
+        every = self.optimizer.curvature_every
         with self.mesh.megatron():
+            if every and self.step % every == 0:
+                self._zero_gradients()
+                sampled = SampledLabels(self.mesh, self._seed, self.step)
+                self.run_local(batch, share, self.micro_batch_size, self.seq_len, forward_only=False, sampled=sampled)
+                self.optimizer.take_curvature(len(batch) * self.seq_len)
             self._zero_gradients()
             losses = self._run(batch, share, self.micro_batch_size, self.seq_len, forward_only=False)
-            lr = self.set_lr()
+            lr = self.prepare_update()
             grad_norm, applied = self.optimizer.step()
         self.step += 1
         return StepResult(loss=float(losses.mean()), grad_norm=grad_norm, lr=lr, applied=applied)
 
-    def set_lr(self) -> float:
-        """Give the optimizer the learning rate of the coming update, and return it."""
-        return self.optimizer.set_lr(lr_factor(self._optim_config, self.step, self._total_steps))
+    def prepare_update(self) -> float:
+        """Give the optimizer the learning rate and momentum of the coming update; returns the learning rate."""
+        return self.optimizer.set_step(self.step, lr_factor(self._optim_config, self.step, self._total_steps))
 
     def evaluate(self, sequences: Candidates) -> Tensor:
         num = len(sequences)
@@ -172,12 +179,14 @@ class MegatronEngine:
         *,
         forward_only: bool,
         whole_gradient: bool = False,
+        sampled: SampledLabels | None = None,
     ) -> Tensor:
         """Run the schedule over this rank's share, without exchanging the losses: (len(share),) float64.
 
         They are this rank's part of each sequence's mean token loss: zeros before the last pipeline stage, the sum over
         its own positions / ``length`` on the last. Their sum over the cp and pp ranks is the mean loss.
         ``whole_gradient``: reduce gradients to every dp and cp rank, where the distributed optimizer needs pieces only.
+        ``sampled``: labels are drawn by it, not read off the sequences.
         """
         if length % self.mesh.shape.cp:
             raise ValueError(
@@ -185,12 +194,13 @@ class MegatronEngine:
             )
         micro_batches = share.split(micro)
 
-        def tokens() -> Iterator[Tensor]:
+        def tokens() -> Iterator[tuple[Tensor, Tensor | None]]:
             for rows in micro_batches:
-                yield batch.take(rows).batch(length).to(self.mesh.device, non_blocking=True)
+                chances = None if sampled is None else sampled.chances(rows, length)
+                yield batch.take(rows).batch(length).to(self.mesh.device, non_blocking=True), chances
 
         outputs = self._schedule(
-            forward_step_func=self._forward_step,
+            forward_step_func=partial(self._forward_step, sampled=sampled),
             data_iterator=[tokens() for _ in self.ddp],  # each chunk reads every micro-batch
             model=list(self.ddp),
             num_microbatches=len(micro_batches),
@@ -247,8 +257,10 @@ class MegatronEngine:
         finally:
             config.finalize_model_grads_func, config.no_sync_func = saved
 
-    def _forward_step(self, data_iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
-        tokens = next(data_iterator)
+    def _forward_step(
+        self, data_iterator: Iterator[tuple[Tensor, Tensor | None]], model: Any, sampled: SampledLabels | None = None
+    ) -> tuple[Tensor, Any]:
+        tokens, chances = next(data_iterator)
         length = tokens.shape[1] - 1
 
         def sequence_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,6 +268,8 @@ class MegatronEngine:
             # Both are parts that add up over cp; the schedule multiplies the first by the cp that DDP will divide by.
             return losses_BS.sum() / (len(tokens) * length), losses_BS.detach().double().sum(dim=1) / length
 
+        if sampled is not None and chances is not None:
+            return sampled.losses(model, tokens, chances), sequence_losses
         return token_losses(model, tokens, self.mesh.shape.cp, self.mesh.cp_rank), sequence_losses
 
     # -- selection and checkpoints ----------------------------------------------------------------------------------
@@ -286,6 +300,7 @@ class MegatronEngine:
             state = dist_checkpointing.load(self._sharded_state(empty, is_loading=True), str(folder))
             self.module.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_whole(state.get("optimizer_whole", {}))
         return {group: {name: state[group][local] for local, name in names} for group in groups}
 
     def _sharded_state(self, groups: dict[str, Gradient], is_loading: bool) -> dict[str, Any]:
@@ -300,22 +315,11 @@ class MegatronEngine:
             "model": model_state,
             "optimizer": self.optimizer.sharded_state_dict(model_state, is_loading),
         }
+        if whole := self.optimizer.sharded_whole(dict(whole_names(self.module))):
+            state["optimizer_whole"] = whole
         for group, values in groups.items():
             state[group] = {
                 local: make_sharded_optimizer_tensor(model_state[local], values[name], prefix=group)
                 for local, name in whole_names(self.module)
             }
         return state
-
-
-def token_losses(model: Any, tokens: Tensor, cp: int = 1, cp_rank: int = 0) -> Tensor:
-    """(B, S / cp) loss of each token of (B, S + 1) tokens: inputs are all but the last, labels all but the first.
-
-    Under context parallelism those of this rank's positions. On earlier pipeline stages: the stage's activations.
-    """
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs)
-    if cp > 1:
-        inputs, labels, positions = (x.chunk(cp, 1)[cp_rank] for x in (inputs, labels, positions))
-    with plain_calls():
-        return model(inputs, positions, None, labels=labels.contiguous())

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaopus.distributed.collectives import gathered
+from megaopus.distributed.shards import is_split, part_of, whole_of
 from megaopus.errors import EngineError
-from megaopus.models.gpt import EMBEDDING, gather_whole, is_gated, is_tied, model_chunks, shard, whole_names
+from megaopus.models.gpt import EMBEDDING, is_tied, model_chunks, whole_names
 from megaopus.selection import ModuleBackend
 from megaopus.selection.backend import (
     Batch,
@@ -74,15 +75,14 @@ class EngineScoringBackend(ModuleBackend):
         size, rank = self._mesh.shape.tp, self._mesh.tp_rank
         for name, p in self._weights.items():
             shape = self._shape(p)
-            if size == 1 or len(shape) != 2 or not getattr(p, "tensor_model_parallel", False):
+            if size == 1 or len(shape) != 2 or not is_split(p):
                 continue
             dim = p.partition_dim
-            gated = is_gated(self.module, name)
             whole = torch.arange(shape[dim] * size, device=p.device)
-            index = shard(whole.unsqueeze(1 - dim), p, rank, size, gated).flatten()
+            index = part_of(whole.unsqueeze(1 - dim), p, rank, size).flatten()
 
-            def gather(part: Tensor, p: Tensor = p, gated: bool = gated) -> Tensor:
-                return gather_whole(part, p, self._mesh, gated)
+            def gather(part: Tensor, p: Tensor = p) -> Tensor:
+                return whole_of(part, p, self._mesh.tp_group)
 
             yield name, Shard(dim, index, len(whole), gather)
 
@@ -91,8 +91,8 @@ class EngineScoringBackend(ModuleBackend):
         return parameter.shape
 
     def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
-        """P_t with the learning rate of the coming update, not that of the last one."""
-        self._engine.set_lr()
+        """P_t with the learning rate and momentum of the coming update, not those of the last one."""
+        self._engine.prepare_update()
         names = dict(whole_names(self._engine.module))
         held = (
             Held(names[each.name], self._weights[names[each.name]], each.optimizer, each.group, each.state)
@@ -280,6 +280,6 @@ def _sum(values: Tensor, group: Any, size: int) -> Tensor:
 
 def sequence_losses(model: nn.Module, tokens: Tensor) -> Tensor:
     """(B,) float64 mean token loss of each row of (B, S + 1) tokens; one whole model."""
-    from megaopus.engine.megatron import token_losses
+    from megaopus.engine.forward import token_losses
 
     return token_losses(model, tokens).double().mean(dim=1)

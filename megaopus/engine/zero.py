@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megaopus.distributed.collectives import gathered
 from megaopus.engine.zero_muon import Matrix, ZeroMuon
-from megaopus.optim.build import ParameterState, set_lr, state_names
+from megaopus.optim.build import ParameterState, counts_steps, set_step, state_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,9 @@ class ZeroOptimizer:
             for name, fragment, count in zip(names, fragments, counts, strict=True)
         ]
 
-    def set_lr(self, factor: float) -> float:
-        """Set every group's learning rate to its peak times ``factor``; returns AdamW's."""
-        return set_lr(self.torch_optimizers, factor)
+    def set_step(self, step: int, factor: float) -> float:
+        """As ``optim.build.set_step``."""
+        return set_step(self.torch_optimizers, step, factor)
 
     def main_weights(self) -> dict[str, Tensor]:
         """The whole fp32 weights: the parameters themselves where they are that, else copies (collective)."""
@@ -94,12 +94,13 @@ class ZeroOptimizer:
         return dict(self._parameters)
 
     def states(self) -> list[ParameterState]:
-        """Each parameter's group, step and whole second moment, or Muon's momentum; collective."""
+        """Each parameter's group, step and, whole, what the update operator needs; collective."""
         steps = self.steps()
         found = []
         for name in self._parameters:
-            key = self.keys(name)[-1]
-            state = {"step": torch.tensor(float(steps)), key: self.whole(name, key)} if steps else {}
+            state = {"step": torch.tensor(float(steps))} if steps else {}
+            if steps and (keys := self.keys(name)):
+                state[keys[-1]] = self.whole(name, keys[-1])
             found.append(ParameterState(name, *self._held[name], state))
         return found
 
@@ -135,9 +136,10 @@ class ZeroOptimizer:
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def steps(self) -> int:
-        """Updates that the optimizer's state has seen."""
-        found = [int(state["step"]) for state in self._zero.optimizer.state.values() if "step" in state]
-        return max(found, default=0)
+        """Updates that the optimizer's state has seen; where it does not count them, 1 for any number."""
+        states = list(self._zero.optimizer.state.values())
+        counted = [int(state["step"]) for state in states if "step" in state]
+        return max(counted) if counted else int(any(states))
 
     def local(self, name: str, key: str) -> Tensor:
         """(numel,) view of this rank's fragment: of the weights (key 'weight') or of one of ``keys``."""
@@ -157,7 +159,7 @@ class ZeroOptimizer:
         state = optimizer.state[flat]
         if not state:
             state.update({key: torch.zeros_like(flat, requires_grad=False) for key in self.keys(name)})
-            if isinstance(optimizer, torch.optim.AdamW):
+            if counts_steps(optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
         return state
 

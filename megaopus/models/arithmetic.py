@@ -16,6 +16,8 @@ class Weight:
     sharded: bool
     matrix: bool = False
     """A matrix that every token is multiplied with."""
+    columns: int = 0
+    """Of such a matrix."""
 
 
 VOCAB_MULTIPLE = 128
@@ -29,7 +31,7 @@ def padded_vocab(vocab_size: int) -> int:
 
 def _linear(name: str, rows: int, columns: int, *, bias: bool, column_parallel: bool) -> list[Weight]:
     """A (rows x columns) matrix and its bias; a row-parallel layer keeps its whole bias on every rank."""
-    weights = [Weight(f"{name}.weight", rows * columns, sharded=True, matrix=True)]
+    weights = [Weight(f"{name}.weight", rows * columns, sharded=True, matrix=True, columns=columns)]
     return [*weights, Weight(f"{name}.bias", rows, sharded=column_parallel)] if bias else weights
 
 

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megaopus.distributed.collectives import gathered
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
+from megaopus.distributed.shards import is_split, part_of, whole_of
 from megaopus.models.config import ModelConfig
 
 
@@ -166,39 +166,6 @@ def is_tied(module: nn.Module) -> bool:
     return bool(model_chunks(module)[0].share_embeddings_and_output_weights)
 
 
-def is_gated(module: nn.Module, name: str) -> bool:
-    """Whether a parameter holds [gate; up] of a gated MLP."""
-    return bool(model_chunks(module)[0].config.gated_linear_unit) and ".linear_fc1." in name
-
-
-def shard(full: Tensor, parameter: Tensor, tp_rank: int, tp: int, gated: bool) -> Tensor:
-    """This rank's part of a whole parameter; gated MLP matrices hold [gate; up], each split on its own."""
-    if tp == 1 or not getattr(parameter, "tensor_model_parallel", False):
-        return full
-    dim = parameter.partition_dim  # type: ignore[attr-defined]
-    if gated:
-        return torch.cat([half.chunk(tp, dim)[tp_rank] for half in full.chunk(2, 0)], 0)
-    return full.chunk(tp, dim)[tp_rank]
-
-
-def unshard(parts: list[Tensor], parameter: Tensor, gated: bool) -> Tensor:
-    """The whole parameter from the parts of all tensor-parallel ranks (the inverse of ``shard``)."""
-    if len(parts) == 1 or not getattr(parameter, "tensor_model_parallel", False):
-        return parts[0]
-    dim = parameter.partition_dim  # type: ignore[attr-defined]
-    if gated:
-        halves = zip(*(part.chunk(2, 0) for part in parts), strict=True)
-        return torch.cat([torch.cat(half, 0) for half in halves], 0)
-    return torch.cat(parts, dim)
-
-
-def gather_whole(part: Tensor, parameter: Tensor, mesh: Mesh, gated: bool) -> Tensor:
-    """The whole of a tensor that is split as ``parameter`` is, on every tensor-parallel rank (a collective call)."""
-    if mesh.shape.tp == 1 or not getattr(parameter, "tensor_model_parallel", False):
-        return part
-    return unshard(gathered(part, mesh.tp_group, mesh.shape.tp), parameter, gated)
-
-
 @torch.no_grad()
 def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> None:
     """Draw each whole parameter from a generator keyed by (seed, its name) and keep this rank's part.
@@ -207,7 +174,6 @@ def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> 
     biases zero. The model is therefore the same at every layout.
     """
     for _, name, parameter in global_names(module):
-        gated = is_gated(module, name)
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
@@ -215,14 +181,14 @@ def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> 
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= math.sqrt(2 * model.num_layers)
         shape = list(parameter.shape)
-        if mesh.shape.tp > 1 and getattr(parameter, "tensor_model_parallel", False):
+        if mesh.shape.tp > 1 and is_split(parameter):
             shape[parameter.partition_dim] *= mesh.shape.tp  # type: ignore[attr-defined]
         # A tied output layer on a later stage starts as the embedding it will stay equal to.
         key = EMBEDDING if model.tied and name == "output_layer.weight" else name
         digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         full = torch.randn(shape, generator=generator) * std
-        parameter.copy_(shard(full, parameter, mesh.tp_rank, mesh.shape.tp, gated))
+        parameter.copy_(part_of(full, parameter, mesh.tp_rank, mesh.shape.tp))
 
 
 def full_parameters(module: nn.Module, mesh: Mesh, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -235,7 +201,7 @@ def full_parameters(module: nn.Module, mesh: Mesh, values: dict[str, Tensor] | N
     for own, name in whole_names(module):
         parameter = parameters[own]
         value = (parameter if values is None else values[name]).detach()
-        local[name] = gather_whole(value, parameter, mesh, is_gated(module, name)).cpu()
+        local[name] = whole_of(value, parameter, mesh.tp_group).cpu()
     if mesh.shape.pp == 1:
         return local
     stages: list[Any] = [None] * mesh.shape.pp

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from megaopus.distributed.mesh import Mesh
+from megaopus.optim.base import Groups, LayoutOptimizer
+from megaopus.optim.catalog import CATALOG
 from megaopus.optim.config import OptimConfig
-from megaopus.optim.muon import Muon
+from megaopus.optim.sophia import SophiaG
 
 
 class ParameterState(NamedTuple):
@@ -20,7 +23,7 @@ class ParameterState(NamedTuple):
 
     name: str
     """As in ``module.named_parameters()``."""
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     group: dict[str, Any]
     """The settings that the parameter is updated with."""
     state: dict[str, Any]
@@ -44,8 +47,10 @@ class MainOptimizer:
         self._module = module
         self._sharded = sharded is not None
         self._bf16 = bf16
+        self.curvature_every = config.own_settings()["curvature_every"] if config.spec().curvature else 0
+        """Updates from one ``take_curvature`` to the next; 0: it is not asked for."""
         megatron_config = OptimizerConfig(
-            optimizer="sgd" if config.name == "sgd" else "adam",
+            optimizer="adam",  # says nothing: the optimizers are made here
             lr=config.lr,
             clip_grad=config.clip_grad,
             bf16=bf16,
@@ -62,7 +67,7 @@ class MainOptimizer:
         self.chained = ChainedOptimizer(wrapped)
 
     @property
-    def torch_optimizers(self) -> list[torch.optim.Optimizer]:
+    def torch_optimizers(self) -> list[Optimizer]:
         """The optimizers underneath; their parameters are the fp32 main weights, or this rank's pieces of them."""
         return [wrapped.optimizer for wrapped in self.chained.chained_optimizers]
 
@@ -104,9 +109,21 @@ class MainOptimizer:
             found.append(ParameterState(name, wrapped.optimizer, wrapped.group_of(parameter), state))
         return found
 
-    def set_lr(self, factor: float) -> float:
-        """Set every group's learning rate to its peak times ``factor``; returns AdamW's where Muon is beside it."""
-        return set_lr(self.torch_optimizers, factor)
+    def set_step(self, step: int, factor: float) -> float:
+        """As the function ``set_step``."""
+        return set_step(self.torch_optimizers, step, factor)
+
+    def take_curvature(self, tokens: int) -> bool:
+        """Take the gradients there are, of the mean loss on labels sampled for ``tokens`` tokens, into the curvature.
+
+        False, and nothing is changed, if one of them anywhere is not finite.
+        """
+        if self.chained.prepare_grads() or not math.isfinite(self._gradient_norm()):
+            return False
+        for optimizer in self.torch_optimizers:
+            if isinstance(optimizer, SophiaG):
+                optimizer.estimate(tokens)
+        return True
 
     def step(self) -> tuple[float, bool]:
         """(gradient norm before clipping, applied). A non-finite gradient anywhere leaves every weight as it is."""
@@ -137,8 +154,51 @@ class MainOptimizer:
         return math.sqrt(square)
 
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
-        """State for megatron's dist_checkpointing; ``model_state`` is the model's own sharded state."""
-        return self.chained.sharded_state_dict(model_state, is_loading)
+        """State for megatron's dist_checkpointing; ``model_state`` is the model's own sharded state.
+
+        Without what ``sharded_whole`` has: megatron saves state of the parameters' shapes.
+        """
+        kept = []
+        for optimizer in self.torch_optimizers:
+            if not isinstance(optimizer, LayoutOptimizer) or not optimizer.whole:
+                continue
+            if is_loading:
+                _init_state(optimizer)
+            kept += [(state, {key: state.pop(key) for key in optimizer.whole}) for state in optimizer.state.values()]
+        try:
+            return self.chained.sharded_state_dict(model_state, is_loading)
+        finally:
+            for state, values in kept:
+                state.update(values)
+
+    def sharded_whole(self, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """Local name -> state that is not of the parameter's shape, and the same on every rank that has the parameter.
+
+        ``names``: local name -> the parameter's name in the whole model.
+        """
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        mesh = self._mesh
+        found: dict[str, dict[str, Any]] = {}
+        for each in () if self._sharded else self.states():
+            if not isinstance(each.optimizer, LayoutOptimizer):
+                continue
+            name = names[each.name]
+            copy = int(name != each.name and each.name.endswith("output_layer.weight"))  # a tied one on the last stage
+            replica = (copy, mesh.tp_rank, mesh.dp_rank * mesh.shape.cp + mesh.cp_rank)
+            for key in each.optimizer.whole:
+                if key in each.state:
+                    path = f"optimizer.state.{key}.{name}"
+                    tensor = ShardedTensor.from_rank_offsets(path, each.state[key], replica_id=replica)
+                    found.setdefault(each.name, {})[key] = tensor
+        return found
+
+    def load_whole(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore what ``sharded_whole`` laid out; after ``load_state_dict``."""
+        parameters = dict(self._module.named_parameters())
+        for each in self.states() if state else ():
+            parameter = parameters[each.name]
+            each.optimizer.state[getattr(parameter, "main_param", parameter)].update(state.get(each.name, {}))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state; learning rates, decays and betas stay those this optimizer was made with."""
@@ -149,44 +209,41 @@ class MainOptimizer:
                 group.update({key: value for key, value in settings.items() if key != "params"})
 
 
-def set_lr(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> float:
-    """Set each group's learning rate to its peak times ``factor``; returns that of the last optimizer's first group."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+def set_step(optimizers: Sequence[Optimizer], step: int, factor: float) -> float:
+    """Prepare for update ``step`` (from 0): each learning rate its peak times ``factor``, momentum as far as it is
+    warmed up. Returns the learning rate of the last optimizer, AdamW's where it is beside another.
+    """
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["peak_lr"] * factor
+        if steps := group.get("momentum_warmup_steps"):
+            start, end = group["momentum_range"]
+            group["momentum"] = start + (end - start) * min(1.0, step / steps)
     return optimizers[-1].param_groups[0]["lr"]
 
 
 def torch_optimizers(
-    config: OptimConfig, module: nn.Module, mesh: Mesh, muon_class: type[Muon] = Muon
-) -> list[torch.optim.Optimizer]:
-    """The torch optimizers of this stage: [AdamW], [SGD], or [Muon for the blocks' matrices, AdamW for the rest]."""
+    config: OptimConfig, module: nn.Module, mesh: Mesh, makers: Mapping[str, Callable[..., Optimizer]] | None = None
+) -> list[Optimizer]:
+    """The torch optimizers of this stage: one for all, or one for the blocks' matrices and AdamW for the rest.
+
+    ``makers``: name -> what makes it instead of its ``Spec``.
+    """
+    spec, settings = config.spec(), config.own_settings()
     named = list(module.named_parameters())
-    in_blocks = [p for name, p in named if "decoder.layers." in name and p.dim() == 2]
-    if config.name != "muon":
-        groups = _groups([p for _, p in named], config.weight_decay, config.lr)
-        if config.name == "sgd":
-            return [torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)]
-        return [_adamw(groups, config)]
-    matrices = _groups(in_blocks, config.muon_weight_decay, config.muon_lr)
-    ids = {id(p) for p in in_blocks}
-    rest = _groups([p for _, p in named if id(p) not in ids], config.weight_decay, config.lr)
-    muon = muon_class(
-        matrices,
-        lr=config.muon_lr,
-        momentum=config.muon_momentum,
-        ns_steps=config.muon_ns_steps,
-        tp_group=mesh.tp_group,
+    mine = [p for name, p in named if not spec.matrices or ("decoder.layers." in name and p.dim() == 2)]
+    lr, weight_decay = (
+        (config.matrix_lr, config.matrix_weight_decay) if spec.matrices else (config.lr, config.weight_decay)
     )
-    return [muon, _adamw(rest, config)]
+    make = (makers or {}).get(config.name, spec.make)
+    optimizer = make(_groups(mine, weight_decay, lr), config, settings, mesh.tp_group)
+    if not spec.matrices:
+        return [optimizer]
+    ids = {id(p) for p in mine}
+    rest = _groups([p for _, p in named if id(p) not in ids], config.weight_decay, config.lr)
+    return [optimizer, CATALOG["adamw"].make(rest, config, {}, mesh.tp_group)]
 
 
-def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    beta1, beta2 = config.betas
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
-
-
-def _groups(parameters: list[nn.Parameter], weight_decay: float, lr: float) -> list[dict[str, Any]]:
+def _groups(parameters: list[nn.Parameter], weight_decay: float, lr: float) -> Groups:
     """Groups with and without weight decay; the mult keys are what megatron tells groups of a checkpoint apart by."""
     decayed = [p for p in parameters if p.dim() >= 2]
     plain = [p for p in parameters if p.dim() < 2]
@@ -198,7 +255,7 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float, lr: float) -> l
     return [group for group in groups if group["params"]]
 
 
-def _wrap(optimizer: torch.optim.Optimizer, config: Any, mesh: Mesh, bf16: bool) -> Any:
+def _wrap(optimizer: Optimizer, config: Any, mesh: Mesh, bf16: bool) -> Any:
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
     if bf16:
@@ -210,20 +267,28 @@ def _wrap(optimizer: torch.optim.Optimizer, config: Any, mesh: Mesh, bf16: bool)
     return wrapped
 
 
-def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """The optimizer's state of the size of the weights; the last is what its update operator needs."""
-    return ("exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ("momentum_buffer",)
+def state_names(optimizer: Optimizer) -> tuple[str, ...]:
+    """The optimizer's state of the shape of its parameters; the last is what its update operator needs."""
+    if isinstance(optimizer, LayoutOptimizer):
+        return optimizer.shaped
+    if optimizer.param_groups[0].get("momentum") == 0:  # SGD then keeps nothing
+        return ()
+    return CATALOG[type(optimizer).__name__.lower()].shaped
 
 
-def _init_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+def counts_steps(optimizer: Optimizer) -> bool:
+    """Whether the optimizer keeps ``step`` in each parameter's state."""
+    return optimizer.counts if isinstance(optimizer, LayoutOptimizer) else isinstance(optimizer, torch.optim.AdamW)
+
+
+def _init_state(optimizer: Optimizer, config: Any = None) -> None:
     """Zero state of the shapes a checkpoint restores (called before loading)."""
-    names = state_names(optimizer)
-    for group in optimizer.param_groups:
-        if group.get("momentum") == 0:  # SGD then keeps nothing
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if isinstance(optimizer, LayoutOptimizer):
+            optimizer.state_of(parameter)
             continue
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            for name in names:
-                state[name] = torch.zeros_like(parameter)
-            if isinstance(optimizer, torch.optim.AdamW):
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state = optimizer.state[parameter]
+        for name in state_names(optimizer):
+            state[name] = torch.zeros_like(parameter)
+        if counts_steps(optimizer):
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

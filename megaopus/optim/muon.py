@@ -7,13 +7,16 @@ orthogonalises the whole, and keeps its part. State and group keys are torch.opt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
+
+from megaopus.distributed.shards import whole_of
+from megaopus.optim.base import Groups, LayoutOptimizer, Spec
+from megaopus.optim.config import OptimConfig
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -33,12 +36,14 @@ def orthogonalise(matrix: Tensor, steps: int, coefficients: tuple[float, float, 
     return x.t() if tall else x
 
 
-class Muon(Optimizer):
+class Muon(LayoutOptimizer):
     """Momentum M <- mu M + (1-mu) G, update U = (1-mu) G + mu M (Nesterov), W <- W - lr max(1, m/n)^.5 NS(U).
 
-    ``tp_group``: the tensor-parallel group over which parameters with ``tensor_model_parallel`` are split along
-    ``partition_dim``. Matrices only; raises ValueError for anything else.
+    Matrices only; raises ValueError for anything else.
     """
+
+    shaped = ("momentum_buffer",)
+    matrices_only = True
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class Muon(Optimizer):
         ns_coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
         eps: float = 1e-7,
         tp_group: dist.ProcessGroup | None = None,
+        **more: Any,
     ):
         defaults = {
             "lr": lr,
@@ -61,52 +67,53 @@ class Muon(Optimizer):
             "ns_coefficients": ns_coefficients,
             "eps": eps,
             "adjust_lr_fn": "original",
+            **more,
         }
-        super().__init__(params, defaults)
-        self._tp_group = tp_group
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.dim() != 2:
-                    raise ValueError(f"Muon takes matrices only, not a parameter of shape {tuple(parameter.shape)}")
+        super().__init__(params, defaults, tp_group)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-        return result
-
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        direction = self.direction(update, parameter, group)
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        direction = self.direction(self.averaged(gradient, state, group), parameter, group)
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
+
+    def averaged(self, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        """U, with the momentum brought up to date."""
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        return gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
 
     def direction(self, update: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """max(1, m/n)^.5 NS(U) of a whole m x n matrix from this rank's part of U, ``update``; the same part of it."""
-        whole, part = self._gather(update, parameter)
-        ortho = orthogonalise(whole, group["ns_steps"], tuple(group["ns_coefficients"]), group["eps"])
-        return part(ortho.mul_(max(1.0, whole.shape[0] / whole.shape[1]) ** 0.5))
+        whole = whole_of(update, parameter, self.tp_group)
+        scale = max(1.0, whole.shape[0] / whole.shape[1]) ** 0.5
+        return self.part(self.orthogonal(whole, group).mul_(scale), parameter)
 
-    def _gather(self, update: Tensor, parameter: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The whole matrix, and the map from it back to this rank's part.
+    def orthogonal(self, whole: Tensor, group: dict[str, Any]) -> Tensor:
+        """NS(U) of a whole matrix."""
+        return orthogonalise(whole, group["ns_steps"], tuple(group["ns_coefficients"]), group["eps"])
 
-        Shards are put together in rank order: a gated MLP's rows then come permuted, which Newton-Schulz commutes with.
-        """
-        size = 1 if self._tp_group is None else dist.get_world_size(self._tp_group)
-        if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
-            return update, lambda whole: whole
-        dim = parameter.partition_dim  # type: ignore[attr-defined]
-        parts = [torch.empty_like(update) for _ in range(size)]
-        dist.all_gather(parts, update.contiguous(), group=self._tp_group)
-        rank = dist.get_rank(self._tp_group)
-        return torch.cat(parts, dim), lambda whole: whole.chunk(size, dim)[rank]
+
+def make_muon(
+    groups: Groups,
+    config: OptimConfig,
+    settings: Mapping[str, Any],
+    tp_group: dist.ProcessGroup | None,
+    cls: type[Muon] = Muon,
+) -> Muon:
+    """Muon, or a class that extends it, as ``config`` and its own ``settings`` have it."""
+    return cls(
+        groups,
+        lr=config.matrix_lr,
+        momentum=settings["momentum"],
+        ns_steps=settings["ns_steps"],
+        momentum_range=(settings["momentum_start"], settings["momentum"]),
+        momentum_warmup_steps=settings["momentum_warmup_steps"],
+        tp_group=tp_group,
+    )
+
+
+MUON = Spec(
+    make=make_muon,
+    title="Muon on the matrices inside the blocks, AdamW for the rest",
+    shaped=Muon.shaped,
+    settings={"momentum": 0.95, "ns_steps": 5, "momentum_start": 0.85, "momentum_warmup_steps": 0},
+    matrices=True,
+)

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from megaopus.selection.exact import exact_utilities
     from megaopus.selection.kronecker import KroneckerEstimator
     from megaopus.selection.module import ModuleBackend
-    from megaopus.selection.preconditioner import build_operator, register_operator
+    from megaopus.selection.preconditioner import build_operator
     from megaopus.selection.selector import Selection, Selector
     from megaopus.selection.sketch import CountSketch, CountSketchEstimator
+    from megaopus.selection.update_rules import register_operator
 
 __all__ = [
     "Batch",
@@ -65,6 +66,7 @@ _MODULES = (
     "preconditioner",
     "selector",
     "sketch",
+    "update_rules",
 )
 
 

@@ -1,7 +1,7 @@
 """Adjoint scoring: the alignment of linear and embedding layers, exactly, without any per-sample gradient.
 
-P is self-adjoint, so <P sum_t b_t a_t^T, G> = <sum_t b_t a_t^T, P G> = sum_t b_t^T Q a_t with Q = P G_proxy, which is
-computed once per layer and step.
+<P sum_t b_t a_t^T, G> = <sum_t b_t a_t^T, P^T G> = sum_t b_t^T Q a_t with Q = P^T G_proxy, which is computed once per
+layer and step (P is self-adjoint for most optimizers).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def adjoint_consumer(
 ) -> tuple[Tensor, GhostConsumer]:
     """((count,) float64 zeros, what adds to them in a ghost pass over ``uses``): to score beside something else."""
     names = dict.fromkeys(layer.parameter for layer in uses)
-    matrices = operator.apply({name: proxy_gradient[name] for name in names})
+    matrices = operator.transposed().apply({name: proxy_gradient[name] for name in names})
     parts = torch.zeros(count, dtype=torch.float64, device=backend.device)
 
     def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:

@@ -76,6 +76,9 @@ class UpdateOperator(Protocol):
         beyond a parameter's own are batch axes.
         """
 
+    def transposed(self) -> UpdateOperator:
+        """P_t^T: <P_t g, h> = <g, P_t^T h>. P_t itself where it is self-adjoint."""
+
     def diagonal(self, name: str) -> Tensor | None:
         """P_t of one parameter as an elementwise factor (or scalar tensor); None where it is not diagonal."""
 

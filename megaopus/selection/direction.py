@@ -1,7 +1,7 @@
 """Directional scoring: by how much would a candidate's loss fall if the optimizer took its step on the proxy?
 
-With d = -P_t g_proxy, that fall is <g_z, P_t g_proxy> to first order, and P_t is self-adjoint, so it equals the utility
-<P_t g_z, g_proxy>. Two forward passes measure it: no hooks, no per-sample gradients, every parameter counts.
+With d = -P_t^T g_proxy (P_t is self-adjoint for most optimizers), that fall is <g_z, P_t^T g_proxy> to first order, the
+utility <P_t g_z, g_proxy>. Two forward passes measure it: no hooks, no per-sample gradients, every parameter counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def directional_utilities(
     (``layers.parameter_names``).
     """
     names = parameter_names(backend, proxy_gradient, layers)
-    update = operator.apply({name: proxy_gradient[name] for name in names})  # P g = -d
+    update = operator.transposed().apply({name: proxy_gradient[name] for name in names})  # P^T g = -d
     if epsilon is None:
         epsilon = 1.0 if backend.coarse else 0.25
 

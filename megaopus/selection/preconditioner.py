@@ -1,241 +1,17 @@
-"""P_t: an optimizer's linear map from a gradient to its update, with the optimizer's state frozen.
-
-The update of each optimizer is split as  -P_t g + (what does not depend on g: momentum's history, weight decay); the
-second part is the same for every candidate and dropped. The learning rate is part of P_t, so with a learning rate of 0
-every utility is 0. Formulas: arXiv 2602.05400, section 4, and the optimizers' own update rules.
-"""
+"""P_t of all parameters: the linear map from a gradient to the optimizer's update, the optimizer's state frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from megaopus.selection.backend import Gradient, Shard
-
-
-class ParameterOperator(Protocol):
-    """P_t of one parameter; self-adjoint."""
-
-    def apply(self, gradient: Tensor) -> Tensor:
-        """P g in g's dtype; leading axes beyond the parameter's own are batch axes."""
-
-    def diagonal(self) -> Tensor | None:
-        """Elementwise factor (the parameter's shape, or a scalar); None where P is not diagonal."""
-
-    def sides(self) -> tuple[Tensor | None, Tensor | None] | None:
-        """As ``UpdateOperator.sides``."""
-
-    def bounded(self, gradient: Tensor) -> ParameterOperator:
-        """As ``UpdateOperator.bounded``, of this parameter."""
-
-
-OperatorFactory = Callable[[Mapping[str, Any], Mapping[str, Any], Tensor], ParameterOperator | None]
-"""(parameter group, state of the parameter, parameter) -> its operator, or None while there is no state.
-
-The group also holds ``muon_operator``, 'paper' or 'full', and ``shard``, the ``Shard`` of a matrix that ranks share."""
-
-
-@dataclass(frozen=True, slots=True)
-class Diagonal:
-    """Multiplication by ``factor``: a scalar tensor, or one of the parameter's shape."""
-
-    factor: Tensor
-
-    def apply(self, gradient: Tensor) -> Tensor:
-        return gradient * self.factor.to(gradient.dtype)
-
-    def diagonal(self) -> Tensor | None:
-        return self.factor
-
-    def sides(self) -> None:
-        return None
-
-    def bounded(self, gradient: Tensor) -> Diagonal:
-        return self
-
-
-class Adaptive:
-    """Adam's: multiplication by ``factor`` of a gradient that the second moment takes in first; of None: as it stands.
-
-    Worked out when first asked for: where steps are bounded the frozen one never is.
-    """
-
-    def __init__(self, factor: Callable[[Tensor | None], Tensor]):
-        self._factor = factor
-
-    @cached_property
-    def _frozen(self) -> Diagonal:
-        return Diagonal(self._factor(None))
-
-    def apply(self, gradient: Tensor) -> Tensor:
-        return self._frozen.apply(gradient)
-
-    def diagonal(self) -> Tensor:
-        return self._frozen.factor
-
-    def sides(self) -> None:
-        return None
-
-    def bounded(self, gradient: Tensor) -> Diagonal:
-        return Diagonal(self._factor(gradient))
-
-
-@dataclass(frozen=True, slots=True)
-class OneSided:
-    """Multiplication by a symmetric matrix: ``matrix @ g`` where ``left``, else ``g @ matrix``.
-
-    ``matrix`` is that of the whole parameter; ``shard``: the part of the parameter that this rank holds.
-    """
-
-    matrix: Tensor
-    left: bool
-    shard: Shard | None = None
-
-    def apply(self, gradient: Tensor) -> Tensor:
-        matrix = self.matrix.to(gradient.dtype)
-        if self._mixes_ranks():
-            assert self.shard is not None
-            gradient, matrix = self.shard.gather(gradient), matrix[self.shard.index]
-            return matrix @ gradient if self.left else gradient @ matrix.t()
-        return matrix @ gradient if self.left else gradient @ matrix
-
-    def diagonal(self) -> Tensor | None:
-        return None
-
-    def sides(self) -> tuple[Tensor | None, Tensor | None]:
-        matrix = self.matrix
-        if self._mixes_ranks():
-            assert self.shard is not None
-            matrix = matrix[self.shard.index]  # symmetric: (local, whole)
-            return (matrix.t(), None) if self.left else (None, matrix)
-        return (matrix, None) if self.left else (None, matrix)
-
-    def bounded(self, gradient: Tensor) -> OneSided:
-        return self
-
-    def _mixes_ranks(self) -> bool:
-        return self.shard is not None and self.shard.dim == (0 if self.left else 1)
-
-
-def sgd(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator:
-    """torch.optim.SGD: lr I; with momentum lr (1 - dampening) I, with Nesterov lr (1 + momentum (1 - dampening)) I.
-
-    The first step copies the gradient into the momentum buffer, so no dampening applies there.
-    """
-    _refuse_maximize(group)
-    factor = 1.0
-    momentum = group.get("momentum", 0)
-    if momentum:
-        fresh = 1.0 if state.get("momentum_buffer") is None else 1.0 - group.get("dampening", 0)
-        factor = 1.0 + momentum * fresh if group.get("nesterov") else fresh
-    return Diagonal(_scalar(group["lr"] * factor, parameter))
-
-
-def adam(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
-    """Adam and AdamW: C_t / (sqrt(v / (1 - b2^(t-1))) + eps), C_t = lr (1 - b1) / (1 - b1^t).
-
-    t is the step about to be taken: the state holds v after t - 1 steps and is corrected for as many, while b1's
-    correction is the one the coming update uses. With amsgrad, v is its running maximum. Bounded by a gradient g:
-    v' = b2 v + (1 - b2) g^2 in place of v, corrected for t steps, as the update itself would have it; then
-    |P g| <= C_t sqrt((1 - b2^t) / (1 - b2)) whatever g is.
-    """
-    _refuse_maximize(group)
-    step = float(state.get("step", group.get("step", 0)))  # apex keeps it in the group
-    if step < 1 or "exp_avg_sq" not in state:
-        return None
-    beta1, beta2 = (float(beta) for beta in group["betas"])
-    corrected = group.get("bias_correction", True)
-    first, second = (1 - beta1 ** (step + 1), 1 - beta2**step) if corrected else (1.0, 1.0)
-    v, largest = state["exp_avg_sq"], state["max_exp_avg_sq"] if group.get("amsgrad") else None
-    scale = group["lr"] * (1 - beta1) / first
-
-    @torch.no_grad()
-    def factor(gradient: Tensor | None) -> Tensor:
-        moment, correction = v if largest is None else largest, second
-        if gradient is not None:
-            moment = v * beta2 + (1 - beta2) * gradient.to(v.dtype).square()
-            moment = moment if largest is None else moment.maximum(largest)
-            correction = 1 - beta2 ** (step + 1) if corrected else 1.0
-        return (moment / correction).sqrt_().add_(group["eps"]).reciprocal_().mul_(scale)
-
-    return Adaptive(factor)
-
-
-def muon(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
-    """Muon: lr s kappa S / ||M||_F, M the momentum buffer, S = S_k .. S_1, S_j = aI + bA_j + cA_j^2, A_j = X_j X_j^T.
-
-    X_1 = M / ||M||_F, X_(j+1) = S_j X_j, on the short side of the matrix. kappa is the weight of the new gradient in
-    the update: 1 - mu^2 with Nesterov, else 1 - mu. s is the optimizer's scale for the shape. ``muon_operator`` 'paper'
-    keeps S_1; 'full' takes every factor of the Newton-Schulz iteration.
-    """
-    momentum = state.get("momentum_buffer")
-    if momentum is None:
-        return None
-    shard = group.get("shard")
-    if shard is not None:
-        momentum = shard.gather(momentum)
-    rows, columns = momentum.shape
-    left = rows <= columns
-    x = momentum.float() if left else momentum.float().t()
-    norm = x.norm().clamp_(min=group.get("eps", 1e-7))
-    x = x / norm
-    a, b, c = group["ns_coefficients"]
-    identity = torch.eye(len(x), device=x.device)
-    product = identity
-    for _ in range(group["ns_steps"] if group["muon_operator"] == "full" else 1):
-        gram = x @ x.t()
-        factor = a * identity + b * gram + c * (gram @ gram)
-        product = factor @ product
-        x = factor @ x
-    mu = group["momentum"]
-    scale = group["lr"] * _muon_shape_scale(group, rows, columns) * (1 - (mu**2 if group["nesterov"] else mu))
-    # every S_j is a polynomial in the same Gram matrix, so the product is symmetric; rounding is averaged out
-    return OneSided((product + product.t()) * (0.5 * scale / norm), left, shard)
-
-
-def _muon_shape_scale(group: Mapping[str, Any], rows: int, columns: int) -> float:
-    rule = group.get("adjust_lr_fn") or "original"
-    if rule == "original":
-        return max(1.0, rows / columns) ** 0.5
-    if rule == "match_rms_adamw":
-        return 0.2 * max(rows, columns) ** 0.5
-    raise ValueError(f"Muon's adjust_lr_fn={rule!r} is unknown: use 'original' or 'match_rms_adamw'")
-
-
-def _refuse_maximize(group: Mapping[str, Any]) -> None:
-    if group.get("maximize"):
-        raise ValueError(
-            "selection lowers a loss, but the optimizer was made with maximize=True: negate the loss instead"
-        )
-
-
-def _scalar(value: float | Tensor, parameter: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32, device=parameter.device)
-
-
-_FACTORIES: dict[str, OperatorFactory] = {"SGD": sgd, "Adam": adam, "AdamW": adam, "FusedAdam": adam, "Muon": muon}
-
-
-def register_operator(optimizer_class: str, factory: OperatorFactory) -> None:
-    """Teach selection the update rule of optimizers whose class, or a base class, has this name."""
-    _FACTORIES[optimizer_class] = factory
-
-
-def factory_of(optimizer: Optimizer) -> OperatorFactory:
-    """The operator factory for an optimizer; raises TypeError if its class and bases are unknown."""
-    for cls in type(optimizer).__mro__:
-        if cls.__name__ in _FACTORIES:
-            return _FACTORIES[cls.__name__]
-    raise TypeError(
-        f"no update operator is known for the optimizer {type(optimizer).__name__}, only for"
-        f" {', '.join(sorted(_FACTORIES))}. Add one with megaopus.selection.register_operator (docs/selection.md)"
-    )
+from megaopus.selection.operators import Diagonal, ParameterOperator
+from megaopus.selection.update_rules import factory_of, scalar
 
 
 class OptimizerOperator:
@@ -259,6 +35,10 @@ class OptimizerOperator:
                 for name, operator in self._operators.items()
             }
         )
+
+    def transposed(self) -> OptimizerOperator:
+        """As ``UpdateOperator.transposed``."""
+        return OptimizerOperator({name: operator.transposed() for name, operator in self._operators.items()})
 
     def diagonal(self, name: str) -> Tensor | None:
         """Elementwise factor of one parameter, or None where P is not diagonal."""
@@ -317,7 +97,7 @@ def operator_of(
     for each in held:
         operator: ParameterOperator | None
         if muon_operator == "raw":
-            operator = Diagonal(_scalar(each.group["lr"], each.parameter))
+            operator = Diagonal(scalar(each.group["lr"], each.parameter))
         else:
             settings = {**each.group, "muon_operator": muon_operator, "shard": (shards or {}).get(each.name)}
             operator = factory_of(each.optimizer)(settings, each.state, each.parameter)

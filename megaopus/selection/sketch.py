@@ -107,7 +107,7 @@ class CountSketchEstimator:
         """((n,) float64 parts of the alignments, sketches (n, m) by layer or None); of this rank's candidates.
 
         The inner products of the sketches, once summed over parts, estimate the Gram matrix <P g_z, P g_s>. Where only
-        alignments are asked for, no candidate is sketched: <Pi P g_z, psi> = <g_z, P Pi^T psi> is adjoint scoring of
+        alignments are asked for, no candidate is sketched: <Pi P g_z, psi> = <g_z, P^T Pi^T psi> is adjoint scoring of
         the proxy's sketch carried back, the same number without any per-sample gradient. ``also`` sees the same pass.
         Raises RuntimeError naming any layer whose activations could not be captured.
         """

@@ -68,13 +68,13 @@ def test_the_paper_experiment_is_the_paper(corpus):
     assert (selection.sampler, selection.temperature, selection.utilities) == ("boltzmann", 0.9, "raw")
     assert (selection.redundancy, selection.proxy_batch_size, selection.proxy_ema) == (1.0, 8, 0.0)
     assert (selection.rho, selection.score_length) == (0.5, 512)
-    assert (optim.name, optim.muon_lr, optim.muon_momentum, optim.lr, optim.betas) == (
-        "muon",
-        0.01,
-        0.95,
-        2e-3,
-        [0.8, 0.95],
-    )
+    assert (optim.name, optim.matrix_lr, optim.lr, optim.betas) == ("muon", 0.01, 2e-3, [0.8, 0.95])
+    assert optim.settings == {
+        "momentum": 0.95,
+        "momentum_start": 0.85,
+        "momentum_warmup_steps": 300,
+        "ns_steps": 5,
+    }
     assert optim.weight_decay == 0.0
     tokens = config.train.steps * config.train.global_batch_size * config.data.seq_len
     assert tokens == pytest.approx(30e9, rel=1e-5)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaopus.selection import ModuleBackend, SelectionConfig, preconditioner
+from megaopus.selection import ModuleBackend, SelectionConfig, update_rules
 
 DOC = Path(__file__).parents[2] / "docs" / "selection.md"
 VOCAB, LENGTH, STEPS = 24, 17, 120
@@ -77,7 +77,7 @@ def test_the_ten_line_loop_picks_better_than_random() -> None:
 
 
 def test_the_example_of_another_optimizer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preconditioner, "_FACTORIES", dict(preconditioner._FACTORIES))
+    monkeypatch.setattr(update_rules, "_FACTORIES", dict(update_rules._FACTORIES))
     model = nn.Linear(3, 2)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="RMSprop"):

@@ -21,7 +21,7 @@ OPTIMIZERS = {
     # itself after fp32 sums in another order; at eps=1e-4 it is the element with the largest step, and one of an
     # embedding row moved the utilities at cp=2 by 1e-5 (from the same weights and state they agree to 1e-6).
     "adamw": OptimConfig(name="adamw", lr=1e-2, eps=1e-3),
-    "muon": OptimConfig(name="muon", lr=1e-2, eps=1e-3, muon_lr=0.02),
+    "muon": OptimConfig(name="muon", lr=1e-2, eps=1e-3, matrix_lr=0.02),
 }
 CASES = tuple((model, optimizer) for model in ("gpt2-4-layers", "llama-4-layers") for optimizer in OPTIMIZERS)
 COMMON: dict[str, Any] = {"method": "opus", "proxy_batch_size": 4, "score_micro_batch_size": 4, "sketch_dim": 256}

@@ -20,7 +20,7 @@ from tests.harness import MODELS, random_batch, run_layouts, tiny_engine
 OPTIMIZERS = {
     # eps above rounding noise: at 1e-8, Adam's first steps turn the last bit of a tiny gradient into a full step
     "adamw": OptimConfig(name="adamw", lr=3e-3, eps=1e-4, warmup_steps=2),
-    "muon": OptimConfig(name="muon", lr=3e-3, eps=1e-4, muon_lr=0.02, muon_weight_decay=0.1),
+    "muon": OptimConfig(name="muon", lr=3e-3, eps=1e-4, matrix_lr=0.02, matrix_weight_decay=0.1),
 }
 
 

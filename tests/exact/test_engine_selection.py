@@ -26,7 +26,7 @@ from tests.harness import MODELS, TINY, TokenCandidates, run_ranks, state_of, ti
 
 OPTIMIZERS = {
     "adamw": OptimConfig(name="adamw", lr=3e-3, warmup_steps=5, schedule="constant"),
-    "muon": OptimConfig(name="muon", lr=3e-3, muon_lr=0.02, warmup_steps=5, schedule="constant"),
+    "muon": OptimConfig(name="muon", lr=3e-3, matrix_lr=0.02, warmup_steps=5, schedule="constant"),
 }
 METHODS = {
     "directional": SelectionConfig(method="opus", proxy_batch_size=4, proxy_ema=0.9, score_micro_batch_size=4),

@@ -24,7 +24,7 @@ CASES = {
     "predict-adamw": ("predict", "adamw", 7, []),
     "cascade-muon": ("cascade", "muon", 6, []),
     "high_ppl-sgd": ("high_ppl", "sgd", 8, []),
-    "high_ppl-sgd-without-momentum": ("high_ppl", "sgd", 5, ["optim.momentum=0"]),
+    "high_ppl-sgd-without-momentum": ("high_ppl", "sgd", 5, ["optim.settings.momentum=0.0"]),
     "uniform-adamw-from-the-start": ("uniform", "adamw", 3, []),
     "dropout": ("directional", "adamw", 6, ["model.dropout=0.1"]),
     "bf16": ("directional", "muon", 7, ["engine.precision=bf16"]),
@@ -56,7 +56,7 @@ def test_killed_and_resumed_equals_straight(case: str, tiny_corpus: Path, tmp_pa
     assert train(again) == 0
     straight = everything(tmp_path / "straight")
     assert_same(everything(tmp_path / "killed"), straight)
-    assert_meaningful(straight, selection, "" if "optim.momentum=0" in more else optimizer)
+    assert_meaningful(straight, selection, "" if "optim.settings.momentum=0.0" in more else optimizer)
 
 
 def assert_meaningful(run: dict, selection: str, optimizer: str) -> None:

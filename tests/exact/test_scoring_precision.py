@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.engine.megatron import MegatronEngine, token_losses
+from megaopus.engine.forward import token_losses
+from megaopus.engine.megatron import MegatronEngine
 from megaopus.models.gpt import whole_names
 from megaopus.selection import Selector, adjoint_utilities
 from megaopus.selection.backend import Gradient, ScoringBackend

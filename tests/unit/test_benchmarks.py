@@ -33,7 +33,7 @@ TINY = estimators.Plan(
     exact_timed=2,
     repeats=2,
     seeds=12,
-    optimizers=(OptimConfig(name="adamw", lr=3e-3), OptimConfig(name="muon", lr=3e-3, muon_lr=0.02)),
+    optimizers=(OptimConfig(name="adamw", lr=3e-3), OptimConfig(name="muon", lr=3e-3, matrix_lr=0.02)),
 )
 NAMES = [
     "exact",

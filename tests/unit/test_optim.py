@@ -96,7 +96,7 @@ def mesh() -> Iterator[Mesh]:
 def test_groups_of_the_engine(mesh: Mesh) -> None:
     """Muon has the blocks' matrices, AdamW the rest; norms and biases are not decayed; the peak is scaled."""
     engine = tiny_engine(
-        mesh, optim=OptimConfig(name="muon", lr=0.01, muon_lr=0.1, weight_decay=0.3, muon_weight_decay=0.2)
+        mesh, optim=OptimConfig(name="muon", lr=0.01, matrix_lr=0.1, weight_decay=0.3, matrix_weight_decay=0.2)
     )
     names = {id(p): name for name, p in engine.module.named_parameters()}
     muon, adamw = engine.optimizer.torch_optimizers
@@ -108,14 +108,16 @@ def test_groups_of_the_engine(mesh: Mesh) -> None:
             assert group["weight_decay"] == (0.3 if parameter.dim() == 2 else 0.0)
     everything = [id(p) for o in (muon, adamw) for group in o.param_groups for p in group["params"]]
     assert sorted(everything) == sorted(names)
-    engine.optimizer.set_lr(0.5)
+    engine.optimizer.set_step(0, 0.5)
     assert {group["lr"] for group in muon.param_groups} == {0.05}
     assert {group["lr"] for group in adamw.param_groups} == {0.005}
 
 
 def test_clipping_by_the_global_norm(mesh: Mesh) -> None:
     """SGD without momentum moves the weights by lr * gradient, scaled down to the largest allowed norm."""
-    optim = OptimConfig(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, clip_grad=0.01, schedule="constant")
+    optim = OptimConfig(
+        name="sgd", lr=1.0, settings={"momentum": 0.0}, weight_decay=0.0, clip_grad=0.01, schedule="constant"
+    )
     engine = tiny_engine(mesh, optim=optim)
     before = torch.cat([p.detach().flatten().clone() for p in engine.module.parameters()])
     result = engine.train_step(random_batch(8, 0))

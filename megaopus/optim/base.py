@@ -1,0 +1,107 @@
+"""What an optimizer is to the rest: ``Spec``; and the base of those whose update needs a parameter's whole tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from megaopus.distributed.shards import group_size, is_split, part_of
+from megaopus.optim.config import OptimConfig
+
+Groups = list[dict[str, Any]]
+"""torch's parameter groups, each with its weight decay and ``peak_lr``."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An optimizer that ``optim.name`` can name (see catalog.py)."""
+
+    make: Callable[[Groups, OptimConfig, Mapping[str, Any], dist.ProcessGroup | None], Optimizer]
+    """(groups, config, settings, tensor-parallel group) -> the optimizer."""
+    title: str
+    shaped: tuple[str, ...]
+    """Names of its state that has the parameter's shape; the last is what the update operator needs."""
+    settings: Mapping[str, Any]
+    """Its own settings (``optim.settings``) and their defaults; of the default's type, booleans and text included."""
+    matrices: bool = False
+    """It takes the matrices inside the blocks alone; AdamW has the rest."""
+    elementwise: bool = False
+    """Its update of a number depends on nothing but that number's own history: any piece of a tensor will do."""
+    curvature: bool = False
+    """It needs gradients of the loss on labels that the model samples (``settings.curvature_every``)."""
+    extra_state: Callable[[int, int], int] | None = None
+    """Numbers of state beyond ``shaped`` for a whole m x n matrix, held by every rank; None: a handful."""
+
+
+class LayoutOptimizer(Optimizer):
+    """An optimizer whose update of a weight that tensor-parallel ranks share is that of the whole.
+
+    Its state is made of tensors alone: ``shaped`` names those of the local parameter's shape, split as it is; ``whole``
+    those that are the same on every tensor- and data-parallel rank, whatever their shape; ``step`` counts updates where
+    ``counts`` is set. ``tp_group``: the ranks over which parameters with ``tensor_model_parallel`` are split.
+    """
+
+    shaped: ClassVar[tuple[str, ...]] = ()
+    whole: ClassVar[tuple[str, ...]] = ()
+    counts: ClassVar[bool] = False
+    matrices_only: ClassVar[bool] = False
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], tp_group: dist.ProcessGroup | None):
+        super().__init__(params, defaults)
+        self.tp_group = tp_group
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            if self.matrices_only and parameter.dim() != 2:
+                shape = tuple(parameter.shape)
+                raise ValueError(f"{type(self).__name__} takes matrices only, not a parameter of shape {shape}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient. Collective over ``tp_group``."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state_of(parameter)
+                    if self.counts:
+                        state["step"] += 1
+                    self.update(parameter, parameter.grad, state, group)
+        return result
+
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Change one parameter and its state; ``step`` already counts this update."""
+        raise NotImplementedError
+
+    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The parameter's state, made of zeros first if there is none."""
+        state = self.state[parameter]
+        if not state:
+            state.update({name: torch.zeros_like(parameter) for name in self.shaped})
+            state.update(self.new_whole(parameter))
+            if self.counts:
+                state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, so that reading it waits for nothing
+        return state
+
+    def new_whole(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Zeros for each of ``whole``."""
+        return {}
+
+    def part(self, whole: Tensor, parameter: Tensor) -> Tensor:
+        """This rank's part of a whole tensor."""
+        size = group_size(self.tp_group)
+        return whole if size == 1 else part_of(whole, parameter, dist.get_rank(self.tp_group), size)
+
+    def whole_shape(self, parameter: Tensor) -> list[int]:
+        """Of the parameter over all tensor-parallel ranks."""
+        shape = list(parameter.shape)
+        if is_split(parameter):
+            shape[parameter.partition_dim] *= group_size(self.tp_group)  # type: ignore[attr-defined]
+        return shape

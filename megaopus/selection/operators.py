@@ -1,0 +1,190 @@
+"""Linear maps from a gradient to an update, of one parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megaopus.selection.backend import Shard
+
+
+class ParameterOperator(Protocol):
+    """P_t of one parameter."""
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        """P g in g's dtype; leading axes beyond the parameter's own are batch axes."""
+
+    def diagonal(self) -> Tensor | None:
+        """Elementwise factor (the parameter's shape, or a scalar); None where P is not diagonal."""
+
+    def sides(self) -> tuple[Tensor | None, Tensor | None] | None:
+        """As ``UpdateOperator.sides``."""
+
+    def bounded(self, gradient: Tensor) -> ParameterOperator:
+        """As ``UpdateOperator.bounded``, of this parameter."""
+
+    def transposed(self) -> ParameterOperator:
+        """P^T, which is P where it is self-adjoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagonal:
+    """Multiplication by ``factor``: a scalar tensor, or one of the parameter's shape."""
+
+    factor: Tensor
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        return gradient * self.factor.to(gradient.dtype)
+
+    def diagonal(self) -> Tensor | None:
+        return self.factor
+
+    def sides(self) -> None:
+        return None
+
+    def bounded(self, gradient: Tensor) -> Diagonal:
+        return self
+
+    def transposed(self) -> Diagonal:
+        return self
+
+
+class Adaptive:
+    """Adam's: multiplication by ``factor`` of a gradient that the second moment takes in first; of None: as it stands.
+
+    Worked out when first asked for: where steps are bounded the frozen one never is.
+    """
+
+    def __init__(self, factor: Callable[[Tensor | None], Tensor]):
+        self._factor = factor
+
+    @cached_property
+    def _frozen(self) -> Diagonal:
+        return Diagonal(self._factor(None))
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        return self._frozen.apply(gradient)
+
+    def diagonal(self) -> Tensor:
+        return self._frozen.factor
+
+    def sides(self) -> None:
+        return None
+
+    def bounded(self, gradient: Tensor) -> Diagonal:
+        return Diagonal(self._factor(gradient))
+
+    def transposed(self) -> Adaptive:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class OneSided:
+    """Multiplication by a symmetric matrix, ``matrix @ g`` where ``left``, else ``g @ matrix``; then by ``columns``.
+
+    ``matrix`` and ``columns`` (a factor for each column; None: 1) are those of the whole parameter; ``shard``: the part
+    of the parameter that this rank holds. ``columns_first``: they come before the matrix, as in the transposed map.
+    """
+
+    matrix: Tensor
+    left: bool
+    shard: Shard | None = None
+    columns: Tensor | None = None
+    columns_first: bool = False
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        matrix, columns = self.matrix.to(gradient.dtype), self._own_columns(gradient)
+        if columns is not None and self.columns_first:
+            gradient = gradient * columns
+        if self._mixes_ranks():
+            assert self.shard is not None
+            gradient, matrix = self.shard.gather(gradient), matrix[self.shard.index]
+            found = matrix @ gradient if self.left else gradient @ matrix.t()
+        else:
+            found = matrix @ gradient if self.left else gradient @ matrix
+        return found if columns is None or self.columns_first else found * columns
+
+    def diagonal(self) -> Tensor | None:
+        return None
+
+    def sides(self) -> tuple[Tensor | None, Tensor | None]:
+        matrix, columns = self.matrix, self.columns
+        if columns is not None and not self.left:
+            matrix = columns.unsqueeze(1) * matrix if self.columns_first else matrix * columns
+        if self._mixes_ranks():
+            assert self.shard is not None  # as it stands: (local, whole)
+            matrix = matrix[self.shard.index]
+        if not self.left:
+            return None, matrix
+        own = self._own_columns(self.matrix)
+        return matrix.t(), None if own is None else torch.diag(own)
+
+    def bounded(self, gradient: Tensor) -> OneSided:
+        return self
+
+    def transposed(self) -> OneSided:
+        if self.columns is None or self.left:  # rows are mixed and columns scaled: the order is all the same
+            return self
+        return replace(self, columns_first=not self.columns_first)
+
+    def _own_columns(self, like: Tensor) -> Tensor | None:
+        """The factors of the columns that this rank holds."""
+        if self.columns is None:
+            return None
+        columns = self.columns.to(like.dtype)
+        return columns[self.shard.index] if self.shard is not None and self.shard.dim == 1 else columns
+
+    def _mixes_ranks(self) -> bool:
+        return self.shard is not None and self.shard.dim == (0 if self.left else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotated:
+    """Elementwise multiplication in another basis: Q (f * (Q^T g)) where ``left``, else (f * (g Q)) Q^T.
+
+    ``basis`` Q is that of the whole parameter. ``factor``: this rank's part of f, after the second moment takes in the
+    part of a rotated gradient; of None: as it stands. ``shard``: the part of the parameter that this rank holds.
+    """
+
+    basis: Tensor
+    left: bool
+    factor: Callable[[Tensor | None], Tensor]
+    shard: Shard | None = None
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        return self._back(self._there(gradient) * self.factor(None).to(gradient.dtype))
+
+    def diagonal(self) -> None:
+        return None
+
+    def sides(self) -> None:
+        return None
+
+    def bounded(self, gradient: Tensor) -> Rotated:
+        found = self.factor(self._there(gradient))
+        return replace(self, factor=lambda _: found)
+
+    def transposed(self) -> Rotated:
+        return self
+
+    def _there(self, gradient: Tensor) -> Tensor:
+        basis = self.basis.to(gradient.dtype)
+        if self._mixes_ranks():
+            assert self.shard is not None
+            gradient, basis = self.shard.gather(gradient), basis[:, self.shard.index]
+        return basis.t() @ gradient if self.left else gradient @ basis
+
+    def _back(self, rotated: Tensor) -> Tensor:
+        basis = self.basis.to(rotated.dtype)
+        if self._mixes_ranks():
+            assert self.shard is not None
+            rotated, basis = self.shard.gather(rotated), basis[self.shard.index]
+        return basis @ rotated if self.left else rotated @ basis.t()
+
+    def _mixes_ranks(self) -> bool:
+        return self.shard is not None and self.shard.dim == (0 if self.left else 1)

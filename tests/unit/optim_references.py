@@ -1,0 +1,222 @@
+"""Each optimizer's published update in float64, in plain numpy, and the same with all but the gradient frozen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def newton_schulz(u: Array, steps: int = 5) -> Array:
+    """Quintic iteration on the short side."""
+    x = (u.T if u.shape[0] > u.shape[1] else u) / np.linalg.norm(u)
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if u.shape[0] > u.shape[1] else x
+
+
+def newton_schulz_of(momentum: Array, other: Array, steps: int) -> Array:
+    """The same polynomial in ``momentum``'s Gram matrices, frozen, applied to ``other`` over ``momentum``'s norm."""
+    tall = momentum.shape[0] > momentum.shape[1]
+    x, y = (v.T if tall else v for v in (momentum, other))
+    norm = np.linalg.norm(x)
+    x, y = x / norm, y / norm
+    for _ in range(steps):
+        a = x @ x.T
+        factor = 3.4445 * np.eye(len(a)) - 4.7750 * a + 2.0315 * a @ a
+        x, y = factor @ x, factor @ y
+    return y.T if tall else y
+
+
+@dataclass
+class Reference:
+    """State of one weight. ``update``: what a step adds to ``w``, decay included, and the state after it.
+
+    ``frozen``: what a step would add for gradient ``g`` if nothing but the part linear in ``g`` followed it.
+    """
+
+    w: Array
+    lr: float
+    wd: float = 0.0
+    t: int = 0
+    s: dict[str, Any] = field(default_factory=dict)
+
+    def average(self, key: str, value: Any, weight: float) -> Any:
+        self.s[key] = weight * self.s.get(key, np.zeros_like(value)) + (1 - weight) * value
+        return self.s[key]
+
+
+@dataclass
+class Muon(Reference):
+    mu: float = 0.95
+
+    def update(self, g: Array) -> None:
+        u = (1 - self.mu) * g + self.mu * self.average("m", g, self.mu)
+        scale = math.sqrt(max(1, g.shape[0] / g.shape[1]))
+        self.w = (1 - self.lr * self.wd) * self.w - self.lr * scale * newton_schulz(u)
+
+    def frozen(self, g: Array) -> Array:
+        scale = math.sqrt(max(1, g.shape[0] / g.shape[1]))
+        u = (1 - self.mu**2) * g + self.mu**2 * self.s["m"]
+        return -self.lr * scale * newton_schulz_of(self.s["m"], u, 5)
+
+
+@dataclass
+class Namo(Reference):
+    mu: float = 0.95
+    mu2: float = 0.99
+
+    def update(self, g: Array) -> None:
+        self.t += 1
+        v = self.average("v", np.float64((g**2).sum()), self.mu2)
+        u = (1 - self.mu) * g + self.mu * self.average("m", g, self.mu)
+        bias = math.sqrt(1 - self.mu2**self.t) / (1 - self.mu**self.t)
+        a = self.lr * bias * np.linalg.norm(u) / (math.sqrt(v) + 1e-8)
+        scale = min(0.2 * math.sqrt(max(g.shape)) * a, 1)
+        self.w = (1 - a * self.wd) * self.w - scale * newton_schulz(u)
+
+    def frozen(self, g: Array) -> Array:
+        bias = math.sqrt(1 - self.mu2**self.t) / (1 - self.mu ** (self.t + 1))
+        a = self.lr * bias * np.linalg.norm(self.s["m"]) / (math.sqrt(self.s["v"]) + 1e-8)
+        u = (1 - self.mu**2) * g + self.mu**2 * self.s["m"]
+        return -min(0.2 * math.sqrt(max(g.shape)) * a, 1) * newton_schulz_of(self.s["m"], u, 5)
+
+
+@dataclass
+class NamoD(Reference):
+    mu: float = 0.95
+    mu2: float = 0.99
+    c: float = 0.5
+
+    def scales(self, norms: Array, t_second: int, t_first: int) -> tuple[Array, float]:
+        eta = self.lr * math.sqrt(1 - self.mu2**t_second) / (1 - self.mu**t_first)
+        s = norms / (np.sqrt(self.s["v"]) + 1e-8)
+        clamped = np.clip(s, self.c * s.mean(), s.mean() / self.c)
+        return np.minimum(0.2 * math.sqrt(max(self.w.shape)) * eta * clamped, 1), eta * s.mean()
+
+    def update(self, g: Array) -> None:
+        self.t += 1
+        self.average("v", (g**2).sum(0), self.mu2)
+        u = (1 - self.mu) * g + self.mu * self.average("m", g, self.mu)
+        scales, a = self.scales(np.linalg.norm(u, axis=0), self.t, self.t)
+        self.w = (1 - a * self.wd) * self.w - newton_schulz(u) * scales
+
+    def frozen(self, g: Array) -> Array:
+        scales, _ = self.scales(np.linalg.norm(self.s["m"], axis=0), self.t, self.t + 1)
+        u = (1 - self.mu**2) * g + self.mu**2 * self.s["m"]
+        return -newton_schulz_of(self.s["m"], u, 5) * scales
+
+
+@dataclass
+class SophiaG(Reference):
+    b1: float = 0.9
+    b2: float = 0.99
+    rho: float = 0.05
+
+    def estimate(self, g: Array, tokens: int) -> None:
+        self.average("h", tokens * g**2, self.b2)
+
+    def update(self, g: Array) -> None:
+        m = self.average("m", g, self.b1)
+        self.w = (1 - self.lr * self.wd) * self.w - self.lr * self.step(m)
+
+    def step(self, m: Array) -> Array:
+        return np.sign(m) * np.minimum(np.abs(m) / (self.rho * self.s["h"] + 1e-15), 1)
+
+    def frozen(self, g: Array) -> Array:
+        return -self.lr * self.step(self.b1 * self.s["m"] + (1 - self.b1) * g)
+
+
+@dataclass
+class SgdSai(Reference):
+    mu: float = 0.9
+
+    def update(self, g: Array) -> None:
+        if "gsnr" not in self.s and np.any(g):
+            flat = g.size == 1 or np.ptp(g) == 0
+            self.s["gsnr"] = 1.0 if flat else np.linalg.norm(g) / (g.std(ddof=1) + 1e-8)
+        m = self.average("m", g, self.mu)
+        self.w = (1 - self.lr * self.wd) * self.w - self.lr * self.s.get("gsnr", 0.0) * m
+
+    def frozen(self, g: Array) -> Array:
+        return -self.lr * self.s["gsnr"] * (self.mu * self.s["m"] + (1 - self.mu) * g)
+
+
+@dataclass
+class Conda(Reference):
+    b1: float = 0.9
+    b2: float = 0.99
+    scale: float = 0.25
+    every: int = 3
+
+    def update(self, g: Array) -> None:
+        m = self.average("m", g, self.b1)
+        if self.t % self.every == 0:
+            left, _, right = np.linalg.svd(m)
+            self.s["q"] = left if m.shape[0] <= m.shape[1] else right.T
+        self.t += 1
+        v = self.average("v", self.rotated(g) ** 2, self.b2)
+        bias = math.sqrt(1 - self.b2**self.t) / (1 - self.b1**self.t)
+        step = self.back(self.rotated(m) / (np.sqrt(v) + 1e-8))
+        self.w = (1 - self.lr * self.wd) * self.w - self.lr * self.scale * bias * step
+
+    def rotated(self, x: Array) -> Array:
+        return self.s["q"].T @ x if x.shape[0] <= x.shape[1] else x @ self.s["q"]
+
+    def back(self, x: Array) -> Array:
+        return self.s["q"] @ x if x.shape[0] <= x.shape[1] else x @ self.s["q"].T
+
+    def frozen(self, g: Array) -> Array:
+        second = np.sqrt(self.s["v"] / (1 - self.b2**self.t)) + 1e-8
+        m = self.b1 * self.s["m"] + (1 - self.b1) * g
+        return -self.lr * self.scale / (1 - self.b1 ** (self.t + 1)) * self.back(self.rotated(m) / second)
+
+
+@dataclass
+class Lion(Reference):
+    b1: float = 0.95
+    b2: float = 0.98
+
+    def update(self, g: Array) -> None:
+        c = self.b1 * self.s.get("m", np.zeros_like(g)) + (1 - self.b1) * g
+        self.w = (1 - self.lr * self.wd) * self.w - self.lr * np.sign(c)
+        self.average("m", g, self.b2)
+
+    def frozen(self, g: Array) -> Array:
+        c = self.b1 * self.s["m"]
+        return -self.lr * (c + (1 - self.b1) * g) / np.abs(c)
+
+
+@dataclass
+class AdamW(Reference):
+    b1: float = 0.9
+    b2: float = 0.95
+
+    def update(self, g: Array) -> None:
+        self.t += 1
+        m, v = self.average("m", g, self.b1), self.average("v", g**2, self.b2)
+        step = m / (1 - self.b1**self.t) / (np.sqrt(v / (1 - self.b2**self.t)) + 1e-8)
+        self.w = (1 - self.lr * self.wd) * self.w - self.lr * step
+
+    def frozen(self, g: Array) -> Array:
+        second = np.sqrt(self.s["v"] / (1 - self.b2**self.t)) + 1e-8
+        m = self.b1 * self.s["m"] + (1 - self.b1) * g
+        return -self.lr / (1 - self.b1 ** (self.t + 1)) * m / second
+
+
+@dataclass
+class Sgd(Reference):
+    mu: float = 0.9
+
+    def update(self, g: Array) -> None:
+        g = g + self.wd * self.w
+        self.s["m"] = self.mu * self.s.get("m", 0) + g
+        self.w = self.w - self.lr * self.s["m"]
+
+    def frozen(self, g: Array) -> Array:
+        return -self.lr * (self.mu * self.s["m"] + g)

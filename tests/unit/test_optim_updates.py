@@ -1,0 +1,254 @@
+"""Every optimizer: its update is its published formula in float64, its P_t the difference of its frozen updates."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytorch_optimizer import Lion
+from torch import Tensor
+
+from megaopus.optim.base import LayoutOptimizer
+from megaopus.optim.conda import Conda
+from megaopus.optim.muon import Muon
+from megaopus.optim.namo import NAMO, NAMOD
+from megaopus.optim.sgd_sai import SGDSaI
+from megaopus.optim.sophia import SophiaG
+from megaopus.selection import build_operator
+from tests.unit import optim_references as references
+
+MATRICES = [(7, 5), (5, 7), (6, 6), (33, 4), (1, 9)]
+EVERYTHING = [*MATRICES, (6,)]
+LR, WD, TOKENS = 0.05, 0.1, 40_000
+Make = Callable[[list[Tensor]], torch.optim.Optimizer]
+CASES: dict[str, tuple[Make, type[references.Reference], dict[str, Any], list[tuple[int, ...]]]] = {
+    "sgd": (
+        lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, weight_decay=WD),
+        references.Sgd,
+        {},
+        EVERYTHING,
+    ),
+    "adamw": (
+        lambda p: torch.optim.AdamW(p, lr=LR, betas=(0.9, 0.95), weight_decay=WD),
+        references.AdamW,
+        {},
+        EVERYTHING,
+    ),
+    "lion": (
+        lambda p: Lion(p, lr=LR, betas=(0.95, 0.98), weight_decay=WD),
+        references.Lion,
+        {},
+        EVERYTHING,
+    ),
+    "muon": (lambda p: Muon(p, lr=LR, weight_decay=WD, eps=0.0), references.Muon, {}, MATRICES),
+    "namo": (lambda p: NAMO(p, lr=LR, weight_decay=WD, eps=0.0), references.Namo, {}, MATRICES),
+    "namo_clipped": (
+        lambda p: NAMO(p, lr=4.0, weight_decay=WD, eps=0.0),
+        references.Namo,
+        {"lr": 4.0},
+        MATRICES,
+    ),
+    "namo_d": (lambda p: NAMOD(p, lr=LR, clamp=0.5, weight_decay=WD, eps=0.0), references.NamoD, {}, MATRICES),
+    "conda": (
+        lambda p: Conda(p, lr=LR, weight_decay=WD, projection_every=3),
+        references.Conda,
+        {},
+        MATRICES,
+    ),
+    "sophia_g": (
+        lambda p: SophiaG(p, lr=LR, betas=(0.9, 0.99), weight_decay=WD),
+        references.SophiaG,
+        {},
+        EVERYTHING,
+    ),
+    "sgd_sai": (lambda p: SGDSaI(p, lr=LR, weight_decay=WD), references.SgdSai, {}, [*EVERYTHING, (1,)]),
+}
+STEPS = 7
+
+
+def trained(case: str) -> tuple[list[Tensor], torch.optim.Optimizer, list[Any]]:
+    """Weights, their optimizer and references after STEPS updates, and a curvature estimate every third."""
+    make, reference, more, shapes = CASES[case]
+    rng = np.random.default_rng(0)
+    starts = [rng.normal(size=shape) for shape in shapes]
+    expected = [reference(**{"w": start, "lr": LR, "wd": WD, **more}) for start in starts]
+    weights = [torch.nn.Parameter(torch.tensor(start)) for start in starts]
+    optimizer = make(weights)
+    for step in range(STEPS):
+        if isinstance(optimizer, SophiaG) and step % 3 == 0:
+            gradients = [rng.normal(size=shape) for shape in shapes]
+            set_gradients(weights, gradients)
+            optimizer.estimate(TOKENS)
+            for each, gradient in zip(expected, gradients, strict=True):
+                each.estimate(gradient, TOKENS)
+        gradients = [rng.normal(size=shape) * 10 ** rng.uniform(-3, 3) for shape in shapes]
+        set_gradients(weights, gradients)
+        optimizer.step()
+        for each, gradient in zip(expected, gradients, strict=True):
+            each.update(gradient)
+    return weights, optimizer, expected
+
+
+def set_gradients(weights: list[Tensor], gradients: list[np.ndarray]) -> None:
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = torch.tensor(gradient)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_updates_are_the_formula_in_float64(case: str) -> None:
+    weights, _, expected = trained(case)
+    for weight, reference in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(weight.detach().numpy(), reference.w, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_operator_is_the_difference_of_frozen_updates(case: str) -> None:
+    weights, optimizer, expected = trained(case)
+    named = {str(index): weight for index, weight in enumerate(weights)}
+    operator = build_operator(named, [optimizer], "full")
+    rng = np.random.default_rng(1)
+    # so small that no sign turns and nothing saturates on the way: the update is linear there
+    size = 1e-7 if case == "sophia_g" else 1.0
+    gradients = {name: rng.normal(size=tuple(w.shape)) * size for name, w in named.items()}
+    applied = operator.apply({name: torch.tensor(g) for name, g in gradients.items()})
+    moved = 0
+    for name, reference in zip(named, expected, strict=True):
+        difference = (reference.frozen(gradients[name]) - reference.frozen(-gradients[name])) / 2
+        bound = 1e-5 * np.linalg.norm(difference) + 1e-20  # operators are fp32 inside
+        assert np.linalg.norm(applied[name].numpy() + difference) <= bound
+        moved += np.count_nonzero(difference)
+    assert moved > 20
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transposed_is_the_adjoint_and_the_same_but_for_a_tall_namo_d(case: str) -> None:
+    weights, optimizer, _ = trained(case)
+    named = {str(index): weight for index, weight in enumerate(weights)}
+    operator = build_operator(named, [optimizer])
+    generator = torch.Generator().manual_seed(2)
+    g, h = ({n: torch.randn(w.shape, generator=generator).double() for n, w in named.items()} for _ in range(2))
+    pg, pth, ph = operator.apply(g), operator.transposed().apply(h), operator.apply(h)
+    for name, weight in named.items():
+        inner = float((pg[name] * h[name]).sum())
+        assert inner == pytest.approx(float((g[name] * pth[name]).sum()), rel=1e-5, abs=1e-9)
+        lopsided = case == "namo_d" and weight.shape[0] > weight.shape[1]
+        assert torch.allclose(ph[name], pth[name], rtol=1e-6) != lopsided
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_factors_and_batches_say_what_apply_says(case: str) -> None:
+    weights, optimizer, _ = trained(case)
+    named = {str(index): weight for index, weight in enumerate(weights)}
+    operator = build_operator(named, [optimizer])
+    for turned in (operator, operator.transposed()):
+        g = {name: torch.randn(3, *weight.shape).double() for name, weight in named.items()}
+        applied = turned.apply(g)
+        for name in named:
+            for row in range(3):
+                torch.testing.assert_close(applied[name][row], turned.apply({name: g[name][row]})[name])
+            if (factor := turned.diagonal(name)) is not None:
+                torch.testing.assert_close(applied[name], g[name] * factor)
+            elif (sides := turned.sides(name)) is not None:
+                left, right = (None if side is None else side.double() for side in sides)
+                found = g[name] if left is None else left @ g[name]
+                torch.testing.assert_close(found if right is None else found @ right, applied[name])
+
+
+BOUNDED = ("adamw", "lion", "sophia_g", "conda")
+
+
+@pytest.mark.parametrize("case", BOUNDED)
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_a_bounded_operator_takes_no_step_that_the_optimizer_could_not(case: str, size: float) -> None:
+    """State near zero, as of an embedding's row hardly ever seen; the gradient of any size."""
+    weights, optimizer, _ = trained(case)
+    for weight in weights:
+        for key in ("exp_avg", "exp_avg_sq", "hessian"):
+            if key in optimizer.state[weight]:
+                optimizer.state[weight][key][0] = 1e-30
+    named = {str(index): weight for index, weight in enumerate(weights)}
+    gradient = {name: size * torch.randn_like(weight) for name, weight in named.items()}
+    applied = build_operator(named, [optimizer]).bounded(gradient).apply(gradient)
+    for name, value in applied.items():
+        assert value.isfinite().all()
+        width = 0.25 * max(named[name].shape) ** 0.5 if case == "conda" else 1.0  # in its basis: each entry
+        assert float(value.abs().max()) <= LR * width * 2.3  # adamw: sqrt(1 / (1 - b2)) (1 - b1) / (1 - b1^t) < 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_is_known_before_the_first(case: str) -> None:
+    make, _, _, shapes = CASES[case]
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = make(weights)
+    named = {str(index): weight for index, weight in enumerate(weights)}
+    operator = build_operator(named, [optimizer])
+    if case == "sgd":  # its step needs no state
+        assert operator is not None
+        return
+    assert operator is None
+    if isinstance(optimizer, LayoutOptimizer):  # zeros, as a checkpoint's reader allocates them
+        for weight in weights:
+            optimizer.state_of(weight)
+        operator = build_operator(named, [optimizer])
+        ones = {name: torch.ones_like(weight) for name, weight in named.items()}
+        assert operator is None or not any(value.any() for value in operator.apply(ones).values())
+
+
+def test_sophia_knows_no_step_where_it_has_no_curvature() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    optimizer = SophiaG([weight], lr=LR)
+    weight.grad = torch.tensor([[1.0, -2.0, 3.0], [0.0, 0.0, 0.0]])
+    optimizer.estimate(TOKENS)
+    optimizer.step()
+    assert torch.equal(weight.detach()[0].sign(), -weight.grad[0].sign())  # a clipped step is one of lr
+    assert not weight.detach()[1].any()
+    for bounded in (False, True):
+        operator = build_operator({"w": weight}, [optimizer])
+        ones = {"w": torch.ones(2, 3)}
+        applied = (operator.bounded(ones) if bounded else operator).apply(ones)["w"]
+        assert applied.isfinite().all()
+        assert not applied[1].any()
+
+
+def test_sgd_sai_is_set_by_the_first_gradient_that_is_one() -> None:
+    weights = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
+    optimizer = SGDSaI(weights, lr=LR, weight_decay=0.0)
+    for weight, gradient in zip(weights, (torch.zeros(2, 2), torch.ones(2, 2), torch.eye(2)), strict=True):
+        weight.grad = gradient
+    optimizer.step()
+    first, second, third = (float(optimizer.state[weight]["gsnr"]) for weight in weights)
+    assert (first, second) == (0.0, 1.0)  # not set; no spread
+    assert third == pytest.approx(2**0.5 / 3**-0.5)
+    assert torch.equal(weights[0].detach(), torch.ones(2, 2))
+    operator = build_operator(dict(zip("abc", weights, strict=True)), [optimizer])
+    assert not operator.apply({"a": torch.ones(2, 2)})["a"].any()
+    weights[0].grad = torch.eye(2)
+    optimizer.step()
+    assert float(optimizer.state[weights[0]]["gsnr"]) == pytest.approx(third)
+    weights[2].grad = torch.ones(2, 2)
+    optimizer.step()
+    assert float(optimizer.state[weights[2]]["gsnr"]) == pytest.approx(third)  # once and for all
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_state_is_tensors_that_come_back_from_a_file(case: str) -> None:
+    weights, optimizer, _ = trained(case)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    make, _, _, shapes = CASES[case]
+    copies = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
+    other = make(copies)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for index, shape in enumerate(shapes):
+        state = optimizer.state[weights[index]]
+        assert all(isinstance(value, Tensor) for value in state.values())
+        gradient = torch.randn(shape, dtype=torch.float64)
+        weights[index].grad, copies[index].grad = gradient, gradient.clone()
+    optimizer.step()
+    other.step()
+    assert all(torch.equal(a, b) for a, b in zip(weights, copies, strict=True))
