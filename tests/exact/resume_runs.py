@@ -61,6 +61,12 @@ OPTIMIZERS = {
     "adamw": ["optim=adamw", "optim.lr=3e-3", "optim.warmup_steps=3"],
     "muon": ["optim=muon", "optim.schedule=wsd", "optim.decay_steps=4"],
     "sgd": ["optim=sgd"],
+    "lion": ["optim=lion", "optim.lr=1e-3"],
+    "namo": ["optim=namo"],
+    "namo_d": ["optim=namo_d"],
+    "conda": ["optim=conda", "optim.settings.projection_every=4"],
+    "sophia_g": ["optim=sophia_g", "optim.settings.curvature_every=4", "optim.settings.rho=20"],
+    "sgd_sai": ["optim=sgd_sai"],
 }
 
 

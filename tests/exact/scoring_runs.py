@@ -23,6 +23,15 @@ OPTIMIZERS = {
     "adamw": OptimConfig(name="adamw", lr=1e-2, eps=1e-3),
     "muon": OptimConfig(name="muon", lr=1e-2, eps=1e-3, matrix_lr=0.02),
 }
+MORE_OPTIMIZERS = {
+    "lion": OptimConfig(name="lion", lr=5e-3),
+    "namo": OptimConfig(name="namo", lr=1e-2, eps=1e-3, matrix_lr=0.02),
+    "namo_d": OptimConfig(name="namo_d", lr=1e-2, eps=1e-3, matrix_lr=0.02, settings={"clamp": 0.3}),
+    "conda": OptimConfig(name="conda", lr=1e-2, eps=1e-3, matrix_lr=0.02, settings={"projection_every": 2}),
+    "sophia_g": OptimConfig(name="sophia_g", lr=2e-2, settings={"rho": 20.0}),
+    "sgd_sai": OptimConfig(name="sgd_sai", lr=5e-2),
+}
+"""Compared in test_scoring_optimizers.py, at fewer layouts."""
 CASES = tuple((model, optimizer) for model in ("gpt2-4-layers", "llama-4-layers") for optimizer in OPTIMIZERS)
 COMMON: dict[str, Any] = {"method": "opus", "proxy_batch_size": 4, "score_micro_batch_size": 4, "sketch_dim": 256}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -79,7 +88,7 @@ def trained(
     mesh: Mesh, case: tuple[str, str], parallel: ParallelConfig, kind: EngineConfig | None = None, **model: Any
 ) -> Any:
     """An engine after two updates; ``model`` replaces settings of the case's."""
-    shape, optim = replace(MODELS[case[0]], **model), OPTIMIZERS[case[1]]
+    shape, optim = replace(MODELS[case[0]], **model), {**OPTIMIZERS, **MORE_OPTIMIZERS}[case[1]]
     engine = tiny_engine(mesh, model=shape, optim=optim, parallel=parallel, engine=kind)
     for step in range(2):
         engine.train_step(random_batch(8, step))

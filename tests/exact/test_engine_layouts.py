@@ -14,6 +14,7 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.megatron import MegatronEngine
 from megaopus.models.gpt import full_parameters, whole_names
+from megaopus.optim.build import state_names
 from megaopus.optim.config import OptimConfig
 from tests.harness import MODELS, random_batch, run_layouts, tiny_engine
 
@@ -21,6 +22,12 @@ OPTIMIZERS = {
     # eps above rounding noise: at 1e-8, Adam's first steps turn the last bit of a tiny gradient into a full step
     "adamw": OptimConfig(name="adamw", lr=3e-3, eps=1e-4, warmup_steps=2),
     "muon": OptimConfig(name="muon", lr=3e-3, eps=1e-4, matrix_lr=0.02, matrix_weight_decay=0.1),
+    "namo": OptimConfig(name="namo", lr=3e-3, eps=1e-4, matrix_lr=0.02, matrix_weight_decay=0.1),
+    "namo_d": OptimConfig(name="namo_d", lr=3e-3, eps=1e-4, matrix_lr=0.02, settings={"clamp": 0.5}),
+    "conda": OptimConfig(name="conda", lr=3e-3, eps=1e-4, matrix_lr=0.02, settings={"projection_every": 3}),
+    "sophia_g": OptimConfig(name="sophia_g", lr=1e-3, settings={"rho": 20.0, "curvature_every": 3}),
+    "sgd_sai": OptimConfig(name="sgd_sai", lr=1e-2),
+    "lion": OptimConfig(name="lion", lr=1e-3),
 }
 
 
@@ -37,13 +44,11 @@ def build(mesh: Mesh, case: Case, parallel: ParallelConfig, engine: EngineConfig
 def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str, dict[str, torch.Tensor]]:
     """Losses, gradient norms and validation losses of updates of eight sequences; whole weights, a gradient and state.
 
-    The state is the second moment, or Muon's momentum.
+    The state is what the update operator needs.
     """
     results = [built.train_step(random_batch(8, step)) for step in range(first, last)]
     names = dict(whole_names(built.module))
-    states = {
-        names[s.name]: s.state.get("exp_avg_sq", s.state.get("momentum_buffer")) for s in built.optimizer.states()
-    }
+    states = {names[s.name]: s.state[state_names(s.optimizer)[-1]] for s in built.optimizer.states()}
     weights = {names[own]: value for own, value in built.optimizer.main_weights().items()}
     return {
         "weights": full_parameters(built.module, built.mesh, weights),
@@ -69,16 +74,17 @@ def resume(built: MegatronEngine, folder: Path) -> dict[str, dict[str, torch.Ten
     return {"average": full_parameters(built.module, built.mesh, average), **train(built, STEPS, STEPS + 1)}
 
 
-EVERY = [(m, o) for m in ("gpt2", "llama") for o in OPTIMIZERS]
+EVERY = [(m, o) for m in ("gpt2", "llama") for o in ("adamw", "muon")]
+MORE = [("llama", o) for o in OPTIMIZERS if o not in ("adamw", "muon")]
 ADAMW = [("llama", "adamw"), ("gpt2", "adamw")]
 DEEP = [("llama-4-layers", "muon"), ("gpt2-4-layers", "adamw")]
 LAYOUTS = {
-    "dp2": (2, ParallelConfig(), EVERY),
-    "tp2": (2, ParallelConfig(tp=2), EVERY),
+    "dp2": (2, ParallelConfig(), EVERY + MORE),
+    "tp2": (2, ParallelConfig(tp=2), EVERY + MORE),
     "tp2-sequence-parallel": (2, ParallelConfig(tp=2, sequence_parallel=True), EVERY),
-    "pp2": (2, ParallelConfig(pp=2), EVERY),
+    "pp2": (2, ParallelConfig(pp=2), EVERY + MORE),
     "pp2-vpp2": (2, ParallelConfig(pp=2, vpp=2), DEEP),
-    "cp2": (2, ParallelConfig(cp=2), EVERY),
+    "cp2": (2, ParallelConfig(cp=2), [*EVERY, ("llama", "sophia_g")]),
     "dp2-distributed-optimizer": (2, ParallelConfig(distributed_optimizer=True), ADAMW),
     "tp2-pp2": (4, ParallelConfig(tp=2, pp=2), EVERY),
     "cp2-tp2-sequence-parallel": (4, ParallelConfig(cp=2, tp=2, sequence_parallel=True), EVERY),
@@ -88,20 +94,27 @@ LAYOUTS = {
     "dp2-tp2-distributed-optimizer": (4, ParallelConfig(tp=2, distributed_optimizer=True), ADAMW),
     "dp2-pp2-vpp2-distributed-optimizer": (4, ParallelConfig(pp=2, vpp=2, distributed_optimizer=True), DEEP[1:]),
 }
-SAVED = (
-    "tp2-pp2",
-    "cp2-tp2-sequence-parallel",
-    "pp2-vpp2",
-    "dp2-distributed-optimizer",
-    "dp2-tp2-distributed-optimizer",
-    "dp2-pp2-vpp2-distributed-optimizer",
-)
-"""Layouts whose checkpoints are tried: they go on from one process's, and one process from theirs."""
-RESUMED = {LAYOUTS[layout][2][0] for layout in SAVED}
+SAVED = {
+    "tp2": MORE,
+    "pp2": MORE,
+    **{
+        layout: LAYOUTS[layout][2][:1]
+        for layout in (
+            "tp2-pp2",
+            "cp2-tp2-sequence-parallel",
+            "pp2-vpp2",
+            "dp2-distributed-optimizer",
+            "dp2-tp2-distributed-optimizer",
+            "dp2-pp2-vpp2-distributed-optimizer",
+        )
+    },
+}
+"""Layout -> cases whose checkpoints are tried: they go on from one process's, and one process from theirs."""
+RESUMED = {case for cases in SAVED.values() for case in cases}
 
 
 def train_layout(layout: str, folder: Path) -> dict:
-    """Its cases; where checkpoints are tried, the first also saves one and goes on from one process's."""
+    """Its cases; where checkpoints are tried, they also save one and go on from one process's."""
     _, parallel, cases = LAYOUTS[layout]
     mesh = Mesh(parallel, "cpu")
     try:
@@ -109,9 +122,9 @@ def train_layout(layout: str, folder: Path) -> dict:
         for case in cases:
             built = build(mesh, case, parallel)
             found[case] = train(built)
-            if layout in SAVED and case == cases[0]:
-                save(built, folder / layout)
-                found["resumed"] = resume(build(mesh, case, parallel), folder / "-".join(case))
+            if case in SAVED.get(layout, ()):
+                save(built, folder / layout / "-".join(case))
+                found["resumed", case] = resume(build(mesh, case, parallel), folder / "-".join(case))
         return found
     finally:
         mesh.close()
@@ -128,7 +141,7 @@ def one_process(folder: Path) -> dict:
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
         found = {}
-        for case in (*EVERY, *DEEP):
+        for case in (*EVERY, *MORE, *DEEP):
             built = build(mesh, case, ParallelConfig())
             found[case] = train(built)
             if case in RESUMED:
@@ -163,11 +176,12 @@ def test_layout_equals_one_process(layout: str, ranks: dict, one_process: dict) 
 def test_checkpoints_go_from_one_layout_to_another(
     layout: str, ranks: dict, one_process: dict, folder: Path, mesh: Mesh
 ) -> None:
-    case = LAYOUTS[layout][2][0]
-    expected = one_process["resumed", case]
-    for found in ranks[layout]:
-        assert_close(found["resumed"], expected, "from one process")
-    assert_close(resume(build(mesh, case, ParallelConfig()), folder / layout), expected, "to one process")
+    for case in SAVED[layout]:
+        expected = one_process["resumed", case]
+        for found in ranks[layout]:
+            assert_close(found["resumed", case], expected, (case, "from one process"))
+        alone = build(mesh, case, ParallelConfig())
+        assert_close(resume(alone, folder / layout / "-".join(case)), expected, (case, "to one process"))
 
 
 def assert_close(found: dict, expected: dict, case: object) -> None:

@@ -25,6 +25,13 @@ CASES = {
     "cascade-muon": ("cascade", "muon", 6, []),
     "high_ppl-sgd": ("high_ppl", "sgd", 8, []),
     "high_ppl-sgd-without-momentum": ("high_ppl", "sgd", 5, ["optim.settings.momentum=0.0"]),
+    "directional-lion": ("directional", "lion", 5, []),
+    "directional-namo": ("directional", "namo", 6, []),
+    "countsketch-namo_d": ("countsketch", "namo_d", 7, []),
+    "countsketch-conda": ("countsketch", "conda", 6, []),
+    "directional-sophia_g": ("directional", "sophia_g", 7, []),
+    "directional-sgd_sai": ("directional", "sgd_sai", 5, []),
+    "conda-bf16": ("directional", "conda", 7, ["engine.precision=bf16"]),
     "uniform-adamw-from-the-start": ("uniform", "adamw", 3, []),
     "dropout": ("directional", "adamw", 6, ["model.dropout=0.1"]),
     "bf16": ("directional", "muon", 7, ["engine.precision=bf16"]),
@@ -74,11 +81,17 @@ def assert_meaningful(run: dict, selection: str, optimizer: str) -> None:
         "adamw": ("exp_avg.", "exp_avg_sq."),
         "muon": ("momentum_buffer.", "exp_avg."),
         "sgd": ("momentum_buffer.",),
+        "lion": ("exp_avg.",),
+        "namo": ("momentum_buffer.", "v_squared.", "exp_avg."),
+        "namo_d": ("momentum_buffer.", "state.V.", "exp_avg."),
+        "conda": ("exp_avg_sq.", "projection."),
+        "sophia_g": ("exp_avg.", "hessian."),
+        "sgd_sai": ("momentum_buffer.", "gsnr."),
     }
     for part in parts.get(optimizer, ()):
         found = [value for name, value in run["tensors"].items() if part in name]
         assert found
-        assert all(value.abs().max() > 0 for value in found if value.dim() > 1)
+        assert all(value.abs().max() > 0 for value in found if value.dim() > 1 or len(value) == 1)
     averaged = [name for name in run["tensors"] if name.startswith("average.")]
     assert bool(averaged) == (selection not in ("high_ppl", "uniform"))
 
