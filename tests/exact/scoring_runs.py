@@ -24,6 +24,7 @@ OPTIMIZERS = {
     "muon": OptimConfig(name="muon", lr=1e-2, eps=1e-3, matrix_lr=0.02),
 }
 MORE_OPTIMIZERS = {
+    "sgd": OptimConfig(name="sgd", lr=0.5),
     "lion": OptimConfig(name="lion", lr=5e-3),
     "namo": OptimConfig(name="namo", lr=1e-2, eps=1e-3, matrix_lr=0.02),
     "namo_d": OptimConfig(name="namo_d", lr=1e-2, eps=1e-3, matrix_lr=0.02, settings={"clamp": 0.3}),

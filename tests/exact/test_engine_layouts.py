@@ -28,6 +28,7 @@ OPTIMIZERS = {
     "sophia_g": OptimConfig(name="sophia_g", lr=1e-3, settings={"rho": 20.0, "curvature_every": 3}),
     "sgd_sai": OptimConfig(name="sgd_sai", lr=1e-2),
     "lion": OptimConfig(name="lion", lr=1e-3),
+    "sgd": OptimConfig(name="sgd", lr=0.05, settings={"nesterov": True}),
 }
 
 
