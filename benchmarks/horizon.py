@@ -25,7 +25,8 @@ from rich.table import Table
 
 from benchmarks.common import machine, parser, progress, start, write_results
 from benchmarks.pools import ensure_pool
-from benchmarks.quality import COMMON, OPTIMIZERS, Nobody
+from benchmarks.quality import COMMON, OPTIMIZERS
+from benchmarks.study import Nobody
 from megaopus.build import Corpora, build_trainer
 from megaopus.config import compose
 from megaopus.data.candidates import CandidateBuffer, CandidateStream

@@ -12,43 +12,29 @@ by side: the arms take turns step by step in one process, median. Kept in --resu
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.common import ROOT, interleaved, machine, parser, progress, start, write_results
+from benchmarks.common import machine, parser, progress, start, write_results
 from benchmarks.pools import ensure_pool
-from megaopus.build import Corpora, build_trainer
-from megaopus.config import compose, differences
+from benchmarks.study import Results, Task, p_value, run_of, step_seconds, task, train_all
+from megaopus.build import Corpora
+from megaopus.config import compose
 from megaopus.data.traits import ensure_traits
 from megaopus.demo import WANTED as DEMO_WANTED
-from megaopus.demo import ensure_corpus, picked_share
-from megaopus.distributed.config import ParallelConfig
-from megaopus.distributed.mesh import Mesh
-from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
-from megaopus.monitor.compare import Run, aggregate, compare, load_run, paired_t_test
-from megaopus.monitor.health import StopSignal
-from megaopus.monitor.sinks import read_rows
+from megaopus.demo import ensure_corpus
+from megaopus.monitor.compare import aggregate, compare
 
 POOLS = ("demo", "mixed", "hard", "clean")
 SCORED = "selection.score_length=64"  # a quarter of a sequence
@@ -135,24 +121,6 @@ def jobs_of(plan: Plan, pools: Sequence[str]) -> list[Job]:
     return sorted(found, key=lambda job: (job.seed, pools.index(job.pool), job.optimizer, list(ARMS).index(job.arm)))
 
 
-class Results:
-    """Rows of finished runs and timings, one JSON line each, added as they come."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._lock = Lock()
-        self.rows: dict[str, dict[str, Any]] = {}
-        if path.is_file():
-            self.rows = {row["key"]: row for _, _, row in read_rows(path)}
-
-    def add(self, key: str, row: dict[str, Any]) -> None:
-        with self._lock:
-            self.rows[key] = {"key": key, **row}
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as stream:
-                stream.write(json.dumps(self.rows[key]) + "\n")
-
-
 @dataclass(frozen=True)
 class Study:
     """A plan, where its pools lie, and what is known of its runs."""
@@ -171,160 +139,22 @@ class Study:
         more = (f"train.eval_sequences={plan.eval_sequences}", f"seed={job.seed}")
         return [*COMMON, *OPTIMIZERS[job.optimizer], *length, *more, *self.places[job.pool], *ARMS[job.arm]]
 
-    def key(self, job: Job) -> str:
-        """Names a run by its settings as composed, and so by the files of configs/ too; paths are left out."""
-        return f"{job.pool}/{job.optimizer}/{job.arm}/{job.seed}/{_digest(tuple(self.overrides(job)))}"
+    def task(self, job: Job) -> Task:
+        """The run as study.py takes it."""
+        title = f"{job.pool} {job.optimizer} {job.arm}, seed {job.seed}"
+        path = f"{job.pool}/{job.optimizer}/{job.arm}/{job.seed}"
+        return task(title, path, self.overrides(job), asdict(job))
 
     def done(self) -> dict[tuple[str, str, str], dict[int, dict[str, Any]]]:
         """(pool, optimizer, arm) -> seed -> row, of the runs that are done."""
         found: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
         for job in self.jobs:
-            if (row := self.results.rows.get(self.key(job))) is not None:
+            if (row := self.results.rows.get(self.task(job).key)) is not None:
                 found.setdefault((job.pool, job.optimizer, job.arm), {})[job.seed] = row
         return found
 
 
-@cache
-def _digest(overrides: tuple[str, ...]) -> str:
-    """Of the settings that are not at their defaults: a setting that is new leaves the rows of older runs valid."""
-    config = {name: value for name, (value, _) in differences(compose(list(overrides))).items()}
-    for name in ("run_dir", *(f"data.{path}" for path in ("path", "proxy_path", "validation_path", "traits_path"))):
-        config.pop(name, None)
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
-
-
-# -- training ----------------------------------------------------------------------------------------------------------
-
-
-def train_all(study: Study, jobs: Sequence[Job], workers: int, console: Console) -> None:
-    """Every one of ``jobs`` that has no row yet; ``workers`` at a time, the cores shared evenly."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    keys = {job: study.key(job) for job in jobs}
-    left = [job for job in jobs if keys[job] not in study.results.rows]
-    console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done before", highlight=False)
-    began, done = time.monotonic(), 0
-
-    def run(job: Job) -> None:
-        nonlocal done
-        started = time.monotonic()
-        row = _trained(study, job, threads)
-        study.results.add(keys[job], row)
-        done += 1
-        now = time.monotonic()
-        eta = (now - began) / done * (len(left) - done) / 60
-        line = f"[{done}/{len(left)}] {job.pool} {job.optimizer} {job.arm}, seed {job.seed}:"
-        line += f" {row['validations'][-1]['loss']:.3f} after {now - started:.0f} s; eta {eta:.0f} min"
-        console.print(line, highlight=False, markup=False)
-
-    with ThreadPoolExecutor(workers) as pool:
-        for each in [pool.submit(run, job) for job in left]:
-            each.result()
-
-
-def _trained(study: Study, job: Job, threads: int) -> dict[str, Any]:
-    """Train in a process of its own and sum the run folder up, which is deleted then; a killed run goes on."""
-    run_dir = study.folder / "_".join((job.pool, job.optimizer, job.arm, str(job.seed)))
-    command = [sys.executable, "-m", "megaopus", "train", *study.overrides(job), f"run_dir={run_dir}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    log = run_dir.with_name(run_dir.name + ".log")
-    with log.open("a") as output:
-        status = subprocess.run(command, env=environment, stdout=output, stderr=output).returncode
-    if status:
-        raise SystemExit(f"{run_dir}: training ended with exit status {status}; see {log}")
-    run = load_run(run_dir)
-    row = {**asdict(job), **summary_of(run), "commit": run.environment.get("git")}
-    shutil.rmtree(run_dir)
-    log.unlink()
-    return row
-
-
-def summary_of(run: Run) -> dict[str, Any]:
-    """What the study keeps of a run: its validations, and what selection did."""
-    picked = Counter[int]()
-    with (run.path / "selection.jsonl").open() as rows:
-        for line in rows:
-            picked.update(json.loads(line)["picked_ids"])
-    return {
-        "tokens_per_step": run.steps[0].tokens,
-        "step_s": statistics.median(row.step_s for row in run.steps),
-        "share": picked_share(run),
-        "unique_share": len(picked) / picked.total(),
-        "uniform_steps": sum(row.method == "uniform" for row in run.selections),
-        "events": sum(bool(row.events) for row in run.selections),
-        "validations": [asdict(each) for each in run.validations],
-    }
-
-
-# -- seconds of a step -------------------------------------------------------------------------------------------------
-
-
-def step_seconds(study: Study, jobs: Sequence[Job], clock: str, bar: Progress) -> dict[str, float]:
-    """Median seconds of one step of each of ``jobs`` (arms of one pool and optimizer), taking turns in this process."""
-    mesh = Mesh(ParallelConfig())
-    try:
-        steps = {job.arm: _steps(study, job, mesh) for job in jobs}
-        title = f"timing {jobs[0].pool}, {jobs[0].optimizer}"
-        seconds = interleaved(steps, study.plan.timing_repeats, clock, bar, title)
-    finally:
-        mesh.close()
-    return {arm: statistics.median(values) / _TURN for arm, values in seconds.items()}
-
-
-def _steps(study: Study, job: Job, mesh: Mesh) -> Callable[[], None]:
-    """A run taken to where every cost has set in, and its next few steps as one pass; writes nothing."""
-    place = f"run_dir={study.folder / 'timing'}"
-    config = compose([*study.overrides(job), "selection.warmup_steps=1", place])
-    trainer = build_trainer(config, mesh, Corpora(config), StopSignal())
-    nobody = Nobody()
-    for _ in range(_SETTLED):
-        trainer.update(nobody)
-
-    def several() -> None:
-        for _ in range(_TURN):
-            trainer.update(nobody)
-
-    return several
-
-
-_SETTLED = 65  # updates after which the predictor has its first 64 scores
-_TURN = 32  # a multiple of every period of the arms
-
-
-class Nobody:
-    """A monitor that does not listen."""
-
-    def step(self, record: StepRecord, selection: SelectionRecord | None) -> None: ...
-
-    def validation(self, record: ValidationRecord) -> None: ...
-
-    def event(self, text: str) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
 # -- what came of it ---------------------------------------------------------------------------------------------------
-
-
-def run_of(row: dict[str, Any]) -> Run:
-    """A row as ``compare`` takes it: its validations, and of its steps what their clock says."""
-    validations = [ValidationRecord(**each) for each in row["validations"]]
-    last, tokens = validations[-1], row["tokens_per_step"]
-    steps = [
-        StepRecord(
-            step=step,
-            tokens=(step + 1) * tokens,
-            loss=0.0,
-            grad_norm=0.0,
-            lr=0.0,
-            time_s=last.time_s * (step + 1) / last.step,
-            step_s=last.time_s / last.step,
-            select_s=0.0,
-        )
-        for step in (0, last.step - 1)
-    ]
-    key = row["key"]
-    return Run(name=key, path=Path(key), steps=steps, validations=validations, selections=[], config={}, environment={})
 
 
 def rows_of(study: Study) -> list[dict[str, Any]]:
@@ -355,7 +185,7 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
                 "final_loss_std": result.final_loss_std,
                 "uniform_fall": result.uniform_fall,
                 "p_uniform": None if arm == "uniform" else result.p_value,
-                "p_dsir": None if arm == "dsir" else _p_value(dsir, found),
+                "p_dsir": None if arm == "dsir" else p_value(dsir, found),
                 "final_domains": {
                     name: statistics.fmean(pair.final_domains[name] for pair in pairs)
                     for name in pairs[0].final_domains
@@ -374,15 +204,6 @@ def _cost(results: Results, pool: str, optimizer: str, arm: str) -> float | None
     if timing is None or arm not in timing["seconds"]:
         return None
     return timing["seconds"][arm] / timing["seconds"]["uniform"]
-
-
-def _p_value(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) -> float | None:
-    """Of final losses, paired by seed; None for fewer than two pairs."""
-    seeds = sorted(first.keys() & second.keys())
-    if len(seeds) < 2:
-        return None
-    finals = [[compare(run_of(arm[s]), run_of(arm[s])).final_loss for s in seeds] for arm in (first, second)]
-    return paired_t_test(*finals)
 
 
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
@@ -482,12 +303,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = {"arm": args.arms, "optimizer": args.optimizers, "seed": args.seeds}
     chosen = [job for job in study.jobs if all(not only or getattr(job, name) in only for name, only in asked.items())]
     if not args.no_training:
-        train_all(study, chosen, args.jobs, console)
+        train_all([study.task(job) for job in chosen], results, folder, args.jobs, console)
     if not args.no_timing:
         with progress(console) as bar:
             for group in dict.fromkeys((job.pool, job.optimizer) for job in chosen):
-                arms = {job.arm: job for job in chosen if (job.pool, job.optimizer) == group}
-                seconds = step_seconds(study, list(arms.values()), args.clock, bar)
+                arms = {job.arm: study.overrides(job) for job in chosen if (job.pool, job.optimizer) == group}
+                title = f"timing {group[0]}, {group[1]}"
+                seconds = step_seconds(arms, folder, plan.timing_repeats, args.clock, bar, title)
                 results.add(f"timing/{group[0]}/{group[1]}", {"seconds": seconds, **machine(args)})
     rows = rows_of(study)
     print_rows(rows, console)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import quality
+from benchmarks.study import Results, summary_of
 from megaopus.__main__ import main
 from megaopus.data.demo_corpus import build_demo_corpus
 from megaopus.monitor.compare import load_run
@@ -66,17 +67,15 @@ def test_quality_rows(folder: Path, tmp_path: Path) -> None:
     """The demo's two runs stand in for every arm: the rows have the agreed keys and the comparison's arithmetic."""
     place = [f"data.path={folder / 'corpus'}", "data.wanted=[docs]"]
     jobs = quality.jobs_of(quality.FULL, ["demo", "mixed"])
-    study = quality.Study(
-        quality.FULL, jobs, {"demo": place, "mixed": place}, quality.Results(tmp_path / "r"), tmp_path
-    )
+    study = quality.Study(quality.FULL, jobs, {"demo": place, "mixed": place}, Results(tmp_path / "r"), tmp_path)
     runs = {name: load_run(folder / f"{name}_seed1234") for name in ("uniform", "opus")}
     for job in jobs:
         run = runs["uniform" if job.arm == "uniform" else "opus"]
-        row = {**asdict(job), **quality.summary_of(run)}
-        study.results.add(study.key(job), row)
+        row = {**asdict(job), **summary_of(run)}
+        study.results.add(study.task(job).key, row)
     seconds = dict.fromkeys(quality.ARMS, 2.0) | {"uniform": 1.0}
     study.results.add("timing/demo/adamw", {"seconds": seconds})
-    again = quality.Study(study.plan, jobs, study.places, quality.Results(tmp_path / "r"), tmp_path)  # as read back
+    again = quality.Study(study.plan, jobs, study.places, Results(tmp_path / "r"), tmp_path)  # as read back
     rows = {(row["corpus"], row["optimizer"], row["arm"]): row for row in quality.rows_of(again)}
     assert {key for key in rows if key[0] == "demo"} == {("demo", "adamw", arm) for arm in quality.MAIN}
     assert {key[2] for key in rows if key[:2] == ("mixed", "adamw")} == set(quality.ARMS)
@@ -90,4 +89,4 @@ def test_quality_rows(folder: Path, tmp_path: Path) -> None:
     assert opus["final_loss"] == pytest.approx(summary["opus.final_loss"])
     if opus["tokens_ratio"] is not None:
         assert opus["time_ratio"] == pytest.approx(2 * opus["tokens_ratio"])
-    assert len({study.key(job) for job in jobs}) == len(jobs)
+    assert len({study.task(job).key for job in jobs}) == len(jobs)

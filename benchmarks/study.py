@@ -1,0 +1,209 @@
+"""What studies of many training runs share: rows of finished runs, training in processes, seconds of a step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.common import ROOT, interleaved
+from megaopus.build import Corpora, build_trainer
+from megaopus.config import compose, differences
+from megaopus.demo import picked_share
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.monitor.compare import Run, compare, load_run, paired_t_test
+from megaopus.monitor.health import StopSignal
+from megaopus.monitor.sinks import read_rows
+
+
+class Results:
+    """Rows of finished runs and timings, one JSON line each, added as they come."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._lock = Lock()
+        self.rows: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            self.rows = {row["key"]: row for _, _, row in read_rows(path)}
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        with self._lock:
+            self.rows[key] = {"key": key, **row}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as stream:
+                stream.write(json.dumps(self.rows[key]) + "\n")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training run: its name, what a row is found by, its settings, and what else its row says."""
+
+    title: str
+    key: str
+    overrides: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+
+def task(title: str, path: str, overrides: Sequence[str], fields: Mapping[str, Any]) -> Task:
+    """A run named by its settings as composed, and so by the files of configs/ too; paths are left out."""
+    return Task(title, f"{path}/{_digest(tuple(overrides))}", tuple(overrides), fields)
+
+
+@cache
+def _digest(overrides: tuple[str, ...]) -> str:
+    """Of the settings that are not at their defaults: a setting that is new leaves the rows of older runs valid."""
+    config = {name: value for name, (value, _) in differences(compose(list(overrides))).items()}
+    for name in ("run_dir", *(f"data.{path}" for path in ("path", "proxy_path", "validation_path", "traits_path"))):
+        config.pop(name, None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def train_all(tasks: Sequence[Task], results: Results, folder: Path, workers: int, console: Console) -> None:
+    """Every one of ``tasks`` that has no row yet; ``workers`` at a time, the cores shared evenly."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    left = [each for each in tasks if each.key not in results.rows]
+    console.print(f"{len(tasks)} runs, {len(tasks) - len(left)} of them done before", highlight=False)
+    began, done = time.monotonic(), 0
+
+    def run(each: Task) -> None:
+        nonlocal done
+        started = time.monotonic()
+        row = _trained(each, folder, threads)
+        results.add(each.key, row)
+        done += 1
+        now = time.monotonic()
+        eta = (now - began) / done * (len(left) - done) / 60
+        line = f"[{done}/{len(left)}] {each.title}:"
+        line += f" {row['validations'][-1]['loss']:.3f} after {now - started:.0f} s; eta {eta:.0f} min"
+        console.print(line, highlight=False, markup=False)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for future in [pool.submit(run, each) for each in left]:
+            future.result()
+
+
+def _trained(each: Task, folder: Path, threads: int) -> dict[str, Any]:
+    """Train in a process of its own and sum the run folder up, which is deleted then; a killed run goes on."""
+    run_dir = folder / each.key.replace("/", "_")
+    command = [sys.executable, "-m", "megaopus", "train", *each.overrides, f"run_dir={run_dir}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    log = run_dir.with_name(run_dir.name + ".log")
+    with log.open("a") as output:
+        status = subprocess.run(command, env=environment, stdout=output, stderr=output).returncode
+    if status:
+        raise SystemExit(f"{run_dir}: training ended with exit status {status}; see {log}")
+    run = load_run(run_dir)
+    row = {**each.fields, **summary_of(run), "commit": run.environment.get("git")}
+    shutil.rmtree(run_dir)
+    log.unlink()
+    return row
+
+
+def summary_of(run: Run) -> dict[str, Any]:
+    """What the study keeps of a run: its validations, and what selection did."""
+    picked = Counter[int]()
+    with (run.path / "selection.jsonl").open() as rows:
+        for line in rows:
+            picked.update(json.loads(line)["picked_ids"])
+    return {
+        "tokens_per_step": run.steps[0].tokens,
+        "step_s": statistics.median(row.step_s for row in run.steps),
+        "share": picked_share(run),
+        "unique_share": len(picked) / picked.total(),
+        "uniform_steps": sum(row.method == "uniform" for row in run.selections),
+        "events": sum(bool(row.events) for row in run.selections),
+        "validations": [asdict(each) for each in run.validations],
+    }
+
+
+def step_seconds(
+    runs: Mapping[str, Sequence[str]], folder: Path, repeats: int, clock: str, bar: Progress, title: str
+) -> dict[str, float]:
+    """Median seconds of one step of each of ``runs`` (name -> settings), which take turns in this process."""
+    mesh = Mesh(ParallelConfig())
+    try:
+        steps = {name: _steps(overrides, folder, mesh) for name, overrides in runs.items()}
+        seconds = interleaved(steps, repeats, clock, bar, title)
+    finally:
+        mesh.close()
+    return {name: statistics.median(values) / _TURN for name, values in seconds.items()}
+
+
+def _steps(overrides: Sequence[str], folder: Path, mesh: Mesh) -> Callable[[], None]:
+    """A run taken to where every cost has set in, and its next few steps as one pass; writes nothing."""
+    config = compose([*overrides, "selection.warmup_steps=1", f"run_dir={folder / 'timing'}"])
+    trainer = build_trainer(config, mesh, Corpora(config), StopSignal())
+    nobody = Nobody()
+    for _ in range(_SETTLED):
+        trainer.update(nobody)
+
+    def several() -> None:
+        for _ in range(_TURN):
+            trainer.update(nobody)
+
+    return several
+
+
+_SETTLED = 65  # updates after which the predictor has its first 64 scores
+_TURN = 32  # a multiple of every period of the arms
+
+
+class Nobody:
+    """A monitor that does not listen."""
+
+    def step(self, record: StepRecord, selection: SelectionRecord | None) -> None: ...
+
+    def validation(self, record: ValidationRecord) -> None: ...
+
+    def event(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def run_of(row: dict[str, Any]) -> Run:
+    """A row as ``compare`` takes it: its validations, and of its steps what their clock says."""
+    validations = [ValidationRecord(**each) for each in row["validations"]]
+    last, tokens = validations[-1], row["tokens_per_step"]
+    steps = [
+        StepRecord(
+            step=step,
+            tokens=(step + 1) * tokens,
+            loss=0.0,
+            grad_norm=0.0,
+            lr=0.0,
+            time_s=last.time_s * (step + 1) / last.step,
+            step_s=last.time_s / last.step,
+            select_s=0.0,
+        )
+        for step in (0, last.step - 1)
+    ]
+    key = row["key"]
+    return Run(name=key, path=Path(key), steps=steps, validations=validations, selections=[], config={}, environment={})
+
+
+def p_value(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) -> float | None:
+    """Of final losses, paired by seed; None for fewer than two pairs."""
+    seeds = sorted(first.keys() & second.keys())
+    if len(seeds) < 2:
+        return None
+    finals = [[compare(run_of(arm[s]), run_of(arm[s])).final_loss for s in seeds] for arm in (first, second)]
+    return paired_t_test(*finals)
