@@ -24,11 +24,10 @@ class Spec:
 
     make: Callable[[Groups, OptimConfig, Mapping[str, Any], dist.ProcessGroup | None], Optimizer]
     """(groups, config, settings, tensor-parallel group) -> the optimizer."""
-    title: str
     shaped: tuple[str, ...]
     """Names of its state that has the parameter's shape; the last is what the update operator needs."""
     settings: Mapping[str, Any]
-    """Its own settings (``optim.settings``) and their defaults; of the default's type, booleans and text included."""
+    """Its own settings (``optim.settings``) and their defaults: numbers, whole ones where they must be, or booleans."""
     matrices: bool = False
     """It takes the matrices inside the blocks alone; AdamW has the rest."""
     elementwise: bool = False

@@ -97,7 +97,6 @@ CONDA = Spec(
         projection_every=settings["projection_every"],
         tp_group=tp_group,
     ),
-    title="Conda on the matrices inside the blocks, AdamW for the rest",
     shaped=Conda.shaped,
     settings={"scale": 0.25, "projection_every": 2000},
     matrices=True,

@@ -25,4 +25,4 @@ def _make(
     return Lion(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=0.0)
 
 
-LION = Spec(make=_make, title="Lion", shaped=("exp_avg",), settings={}, elementwise=True)
+LION = Spec(make=_make, shaped=("exp_avg",), settings={}, elementwise=True)

@@ -112,7 +112,6 @@ def make_muon(
 
 MUON = Spec(
     make=make_muon,
-    title="Muon on the matrices inside the blocks, AdamW for the rest",
     shaped=Muon.shaped,
     settings={"momentum": 0.95, "ns_steps": 5, "momentum_start": 0.85, "momentum_warmup_steps": 0},
     matrices=True,

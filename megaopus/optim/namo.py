@@ -52,7 +52,7 @@ class NAMO(Muon):
         parameter.mul_(1 - rate * group["weight_decay"]).sub_(direction)
 
 
-class NAMOD(Muon):
+class NAMOD(NAMO):
     """V_j <- mu2 V_j + (1-mu2) ||G_j||^2 for each column j, s_j = ||U_j|| / (sqrt V_j + eps) brought into
     [c mean(s), mean(s) / c]; W <- (1 - a wd) W - NS(U) diag(min(0.2 sqrt(max(m, n)) e s_j, 1)).
 
@@ -60,22 +60,9 @@ class NAMOD(Muon):
     """
 
     whole = ("V",)
-    counts = True
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 9e-3,
-        momentum: float = 0.95,
-        mu2: float = 0.99,
-        clamp: float = 0.01,
-        weight_decay: float = 0.0,
-        ns_steps: int = 5,
-        tp_group: dist.ProcessGroup | None = None,
-        **more: Any,
-    ):
-        more = {"mu2": mu2, "clamp": clamp, "scale_eps": 1e-8, **more}
-        super().__init__(params, lr, momentum, weight_decay, ns_steps=ns_steps, tp_group=tp_group, **more)
+    def __init__(self, params: Iterable[Any], lr: float = 9e-3, clamp: float = 0.01, **more: Any):
+        super().__init__(params, lr, clamp=clamp, **more)
 
     def new_whole(self, parameter: Tensor) -> dict[str, Tensor]:
         columns = self.whole_shape(parameter)[1]
@@ -101,14 +88,12 @@ def adaptive_rate(group: dict[str, Any], t: float, norm: Tensor, second: Tensor)
 
 NAMO_SPEC = Spec(
     make=lambda groups, config, settings, tp_group: NAMO(groups, lr=config.matrix_lr, tp_group=tp_group, **settings),
-    title="NAMO on the matrices inside the blocks, AdamW for the rest",
     shaped=NAMO.shaped,
     settings={"momentum": 0.95, "mu2": 0.99, "ns_steps": 5},
     matrices=True,
 )
 NAMO_D_SPEC = Spec(
     make=lambda groups, config, settings, tp_group: NAMOD(groups, lr=config.matrix_lr, tp_group=tp_group, **settings),
-    title="NAMO-D on the matrices inside the blocks, AdamW for the rest",
     shaped=NAMOD.shaped,
     settings={"momentum": 0.95, "mu2": 0.99, "clamp": 0.01, "ns_steps": 5},
     matrices=True,

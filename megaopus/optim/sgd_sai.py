@@ -70,7 +70,6 @@ SGD_SAI = Spec(
     make=lambda groups, config, settings, tp_group: SGDSaI(
         groups, lr=config.lr, momentum=settings["momentum"], tp_group=tp_group
     ),
-    title="SGD-SaI",
     shaped=SGDSaI.shaped,
     settings={"momentum": 0.9},
 )

@@ -61,7 +61,6 @@ SOPHIA_G = Spec(
         rho=settings["rho"],
         tp_group=tp_group,
     ),
-    title="Sophia-G",
     shaped=SophiaG.shaped,
     settings={"rho": 0.05, "curvature_every": 10},
     curvature=True,

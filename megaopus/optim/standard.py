@@ -10,7 +10,6 @@ ADAMW = Spec(
     make=lambda groups, config, settings, tp_group: torch.optim.AdamW(
         groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True
     ),
-    title="AdamW",
     shaped=("exp_avg", "exp_avg_sq"),
     settings={},
     elementwise=True,
@@ -19,7 +18,6 @@ SGD = Spec(
     make=lambda groups, config, settings, tp_group: torch.optim.SGD(
         groups, lr=config.lr, momentum=settings["momentum"], nesterov=settings["nesterov"]
     ),
-    title="SGD with momentum",
     shaped=("momentum_buffer",),
     settings={"momentum": 0.9, "nesterov": False},
     elementwise=True,
