@@ -43,6 +43,8 @@ class Prescreen:
         self._steps = torch.empty(0, dtype=torch.int64)
         self._unfitted = 0  # scores since the last fit
         self._weights: Tensor | None = None  # (F + 1,), the intercept last
+        self.correlation: float | None = None
+        """Rank correlation of standing with what uniform draws then scored, the latest of them; None while too few."""
 
     def standing(self, ids: Tensor) -> Tensor | None:
         """(n,) float64 that candidates are screened and picked by; None before the first fit if there is no prior."""
@@ -74,15 +76,15 @@ class Prescreen:
         self._unfitted += len(ids)
         if len(self._ids) >= _FEWEST and (self._weights is None or self._unfitted >= self._config.refit):
             self._fit()
+        self._judge()
 
-    @property
-    def correlation(self) -> float | None:
-        """Rank correlation of standing with what uniform draws then scored, the latest of them; None while too few."""
+    def _judge(self) -> None:
         judged = self._judged
         if len(judged) < _FEWEST:
-            return None
+            self.correlation = None
+            return
         pairs = [_normal_scores(values[judged], self._steps[judged]) for values in (self._standing, self._utilities)]
-        return float(torch.corrcoef(torch.stack(pairs))[0, 1].nan_to_num())
+        self.correlation = float(torch.corrcoef(torch.stack(pairs))[0, 1].nan_to_num())
 
     @property
     def _judged(self) -> Tensor:
@@ -162,6 +164,7 @@ class Prescreen:
         self._unfitted = int(state["unfitted"])
         weights = state["weights"]
         self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        self._judge()
 
 
 def _normal_scores(utilities: Tensor, steps: Tensor) -> Tensor:
