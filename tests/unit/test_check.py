@@ -28,7 +28,8 @@ from megaopus.models.arithmetic import (
     training_flops_per_token,
 )
 from megaopus.models.config import ModelConfig
-from tests.harness import run_ranks, tiny_engine
+from megaopus.optim.catalog import CATALOG
+from tests.harness import random_batch, run_ranks, tiny_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT2 = ModelConfig(num_layers=2, hidden_size=32, num_heads=4)
@@ -188,6 +189,22 @@ def test_memory_of_weights_gradients_and_optimizers():
     assert check.memory(config, 500, 1, "fp32", 0)["proxy gradient"][0] == 4 * count
     config = small(method="opus", estimator="countsketch", redundancy=1.0, sketch_dim=100)
     assert check.memory(config, 500, 2, "fp32", 0)["sketches"][0] == 4 * (32 // 2) * (4 * 4 + 1) * 100
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_memory_of_an_optimizer_is_what_its_state_takes(name):
+    config = small()
+    config.model, config.data.seq_len, config.optim.name = GPT2, 16, name
+    mesh = Mesh(ParallelConfig(), "cpu")
+    try:
+        engine = tiny_engine(mesh, model=GPT2, optim=config.optim)
+        engine.train_step(random_batch(8, 0))
+        state = [value for each in engine.optimizer.states() for key, value in each.state.items() if key != "step"]
+    finally:
+        mesh.close()
+    found = sum(value.numel() * value.element_size() for value in state)
+    handful = 4 * sum(value.numel() == 1 for value in state)
+    assert found - handful == check.memory(config, 128, 1, "fp32", 0)["optimizer state"][0]
 
 
 def printed(overrides, corpus, world_size=None):

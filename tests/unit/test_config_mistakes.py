@@ -53,6 +53,14 @@ MISTAKES = {
     "optim.lr=0.1,0.2": ("optim.lr = '0.1,0.2'", "a sweep", "one run takes one value"),
     "model@optim=tiny": ("model@optim = 'tiny'", "cannot be moved", "write model=NAME"),
     "run_dir=runs/${sede}": ("run_dir = 'runs/${sede}'", "'sede' not found", "${section.key}"),
+    "optim=muon optim.settings.momentun=0.9": (
+        "optim.settings.momentun = 0.9",
+        "muon has no such setting",
+        "did you mean momentum?",
+    ),
+    "optim=muon optim.settings.ns_steps=2.5": ("optim.settings.ns_steps = 2.5", "must be a whole number", "5 is usual"),
+    "optim=sgd optim.settings.nesterov=1": ("optim.settings.nesterov = 1", "must be true or false", "False"),
+    "optim=conda optim.settings.scale=0": ("optim.settings.scale = 0", "must be positive", "0.25 is usual"),
     "optim.settings.momentum=0.9": ("optim.settings.momentum = 0.9", "adamw has no such setting", "it has none"),
     "optim.name=adam": ("optim.name = 'adam'", "unknown optimizer", "use one of: sgd, adamw, lion, muon, namo"),
     "selection.rho=0": ("selection.rho = 0.0", "must lie in (0, 1]", "0.5 picks half"),
@@ -81,7 +89,7 @@ MISTAKES = {
 @pytest.mark.parametrize("override", MISTAKES)
 def test_each_mistake_names_key_reason_and_remedy(override, corpus):
     key, reason, remedy = MISTAKES[override]
-    error = problems([override], corpus)
+    error = problems(override.split() if override.startswith("optim=") else [override], corpus)
     first, second = str(error.problems[0]).split("\n")
     assert first.startswith(key)
     assert reason in first

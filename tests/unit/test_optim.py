@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
+from megaopus.engine.forward import SampledLabels
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.muon import Muon
 from megaopus.optim.schedule import lr_factor
@@ -111,6 +113,71 @@ def test_groups_of_the_engine(mesh: Mesh) -> None:
     engine.optimizer.set_step(0, 0.5)
     assert {group["lr"] for group in muon.param_groups} == {0.05}
     assert {group["lr"] for group in adamw.param_groups} == {0.005}
+
+
+def test_muons_momentum_warms_up_and_its_operator_with_it(mesh: Mesh) -> None:
+    settings = {"momentum": 0.95, "momentum_start": 0.85, "momentum_warmup_steps": 300}
+    engine = tiny_engine(mesh, optim=OptimConfig(name="muon", schedule="constant", settings=settings))
+    muon, _ = engine.optimizer.torch_optimizers
+    for step, expected in ((0, 0.85), (150, 0.9), (300, 0.95), (5000, 0.95)):
+        engine.optimizer.set_step(step, 1.0)
+        assert muon.param_groups[0]["momentum"] == pytest.approx(expected)
+    engine.train_step(random_batch(8, 0))
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    factors = {}
+    for step in (0, 300):
+        engine.step = step
+        sides = engine.scoring_backend().operator().sides(name)
+        factors[step] = next(side for side in sides if side is not None)
+    torch.testing.assert_close(factors[300] / (1 - 0.95**2), factors[0] / (1 - 0.85**2))
+
+
+def test_a_resumed_run_has_the_momentum_of_its_step(mesh: Mesh, tmp_path: Path) -> None:
+    settings = {"momentum_start": 0.5, "momentum_warmup_steps": 4}
+    first, second = (tiny_engine(mesh, optim=OptimConfig(name="muon", settings=settings)) for _ in range(2))
+    for step in range(2):
+        first.train_step(random_batch(8, step))
+    first.save(tmp_path, {})
+    second.load(tmp_path, [])
+    second.step = 2
+    for engine in (first, second):
+        engine.train_step(random_batch(8, 2))
+        assert engine.optimizer.torch_optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.725)
+    for one, other in zip(first.module.parameters(), second.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_sampled_labels_follow_the_models_distribution(mesh: Mesh) -> None:
+    positions, vocab = 20_000, 7
+    logits = torch.tensor([3.0, 1.0, 0.0, -2.0, 2.0, -9.0, 0.5])
+    sampled = SampledLabels(mesh, 1, 5)
+    chances = sampled.chances(torch.arange(2), positions)
+    labels = sampled._draw(logits.expand(2, positions, vocab), chances)
+    assert labels.shape == (2, positions)
+    expected = logits.softmax(0).double()
+    found = torch.bincount(labels.flatten(), minlength=vocab) / labels.numel()
+    deviation = (expected * (1 - expected) / labels.numel()).sqrt()
+    assert ((found - expected).abs() <= 4 * deviation + 1e-6).all()
+    assert not torch.equal(labels[0], labels[1])
+    again = SampledLabels(mesh, 1, 5).chances(torch.tensor([1]), positions)
+    assert torch.equal(again[0], chances[1])  # of the sequence, whoever works on it
+    assert not torch.equal(SampledLabels(mesh, 1, 6).chances(torch.tensor([1]), positions), again)
+
+
+def test_curvature_is_estimated_when_it_is_due_and_left_alone_when_it_is_not_finite(mesh: Mesh) -> None:
+    engine = tiny_engine(mesh, optim=OptimConfig(name="sophia_g", lr=1e-4, settings={"curvature_every": 3}))
+    (sophia,) = engine.optimizer.torch_optimizers
+    seen = []
+    for step in range(5):
+        engine.train_step(random_batch(8, step))
+        seen.append(torch.cat([state["hessian"].flatten().clone() for state in sophia.state.values()]))
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(seen)] == [True, True, False, True]
+    assert seen[0].max() > 0
+    with torch.no_grad():
+        engine.module.decoder.final_layernorm.bias[0] = torch.nan
+    engine.step = 6
+    assert not engine.train_step(random_batch(8, 6)).applied
+    assert torch.equal(torch.cat([state["hessian"].flatten() for state in sophia.state.values()]), seen[-1])
 
 
 def test_clipping_by_the_global_norm(mesh: Mesh) -> None:
