@@ -89,12 +89,20 @@ def prepare(arguments: list[str]) -> int:
         "prepare",
         "Make a corpus folder: tokenizer, tokens, a table of documents and a manifest.",
         "  python -m megaopus prepare --source docs=docs.jsonl.gz --source code=sources.jsonl --out corpus\n"
+        "  python -m megaopus prepare --data tinystories --out corpus\n"
         "  python -m megaopus prepare --demo --out corpus",
     )
     from megaopus.data import prepare as preparer
 
     preparer.add_arguments(parser)
-    preparer.run(parser.parse_args(arguments))
+    parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="more choices for --data, beside the shipped")
+    args = parser.parse_args(arguments)
+    settings = None
+    if args.data:
+        from megaopus.config import data_settings
+
+        settings = data_settings(args.data, args.config_dir).prepare
+    preparer.run(args, settings)
     return 0
 
 

@@ -23,7 +23,7 @@ from megaopus.rules import validate
 from megaopus.selection.config import SelectionConfig
 from megaopus.train_config import TrainConfig
 
-__all__ = ["RunConfig", "compose", "default_config_dir", "differences", "load", "to_yaml", "validate"]
+__all__ = ["RunConfig", "compose", "data_settings", "default_config_dir", "differences", "load", "to_yaml", "validate"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,6 +100,20 @@ def compose(overrides: list[str], config_dir: Path | None = None, world_size: in
     if issues.problems:
         raise ConfigError(issues.problems)
     return config
+
+
+def data_settings(name: str, config_dir: Path | None = None) -> DataConfig:
+    """The settings of configs/data/NAME.yaml, of which ``data.path`` need not lie there yet.
+
+    Raises ConfigError if there is no such file, or for what it has that is no setting.
+    """
+    folders, issues = _config_folders(config_dir), _Issues()
+    accepted = [text for text in (f"data={name}",) if _acceptable(text, _groups(folders), issues)]
+    tree = _compose_tree(folders, accepted, issues)
+    config = _typed(RunConfig, tree, "", f"a file under {' or '.join(map(str, folders))}", issues)
+    if issues.problems:
+        raise ConfigError(issues.problems)
+    return config.data
 
 
 def load(path: Path) -> RunConfig:

@@ -7,6 +7,21 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True, kw_only=True)
+class PrepareConfig:
+    """What ``prepare --data NAME`` reads of configs/data/NAME.yaml; training does not."""
+
+    sources: list[str] = field(default_factory=list)
+    """Each as ``--source`` takes it: [DOMAIN=]PATH, or hf:NAME[:CONFIG[:SPLIT]] on the Hugging Face hub."""
+    text_field: str = "text"
+    id_field: str = "id"
+    domain_field: str = "domain"
+    keep: list[str] = field(default_factory=list)
+    """Fields to keep in the document table."""
+    tokenizer: str | None = None
+    """As ``--tokenizer``; null: one is trained."""
+
+
+@dataclass(slots=True, kw_only=True)
 class DataConfig:
     """A prepared corpus (``python -m megaopus prepare``) and how it is cut into sequences."""
 
@@ -22,6 +37,7 @@ class DataConfig:
     """Where traits of the sequences are kept (a prescreen needs them); null: beside ``path``, in NAME.traits."""
     validation_path: str | None = None
     """Another prepared corpus to validate on; null: the split 'validation' of ``path``."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""

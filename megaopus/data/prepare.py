@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from megaopus.data.config import PrepareConfig
 from megaopus.data.corpus import (
     CODE_DTYPE,
     CODES,
@@ -36,7 +37,7 @@ from megaopus.data.corpus import (
     sha256_file,
 )
 from megaopus.data.folder import new_folder, refuse_existing
-from megaopus.data.sources import Document, Source, SourceReader
+from megaopus.data.sources import Document, Fields, Source, SourceReader
 from megaopus.data.split import POOL, Scan, SplitRule, scan
 from megaopus.data.tokenizer import EOD, SMALLEST_VOCABULARY, eod_id, load_tokenizer, train_tokenizer, vocabulary_size
 from megaopus.errors import DataError
@@ -63,7 +64,7 @@ def prepare(
     Args:
         sources: read in this order.
         out: folder to make; it appears when it is whole.
-        tokenizer: a tokenizer.json; None trains byte-level BPE on the pool split.
+        tokenizer: what ``load_tokenizer`` takes; None trains byte-level BPE on the pool split.
         vocab_size: tokens of a trained tokenizer, at most.
         eod_token: the token that ends each document.
         rule: how documents are split; None: ``SplitRule()``.
@@ -80,9 +81,9 @@ def prepare(
     out, rule = Path(out), rule or SplitRule()
     console = console or Console(quiet=True)
     if not sources:
-        raise DataError("no source given; name at least one JSON-lines or text file")
+        raise DataError("no source given; name at least one with --source, or --data NAME, or --demo")
     refuse_existing(out, overwrite, MANIFEST)
-    given = load_tokenizer(Path(tokenizer)) if tokenizer else None
+    given = load_tokenizer(tokenizer) if tokenizer else None
     if given:
         eod_id(given, eod_token, str(tokenizer))
     elif vocab_size < SMALLEST_VOCABULARY or eod_token != EOD:
@@ -91,7 +92,8 @@ def prepare(
             f"{SMALLEST_VOCABULARY} tokens and ends documents with {EOD!r}"
         )
     with _progress(console) as stage:
-        total = sum(source.size() for source in sources)
+        sizes = [source.size() for source in sources]
+        total = sum(sizes) if all(sizes) else None  # the hub's are not known beforehand
         scanned = scan(sources, rule, stage("reading", total))
         with new_folder(out, console) as folder:
             made = given
@@ -109,7 +111,7 @@ def prepare(
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int], Advance]]:
+def _progress(console: Console) -> Iterator[Callable[[str, int | None], Advance]]:
     """Yield ``stage(name, bytes)``, which starts a line of progress and returns its ``advance(bytes)``."""
     columns = (
         TextColumn("{task.description:<22}"),
@@ -120,7 +122,7 @@ def _progress(console: Console) -> Iterator[Callable[[str, int], Advance]]:
     )
     with Progress(*columns, console=console) as progress:
 
-        def stage(name: str, total: int) -> Advance:
+        def stage(name: str, total: int | None) -> Advance:
             task = progress.add_task(name, total=total, rate="")
 
             def advance(count: int) -> None:
@@ -177,6 +179,8 @@ def _encode(
                     "split": SPLITS[scanned.split_codes[index]],
                     "length": len(ids),
                 }
+                if document.columns:
+                    row["columns"] = dict(document.columns)
                 rows.write(json.dumps(row, ensure_ascii=False) + "\n")
     builder.finalize(str(folder / INDEX))
     codes = np.empty(len(scanned.split_codes), dtype=CODE_DTYPE)
@@ -288,19 +292,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m megaopus prepare``."""
     rule = SplitRule()
     add = parser.add_argument
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--source",
         action="append",
         metavar="[DOMAIN=]PATH",
-        help="a .jsonl file (fields: text, optional id and domain), a .txt or .md file (one document), each "
-        "also .gz, or a folder of text files; DOMAIN= names the domain of all its documents; repeat for more sources",
+        help="a .jsonl file (fields: text, optional id and domain), a .txt or .md file (one document), each also .gz "
+        "or .zst, a .parquet file, a folder of such files, or hf:NAME[:CONFIG[:SPLIT]], a data set of the hub; "
+        "DOMAIN= names the domain of all its documents; repeat for more sources",
     )
     what.add_argument(
         "--demo", action="store_true", help="no source: real text found in this Python installation, no download"
     )
+    add("--data", metavar="NAME", help="fields, and sources if none is given, of configs/data/NAME.yaml (data.prepare)")
+    add("--text-field", metavar="NAME", help="field that holds the document (default text)")
+    add("--id-field", metavar="NAME", help="field of its id (default id)")
+    add("--domain-field", metavar="NAME", help="field of its domain (default domain)")
+    add("--keep", action="append", metavar="NAME", help="field to keep in the document table, a score say; repeatable")
     add("--out", required=True, metavar="FOLDER", help="corpus folder to make")
-    add("--tokenizer", metavar="FILE", help="Hugging Face tokenizer.json; default: train byte-level BPE on the pool")
+    add(
+        "--tokenizer",
+        metavar="FILE",
+        help="Hugging Face tokenizer.json; a folder with one, or with GPT-2's encoder.json and vocab.bpe; or a name on "
+        "the hub; default: train byte-level BPE on the pool",
+    )
     add("--vocab-size", type=int, help="tokens of a trained tokenizer (default 16384; 2048 with --demo)")
     add("--eod-token", default=EOD, metavar="TOKEN", help="end-of-document token of --tokenizer (default %(default)s)")
     add("--wanted", action="append", metavar="DOMAIN", help="only this domain gives proxy documents; repeatable")
@@ -310,8 +325,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
 
 
-def run(args: argparse.Namespace) -> Path:
-    """Prepare what the command line asks for, showing progress and a table; returns the corpus folder."""
+def run(args: argparse.Namespace, settings: PrepareConfig | None = None) -> Path:
+    """Prepare what the command line asks for, showing progress and a table; returns the corpus folder.
+
+    ``settings``: those of ``--data``; what the command line says comes first.
+    """
     console = Console()
     if args.demo:
         from megaopus.data.demo_corpus import DEMO_RULE, DEMO_VOCAB_SIZE, build_demo_corpus
@@ -322,10 +340,17 @@ def run(args: argparse.Namespace) -> Path:
         return build_demo_corpus(
             Path(args.out), vocab_size=vocab_size, rule=rule, overwrite=args.overwrite, console=console
         )
+    given = settings or PrepareConfig()
+    fields = Fields(
+        args.text_field or given.text_field,
+        args.id_field or given.id_field,
+        args.domain_field or given.domain_field,
+        tuple(args.keep or given.keep),
+    )
     return prepare(
-        [Source.parse(argument) for argument in args.source],
+        [Source.parse(argument, fields) for argument in args.source or given.sources],
         args.out,
-        tokenizer=args.tokenizer,
+        tokenizer=args.tokenizer or given.tokenizer,
         vocab_size=args.vocab_size or 16384,
         eod_token=args.eod_token,
         rule=_rule(args, SplitRule()),

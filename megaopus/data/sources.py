@@ -1,4 +1,4 @@
-"""Where documents come from: JSON lines and plain text, read one document at a time, every fault named by its place."""
+"""Where documents come from: files, data sets of the hub; read one at a time, every fault named by its place."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from megaopus.errors import DataError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PLAIN_TEXT = (".txt", ".md")
+PARQUET = (".parquet",)
+PACKED = (".gz", ".zst")
+HUB = "hf:"
 
 
 class Document(NamedTuple):
@@ -25,31 +29,64 @@ class Document(NamedTuple):
     domain: str
     text: str
     line: int
-    """Line in its JSON-lines file; 0 for a plain text file."""
+    """Line of its JSON-lines file, row of its table; 0 for a plain text file."""
+    columns: Mapping[str, Any]
+    """What was kept of its row, by name: numbers, text, true, false or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """What a source's rows call things. Plain text files have none of it."""
+
+    text: str = "text"
+    id: str = "id"
+    domain: str = "domain"
+    keep: tuple[str, ...] = ()
+    """Further fields that go into the document table, scores for example."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A JSON-lines file (.jsonl, .ndjson, .json) or text file (.txt, .md), each also .gz; or a folder of text files."""
+    """A JSON-lines file (.jsonl, .ndjson, .json), text file (.txt, .md), each also .gz or .zst; a .parquet file; or a
+    folder of text files, or of tables (JSON lines and parquet) if it has any.
+    """
 
     path: Path
     domain: str | None = None
     """Domain of every document; None: each row's own ``domain``, else the name of the file or folder."""
+    fields: Fields = Fields()
 
     @classmethod
-    def parse(cls, argument: str) -> Source:
-        """Read ``PATH`` or ``DOMAIN=PATH``; a path with '=' before its first '/' needs the second form."""
+    def parse(cls, argument: str, fields: Fields = Fields()) -> Source:
+        """Read ``PATH`` or ``DOMAIN=PATH``; a path with '=' before its first '/' needs the second form.
+
+        ``hf:NAME[:CONFIG[:SPLIT]]`` for a path is a data set of the Hugging Face hub, or a folder of the form of one.
+        """
         domain, equals, path = argument.partition("=")
-        if not equals or "/" in domain:
-            return cls(Path(argument))
-        if not domain or not path:
+        if not equals or "/" in domain or domain.startswith(HUB):
+            domain, path = "", argument
+        elif not domain or not path:
             raise DataError(f"--source {argument}: not understood; write PATH or DOMAIN=PATH")
-        return cls(Path(path), domain)
+        if path.startswith(HUB):
+            from megaopus.data.hub import HubSource
+
+            return HubSource(Path(path), domain or None, fields)
+        return cls(Path(path), domain or None, fields)
 
     @property
     def name(self) -> str:
         """File name without folders, so that nothing written depends on where the file lies."""
         return self.path.resolve().name
+
+    @property
+    def unit(self) -> str:
+        """What its documents are numbered by in messages."""
+        return "row" if _ending(self.path) in PARQUET else "line"
+
+    @property
+    def single_domain(self) -> str:
+        """Domain of documents whose rows name none."""
+        return self.domain or (self.path.name if self.path.is_dir() else self.path.name.split(".")[0])
 
     def files(self) -> list[tuple[str, Path]]:
         """``(name, path)`` of each file, in the order they are read.
@@ -60,14 +97,16 @@ class Source:
         if not self.path.exists():
             raise DataError(f"{self.path}: no such file or folder; check the path given as source")
         if self.path.is_dir():
-            found = [path for path in self.path.rglob("*") if path.is_file() and _ending(path) in PLAIN_TEXT]
+            inside = [path for path in self.path.rglob("*") if path.is_file()]
+            tables = [path for path in inside if _ending(path) in JSON_LINES + PARQUET]
+            found = tables or [path for path in inside if _ending(path) in PLAIN_TEXT]
             names = sorted((path.relative_to(self.path).as_posix(), path) for path in found)
             if not names:
-                raise DataError(f"{self.path}: no documents: the folder has no .txt or .md file")
+                raise DataError(f"{self.path}: no documents: the folder has no .txt or .md file, nor a table")
             return names
-        if _ending(self.path) not in JSON_LINES + PLAIN_TEXT:
-            known = ", ".join(JSON_LINES + PLAIN_TEXT)
-            raise DataError(f"{self.path}: unknown ending; a source is a folder of text files, or one of {known} (.gz)")
+        if _ending(self.path) not in JSON_LINES + PLAIN_TEXT + PARQUET:
+            known = f"{', '.join(JSON_LINES + PLAIN_TEXT)} (.gz, .zst), .parquet"
+            raise DataError(f"{self.path}: unknown ending; a source is a folder of such files, or one of {known}")
         return [(self.name, self.path)]
 
     def size(self) -> int:
@@ -76,8 +115,8 @@ class Source:
 
 
 def _ending(path: Path) -> str:
-    """Last suffix in lower case, ``.gz`` set aside."""
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
+    """Last suffix in lower case, that of a packed file set aside."""
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in PACKED]
     return suffixes[-1] if suffixes else ""
 
 
@@ -120,20 +159,30 @@ class SourceReader:
         Raises:
             DataError: unreadable file, bad gzip, bad UTF-8, bad JSON, bad field, or no documents at all.
         """
-        folder = self.source.path.is_dir()
-        for name, path in self.source.files():
-            if folder:
-                self._digest.update(name.encode() + b"\0")
-            read = self._json_lines if _ending(path) in JSON_LINES else self._plain_text
-            for document in read(name, path):
-                if document.text.strip():
-                    self.documents += 1
-                    yield document
-                else:
-                    self.empty += 1
+        for document in self._documents():
+            if document.text.strip():
+                self.documents += 1
+                yield document
+            else:
+                self.empty += 1
         if not self.documents:
             left_out = f" ({self.empty} empty ones)" if self.empty else ""
             raise DataError(f"{self.source.path}: no documents in it{left_out}; drop this source or fill the file")
+
+    def _documents(self) -> Iterator[Document]:
+        source = self.source
+        if hasattr(source, "rows"):
+            yield from self._rows(source.name, source.rows(), lambda row: f"{source.path} row {row}")
+            return
+        for name, path in source.files():
+            if source.path.is_dir():
+                self._digest.update(name.encode() + b"\0")
+            if _ending(path) in JSON_LINES:
+                yield from self._json_lines(name, path)
+            elif _ending(path) in PARQUET:
+                yield from self._parquet(name, path)
+            else:
+                yield from self._plain_text(name, path)
 
     def _count(self, count: int) -> None:
         self.bytes += count
@@ -147,6 +196,8 @@ class SourceReader:
                 stream: IO[bytes] = io.BufferedReader(_Counted(raw, self._digest, self._count), 1 << 20)
                 if path.suffix.lower() == ".gz":
                     stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]
+                elif path.suffix.lower() == ".zst":
+                    stream = _unpacked(stream, path)
                 if whole:
                     yield stream.read()
                     return
@@ -158,25 +209,112 @@ class SourceReader:
             raise DataError(
                 f"{path}: damaged or truncated gzip {place} ({error}); copy or compress the file again"
             ) from error
+        except _Truncated as error:
+            raise DataError(
+                f"{path}: damaged or truncated zstandard after line {line} ({error}); copy or compress the file again"
+            ) from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
 
     def _plain_text(self, name: str, path: Path) -> Iterator[Document]:
-        default = self.source.path.name if self.source.path.is_dir() else path.name.split(".")[0]
-        domain = self.source.domain or default
+        domain = self.source.single_domain
         for content in self._lines(path, whole=True):
-            yield Document(f"{domain}/{name}", domain, _decoded(content, str(path), first=True), 0)
+            yield Document(f"{domain}/{name}", domain, _decoded(content, str(path), first=True), 0, {})
 
     def _json_lines(self, name: str, path: Path) -> Iterator[Document]:
-        default = path.name.split(".")[0]
         for line, content in enumerate(self._lines(path, whole=False), 1):
-            if not content.strip():
-                continue
-            place = f"{path} line {line}"
-            row = _row(_decoded(content, place, first=line == 1), place)
-            domain = self.source.domain or _label(row, "domain", place) or default
-            identity = _label(row, "id", place) or f"{domain}/{name}:{line}"
-            yield Document(identity, domain, row["text"], line)
+            if content.strip():
+                place = f"{path} line {line}"
+                yield self._of_row(_json_row(_decoded(content, place, first=line == 1), place), name, line, place)
+
+    def _parquet(self, name: str, path: Path) -> Iterator[Document]:
+        """Row group by row group, so that no more than one is in memory."""
+        parquet = needed("pyarrow.parquet", str(path))
+        arrow = needed("pyarrow", str(path))
+        try:
+            for _ in self._lines(path, whole=False):  # for the digest; a table is not read from end to end
+                pass
+            file = parquet.ParquetFile(path)
+            wanted = [c for c in (*self._named(), *self.source.fields.keep) if c in file.schema_arrow.names]
+            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024, columns=wanted))
+            if self.source.fields.text not in wanted:
+                raise _no_text(str(path), self.source.fields.text, file.schema_arrow.names)
+            rows = (row for batch in batches for row in batch)
+            yield from self._rows(name, rows, lambda row: f"{path} row {row}", hashed=True)
+        except (arrow.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a readable parquet file ({error}); copy or write it again") from error
+
+    def _named(self) -> tuple[str, str, str]:
+        return self.source.fields.text, self.source.fields.id, self.source.fields.domain
+
+    def _rows(
+        self, name: str, rows: Iterator[dict], place_of: Callable[[int], str], hashed: bool = False
+    ) -> Iterator[Document]:
+        """Documents of a table's rows; their contents are digested unless ``hashed``: its file was."""
+        for number, row in enumerate(rows, 1):
+            document = self._of_row(_checked(row, place_of(number), self.source.fields), name, number, place_of(number))
+            if not hashed:
+                content = json.dumps([document.id, document.domain, document.text, dict(document.columns)]).encode()
+                self._digest.update(content)
+                self._count(len(content))
+            yield document
+
+    def _of_row(self, row: dict, name: str, line: int, place: str) -> Document:
+        fields = self.source.fields
+        _checked(row, place, fields)
+        domain = self.source.domain or _label(row, fields.domain, place) or self.source.single_domain
+        identity = _label(row, fields.id, place) or f"{domain}/{name}:{line}"
+        columns = {key: _column(row, key, place) for key in fields.keep}
+        return Document(identity, domain, row[fields.text], line, columns)
+
+
+class _Truncated(Exception):
+    """A zstandard stream that ends early or is none."""
+
+
+def _unpacked(stream: IO[bytes], path: Path) -> IO[bytes]:
+    zstandard = needed("zstandard", str(path))
+
+    class Checked(io.RawIOBase):
+        """The unpacked bytes; the library's own reader takes a stream that was cut off for one that has ended."""
+
+        def __init__(self) -> None:
+            self._unpacker, self._left = zstandard.ZstdDecompressor().decompressobj(), b""
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            while not self._left:
+                if self._unpacker.eof:  # another frame may follow
+                    rest = self._unpacker.unused_data or stream.read(1)
+                    if not rest:
+                        return 0
+                    self._unpacker = zstandard.ZstdDecompressor().decompressobj()
+                else:
+                    rest = stream.read(1 << 16)
+                    if not rest:
+                        raise _Truncated("the file ends within a frame")
+                try:
+                    self._left = self._unpacker.decompress(rest)
+                except zstandard.ZstdError as error:
+                    raise _Truncated(str(error)) from error
+            count = min(len(buffer), len(self._left))
+            buffer[:count], self._left = self._left[:count], self._left[count:]
+            return count
+
+    return io.BufferedReader(Checked(), 1 << 16)
+
+
+def needed(module: str, what: str) -> Any:
+    """A package that only some sources need; raises DataError, naming ``what`` needs it, if it is not installed."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        raise DataError(f"{what}: needs {name}, which is not installed: pip install 'megaopus[data]'") from error
 
 
 def _decoded(content: bytes, place: str, first: bool) -> str:
@@ -188,8 +326,8 @@ def _decoded(content: bytes, place: str, first: bool) -> str:
         ) from error
 
 
-def _row(content: str, place: str) -> dict:
-    """The JSON object of one line, its ``text`` checked."""
+def _json_row(content: str, place: str) -> dict:
+    """The JSON object of one line."""
     try:
         row = json.loads(content)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -197,19 +335,41 @@ def _row(content: str, place: str) -> dict:
         raise DataError(f"{place}: not valid JSON ({what}); each line must be one JSON object") from error
     if not isinstance(row, dict):
         raise DataError(f'{place}: a JSON {type(row).__name__}, not an object; write {{"text": ...}} on each line')
-    if "text" not in row:
-        found = ", ".join(sorted(row)) or "none"
-        raise DataError(f"{place}: no field 'text' (fields: {found}); rename the field that holds the document")
-    text = row["text"]
+    return row
+
+
+def _no_text(place: str, name: str, fields: Any) -> DataError:
+    found = ", ".join(sorted(map(str, fields))) or "none"
+    return DataError(
+        f"{place}: no field '{name}' (fields: {found}); rename the field that holds the document, or name it with"
+        " --text-field"
+    )
+
+
+def _checked(row: dict, place: str, fields: Fields) -> dict:
+    """The row, if its text is there and can be encoded."""
+    if fields.text not in row:
+        raise _no_text(place, fields.text, row)
+    text = row[fields.text]
     if not isinstance(text, str):
-        raise DataError(f"{place}: 'text' is a {type(text).__name__}, not a string; write the document as one string")
+        what = f"'{fields.text}' is a {type(text).__name__}"
+        raise DataError(f"{place}: {what}, not a string; write the document as one string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: 'text' has half a surrogate pair at character {error.start}; replace it by U+FFFD or drop it"
-        ) from error
+        where = f"'{fields.text}' has half a surrogate pair at character {error.start}"
+        raise DataError(f"{place}: {where}; replace it by U+FFFD or drop it") from error
     return row
+
+
+def _column(row: dict, key: str, place: str) -> Any:
+    """A value to keep: a number, text, true, false or None; None too where the row has no such field."""
+    value = row.get(key)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is not None and not isinstance(value, str | int | float | bool):
+        raise DataError(f"{place}: '{key}' is a {type(value).__name__}; keep numbers, text, true and false only")
+    return value
 
 
 def _label(row: dict, key: str, place: str) -> str | None:

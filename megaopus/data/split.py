@@ -122,15 +122,15 @@ def _note_id(places: dict[str, int], document: Document, number: int, sources: S
     here = number << 40 | document.line
     first = places.setdefault(document.id, here)
     if first != here:
-        earlier = sources[first >> 40].path
+        earlier = sources[first >> 40]
         raise DataError(
             f"{_place(sources[number], document.line)}: id {document.id!r} was already used at "
-            f"{_place(Source(earlier), first & (1 << 40) - 1)}; make ids unique, or leave the field out"
+            f"{_place(earlier, first & (1 << 40) - 1)}; make ids unique, or leave the field out"
         )
 
 
 def _place(source: Source, line: int) -> str:
-    return f"{source.path} line {line}" if line else str(source.path)
+    return f"{source.path} {source.unit} {line}" if line else str(source.path)
 
 
 def _check_domains(names: dict[str, int], rule: SplitRule) -> None:

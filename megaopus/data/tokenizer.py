@@ -1,4 +1,4 @@
-"""The tokenizer of a corpus: read from a Hugging Face ``tokenizer.json`` or trained on the corpus itself."""
+"""The tokenizer of a corpus: a Hugging Face one, GPT-2's files, or trained on the corpus itself."""
 
 from __future__ import annotations
 
@@ -13,19 +13,57 @@ EOD = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end-of-document token
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a ``tokenizer.json``; texts are encoded whole, and special tokens written in a text stay plain text.
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """Read a tokenizer; texts are encoded whole, and special tokens written in a text stay plain text.
+
+    ``source``: a ``tokenizer.json``; a folder with one, or with a byte-level BPE's vocabulary and merges as GPT-2 names
+    them (``encoder.json`` and ``vocab.bpe``, or ``vocab.json`` and ``merges.txt``); else a name on the hub.
 
     Raises:
-        DataError: the file is missing or is not a tokenizer.
+        DataError: there is no such file or name, or it is not a tokenizer.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such tokenizer file; give a Hugging Face tokenizer.json, or none to train one")
+    path = Path(source)
+    if path.is_dir():
+        return _from_folder(path)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        if path.is_file():
+            return _plain(Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises bare Exception for anything it cannot parse
         raise DataError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from error
-    return _plain(tokenizer)
+    if path.suffix == ".json" or len(path.parts) > 2:
+        raise DataError(f"{path}: no such tokenizer file; give a Hugging Face tokenizer.json, or none to train one")
+    try:
+        return _plain(Tokenizer.from_pretrained(str(source)))
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{source}: no such tokenizer file or folder, and not to be had from the hub by this name ({said}); give"
+            " a tokenizer.json, or none to train one"
+        ) from error
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder / "tokenizer.json")
+    for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+        if (folder / vocabulary).is_file() and (folder / merges).is_file():
+            try:
+                tokenizer = Tokenizer(models.BPE.from_file(str(folder / vocabulary), str(folder / merges)))
+            except Exception as error:
+                raise DataError(f"{folder}: {vocabulary} and {merges} are not a BPE ({error})") from error
+            _byte_level(tokenizer)
+            if tokenizer.token_to_id(EOD) is not None:
+                tokenizer.add_special_tokens([EOD])
+            return _plain(tokenizer)
+    raise DataError(
+        f"{folder}: no tokenizer in it; it needs a tokenizer.json, or encoder.json and vocab.bpe, or vocab.json and"
+        " merges.txt"
+    )
+
+
+def _byte_level(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -34,8 +72,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     Any text can be encoded: all 256 bytes are in the vocabulary. A small text may yield fewer tokens than asked for.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    _byte_level(tokenizer)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOD],

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import zstandard
 
 from megaopus.data.corpus import CODE_DTYPE, Corpus, fingerprint_of, sha256_file
 from megaopus.data.prepare import prepare
@@ -17,6 +18,8 @@ from megaopus.errors import DataError
 
 GOOD = b'{"text": "good"}\n'
 TRUNCATED = gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * 7919) for i in range(5000)))[:-2000]
+
+ZST = zstandard.compress(b"".join(b'{"text": "%d"}\n' % (i * 7919) for i in range(5000)))
 
 BROKEN_SOURCES = {
     "broken json": ("s.jsonl", GOOD * 2 + b'{"text": "cut off\n', r"s\.jsonl line 3: not valid JSON \(.*column \d+\)"),
@@ -39,7 +42,10 @@ BROKEN_SOURCES = {
     "no gzip": ("s.jsonl.gz", GOOD, r"damaged or truncated gzip after line 0 \(Not a gzipped file"),
     "nothing in it": ("s.jsonl", b"\n\n", r"s\.jsonl: no documents in it; drop this source"),
     "only empty documents": ("s.jsonl", b'{"text": " "}\n', r"no documents in it \(1 empty ones\)"),
-    "unknown ending": ("s.parquet", b"PAR1", r"s\.parquet: unknown ending; .*\.jsonl"),
+    "unknown ending": ("s.docx", b"PK", r"s\.docx: unknown ending; .*\.jsonl"),
+    "no parquet": ("s.parquet", b"PAR1", r"s\.parquet: not a readable parquet file"),
+    "truncated zstandard": ("s.jsonl.zst", ZST[:-20], r"damaged or truncated zstandard after line \d+ \(.*\); copy"),
+    "no zstandard": ("s.jsonl.zst", GOOD, r"damaged or truncated zstandard after line 0"),
     "duplicate ids": (
         "s.jsonl",
         b'{"text": "a", "id": "x"}\n{"text": "b"}\n{"text": "c", "id": "x"}\n',
@@ -63,7 +69,7 @@ def test_missing_source(tmp_path):
     with pytest.raises(DataError, match="no source given"):
         prepare([], tmp_path / "c")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty: no documents: the folder has no \.txt or \.md file"):
+    with pytest.raises(DataError, match=r"empty: no documents: the folder has no \.txt or \.md file, nor a table"):
         prepare([Source(tmp_path / "empty")], tmp_path / "c")
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from megaopus.__main__ import main
 from megaopus.data import prepare as prepare_module
-from megaopus.data.corpus import FILES, SPLITS, Corpus
+from megaopus.data.corpus import FILES, ROWS, SPLITS, Corpus
 from megaopus.data.prepare import add_arguments, prepare, run
 from megaopus.data.sources import Source, SourceReader
 from megaopus.data.split import SplitRule
@@ -264,5 +265,26 @@ def test_command_line(tmp_path, capsys):
     assert f"fingerprint {Corpus.open(out).fingerprint[:16]}" in text
     assert f"{counts['wanted']['proxy']['documents']:,} / {counts['wanted']['proxy']['tokens']:,}" in text
     shutil.rmtree(out)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--out", str(out)])
+    with pytest.raises(DataError, match="no source given; name at least one with --source, or --data NAME"):
+        run(parser.parse_args(["--out", str(out)]))
+
+
+def test_sources_of_a_data_config(tmp_path, capsys):
+    """The shipped entries' sources are replaced by local ones; what else they say holds, but for the command line."""
+    rows = [{"text": f"Page {i}", "id": f"p{i}", "score": i / 2, "int_score": i, "url": "u"} for i in range(300)]
+    source = write_rows(tmp_path / "pages.jsonl", rows)
+    common = ["prepare", "--source", f"web={source}", "--vocab-size", "300"]
+    assert main([*common, "--data", "fineweb_edu", "--out", str(tmp_path / "a")]) == 0
+    kept = [json.loads(line)["columns"] for line in (tmp_path / "a" / ROWS).read_text().splitlines()]
+    assert kept[4] == {"url": "u", "score": 2.0, "int_score": 4}
+    assert main([*common, "--data", "fineweb_edu", "--keep", "score", "--out", str(tmp_path / "b")]) == 0
+    kept = [json.loads(line)["columns"] for line in (tmp_path / "b" / ROWS).read_text().splitlines()]
+    assert kept[4] == {"score": 2.0}
+    mine = tmp_path / "mine"
+    (mine / "data").mkdir(parents=True)
+    (mine / "data" / "pages.yaml").write_text(f"prepare:\n  sources: ['{source}']\n  text_field: url\n")
+    assert main(["prepare", "--config-dir", str(mine), "--data", "pages", "--out", str(tmp_path / "c")]) == 0
+    assert Corpus.open(tmp_path / "c").domains == ["pages"]
+    capsys.readouterr()
+    assert main(["prepare", "--data", "fineweb_edo", "--out", str(tmp_path / "d")]) == 2
+    assert "did you mean data=fineweb_edu?" in capsys.readouterr().err
