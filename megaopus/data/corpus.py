@@ -180,6 +180,17 @@ def _check_digests(folder: Path, manifest: dict) -> None:
             )
 
 
+def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
+    """Megatron's index of documents of ``lengths`` (D,) tokens of ``dtype``, each a sequence of its own."""
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    offsets = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
+    with path.open("wb") as stream:
+        stream.write(_MAGIC + (1).to_bytes(8, "little") + bytes([code]))
+        stream.write(len(lengths).to_bytes(8, "little") + (len(lengths) + 1).to_bytes(8, "little"))
+        for array in (lengths.astype("<i4"), offsets.astype("<i8"), np.arange(len(lengths) + 1, dtype="<i8")):
+            array.tofile(stream)
+
+
 def _read_index(path: Path, manifest: dict) -> tuple[np.ndarray, np.ndarray]:
     """Lengths and token offsets, (D,) int64 each.
 

@@ -14,6 +14,10 @@ from rich.console import Console
 from megaopus.errors import DataError
 
 
+class StoppedError(DataError):
+    """Work ended by what is no fault of its input; what is finished is kept for another try."""
+
+
 def refuse_existing(out: Path, overwrite: bool, marker: str) -> None:
     """Raise unless ``out`` is free: missing, an empty folder, or a finished one (it has ``marker``) to overwrite.
 
@@ -68,6 +72,48 @@ def new_folder(out: Path, console: Console) -> Iterator[Path]:
             os.close(lock)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error}); nothing was left behind") from error
+
+
+@contextmanager
+def work_folder(out: Path, plan: str, console: Console) -> Iterator[Path]:
+    """Yield a hidden sibling of ``out`` for what a killed run should find again; it is locked, and removed in the end.
+
+    What is there from a run of another ``plan`` is removed first; from one of the same plan it is kept, with a line. It
+    stays if this process is killed or interrupted, or the work raises StoppedError.
+
+    Raises:
+        DataError: another run is writing ``out``, or the file system refuses.
+    """
+    work = out.with_name(f".{out.name}.work")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(exist_ok=True)
+        lock = _locked(work, out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error}); nothing was left behind") from error
+    try:
+        known = work / "plan.json"
+        if known.is_file() and known.read_text(encoding="utf-8") == plan:
+            line = f"going on from what a run that was stopped left in {work}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        else:
+            for path in work.iterdir():
+                path.unlink()
+            known.write_text(plan, encoding="utf-8")
+        for partial in work.glob("*.partial"):
+            partial.unlink()
+        yield work
+        shutil.rmtree(work)
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise DataError(f"{out}: cannot be written ({error}); nothing was left behind") from error
+    except StoppedError:
+        raise
+    except Exception:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
 
 
 def _siblings(out: Path) -> tuple[Path, Path]:

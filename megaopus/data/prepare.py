@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import hashlib
 import importlib.metadata
 import json
+import os
 import platform
-import warnings
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from rich.console import Console
@@ -35,15 +35,18 @@ from megaopus.data.corpus import (
     TOKENS,
     fingerprint_of,
     sha256_file,
+    write_index,
 )
-from megaopus.data.folder import new_folder, refuse_existing
-from megaopus.data.sources import Document, Fields, Source, SourceReader
+from megaopus.data.encode import CHUNK_CHARACTERS, Chunk, Entry, encode
+from megaopus.data.folder import new_folder, refuse_existing, work_folder
+from megaopus.data.sources import Fields, Source, SourceReader
 from megaopus.data.split import POOL, Scan, SplitRule, scan
 from megaopus.data.tokenizer import EOD, SMALLEST_VOCABULARY, eod_id, load_tokenizer, train_tokenizer, vocabulary_size
 from megaopus.errors import DataError
 
 Advance = Callable[[int], None]
-_BATCH_CHARACTERS = 1 << 20
+_LITTLE = 1 << 24
+"""Bytes of sources below which starting workers takes longer than they save."""
 _TOOLS = ("numpy", "tokenizers", "megatron-core")
 
 
@@ -58,6 +61,7 @@ def prepare(
     overwrite: bool = False,
     provenance: dict | None = None,
     console: Console | None = None,
+    workers: int | None = None,
 ) -> Path:
     """Write a corpus folder; the same sources and settings give the same fingerprint, wherever and whenever.
 
@@ -71,6 +75,7 @@ def prepare(
         overwrite: replace a corpus that is already there.
         provenance: kept in the manifest under ``provenance``.
         console: where progress and the table go; None: nowhere.
+        workers: processes that tokenise; None: one for each core, and for little text none but this one.
 
     Returns:
         ``out`` as a path.
@@ -82,6 +87,8 @@ def prepare(
     console = console or Console(quiet=True)
     if not sources:
         raise DataError("no source given; name at least one with --source, or --data NAME, or --demo")
+    if workers is not None and workers < 1:
+        raise DataError(f"workers = {workers}: must be at least 1; leave it out for one a core")
     refuse_existing(out, overwrite, MANIFEST)
     given = load_tokenizer(tokenizer) if tokenizer else None
     if given:
@@ -91,17 +98,22 @@ def prepare(
             f"vocab_size = {vocab_size}, eod token {eod_token!r}: a trained tokenizer needs at least "
             f"{SMALLEST_VOCABULARY} tokens and ends documents with {EOD!r}"
         )
-    with _progress(console) as stage:
-        sizes = [source.size() for source in sources]
-        total = sum(sizes) if all(sizes) else None  # the hub's are not known beforehand
-        scanned = scan(sources, rule, stage("reading", total))
+    sizes = [source.size() for source in sources]
+    total = sum(sizes) if all(sizes) else None  # the hub's are not known beforehand
+    if workers is None:
+        workers = 1 if total is not None and total < _LITTLE else _cores()
+    plan = _plan(sources, given, vocab_size, eod_token, rule)
+    with _progress(console) as stage, work_folder(out, plan, console) as work:
+        scanned = _scanned(work, sources, rule, lambda: stage("reading", total))
+        made = given or _trained(work, sources, scanned, vocab_size, lambda: stage("training the tokenizer", total))
+        made.save(str(work / TOKENIZER))
+        advance = stage("encoding", scanned.characters, "M characters/s")
+        entries = _entries(sources, scanned)
+        dtype, eod = _token_dtype(made), eod_id(made, eod_token, "tokenizer")
+        parts = encode(entries, work, work / TOKENIZER, eod, dtype.str, workers, advance)
         with new_folder(out, console) as folder:
-            made = given
-            if made is None:
-                texts = _pool_texts(sources, scanned, stage("training the tokenizer", total))
-                made = train_tokenizer(texts, vocab_size)
-            made.save(str(folder / TOKENIZER))
-            lengths = _encode(folder, sources, scanned, made, eod_token, stage("encoding", total))
+            shutil.copyfile(work / TOKENIZER, folder / TOKENIZER)
+            lengths = _join(folder, parts, scanned, dtype)
             manifest = _manifest(folder, scanned, lengths, made, eod_token, rule, provenance)
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     console.print(_table(manifest))
@@ -111,8 +123,8 @@ def prepare(
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int | None], Advance]]:
-    """Yield ``stage(name, bytes)``, which starts a line of progress and returns its ``advance(bytes)``."""
+def _progress(console: Console) -> Iterator[Callable[..., Advance]]:
+    """Yield ``stage(name, total, unit)``, which starts a line of progress and returns its ``advance(count)``."""
     columns = (
         TextColumn("{task.description:<22}"),
         BarColumn(),
@@ -122,13 +134,13 @@ def _progress(console: Console) -> Iterator[Callable[[str, int | None], Advance]
     )
     with Progress(*columns, console=console) as progress:
 
-        def stage(name: str, total: int | None) -> Advance:
+        def stage(name: str, total: int | None, unit: str = "MB/s") -> Advance:
             task = progress.add_task(name, total=total, rate="")
 
             def advance(count: int) -> None:
                 state = progress.tasks[task]
                 progress.update(
-                    task, advance=count, rate=f"{(state.speed or state.finished_speed or 0) / 1e6:.1f} MB/s"
+                    task, advance=count, rate=f"{(state.speed or state.finished_speed or 0) / 1e6:.1f} {unit}"
                 )
 
             return advance
@@ -136,84 +148,74 @@ def _progress(console: Console) -> Iterator[Callable[[str, int | None], Advance]
         yield stage
 
 
-def _documents(sources: Sequence[Source], scanned: Scan, advance: Advance) -> Iterator[tuple[int, int, Document]]:
-    """Read again: ``(index, source number, document)``; raises if a file is no longer what the first pass saw."""
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _plan(sources: Sequence[Source], given: Tokenizer | None, vocab_size: int, eod_token: str, rule: SplitRule) -> str:
+    """What a run that goes on from another's chunks must have in common with it. Files are known by size and age."""
+    files = [
+        [str(path), path.stat().st_size, path.stat().st_mtime_ns] for source in sources for _, path in source.files()
+    ]
+    named = [[str(source.path), source.domain, asdict(source.fields)] for source in sources]
+    tokenizer = vocab_size if given is None else hashlib.sha256(given.to_str().encode()).hexdigest()
+    return json.dumps([FORMAT_VERSION, CHUNK_CHARACTERS, named, files, tokenizer, eod_token, asdict(rule)])
+
+
+def _scanned(work: Path, sources: Sequence[Source], rule: SplitRule, begin: Callable[[], Advance]) -> Scan:
+    """The first pass over the sources, or what an earlier run kept of it."""
+    kept = work / "scan.npz"
+    if kept.is_file():
+        return Scan.load(kept)
+    scanned = scan(sources, rule, begin())
+    scanned.save(kept)
+    return scanned
+
+
+def _trained(
+    work: Path, sources: Sequence[Source], scanned: Scan, vocab_size: int, begin: Callable[[], Advance]
+) -> Tokenizer:
+    """The tokenizer trained on the pool, or the one that an earlier run trained."""
+    if (work / TOKENIZER).is_file():
+        return load_tokenizer(work / TOKENIZER)
+    advance = begin()
+    pool = (entry.document.text for entry in _entries(sources, scanned, advance) if entry.split == POOL)
+    return train_tokenizer(pool, vocab_size)
+
+
+def _entries(sources: Sequence[Source], scanned: Scan, advance: Advance = lambda count: None) -> Iterator[Entry]:
+    """Read again; raises if a file is no longer what the first pass saw."""
     index = 0
     for number, (source, seen) in enumerate(zip(sources, scanned.sources, strict=True)):
         reader = SourceReader(source, advance)
         for document in reader:
             if reader.documents > seen.documents:
                 break
-            yield index, number, document
+            yield Entry(index, number, int(scanned.split_codes[index]), document)
             index += 1
         if (reader.sha256, reader.documents) != (seen.sha256, seen.documents):
             raise DataError(f"{source.path}: changed while it was being read; leave it alone and prepare again")
 
 
-def _pool_texts(sources: Sequence[Source], scanned: Scan, advance: Advance) -> Iterator[str]:
-    for index, _, document in _documents(sources, scanned, advance):
-        if scanned.split_codes[index] == POOL:
-            yield document.text
-
-
-def _encode(
-    folder: Path, sources: Sequence[Source], scanned: Scan, tokenizer: Tokenizer, eod_token: str, advance: Advance
-) -> np.ndarray:
-    """Write the token files and the document table; return the documents' lengths in tokens, (D,)."""
-    dtype = _token_dtype(tokenizer)
-    builder = _indexed_dataset().IndexedDatasetBuilder(str(folder / TOKENS), dtype.type)
-    eod = eod_id(tokenizer, eod_token, "tokenizer")
-    with (folder / ROWS).open("w", encoding="utf-8") as rows:
-        for batch in _batches(_documents(sources, scanned, advance)):
-            texts = [document.text for _, _, document in batch]
-            for (index, number, document), encoding in zip(
-                batch, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True
-            ):
-                ids = np.array([*encoding.ids, eod], dtype=dtype)
-                builder.add_document(ids, [len(ids)])
-                row = {
-                    "index": index,
-                    "id": document.id,
-                    "domain": document.domain,
-                    "source": number,
-                    "split": SPLITS[scanned.split_codes[index]],
-                    "length": len(ids),
-                }
-                if document.columns:
-                    row["columns"] = dict(document.columns)
-                rows.write(json.dumps(row, ensure_ascii=False) + "\n")
-    builder.finalize(str(folder / INDEX))
+def _join(folder: Path, parts: Sequence[Chunk], scanned: Scan, dtype: np.dtype) -> np.ndarray:
+    """Put the chunks together: token file and index, document table; returns the lengths in tokens, (D,)."""
+    with (folder / TOKENS).open("wb") as tokens, (folder / ROWS).open("wb") as rows:
+        for part in parts:
+            for path, joined in ((part.tokens, tokens), (part.rows, rows)):
+                with path.open("rb") as stream:
+                    shutil.copyfileobj(stream, joined, 1 << 20)
+    lengths = np.concatenate([np.load(part.lengths) for part in parts])
+    write_index(folder / INDEX, lengths, dtype)
     codes = np.empty(len(scanned.split_codes), dtype=CODE_DTYPE)
     codes["domain"], codes["split"] = scanned.domain_codes, scanned.split_codes
     np.save(folder / CODES, codes)
-    return np.array(builder.sequence_lengths, dtype=np.int64)
+    return lengths.astype(np.int64)
 
 
 def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """Megatron's choice: uint16 while the vocabulary allows, else int32."""
-    return np.dtype(_indexed_dataset().DType.optimal_dtype(vocabulary_size(tokenizer)))
-
-
-def _indexed_dataset() -> ModuleType:
-    """Megatron's file format; imported late (it takes seconds) and without its remarks on absent GPU libraries."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return importlib.import_module("megatron.core.datasets.indexed_dataset")
-
-
-def _batches(
-    documents: Iterator[tuple[int, int, Document]],
-) -> Iterator[list[tuple[int, int, Document]]]:
-    """Groups of about a million characters: enough to keep the tokenizer's threads busy, little to keep in memory."""
-    batch, characters = [], 0
-    for item in documents:
-        batch.append(item)
-        characters += len(item[2].text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+    """Megatron's choice (megatron.core.datasets.indexed_dataset): uint16 below 65,500 token ids, else int32."""
+    return np.dtype("<u2" if vocabulary_size(tokenizer) < 65500 else "<i4")
 
 
 def _manifest(
@@ -322,6 +324,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--proxy-fraction", type=float, help=f"share of the wanted documents (default {rule.proxy_fraction})")
     add("--validation-fraction", type=float, help=f"share of all documents (default {rule.validation_fraction})")
     add("--split-seed", type=int, default=0, help="another seed splits the documents another way (default %(default)s)")
+    add("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core, for little text none)")
     add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
 
 
@@ -356,6 +359,7 @@ def run(args: argparse.Namespace, settings: PrepareConfig | None = None) -> Path
         rule=_rule(args, SplitRule()),
         overwrite=args.overwrite,
         console=console,
+        workers=args.workers,
     )
 
 

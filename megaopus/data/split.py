@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -63,6 +65,24 @@ class Scan:
     split_codes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     """(D,) index into SPLITS."""
     sources: list[SourceTotals] = field(default_factory=list)
+    characters: int = 0
+    """Of all documents."""
+
+    def save(self, path: Path) -> None:
+        """Write it; it appears under ``path`` when it is whole."""
+        partial = path.with_name(f"{path.name}.partial")
+        meta = {"domains": self.domains, "characters": self.characters, "sources": [asdict(s) for s in self.sources]}
+        with partial.open("wb") as stream:
+            np.savez(stream, meta=json.dumps(meta), domain_codes=self.domain_codes, split_codes=self.split_codes)
+        partial.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Scan:
+        """What ``save`` wrote."""
+        with np.load(path, allow_pickle=False) as held:
+            meta = json.loads(str(held["meta"]))
+            codes = held["domain_codes"], held["split_codes"]
+        return cls(meta["domains"], *codes, [SourceTotals(**each) for each in meta["sources"]], meta["characters"])
 
 
 def scan(sources: Sequence[Source], rule: SplitRule, on_bytes: Callable[[int], None] = lambda count: None) -> Scan:
@@ -77,17 +97,18 @@ def scan(sources: Sequence[Source], rule: SplitRule, on_bytes: Callable[[int], N
     result = Scan()
     names: dict[str, int] = {}
     codes, splits = array("H"), bytearray()
-    places: dict[str, int] = {}
+    ids = array("Q")
     proxies: list[tuple[int, bytes]] = []
     unwanted: set[bytes] = set()
-    for number, source in enumerate(sources):
+    for source in sources:
         reader = SourceReader(source, on_bytes)
         for document in reader:
-            _note_id(places, document, number, sources)
+            ids.append(int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=8).digest(), "little"))
             if document.domain not in names and len(names) == _MOST_DOMAINS:
                 raise DataError(
                     f"{source.path}: more than {_MOST_DOMAINS:,} domains; name one with DOMAIN={source.path}"
                 )
+            result.characters += len(document.text)
             codes.append(names.setdefault(document.domain, len(names)))
             draw, digest = rule.draw(document.text.encode())
             split = POOL
@@ -101,6 +122,7 @@ def scan(sources: Sequence[Source], rule: SplitRule, on_bytes: Callable[[int], N
                     split = PROXY
             splits.append(split)
         result.sources.append(SourceTotals(source.name, reader.sha256, reader.bytes, reader.documents, reader.empty))
+    _refuse_same_ids(np.frombuffer(ids, dtype=np.uint64), sources)
     for index, digest in proxies:
         if digest in unwanted:
             splits[index] = POOL
@@ -117,16 +139,33 @@ def scan(sources: Sequence[Source], rule: SplitRule, on_bytes: Callable[[int], N
     return result
 
 
-def _note_id(places: dict[str, int], document: Document, number: int, sources: Sequence[Source]) -> None:
-    """Remember where an id was seen; 40 bits are enough for any line number."""
-    here = number << 40 | document.line
-    first = places.setdefault(document.id, here)
-    if first != here:
-        earlier = sources[first >> 40]
-        raise DataError(
-            f"{_place(sources[number], document.line)}: id {document.id!r} was already used at "
-            f"{_place(earlier, first & (1 << 40) - 1)}; make ids unique, or leave the field out"
-        )
+def _refuse_same_ids(digests: np.ndarray, sources: Sequence[Source]) -> None:
+    """Raise if an id is used twice.
+
+    Digests (D,), 8 bytes an id, are all that is kept while reading; where two are equal, the sources are read again.
+    """
+    ordered = np.sort(digests)
+    doubtful = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not doubtful:
+        return
+    places: dict[str, tuple[Source, int]] = {}
+    read = (document for source in sources for document in _with_source(source))
+    for (source, document), digest in zip(read, digests.tolist(), strict=False):
+        if digest not in doubtful:
+            continue
+        if document.id in places:
+            earlier, line = places[document.id]
+            raise DataError(
+                f"{_place(source, document.line)}: id {document.id!r} was already used at {_place(earlier, line)}; make"
+                " ids unique, or leave the field out"
+            )
+        places[document.id] = source, document.line
+
+
+def _with_source(source: Source) -> Iterator[tuple[Source, Document]]:
+    """Each document with its source."""
+    for document in SourceReader(source):
+        yield source, document
 
 
 def _place(source: Source, line: int) -> str:

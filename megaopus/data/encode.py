@@ -1,0 +1,195 @@
+"""Tokenising in chunks of documents, by worker processes, so that a killed run loses no chunk that was finished.
+
+Chunks are cut by the text alone: their number, content and order do not depend on who works on them. This process
+reads; workers tokenise and write. A chunk's files appear under their names when they are whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from megaopus.data.corpus import SPLITS
+from megaopus.data.folder import StoppedError
+from megaopus.data.sources import Document
+from megaopus.data.tokenizer import load_tokenizer
+
+CHUNK_CHARACTERS = 1 << 23
+"""Of text in one chunk: some seconds of work."""
+_BATCH_CHARACTERS = 1 << 20
+"""Tokenised in one call: enough to keep threads busy, little to hold in memory."""
+_AHEAD = 2
+"""Chunks per worker that are read before they are asked for."""
+
+
+class Entry(NamedTuple):
+    """A document and its place."""
+
+    position: int
+    source: int
+    split: int
+    document: Document
+
+
+class Chunk(NamedTuple):
+    """Files of one finished chunk: tokens, lengths in tokens (n,) int32, rows of the document table."""
+
+    tokens: Path
+    lengths: Path
+    rows: Path
+
+
+def chunk_files(folder: Path, number: int) -> Chunk:
+    """What chunk ``number`` is called."""
+    name = f"chunk-{number:06d}"
+    return Chunk(folder / f"{name}.tokens", folder / f"{name}.npy", folder / f"{name}.rows")
+
+
+def chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
+    """Runs of documents of CHUNK_CHARACTERS or, the last, fewer."""
+    found: list[Entry] = []
+    size = 0
+    for entry in entries:
+        found.append(entry)
+        size += len(entry.document.text)
+        if size >= CHUNK_CHARACTERS:
+            yield found
+            found, size = [], 0
+    if found:
+        yield found
+
+
+def encode(
+    entries: Iterator[Entry],
+    folder: Path,
+    tokenizer: Path,
+    eod: int,
+    dtype: str,
+    workers: int,
+    advance: Callable[[int], None],
+) -> list[Chunk]:
+    """Tokenise ``entries`` into chunks in ``folder``; those that are there already are left as they are.
+
+    ``advance(characters)`` is called as chunks are finished. Raises StoppedError if a worker dies.
+    """
+    found: list[Chunk] = []
+    waiting: list[tuple[Future[None], int]] = []
+    pool: ProcessPoolExecutor | None = None
+    alone: Tokenizer | None = None
+    try:
+        for number, part in enumerate(chunks(entries)):
+            files = chunk_files(folder, number)
+            found.append(files)
+            size = sum(len(entry.document.text) for entry in part)
+            if files.rows.is_file():  # written last
+                advance(size)
+            elif workers == 1:
+                alone = alone or load_tokenizer(tokenizer)
+                write_chunk(part, files, alone, eod, dtype)
+                advance(size)
+            else:
+                pool = pool or _pool(workers, tokenizer)
+                waiting.append((pool.submit(_work, part, files, eod, dtype), size))
+                if len(waiting) >= workers * _AHEAD:
+                    _finish(waiting, advance)
+        while waiting:
+            _finish(waiting, advance)
+    except BrokenProcessPool as error:
+        raise StoppedError(
+            "a worker process died while it tokenised, for want of memory perhaps; start again with fewer --workers:"
+            " what is finished is kept"
+        ) from error
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return found
+
+
+def _finish(waiting: list[tuple[Future[None], int]], advance: Callable[[int], None]) -> None:
+    future, size = waiting.pop(0)
+    future.result()
+    advance(size)
+
+
+def write_chunk(part: list[Entry], files: Chunk, tokenizer: Tokenizer, eod: int, dtype: str) -> None:
+    """Tokenise documents and write their chunk; the rows last, whose file says that all is there."""
+    lengths: list[int] = []
+    temporary = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in files]
+    with temporary[0].open("wb") as tokens, temporary[2].open("w", encoding="utf-8") as rows:
+        for batch in _batches(part):
+            texts = [entry.document.text for entry in batch]
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            ids = [np.array([*encoding.ids, eod], dtype=dtype) for encoding in encodings]
+            np.concatenate(ids).tofile(tokens)
+            for entry, own in zip(batch, ids, strict=True):
+                lengths.append(len(own))
+                rows.write(json.dumps(_row(entry, len(own)), ensure_ascii=False) + "\n")
+    with temporary[1].open("wb") as stream:
+        np.save(stream, np.array(lengths, dtype="<i4"))
+    for made, path in zip(temporary, files, strict=True):
+        os.replace(made, path)
+
+
+def _row(entry: Entry, length: int) -> dict[str, Any]:
+    document = entry.document
+    row = {
+        "index": entry.position,
+        "id": document.id,
+        "domain": document.domain,
+        "source": entry.source,
+        "split": SPLITS[entry.split],
+        "length": length,
+    }
+    return {**row, "columns": dict(document.columns)} if document.columns else row
+
+
+def _batches(part: list[Entry]) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
+    characters = 0
+    for entry in part:
+        batch.append(entry)
+        characters += len(entry.document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+# -- in the workers ----------------------------------------------------------------------------------------------------
+
+_tokenizer: Tokenizer | None = None
+
+
+def _pool(workers: int, tokenizer: Path) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, get_context("spawn"), _start, (tokenizer, os.getpid()))
+
+
+def _start(path: Path, parent: int) -> None:
+    """One thread for each worker; a worker ends with its parent, however that ended."""
+    global _tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _tokenizer = load_tokenizer(path)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(part: list[Entry], files: Chunk, eod: int, dtype: str) -> None:
+    assert _tokenizer is not None
+    write_chunk(part, files, _tokenizer, eod, dtype)
