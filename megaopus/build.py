@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import typing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -22,6 +23,7 @@ from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate
 from megaopus.config import RunConfig, to_yaml
 from megaopus.data.candidates import CandidateStream
 from megaopus.data.corpus import Corpus
+from megaopus.data.mixture import continued, parse_stages, plain
 from megaopus.data.sequences import Sequences
 from megaopus.data.traits import SequenceTraits, ensure_traits
 from megaopus.distributed.collectives import on_rank_0
@@ -55,6 +57,8 @@ def train(config: RunConfig) -> int:
 def _train(config: RunConfig, mesh: Mesh, stop: StopSignal) -> int:
     run_dir = Path(config.run_dir)
     checkpoint = locate(config.resume, run_dir, mesh)
+    if checkpoint is not None:
+        config.data.weights = _continued_weights(checkpoint, config)
     corpora = Corpora(config)
     trainer = build_trainer(config, mesh, corpora, stop)
     if checkpoint is not None:
@@ -105,7 +109,13 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
     validation = corpora.validation.fixed(config.train.eval_sequences)
     return Trainer(
         engine=engine,
-        stream=CandidateStream(corpora.pool, config.buffer_size(), config.seed, serves=selection.score_every),
+        stream=CandidateStream(
+            corpora.pool,
+            config.buffer_size(),
+            config.seed,
+            serves=selection.score_every,
+            stages=parse_stages(config.data.weights),
+        ),
         selector=selector,
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh),
         validation=validation,
@@ -179,9 +189,11 @@ def _agreed(mesh: Mesh, stop: StopSignal) -> str | None:
 
 def _identity(config: RunConfig, corpora: Corpora, *, bf16: bool) -> dict[str, Any]:
     """What must be equal for a checkpoint to mean the same thing: its form, sample order, model shape, optimizer."""
-    # Only the engine that came second is named: checkpoints written before it go on.
-    engine = {} if config.engine.name == "megatron" else {"engine": config.engine.name}
-    return engine | {
+    # What came later is named where it is used: checkpoints written before it go on.
+    later: dict[str, Any] = {} if config.engine.name == "megatron" else {"engine": config.engine.name}
+    if config.data.weights:
+        later["weighted"] = True  # domains have epochs of their own then
+    return later | {
         "corpus": corpora.pool.corpus.fingerprint,
         "seq_len": config.data.seq_len,
         "seed": config.seed,
@@ -202,6 +214,16 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
             f"{checkpoint.folder} belongs to another run; these differ:\n" + "\n".join(lines) + "\n"
             "Set them back, or start a new run with another run_dir (nothing was written)"
         )
+
+
+def _continued_weights(checkpoint: Checkpoint, config: RunConfig) -> list[Any]:
+    """The stages of ``data.weights`` that the run had until the checkpoint, then those that it is given now."""
+    before, now = (parse_stages(weights) for weights in (_saved_weights(checkpoint), config.data.weights))
+    return plain(continued(before, now, checkpoint.step)) if before and now else config.data.weights
+
+
+def _saved_weights(checkpoint: Checkpoint) -> list[Any]:
+    return checkpoint.state["config"].get("data", {}).get("weights", [])
 
 
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -239,6 +261,10 @@ def _derived(config: RunConfig, mesh: Mesh, corpora: Corpora, trainer: Trainer) 
         f"{config.selection.method} picks {train.global_batch_size} of {config.num_candidates()} candidates",
         f"pool of {len(corpora.pool):,} sequences ({corpora.pool.corpus.fingerprint[:12]})",
     ]
+    if config.data.weights:
+        stream = typing.cast(CandidateStream, trainer.stream)
+        drawn = ", ".join(f"{name} {epochs:.2f}" for name, epochs in stream.epochs(train.steps).items())
+        parts.append(f"domains by weight; epochs of each by the last step: {drawn}")
     return " | ".join(parts)
 
 

@@ -335,6 +335,7 @@ _EXAMPLES = {
     str: "quote what YAML would read as something else: '{key}=\"text\"'",
     list[float]: "write '{key}=[0.9,0.95]'",
     list[str]: "write '{key}=[a,b]'",
+    list[Any]: "write '{key}=[...]'",
 }
 
 
@@ -347,6 +348,8 @@ def _convert(value: Any, hint: Any) -> Any:
         (item,) = typing.get_args(hint)
         if not isinstance(value, list):
             raise ValueError(f"must be a list, not {type(value).__name__}", _EXAMPLES[hint])
+        if item is Any:
+            return value
         try:
             return [_convert(element, item) for element in value]
         except ValueError as error:

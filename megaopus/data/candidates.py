@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from megaopus.data.mixture import Mixture, Stage
 from megaopus.data.permutation import permute
 from megaopus.data.sequences import Sequences
 from megaopus.errors import DataError
@@ -58,10 +61,20 @@ class CandidateStream:
     Buffer b has the places [b*N, (b+1)*N) of the run, so no sequence is lost or repeated within an epoch whatever N is,
     and a buffer may straddle two epochs. A place in epoch e with sequence i has the id e*n + i (n sequences): unique
     over the whole run, equal on every rank and at every world size, and ``id % n`` gives the sequence back.
+
+    With ``stages`` each domain has epochs of its own, and its places in the buffers follow its weight (mixture.py): a
+    change of weights neither repeats nor loses a sequence.
     """
 
     def __init__(
-        self, sequences: Sequences, num_candidates: int, seed: int, purpose: str = "candidates", *, serves: int = 1
+        self,
+        sequences: Sequences,
+        num_candidates: int,
+        seed: int,
+        purpose: str = "candidates",
+        *,
+        serves: int = 1,
+        stages: Items[Stage] = (),
     ):
         """Args:
         sequences: what to draw from.
@@ -69,9 +82,10 @@ class CandidateStream:
         seed: the run's seed.
         purpose: keeps streams with the same seed apart (candidates, proxy, ...).
         serves: consecutive steps that get the same buffer.
+        stages: weights of the domains over the steps; none: every sequence alike.
 
         Raises:
-            DataError: N is not positive.
+            DataError: N is not positive, or a weight is given to a domain without sequences.
         """
         if num_candidates < 1:
             raise DataError(f"a buffer of {num_candidates} candidates cannot be drawn; use at least 1")
@@ -79,14 +93,44 @@ class CandidateStream:
         self.num_candidates = num_candidates
         self._serves = serves
         self._key = f"{seed}/{purpose}/{sequences.key}"
+        self._mixture = None
+        if stages:
+            unknown = sorted({name for s in stages for name, w in s.weights.items() if w} - set(sequences.domains))
+            if unknown:
+                has = ", ".join(sequences.domains)
+                raise DataError(f"{sequences.corpus.path}: no sequences of domain {unknown[0]!r}; there are: {has}")
+            self._mixture = Mixture(stages, sequences.domains, num_candidates, serves)
 
     def at(self, step: int) -> CandidateBuffer:
         """The buffer of ``step`` (from 0)."""
         assert step >= 0
         n = len(self.sequences)
+        if self._mixture is not None:
+            return self._mixed(self._mixture, step // self._serves, n)
         epochs, places = np.divmod(step // self._serves * self.num_candidates + np.arange(self.num_candidates), n)
         numbers = np.empty_like(places)
         for epoch in range(epochs[0], epochs[-1] + 1):
             here = epochs == epoch
             numbers[here] = permute(places[here], n, f"{self._key}/{epoch}")
         return CandidateBuffer(self.sequences, epochs * n + numbers, numbers)
+
+    def _mixed(self, mixture: Mixture, buffer: int, n: int) -> CandidateBuffer:
+        domains, ranks = mixture.at(buffer)
+        counts = np.array(list(self.sequences.counts.values()))
+        firsts = np.cumsum(counts) - counts
+        epochs, places = np.divmod(ranks, counts[domains])
+        numbers = np.empty_like(places)
+        for domain, epoch in np.unique(np.stack([domains, epochs]), axis=1).T:
+            here = (domains == domain) & (epochs == epoch)
+            key = f"{self._key}/{self.sequences.domains[domain]}/{epoch}"
+            numbers[here] = firsts[domain] + permute(places[here], int(counts[domain]), key)
+        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Times that the candidates of each domain were gone through before ``step``."""
+        buffers = -(-step // self._serves)
+        counts = self.sequences.counts
+        if self._mixture is None:
+            return dict.fromkeys(counts, buffers * self.num_candidates / len(self.sequences))
+        drawn = self._mixture.drawn(buffers).tolist()
+        return {name: given / count for (name, count), given in zip(counts.items(), drawn, strict=True)}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
+
+from megaopus.data.mixture import parse_stages
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,6 +34,9 @@ class DataConfig:
     """Tokens per training sequence."""
     wanted: list[str] = field(default_factory=list)
     """Domains of the target: proxy and headline validation loss come from them; empty: every domain."""
+    weights: list[Any] = field(default_factory=list)
+    """Stages [[0, {DOMAIN: WEIGHT, ...}], [STEP, {...}], ...] of how often candidates are of each domain; one not
+    named: never. Empty: every sequence alike."""
     proxy_path: str | None = None
     """Another prepared corpus to draw the proxy from; null: the split 'proxy' of ``path``."""
     traits_path: str | None = None
@@ -43,5 +49,9 @@ class DataConfig:
         """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
         if not self.path:
             yield "path", "no corpus named", "data.path=FOLDER made by 'python -m megaopus prepare'"
+        try:
+            parse_stages(self.weights)
+        except ValueError as error:
+            yield "weights", str(error), "write 'data.weights=[[0,{books:2,code:1}],[1000,{books:1}]]'"
         if self.seq_len < 2:
             yield "seq_len", "must be at least 2", "256 suits a laptop, 1024 to 8192 a cluster"
