@@ -1,4 +1,4 @@
-"""Weighted domains as arithmetic: counts by formula are counts by counting, and no change loses or repeats a sequence."""
+"""Weighted domains as arithmetic: counts by formula are counts by counting; no change loses or repeats a sequence."""
 
 from __future__ import annotations
 
