@@ -56,6 +56,8 @@ class Data:
     sequences: dict[str, int]
     """Split -> sequences of seq_len."""
     domains: list[str]
+    epochs: dict[str, float] | None = None
+    """Where domains are drawn by weight: times that the run goes through each."""
 
 
 def run(
@@ -90,7 +92,9 @@ def run(
 
 def open_data(config: RunConfig) -> Data:
     """Open the corpora of ``config`` and count their sequences; raises DataError."""
+    from megaopus.data.candidates import CandidateStream
     from megaopus.data.corpus import Corpus
+    from megaopus.data.mixture import parse_stages
     from megaopus.data.sequences import Sequences
 
     data = config.data
@@ -98,13 +102,19 @@ def open_data(config: RunConfig) -> Data:
     proxy = Corpus.open(data.proxy_path) if data.proxy_path else pool
     validation = Corpus.open(data.validation_path) if data.validation_path else pool
     wanted = data.wanted or None
+    drawn_from = Sequences(pool, "pool", data.seq_len)
+    epochs = None
+    if data.weights:
+        stages, every = parse_stages(data.weights), config.selection.score_every
+        stream = CandidateStream(drawn_from, config.buffer_size(), config.seed, serves=every, stages=stages)
+        epochs = stream.epochs(config.train.steps)
     sequences = {
-        "pool": len(Sequences(pool, "pool", data.seq_len)),
+        "pool": len(drawn_from),
         "validation": len(Sequences(validation, "validation", data.seq_len, wanted)),
     }
     if config.selection.needs_proxy:
         sequences["proxy"] = len(Sequences(proxy, "proxy", data.seq_len, wanted))
-    return Data(config.model.vocab_size or pool.vocab_size, sequences, list(pool.domains))
+    return Data(config.model.vocab_size or pool.vocab_size, sequences, list(pool.domains), epochs)
 
 
 def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
@@ -113,7 +123,6 @@ def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
     parallel = config.parallel
     dp = world_size // parallel.model_ranks
     tokens = train.global_batch_size * config.data.seq_len
-    steps_per_epoch = data.sequences["pool"] * selection.score_every / config.buffer_size()
     rows = {
         "data-parallel ranks (dp)": f"{dp} = {world_size} ranks"
         f" / (tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp})",
@@ -126,8 +135,7 @@ def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
         "update tokens": f"{tokens:,} per step, {tokens * train.steps:,} in all",
         "corpus": f"{len(data.domains)} domains ({', '.join(data.domains)})",
         "sequences": ", ".join(f"{split} {count:,}" for split, count in data.sequences.items()),
-        "steps per epoch": f"{steps_per_epoch:,.1f}; {train.steps:,} steps read {train.steps / steps_per_epoch:.2f}"
-        " epochs of candidates",
+        "epochs of candidates": _epochs(config, data),
     }
     if selection.prescreen.mode != "off" or selection.score_every > 1:
         served = f" for {selection.score_every} steps" if selection.score_every > 1 else ""
@@ -139,6 +147,14 @@ def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
         how = "" if selection.score_micro_batch_size else " at most, found from free memory at the first scored step"
         rows["scoring micro-batch"] = f"{scoring_micro_batch(config, world_size)} on each rank{how}"
     return rows
+
+
+def _epochs(config: RunConfig, data: Data) -> str:
+    steps, in_use = config.train.steps, config.selection.score_every
+    if data.epochs is not None:
+        return ", ".join(f"{name} {epochs:.2f}" for name, epochs in data.epochs.items()) + f" in {steps:,} steps"
+    per_epoch = data.sequences["pool"] * in_use / config.buffer_size()
+    return f"{steps / per_epoch:.2f} in {steps:,} steps, one in {per_epoch:,.1f}"
 
 
 def scoring_micro_batch(config: RunConfig, world_size: int) -> int:

@@ -146,6 +146,7 @@ def to_yaml(config: RunConfig) -> str:
 def differences(config: RunConfig) -> dict[str, tuple[object, object]]:
     """Dotted key -> (value, default) for each setting that differs from its default."""
     ours, default = _flat(asdict(config)), _flat(asdict(RunConfig()))
+    default |= {f"optim.settings.{name}": value for name, value in config.optim.spec().settings.items()}
     return {key: (value, default.get(key)) for key, value in ours.items() if value != default.get(key)}
 
 

@@ -365,6 +365,22 @@ def _splits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
             yield from _split_problem(split, key, path, tokens, config.data.seq_len, named=bool(wanted))
 
 
+@_rule("data.weights", "data.path", "data.seq_len")
+def _weights(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Every domain with a weight has sequences in the pool."""
+    path = config.data.path
+    if not config.data.weights or _corpus_problem("data.path", path):
+        return
+    counts = read_manifest(Path(path))["counts"]
+    enough = [name for name, splits in counts.items() if splits.get("pool", {}).get("tokens", 0) > config.data.seq_len]
+    for name in sorted({name for _, stage in config.data.weights for name, weight in stage.items() if weight}):
+        if name not in enough:
+            near = difflib.get_close_matches(name, enough, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            reason = f"no sequence of domain {name} in the pool of {path}"
+            yield Problem("data.weights", config.data.weights, reason, f"{hint}domains: {', '.join(enough)}")
+
+
 def _split_problem(
     split: str, key: str, path: str, tokens: dict[str, int], seq_len: int, *, named: bool
 ) -> Iterator[Problem]:

@@ -96,8 +96,7 @@ def encode(
                 advance(size)
             elif workers == 1:
                 alone = alone or load_tokenizer(tokenizer)
-                write_chunk(part, files, alone, eod, dtype)
-                advance(size)
+                write_chunk(part, files, alone, eod, dtype, advance)
             else:
                 pool = pool or _pool(workers, tokenizer)
                 waiting.append((pool.submit(_work, part, files, eod, dtype), size))
@@ -122,7 +121,14 @@ def _finish(waiting: list[tuple[Future[None], int]], advance: Callable[[int], No
     advance(size)
 
 
-def write_chunk(part: list[Entry], files: Chunk, tokenizer: Tokenizer, eod: int, dtype: str) -> None:
+def write_chunk(
+    part: list[Entry],
+    files: Chunk,
+    tokenizer: Tokenizer,
+    eod: int,
+    dtype: str,
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
     """Tokenise documents and write their chunk; the rows last, whose file says that all is there."""
     lengths: list[int] = []
     temporary = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in files]
@@ -135,6 +141,7 @@ def write_chunk(part: list[Entry], files: Chunk, tokenizer: Tokenizer, eod: int,
             for entry, own in zip(batch, ids, strict=True):
                 lengths.append(len(own))
                 rows.write(json.dumps(_row(entry, len(own)), ensure_ascii=False) + "\n")
+            advance(sum(map(len, texts)))
     with temporary[1].open("wb") as stream:
         np.save(stream, np.array(lengths, dtype="<i4"))
     for made, path in zip(temporary, files, strict=True):

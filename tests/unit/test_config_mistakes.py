@@ -195,6 +195,8 @@ COMBINED = [
         "gradients of its own",
         "or engine.name=megatron",
     ),
+    ("data.weights=[[0,{doc:1}]]", 1, "data.weights = ", "no sequence of domain doc in", "did you mean docs?"),
+    ("data.weights=[[5,{docs:1}]]", 1, "data.weights = ", "the first stage begins at step 5", "data.weights=[[0,"),
     (
         "engine=deepspeed parallel.distributed_optimizer=true",
         2,
