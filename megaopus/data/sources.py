@@ -109,6 +109,10 @@ class Source:
             raise DataError(f"{self.path}: unknown ending; a source is a folder of such files, or one of {known}")
         return [(self.name, self.path)]
 
+    def rows(self) -> Iterator[dict[str, Any]] | None:
+        """Rows to read in place of ``files``; None: there are files."""
+        return None
+
     def size(self) -> int:
         """Bytes on disk, as stored (compressed or not)."""
         return sum(path.stat().st_size for _, path in self.files())
@@ -171,8 +175,8 @@ class SourceReader:
 
     def _documents(self) -> Iterator[Document]:
         source = self.source
-        if hasattr(source, "rows"):
-            yield from self._rows(source.name, source.rows(), lambda row: f"{source.path} row {row}")
+        if (rows := source.rows()) is not None:
+            yield from self._rows(source.name, rows, lambda row: f"{source.path} row {row}")
             return
         for name, path in source.files():
             if source.path.is_dir():
@@ -232,8 +236,11 @@ class SourceReader:
         parquet = needed("pyarrow.parquet", str(path))
         arrow = needed("pyarrow", str(path))
         try:
-            for _ in self._lines(path, whole=False):  # for the digest; a table is not read from end to end
-                pass
+            with path.open("rb", buffering=0) as raw:  # for the digest; a table is not read from end to end
+                counted = _Counted(raw, self._digest, self._count)
+                buffer = bytearray(1 << 20)
+                while counted.readinto(buffer):
+                    pass
             file = parquet.ParquetFile(path)
             wanted = [c for c in (*self._named(), *self.source.fields.keep) if c in file.schema_arrow.names]
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024, columns=wanted))
@@ -252,7 +259,7 @@ class SourceReader:
     ) -> Iterator[Document]:
         """Documents of a table's rows; their contents are digested unless ``hashed``: its file was."""
         for number, row in enumerate(rows, 1):
-            document = self._of_row(_checked(row, place_of(number), self.source.fields), name, number, place_of(number))
+            document = self._of_row(row, name, number, place_of(number))
             if not hashed:
                 content = json.dumps([document.id, document.domain, document.text, dict(document.columns)]).encode()
                 self._digest.update(content)
