@@ -106,6 +106,20 @@ def prepare(arguments: list[str]) -> int:
     return 0
 
 
+def proxy(arguments: list[str]) -> int:
+    """Make the documents nearest to benchmark items a corpus's proxy."""
+    parser = _parser(
+        "proxy",
+        "Write a corpus anew with another proxy: the documents nearest to benchmark items, which leave its pool.",
+        "  python -m megaopus proxy --corpus corpus --items arc_easy.jsonl --tokens 300000 --out corpus_arc",
+    )
+    from megaopus.data import bench_proxy
+
+    bench_proxy.add_arguments(parser)
+    bench_proxy.run(parser.parse_args(arguments))
+    return 0
+
+
 def report(arguments: list[str]) -> int:
     """Compare finished runs on one page."""
     parser = _parser(
@@ -134,7 +148,9 @@ def demo(arguments: list[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {verb.__name__: verb for verb in (train, check, prepare, report, demo)}
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    verb.__name__: verb for verb in (train, check, prepare, proxy, report, demo)
+}
 
 
 def _verb(arguments: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:

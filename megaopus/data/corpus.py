@@ -16,11 +16,14 @@ from megaopus.errors import DataError
 
 FORMAT_VERSION = 1
 SPLITS = ("pool", "proxy", "validation")
+SPLIT_NAMES = (*SPLITS, "left_out")
+LEFT_OUT = len(SPLITS)
+"""A document that is in no split: the verb proxy leaves copies of its choice there."""
 MANIFEST = "manifest.json"
 TOKENS, INDEX, ROWS, CODES, TOKENIZER = "tokens.bin", "tokens.idx", "documents.jsonl", "documents.npy", "tokenizer.json"
 FILES = (TOKENS, INDEX, ROWS, CODES, TOKENIZER)
 CODE_DTYPE = np.dtype([("domain", "<u2"), ("split", "u1")])
-"""Row of documents.npy: index into the manifest's ``domains``, index into ``SPLITS``."""
+"""Row of documents.npy: index into the manifest's ``domains``, index into ``SPLIT_NAMES``."""
 
 # Megatron's index file: magic, version (u64), dtype code (u8), sequences (u64), document ends (u64), then the arrays
 # lengths (i32), byte offsets (i64), document ends (i64).
@@ -70,7 +73,7 @@ class Corpus:
     domain_codes: np.ndarray
     """(D,) uint16, index into ``domains``."""
     split_codes: np.ndarray
-    """(D,) uint8, index into ``SPLITS``."""
+    """(D,) uint8, index into ``SPLIT_NAMES``."""
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> Corpus:

@@ -188,6 +188,21 @@ class SourceReader:
             else:
                 yield from self._plain_text(name, path)
 
+    def table(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(place, row) of each row as it stands. Raises DataError for what is not a table."""
+        source = self.source
+        if (rows := source.rows()) is not None:
+            yield from ((f"{source.path} row {number}", row) for number, row in enumerate(rows, 1))
+            return
+        for _, path in source.files():
+            if _ending(path) in JSON_LINES:
+                yield from ((place, row) for _, place, row in self._json_rows(path))
+            elif _ending(path) in PARQUET:
+                rows = self._parquet_rows(path, None)
+                yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
+            else:
+                raise DataError(f"{path}: not a table; use JSON lines, parquet or a data set of the hub")
+
     def _count(self, count: int) -> None:
         self.bytes += count
         self._report(count)
@@ -225,14 +240,23 @@ class SourceReader:
         for content in self._lines(path, whole=True):
             yield Document(f"{domain}/{name}", domain, _decoded(content, str(path), first=True), 0, {})
 
-    def _json_lines(self, name: str, path: Path) -> Iterator[Document]:
+    def _json_rows(self, path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """(line, place, row) of each line that is not empty."""
         for line, content in enumerate(self._lines(path, whole=False), 1):
             if content.strip():
                 place = f"{path} line {line}"
-                yield self._of_row(_json_row(_decoded(content, place, first=line == 1), place), name, line, place)
+                yield line, place, _json_row(_decoded(content, place, first=line == 1), place)
+
+    def _json_lines(self, name: str, path: Path) -> Iterator[Document]:
+        for line, place, row in self._json_rows(path):
+            yield self._of_row(row, name, line, place)
 
     def _parquet(self, name: str, path: Path) -> Iterator[Document]:
-        """Row group by row group, so that no more than one is in memory."""
+        wanted = [*self._named(), *self.source.fields.keep]
+        yield from self._rows(name, self._parquet_rows(path, wanted), lambda row: f"{path} row {row}", hashed=True)
+
+    def _parquet_rows(self, path: Path, wanted: list[str] | None) -> Iterator[dict[str, Any]]:
+        """Rows with those of the columns ``wanted`` that there are, or all; no more than a row group is in memory."""
         parquet = needed("pyarrow.parquet", str(path))
         arrow = needed("pyarrow", str(path))
         try:
@@ -242,12 +266,12 @@ class SourceReader:
                 while counted.readinto(buffer):
                     pass
             file = parquet.ParquetFile(path)
-            wanted = [c for c in (*self._named(), *self.source.fields.keep) if c in file.schema_arrow.names]
-            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024, columns=wanted))
-            if self.source.fields.text not in wanted:
-                raise _no_text(str(path), self.source.fields.text, file.schema_arrow.names)
-            rows = (row for batch in batches for row in batch)
-            yield from self._rows(name, rows, lambda row: f"{path} row {row}", hashed=True)
+            names = file.schema_arrow.names
+            if wanted is not None and self.source.fields.text not in names:
+                raise _no_text(str(path), self.source.fields.text, names)
+            columns = None if wanted is None else [name for name in wanted if name in names]
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                yield from batch.to_pylist()
         except (arrow.ArrowException, OSError) as error:
             raise DataError(f"{path}: not a readable parquet file ({error}); copy or write it again") from error
 
