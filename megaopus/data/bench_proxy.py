@@ -39,12 +39,13 @@ from megaopus.data.corpus import (
     sha256_file,
 )
 from megaopus.data.folder import new_folder, refuse_existing, work_folder
-from megaopus.data.nearness import HASHED, Nearness, nearness, shared_runs
 from megaopus.data.permutation import permute
 from megaopus.data.sources import Source, SourceReader
 from megaopus.errors import DataError
 
 POOL, PROXY, VALIDATION = range(len(SPLITS))
+HASHED = "hashed"
+"""The encoder that needs no download; another name is a sentence-transformers model's."""
 OVERLAP_WORDS = 13
 """Words in a row that an item and a document must share to overlap (as GPT-3's, arXiv 2005.14165, appendix C)."""
 _CHUNK = 1024
@@ -151,6 +152,8 @@ def build(
 
 def _search(corpus: Corpus, items: Sequence[Item], encoder: str, work: Path, console: Console) -> Found:
     """Chunk by chunk, each kept in ``work`` when it is done."""
+    from megaopus.data.nearness import HashedTfidf, SentenceEncoder, shared_runs
+
     documents = np.flatnonzero(corpus.split_codes != VALIDATION)
     tokenizer = corpus.tokenizer()
 
@@ -160,7 +163,7 @@ def _search(corpus: Corpus, items: Sequence[Item], encoder: str, work: Path, con
 
     runs = [shared_runs(item.text, OVERLAP_WORDS) for item in items]
     known = np.unique(np.concatenate(runs)) if runs else np.empty(0, np.uint64)
-    encoding: Nearness | None = None
+    encoding: HashedTfidf | SentenceEncoder | None = None
     files = [work / f"near-{number:06d}.npz" for number in range(-(-len(documents) // _CHUNK))]
     for number, file in enumerate(track(files, "finding the nearest", console=console, disable=console.quiet)):
         if file.is_file():
@@ -169,7 +172,8 @@ def _search(corpus: Corpus, items: Sequence[Item], encoder: str, work: Path, con
             count = min(_SAMPLE, len(documents))
             sampled = np.sort(permute(np.arange(count), len(documents), "bench proxy"))
             sample = (text for part in np.array_split(documents[sampled], -(-count // _CHUNK)) for text in texts(part))
-            encoding = nearness(encoder, [item.text for item in items], sample)
+            asked = [item.text for item in items]
+            encoding = HashedTfidf(asked, sample) if encoder == HASHED else SentenceEncoder(encoder, asked)
         here = documents[number * _CHUNK : (number + 1) * _CHUNK]
         content = texts(here)
         similarity, item = encoding.nearest(content)

@@ -6,36 +6,24 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from megaopus.data.sources import needed
 
-HASHED = "hashed"
 _BUCKETS = 1 << 18
 _WORD = re.compile(r"[^\W_]+")
 _ITEMS_AT_ONCE = 1024
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
-class Nearness(Protocol):
-    """An encoder that knows the items."""
-
-    def nearest(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(largest cosine similarity with any item (n,) float32, that item's number (n,) int64) of each text."""
-
-
-def nearness(encoder: str, items: Sequence[str], sample: Iterable[str]) -> Nearness:
-    """``hashed``: TF-IDF of hashed words, inverse document frequencies from ``sample``; else a sentence-transformers
-    model by name or path. Raises DataError if its package is not installed.
-    """
-    return HashedTfidf(items, sample) if encoder == HASHED else SentenceEncoder(encoder, items)
-
-
 class HashedTfidf:
-    """(1 + log count) x log((1 + D) / (1 + documents with the word)) per bucket of words, rows of length 1."""
+    """TF-IDF of hashed words, inverse document frequencies from ``sample``.
+
+    (1 + log count) x log((1 + D) / (1 + documents with the word)) per bucket of words, rows of length 1.
+    """
 
     def __init__(self, items: Sequence[str], sample: Iterable[str]):
         documents, frequency = 0, np.zeros(_BUCKETS)
@@ -57,7 +45,10 @@ class HashedTfidf:
         return buckets, weights / norm if norm else weights
 
     def nearest(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """As ``Nearness.nearest``: products with the items' buckets alone, as sparse rows."""
+        """(largest cosine similarity with any item (n,) float32, that item's number (n,) int64) of each text.
+
+        Products with the items' buckets alone, as sparse rows.
+        """
         owners, columns, values = [], [], []
         for number, text in enumerate(texts):
             buckets, weights = self._row(text)
@@ -78,7 +69,7 @@ class HashedTfidf:
 
 
 class SentenceEncoder:
-    """Embeddings of a sentence-transformers model."""
+    """Embeddings of a sentence-transformers model by name or path; raises DataError if the package is not there."""
 
     def __init__(self, name: str, items: Sequence[str]):
         module: Any = needed("sentence_transformers", f"--encoder {name}")
@@ -89,7 +80,7 @@ class SentenceEncoder:
         return np.asarray(self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False))
 
     def nearest(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """As ``Nearness.nearest``."""
+        """As ``HashedTfidf.nearest``."""
         similarity = self._embed(texts) @ self._items.T
         return similarity.max(1).astype(np.float32), similarity.argmax(1)
 
