@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -56,14 +56,14 @@ def chunk_files(folder: Path, number: int) -> Chunk:
     return Chunk(folder / f"{name}.tokens", folder / f"{name}.npy", folder / f"{name}.rows")
 
 
-def chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
-    """Runs of documents of CHUNK_CHARACTERS or, the last, fewer."""
+def runs(entries: Iterable[Entry], characters: int) -> Iterator[list[Entry]]:
+    """Documents in groups of so many characters of text; the last may have fewer."""
     found: list[Entry] = []
     size = 0
     for entry in entries:
         found.append(entry)
         size += len(entry.document.text)
-        if size >= CHUNK_CHARACTERS:
+        if size >= characters:
             yield found
             found, size = [], 0
     if found:
@@ -88,7 +88,7 @@ def encode(
     pool: ProcessPoolExecutor | None = None
     alone: Tokenizer | None = None
     try:
-        for number, part in enumerate(chunks(entries)):
+        for number, part in enumerate(runs(entries, CHUNK_CHARACTERS)):
             files = chunk_files(folder, number)
             found.append(files)
             size = sum(len(entry.document.text) for entry in part)
@@ -133,7 +133,7 @@ def write_chunk(
     lengths: list[int] = []
     temporary = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in files]
     with temporary[0].open("wb") as tokens, temporary[2].open("w", encoding="utf-8") as rows:
-        for batch in _batches(part):
+        for batch in runs(part, _BATCH_CHARACTERS):
             texts = [entry.document.text for entry in batch]
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             ids = [np.array([*encoding.ids, eod], dtype=dtype) for encoding in encodings]
@@ -159,19 +159,6 @@ def _row(entry: Entry, length: int) -> dict[str, Any]:
         "length": length,
     }
     return {**row, "columns": dict(document.columns)} if document.columns else row
-
-
-def _batches(part: list[Entry]) -> Iterator[list[Entry]]:
-    batch: list[Entry] = []
-    characters = 0
-    for entry in part:
-        batch.append(entry)
-        characters += len(entry.document.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 # -- in the workers ----------------------------------------------------------------------------------------------------

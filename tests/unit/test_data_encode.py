@@ -62,13 +62,13 @@ from megaopus.data import encode, prepare
 from megaopus.data.sources import Source
 from megaopus.data.split import SplitRule
 encode.CHUNK_CHARACTERS = prepare.CHUNK_CHARACTERS = {few}
-chunks, finish = 0, encode.chunks
-def cut(entries):
-    for number, part in enumerate(finish(entries)):
-        if number == 8:
+whole = encode.runs
+def cut(entries, characters):
+    for number, part in enumerate(whole(entries, characters)):
+        if number == 8 and characters == encode.CHUNK_CHARACTERS:
             os.kill(os.getpid(), signal.SIGKILL)
         yield part
-encode.chunks = cut
+encode.runs = cut
 prepare.prepare([Source(Path(sys.argv[1]))], sys.argv[2], vocab_size=300, rule=SplitRule(0.1, 0.1), workers={workers})
 """
 
