@@ -137,12 +137,12 @@ class Comparison:
             for rate in OPTIMIZERS[optimizer].rates:
                 yield self.task(optimizer, rate, "uniform", SEED)
 
-    def second_tasks(self) -> Iterator[Task]:
-        """The best rate on every seed, without and with selection."""
+    def second_tasks(self, arms: Sequence[str]) -> Iterator[Task]:
+        """The best rate on every seed, without selection and with ``arms``."""
         for seed in self.plan.seeds:
             for optimizer in self.plan.optimizers:
                 if (rate := self.best(optimizer)) is not None:
-                    for arm in ("uniform", *self.plan.arms):
+                    for arm in ("uniform", *arms):
                         yield self.task(optimizer, rate, arm, seed)
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -233,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--folder", type=Path, help="run folders (default: runs/optimizers)")
     command.add_argument("--results", type=Path, help="rows of finished runs (default: FOLDER/results.jsonl)")
     command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (%(default)s)")
+    command.add_argument("--arms", nargs="+", choices=[arm for arm in ARMS if arm != "uniform"], help="these alone")
     command.add_argument("--no-training", action="store_true", help="times and table of the runs there are")
     command.add_argument("--no-timing", action="store_true", help="leave the seconds of a step as they are")
     args = command.parse_args(arguments)
@@ -244,8 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     corpora = Corpora(compose(study.overrides("adamw", 1e-3, "uniform", SEED)))
     ensure_traits(corpora.pool, corpora.proxy(), None, console)
     if not args.no_training:
-        for tasks in (study.first_tasks, study.second_tasks):
-            train_all(list(tasks()), study.results, folder, args.jobs, console)
+        train_all(list(study.first_tasks()), study.results, folder, args.jobs, console)
+        train_all(list(study.second_tasks(args.arms or plan.arms)), study.results, folder, args.jobs, console)
     if not args.no_timing:
         runs = {o: study.overrides(o, OPTIMIZERS[o].rates[0], "uniform", SEED) for o in plan.optimizers}
         with progress(console) as bar:
