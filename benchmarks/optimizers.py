@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import machine, parser, progress, start, write_results
-from benchmarks.study import Nobody, Results, Task, run_of, step_seconds, task, train_all
+from benchmarks.study import Nobody, Results, Task, run_of, step_costs, task, train_all
 from megaopus.build import Corpora, build_trainer
 from megaopus.config import compose
 from megaopus.data.traits import ensure_traits
@@ -250,7 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.no_timing:
         runs = {o: study.overrides(o, OPTIMIZERS[o].rates[0], "uniform", SEED) for o in plan.optimizers}
         with progress(console) as bar:
-            seconds = step_seconds(runs, folder, plan.timing_repeats, args.clock, bar, "timing")
+            costs = step_costs(runs, folder, plan.timing_repeats, args.clock, bar, "timing")
+        seconds = {name: cost.step for name, cost in costs.items()}
         study.results.add("optimizers/timing", {"seconds": seconds, **machine(args)})
     rows = list(study.rows())
     print_rows(rows, console)

@@ -7,7 +7,8 @@ Then prints a table and writes rows {corpus, optimizer, arm, seeds, tokens_ratio
 
 tokens_ratio: fraction of uniform's update tokens at which the arm reaches uniform's final loss on the wanted domain.
 time_ratio: tokens_ratio times the arm's seconds per step (data, proxy, scoring, update) over uniform's, measured side
-by side: the arms take turns step by step in one process, median. Kept in --results too.
+by side: the arms take turns step by step in one process, median. Kept in --results too, as is the part of it that the
+prescreen takes (prescreen_cost, in uniform's steps).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.common import machine, parser, progress, start, write_results
 from benchmarks.pools import ensure_pool
-from benchmarks.study import Results, Task, p_value, run_of, step_seconds, task, train_all
+from benchmarks.study import Results, Task, p_value, run_of, step_costs, task, train_all
 from megaopus.build import Corpora
 from megaopus.config import compose
 from megaopus.data.traits import ensure_traits
@@ -168,7 +169,7 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
             continue
         pairs = [compare(run_of(uniform[seed]), run_of(found[seed])) for seed in seeds]
         result = aggregate(pairs)
-        cost = _cost(study.results, pool, optimizer, arm)
+        cost, prescreen = (_cost(study.results, pool, optimizer, arm, of) for of in ("seconds", "prescreen_seconds"))
         tokens = result.tokens_ratio
         rows.append(
             {
@@ -180,6 +181,7 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
                 "tokens_ratio_std": result.tokens_ratio_std,
                 "time_ratio": None if tokens is None or cost is None else tokens * cost,
                 "step_cost": cost,
+                "prescreen_cost": prescreen,
                 "reached": result.reached,
                 "final_loss": result.final_loss,
                 "final_loss_std": result.final_loss_std,
@@ -199,11 +201,12 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
     return rows
 
 
-def _cost(results: Results, pool: str, optimizer: str, arm: str) -> float | None:
+def _cost(results: Results, pool: str, optimizer: str, arm: str, of: str) -> float | None:
+    """In uniform's steps."""
     timing = results.rows.get(f"timing/{pool}/{optimizer}")
-    if timing is None or arm not in timing["seconds"]:
+    if timing is None or arm not in timing.get(of, {}):
         return None
-    return timing["seconds"][arm] / timing["seconds"]["uniform"]
+    return timing[of][arm] / timing["seconds"]["uniform"]
 
 
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
@@ -309,8 +312,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for group in dict.fromkeys((job.pool, job.optimizer) for job in chosen):
                 arms = {job.arm: study.overrides(job) for job in chosen if (job.pool, job.optimizer) == group}
                 title = f"timing {group[0]}, {group[1]}"
-                seconds = step_seconds(arms, folder, plan.timing_repeats, args.clock, bar, title)
-                results.add(f"timing/{group[0]}/{group[1]}", {"seconds": seconds, **machine(args)})
+                costs = step_costs(arms, folder, plan.timing_repeats, args.clock, bar, title)
+                seconds = {arm: cost.step for arm, cost in costs.items()}
+                prescreen = {arm: cost.prescreen for arm, cost in costs.items()}
+                row = {"seconds": seconds, "prescreen_seconds": prescreen, **machine(args)}
+                results.add(f"timing/{group[0]}/{group[1]}", row)
     rows = rows_of(study)
     print_rows(rows, console)
     if args.plots:

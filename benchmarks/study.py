@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.common import ROOT, interleaved
+from benchmarks.common import CLOCKS, ROOT, interleaved
 from megaopus.build import Corpora, build_trainer
 from megaopus.config import compose, differences
 from megaopus.demo import picked_share
@@ -32,6 +32,7 @@ from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
 from megaopus.monitor.compare import Run, compare, load_run, paired_t_test
 from megaopus.monitor.health import StopSignal
 from megaopus.monitor.sinks import read_rows
+from megaopus.selection.prescreen import Prescreen
 
 
 class Results:
@@ -135,17 +136,75 @@ def summary_of(run: Run) -> dict[str, Any]:
     }
 
 
-def step_seconds(
+@dataclass(frozen=True)
+class StepCost:
+    """Median seconds of one step."""
+
+    step: float
+    prescreen: float
+    """Of them, in the prescreen: features looked up, standing, screening, learning."""
+
+
+def step_costs(
     runs: Mapping[str, Sequence[str]], folder: Path, repeats: int, clock: str, bar: Progress, title: str
-) -> dict[str, float]:
-    """Median seconds of one step of each of ``runs`` (name -> settings), which take turns in this process."""
+) -> dict[str, StepCost]:
+    """What a step of each of ``runs`` (name -> settings) costs; they take turns in this process."""
     mesh = Mesh(ParallelConfig())
+    spent: dict[str, list[float]] = {name: [] for name in runs}
+
+    def watched(name: str, several: Callable[[], None], watch: _PrescreenWatch) -> Callable[[], None]:
+        def run() -> None:
+            before = watch.seconds
+            several()
+            spent[name].append(watch.seconds - before)
+
+        return run
+
     try:
         steps = {name: _steps(overrides, folder, mesh) for name, overrides in runs.items()}
-        seconds = interleaved(steps, repeats, clock, bar, title)
+        with _PrescreenWatch(CLOCKS[clock]) as watch:
+            passes = {name: watched(name, several, watch) for name, several in steps.items()}
+            seconds = interleaved(passes, repeats, clock, bar, title)
     finally:
         mesh.close()
-    return {name: statistics.median(values) / _TURN for name, values in seconds.items()}
+    return {
+        name: StepCost(statistics.median(values) / _TURN, statistics.median(spent[name][1:]) / _TURN)
+        for name, values in seconds.items()
+    }
+
+
+class _PrescreenWatch:
+    """Adds up the time spent in the prescreen while it is entered."""
+
+    _WATCHED = ("doubt", "standing", "screen", "learn")
+
+    def __init__(self, now: Callable[[], float]):
+        self.seconds = 0.0
+        self._now = now
+        self._depth = 0
+        self._methods = {name: getattr(Prescreen, name) for name in self._WATCHED}
+
+    def __enter__(self) -> _PrescreenWatch:
+        for name, method in self._methods.items():
+            setattr(Prescreen, name, self._timed(method))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, method in self._methods.items():
+            setattr(Prescreen, name, method)
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            began = self._now()
+            self._depth += 1
+            try:
+                return method(*arguments)
+            finally:
+                self._depth -= 1
+                if not self._depth:  # they call one another
+                    self.seconds += self._now() - began
+
+        return timed
 
 
 def _steps(overrides: Sequence[str], folder: Path, mesh: Mesh) -> Callable[[], None]:
