@@ -13,14 +13,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
 from megaopus.data.corpus import (
@@ -39,43 +37,13 @@ from megaopus.data.corpus import (
     sha256_file,
 )
 from megaopus.data.folder import new_folder, refuse_existing, work_folder
-from megaopus.data.permutation import permute
+from megaopus.data.search import CHUNK, HASHED, OVERLAP_WORDS, Found, Item, search
 from megaopus.data.sources import Source, SourceReader
+from megaopus.data.workers import cores
 from megaopus.errors import DataError
 
 POOL, PROXY, VALIDATION = range(len(SPLITS))
-HASHED = "hashed"
-"""The encoder that needs no download; another name is a sentence-transformers model's."""
-OVERLAP_WORDS = 13
-"""Words in a row that an item and a document must share to overlap (as GPT-3's, arXiv 2005.14165, appendix C)."""
-_CHUNK = 1024
-"""Documents between two files of a run that may be killed."""
-_SAMPLE = 20_000
-"""Documents that inverse document frequencies are taken from."""
 _SHOWN = 10
-
-
-class Item(NamedTuple):
-    """A benchmark item: what it is called and all its text."""
-
-    name: str
-    text: str
-
-
-@dataclass
-class Found:
-    """What was found of each candidate document, (n,) each, in the order of ``documents``."""
-
-    documents: np.ndarray
-    """Numbers in the corpus: all of the pool and the old proxy."""
-    similarity: np.ndarray
-    item: np.ndarray
-    overlaps: np.ndarray
-    """Whether a run of words is shared with any item."""
-    digest: np.ndarray
-    """Of the tokens, equal for equal documents."""
-    items_met: np.ndarray
-    """(items,) whether the item shares a run of words with any candidate."""
 
 
 def read_items(sources: Sequence[Source], fields: Sequence[str]) -> list[Item]:
@@ -119,96 +87,38 @@ def build(
     encoder: str = HASHED,
     drop_overlap: bool = False,
     overwrite: bool = False,
+    workers: int | None = None,
     console: Console | None = None,
 ) -> Path:
     """Write the corpus with its new proxy to ``out``; a killed run goes on where it was.
 
     Documents of the old proxy are candidates like those of the pool; validation stays. Copies of a chosen document
     leave the pool too. ``drop_overlap``: so do documents that share OVERLAP_WORDS words in a row with an item.
+    ``workers``: processes that search; None: one for each core with the hashed encoder, else this one.
 
     Raises:
         DataError: a budget that no document fits, or that leaves no pool; anything wrong with ``out``.
     """
     console = console or Console(quiet=True)
+    workers = workers or (cores() if encoder == HASHED else 1)
     refuse_existing(out, overwrite, MANIFEST)
     plan = json.dumps(
         [
             corpus.fingerprint,
             encoder,
             OVERLAP_WORDS,
-            _CHUNK,
+            CHUNK,
             [hashlib.sha256(i.text.encode()).hexdigest() for i in items],
         ]
     )
     with work_folder(out, plan, console) as work:
-        found = _search(corpus, items, encoder, work, console)
+        found = search(corpus, items, encoder, work, workers, CHUNK, console)
         splits, chosen = assign(corpus, found, tokens, drop_overlap)
         summary = _summary(corpus, items, found, splits, encoder, tokens, drop_overlap)
         with new_folder(out, console) as folder:
             _write(corpus, splits, summary, folder)
     show(corpus, items, found, chosen, summary, console)
     return out
-
-
-def _search(corpus: Corpus, items: Sequence[Item], encoder: str, work: Path, console: Console) -> Found:
-    """Chunk by chunk, each kept in ``work`` when it is done."""
-    from megaopus.data.nearness import HashedTfidf, SentenceEncoder, shared_runs
-
-    documents = np.flatnonzero(corpus.split_codes != VALIDATION)
-    tokenizer = corpus.tokenizer()
-
-    def texts(numbers: np.ndarray) -> list[str]:
-        spans = [corpus.tokens[corpus.offsets[n] : corpus.offsets[n] + corpus.lengths[n] - 1].tolist() for n in numbers]
-        return tokenizer.decode_batch(spans, skip_special_tokens=False)
-
-    runs = [shared_runs(item.text, OVERLAP_WORDS) for item in items]
-    known = np.unique(np.concatenate(runs)) if runs else np.empty(0, np.uint64)
-    encoding: HashedTfidf | SentenceEncoder | None = None
-    files = [work / f"near-{number:06d}.npz" for number in range(-(-len(documents) // _CHUNK))]
-    for number, file in enumerate(track(files, "finding the nearest", console=console, disable=console.quiet)):
-        if file.is_file():
-            continue
-        if encoding is None:
-            count = min(_SAMPLE, len(documents))
-            sampled = np.sort(permute(np.arange(count), len(documents), "bench proxy"))
-            sample = (text for part in np.array_split(documents[sampled], -(-count // _CHUNK)) for text in texts(part))
-            asked = [item.text for item in items]
-            encoding = HashedTfidf(asked, sample) if encoder == HASHED else SentenceEncoder(encoder, asked)
-        here = documents[number * _CHUNK : (number + 1) * _CHUNK]
-        content = texts(here)
-        similarity, item = encoding.nearest(content)
-        met = [_among(shared_runs(text, OVERLAP_WORDS), known) for text in content]
-        partial = file.with_name(f"{file.name}.partial")
-        with partial.open("wb") as stream:
-            np.savez(
-                stream,
-                similarity=similarity,
-                item=item,
-                overlaps=np.array([len(each) > 0 for each in met]),
-                digest=np.array([_digest(corpus, n) for n in here], dtype=np.uint64),
-                met=np.unique(np.concatenate(met)),
-            )
-        os.replace(partial, file)
-    parts = [dict(np.load(file, allow_pickle=False)) for file in files]
-    joined = {
-        name: np.concatenate([part[name] for part in parts]) for name in ("similarity", "item", "overlaps", "digest")
-    }
-    met_anywhere = np.unique(np.concatenate([part["met"] for part in parts]))
-    items_met = np.array([bool(np.isin(run, met_anywhere).any()) for run in runs])
-    return Found(documents, items_met=items_met, **joined)
-
-
-def _among(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Those of ``values`` that are in ``known``, which is sorted."""
-    if not len(known):
-        return values[:0]
-    return values[known[np.searchsorted(known, values).clip(max=len(known) - 1)] == values]
-
-
-def _digest(corpus: Corpus, document: int) -> int:
-    start = corpus.offsets[document]
-    content = np.ascontiguousarray(corpus.tokens[start : start + corpus.lengths[document]]).tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def assign(corpus: Corpus, found: Found, tokens: int, drop_overlap: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -353,6 +263,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"leave out documents sharing {OVERLAP_WORDS} words in a row with an item",
     )
+    add("--workers", type=int, metavar="N", help="processes that search (default: one a core; with a model, this one)")
     add("--out", required=True, metavar="FOLDER", help="corpus folder to make; it shares the token file where it can")
     add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
 
@@ -361,6 +272,8 @@ def run(args: argparse.Namespace) -> Path:
     """Do what the command line asks for; returns the corpus folder."""
     fields = [name.strip() for name in args.item_fields.split(",") if name.strip()]
     items = read_items([Source.parse(argument) for argument in args.items], fields)
+    if args.workers is not None and args.workers < 1:
+        raise DataError(f"--workers {args.workers}: must be at least 1; leave it out for one a core")
     if args.tokens < 1:
         raise DataError(f"--tokens {args.tokens}: must be at least 1")
     return build(
@@ -371,5 +284,6 @@ def run(args: argparse.Namespace) -> Path:
         encoder=args.encoder,
         drop_overlap=args.drop_overlap,
         overwrite=args.overwrite,
+        workers=args.workers,
         console=Console(),
     )

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +41,7 @@ from megaopus.data.folder import new_folder, refuse_existing, work_folder
 from megaopus.data.sources import Fields, Source, SourceReader
 from megaopus.data.split import POOL, Scan, SplitRule, scan
 from megaopus.data.tokenizer import EOD, SMALLEST_VOCABULARY, eod_id, load_tokenizer, train_tokenizer, vocabulary_size
+from megaopus.data.workers import cores
 from megaopus.errors import DataError
 
 Advance = Callable[[int], None]
@@ -101,7 +101,7 @@ def prepare(
     sizes = [source.size() for source in sources]
     total = sum(sizes) if all(sizes) else None  # the hub's are not known beforehand
     if workers is None:
-        workers = 1 if total is not None and total < _LITTLE else _cores()
+        workers = 1 if total is not None and total < _LITTLE else cores()
     plan = _plan(sources, given, vocab_size, eod_token, rule)
     with _progress(console) as stage, work_folder(out, plan, console) as work:
         scanned = _scanned(work, sources, rule, lambda: stage("reading", total))
@@ -110,7 +110,7 @@ def prepare(
         advance = stage("encoding", scanned.characters, "M characters/s")
         entries = _entries(sources, scanned)
         dtype, eod = _token_dtype(made), eod_id(made, eod_token, "tokenizer")
-        parts = encode(entries, work, work / TOKENIZER, eod, dtype.str, workers, advance)
+        parts = encode(entries, work, work / TOKENIZER, eod, dtype.str, workers, scanned.characters, advance)
         with new_folder(out, console) as folder:
             shutil.copyfile(work / TOKENIZER, folder / TOKENIZER)
             lengths = _join(folder, parts, scanned, dtype)
@@ -146,11 +146,6 @@ def _progress(console: Console) -> Iterator[Callable[..., Advance]]:
             return advance
 
         yield stage
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _plan(sources: Sequence[Source], given: Tokenizer | None, vocab_size: int, eod_token: str, rule: SplitRule) -> str:

@@ -151,6 +151,7 @@ class SourceReader:
         """Documents left out because their text is empty or white space only."""
         self._digest = hashlib.sha256()
         self._report = on_bytes
+        self._single_domain = source.single_domain  # looks at the disk
 
     @property
     def sha256(self) -> str:
@@ -236,7 +237,7 @@ class SourceReader:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
 
     def _plain_text(self, name: str, path: Path) -> Iterator[Document]:
-        domain = self.source.single_domain
+        domain = self._single_domain
         for content in self._lines(path, whole=True):
             yield Document(f"{domain}/{name}", domain, _decoded(content, str(path), first=True), 0, {})
 
@@ -293,7 +294,7 @@ class SourceReader:
     def _of_row(self, row: dict, name: str, line: int, place: str) -> Document:
         fields = self.source.fields
         _checked(row, place, fields)
-        domain = self.source.domain or _label(row, fields.domain, place) or self.source.single_domain
+        domain = self.source.domain or _label(row, fields.domain, place) or self._single_domain
         identity = _label(row, fields.id, place) or f"{domain}/{name}:{line}"
         columns = {key: _column(row, key, place) for key in fields.keep}
         return Document(identity, domain, row[fields.text], line, columns)

@@ -15,11 +15,12 @@ import pytest
 from rich.console import Console
 
 from megaopus.__main__ import main
-from megaopus.data import bench_proxy
-from megaopus.data.bench_proxy import Item, build, read_items
+from megaopus.data import bench_proxy, search
+from megaopus.data.bench_proxy import build, read_items
 from megaopus.data.corpus import ROWS, Corpus
 from megaopus.data.nearness import HashedTfidf, shared_runs
 from megaopus.data.prepare import prepare
+from megaopus.data.search import Item
 from megaopus.data.sequences import Sequences
 from megaopus.data.sources import Source
 from megaopus.data.split import SplitRule
@@ -152,10 +153,11 @@ def test_the_nearest_become_the_proxy_and_leave_the_pool(
 
 
 def test_a_killed_run_goes_on(corpus: Corpus, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_proxy, "_CHUNK", 30)
+    monkeypatch.setattr(bench_proxy, "CHUNK", 30)
     asked = read_items([Source(items)], ["query", "choices"])
-    whole = Corpus.open(build(corpus, asked, tmp_path / "whole", tokens=600)).fingerprint
-    digest, calls = bench_proxy._digest, []
+    shared = build(corpus, asked, tmp_path / "whole", tokens=600, workers=2)
+    whole = Corpus.open(shared).fingerprint
+    digest, calls = search._digest, []
 
     def interrupted(*args: object) -> int:
         calls.append(args)
@@ -164,15 +166,15 @@ def test_a_killed_run_goes_on(corpus: Corpus, items: Path, tmp_path: Path, monke
         return digest(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench_proxy, "_digest", interrupted)
+        patch.setattr(search, "_digest", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            build(corpus, asked, tmp_path / "new", tokens=600)
+            build(corpus, asked, tmp_path / "new", tokens=600, workers=1)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".new.work").glob("near-*.npz")}
     assert len(kept) == 3
     calls.clear()
     counted = lambda *args: calls.append(args) or digest(*args)  # noqa: E731
-    monkeypatch.setattr(bench_proxy, "_digest", counted)
-    assert Corpus.open(build(corpus, asked, tmp_path / "new", tokens=600)).fingerprint == whole
+    monkeypatch.setattr(search, "_digest", counted)
+    assert Corpus.open(build(corpus, asked, tmp_path / "new", tokens=600, workers=1)).fingerprint == whole
     assert len(calls) == (corpus.split_codes != 2).sum() - 90
     assert not (tmp_path / ".new.work").exists()
 
