@@ -41,29 +41,43 @@ Text = tuple[str, str]  # id, text
 def ensure_pool(name: str, data: Path, folder: Path, console: Any = None) -> list[str]:
     """The settings that train on pool ``name``; its corpora are prepared under ``folder`` if they are not there."""
     corpus = folder / name
-    books = list(_read(data / "books.jsonl.gz"))
-    random.Random(0).shuffle(books)
     if name == "clean":
-        authors = sorted({key.split("/")[0] for key, _ in books})
-        others = set(authors[::2])
-        parts = {
-            "books": [text for text in books if text[0].split("/")[0] not in others],
-            "other_books": [text for text in books if text[0].split("/")[0] in others],
-        }
-        _prepare(corpus, {"books": parts["books"]}, ("books",), None, console)
-        # the same rule keeps the same documents out of the pool, so that both can be validated on
-        _prepare(folder / "clean_held_out", parts, ("other_books",), corpus / TOKENIZER, console)
         held_out = folder / "clean_held_out"
+        # the same fractions keep the same documents out of the pool, so that both can be validated on
+        prepare_texts(corpus, lambda: {"books": _by_authors(data)["books"]}, _rule("books"), None, console)
+        prepare_texts(held_out, lambda: _by_authors(data), _rule("other_books"), corpus / TOKENIZER, console)
         return [f"data.path={corpus}", "data.wanted=[other_books]"] + [
             f"data.{split}_path={held_out}" for split in ("proxy", "validation")
         ]
-    if not (corpus / MANIFEST).is_file():
-        _prepare(corpus, _mixed(books, data) if name == "mixed" else _hard(books), (WANTED,), None, console)
+    parts = mixed if name == "mixed" else hard
+    prepare_texts(corpus, lambda: parts(data), _rule(WANTED), None, console)
     return [f"data.path={corpus}", f"data.wanted=[{WANTED}]"]
 
 
-def _mixed(books: Sequence[Text], data: Path) -> dict[str, list[Text]]:
-    rest = iter(books)
+def _rule(wanted: str) -> SplitRule:
+    return SplitRule(PROXY_FRACTION, VALIDATION_FRACTION, (wanted,))
+
+
+def _books(data: Path) -> list[Text]:
+    books = list(_read(data / "books.jsonl.gz"))
+    random.Random(0).shuffle(books)
+    return books
+
+
+def _by_authors(data: Path) -> dict[str, list[Text]]:
+    """Books of every other author, and the others."""
+    books = _books(data)
+    authors = sorted({key.split("/")[0] for key, _ in books})
+    others = set(authors[::2])
+    return {
+        "books": [text for text in books if text[0].split("/")[0] not in others],
+        "other_books": [text for text in books if text[0].split("/")[0] in others],
+    }
+
+
+def mixed(data: Path) -> dict[str, list[Text]]:
+    """Texts of each domain."""
+    rest = iter(_books(data))
     parts = {"books": _take(rest, MIXED["books"])}
     code = iter(list(_read(data / "code.jsonl.gz")))
     parts["code"] = _take(code, MIXED["code"])
@@ -74,7 +88,9 @@ def _mixed(books: Sequence[Text], data: Path) -> dict[str, list[Text]]:
     return parts
 
 
-def _hard(books: Sequence[Text]) -> dict[str, list[Text]]:
+def hard(data: Path) -> dict[str, list[Text]]:
+    """Texts of each domain."""
+    books = _books(data)
     rest = iter(books)
     parts = {domain: _take(rest, limit) for domain, limit in HARD.items()}
     ranked = ranks(text for _, text in books)
@@ -159,19 +175,19 @@ def _take(texts: Iterator[Text], limit: int) -> list[Text]:
     return kept
 
 
-def _prepare(
-    out: Path, domains: dict[str, list[Text]], wanted: tuple[str, ...], tokenizer: Path | None, console: Any
+def prepare_texts(
+    out: Path, parts: Callable[[], dict[str, list[Text]]], rule: SplitRule, tokenizer: Path | None, console: Any
 ) -> None:
+    """A corpus of ``parts`` (domain -> texts) under ``out``, if it is not there."""
     if (out / MANIFEST).is_file():
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
         sources = []
-        for domain, texts in domains.items():
+        for domain, texts in parts().items():
             path = Path(place) / f"{domain}.jsonl"
             with path.open("w", encoding="utf-8") as stream:
                 for key, text in texts:
                     stream.write(json.dumps({"id": key, "domain": domain, "text": text}, ensure_ascii=False) + "\n")
             sources.append(Source(path, domain))
-        rule = SplitRule(PROXY_FRACTION, VALIDATION_FRACTION, wanted)
         prepare(sources, out, vocab_size=VOCAB_SIZE, tokenizer=tokenizer, rule=rule, console=console)

@@ -29,7 +29,19 @@ from rich.table import Table
 
 from benchmarks.common import machine, parser, progress, start, write_results
 from benchmarks.pools import ensure_pool
-from benchmarks.study import Results, Task, p_value, run_of, step_costs, task, train_all
+from benchmarks.study import (
+    COMMON,
+    SCORED,
+    Results,
+    Task,
+    mean_share,
+    p_value,
+    run_of,
+    spread,
+    step_costs,
+    task,
+    train_all,
+)
 from megaopus.build import Corpora
 from megaopus.config import compose
 from megaopus.data.traits import ensure_traits
@@ -38,7 +50,6 @@ from megaopus.demo import ensure_corpus
 from megaopus.monitor.compare import aggregate, compare
 
 POOLS = ("demo", "mixed", "hard", "clean")
-SCORED = "selection.score_length=64"  # a quarter of a sequence
 UNKNOWING = ("selection.prescreen.prior=0",)  # what is promising is learnt from utilities alone
 ARMS: dict[str, tuple[str, ...]] = {
     "uniform": ("selection=uniform",),
@@ -62,16 +73,6 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": ("optim=adamw", "optim.lr=2e-3"),
     "muon": ("optim=muon", "optim.lr=8e-3", "optim.matrix_lr=0.01"),
 }
-MODEL = ("model=tiny", "model.hidden_size=192", "model.num_heads=6")
-COMMON = (
-    *MODEL,
-    "data.seq_len=256",
-    "train.global_batch_size=8",
-    "train.micro_batch_size=8",
-    "optim.schedule=cosine",
-    "optim.warmup_steps=50",
-    "logging.every=50",
-)
 
 
 @dataclass(frozen=True)
@@ -192,9 +193,7 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
                     name: statistics.fmean(pair.final_domains[name] for pair in pairs)
                     for name in pairs[0].final_domains
                 },
-                "share": {
-                    name: statistics.fmean(found[s]["share"][name] for s in seeds) for name in found[seeds[0]]["share"]
-                },
+                "share": mean_share([found[seed] for seed in seeds]),
                 "unique_share": statistics.fmean(found[seed]["unique_share"] for seed in seeds),
             }
         )
@@ -221,21 +220,15 @@ def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
                 row["optimizer"],
                 row["arm"],
                 str(row["seeds"]),
-                _spread(row["tokens_ratio"], row["tokens_ratio_std"], 2),
-                _spread(row["time_ratio"], None, 2),
-                _spread(row["step_cost"], None, 2),
-                _spread(row["final_loss"], row["final_loss_std"], 3),
-                _spread(row["p_uniform"], None, 3),
-                _spread(row["p_dsir"], None, 3),
+                spread(row["tokens_ratio"], row["tokens_ratio_std"], 2),
+                spread(row["time_ratio"], None, 2),
+                spread(row["step_cost"], None, 2),
+                spread(row["final_loss"], row["final_loss_std"], 3),
+                spread(row["p_uniform"], None, 3),
+                spread(row["p_dsir"], None, 3),
                 f"{row['unique_share']:.0%}",
             )
         console.print(table)
-
-
-def _spread(mean: float | None, std: float | None, digits: int) -> str:
-    if mean is None:
-        return "-"
-    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 
 
 def draw(study: Study, folder: Path) -> None:

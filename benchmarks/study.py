@@ -34,6 +34,19 @@ from megaopus.monitor.health import StopSignal
 from megaopus.monitor.sinks import read_rows
 from megaopus.selection.prescreen import Prescreen
 
+SCORED = "selection.score_length=64"
+"""A quarter of a sequence."""
+MODEL = ("model=tiny", "model.hidden_size=192", "model.num_heads=6")
+COMMON = (
+    *MODEL,
+    "data.seq_len=256",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=8",
+    "optim.schedule=cosine",
+    "optim.warmup_steps=50",
+    "logging.every=50",
+)
+
 
 class Results:
     """Rows of finished runs and timings, one JSON line each, added as they come."""
@@ -266,3 +279,15 @@ def p_value(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]])
         return None
     finals = [[compare(run_of(arm[s]), run_of(arm[s])).final_loss for s in seeds] for arm in (first, second)]
     return paired_t_test(*finals)
+
+
+def mean_share(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Share of each domain among the picks, over runs."""
+    return {name: statistics.fmean(row["share"][name] for row in rows) for name in rows[0]["share"]}
+
+
+def spread(mean: float | None, std: float | None, digits: int) -> str:
+    """As a table's cell; - for what there is not."""
+    if mean is None:
+        return "-"
+    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
