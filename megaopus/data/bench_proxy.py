@@ -138,8 +138,9 @@ def assign(corpus: Corpus, found: Found, tokens: int, drop_overlap: bool) -> tup
     copies = np.isin(found.digest, found.digest[chosen])
     splits[found.documents[copies]] = LEFT_OUT
     splits[found.documents[chosen]] = PROXY
-    if not (splits == POOL).any():
-        raise DataError(f"a proxy of {tokens:,} tokens leaves no pool; use fewer --tokens")
+    proxy, pool = (int(corpus.lengths[splits == code].sum()) for code in (PROXY, POOL))
+    if proxy > pool:
+        raise DataError(f"a proxy of {proxy:,} tokens is larger than the pool it leaves, {pool:,}; use fewer --tokens")
     return splits, chosen
 
 

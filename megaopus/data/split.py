@@ -131,10 +131,16 @@ def scan(sources: Sequence[Source], rule: SplitRule, on_bytes: Callable[[int], N
     order = np.array([result.domains.index(name) for name in names], dtype=np.uint16)
     result.domain_codes = order[np.frombuffer(codes, dtype=np.uint16)]
     result.split_codes = np.frombuffer(bytes(splits), dtype=np.uint8)
-    if not (result.split_codes == POOL).any():
+    pool, proxy = ((result.split_codes == code).sum() for code in (POOL, PROXY))
+    if not pool:
         raise DataError(
             f"none of the {len(splits):,} documents is in the pool; add documents, or lower the proxy and validation "
             "fractions"
+        )
+    if proxy > pool:
+        raise DataError(
+            f"a proxy of {proxy:,} documents is larger than the pool of {pool:,} that it is to guide; lower the proxy "
+            "fraction"
         )
     return result
 

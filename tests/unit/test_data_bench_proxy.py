@@ -209,7 +209,7 @@ def test_mistakes_are_named(corpus: Corpus, items: Path, tmp_path: Path) -> None
         read_items([Source(items)], ["goal"])
     with pytest.raises(DataError, match="no document fits a proxy of 3 tokens"):
         build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=3)
-    with pytest.raises(DataError, match="leaves no pool; use fewer --tokens"):
+    with pytest.raises(DataError, match="larger than the pool it leaves, 0; use fewer --tokens"):
         build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=10**9)
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(DataError, match=r"notes\.txt: not a table"):

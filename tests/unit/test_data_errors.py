@@ -12,6 +12,7 @@ import zstandard
 
 from megaopus.data.corpus import CODE_DTYPE, Corpus, fingerprint_of, sha256_file
 from megaopus.data.prepare import prepare
+from megaopus.data.sequences import Sequences
 from megaopus.data.sources import Source
 from megaopus.data.split import SplitRule
 from megaopus.errors import DataError
@@ -98,9 +99,38 @@ def test_bad_settings(tmp_path):
         prepare([source], tmp_path / "c", rule=SplitRule(wanted=("x",)))
     with pytest.raises(DataError, match="none of the 1 documents is in the pool"):
         prepare([source], tmp_path / "c", rule=SplitRule(0, 0.999999))
+    (tmp_path / "n.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(40)))
+    with pytest.raises(DataError, match=r"a proxy of \d+ documents is larger than the pool of \d+ .*lower the proxy"):
+        prepare([Source(tmp_path / "n.jsonl")], tmp_path / "c", rule=SplitRule(0.9, 0))
     with pytest.raises(DataError, match="--source =x: not understood; write PATH or DOMAIN=PATH"):
         Source.parse("=x")
     assert not (tmp_path / "c").exists()
+
+
+def test_documents_of_odd_sizes(tmp_path):
+    """One letter, and a document many times as long as a batch or chunk of text: whole, in order, in their domains."""
+    giant = "".join(f"{i * 7919 % 10007} " for i in range(250_000))
+    texts = ["a", giant, "b", "an ordinary document", "\n.\n"]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    made = [
+        prepare(
+            [Source(tmp_path / "s.jsonl")], tmp_path / f"c{workers}", vocab_size=300, workers=workers, rule=NO_SPLIT
+        )
+        for workers in (1, 2)
+    ]
+    corpora = [Corpus.open(folder, verify=True) for folder in made]
+    assert corpora[0].fingerprint == corpora[1].fingerprint
+    tokenizer = corpora[0].tokenizer()
+    places = zip(corpora[0].offsets, corpora[0].lengths, strict=True)
+    found = [corpora[0].tokens[start : start + length - 1] for start, length in places]
+    assert [tokenizer.decode(tokens.tolist()) for tokens in found] == texts
+    assert len(found[0]) == 1
+    sequences = Sequences(corpora[0], "pool", 64)
+    assert len(sequences) == (corpora[0].lengths.sum() - 1) // 64
+    assert sequences.documents_of(0) == ["s/s.jsonl:1", "s/s.jsonl:2"]
+
+
+NO_SPLIT = SplitRule(0, 0)
 
 
 @pytest.fixture(scope="module")
