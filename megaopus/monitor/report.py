@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="compare after N updates, the warm-up that all runs share (default: where the last of them begins)",
     )
+    parser.add_argument(
+        "--replay",
+        metavar="STEP[,STEP...]",
+        help="instead of a page: make the picks of these steps (or all) again from the record of one run, and say "
+        "whether they are the same; exit status 1 if not, 3 if some step's record is not enough",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
