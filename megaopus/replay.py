@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megaopus.errors import ConfigError, DataError
+from megaopus.errors import DataError
 from megaopus.monitor.choices import FOLDER, SCHEMA, first_step, parts, read_part, steps_of
 from megaopus.monitor.sinks import read_rows
 
@@ -220,23 +220,18 @@ class Record:
         return candidate_stream(config, corpora).at, proxy
 
 
-def texts_of(run_dir: Path, sequences: Sequence[int], length: int = 600) -> tuple[list[tuple[str, str]], str]:
-    """([(ids of the documents it is of, its first ``length`` characters)] of each of a run's sequences, why there are none).
+def texts_of(run_dir: Path, sequences: Sequence[int]) -> list[tuple[str, str]]:
+    """(ids of the documents that it is of, its text) of each of a run's ``sequences``.
 
-    One of the two is empty.
+    Raises DataError or ConfigError, which say why, where the corpus is not what the run read.
     """
-    try:
-        record = Record(run_dir)
-        corpora = record.corpora(max(record.facts, default=0))
-    except (DataError, ConfigError) as error:
-        return [], str(error)
+    record = Record(run_dir)
+    corpora = record.corpora(max(record.facts, default=0))
     if corpora is None:
-        return [], record.gone
-    tokenizer, found = corpora.pool.corpus.tokenizer(), []
-    for number in sequences:
-        text = tokenizer.decode(corpora.pool.tokens([number])[0].tolist(), skip_special_tokens=False)
-        found.append((", ".join(corpora.pool.documents_of(number)), text[:length]))
-    return found, ""
+        raise DataError(record.gone)
+    tokenizer, pool = corpora.pool.corpus.tokenizer(), corpora.pool
+    texts = [tokenizer.decode(tokens, skip_special_tokens=False) for tokens in pool.tokens(sequences)[:, :-1].tolist()]
+    return [(", ".join(pool.documents_of(n)), text) for n, text in zip(sequences, texts, strict=True)]
 
 
 def _other_candidates(rows: pa.Table, buffer: CandidateBuffer) -> str:
@@ -271,7 +266,8 @@ def _differences(rows: pa.Table, facts: dict[str, Any], found: Selection, *, sco
         known = rows["utility"].is_valid().to_numpy()
         wanted = np.zeros(len(ids), dtype=bool) if found.scored is None else found.scored.numpy()
         if (known != wanted).any():
-            said.append(f"other candidates were scored: {ids[known & ~wanted].tolist()}, {ids[wanted & ~known].tolist()}")
+            more, less = ids[known & ~wanted].tolist(), ids[wanted & ~known].tolist()
+            said.append(f"other candidates were scored: in the record only {more}, when made again only {less}")
     p = found.probabilities.numpy()
     if (wrong := ~np.isclose(rows["probability"].to_numpy(), p, rtol=TOLERANCE, atol=1e-12)).any():
         first = int(np.flatnonzero(wrong)[0])

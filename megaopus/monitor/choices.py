@@ -195,7 +195,7 @@ def _known(choices: Choices, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    """``table`` under the name ``path``, all of it or nothing; readers of the folder skip names that begin with a dot."""
+    """``table`` as ``path``, all of it or nothing; who reads the folder skips names that begin with a dot."""
     temporary = path.with_name(f".{path.stem}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

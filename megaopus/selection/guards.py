@@ -15,7 +15,6 @@ from megaopus.selection import noise
 from megaopus.selection.backend import Batch, Candidates
 from megaopus.selection.candidates import tensors_of
 
-
 PAIRS = "different token pairs"
 """What the alarm of ``alarm_of_pairs`` speaks of, and no other."""
 

@@ -139,8 +139,8 @@ class _Scores:
         if self._config.redundancy > 0:
             n = len(buffer)
             raise NotOnRecord(
-                f"redundancy={self._config.redundancy:g} needs the Gram matrix of the updates, {n} x {n} numbers "
-                f"({8 * n * n / 1e6:.3g} MB) a step"
+                f"the Gram matrix of the updates (redundancy={self._config.redundancy:g}), {n} x {n} numbers a step, "
+                f"{8 * n * n / 1e6:.3g} MB, which is not kept"
             )
         return self._utilities[_positions(self._ids, buffer.ids.cpu())], None
 

@@ -44,9 +44,9 @@ class Selection:
     """(N,) int64 times that each would have been trained on in the window if it were picked now; None: not counted, or
     counted in an earlier step (``score_every``)."""
     probabilities: Tensor
-    """(N,) float64 that add up to 1: softmax(utility as used / temperature) over the candidates that may be picked (0 for
-    others), whatever the sampler: the chance of each at the first draw, before any redundancy term. 'uniform': the same
-    for each that may be picked. With ``score_every`` those of the buffer when its picks were made."""
+    """(N,) float64 that add up to 1: softmax(utility as used / temperature) over the candidates that may be picked (0
+    for others), whatever the sampler: the chance of each at the first draw, before any redundancy term. 'uniform': the
+    same for each that may be picked. With ``score_every`` those of the buffer when its picks were made."""
     correlation: float | None
     """Rank correlation of standing with the utilities of uniform draws, the latest of them."""
     method: str
