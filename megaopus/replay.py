@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megaopus.errors import DataError
-from megaopus.monitor.choices import FOLDER, SCHEMA, first_step, parts, read_part, steps_of
+from megaopus.monitor.choices import FOLDER, SCHEMA, Table, first_step, parts, read_part, steps_of
 from megaopus.monitor.sinks import read_rows
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from torch import Tensor
 
     from megaopus.build import Corpora
@@ -80,7 +79,7 @@ class Record:
         self.gone = ""
         """Why the corpus cannot be asked, if it was wanted and cannot."""
         self._corpora: dict[Path, Corpora | None] = {}
-        self._part: tuple[Path, pa.Table, dict[int, slice]] | None = None
+        self._part: tuple[Path, Table, dict[int, slice]] | None = None
 
     def replay(self, step: int) -> tuple[str, str]:
         """(outcome, in words) of the picks of ``step`` made again."""
@@ -154,7 +153,7 @@ class Record:
         """The settings that ``step`` was taken with. Raises DataError if they cannot be read."""
         return _config(self._launch(step) / "config.yaml")
 
-    def rows(self, step: int) -> pa.Table:
+    def rows(self, step: int) -> Table:
         """The candidates of ``step`` in the log; no row where there are none."""
         if self._part is None or step not in self._part[2]:
             found = [path for path in parts(self.path / FOLDER) if first_step(path) <= step]
@@ -234,7 +233,7 @@ def texts_of(run_dir: Path, sequences: Sequence[int]) -> list[tuple[str, str]]:
     return [(", ".join(pool.documents_of(n)), text) for n, text in zip(sequences, texts, strict=True)]
 
 
-def _other_candidates(rows: pa.Table, buffer: CandidateBuffer) -> str:
+def _other_candidates(rows: Table, buffer: CandidateBuffer) -> str:
     """How the candidates in the log are not those of the stream, in words."""
     names = np.array(buffer.domain_names)[buffer.domains]
     for what, here, there in (
@@ -253,7 +252,7 @@ def _other_candidates(rows: pa.Table, buffer: CandidateBuffer) -> str:
     return ""
 
 
-def _differences(rows: pa.Table, facts: dict[str, Any], found: Selection, *, scored: bool) -> str:
+def _differences(rows: Table, facts: dict[str, Any], found: Selection, *, scored: bool) -> str:
     """How the picks made again are not those recorded, in words; ``scored``: the step scored its own buffer."""
     ids = rows["id"].to_numpy()
     here, there = (set(ids[at].tolist()) for at in (rows["picked"].to_numpy(), found.indices.numpy()))
@@ -281,7 +280,7 @@ def _differences(rows: pa.Table, facts: dict[str, Any], found: Selection, *, sco
     return "; ".join(said)
 
 
-def _column(rows: pa.Table, name: str) -> Tensor | None:
+def _column(rows: Table, name: str) -> Tensor | None:
     """(N,) of a column, nan where a float is null; None where all are."""
     column = rows[name]
     if column.null_count == len(column):

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from megaopus.errors import DataError
 from megaopus.monitor.base import Choices
 
+Table = pa.Table
 FOLDER = "choices"
 PART_ROWS = 1 << 17
 """Rows after which a part is written; some 10 MB of memory."""
