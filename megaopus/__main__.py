@@ -135,6 +135,8 @@ def report(arguments: list[str]) -> int:
     from megaopus import replay
 
     if args.replay is not None:
+        if args.out or args.start_step is not None:
+            parser.error("--replay writes no page: leave --out and --start-step out")
         return replay.run(args.runs, args.replay)
     reporter.run(args, replay.texts_of)
     return 0

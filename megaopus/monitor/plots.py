@@ -97,6 +97,10 @@ def _figure(rows: int = 1, columns: int = 1, height: float = 3.9) -> tuple[Figur
     return figure, axes
 
 
+def _line(axis: Axes, x: Sequence[float], y: Sequence[float], ink: Ink, marker: str = "") -> None:
+    axis.plot(x, y, color=ink.colour, linewidth=ink.width, marker=marker, label=ink.label)
+
+
 def _labels(axis: Axes, x: str, y: str, title: str = "") -> None:
     axis.set_xlabel(x, fontsize=STYLE_PT["label"])
     axis.set_ylabel(y, fontsize=STYLE_PT["label"])
@@ -146,7 +150,7 @@ def loss_figure(
     for name, curve in curves.items():
         x = [place(curve, *point) for point in zip(curve.tokens, curve.time_s, strict=True)]
         axis.plot(x, curve.raw, ".", color=ink[name].colour, alpha=0.3, markersize=5)
-        axis.plot(x, curve.losses, color=ink[name].colour, linewidth=ink[name].width, label=ink[name].label)
+        _line(axis, x, curve.losses, ink[name])
     if baseline is not None and baseline in curves:
         target = curves[baseline].losses[-1]
         if math.isfinite(target):
@@ -279,13 +283,7 @@ def ess_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRow
         x = [tokens.get(row.step, math.nan) for row in part]
         y = [row.ess / max(row.candidates, 1) for row in part]
         axis.plot(x, y, color=ink[name].colour, alpha=0.25, linewidth=0.8)
-        axis.plot(
-            x,
-            smooth(y, smoothing_window(len(y))),
-            color=ink[name].colour,
-            linewidth=ink[name].width,
-            label=ink[name].label,
-        )
+        _line(axis, x, smooth(y, smoothing_window(len(y))), ink[name])
     axis.axhline(1, color="black", linestyle="--", linewidth=1, label="uniform sampling")
     axis.set_ylim(0, 1.08)
     _percent_axis(axis)
@@ -302,13 +300,7 @@ def train_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: in
         steps = [record for record in run.steps if record.step >= start_step and math.isfinite(record.loss)]
         if steps:
             y = running_median([record.loss for record in steps])
-            axis.plot(
-                [record.tokens for record in steps],
-                y,
-                color=ink[name].colour,
-                linewidth=ink[name].width,
-                label=ink[name].label,
-            )
+            _line(axis, [record.tokens for record in steps], y, ink[name])
     _token_axis(axis)
     _labels(axis, "update tokens", f"training {LOSS}")
     _legend_once(axis)
@@ -348,17 +340,17 @@ def repeat_figure(runs: Mapping[str, Run], digests: Mapping[str, Digest], ink: M
         tokens = _step_tokens(runs[name])
         share = smooth([share for _, share in found.again], smoothing_window(len(found.again)))
         highest = max(highest, *share)
-        axis.plot(
-            [tokens.get(step, math.nan) for step, _ in found.again],
-            share,
-            color=ink[name].colour,
-            linewidth=ink[name].width,
-            label=ink[name].label,
-        )
-    axis.set_ylim(0, min(1.05, 1.15 * highest))
+        _line(axis, [tokens.get(step, math.nan) for step, _ in found.again], share, ink[name])
+    return _share_of_each_step(figure, min(1.05, 1.15 * highest), "picks trained on before")
+
+
+def _share_of_each_step(figure: Figure, top: float, label: str) -> Figure:
+    """The figure, its one panel dressed as shares over update tokens."""
+    (axis,) = figure.axes
+    axis.set_ylim(0, top)
     _percent_axis(axis)
     _token_axis(axis)
-    _labels(axis, "update tokens", "picks trained on before")
+    _labels(axis, "update tokens", label)
     _legend_once(axis)
     return figure
 
@@ -408,19 +400,8 @@ def overhead_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step:
         training = running_sum([record.step_s - record.select_s for record in steps])
         share = [s / t for s, t in zip(selecting, training, strict=True)]
         highest = max(highest, *share)
-        axis.plot(
-            [record.tokens for record in steps],
-            share,
-            color=ink[name].colour,
-            linewidth=ink[name].width,
-            label=ink[name].label,
-        )
-    axis.set_ylim(0, max(0.01, 1.15 * highest))
-    _percent_axis(axis)
-    _token_axis(axis)
-    _labels(axis, "update tokens", "selection time\n(share of training time)")
-    _legend_once(axis)
-    return figure
+        _line(axis, [record.tokens for record in steps], share, ink[name])
+    return _share_of_each_step(figure, max(0.01, 1.15 * highest), "selection time\n(share of training time)")
 
 
 def domain_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: int) -> Figure:
@@ -433,7 +414,7 @@ def domain_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: i
         for name, run in runs.items():
             records = [record for record in run.validations if record.step >= start_step and domain in record.domains]
             x, y = [record.tokens for record in records], [record.domains[domain] for record in records]
-            axis.plot(x, y, color=ink[name].colour, linewidth=ink[name].width, marker=".", label=ink[name].label)
+            _line(axis, x, y, ink[name], marker=".")
         low, high = axis.get_ylim()
         if high - low < MIN_LOSS_SPAN:  # or noise would fill the panel like a difference that matters
             axis.set_ylim((low + high - MIN_LOSS_SPAN) / 2, (low + high + MIN_LOSS_SPAN) / 2)

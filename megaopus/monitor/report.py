@@ -9,6 +9,7 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megaopus.errors import DataError
 from megaopus.monitor import sections
@@ -338,6 +339,27 @@ class _Page:
                 "Loss of the batches trained on (running median): of other text in each run, so not to be compared."
             )
             found.append((plots.train_figure(self.runs, self.inks, self.start_step), caption))
+        found += self._selection_figures()
+        if any(record.select_s > 0 for each in self.runs.values() for record in each.steps):
+            caption = "Seconds spent choosing each batch over the other seconds of its step (running median)."
+            found.append((plots.overhead_figure(self.runs, self.inks, self.start_step), caption))
+        if any(len(record.domains) > 1 for each in self.runs.values() for record in each.validations):
+            caption = "Validation loss of each domain, as measured."
+            found.append((plots.domain_figure(self.runs, self.inks, self.start_step), caption))
+        figures = [
+            f'<figure><img alt="{html.escape(caption)}" src="{plots.to_png(picture)}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            for picture, caption in found
+        ]
+        first = 2 if self.curves else 0  # losses stand side by side, the others fill two columns
+        parts = "".join(figures[:first]), "".join(figures[first:])
+        if not figures:
+            return ""
+        return f'<h2>Curves</h2><div class="figures">{parts[0]}</div><div class="columns">{parts[1]}</div>'
+
+    def _selection_figures(self) -> list[tuple[Any, str]]:
+        """(picture, caption) of what was picked, and by what."""
+        plots, found = self.plots, []
         rows = {name: part for name, part in self.rows.items() if part}
         firsts = [arm.first for arm in self.arms]
         shown = rows or {name: self.runs[name].selections for name in firsts if self.runs[name].selections}
@@ -366,22 +388,7 @@ class _Page:
             )
             words = " ".join(f"{name}: {_agreement(part)}" for name, part in checked.items())
             found.append((plots.check_figure(self.runs, checked), caption + words))
-        if any(record.select_s > 0 for each in self.runs.values() for record in each.steps):
-            caption = "Seconds spent choosing each batch over the other seconds of its step (running median)."
-            found.append((plots.overhead_figure(self.runs, self.inks, self.start_step), caption))
-        if any(len(record.domains) > 1 for each in self.runs.values() for record in each.validations):
-            caption = "Validation loss of each domain, as measured."
-            found.append((plots.domain_figure(self.runs, self.inks, self.start_step), caption))
-        figures = [
-            f'<figure><img alt="{html.escape(caption)}" src="{plots.to_png(picture)}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-            for picture, caption in found
-        ]
-        first = 2 if self.curves else 0  # losses stand side by side, the others fill two columns
-        parts = "".join(figures[:first]), "".join(figures[first:])
-        if not figures:
-            return ""
-        return f'<h2>Curves</h2><div class="figures">{parts[0]}</div><div class="columns">{parts[1]}</div>'
+        return found
 
     def _domains(self) -> str:
         curves = {arm.first: self.curves[arm.first] for arm in self.arms if arm.first in self.curves}
