@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from megaopus.demo import picked_share
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.monitor.choices import pick_counts
 from megaopus.monitor.compare import Run, compare, load_run, paired_t_test
 from megaopus.monitor.health import StopSignal
 from megaopus.monitor.sinks import read_rows
@@ -134,15 +134,12 @@ def _trained(each: Task, folder: Path, threads: int) -> dict[str, Any]:
 
 def summary_of(run: Run) -> dict[str, Any]:
     """What the study keeps of a run: its validations, and what selection did."""
-    picked = Counter[int]()
-    with (run.path / "selection.jsonl").open() as rows:
-        for line in rows:
-            picked.update(json.loads(line)["picked_ids"])
+    picked = pick_counts(run.path)
     return {
         "tokens_per_step": run.steps[0].tokens,
         "step_s": statistics.median(row.step_s for row in run.steps),
         "share": picked_share(run),
-        "unique_share": len(picked) / picked.total(),
+        "unique_share": len(picked) / int(picked.sum()),
         "uniform_steps": sum(row.method == "uniform" for row in run.selections),
         "events": sum(bool(row.events) for row in run.selections),
         "validations": [asdict(each) for each in run.validations],
@@ -249,6 +246,8 @@ class Nobody:
     def event(self, text: str) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 def run_of(row: dict[str, Any]) -> Run:

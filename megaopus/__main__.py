@@ -121,16 +121,24 @@ def proxy(arguments: list[str]) -> int:
 
 
 def report(arguments: list[str]) -> int:
-    """Compare finished runs on one page."""
+    """Show runs on one page, or make their picks again from the record."""
     parser = _parser(
         "report",
         "Write a self-contained HTML page from run folders: losses, what was picked, and what it cost.",
-        "  python -m megaopus report runs/uniform runs/opus --out report.html",
+        "  python -m megaopus report runs/uniform runs/opus --out report.html\n"
+        "  python -m megaopus report runs/opus --replay 120,480",
     )
     from megaopus.monitor import report as reporter
 
     reporter.add_arguments(parser)
-    reporter.run(parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
+    from megaopus import replay
+
+    if args.replay is not None:
+        if args.out or args.start_step is not None:
+            parser.error("--replay writes no page: leave --out and --start-step out")
+        return replay.run(args.runs, args.replay)
+    reporter.run(args, replay.texts_of)
     return 0
 
 

@@ -65,7 +65,8 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal) -> int:
         check_identity(checkpoint, trainer.identity)
         trainer.restore(checkpoint)
     if mesh.rank == 0:
-        write_run_folder(config, run_dir, mesh)
+        first_step = 0 if checkpoint is None else checkpoint.step
+        write_run_folder(config, run_dir, mesh, first_step, trainer.identity["corpus"])
     monitor = Monitor(
         config.logging,
         run_dir,
@@ -93,7 +94,7 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
     selection = config.selection
     proxy = pool = None
     if selection.needs_proxy:
-        proxy = CandidateStream(corpora.proxy(), selection.proxy_batch_size, config.seed, "proxy").at
+        proxy = proxy_stream(config, corpora).at
     if selection.needs_pool:
         pool = CandidateStream(corpora.pool, selection.proxy_batch_size, config.seed, "contrast").at
     selector = Selector(
@@ -109,13 +110,7 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
     validation = corpora.validation.fixed(config.train.eval_sequences)
     return Trainer(
         engine=engine,
-        stream=CandidateStream(
-            corpora.pool,
-            config.buffer_size(),
-            config.seed,
-            serves=selection.score_every,
-            stages=parse_stages(config.data.weights),
-        ),
+        stream=candidate_stream(config, corpora),
         selector=selector,
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh),
         validation=validation,
@@ -127,6 +122,22 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
         tokens_per_step=config.train.global_batch_size * config.data.seq_len,
         eval_every=config.train.eval_every,
     )
+
+
+def candidate_stream(config: RunConfig, corpora: Corpora) -> CandidateStream:
+    """The buffers of a run."""
+    return CandidateStream(
+        corpora.pool,
+        config.buffer_size(),
+        config.seed,
+        serves=config.selection.score_every,
+        stages=parse_stages(config.data.weights),
+    )
+
+
+def proxy_stream(config: RunConfig, corpora: Corpora) -> CandidateStream:
+    """The proxy batches of a run."""
+    return CandidateStream(corpora.proxy(), config.selection.proxy_batch_size, config.seed, "proxy")
 
 
 def _is_wanted(wanted: list[str], candidates: Any) -> torch.Tensor:
@@ -268,8 +279,10 @@ def _derived(config: RunConfig, mesh: Mesh, corpora: Corpora, trainer: Trainer) 
     return " | ".join(parts)
 
 
-def write_run_folder(config: RunConfig, run_dir: Path, mesh: Mesh) -> None:
+def write_run_folder(config: RunConfig, run_dir: Path, mesh: Mesh, first_step: int, corpus: str) -> None:
     """config.yaml, environment.json and launch.sh: what this launch runs with, where, and how it was started.
+
+    ``first_step``: the first that it takes; ``corpus``: the pool's fingerprint.
 
     Each launch also keeps them under ``launches/NNN``, so that a resumed run still tells how it began.
     Raises CheckpointError if the folder cannot be written.
@@ -282,6 +295,8 @@ def write_run_folder(config: RunConfig, run_dir: Path, mesh: Mesh) -> None:
         "packages": {name: _version(name) for name in PACKAGES},
         "git": _git_revision(),
         "arguments": sys.argv[1:],
+        "first_step": first_step,
+        "corpus": corpus,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     contents = {

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
     from megaopus.monitor.compare import compare, load_run
     from megaopus.monitor.report import write_report
+    from megaopus.replay import texts_of
 
     console = Console()
     started = time.monotonic()
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
         runs,
         args.out / "report.html",
         title="megaopus demo: uniform against opus",
+        texts=texts_of,
         notes=[f"Both runs begin with the same weights and read the same stream of text; wanted domain: {WANTED}."],
     )
     print_table(console, uniform, opus, comparison)

@@ -8,15 +8,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from megaopus.engine.base import Engine, StepResult
-from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.monitor.base import Choices, SelectionRecord, StepRecord, ValidationRecord
 from megaopus.selection.backend import Candidates, Gradient
 
 
 class Buffer(Candidates, Protocol):
-    """Candidates that know their domains."""
+    """Candidates that know their sequences and domains."""
+
+    sequence_ids: np.ndarray
+
+    @property
+    def domains(self) -> np.ndarray: ...
+
+    @property
+    def domain_names(self) -> list[str]: ...
 
     def take(self, indices: Tensor) -> Buffer: ...
 
@@ -32,7 +41,10 @@ class Selected(Protocol):
 
     indices: Tensor
     utilities: Tensor | None
+    scored: Tensor | None
     standing: Tensor | None
+    exposures: Tensor | None
+    probabilities: Tensor
     correlation: float | None
     method: str
     ess: float
@@ -67,6 +79,8 @@ class MonitorLike(Protocol):
     def event(self, text: str) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 class Saved(Protocol):
@@ -136,10 +150,10 @@ class Trainer:
                 break
             self.update(monitor)
             if self.checkpointer.due(self.engine.step):
-                self._save()
+                self._save(monitor)
         if reason:
             monitor.note(f"{reason}: stopping after {self.engine.step} updates")
-        self._save()
+        self._save(monitor)
         return reason
 
     def update(self, monitor: MonitorLike) -> None:
@@ -212,9 +226,10 @@ class Trainer:
         )
         return None
 
-    def _save(self) -> None:
+    def _save(self, monitor: MonitorLike) -> None:
         if not self.updated:
             return
+        monitor.flush()
         groups, plain = split_state(self.selector.state_dict())
         state = {"time_s": self.time_s, "selector": plain, "identity": self.identity, "config": self.config}
         self.checkpointer.save(self.engine.step, self.engine, groups, state)
@@ -234,19 +249,33 @@ def _selection_record(step: int, candidates: Buffer, picked: Buffer, selection: 
     return SelectionRecord(
         step=step,
         method=selection.method,
-        candidate_ids=candidates.ids.tolist(),
-        utilities=_list(selection.utilities),
-        standing=_list(selection.standing),
+        candidates=len(candidates),
+        picked=len(picked),
         correlation=selection.correlation,
-        picked_ids=picked.ids.tolist(),
         share=picked.share(),
         pool_share=candidates.share(),
         ess=selection.ess,
         max_p_ratio=selection.max_p_ratio,
         events=selection.events,
+        choices=_choices(candidates, selection),
     )
 
 
-def _list(values: Tensor | None) -> list[float | None] | None:
-    """None for what was not scored."""
-    return None if values is None else [None if value != value else value for value in values.tolist()]
+def _choices(candidates: Buffer, selection: Selected) -> Choices:
+    def array(values: Tensor | None) -> np.ndarray | None:
+        return None if values is None else values.numpy()
+
+    picked = np.zeros(len(candidates), dtype=bool)
+    picked[selection.indices.numpy()] = True
+    return Choices(
+        ids=candidates.ids.numpy(),
+        sequences=candidates.sequence_ids,
+        domains=candidates.domains,
+        domain_names=candidates.domain_names,
+        picked=picked,
+        probabilities=selection.probabilities.numpy(),
+        utilities=array(selection.utilities),
+        scored=array(selection.scored),
+        standing=array(selection.standing),
+        exposures=array(selection.exposures),
+    )

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "check": ANY,
     "build": ANY,
     "demo": ANY,
+    "replay": ANY,
     "__main__": ANY,
 }
 ONLY_IN = {
@@ -38,6 +39,7 @@ ONLY_IN = {
     "wandb": {"monitor"},
     "tokenizers": {"data"},
     "matplotlib": {"monitor"},
+    "pyarrow": {"data", "monitor"},
     "pytorch_optimizer": {"optim"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,8 +1,11 @@
-"""What the monitor is told of each step; plain values only."""
+"""What the monitor is told of each step: plain values, and arrays for what there is of every candidate."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,20 +29,42 @@ class StepRecord:
 
 
 @dataclass(slots=True, kw_only=True)
+class Choices:
+    """The candidates of one step, arrays (N,) in the order of the buffer; see ``megaopus.selection.Selection``."""
+
+    ids: np.ndarray
+    """int64."""
+    sequences: np.ndarray
+    """int64, their numbers in the pool."""
+    domains: np.ndarray
+    """int64, index into ``domain_names``."""
+    domain_names: list[str]
+    picked: np.ndarray
+    """bool."""
+    probabilities: np.ndarray
+    """float64, of the first draw."""
+    utilities: np.ndarray | None = None
+    """float64 as estimated, before standardising; None, as ``scored``, in a step that scores nothing."""
+    scored: np.ndarray | None = None
+    """bool, what ``utilities`` is about."""
+    standing: np.ndarray | None = None
+    """float64, what a prescreen picks or screens by; None where there is none."""
+    exposures: np.ndarray | None = None
+    """int64, times trained on in the window if picked now; None where not counted."""
+
+
+@dataclass(slots=True, kw_only=True)
 class SelectionRecord:
     """What was chosen in one step, and why."""
 
     step: int
     method: str
     """What really chose: 'uniform' in a warm-up without a prior and after a fallback."""
-    candidate_ids: list[int]
-    utilities: list[float | None] | None
-    """As estimated, before standardising, None for what was not scored; None in a step that scores nothing."""
-    standing: list[float | None] | None = None
-    """What a prescreen picks or screens by; None where there is none."""
+    candidates: int
+    picked: int
+    """How many."""
     correlation: float | None = None
     """Of the predictor's latest predictions with the utilities of uniform draws."""
-    picked_ids: list[int]
     share: dict[str, float]
     """Share of each domain among the picks."""
     pool_share: dict[str, float]
@@ -56,6 +81,12 @@ class SelectionRecord:
     """Mean utility of the candidates: what a uniform draw would be predicted to gain."""
     realised_fall: float | None = None
     """Proxy loss before the update less that after it, in nats per token."""
+    choices: Choices | None = None
+    """Every candidate; None where it is not kept."""
+
+    def facts(self) -> dict[str, Any]:
+        """All but ``choices``."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "choices"}
 
 
 @dataclass(slots=True, kw_only=True)

@@ -25,7 +25,7 @@ Record = TypeVar("Record", StepRecord, ValidationRecord)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionRow:
-    """A row of selection.jsonl without its lists of candidates, of which only the lengths are kept."""
+    """A row of selection.jsonl."""
 
     step: int
     method: str
@@ -179,8 +179,8 @@ def _load_selections(path: Path) -> list[SelectionRow]:
                 SelectionRow(
                     step=int(row["step"]),
                     method=str(row["method"]),
-                    candidates=len(row["candidate_ids"]),
-                    picked=len(row["picked_ids"]),
+                    candidates=int(row["candidates"]),
+                    picked=int(row["picked"]),
                     share=_numbers(row["share"]),
                     pool_share=_numbers(row["pool_share"]),
                     ess=_number(row["ess"]),

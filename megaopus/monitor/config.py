@@ -15,7 +15,9 @@ class LoggingConfig:
     every: int = 10
     """Steps between progress lines; metrics.jsonl has every step."""
     selection: bool = True
-    """Write selection.jsonl: candidates, utilities and picks of every step."""
+    """Record every choice: selection.jsonl, a line per step, and choices/, a row per candidate (docs/report.md)."""
+    selection_every: int = 1
+    """Steps from one that keeps all its candidates in choices/ to the next; the picks of every step are kept."""
     wandb: str = "off"
     wandb_project: str = "megaopus"
 
@@ -23,5 +25,7 @@ class LoggingConfig:
         """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
         if self.every < 1:
             yield "every", "must be at least 1", "10 is usual"
+        if self.selection_every < 1:
+            yield "selection_every", "must be at least 1", "1 keeps all candidates; selection=false records nothing"
         if self.wandb not in WANDB_MODES:
             yield "wandb", "unknown choice", f"use one of: {', '.join(WANDB_MODES)}"

@@ -122,8 +122,8 @@ class Console:
 
     def _selection_parts(self, time_share: float) -> list[tuple[str, str]]:
         last = self._selections[-1]
-        number = len(last.candidate_ids)
-        text = f"sel {time_share:.1%} time, keep {len(last.picked_ids) / max(number, 1):.2f}"
+        number = last.candidates
+        text = f"sel {time_share:.1%} time, keep {last.picked / max(number, 1):.2f}"
         if last.method == "uniform":
             return [(text + ", uniform", "magenta")]
         parts = [(f"{text}, ess {last.ess:.0f}/{number}", "magenta")]

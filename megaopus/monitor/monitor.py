@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.monitor.choices import FOLDER, ChoiceSink
 from megaopus.monitor.config import LoggingConfig
 from megaopus.monitor.console import Console
 from megaopus.monitor.sinks import JsonlSink, WandbSink, read_rows
 
 
 class Monitor:
-    """Writes metrics.jsonl and selection.jsonl, prints, and feeds Weights & Biases; on the writer rank only.
+    """Writes metrics.jsonl, selection.jsonl and choices/, prints, and feeds Weights & Biases; on the writer rank only.
 
     On every other rank all methods do nothing.
     """
@@ -42,7 +43,8 @@ class Monitor:
         self._console = Console(total_steps, config.every)
         self._metrics = JsonlSink(run_dir / "metrics.jsonl")
         self._selection = JsonlSink(run_dir / "selection.jsonl")
-        for sink in (self._metrics, self._selection):
+        self._choices = ChoiceSink(run_dir / FOLDER, config.selection_every)
+        for sink in (self._metrics, self._selection, self._choices):
             for message in sink.truncate_after(resume_step):
                 self._console.note(message)
         # A run killed between validation and the next update validates at that step again: one row is enough.
@@ -58,7 +60,9 @@ class Monitor:
             return
         self._metrics.write({"kind": "step", **asdict(record)})
         if selection is not None and self._write_selection:
-            self._selection.write(asdict(selection))
+            self._selection.write(selection.facts())
+            if selection.choices is not None:
+                self._choices.add(selection.step, selection.choices)
         self._console.step(record, selection)
         if self._wandb is not None:
             self._wandb.step(record, selection)
@@ -73,6 +77,11 @@ class Monitor:
         self._console.validation(record)
         if self._wandb is not None:
             self._wandb.validation(record)
+
+    def flush(self) -> None:
+        """Put everything on disk: a checkpoint is about to say that these steps need not be taken again."""
+        if self._console is not None:
+            self._choices.flush()
 
     def event(self, text: str) -> None:
         """Warn of something that went another way than asked: the first of its kind is shown, the rest counted."""
@@ -90,6 +99,7 @@ class Monitor:
             return
         self._metrics.close()
         self._selection.close()
+        self._choices.flush()
         self._console.close()
         if self._wandb is not None:
             self._wandb.close()

@@ -6,16 +6,19 @@ import base64
 import io
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, cycle
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from megaopus.monitor.arms import Arm
 from megaopus.monitor.compare import Comparison, Curve, Run, SelectionRow
 from megaopus.monitor.console import format_count
+from megaopus.monitor.digest import Digest
 
 # Okabe and Ito's colours, told apart with every common colour blindness; grey is kept for the baseline.
 BASELINE_COLOUR = "#6b6b6b"
@@ -37,11 +40,49 @@ def to_png(figure: Figure) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def arm_colours(names: Iterable[str], baseline: str | None) -> dict[str, str]:
-    """A colour for each run; grey for the baseline."""
-    others = [name for name in names if name != baseline]
-    colours = {name: ARM_COLOURS[index % len(ARM_COLOURS)] for index, name in enumerate(others)}
-    return colours | ({baseline: BASELINE_COLOUR} if baseline is not None else {})
+class Ink(NamedTuple):
+    """How a run is drawn; the runs of an arm alike."""
+
+    colour: str
+    label: str
+    width: float
+    """Points."""
+
+
+def inks(arms: Sequence[Arm], baseline: str | None) -> dict[str, Ink]:
+    """By run: a colour for each arm, grey for that of the run ``baseline``."""
+    found: dict[str, Ink] = {}
+    others = cycle(ARM_COLOURS)
+    for arm in arms:
+        colour = BASELINE_COLOUR if baseline in arm.runs.values() else next(others)
+        found |= {run: Ink(colour, arm.name, 2.0 if len(arm.runs) == 1 else 1.2) for run in arm.runs.values()}
+    return found
+
+
+def _legend_once(axis: Axes, **where: Any) -> None:
+    handles = _handles([axis])
+    axis.legend(handles.values(), handles.keys(), frameon=False, fontsize=STYLE_PT["tick"], **where)
+
+
+def _legend_above(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
+    handles = _handles(axes)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=min(len(handles), columns),
+        frameon=False,
+        fontsize=STYLE_PT["tick"],
+    )
+
+
+def _handles(axes: Sequence[Axes]) -> dict[str, Any]:
+    """What a legend shows, once for each label: the runs of an arm share theirs."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    return handles
 
 
 def _figure(rows: int = 1, columns: int = 1, height: float = 3.9) -> tuple[Figure, list[Axes]]:
@@ -54,6 +95,10 @@ def _figure(rows: int = 1, columns: int = 1, height: float = 3.9) -> tuple[Figur
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=STYLE_PT["tick"], color="#999999")
     return figure, axes
+
+
+def _line(axis: Axes, x: Sequence[float], y: Sequence[float], ink: Ink, marker: str = "") -> None:
+    axis.plot(x, y, color=ink.colour, linewidth=ink.width, marker=marker, label=ink.label)
 
 
 def _labels(axis: Axes, x: str, y: str, title: str = "") -> None:
@@ -89,7 +134,7 @@ def time_unit(longest_s: float) -> tuple[float, str]:
 
 def loss_figure(
     curves: Mapping[str, Curve],
-    colours: Mapping[str, str],
+    ink: Mapping[str, Ink],
     comparisons: Mapping[str, Comparison],
     over: str,
     baseline: str | None,
@@ -104,8 +149,8 @@ def loss_figure(
 
     for name, curve in curves.items():
         x = [place(curve, *point) for point in zip(curve.tokens, curve.time_s, strict=True)]
-        axis.plot(x, curve.raw, ".", color=colours[name], alpha=0.3, markersize=5)
-        axis.plot(x, curve.losses, color=colours[name], linewidth=2, label=name)
+        axis.plot(x, curve.raw, ".", color=ink[name].colour, alpha=0.3, markersize=5)
+        _line(axis, x, curve.losses, ink[name])
     if baseline is not None and baseline in curves:
         target = curves[baseline].losses[-1]
         if math.isfinite(target):
@@ -120,7 +165,7 @@ def loss_figure(
                 )
                 ratio = comparison.time_ratio if over == "time" else comparison.tokens_ratio
                 axis.plot(
-                    [x_reached], [target], "o", color=colours[name], markersize=8, markeredgecolor="white", zorder=5
+                    [x_reached], [target], "o", color=ink[name].colour, markersize=8, markeredgecolor="white", zorder=5
                 )
                 axis.annotate(
                     f"{ratio:.0%}",
@@ -130,7 +175,7 @@ def loss_figure(
                     ha="right",
                     va="top",
                     fontsize=STYLE_PT["label"],
-                    color=colours[name],
+                    color=ink[name].colour,
                     fontweight="bold",
                 )
     if over == "time":
@@ -138,7 +183,7 @@ def loss_figure(
     else:
         _token_axis(axis)
         _labels(axis, "update tokens", f"validation {LOSS}")
-    axis.legend(frameon=False, fontsize=STYLE_PT["tick"])
+    _legend_once(axis)
     return figure
 
 
@@ -230,23 +275,83 @@ def share_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionR
     return figure
 
 
-def ess_figure(
-    runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRow]], colours: Mapping[str, str]
-) -> Figure:
+def ess_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRow]], ink: Mapping[str, Ink]) -> Figure:
     """Effective sample size over candidates, for the steps that were picked by utility."""
     figure, (axis,) = _figure(height=3.2)
     for name, part in rows.items():
         tokens = _step_tokens(runs[name])
         x = [tokens.get(row.step, math.nan) for row in part]
         y = [row.ess / max(row.candidates, 1) for row in part]
-        axis.plot(x, y, color=colours[name], alpha=0.25, linewidth=0.8)
-        axis.plot(x, smooth(y, smoothing_window(len(y))), color=colours[name], linewidth=2, label=name)
+        axis.plot(x, y, color=ink[name].colour, alpha=0.25, linewidth=0.8)
+        _line(axis, x, smooth(y, smoothing_window(len(y))), ink[name])
     axis.axhline(1, color="black", linestyle="--", linewidth=1, label="uniform sampling")
     axis.set_ylim(0, 1.08)
     _percent_axis(axis)
     _token_axis(axis)
     _labels(axis, "update tokens", "effective sample size\n(share of candidates)")
-    axis.legend(frameon=False, fontsize=STYLE_PT["tick"], loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    _legend_once(axis, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    return figure
+
+
+def train_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: int) -> Figure:
+    """Loss of the batches trained on, running median, one line a run."""
+    figure, (axis,) = _figure(height=3.2)
+    for name, run in runs.items():
+        steps = [record for record in run.steps if record.step >= start_step and math.isfinite(record.loss)]
+        if steps:
+            y = running_median([record.loss for record in steps])
+            _line(axis, [record.tokens for record in steps], y, ink[name])
+    _token_axis(axis)
+    _labels(axis, "update tokens", f"training {LOSS}")
+    _legend_once(axis)
+    return figure
+
+
+def utility_figure(runs: Mapping[str, Run], digests: Mapping[str, Digest]) -> Figure:
+    """Spread of the utilities of each scored step, one panel a run: 90% and 50% bands, medians of all and of picks."""
+    figure, axes = _figure(rows=len(digests), height=0.7 + 2.5 * len(digests))
+    for axis, (name, found) in zip(axes, digests.items(), strict=True):
+        tokens = _step_tokens(runs[name])
+        x = [tokens.get(each.step, math.nan) for each in found.spreads]
+        levels = [
+            running_median(list(level)) for level in zip(*(each.quantiles for each in found.spreads), strict=True)
+        ]
+        colour = ARM_COLOURS[0]
+        axis.fill_between(x, levels[0], levels[4], color=colour, alpha=0.18, linewidth=0, label="5% to 95%")
+        axis.fill_between(x, levels[1], levels[3], color=colour, alpha=0.35, linewidth=0, label="25% to 75%")
+        axis.plot(x, levels[2], color=colour, linewidth=1.8, label="median")
+        picked = [(at, each.picked) for at, each in zip(x, found.spreads, strict=True) if each.picked is not None]
+        if picked:
+            places, medians = zip(*picked, strict=True)
+            axis.plot(places, running_median(medians), color=ARM_COLOURS[1], linewidth=1.8, label="median of the picks")
+        axis.ticklabel_format(axis="y", scilimits=(-2, 3))
+        axis.yaxis.get_offset_text().set_fontsize(STYLE_PT["tick"])
+        _token_axis(axis)
+        _labels(axis, "update tokens", "utility", name)
+    _legend_above(figure, axes, 4)
+    return figure
+
+
+def repeat_figure(runs: Mapping[str, Run], digests: Mapping[str, Digest], ink: Mapping[str, Ink]) -> Figure:
+    """Share of each step's picks that the run had trained on before, moving mean, one line a run."""
+    figure, (axis,) = _figure(height=3.2)
+    highest = 0.0
+    for name, found in digests.items():
+        tokens = _step_tokens(runs[name])
+        share = smooth([share for _, share in found.again], smoothing_window(len(found.again)))
+        highest = max(highest, *share)
+        _line(axis, [tokens.get(step, math.nan) for step, _ in found.again], share, ink[name])
+    return _share_of_each_step(figure, min(1.05, 1.15 * highest), "picks trained on before")
+
+
+def _share_of_each_step(figure: Figure, top: float, label: str) -> Figure:
+    """The figure, its one panel dressed as shares over update tokens."""
+    (axis,) = figure.axes
+    axis.set_ylim(0, top)
+    _percent_axis(axis)
+    _token_axis(axis)
+    _labels(axis, "update tokens", label)
+    _legend_once(axis)
     return figure
 
 
@@ -279,12 +384,11 @@ def check_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionR
         axis.set_ylim(low - margin, high + margin)
         _token_axis(axis)
         _labels(axis, "update tokens", "fall of the proxy loss\n(nats per token)", name)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=STYLE_PT["tick"])
+    _legend_above(figure, axes[:1], 3)
     return figure
 
 
-def overhead_figure(runs: Mapping[str, Run], colours: Mapping[str, str], start_step: int) -> Figure:
+def overhead_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: int) -> Figure:
     """Seconds of selection over the other seconds of a running window: some steps score, others do not."""
     figure, (axis,) = _figure(height=3.2)
     highest = 0.0
@@ -296,16 +400,11 @@ def overhead_figure(runs: Mapping[str, Run], colours: Mapping[str, str], start_s
         training = running_sum([record.step_s - record.select_s for record in steps])
         share = [s / t for s, t in zip(selecting, training, strict=True)]
         highest = max(highest, *share)
-        axis.plot([record.tokens for record in steps], share, color=colours[name], linewidth=2, label=name)
-    axis.set_ylim(0, max(0.01, 1.15 * highest))
-    _percent_axis(axis)
-    _token_axis(axis)
-    _labels(axis, "update tokens", "selection time\n(share of training time)")
-    axis.legend(frameon=False, fontsize=STYLE_PT["tick"])
-    return figure
+        _line(axis, [record.tokens for record in steps], share, ink[name])
+    return _share_of_each_step(figure, max(0.01, 1.15 * highest), "selection time\n(share of training time)")
 
 
-def domain_figure(runs: Mapping[str, Run], colours: Mapping[str, str], start_step: int) -> Figure:
+def domain_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: int) -> Figure:
     """Validation loss of each domain in a panel of its own, one line a run, as measured."""
     domains = sorted({domain for run in runs.values() for record in run.validations for domain in record.domains})
     columns = 2 if len(domains) > 1 else 1
@@ -315,7 +414,7 @@ def domain_figure(runs: Mapping[str, Run], colours: Mapping[str, str], start_ste
         for name, run in runs.items():
             records = [record for record in run.validations if record.step >= start_step and domain in record.domains]
             x, y = [record.tokens for record in records], [record.domains[domain] for record in records]
-            axis.plot(x, y, color=colours[name], linewidth=1.8, marker=".", label=name)
+            _line(axis, x, y, ink[name], marker=".")
         low, high = axis.get_ylim()
         if high - low < MIN_LOSS_SPAN:  # or noise would fill the panel like a difference that matters
             axis.set_ylim((low + high - MIN_LOSS_SPAN) / 2, (low + high + MIN_LOSS_SPAN) / 2)
@@ -323,8 +422,5 @@ def domain_figure(runs: Mapping[str, Run], colours: Mapping[str, str], start_ste
         _labels(axis, "update tokens" if at >= len(domains) - columns else "", "" if at % columns else LOSS, domain)
     for axis in axes[len(domains) :]:
         axis.set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=min(len(labels), 3), frameon=False, fontsize=STYLE_PT["tick"]
-    )
+    _legend_above(figure, axes, 3)
     return figure

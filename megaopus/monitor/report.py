@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megaopus.errors import DataError
+from megaopus.monitor import sections
+from megaopus.monitor.arms import find_arms, over_seeds, partner
 from megaopus.monitor.compare import (
     Comparison,
     Curve,
@@ -22,32 +24,13 @@ from megaopus.monitor.compare import (
     stretch_curve,
     validation_at,
 )
-from megaopus.monitor.console import format_count, format_duration, kind_of
+from megaopus.monitor.console import format_count, format_duration
+from megaopus.monitor.digest import Digest, digest
+from megaopus.monitor.sections import STYLE, Texts, table
 
 WINDOW = 3
 PLATEAU_FALL = 0.15  # nats: below this fall of the baseline, "tokens to reach" is mostly noise
 START_GAP = 0.01  # nats
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #222; background: #fff;
-       margin: 0 auto; max-width: 1100px; padding: 1.2rem; }
-h1 { font-size: 1.5rem; font-weight: 600; margin: .3rem 0; }
-h2 { font-size: 1.15rem; font-weight: 600; margin: 2.2rem 0 .6rem; }
-p { max-width: 46rem; margin: .5rem 0; }
-.quiet, figcaption { color: #5c5c5c; font-size: .9rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4; }
-th { font-weight: 600; color: #444; }
-td.n, th.n { text-align: right; white-space: nowrap; }
-td { overflow-wrap: anywhere; min-width: 3rem; max-width: 26rem; } td:first-child { white-space: nowrap; }
-.swatch { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .45em; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 1.4rem; }
-figure { margin: 0; } img { width: 100%; max-width: 640px; height: auto; display: block; }
-.warn { background: #fff6e5; border-left: 4px solid #E69F00; padding: .4rem .8rem; max-width: 46rem; }
-details { margin: .6rem 0; } summary { cursor: pointer; color: #444; }
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="compare after N updates, the warm-up that all runs share (default: where the last of them begins)",
     )
+    parser.add_argument(
+        "--replay",
+        metavar="STEP[,STEP...]",
+        help="instead of a page: make the picks of these steps (or all) again from the record of one run, and say "
+        "whether they are the same; exit status 1 if not, 3 if some step's record is not enough",
+    )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, texts: Texts | None = None) -> int:
     """The ``report`` verb. Raises DataError before anything is written if a run folder cannot be read."""
     paths = [Path(path) for path in args.runs]
     if args.start_step is not None and args.start_step < 0:
@@ -70,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     runs = {name: load_run(path, name) for name, path in zip(_names(paths), paths, strict=True)}
     resolved = [path.resolve() for path in paths]
     out = Path(args.out) if args.out else Path(os.path.commonpath(resolved)) / "report.html"
-    print(f"wrote {write_report(runs, out, start_step=args.start_step)}")
+    print(f"wrote {write_report(runs, out, start_step=args.start_step, texts=texts)}")
     return 0
 
 
@@ -101,46 +90,25 @@ def write_report(
     comparisons: Mapping[str, Comparison] | None = None,
     title: str = "Training report",
     notes: Sequence[str] = (),
+    texts: Texts | None = None,
 ) -> Path:
     """Write the page to ``out`` (made in one go) and return its path.
 
     ``runs``: by name, in order of display. ``start_step``: updates before which the runs are one (default: the largest
     first step among them). ``comparisons``: by arm, against the baseline (default: made here where there are two runs
-    or more). ``notes``: paragraphs under the summary, plain text.
+    or more). ``notes``: paragraphs under the summary, plain text. ``texts``: what sequences say.
     """
     if not runs:
         raise ValueError("no runs to report on")
     if start_step is None:
         start_step = max((each.steps[0].step for each in runs.values() if each.steps), default=0)
-    page = _Page(runs, start_step, comparisons, list(notes))
+    page = _Page(runs, start_step, comparisons, list(notes), texts)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_text(page.render(title), encoding="utf-8")
     os.replace(temporary, out)
     return out
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """An HTML table of cells that are HTML already; ``numbers``: columns aligned to the right."""
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        kinds = [' class="n"' if at in numbers else "" for at in range(len(row))]
-        return "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{cells("th", header)}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted keys and text."""
-    flat: dict[str, str] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            flat |= flatten(item, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = "null" if item is None else str(item)
-    return flat
 
 
 def _checked(rows: Sequence[SelectionRow]) -> list[SelectionRow]:
@@ -173,6 +141,7 @@ class _Page:
         start_step: int,
         comparisons: Mapping[str, Comparison] | None,
         notes: list[str],
+        texts: Texts | None,
     ):
         from megaopus.monitor import plots  # matplotlib is slow to import, and only this verb needs it
 
@@ -180,22 +149,32 @@ class _Page:
         self.runs = runs
         self.start_step = start_step
         self.notes = notes
+        self.texts = texts
         self.warnings: list[str] = []
         self.baseline = find_baseline(runs) if len(runs) > 1 else None
+        self.arms = find_arms(runs)
+        self.same = next((list(arm.runs.values()) for arm in self.arms if self.baseline in arm.runs.values()), [])
+        """The baseline's arm."""
         self.comparisons = dict(comparisons) if comparisons is not None else self._compare()
-        self.colours = plots.arm_colours(runs, self.baseline)
+        self.seeds = over_seeds(self.arms, self.baseline, self.comparisons) if self.baseline is not None else {}
+        self.inks = plots.inks(self.arms, self.baseline)
         self.curves = self._curves()
-        self.rows = {name: self._selected(each) for name, each in runs.items()}
+        # Where an arm has several seeds its first run stands for it in pictures of one run each.
+        self.rows = {arm.first: self._selected(runs[arm.first]) for arm in self.arms}
+        self.digests = {name: digest(each, start_step) for name, each in runs.items()}
         self._judge()
 
     def _compare(self) -> dict[str, Comparison]:
         found = {}
+        if self.baseline is None:
+            return {}
         for name in self.runs:
-            if self.baseline is not None and name != self.baseline:
+            other = partner(self.arms, self.baseline, name)
+            if name not in self.same:
                 try:
-                    found[name] = compare(self.runs[self.baseline], self.runs[name], self.start_step, WINDOW)
+                    found[name] = compare(self.runs[other], self.runs[name], self.start_step, WINDOW)
                 except DataError as error:
-                    self.warnings.append(f"{name} is not compared with {self.baseline}: {error}")
+                    self.warnings.append(f"{name} is not compared with {other}: {error}")
         return found
 
     def _curves(self) -> dict[str, Curve]:
@@ -238,10 +217,16 @@ class _Page:
 
     def render(self, title: str) -> str:
         """The whole page."""
-        parts = [f"<h1>{html.escape(title)}</h1>", self._lead(), self._summary()]
+        parts = [f"<h1>{html.escape(title)}</h1>", self._lead(), self._summary(), self._over_seeds()]
         parts += [f'<p class="warn">{html.escape(text)}</p>' for text in dict.fromkeys(self.warnings)]
         parts += [f"<p>{html.escape(text)}</p>" for text in self.notes]
-        parts += [self._figures(), self._domains(), self._events(), self._settings(), self._environment()]
+        parts += [self._figures(), self._domains(), sections.repeats(self.digests, self._name)]
+        parts += [sections.useful_text(self.runs, self._stand_ins(), self.texts, self._name)]
+        parts += [
+            sections.events(self.runs, self._name),
+            sections.settings(self._settings_of()),
+            sections.environment(self.runs),
+        ]
         return (
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -249,11 +234,17 @@ class _Page:
         )
 
     def _name(self, name: str) -> str:
-        return f'<span class="swatch" style="background:{self.colours[name]}"></span>{html.escape(name)}'
+        return f'<span class="swatch" style="background:{self.inks[name].colour}"></span>{html.escape(name)}'
 
     def _lead(self) -> str:
         sentences = []
-        for name, found in self.comparisons.items():
+        for arm, mean in self.seeds.items():
+            own = f"{mean.final_loss:.3f} ± {mean.final_loss_std:.3f}"
+            base = f"{mean.uniform_final_loss:.3f} ± {mean.uniform_final_loss_std:.3f}"
+            sentences.append(
+                f"Over {mean.seeds} seeds {arm} ends at {own}, the baseline at {base} (p = {mean.p_value:.2g})."
+            )
+        for name, found in {} if self.seeds else self.comparisons.items():
             if not found.uniform_fall > 0:
                 sentences.append(f"{self.baseline}'s loss does not fall, so there is nothing for {name} to reach.")
             elif found.tokens_ratio is None or found.time_ratio is None:
@@ -289,7 +280,7 @@ class _Page:
             if self.comparisons:
                 found = self.comparisons.get(name)
                 for key in ("tokens_ratio", "time_ratio"):
-                    row.append(_ratio(getattr(found, key)) if found else "baseline" if name == self.baseline else "–")
+                    row.append(_ratio(getattr(found, key)) if found else "baseline" if name in self.same else "–")
             rows.append(row)
         window = next(iter(self.curves.values())).window if self.curves else WINDOW
         caption = (
@@ -298,19 +289,80 @@ class _Page:
         )
         return f'{table(header, rows, range(1, len(header)))}<p class="quiet">{caption}</p>'
 
+    def _over_seeds(self) -> str:
+        """Arms against the baseline's, paired by seed."""
+        if not self.seeds:
+            return ""
+        header = ["arm", "seeds", "final loss", "baseline's", "difference", "p", "tokens to it", "time to it"]
+        rows = []
+        for arm, found in self.seeds.items():
+            losses = (found.final_loss, found.final_loss_std), (found.uniform_final_loss, found.uniform_final_loss_std)
+            rows.append(
+                [
+                    html.escape(arm),
+                    str(found.seeds),
+                    *(f"{mean:.4f} ± {std:.4f}" for mean, std in losses),
+                    f"{found.final_loss - found.uniform_final_loss:+.4f}",
+                    f"{found.p_value:.2g}",
+                    *(_ratio(ratio) for ratio in (found.tokens_ratio, found.time_ratio)),
+                ]
+            )
+        caption = (
+            "Means and standard deviations over seeds; p: two-sided paired t-test of the final losses, paired by seed. "
+            "Runs whose settings differ by the seed alone are one arm."
+        )
+        return f'<h2>Over seeds</h2>{table(header, rows, range(1, len(header)))}<p class="quiet">{caption}</p>'
+
+    def _stand_ins(self) -> dict[str, Digest]:
+        """Digests of the runs that stand for their arms."""
+        return {arm.first: self.digests[arm.first] for arm in self.arms}
+
+    def _settings_of(self) -> dict[str, Run]:
+        """By name, the runs that stand for their arms; named after the arm where that has more."""
+        return {arm.name if len(arm.runs) > 1 else arm.first: self.runs[arm.first] for arm in self.arms}
+
     def _figures(self) -> str:
         plots, found = self.plots, []
         if self.curves:
+            several = any(len(arm.runs) > 1 for arm in self.arms)  # too many marks to read
+            marks, target = ({}, None) if several else (self.comparisons, self.baseline)
             for over, text in (("tokens", "update tokens"), ("time", "time, every cost of selection counted")):
-                picture = plots.loss_figure(self.curves, self.colours, self.comparisons, over, self.baseline)
+                picture = plots.loss_figure(self.curves, self.inks, marks, over, target)
                 caption = (
                     f"Validation loss on the wanted domains over {text}. Dots: as measured; lines: trailing means, "
                     "which lag a falling loss and are what is compared."
                 )
-                marked = " Marked: the baseline's final loss is reached." if self.comparisons else ""
+                marked = " Marked: the baseline's final loss is reached." if marks else ""
                 found.append((picture, caption + marked))
+        if any(record.step >= self.start_step for each in self.runs.values() for record in each.steps):
+            caption = (
+                "Loss of the batches trained on (running median): of other text in each run, so not to be compared."
+            )
+            found.append((plots.train_figure(self.runs, self.inks, self.start_step), caption))
+        found += self._selection_figures()
+        if any(record.select_s > 0 for each in self.runs.values() for record in each.steps):
+            caption = "Seconds spent choosing each batch over the other seconds of its step (running median)."
+            found.append((plots.overhead_figure(self.runs, self.inks, self.start_step), caption))
+        if any(len(record.domains) > 1 for each in self.runs.values() for record in each.validations):
+            caption = "Validation loss of each domain, as measured."
+            found.append((plots.domain_figure(self.runs, self.inks, self.start_step), caption))
+        figures = [
+            f'<figure><img alt="{html.escape(caption)}" src="{plots.to_png(picture)}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            for picture, caption in found
+        ]
+        first = 2 if self.curves else 0  # losses stand side by side, the others fill two columns
+        parts = "".join(figures[:first]), "".join(figures[first:])
+        if not figures:
+            return ""
+        return f'<h2>Curves</h2><div class="figures">{parts[0]}</div><div class="columns">{parts[1]}</div>'
+
+    def _selection_figures(self) -> list[tuple[Any, str]]:
+        """(picture, caption) of what was picked, and by what."""
+        plots, found = self.plots, []
         rows = {name: part for name, part in self.rows.items() if part}
-        shown = rows or {name: each.selections for name, each in self.runs.items() if each.selections}
+        firsts = [arm.first for arm in self.arms]
+        shown = rows or {name: self.runs[name].selections for name in firsts if self.runs[name].selections}
         if shown:
             caption = "Which domains the picks come from (moving mean). Dashed: the same borders among all candidates."
             found.append((plots.share_figure(self.runs, shown), caption))
@@ -318,7 +370,17 @@ class _Page:
             caption = (
                 "Effective sample size of the selection probabilities; low: a few candidates take nearly all of it."
             )
-            found.append((plots.ess_figure(self.runs, rows, self.colours), caption))
+            found.append((plots.ess_figure(self.runs, rows, self.inks), caption))
+        if spread := {name: each for name, each in self._stand_ins().items() if each.spreads}:
+            caption = (
+                "Utilities as estimated, of the candidates scored in each step (running medians of quantiles). Those "
+                "of opus and greats are about one update, and shrink with the learning rate."
+            )
+            found.append((plots.utility_figure(self.runs, spread), caption))
+        if any(share > 0 for each in self.digests.values() for _, share in each.again):
+            picked = {name: each for name, each in self.digests.items() if each.again}
+            caption = "Share of each batch that the run had trained on before (moving mean)."
+            found.append((plots.repeat_figure(self.runs, picked, self.inks), caption))
         if checked := {name: part for name, each in self.rows.items() if (part := _checked(each))}:
             caption = (
                 "Fall of the proxy loss in one update on the picks: realised, predicted from the picks' utilities, and "
@@ -326,87 +388,23 @@ class _Page:
             )
             words = " ".join(f"{name}: {_agreement(part)}" for name, part in checked.items())
             found.append((plots.check_figure(self.runs, checked), caption + words))
-        if any(record.select_s > 0 for each in self.runs.values() for record in each.steps):
-            caption = "Seconds spent choosing each batch over the other seconds of its step (running median)."
-            found.append((plots.overhead_figure(self.runs, self.colours, self.start_step), caption))
-        if any(len(record.domains) > 1 for each in self.runs.values() for record in each.validations):
-            caption = "Validation loss of each domain, as measured."
-            found.append((plots.domain_figure(self.runs, self.colours, self.start_step), caption))
-        figures = "".join(
-            f'<figure><img alt="{html.escape(caption)}" src="{plots.to_png(picture)}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-            for picture, caption in found
-        )
-        return f'<h2>Curves</h2><div class="figures">{figures}</div>' if figures else ""
+        return found
 
     def _domains(self) -> str:
-        names = sorted({domain for curve in self.curves.values() for domain in curve.domains})
+        curves = {arm.first: self.curves[arm.first] for arm in self.arms if arm.first in self.curves}
+        names = sorted({domain for curve in curves.values() for domain in curve.domains})
         if not names:
             return ""
         selected = {name: part for name, part in self.rows.items() if part}
-        header = ["domain", *(f"loss: {html.escape(name)}" for name in self.curves)]
+        header = ["domain", *(f"loss: {html.escape(name)}" for name in curves)]
         header += [text for name in selected for text in (f"pool: {html.escape(name)}", f"picks: {html.escape(name)}")]
         body = []
         for domain in names:
             row = [html.escape(domain)]
-            for curve in self.curves.values():
+            for curve in curves.values():
                 row.append(f"{curve.domains[domain]:.3f}" if domain in curve.domains else "–")
             for part in selected.values():
                 for shares in ([each.pool_share for each in part], [each.share for each in part]):
                     row.append(f"{sum(share.get(domain, 0.0) for share in shares) / len(shares):.1%}")
             body.append(row)
         return f"<h2>Domains</h2>{table(header, body, range(1, len(header)))}"
-
-    def _events(self) -> str:
-        kinds: dict[tuple[str, str], list[tuple[int, str]]] = {}
-        for name, each in self.runs.items():
-            happened = [(row.step, event) for row in each.selections for event in row.events]
-            happened += [
-                (record.step, "update skipped: a gradient was not finite") for record in each.steps if record.skipped
-            ]
-            for step, event in happened:
-                kinds.setdefault((name, kind_of(event)), []).append((step, event))
-        rows = [
-            [self._name(name), str(len(found)), str(found[0][0]), html.escape(found[0][1])]
-            for (name, _), found in kinds.items()
-        ]
-        if not rows:
-            return "<h2>Fallbacks</h2><p>None was recorded.</p>"
-        return f"<h2>Fallbacks</h2>{table(['run', 'times', 'first at step', 'first of its kind'], rows, (1, 2))}"
-
-    def _settings(self) -> str:
-        flat = {name: flatten(each.config) for name, each in self.runs.items()}
-        missing = [name for name, settings in flat.items() if not settings]
-        text = f"<p>No config.yaml in: {html.escape(', '.join(missing))}.</p>" if missing else ""
-        keys = list(dict.fromkeys(key for settings in flat.values() for key in settings))
-        parts = [text] if text else []
-        header = ["setting", *(html.escape(name) for name in flat)]
-
-        def row(key: str) -> list[str]:
-            return [html.escape(key), *(html.escape(settings.get(key, "–")) for settings in flat.values())]
-
-        if len(flat) > 1:
-            different = [key for key in keys if len({settings.get(key) for settings in flat.values()}) > 1]
-            parts.append(
-                table(header, [row(key) for key in different]) if different else "<p>The same in all runs.</p>"
-            )
-        whole = table(header, [row(key) for key in keys])
-        parts.append(f"<details><summary>All {len(keys)} settings</summary>{whole}</details>" if keys else "")
-        heading = "Settings that differ" if len(flat) > 1 else "Settings"
-        return f"<h2>{heading}</h2>{''.join(parts)}"
-
-    def _environment(self) -> str:
-        flat = {name: flatten(each.environment) for name, each in self.runs.items()}
-        keys = list(dict.fromkeys(key for facts in flat.values() for key in facts))
-        if not keys:
-            return "<h2>Environment</h2><p>No environment.json.</p>"
-        rows = []
-        for key in keys:
-            values = [facts.get(key, "–") for facts in flat.values()]
-            shown = (
-                values[:1]
-                if len(set(values)) == 1
-                else [f"{name}: {value}" for name, value in zip(flat, values, strict=True)]
-            )
-            rows.append([html.escape(key), "<br>".join(html.escape(value) for value in shown)])
-        return f"<h2>Environment</h2>{table(['', ''], rows)}"

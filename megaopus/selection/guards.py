@@ -15,6 +15,9 @@ from megaopus.selection import noise
 from megaopus.selection.backend import Batch, Candidates
 from megaopus.selection.candidates import tensors_of
 
+PAIRS = "different token pairs"
+"""What the alarm of ``alarm_of_pairs`` speaks of, and no other."""
+
 
 class Exposure:
     """How often each sequence was trained on over the last ``window`` steps.
@@ -90,7 +93,7 @@ def alarm_of_pairs(picks: Candidates, others: Sequence[Candidates], level: float
     found, *elsewhere = (len(each.unique()) for each in pairs)
     if found >= level * min(elsewhere):
         return None
-    return f"{found} different token pairs in {count} picks, {min(elsewhere)} in as many sequences elsewhere"
+    return f"{found} {PAIRS} in {count} picks, {min(elsewhere)} in as many sequences elsewhere"
 
 
 def quotas(floor: float, domains: Tensor, usable: Tensor, count: int, seed: int, step: int) -> dict[int, int]:

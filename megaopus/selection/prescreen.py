@@ -24,6 +24,8 @@ _RIDGES = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 """Penalties to choose from; a predictor of noise wants the largest, whose predictions are next to nothing."""
 _FEWEST = 64
 """Scores below which it neither predicts nor is judged."""
+DOUBT = "alarm: the predictor's correlation"
+"""How the event begins by which a step says that its predictor was not trusted."""
 
 
 class Prescreen:
@@ -96,7 +98,7 @@ class Prescreen:
         if r is None or r * len(self._judged) ** 0.5 > -_CHANCE:
             return None
         instead = "candidates screened" if self._config.mode == "cascade" else "picked"
-        return f"alarm: the predictor's correlation with utilities is {r:.2f}; {instead} uniformly"
+        return f"{DOUBT} with utilities is {r:.2f}; {instead} uniformly"
 
     def screen(
         self, ids: Tensor, allowed: Tensor, standing: Tensor | None, count: int, key: int

@@ -36,14 +36,23 @@ class Selection:
     utilities: Tensor | None
     """(N,) float64 as estimated (not standardised, without redundancy), nan where not scored; None in a step that
     scores nothing: in warm-up, and where the buffer was scored in an earlier step (``score_every``)."""
+    scored: Tensor | None
+    """(N,) bool which of them ``utilities`` is about: a nan there is a utility that is not finite."""
     standing: Tensor | None
     """(N,) float64 in the prescreen, before it learnt from this step; None where there is none yet."""
+    exposures: Tensor | None
+    """(N,) int64 times that each would have been trained on in the window if it were picked now; None: not counted, or
+    counted in an earlier step (``score_every``)."""
+    probabilities: Tensor
+    """(N,) float64 that add up to 1: softmax(utility as used / temperature) over the candidates that may be picked (0
+    for others), whatever the sampler: the chance of each at the first draw, before any redundancy term. 'uniform': the
+    same for each that may be picked. With ``score_every`` those of the buffer when its picks were made."""
     correlation: float | None
     """Rank correlation of standing with the utilities of uniform draws, the latest of them."""
     method: str
     """What really chose: 'uniform' in a warm-up without a prior and after a fallback."""
     ess: float
-    """1 / sum p^2, p = softmax(utility as used / temperature) whatever the sampler; uniform: the number drawn from."""
+    """1 / sum p^2 of ``probabilities``; uniform: the number drawn from."""
     max_p_ratio: float
     """N times the largest p."""
     events: list[str]
@@ -79,8 +88,11 @@ class _Choice:
     method: str
     ess: float
     max_p_ratio: float
+    probabilities: Tensor
     utilities: Tensor | None = None
+    scored: Tensor | None = None
     standing: Tensor | None = None
+    exposures: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +192,10 @@ class Selector:
             ids=ids,
             picked_ids=ids[indices],
             utilities=None if served else choice.utilities,
+            scored=None if served else choice.scored,
             standing=None if served else choice.standing,
+            exposures=None if served else choice.exposures,
+            probabilities=choice.probabilities,
             correlation=None if self._prescreen is None else self._prescreen.correlation,
             method=choice.method,
             ess=choice.ess,
@@ -224,7 +239,8 @@ class Selector:
         if self._choice is not None and self.config.score_every > 1:
             choice = self._choice
             kept = {name: getattr(choice, name) for name in ("period", "method", "ess", "max_p_ratio")}
-            state["choice"] = {**kept, "positions": choice.positions.tolist()}
+            tensors = {name: getattr(choice, name).tolist() for name in ("positions", "probabilities")}
+            state["choice"] = {**kept, **tensors}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -237,7 +253,10 @@ class Selector:
         self._choice = None
         if "choice" in state:
             saved = state["choice"]
-            self._choice = _Choice(**{**saved, "positions": torch.tensor(saved["positions"])})
+            probabilities = torch.tensor(saved["probabilities"], dtype=torch.float64)
+            self._choice = _Choice(
+                **{**saved, "positions": torch.tensor(saved["positions"]), "probabilities": probabilities}
+            )
 
     # -- one buffer ---------------------------------------------------------------------------------------------------
 
@@ -299,7 +318,9 @@ class Selector:
             choice = self._uniform(ids, buffer.allowed, period)
         else:
             choice = self._pick(buffer, values, None if gram is None else (scored, gram))
-        choice.utilities, choice.standing = utilities, standing
+        choice.utilities, choice.standing, choice.exposures = utilities, standing, times
+        if utilities is not None:
+            choice.scored = torch.zeros(len(ids), dtype=torch.bool).index_fill(0, scored, True)
         return choice
 
     def _score(
@@ -319,7 +340,8 @@ class Selector:
     def _uniform(self, ids: Tensor, among: Tensor, period: int) -> _Choice:
         """Any of the candidates at ``among``, each as likely as the others."""
         positions = among[sampler.pick_uniform(ids[among], self._num_chosen, self.seed, period)]
-        return _Choice(period, positions, "uniform", len(among), len(ids) / len(among))
+        p = torch.zeros(len(ids), dtype=torch.float64).index_fill(0, among, 1 / len(among))
+        return _Choice(period, positions, "uniform", len(among), len(ids) / len(among), p)
 
     def _pick(self, buffer: _Buffer, values: Tensor, gram: tuple[Tensor, Tensor] | None) -> _Choice:
         """By ``values`` (N,), uniformly where they tell nothing. ``gram``: (positions (n,), their (n, n) matrix)."""
@@ -363,7 +385,8 @@ class Selector:
         self._tell_uniform(values[among], ratio, buffer.events)
         if config.score_every > 1:  # a fair mix in each step
             picked = picked[noise.uniform(noise.key(self.seed, "turns", period), ids[picked]).argsort()]
-        return _Choice(period, picked, config.method, ess, ratio)
+        everyone = torch.zeros(len(ids), dtype=torch.float64).index_copy(0, among, p)
+        return _Choice(period, picked, config.method, ess, ratio, everyone)
 
     # -- guards -------------------------------------------------------------------------------------------------------
 

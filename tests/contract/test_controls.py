@@ -33,20 +33,21 @@ def test_runs_pick_by_the_method_named(
     said = capsys.readouterr().out
     assert said.count("scoring micro-batch 8 (takes ") == (choice not in ("dsir", "importance", "domain_oracle"))
     assert "WARNING" not in said
-    rows = [json.loads(line) for line in (tmp_path / "run" / "selection.jsonl").read_text().splitlines()]
+    run = everything(tmp_path / "run")
+    rows = run["selection"]
     own = ("greats", "low_ppl", "mid_ppl", "dsir", "importance", "domain_oracle")
     method = choice if choice in own else "opus"
     assert [row["method"] for row in rows] == ["uniform"] * 2 + [method] * (STEPS - 2)
     for row in rows[2:]:
         assert not row["events"]
-        assert_consistent(choice, row)
+        assert_consistent(choice, row, run["choices"][row["step"]])
 
 
-def assert_consistent(choice: str, row: dict[str, Any]) -> None:
+def assert_consistent(choice: str, row: dict[str, Any], candidates: list[dict[str, Any]]) -> None:
     """The picks are those that the recorded utilities and domains call for."""
-    utilities = torch.tensor(row["utilities"], dtype=torch.float64)
+    utilities = torch.tensor([each["utility"] for each in candidates], dtype=torch.float64)
     assert utilities.std() > 0
-    picked = torch.tensor([i in row["picked_ids"] for i in row["candidate_ids"]])
+    picked = torch.tensor([each["picked"] for each in candidates])
     if choice == "importance":  # which many have as much of as can be
         assert utilities[picked].min() >= utilities[~picked].max()
     elif choice != "greats":  # whose picks also lower each other's utility
@@ -74,9 +75,10 @@ def test_checking_predictions_changes_nothing_else(optimizer: str, tiny_corpus: 
     assert [step for step, fall in enumerate(falls[3]) if None not in fall] == [3, 6, 9]
     for row, (predicted, uniform, _) in zip(runs[3]["selection"], falls[3], strict=True):
         if predicted is not None:
-            utilities = dict(zip(row["candidate_ids"], row["utilities"], strict=True))
-            assert predicted == pytest.approx(sum(utilities[i] for i in row["picked_ids"]) / len(row["picked_ids"]))
-            assert uniform == pytest.approx(sum(utilities.values()) / len(utilities))
+            candidates = runs[3]["choices"][row["step"]]
+            picked = [each["utility"] for each in candidates if each["picked"]]
+            assert predicted == pytest.approx(sum(picked) / len(picked))
+            assert uniform == pytest.approx(sum(each["utility"] for each in candidates) / len(candidates))
             assert predicted > uniform
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from megaopus.checkpoint.checkpointer import COMPLETE, resolve
 from megaopus.errors import CheckpointError
-from tests.exact.resume_runs import SELECTIONS, rows, settings, train
+from tests.exact.resume_runs import SELECTIONS, choices, rows, settings, train
 
 
 def fake_run(run_dir: Path, *steps: int) -> Path:
@@ -94,9 +94,11 @@ def test_a_new_run_starts_from_another_run(warm_up: Path, tiny_corpus: Path, tmp
     assert [row["step"] for row in rows(run / "selection.jsonl")] == [4, 5, 6]
     straight = settings(tiny_corpus, tmp_path / "straight", "train.steps=7", "selection=uniform")
     assert train(straight) == 0
-    together = [*rows(warm_up / "selection.jsonl"), *rows(run / "selection.jsonl")]
-    expected = [row["candidate_ids"] for row in rows(tmp_path / "straight" / "selection.jsonl")]
-    assert [row["candidate_ids"] for row in together] == expected
+    together = {**choices(warm_up), **choices(run)}
+    expected = choices(tmp_path / "straight")
+    assert together.keys() == expected.keys()
+    for step, candidates in expected.items():
+        assert [row["id"] for row in together[step]] == [row["id"] for row in candidates]
 
 
 def test_rows_of_a_launch_without_checkpoints_are_not_mixed_in(

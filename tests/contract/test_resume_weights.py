@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import yaml
 
 from megaopus.__main__ import main
-from tests.exact.resume_runs import settings, train
+from tests.exact.resume_runs import choices, settings, train
 
 
 def ids_of(run: Path) -> list[list[int]]:
-    return [json.loads(line)["candidate_ids"] for line in (run / "selection.jsonl").read_text().splitlines()]
+    return [[row["id"] for row in rows] for rows in choices(run).values()]
 
 
 def test_weights_changed_on_resume_count_from_there_on(tiny_corpus: Path, tmp_path: Path, capsys) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
 from megaopus.config import RunConfig, compose
+from megaopus.monitor.choices import FOLDER, parts, read_part
 
 STEPS = 10
 TIMING = ("time_s", "step_s", "select_s")
@@ -125,6 +126,15 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in TIMING} for row in found]
 
 
+def choices(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
+    """The candidates of each step of a run, over all parts."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for path in parts(run_dir / FOLDER):
+        for row in read_part(path).to_pylist():
+            found.setdefault(row["step"], []).append(row)
+    return found
+
+
 def tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint's weights, read without the engine."""
     from torch.distributed.checkpoint import FileSystemReader
@@ -149,12 +159,13 @@ def everything(run_dir: Path) -> dict[str, Any]:
         "tensors": tensors(folder / "weights"),
         "metrics": rows(run_dir / "metrics.jsonl"),
         "selection": rows(run_dir / "selection.jsonl"),
+        "choices": choices(run_dir),
     }
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Equal to the last bit."""
-    for key in ("checkpoints", "state", "metrics", "selection"):
+    for key in ("checkpoints", "state", "metrics", "selection", "choices"):
         assert found[key] == expected[key], key
     assert plain(found["common"]) == plain(expected["common"])
     assert found["tensors"].keys() == expected["tensors"].keys()

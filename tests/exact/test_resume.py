@@ -69,12 +69,18 @@ def test_killed_and_resumed_equals_straight(case: str, tiny_corpus: Path, tmp_pa
 def assert_meaningful(run: dict, selection: str, optimizer: str) -> None:
     """What the comparison is about is there: utilities that select, optimizer state, the averaged proxy gradient."""
     assert len(run["selection"]) == STEPS
-    last = [row for row in run["selection"] if row["utilities"] is not None]
+    assert list(run["choices"]) == list(range(STEPS))
+    assert all(sum(row["picked"] for row in rows) == 4 for rows in run["choices"].values())
+    assert all(sum(row["probability"] for row in rows) == pytest.approx(1) for rows in run["choices"].values())
+    methods = {row["step"]: row["method"] for row in run["selection"]}
+    utilities = {step: [row["utility"] for row in rows] for step, rows in run["choices"].items()}
+    scored = [step for step, values in utilities.items() if set(values) != {None}]
     if selection in ("predict", "cascade"):
-        assert None in last[-1]["utilities"]
-        assert any(row["method"] == "opus" and row["standing"] is not None for row in last)
+        assert None in utilities[scored[-1]]
+        assert any(methods[step] == "opus" and run["choices"][step][0]["standing"] is not None for step in scored)
     elif selection != "uniform":
-        assert len(last[-1]["utilities"]) == 8
+        assert len(utilities[scored[-1]]) == 8
+        assert None not in utilities[scored[-1]]
     checked = [row["step"] for row in run["selection"] if row["realised_fall"] is not None]
     assert checked == ([2, 4, 6, 8] if selection == "directional" else [])  # none in warm-up
     parts = {

@@ -15,6 +15,7 @@ from tests.exact.resume_runs import (
     OPTIMIZERS,
     SELECTIONS,
     assert_same,
+    choices,
     command,
     everything,
     rows,
@@ -88,6 +89,7 @@ def test_uniform_trains_alike_at_every_layout(layout: str, folder: Path, tiny_co
     alone = folder / f"alone_{layout}"
     assert train(settings(tiny_corpus, alone, *FOUR_LAYERS)) == 0
     assert rows(folder / layout / "selection.jsonl") == rows(alone / "selection.jsonl")
+    assert choices(folder / layout) == choices(alone)
     found, expected = (rows(path / "metrics.jsonl") for path in (folder / layout, alone))
     assert len(found) == len(expected) == 15  # ten updates; validations after 0, 3, 6, 9 and 10
     for row, other in zip(found, expected, strict=True):

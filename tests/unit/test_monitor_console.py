@@ -39,9 +39,8 @@ def chosen(step: int, docs: float = 0.75, method: str = "opus") -> SelectionReco
     return SelectionRecord(
         step=step,
         method=method,
-        candidate_ids=list(range(64)),
-        utilities=None,
-        picked_ids=list(range(32)),
+        candidates=64,
+        picked=32,
         share={"docs": docs, "noise": 1 - docs},
         pool_share={"docs": 0.25, "noise": 0.75},
         ess=30.6,

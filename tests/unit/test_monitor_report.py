@@ -6,15 +6,24 @@ import json
 import math
 import random
 import re
+import shutil
+import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megaopus.errors import DataError
-from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
-from megaopus.monitor.compare import compare, load_run
+from megaopus.monitor import plots
+from megaopus.monitor.arms import find_arms
+from megaopus.monitor.base import Choices, SelectionRecord, StepRecord, ValidationRecord
+from megaopus.monitor.choices import FOLDER, ChoiceSink
+from megaopus.monitor.compare import aggregate, compare, load_run
+from megaopus.monitor.digest import QUANTILES, digest
 from megaopus.monitor.report import add_arguments, run, write_report
+from megaopus.monitor.sections import Texts
 from megaopus.monitor.sinks import JsonlSink
 
 POOL = {"docs": 0.25, "source": 0.35, "readme": 0.25, "noise": 0.15}
@@ -26,6 +35,7 @@ def write_run(path: Path, method: str, *, start: int = 100, steps: int = 240, pa
     rng = random.Random(seed)
     path.mkdir(parents=True)
     metrics, selection = JsonlSink(path / "metrics.jsonl"), JsonlSink(path / "selection.jsonl")
+    choices = ChoiceSink(path / FOLDER)
     time_s = 0.4 * start
 
     def loss(step: int) -> float:
@@ -55,12 +65,16 @@ def write_run(path: Path, method: str, *, start: int = 100, steps: int = 240, pa
             select_s=select_s,
         )
         metrics.write({"kind": "step", **asdict(record)})
-        selection.write(asdict(selection_record(step, chosen, min(1.0, (step - start) / 60), rng)))
+        chose = selection_record(step, chosen, min(1.0, (step - start) / 60), rng)
+        selection.write(chose.facts())
+        choices.add(step, candidates_of(step, chosen))
         if (step + 1) % 10 == 0:
             validate(step + 1)
     metrics.close()
     selection.close()
-    path.joinpath("config.yaml").write_text(f"run_dir: {path}\nseed: 1\nselection:\n  method: {method}\n  rho: 0.5\n")
+    choices.flush()
+    settings = f"run_dir: {path}\nseed: {seed}\nselection:\n  method: {method}\n  rho: 0.5\n"
+    path.joinpath("config.yaml").write_text(settings)
     path.joinpath("environment.json").write_text(json.dumps({"commit": "abc1234", "packages": {"torch": "2.13.0"}}))
     return path
 
@@ -75,15 +89,33 @@ def selection_record(step: int, chosen: bool, ramp: float, rng: random.Random) -
     return SelectionRecord(
         step=step,
         method="opus" if chosen else "uniform",
-        candidate_ids=list(range(64 * step, 64 * step + 64)),
-        utilities=[rng.gauss(0, 1e-3) for _ in range(64)] if chosen else None,
-        picked_ids=list(range(64 * step, 64 * step + 32)),
+        candidates=64,
+        picked=32,
         share=draw(weights, 32),
         pool_share=draw(POOL, 64),
         ess=rng.uniform(24, 34) if chosen else 64.0,
         max_p_ratio=rng.uniform(5, 12) if chosen else 1.0,
         **(falls(step) if chosen and step % 10 == 0 else {}),
         events=[f"{step} <b>candidates</b> with a utility that is not finite"] if chosen and step in (120, 150) else [],
+    )
+
+
+def candidates_of(step: int, chosen: bool) -> Choices:
+    """Sequences of a pool of 1000, the upper half by utility picked; number 700 stands out in step 140."""
+    ids = np.arange(64 * step, 64 * step + 64)
+    utilities = np.random.default_rng(step).normal(size=64) * 1e-3
+    if step == 140:
+        ids[5], utilities[5] = 700 + 1000 * 9, 1.0
+    return Choices(
+        ids=ids,
+        sequences=ids % 1000,
+        domains=ids % 4,
+        domain_names=list(POOL),
+        picked=utilities >= np.median(utilities) if chosen else np.arange(64) < 32,
+        probabilities=np.full(64, 1 / 64),
+        utilities=utilities if chosen else None,
+        scored=np.ones(64, dtype=bool) if chosen else None,
+        exposures=None,
     )
 
 
@@ -100,11 +132,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_run(root / "uniform", "uniform", seed=1), write_run(root / "opus", "opus", pace=2.3, seed=2)]
 
 
-def report(*arguments: object) -> str:
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pictures, which take a third of the time."""
+    monkeypatch.setattr(plots, "DPI", 40)
+
+
+def report(*arguments: object, texts: Texts | None = None) -> str:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args([str(argument) for argument in arguments])
-    assert run(args) == 0
+    assert run(args, texts) == 0
     return Path(args.out).read_text()
 
 
@@ -189,6 +227,7 @@ def test_load_run_of_a_live_run_leaves_out_the_line_in_flight(tmp_path: Path) ->
     assert [record.step for record in load_run(tmp_path).steps] == [0]
 
 
+@pytest.mark.usefixtures("coarse")
 def test_report_of_two_arms(folders: list[Path], tmp_path: Path) -> None:
     page = report(*folders, "--out", tmp_path / "new" / "page.html")
     found = compare(load_run(folders[0]), load_run(folders[1]), start_step=100)
@@ -206,25 +245,29 @@ def test_report_of_two_arms(folders: list[Path], tmp_path: Path) -> None:
     # 13 checks are finite; the outlier has rank 1 instead of 13, the rest one more: 1 - 6 (12^2 + 12) / (13 (13^2 - 1))
     assert "rank correlation of predicted and realised 0.57 over 13 checks" in page
     images = pictures(page)
-    assert len(images) == 7
-    assert all(image.startswith(b"\x89PNG") and len(image) > 10_000 for image in images)
+    assert len(images) == 10
+    assert all(image.startswith(b"\x89PNG") and len(image) > 2_000 for image in images)
     assert not re.search(r"https?://|<script|<link|@import", page), "the page must stand alone"
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "page.html"]
 
 
+@pytest.mark.usefixtures("coarse")
 def test_report_is_the_same_twice(folders: list[Path], tmp_path: Path) -> None:
     assert report(*folders, "--out", tmp_path / "a.html") == report(*folders, "--out", tmp_path / "b.html")
 
 
+@pytest.mark.usefixtures("coarse")
 def test_report_of_one_run_beside_it_by_default(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "solo", "uniform", start=0, steps=60)
+    assert len(digest(load_run(folder)).counts) == 1000  # 60 x 64 candidates
     run(argparse.Namespace(runs=[str(folder)], out=None, start_step=None))
     page = (folder / "report.html").read_text()
     assert "baseline" not in cells(page)[0]
-    assert len(pictures(page)) == 5  # no effective sample size where nothing was chosen by utility
+    assert len(pictures(page)) == 7  # no utilities and no effective sample size where nothing was chosen by utility
     assert "None was recorded" in page
 
 
+@pytest.mark.usefixtures("coarse")
 def test_report_says_why_runs_are_not_compared(folders: list[Path], tmp_path: Path) -> None:
     young = tmp_path / "young"
     young.mkdir()
@@ -236,12 +279,14 @@ def test_report_says_why_runs_are_not_compared(folders: list[Path], tmp_path: Pa
     assert "not reached" not in page
 
 
+@pytest.mark.usefixtures("coarse")
 def test_report_warns_of_a_plateau(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, name, start=1500, steps=1560, seed=3) for name in ("uniform", "opus")]
     page = report(*folders, "--out", tmp_path / "page.html")
     assert "on such a plateau" in page
 
 
+@pytest.mark.usefixtures("coarse")
 def test_report_tells_folders_of_one_name_apart(folders: list[Path], tmp_path: Path) -> None:
     for seed in ("seed1", "seed2"):
         write_run(tmp_path / seed / "opus", "opus", steps=130)
@@ -252,6 +297,7 @@ def test_report_tells_folders_of_one_name_apart(folders: list[Path], tmp_path: P
     assert not (tmp_path / "none.html").exists()
 
 
+@pytest.mark.usefixtures("coarse")
 def test_write_report_shows_title_and_notes_as_text(folders: list[Path], tmp_path: Path) -> None:
     out = write_report(
         {"a<i>": load_run(folders[0])},
@@ -264,3 +310,114 @@ def test_write_report_shows_title_and_notes_as_text(folders: list[Path], tmp_pat
     assert "<h1>Small &amp; fast</h1>" in page
     assert "<p>5 &lt; 6 seeds</p>" in page
     assert "a<i>" not in page
+
+
+def test_digest_of_choices(folders: list[Path]) -> None:
+    run = load_run(folders[1])
+    found = digest(run, 120)
+    assert [each.step for each in found.spreads] == list(range(120, 240))
+    values = np.random.default_rng(130).normal(size=64) * 1e-3
+    spread = found.spreads[10]
+    assert spread.quantiles == pytest.approx(np.quantile(values, QUANTILES))
+    assert spread.picked == pytest.approx(np.median(values[values >= np.median(values)]))
+    best = found.best[0]
+    assert (best.sequence, best.step, best.utility, best.picked, best.domain) == (700, 140, 1.0, True, "docs")
+    assert best.deviations == pytest.approx(math.sqrt(63), rel=0.01)
+    deviations = [each.deviations for each in (*found.best, *reversed(found.worst))]
+    assert deviations == sorted(deviations, reverse=True)
+    assert len({each.sequence for each in found.best}) == len(found.best) == len(found.worst) == 5
+    rows = [candidates_of(step, True) for step in range(100, 240)]
+    picks = np.concatenate([each.sequences[each.picked] for each in rows])
+    assert found.counts.tolist() == np.unique(picks, return_counts=True)[1].tolist()
+    before = set(picks[: 32 * 120].tolist())  # of steps 100 to 219
+    last = rows[120].sequences[rows[120].picked]
+    assert dict(found.again)[220] == pytest.approx(sum(int(n) in before for n in last) / 32)
+
+
+@pytest.mark.usefixtures("coarse")
+def test_a_page_shows_repeats_and_the_text_that_stood_out(folders: list[Path], tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def texts(path: Path, sequences: Sequence[int]) -> list[tuple[str, str]]:
+        assert path == folders[1]
+        asked.extend(sequences)
+        return [(f"book{number}", f"number <{number}>\x00" + "x" * 900) for number in sequences]
+
+    page = report(*folders, "--out", tmp_path / "page.html", texts=texts)
+    assert asked[0] == 700
+    assert len(asked) == 10
+    assert "<pre>number &lt;700&gt;\ufffdxxx" in page
+    assert "+7.9 sd, utility 1, step 140, picked; docs, book700" in page
+    assert "…</pre>" in page
+    assert "x" * 601 not in page
+    counts = digest(load_run(folders[1])).counts
+    (row,) = [row for row in cells(page) if row[0] == "opus" and len(row) == 8]
+    assert row[1:4] == [f"{32 * 140:,}", f"{len(counts):,}", f"{counts.max()}"]
+    assert row[4] == f"{(counts == 1).mean():.1%}"
+
+    def gone(path: Path, sequences: Sequence[int]) -> list[tuple[str, str]]:
+        raise DataError("corpus/: no such folder")
+
+    page = report(*folders, "--out", tmp_path / "page.html", texts=gone)
+    assert "The text of opus is not shown: corpus/: no such folder" in page
+    assert "step 140, picked; docs, sequence 700" in page
+
+
+@pytest.mark.usefixtures("coarse")
+def test_seeds_of_an_arm_are_compared_with_a_p_value(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / f"{method}_seed{seed}", method, pace=pace, steps=160, seed=seed)
+        for method, pace in (("uniform", 1.0), ("opus", 1.5))
+        for seed in (1, 2, 3)
+    ]
+    page = report(*paths, "--out", tmp_path / "page.html")
+    runs = {path.name: load_run(path) for path in paths}
+    assert [(arm.name, list(arm.runs)) for arm in find_arms(runs)] == [("uniform", [1, 2, 3]), ("opus", [1, 2, 3])]
+    each = [compare(runs[f"uniform_seed{seed}"], runs[f"opus_seed{seed}"], 100) for seed in (1, 2, 3)]
+    found = aggregate(each)
+    assert found.p_value is not None
+    assert f"(p = {found.p_value:.2g})" in page
+    rows = cells(page)
+    (row,) = [row for row in rows if row[:2] == ["opus", "3"]]
+    assert row[2] == f"{found.final_loss:.4f} ± {found.final_loss_std:.4f}"
+    assert row[5] == f"{found.p_value:.2g}"
+    assert [row[-1] for row in rows if row[0].startswith("uniform_seed")][:3] == ["baseline"] * 3
+    assert ["selection.method", "uniform", "opus"] in rows
+
+
+PROBE = """<script>
+const pictures = [...document.images].map(each => [each.complete, each.naturalWidth, each.clientHeight]);
+const wide = document.documentElement.scrollWidth > window.innerWidth;
+console.error("the probe's own");
+document.body.innerHTML = "";
+document.title = JSON.stringify({pictures, wide});
+</script>"""
+
+
+def test_the_page_opens_in_a_browser(folders: list[Path], tmp_path: Path) -> None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next((found for name in names if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no Chromium here: none of {', '.join(names)} is on the PATH")
+    page = report(*folders, "--out", tmp_path / "page.html", texts=lambda _, numbers: [("", "text")] * len(numbers))
+    (tmp_path / "probed.html").write_text(page.replace("</body>", f"{PROBE}</body>"))
+    opened = subprocess.run(
+        [
+            browser,
+            *("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1200,900"),
+            *("--virtual-time-budget=5000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"),
+            f"file://{tmp_path / 'probed.html'}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    told = re.search(r"<title>(.*?)</title>", opened.stdout)
+    assert told is not None, opened.stderr
+    found = json.loads(told[1])
+    assert len(found["pictures"]) == 10
+    assert all(complete and width > 500 and height > 100 for complete, width, height in found["pictures"])
+    assert not found["wide"]
+    console = [line for line in opened.stderr.splitlines() if "CONSOLE" in line]
+    assert len(console) == 1, console
+    assert "the probe's own" in console[0]

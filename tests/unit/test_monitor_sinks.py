@@ -7,10 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from megaopus.errors import ConfigError, DataError
-from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.monitor import choices as choices_module
+from megaopus.monitor.base import Choices, SelectionRecord, StepRecord, ValidationRecord
+from megaopus.monitor.choices import FOLDER, ChoiceSink, first_step, parts, pick_counts, read_part
 from megaopus.monitor.config import LoggingConfig
 from megaopus.monitor.monitor import Monitor
 from megaopus.monitor.sinks import RUN_ID_FILE, JsonlSink
@@ -36,16 +40,36 @@ def selection_record(step: int, events: tuple[str, ...] = ()) -> SelectionRecord
     return SelectionRecord(
         step=step,
         method="opus",
-        candidate_ids=[4 * step, 4 * step + 1, 4 * step + 2, 4 * step + 3],
-        utilities=[1e-5, math.nan, math.inf, -math.inf],
-        picked_ids=[4 * step],
+        candidates=4,
+        picked=1,
         share={"docs": 1.0},
         pool_share={"docs": 0.25, "noise": 0.75},
         ess=2.5,
         max_p_ratio=2.0,
         events=list(events),
         realised_fall=0.1357924,
+        choices=candidates_of(step),
     )
+
+
+def candidates_of(step: int) -> Choices:
+    return Choices(
+        ids=np.arange(4 * step, 4 * step + 4),
+        sequences=np.arange(4 * step, 4 * step + 4) % 10,
+        domains=np.array([0, 1, 1, 1]),
+        domain_names=["docs", "noise"],
+        picked=np.array([True, False, False, False]),
+        probabilities=np.array([0.5, 0.25, 0.25, 0.0]),
+        utilities=np.array([1e-5 / 3, np.nan, np.inf, np.nan]) if step % 2 else None,
+        scored=np.array([True, True, True, False]) if step % 2 else None,
+        exposures=np.array([1, 2, 1, 1]),
+    )
+
+
+def logged(folder: Path) -> list[dict]:
+    """Every row of choices/, with nan as text so that rows can be compared."""
+    found = [row for path in parts(folder / FOLDER) for row in read_part(path).to_pylist()]
+    return [{key: str(value) if value != value else value for key, value in row.items()} for row in found]
 
 
 def validation_record(step: int) -> ValidationRecord:
@@ -70,6 +94,7 @@ def train(folder: Path, start: int, stop: int, every: int = 4) -> None:
         monitor.step(step_record(step), selection_record(step))
         if (step + 1) % every == 0:
             monitor.validation(validation_record(step + 1))
+            monitor.flush()  # as before a checkpoint
 
 
 def test_every_row_is_on_disk_when_write_returns(tmp_path: Path) -> None:
@@ -97,16 +122,24 @@ def test_numbers_come_back_to_the_last_bit(tmp_path: Path) -> None:
     assert rows(tmp_path / "rows.jsonl")[0]["values"] == values
 
 
+@pytest.mark.parametrize("part_rows", [1 << 17, 12, 4])
 @pytest.mark.parametrize("killed_at", [4, 6, 8, 11])
-def test_a_killed_and_resumed_run_leaves_the_files_of_a_straight_one(tmp_path: Path, killed_at: int) -> None:
-    """Checkpoints every 4 updates; the kill comes later, in the middle of a line."""
+def test_a_killed_and_resumed_run_leaves_the_files_of_a_straight_one(
+    tmp_path: Path, killed_at: int, part_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints every 4 updates; the kill comes later, in the middle of a line and of a part."""
+    monkeypatch.setattr(choices_module, "PART_ROWS", part_rows)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train(straight, 0, 12)
     train(resumed, 0, killed_at)
     for name in ("metrics.jsonl", "selection.jsonl"):
         with (resumed / name).open("a") as file:
             file.write('{"kind":"step","st')
+    (resumed / FOLDER / ".part-00000008.tmp").write_bytes(b"PAR1 half")
+    assert logged(resumed) == [row for row in logged_of(12) if row["step"] < (steps_on_disk(resumed))]
     train(resumed, killed_at // 4 * 4, 12)
+    assert logged(resumed) == logged(straight) == logged_of(12)
+    assert not list(resumed.rglob("*.tmp"))
     for name in ("metrics.jsonl", "selection.jsonl"):
         assert without_timing(resumed / name) == without_timing(straight / name)
     assert len(rows(straight / "metrics.jsonl")) == 12 + 4
@@ -189,12 +222,136 @@ def test_selection_file_can_be_switched_off(tmp_path: Path) -> None:
     assert not (tmp_path / "selection.jsonl").exists()
 
 
-def test_selection_rows_hold_candidates_utilities_and_picks(tmp_path: Path) -> None:
-    Monitor(LoggingConfig(), tmp_path, 10, True).step(step_record(0), selection_record(0))
+def logged_of(steps: int) -> list[dict]:
+    """What the log of a run must hold."""
+    found = []
+    for step in range(steps):
+        utilities = [1e-5 / 3, "nan", math.inf, None] if step % 2 else [None] * 4
+        for at in range(4):
+            found.append(
+                {
+                    "step": step,
+                    "id": 4 * step + at,
+                    "sequence": (4 * step + at) % 10,
+                    "domain": "docs" if at == 0 else "noise",
+                    "utility": utilities[at],
+                    "standing": None,
+                    "exposures": [1, 2, 1, 1][at],
+                    "picked": at == 0,
+                    "probability": [0.5, 0.25, 0.25, 0.0][at],
+                }
+            )
+    return found
+
+
+def steps_on_disk(folder: Path) -> int:
+    return max((row["step"] for row in logged(folder)), default=-1) + 1
+
+
+def test_a_row_per_step_and_a_row_per_candidate(tmp_path: Path) -> None:
+    monitor = Monitor(LoggingConfig(), tmp_path, 10, True)
+    for step in range(2):
+        monitor.step(step_record(step), selection_record(step))
+    assert not (tmp_path / FOLDER).exists()
+    monitor.close()
+    monitor.close()
     row = rows(tmp_path / "selection.jsonl")[0]
-    assert row["candidate_ids"] == [0, 1, 2, 3]
-    assert row["utilities"] == [1e-5, "nan", "inf", "-inf"]
-    assert (row["picked_ids"], row["share"], row["ess"]) == ([0], {"docs": 1.0}, 2.5)
+    assert (row["candidates"], row["picked"], row["share"], row["ess"]) == (4, 1, {"docs": 1.0}, 2.5)
+    assert "choices" not in row
+    assert logged(tmp_path) == logged_of(2)
+
+
+def test_a_part_that_straddles_the_checkpoint_is_cut(tmp_path: Path) -> None:
+    """As where the newest checkpoint is gone and the run goes on from the one before."""
+    train(tmp_path, 0, 8, every=8)
+    assert [first_step(path) for path in parts(tmp_path / FOLDER)] == [0]
+    assert ChoiceSink(tmp_path / FOLDER).truncate_after(3) == [
+        "choices: 20 rows after step 3 of an earlier run dropped, 12 kept"
+    ]
+    assert logged(tmp_path) == logged_of(3)
+    assert ChoiceSink(tmp_path / FOLDER).truncate_after(3) == []
+    assert len(ChoiceSink(tmp_path / FOLDER).truncate_after(0)) == 1
+    assert parts(tmp_path / FOLDER) == []
+
+
+@pytest.mark.parametrize("moment", ["write", "rename", "cut"])
+def test_a_kill_while_a_part_is_written_leaves_a_readable_log(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, 0, 8)
+
+    def half(table: object, where: Path, **_: object) -> None:
+        where.write_bytes(b"PAR1 half of it")
+        raise KeyboardInterrupt
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "rename":
+            patch.setattr(choices_module.os, "replace", killed)
+        else:
+            patch.setattr(pq, "write_table", half)
+        with pytest.raises(KeyboardInterrupt):
+            ChoiceSink(tmp_path / FOLDER).truncate_after(6) if moment == "cut" else train(tmp_path, 8, 12)
+    assert logged(tmp_path) == logged_of(8)
+    train(tmp_path, 4, 12)
+    assert logged(tmp_path) == logged_of(12)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_part_that_cannot_be_read_stops_the_resume(tmp_path: Path) -> None:
+    train(tmp_path, 0, 8)
+    (part, _) = parts(tmp_path / FOLDER)
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"part-00000000.parquet: cannot be read"):
+        Monitor(LoggingConfig(), tmp_path, 10, True, 4)
+    assert len(parts(tmp_path / FOLDER)) == 2
+
+
+def test_a_full_disk_is_an_error_that_names_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monitor = Monitor(LoggingConfig(), tmp_path, 10, True)
+    monitor.step(step_record(0), selection_record(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", full)
+        with pytest.raises(DataError, match=r"part-00000000.*No space left"):
+            monitor.flush()
+    monitor.close()
+    assert logged(tmp_path) == logged_of(1)
+
+
+def test_sampling_bounds_the_log_and_keeps_every_pick(tmp_path: Path) -> None:
+    """A 16th of the steps keep all of 512 candidates, of which 8 are picked."""
+    size = {}
+    for every in (1, 16):
+        sink = ChoiceSink(tmp_path / str(every) / FOLDER, every)
+        rng = np.random.default_rng(0)
+        for step in range(64):
+            ids = rng.permutation(512) + 512 * step
+            choices = Choices(
+                ids=ids,
+                sequences=ids % 300,
+                domains=ids % 2,
+                domain_names=["a", "b"],
+                picked=np.arange(512) < 8,
+                probabilities=np.full(512, 1 / 512),
+                utilities=rng.normal(size=512),
+                scored=np.ones(512, dtype=bool),
+                exposures=np.ones(512, dtype=np.int64),
+            )
+            sink.add(step, choices)
+        sink.flush()
+        size[every] = sum(path.stat().st_size for path in parts(tmp_path / str(every) / FOLDER))
+    assert size[16] < size[1] / 8
+    whole, sampled = logged(tmp_path / "1"), logged(tmp_path / "16")
+    assert sampled == [row for row in whole if row["step"] % 16 == 0 or row["picked"]]
+    counts = [pick_counts(tmp_path / str(every)) for every in (1, 16)]
+    assert counts[0].tolist() == counts[1].tolist()
+    assert (counts[0].sum(), len(counts[0])) == (512, len({row["sequence"] for row in whole if row["picked"]}))
+    assert size[1] / len(whole) < 24  # bytes a row; 8 of them are the utility
 
 
 def test_wandb_missing_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
