@@ -155,12 +155,6 @@ def _search(corpus: Corpus, items: Sequence[Item], encoder: str, work: Path, con
     from megaopus.data.nearness import HashedTfidf, SentenceEncoder, shared_runs
 
     documents = np.flatnonzero(corpus.split_codes != VALIDATION)
-    tokenizer = corpus.tokenizer()
-
-    def texts(numbers: np.ndarray) -> list[str]:
-        spans = [corpus.tokens[corpus.offsets[n] : corpus.offsets[n] + corpus.lengths[n] - 1].tolist() for n in numbers]
-        return tokenizer.decode_batch(spans, skip_special_tokens=False)
-
     runs = [shared_runs(item.text, OVERLAP_WORDS) for item in items]
     known = np.unique(np.concatenate(runs)) if runs else np.empty(0, np.uint64)
     encoding: HashedTfidf | SentenceEncoder | None = None
@@ -171,11 +165,12 @@ def _search(corpus: Corpus, items: Sequence[Item], encoder: str, work: Path, con
         if encoding is None:
             count = min(_SAMPLE, len(documents))
             sampled = np.sort(permute(np.arange(count), len(documents), "bench proxy"))
-            sample = (text for part in np.array_split(documents[sampled], -(-count // _CHUNK)) for text in texts(part))
+            parts = np.array_split(documents[sampled], -(-count // _CHUNK))
+            sample = (text for part in parts for text in corpus.texts(part))
             asked = [item.text for item in items]
             encoding = HashedTfidf(asked, sample) if encoder == HASHED else SentenceEncoder(encoder, asked)
         here = documents[number * _CHUNK : (number + 1) * _CHUNK]
-        content = texts(here)
+        content = corpus.texts(here)
         similarity, item = encoding.nearest(content)
         met = [_among(shared_runs(text, OVERLAP_WORDS), known) for text in content]
         partial = file.with_name(f"{file.name}.partial")
@@ -189,11 +184,11 @@ def _search(corpus: Corpus, items: Sequence[Item], encoder: str, work: Path, con
                 met=np.unique(np.concatenate(met)),
             )
         os.replace(partial, file)
-    parts = [dict(np.load(file, allow_pickle=False)) for file in files]
+    kept = [dict(np.load(file, allow_pickle=False)) for file in files]
     joined = {
-        name: np.concatenate([part[name] for part in parts]) for name in ("similarity", "item", "overlaps", "digest")
+        name: np.concatenate([part[name] for part in kept]) for name in ("similarity", "item", "overlaps", "digest")
     }
-    met_anywhere = np.unique(np.concatenate([part["met"] for part in parts]))
+    met_anywhere = np.unique(np.concatenate([part["met"] for part in kept]))
     items_met = np.array([bool(np.isin(run, met_anywhere).any()) for run in runs])
     return Found(documents, items_met=items_met, **joined)
 
@@ -307,11 +302,9 @@ def show(
     nearest = Table(title=f"the {min(_SHOWN, len(chosen))} nearest documents", show_lines=True)
     for name in ("similarity", "domain", "document", "item"):
         nearest.add_column(name)
-    tokenizer = corpus.tokenizer()
     for place in chosen[:_SHOWN]:
         document = found.documents[place]
-        start = corpus.offsets[document]
-        text = tokenizer.decode(corpus.tokens[start : start + min(80, corpus.lengths[document])].tolist())
+        text = corpus.texts([document], 80)[0]
         cells = (corpus.domains[corpus.domain_codes[document]], _short(text), _short(items[found.item[place]].text))
         nearest.add_row(f"{found.similarity[place]:.3f}", *map(escape, cells))
     console.print(nearest)
