@@ -36,8 +36,9 @@ def stages(console: Console) -> Iterator[Stage]:
 
             def advance(count: int) -> None:
                 state = progress.tasks[task]
-                speed = (state.speed or state.finished_speed or 0) / scale
-                progress.update(task, advance=count, rate=f"{speed:.1f} {unit}")
+                average = (state.completed + count) / max(state.elapsed or 0, 1e-3)
+                speed = state.speed or state.finished_speed or average
+                progress.update(task, advance=count, rate=f"{speed / scale:.1f} {unit}")
 
             return advance
 

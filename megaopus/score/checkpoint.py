@@ -182,8 +182,8 @@ class CheckpointPerplexity(_OfCheckpoint):
 
 
 class Utility(_OfCheckpoint):
-    """The OPUS utility of a document (arXiv 2602.05400): by how much the optimizer's update on it, P grad L, would lower
-    the proxy's loss, to first order, at the peak learning rate; nats.
+    """The OPUS utility of a document (arXiv 2602.05400): by how much the optimizer's update on it, P grad L, would
+    lower the proxy's loss, to first order, at the peak learning rate; nats.
 
     L is the mean token loss of a window, the proxy's gradient the mean over ``proxy_sequences`` of its sequences, P
     bounded as in training (docs/decisions/006). Directional scoring; ``exact``: float64 gradients, for small models.

@@ -164,7 +164,7 @@ class Classifier(_HubModel):
         label: str | None = None,
         logit: bool = False,
     ):
-        """``label``: name or number, where there are several; ``logit``: its raw number (QuRating's), not its chance."""
+        """``label``: name or number, where there are several; ``logit``: its raw number (QuRating's), no chance."""
         super().__init__(corpus, name, windows, max_tokens, device)
         names = [str(self._model.config.id2label[index]) for index in range(self._model.config.num_labels)]
         if len(names) == 1:

@@ -54,6 +54,7 @@ class FastText:
         self._corpus, self._path, self._sources = corpus, model, (positive, negative)
         self._model: Any = None
         self.about: dict[str, Any] = {"method": "fasttext"}
+        self.stamps: list[Any]
         if model is None:
             sides = ("proxy", "pool")
             names = [[str(s.path) for s in given] or side for given, side in zip(self._sources, sides, strict=True)]
@@ -104,13 +105,13 @@ class FastText:
     def _checked(self, label: str | None) -> str:
         known = sorted(self._model.get_labels())
         wanted = label if label is None or label.startswith("__label__") else f"__label__{label}"
-        if wanted not in known:
+        if wanted is None or wanted not in known:
             what = "no label named" if label is None else f"no label {label!r}"
             raise DataError(f"{self._path}: {what}; give the one that is scored with --label: {', '.join(known[:20])}")
         return wanted
 
     def _train(self, work: Path, begin: Begin) -> None:
-        lines, counts = work / "training.txt.partial", []
+        lines, counts, words = work / "training.txt.partial", [], 0
         with lines.open("w", encoding="utf-8") as stream:
             for label, sources, split in ((POSITIVE, self._sources[0], "proxy"), (NEGATIVE, self._sources[1], "pool")):
                 texts = _of_files(sources) if sources else self._of_split(split)
@@ -118,6 +119,7 @@ class FastText:
                 for piece in _pieces(texts):
                     stream.write(f"{label} {piece}\n")
                     counts[-1] += 1
+                    words += piece.count(" ") + 1
                     if counts[-1] == MOST_PIECES:
                         break
         if not all(counts):
@@ -125,13 +127,13 @@ class FastText:
             raise DataError(f"{self._corpus.path}: no {side} documents to train on; name files with --{side}")
         epochs = min(_MOST, max(_FEWEST, -(-_SEEN // sum(counts))))
         self.about["pieces"], self.about["epochs"] = counts, epochs
-        advance = begin(f"training on {counts[0]:,} + {counts[1]:,} pieces, {epochs} epochs", 1)
+        advance = begin(f"training on {counts[0]:,} + {counts[1]:,} pieces, {epochs} epochs", words * epochs)
         model = self._fasttext.train_supervised(str(lines), epoch=epochs, verbose=0, **SETTINGS)
         partial = work / f"{MODEL}.partial"
         model.save_model(str(partial))
         os.replace(partial, work / MODEL)
         lines.unlink()
-        advance(1)
+        advance(words * epochs)
 
     def _of_split(self, split: str) -> Iterator[str]:
         """Its documents in a shuffled order."""
