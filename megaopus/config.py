@@ -235,7 +235,7 @@ def _acceptable(text: str, groups: dict[str, list[str]], issues: _Issues) -> boo
         return False
     if key in groups:
         return _acceptable_choice(key, value, groups[key], issues)
-    if key in _settings() or key.startswith(_OPEN):
+    if key in _settings() or key.startswith(_OPEN) or (isinstance(value, dict) and _settings_under(key)):
         return True
     _add_unknown(key, value, [*_settings(), *groups], "no such setting", issues)
     return False
