@@ -41,7 +41,7 @@ Text = tuple[str, str]  # id, text
 def ensure_pool(name: str, data: Path, folder: Path, console: Any = None) -> list[str]:
     """The settings that train on pool ``name``; its corpora are prepared under ``folder`` if they are not there."""
     corpus = folder / name
-    books = list(_read(data / "books.jsonl.gz"))
+    books = list(read_texts(data / "books.jsonl.gz"))
     random.Random(0).shuffle(books)
     if name == "clean":
         authors = sorted({key.split("/")[0] for key, _ in books})
@@ -65,10 +65,10 @@ def ensure_pool(name: str, data: Path, folder: Path, console: Any = None) -> lis
 def _mixed(books: Sequence[Text], data: Path) -> dict[str, list[Text]]:
     rest = iter(books)
     parts = {"books": _take(rest, MIXED["books"])}
-    code = iter(list(_read(data / "code.jsonl.gz")))
+    code = iter(list(read_texts(data / "code.jsonl.gz")))
     parts["code"] = _take(code, MIXED["code"])
-    parts["tldr"] = _take(_read(data / "tldr_pages.jsonl.gz"), MIXED["tldr"])
-    parts["french"] = _take(_read(data / "french_novels.jsonl.gz"), MIXED["french"])
+    parts["tldr"] = _take(read_texts(data / "tldr_pages.jsonl.gz"), MIXED["tldr"])
+    parts["french"] = _take(read_texts(data / "french_novels.jsonl.gz"), MIXED["french"])
     half = MIXED["shuffled"] // 2
     parts["shuffled"] = _changed([*_take(rest, half), *_take(code, half)], shuffled_words)
     return parts
@@ -126,22 +126,24 @@ def replaced_words(words: list[str], draw: random.Random, ranked: list[str], pla
 
 def ranks(texts: Iterable[str]) -> list[str]:
     """Words (with their punctuation) from the most frequent on; equal counts by spelling."""
-    counts = Counter(word.rstrip() for text in texts for word in _words(text))
+    counts = Counter(word.rstrip() for text in texts for word in words_of(text))
     return sorted(counts, key=lambda word: (-counts[word], word))
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """Words with the white space that follows each."""
     return re.findall(r"\S+\s*", text)
 
 
 def _changed(texts: Sequence[Text], change: Callable[[list[str], random.Random], list[str]]) -> list[Text]:
-    return [(key, "".join(change(_words(text), random.Random(key)))) for key, text in texts]
+    return [(key, "".join(change(words_of(text), random.Random(key)))) for key, text in texts]
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> Iterator[Text]:
+def read_texts(path: Path) -> Iterator[Text]:
+    """(id, text) of each row of a gzipped file of JSON lines."""
     with gzip.open(path, "rt", encoding="utf-8") as rows:
         for row in rows:
             document = json.loads(row)
@@ -159,9 +161,16 @@ def _take(texts: Iterator[Text], limit: int) -> list[Text]:
     return kept
 
 
-def _prepare(
-    out: Path, domains: dict[str, list[Text]], wanted: tuple[str, ...], tokenizer: Path | None, console: Any
+def write_corpus(
+    out: Path,
+    domains: dict[str, list[Text]],
+    rule: SplitRule,
+    *,
+    tokenizer: Path | None = None,
+    vocab_size: int = VOCAB_SIZE,
+    console: Any = None,
 ) -> None:
+    """Prepare the texts of ``domains`` at ``out``, unless a corpus is there."""
     if (out / MANIFEST).is_file():
         return
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -173,5 +182,11 @@ def _prepare(
                 for key, text in texts:
                     stream.write(json.dumps({"id": key, "domain": domain, "text": text}, ensure_ascii=False) + "\n")
             sources.append(Source(path, domain))
-        rule = SplitRule(PROXY_FRACTION, VALIDATION_FRACTION, wanted)
-        prepare(sources, out, vocab_size=VOCAB_SIZE, tokenizer=tokenizer, rule=rule, console=console)
+        prepare(sources, out, vocab_size=vocab_size, tokenizer=tokenizer, rule=rule, console=console)
+
+
+def _prepare(
+    out: Path, domains: dict[str, list[Text]], wanted: tuple[str, ...], tokenizer: Path | None, console: Any
+) -> None:
+    rule = SplitRule(PROXY_FRACTION, VALIDATION_FRACTION, wanted)
+    write_corpus(out, domains, rule, tokenizer=tokenizer, console=console)

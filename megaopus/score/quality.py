@@ -20,7 +20,7 @@ from megaopus.score.base import Begin, file_stamps
 MODEL = "model.bin"
 POSITIVE, NEGATIVE = "__label__positive", "__label__negative"
 SETTINGS = {"lr": 0.1, "wordNgrams": 2, "dim": 64, "bucket": 1 << 18, "seed": 0, "thread": 1}
-"""Of training. One thread: the same texts give the same model, but for rounding (the library sums in no fixed order)."""
+"""Of training. One thread: the same texts give the same model, but for rounding (sums have no fixed order)."""
 PIECE_WORDS = 200
 """Documents are cut into pieces of so many words to train on, so that a few long ones are enough."""
 MOST_PIECES = 100_000

@@ -212,7 +212,7 @@ def test_a_selection_sends_its_utilities_in_one_message_that_grows_with_candidat
 
 def test_changed_texts_of_the_pools_keep_what_they_should() -> None:
     text = "".join(f"w{i % 50}{'abc'[i % 3]} " for i in range(600))
-    words = pools._words(text)
+    words = pools.words_of(text)
     assert "".join(words) == text
     draw = random.Random(0)
     assert sorted(pools.shuffled_words(words, draw)) == sorted(words)
