@@ -197,12 +197,23 @@ def test_fasttext_from_files(corpus: Corpus, tmp_path: Path) -> None:
     for name in ("first", "second"):
         make_column(corpus, name, FastText(corpus, positive=sides[0], negative=sides[1]))
         columns.append(load_column(corpus, name).values)
-    # One thread: the same texts, the same model, but for sums whose order follows where memory happens to lie.
-    np.testing.assert_allclose(columns[0], columns[1], atol=1e-2)
-    assert columns[0][domain(corpus, "code")].min() > columns[0][domain(corpus, "docs")].max()
+    for values in columns:  # threads train as they come, so that no two models are equal
+        assert values[domain(corpus, "code")].min() > values[domain(corpus, "docs")].max()
+    assert np.corrcoef(*columns)[0, 1] > 0.95
     (tmp_path / "no.bin").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"no.bin: not a fastText model"):
         FastText(corpus, tmp_path / "no.bin", "x")
+
+
+def test_fasttext_starts_from_vectors_that_were_all_set(corpus: Corpus, tmp_path: Path) -> None:
+    """With fewer threads most of them are what the memory held before (fastText 0.9.2)."""
+    dirty = [np.full(1 << 24, 1e9, dtype=np.float32) for _ in range(4)]  # what is freed is handed out again
+    del dirty
+    method = FastText(corpus)
+    method.ready(tmp_path, lambda what, tokens: lambda count: None)
+    vectors = method._model.get_input_matrix()
+    assert np.abs(vectors).max() < 10
+    assert not (vectors == 0).all(axis=1).any()
 
 
 def test_an_extra_that_is_missing_is_named(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
