@@ -33,7 +33,7 @@ class FilterConfig:
     column: str | None = None
     """A score column: the NAME of ``score --name``, or a field that ``prepare --keep`` kept; null: every document."""
     keep: float | None = None
-    """This fraction of the pool's documents, the best of them; null: all within the bounds."""
+    """The best documents whose tokens are at most this fraction of the pool's; null: all within the bounds."""
     at_least: float | None = None
     """The lowest score to keep."""
     at_most: float | None = None
@@ -41,9 +41,9 @@ class FilterConfig:
     order: str = "auto"
     """Which scores are best: highest; lowest; auto: as the column says (perplexity's lowest, all others' highest)."""
     temperature: float | None = None
-    """Draw the fraction ``keep`` without replacement, chances as exp(score / temperature); null: take the best."""
+    """Draw documents for ``keep`` without replacement, chances as exp(score / temperature); null: take the best."""
     per_domain: bool = False
-    """Take the fraction ``keep`` of every domain by itself."""
+    """Take the fraction ``keep`` of every domain's tokens by itself."""
     seed: int = 0
     """Of the draw."""
 
@@ -57,7 +57,7 @@ class FilterConfig:
         if not set(given) & {"keep", "at_least", "at_most"}:
             yield "column", "nothing says which scores to keep", "data.filter.keep=0.3, or data.filter.at_least=2.5"
         if self.keep is not None and not 0 < self.keep <= 1:
-            yield "keep", "must lie in (0, 1]", "0.3 keeps the best 30 % of the documents"
+            yield "keep", "must lie in (0, 1]", "0.3 keeps the best 30 % of the tokens"
         if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
             yield "at_least", f"above data.filter.at_most = {self.at_most}", "exchange them"
         if self.order not in ORDERS:

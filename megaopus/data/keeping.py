@@ -57,10 +57,10 @@ class Kept:
 def kept_documents(corpus: Corpus, config: FilterConfig) -> Kept | None:
     """Apply the filter; None: there is none.
 
-    A document without a score is never kept. Of the others those within the bounds are, and of these ``keep`` times as
-    many as the pool (or each domain of it) has documents, rounded: the best, or with a temperature a draw without
-    replacement, chances as exp(+-score / temperature), by Gumbel top-k (as DSIR resamples, arXiv 2302.03169). Equal
-    ones by their place in the corpus.
+    A document without a score is never kept. Of the others those within the bounds are. With ``keep`` these are put in
+    order, the best first (equal ones by their place in the corpus), or with a temperature as drawn without replacement,
+    chances as exp(+-score / temperature): Gumbel top-k, as DSIR resamples (arXiv 2302.03169). The first of them are
+    kept, as many as have together at most ``keep`` times the tokens of the pool, or of each domain of it.
 
     Raises:
         DataError: see ``scores.load_column``; or nothing is kept.
@@ -81,7 +81,7 @@ def kept_documents(corpus: Corpus, config: FilterConfig) -> Kept | None:
             merit = merit / config.temperature + gumbel(len(corpus), config.seed)
         groups = [corpus.domain_codes == code for code in range(len(corpus.domains))]
         inside = [pool & group for group in groups] if config.per_domain else [pool]
-        chosen = [_top(merit, np.flatnonzero(group & kept), round(config.keep * int(group.sum()))) for group in inside]
+        chosen = [_first(merit, corpus.lengths, group, kept, config.keep) for group in inside]
         kept = np.zeros(len(corpus), dtype=bool)
         kept[np.concatenate(chosen)] = True
     if not kept.any():
@@ -94,9 +94,13 @@ def kept_documents(corpus: Corpus, config: FilterConfig) -> Kept | None:
     return Kept(kept, {**asdict(config), "order": best, "scores": column.digest})
 
 
-def _top(merit: np.ndarray, members: np.ndarray, count: int) -> np.ndarray:
-    """The ``count`` of ``members`` (m,) with the largest merit, or all of them."""
-    return members[np.argsort(-merit[members], kind="stable")[:count]]
+def _first(
+    merit: np.ndarray, lengths: np.ndarray, group: np.ndarray, eligible: np.ndarray, fraction: float
+) -> np.ndarray:
+    """Those of ``group`` that are ``eligible``, by merit, up to ``fraction`` of the group's tokens; (D,) each."""
+    members = np.flatnonzero(group & eligible)
+    order = members[np.argsort(-merit[members], kind="stable")]
+    return order[np.cumsum(lengths[order]) <= fraction * lengths[group].sum()]
 
 
 def gumbel(count: int, seed: int) -> np.ndarray:
