@@ -72,7 +72,7 @@ def make_column(
 
         try:
             method.ready(work, begin)
-            values = _scored(corpus, method, work, begin)
+            values = _scored(corpus, method, work, begin(f"scoring, {name}", int(corpus.lengths.sum())))
             with new_folder(out, console) as folder:
                 write_column(folder, corpus, values, method.best, method.about)
                 method.finish(folder, work)
@@ -81,8 +81,8 @@ def make_column(
     return out
 
 
-def _scored(corpus: Corpus, method: Method, work: Path, begin: Begin) -> np.ndarray:
-    advance = begin("scoring", int(corpus.lengths.sum()))
+def _scored(corpus: Corpus, method: Method, work: Path, advance: Advance) -> np.ndarray:
+    """All scores (D,), chunk by chunk; what ``work`` has already is read."""
     parts = []
     for number, chunk in enumerate(spans(corpus.lengths, method.chunk_tokens)):
         file = work / f"scores-{number:06d}.npy"
