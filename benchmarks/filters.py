@@ -6,9 +6,9 @@ text (French novels; the demo: code) and of boilerplate (command-line help pages
 small GPT is trained on other books. Then the verb score's methods score the passages: perplexity and utility under that
 checkpoint, dsir and fasttext with the proxy (other clean passages) against the pool, in which a sixth is clean.
 
-Rows {method, contamination, auc, auc_std, seeds}. auc: the chance that a clean passage is scored better than a
-contaminated one, better as data.filter takes it (perplexity: lower); 0.5 is a coin, below it the score prefers
-the contamination. Mean and standard deviation over seeds, each with its own passages, weights and order of training.
+Rows {method, contamination, auc, auc_std, seeds, aucs}. auc: the chance that a clean passage is scored better than a
+contaminated one, better as data.filter takes it (perplexity: lower); 0.5 is a coin, below it the score prefers the
+contamination. Mean and standard deviation over seeds (aucs: each), with their own passages, weights and order.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
             values = [each[name, kind] for each in found]
             std = statistics.stdev(values) if len(values) > 1 else 0.0
             row = {"method": name, "contamination": kind, "auc": statistics.fmean(values), "auc_std": std}
-            rows.append({**row, "seeds": len(values)})
+            rows.append({**row, "seeds": len(values), "aucs": values})
     print_rows(rows, console)
     if args.json:
         write_results(args.json, rows, {**machine(args), "plan": asdict(plan), "data": args.data is not None})
