@@ -18,10 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megaopus.data.corpus import MANIFEST, TOKENIZER
+from megaopus.data.corpus import MANIFEST, TOKENIZER, Corpus
 from megaopus.data.prepare import prepare
+from megaopus.data.scores import column_names
 from megaopus.data.sources import Source
 from megaopus.data.split import SplitRule
+from megaopus.score.base import make_column
+from megaopus.score.ngrams import Dsir
+from megaopus.score.quality import FastText
 
 VOCAB_SIZE = 2048
 WANTED = "books"
@@ -44,13 +48,15 @@ def ensure_pool(name: str, data: Path, folder: Path, console: Any = None) -> lis
     if name == "clean":
         held_out = folder / "clean_held_out"
         # the same fractions keep the same documents out of the pool, so that both can be validated on
-        prepare_texts(corpus, lambda: {"books": _by_authors(data)["books"]}, _rule("books"), None, console)
-        prepare_texts(held_out, lambda: _by_authors(data), _rule("other_books"), corpus / TOKENIZER, console)
+        prepare_texts(corpus, lambda: {"books": _by_authors(data)["books"]}, _rule("books"), console=console)
+        prepare_texts(
+            held_out, lambda: _by_authors(data), _rule("other_books"), tokenizer=corpus / TOKENIZER, console=console
+        )
         return [f"data.path={corpus}", "data.wanted=[other_books]"] + [
             f"data.{split}_path={held_out}" for split in ("proxy", "validation")
         ]
     parts = mixed if name == "mixed" else hard
-    prepare_texts(corpus, lambda: parts(data), _rule(WANTED), None, console)
+    prepare_texts(corpus, lambda: parts(data), _rule(WANTED), console=console)
     return [f"data.path={corpus}", f"data.wanted=[{WANTED}]"]
 
 
@@ -58,8 +64,14 @@ def _rule(wanted: str) -> SplitRule:
     return SplitRule(PROXY_FRACTION, VALIDATION_FRACTION, (wanted,))
 
 
+def ensure_column(corpus: Corpus, name: str, console: Any = None) -> None:
+    """The score column ``name`` (dsir or fasttext, proxy against pool), if it is not there."""
+    if name not in column_names(corpus):
+        make_column(corpus, name, Dsir(corpus, None) if name == "dsir" else FastText(corpus), console=console)
+
+
 def _books(data: Path) -> list[Text]:
-    books = list(_read(data / "books.jsonl.gz"))
+    books = list(read_texts(data / "books.jsonl.gz"))
     random.Random(0).shuffle(books)
     return books
 
@@ -79,10 +91,10 @@ def mixed(data: Path) -> dict[str, list[Text]]:
     """Texts of each domain."""
     rest = iter(_books(data))
     parts = {"books": _take(rest, MIXED["books"])}
-    code = iter(list(_read(data / "code.jsonl.gz")))
+    code = iter(list(read_texts(data / "code.jsonl.gz")))
     parts["code"] = _take(code, MIXED["code"])
-    parts["tldr"] = _take(_read(data / "tldr_pages.jsonl.gz"), MIXED["tldr"])
-    parts["french"] = _take(_read(data / "french_novels.jsonl.gz"), MIXED["french"])
+    parts["tldr"] = _take(read_texts(data / "tldr_pages.jsonl.gz"), MIXED["tldr"])
+    parts["french"] = _take(read_texts(data / "french_novels.jsonl.gz"), MIXED["french"])
     half = MIXED["shuffled"] // 2
     parts["shuffled"] = _changed([*_take(rest, half), *_take(code, half)], shuffled_words)
     return parts
@@ -142,22 +154,24 @@ def replaced_words(words: list[str], draw: random.Random, ranked: list[str], pla
 
 def ranks(texts: Iterable[str]) -> list[str]:
     """Words (with their punctuation) from the most frequent on; equal counts by spelling."""
-    counts = Counter(word.rstrip() for text in texts for word in _words(text))
+    counts = Counter(word.rstrip() for text in texts for word in words_of(text))
     return sorted(counts, key=lambda word: (-counts[word], word))
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """Words with the white space that follows each."""
     return re.findall(r"\S+\s*", text)
 
 
 def _changed(texts: Sequence[Text], change: Callable[[list[str], random.Random], list[str]]) -> list[Text]:
-    return [(key, "".join(change(_words(text), random.Random(key)))) for key, text in texts]
+    return [(key, "".join(change(words_of(text), random.Random(key)))) for key, text in texts]
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> Iterator[Text]:
+def read_texts(path: Path) -> Iterator[Text]:
+    """(id, text) of each row of a gzipped file of JSON lines."""
     with gzip.open(path, "rt", encoding="utf-8") as rows:
         for row in rows:
             document = json.loads(row)
@@ -176,7 +190,13 @@ def _take(texts: Iterator[Text], limit: int) -> list[Text]:
 
 
 def prepare_texts(
-    out: Path, parts: Callable[[], dict[str, list[Text]]], rule: SplitRule, tokenizer: Path | None, console: Any
+    out: Path,
+    parts: Callable[[], dict[str, list[Text]]],
+    rule: SplitRule,
+    *,
+    tokenizer: Path | None = None,
+    vocab_size: int = VOCAB_SIZE,
+    console: Any = None,
 ) -> None:
     """A corpus of ``parts`` (domain -> texts) under ``out``, if it is not there."""
     if (out / MANIFEST).is_file():
@@ -190,4 +210,4 @@ def prepare_texts(
                 for key, text in texts:
                     stream.write(json.dumps({"id": key, "domain": domain, "text": text}, ensure_ascii=False) + "\n")
             sources.append(Source(path, domain))
-        prepare(sources, out, vocab_size=VOCAB_SIZE, tokenizer=tokenizer, rule=rule, console=console)
+        prepare(sources, out, vocab_size=vocab_size, tokenizer=tokenizer, rule=rule, console=console)

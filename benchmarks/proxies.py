@@ -80,12 +80,12 @@ def make(data: Path, folder: Path, console: Console) -> Places:
     """Prepare what is not there."""
     places = Places(folder / "random", folder / "near", folder / "held_out")
     rule = SplitRule(PROXY_FRACTION, 0.02)
-    prepare_texts(places.random, lambda: mixed(data), rule, None, console)
+    prepare_texts(places.random, lambda: mixed(data), rule, console=console)
     sources = [Source(data / "benchmarks" / f"{name}.jsonl.gz") for name in BENCHMARKS]
     items = bench_proxy.read_items(sources, ["query", "choices"])
     tokenizer = places.random / TOKENIZER
     asked = {"items": [(str(number), item.text) for number, item in enumerate(items[1::2])]}
-    prepare_texts(places.held_out, lambda: asked, SplitRule(0, 0.98), tokenizer, console)
+    prepare_texts(places.held_out, lambda: asked, SplitRule(0, 0.98), tokenizer=tokenizer, console=console)
     if not (places.near / MANIFEST).is_file():
         budget = sum(counts["proxy"]["tokens"] for counts in Corpus.open(places.random).manifest["counts"].values())
         bench_proxy.build(Corpus.open(places.random), items[::2], places.near, tokens=budget, console=console)

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import machine, parser, progress, start, write_results
-from benchmarks.pools import ensure_pool
+from benchmarks.pools import ensure_column, ensure_pool
 from benchmarks.study import (
     COMMON,
     SCORED,
@@ -44,12 +44,16 @@ from benchmarks.study import (
 )
 from megaopus.build import Corpora
 from megaopus.config import compose
+from megaopus.data.corpus import Corpus
 from megaopus.data.traits import ensure_traits
 from megaopus.demo import WANTED as DEMO_WANTED
 from megaopus.demo import ensure_corpus
 from megaopus.monitor.compare import aggregate, compare
 
 POOLS = ("demo", "mixed", "hard", "clean")
+FILTERS = {
+    column: (f"data.filter.column={column}", "data.filter.keep=0.25") for column in ("dsir", "fasttext")
+}  # a quarter of the tokens, about as many as are wanted in the pool 'mixed'
 UNKNOWING = ("selection.prescreen.prior=0",)  # what is promising is learnt from utilities alone
 ARMS: dict[str, tuple[str, ...]] = {
     "uniform": ("selection=uniform",),
@@ -67,6 +71,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "exact_proxy32": ("selection=opus_exact", "selection.proxy_batch_size=32", SCORED),
     "exact_contrast": ("selection=opus_exact", "selection.contrast=true", SCORED),
     "oracle": ("selection=domain_oracle", "selection.rho=0.125"),
+    "filter_dsir": ("selection=uniform", *FILTERS["dsir"]),
+    "filter_fasttext": ("selection=uniform", *FILTERS["fasttext"]),
+    "filter_dsir_opus": ("selection=opus", SCORED, *FILTERS["dsir"]),
 }
 MAIN = ("uniform", "dsir", "importance", "opus", "exact", "published")
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
@@ -154,6 +161,17 @@ class Study:
             if (row := self.results.rows.get(self.task(job).key)) is not None:
                 found.setdefault((job.pool, job.optimizer, job.arm), {})[job.seed] = row
         return found
+
+
+def _prepare(study: Study, jobs: Sequence[Job], console: Console) -> None:
+    """Score columns and traits that ``jobs`` need, once, not in each of the runs at the same time."""
+    for job in {(job.pool, job.arm): job for job in jobs}.values():
+        config = compose(study.overrides(job))
+        if config.data.filter.column is not None:
+            ensure_column(Corpus.open(config.data.path), config.data.filter.column, console)
+        if config.selection.needs_traits:
+            corpora = Corpora(config)
+            ensure_traits(corpora.pool, corpora.proxy(), None, console)
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------
@@ -293,11 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     results = Results(args.results or folder / "results.jsonl")
     study = Study(plan, jobs_of(plan, pools), places, results, folder)
-    for pool in pools:  # once, not in each of the runs at the same time
-        corpora = Corpora(compose([*COMMON, *places[pool]]))
-        ensure_traits(corpora.pool, corpora.proxy(), None, console)
     asked = {"arm": args.arms, "optimizer": args.optimizers, "seed": args.seeds}
     chosen = [job for job in study.jobs if all(not only or getattr(job, name) in only for name, only in asked.items())]
+    _prepare(study, chosen, console)
     if not args.no_training:
         train_all([study.task(job) for job in chosen], results, folder, args.jobs, console)
     if not args.no_timing:

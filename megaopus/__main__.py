@@ -120,6 +120,22 @@ def proxy(arguments: list[str]) -> int:
     return 0
 
 
+def score(arguments: list[str]) -> int:
+    """Give every document of a corpus a score to filter by."""
+    parser = _parser(
+        "score",
+        "Write one score for each document of a corpus into a column beside it; data.filter keeps documents by it.",
+        "  python -m megaopus score --corpus corpus --method dsir\n"
+        "  python -m megaopus score --corpus corpus --method utility --checkpoint runs/first --name useful\n"
+        "  python -m megaopus score --corpus corpus --method classifier --model HuggingFaceFW/fineweb-edu-classifier",
+    )
+    from megaopus.score import verb as scorer
+
+    scorer.add_arguments(parser)
+    scorer.run(parser.parse_args(arguments))
+    return 0
+
+
 def report(arguments: list[str]) -> int:
     """Show runs on one page, or make their picks again from the record."""
     parser = _parser(
@@ -157,7 +173,7 @@ def demo(arguments: list[str]) -> int:
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
-    verb.__name__: verb for verb in (train, check, prepare, proxy, report, demo)
+    verb.__name__: verb for verb in (train, check, prepare, proxy, score, report, demo)
 }
 
 

@@ -23,6 +23,7 @@ from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate
 from megaopus.config import RunConfig, to_yaml
 from megaopus.data.candidates import CandidateStream
 from megaopus.data.corpus import Corpus
+from megaopus.data.keeping import kept_documents
 from megaopus.data.mixture import continued, parse_stages, plain
 from megaopus.data.sequences import Sequences
 from megaopus.data.traits import SequenceTraits, ensure_traits
@@ -172,7 +173,8 @@ class Corpora:
         self._config = config.data
         self._opened: dict[str, Corpus] = {}
         data = config.data
-        self.pool = Sequences(self._open(data.path), "pool", data.seq_len)
+        pool = self._open(data.path)
+        self.pool = Sequences(pool, "pool", data.seq_len, kept=kept_documents(pool, data.filter))
         self.validation = Sequences(self._open(data.validation_path or data.path), "validation", data.seq_len)
 
     def proxy(self) -> Sequences:
@@ -204,6 +206,8 @@ def _identity(config: RunConfig, corpora: Corpora, *, bf16: bool) -> dict[str, A
     later: dict[str, Any] = {} if config.engine.name == "megatron" else {"engine": config.engine.name}
     if config.data.weights:
         later["weighted"] = True  # domains have epochs of their own then
+    if corpora.pool.kept is not None:
+        later["filter"] = corpora.pool.kept.identity
     return later | {
         "corpus": corpora.pool.corpus.fingerprint,
         "seq_len": config.data.seq_len,
@@ -272,6 +276,9 @@ def _derived(config: RunConfig, mesh: Mesh, corpora: Corpora, trainer: Trainer) 
         f"{config.selection.method} picks {train.global_batch_size} of {config.num_candidates()} candidates",
         f"pool of {len(corpora.pool):,} sequences ({corpora.pool.corpus.fingerprint[:12]})",
     ]
+    if (kept := corpora.pool.kept) is not None:
+        told = kept.told(corpora.pool.corpus)
+        parts.append(f"filtered {next(iter(told))}: {told['all']}")
     if config.data.weights:
         stream = typing.cast(CandidateStream, trainer.stream)
         drawn = ", ".join(f"{name} {epochs:.2f}" for name, epochs in stream.epochs(train.steps).items())

@@ -62,6 +62,8 @@ class Data:
     domains: list[str]
     epochs: dict[str, float] | None = None
     """Where domains are drawn by weight: times that the run goes through each."""
+    kept: dict[str, str] | None = None
+    """What the filter keeps, in words."""
 
 
 def run(
@@ -82,6 +84,8 @@ def run(
         raise ConfigError(problems)
     data = open_data(config)
     console.print(_two_columns("Derived", derived(config, world_size, data)))
+    if data.kept is not None:
+        console.print(_two_columns("Documents of the pool that the filter keeps", data.kept))
     changed = {key: f"{value!r}  (default {default!r})" for key, (value, default) in differences(config).items()}
     console.print(_two_columns("Settings that differ from the default", changed or {"none": ""}))
     console.print(_mesh_table(config, world_size))
@@ -98,6 +102,7 @@ def open_data(config: RunConfig) -> Data:
     """Open the corpora of ``config`` and count their sequences; raises DataError."""
     from megaopus.data.candidates import CandidateStream
     from megaopus.data.corpus import Corpus
+    from megaopus.data.keeping import kept_documents
     from megaopus.data.mixture import parse_stages
     from megaopus.data.sequences import Sequences
 
@@ -106,7 +111,8 @@ def open_data(config: RunConfig) -> Data:
     proxy = Corpus.open(data.proxy_path) if data.proxy_path else pool
     validation = Corpus.open(data.validation_path) if data.validation_path else pool
     wanted = data.wanted or None
-    drawn_from = Sequences(pool, "pool", data.seq_len)
+    kept = kept_documents(pool, data.filter)
+    drawn_from = Sequences(pool, "pool", data.seq_len, kept=kept)
     epochs = None
     if data.weights:
         stages, every = parse_stages(data.weights), config.selection.score_every
@@ -118,7 +124,8 @@ def open_data(config: RunConfig) -> Data:
     }
     if config.selection.needs_proxy:
         sequences["proxy"] = len(Sequences(proxy, "proxy", data.seq_len, wanted))
-    return Data(config.model.vocab_size or pool.vocab_size, sequences, list(pool.domains), epochs)
+    told = None if kept is None else kept.told(pool)
+    return Data(config.model.vocab_size or pool.vocab_size, sequences, list(pool.domains), epochs, told)
 
 
 def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:

@@ -126,11 +126,16 @@ def load(path: Path) -> RunConfig:
         raise ConfigError([Problem("config", str(path), str(error.strerror), "name a config.yaml of a run")]) from error
     except Exception as error:  # yaml and omegaconf share no base class
         raise ConfigError([Problem("config", str(path), f"not YAML: {error}", "restore the file")]) from error
+    return restored(tree, str(path))
+
+
+def restored(tree: Any, source: str) -> RunConfig:
+    """Settings from plain values, as ``asdict`` made them; ``source`` is where they lay. Raises ConfigError."""
     issues = _Issues()
     if not isinstance(tree, dict):
-        issues.add("config", str(path), "holds no settings", "name a config.yaml of a run")
+        issues.add("config", source, "holds no settings", "name a config.yaml of a run")
         tree = {}
-    config = _typed(RunConfig, typing.cast(dict[str, Any], tree), "", str(path), issues)
+    config = _typed(RunConfig, typing.cast(dict[str, Any], tree), "", source, issues)
     if issues.problems:
         raise ConfigError(issues.problems)
     return config
@@ -230,7 +235,7 @@ def _acceptable(text: str, groups: dict[str, list[str]], issues: _Issues) -> boo
         return False
     if key in groups:
         return _acceptable_choice(key, value, groups[key], issues)
-    if key in _settings() or key.startswith(_OPEN):
+    if key in _settings() or key.startswith(_OPEN) or (isinstance(value, dict) and _settings_under(key)):
         return True
     _add_unknown(key, value, [*_settings(), *groups], "no such setting", issues)
     return False

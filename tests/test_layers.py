@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "monitor": {"errors", "distributed"},
     "rules": {"errors", "models.arithmetic", "config"},
     "config": {"errors", "rules", "train_config"} | {f"{package}.config" for package in SETTINGS},
+    "score": {"errors", "data", "build", "checkpoint", "config", "distributed", "engine", "selection"},
     "trainer": {"checkpoint", "data", "engine", "errors", "monitor", "selection"},
     "check": ANY,
     "build": ANY,
@@ -41,6 +42,8 @@ ONLY_IN = {
     "matplotlib": {"monitor"},
     "pyarrow": {"data", "monitor"},
     "pytorch_optimizer": {"optim"},
+    "transformers": {"score"},
+    "fasttext": {"score"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

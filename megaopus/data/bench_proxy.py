@@ -218,11 +218,9 @@ def show(
     nearest = Table(title=f"the {min(_SHOWN, len(chosen))} nearest documents", show_lines=True)
     for name in ("similarity", "domain", "document", "item"):
         nearest.add_column(name)
-    tokenizer = corpus.tokenizer()
     for place in chosen[:_SHOWN]:
         document = found.documents[place]
-        start = corpus.offsets[document]
-        text = tokenizer.decode(corpus.tokens[start : start + min(80, corpus.lengths[document])].tolist())
+        text = corpus.texts([document], 80)[0]
         cells = (corpus.domains[corpus.domain_codes[document]], _short(text), _short(items[found.item[place]].text))
         nearest.add_row(f"{found.similarity[place]:.3f}", *map(escape, cells))
     console.print(nearest)

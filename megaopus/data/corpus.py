@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -135,6 +136,17 @@ class Corpus:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens."""
         return load_tokenizer(self.path / TOKENIZER)
+
+    @cached_property
+    def _decoder(self) -> Tokenizer:
+        return self.tokenizer()
+
+    def texts(self, documents: Items[int] | np.ndarray, most: int | None = None) -> list[str]:
+        """The text of documents by their numbers, without the end-of-document token; of ``most`` tokens at most."""
+        lengths = self.lengths[documents] - 1
+        ends = self.offsets[documents] + (lengths if most is None else np.minimum(lengths, most))
+        spans = [self.tokens[a:b].tolist() for a, b in zip(self.offsets[documents], ends, strict=True)]
+        return self._decoder.decode_batch(spans, skip_special_tokens=False)
 
 
 def _read_manifest(folder: Path) -> dict:

@@ -18,10 +18,11 @@ class StoppedError(DataError):
     """Work ended by what is no fault of its input; what is finished is kept for another try."""
 
 
-def refuse_existing(out: Path, overwrite: bool, marker: str) -> None:
+def refuse_existing(out: Path, overwrite: bool, marker: str, kind: str = "corpus") -> None:
     """Raise unless ``out`` is free: missing, an empty folder, or a finished one (it has ``marker``) to overwrite.
 
-    A folder that a kill in the middle of an overwrite left under its other name gets its name back first.
+    A folder that a kill in the middle of an overwrite left under its other name gets its name back first. ``kind``:
+    what it is called in messages.
 
     Raises:
         DataError: ``out`` holds something that must not be replaced.
@@ -32,9 +33,9 @@ def refuse_existing(out: Path, overwrite: bool, marker: str) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / marker).is_file():
-        raise DataError(f"{out}: exists and is not a corpus (no {marker}); choose another folder, nothing was written")
+        raise DataError(f"{out}: exists and is not a {kind} (no {marker}); choose another folder, nothing was written")
     if not overwrite:
-        raise DataError(f"{out}: already holds a corpus; use it as it is, choose another folder, or give --overwrite")
+        raise DataError(f"{out}: already holds a {kind}; use it as it is, choose another folder, or give --overwrite")
 
 
 @contextmanager
@@ -128,7 +129,7 @@ def _locked(folder: Path, out: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise DataError(f"{out}: another process is preparing this corpus now; wait for it, then use it") from None
+        raise DataError(f"{out}: another process is writing it now; wait for it, then use it") from None
     return descriptor
 
 

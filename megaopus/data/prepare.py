@@ -9,14 +9,12 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from tokenizers import Tokenizer
 
@@ -38,13 +36,13 @@ from megaopus.data.corpus import (
 )
 from megaopus.data.encode import CHUNK_CHARACTERS, Chunk, Entry, encode
 from megaopus.data.folder import new_folder, refuse_existing, work_folder
+from megaopus.data.progress import Advance, stages
 from megaopus.data.sources import Fields, Source, SourceReader
 from megaopus.data.split import POOL, Scan, SplitRule, scan
 from megaopus.data.tokenizer import EOD, SMALLEST_VOCABULARY, eod_id, load_tokenizer, train_tokenizer, vocabulary_size
 from megaopus.data.workers import cores
 from megaopus.errors import DataError
 
-Advance = Callable[[int], None]
 _LITTLE = 1 << 24
 """Bytes of sources below which starting workers takes longer than they save."""
 _TOOLS = ("numpy", "tokenizers", "megatron-core")
@@ -103,7 +101,7 @@ def prepare(
     if workers is None:
         workers = 1 if total is not None and total < _LITTLE else cores()
     plan = _plan(sources, given, vocab_size, eod_token, rule)
-    with _progress(console) as stage, work_folder(out, plan, console) as work:
+    with stages(console) as stage, work_folder(out, plan, console) as work:
         scanned = _scanned(work, sources, rule, lambda: stage("reading", total))
         made = given or _trained(work, sources, scanned, vocab_size, lambda: stage("training the tokenizer", total))
         made.save(str(work / TOKENIZER))
@@ -120,32 +118,6 @@ def prepare(
     line = f"{out}: {manifest['tokens']:,} tokens, fingerprint {manifest['fingerprint'][:16]}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     return out
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[..., Advance]]:
-    """Yield ``stage(name, total, unit)``, which starts a line of progress and returns its ``advance(count)``."""
-    columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console) as progress:
-
-        def stage(name: str, total: int | None, unit: str = "MB/s") -> Advance:
-            task = progress.add_task(name, total=total, rate="")
-
-            def advance(count: int) -> None:
-                state = progress.tasks[task]
-                progress.update(
-                    task, advance=count, rate=f"{(state.speed or state.finished_speed or 0) / 1e6:.1f} {unit}"
-                )
-
-            return advance
-
-        yield stage
 
 
 def _plan(sources: Sequence[Source], given: Tokenizer | None, vocab_size: int, eod_token: str, rule: SplitRule) -> str:

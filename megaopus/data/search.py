@@ -121,7 +121,6 @@ class Searcher:
 
     def __init__(self, corpus: Corpus, items: Sequence[Item], encoder: str, chunk: int):
         self._corpus, self._chunk = corpus, chunk
-        self._tokenizer = corpus.tokenizer()
         self._documents = documents = _documents(corpus)
         runs = _runs(items)
         self._known = np.unique(np.concatenate(runs)) if runs else np.empty(0, np.uint64)
@@ -131,20 +130,14 @@ class Searcher:
             count = min(_SAMPLE, len(documents))
             sampled = documents[np.sort(permute(np.arange(count), len(documents), "bench proxy"))]
             parts = np.array_split(sampled, -(-count // chunk))
-            self._encoding = HashedTfidf(asked, (text for part in parts for text in self._texts(part)))
+            self._encoding = HashedTfidf(asked, (text for part in parts for text in corpus.texts(part)))
         else:
             self._encoding = SentenceEncoder(encoder, asked)
-
-    def _texts(self, numbers: np.ndarray) -> list[str]:
-        """Of documents, without the token that ends them."""
-        corpus = self._corpus
-        spans = [corpus.tokens[corpus.offsets[n] : corpus.offsets[n] + corpus.lengths[n] - 1].tolist() for n in numbers]
-        return self._tokenizer.decode_batch(spans, skip_special_tokens=False)
 
     def write(self, number: int, file: Path) -> None:
         """Chunk ``number``, whole or not at all."""
         here = self._documents[number * self._chunk : (number + 1) * self._chunk]
-        content = self._texts(here)
+        content = self._corpus.texts(here)
         similarity, item = self._encoding.nearest(content)
         met = [_among(shared_runs(text, OVERLAP_WORDS), self._known) for text in content]
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")

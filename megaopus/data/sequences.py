@@ -15,6 +15,7 @@ from megaopus.errors import DataError
 
 if TYPE_CHECKING:
     from megaopus.data.candidates import CandidateBuffer
+    from megaopus.data.keeping import Kept
 
 
 class Sequences:
@@ -24,10 +25,13 @@ class Sequences:
     [j*L, j*L + L] of that stream, L = seq_len: L inputs and, shifted by one, L labels. So every label is predicted
     exactly once, a sequence has one domain, and it may span documents. The rest of each stream is left out.
 
-    Numbers mean the same for the same (corpus fingerprint, split, seq_len, domains): see ``key``.
+    With a filter (``keeping.py``) only the documents it keeps are there, one after the other. Numbers mean the same for
+    the same (corpus fingerprint, split, seq_len, domains, filter): see ``key``.
     """
 
-    def __init__(self, corpus: Corpus, split: str, seq_len: int, domains: Items[str] | None = None):
+    def __init__(
+        self, corpus: Corpus, split: str, seq_len: int, domains: Items[str] | None = None, kept: Kept | None = None
+    ):
         """Lay the streams out; no token is read.
 
         Args:
@@ -35,6 +39,7 @@ class Sequences:
             split: pool, proxy or validation.
             seq_len: L, at least 1.
             domains: names to take; None: every domain that fills at least one sequence.
+            kept: the documents of the pool to take; None: all.
 
         Raises:
             DataError: unknown split or domain, or a named domain (or the whole split) fills no sequence.
@@ -51,13 +56,19 @@ class Sequences:
         """Names of the domains that have sequences, in corpus order."""
         self.left_out: dict[str, int] = {}
         """Tokens of each domain that fill no sequence, none of them ever a label."""
+        self.kept = kept
         self._lay_out(set(corpus.domains if domains is None else domains), explicit=domains is not None)
-        self.key = json.dumps([corpus.fingerprint, split, seq_len, self.domains])
+        filtered = [] if kept is None else [kept.identity]
+        self.key = json.dumps([corpus.fingerprint, split, seq_len, self.domains, *filtered])
         """Says what the numbers stand for."""
 
     def _lay_out(self, wanted: set[str], explicit: bool) -> None:
         corpus, seq_len = self.corpus, self.seq_len
         in_split = corpus.split_codes == SPLITS.index(self.split)
+        remedy = "use a smaller seq_len, or prepare more text"
+        if self.kept is not None:
+            in_split &= self.kept.documents
+            remedy += ", or let data.filter keep more"
         documents, counts, begins, total = [], [], [], 0
         for code, name in enumerate(corpus.domains):
             if name not in wanted:
@@ -68,7 +79,7 @@ class Sequences:
             if explicit and not count:
                 raise DataError(
                     f"{corpus.path}: domain {name!r} has {tokens:,} tokens in split {self.split!r}, too few for one "
-                    f"sequence of seq_len = {seq_len}; use a smaller seq_len, or prepare more text"
+                    f"sequence of seq_len = {seq_len}; {remedy}"
                 )
             if tokens:
                 self.left_out[name] = tokens - count * seq_len - bool(count)
@@ -81,7 +92,7 @@ class Sequences:
         if not counts:
             raise DataError(
                 f"{corpus.path}: no domain fills one sequence of seq_len = {seq_len} in split {self.split!r}; "
-                "use a smaller seq_len, or prepare more text or a larger fraction for this split"
+                f"{remedy} or a larger fraction for this split"
             )
         # One long line of documents, the streams back to back; `starts` are positions on it.
         self._documents = np.concatenate(documents)

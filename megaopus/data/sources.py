@@ -338,15 +338,15 @@ def _unpacked(stream: IO[bytes], path: Path) -> IO[bytes]:
     return io.BufferedReader(Checked(), 1 << 16)
 
 
-def needed(module: str, what: str) -> Any:
-    """A package that only some sources need; raises DataError, naming ``what`` needs it, if it is not installed."""
+def needed(module: str, what: str, extra: str = "data") -> Any:
+    """An optional package; raises DataError, naming ``what`` needs it and the ``extra`` with it, if there is none."""
     import importlib
 
     try:
         return importlib.import_module(module)
     except ImportError as error:
         name = module.partition(".")[0]
-        raise DataError(f"{what}: needs {name}, which is not installed: pip install 'megaopus[data]'") from error
+        raise DataError(f"{what}: needs {name}, which is not installed: pip install 'megaopus[{extra}]'") from error
 
 
 def _decoded(content: bytes, place: str, first: bool) -> str:

@@ -166,15 +166,15 @@ def _write(pool: Sequences, proxy: Sequences, folder: Path, console: Console) ->
             for side, sequences in (("target", proxy), ("pool", pool))
             for half, numbers in enumerate(_halves(sequences))
         }
-        target, whole = (_log_probability(counted[side, 0][0] + counted[side, 1][0]) for side in ("target", "pool"))
+        target, whole = (log_probability(counted[side, 0][0] + counted[side, 1][0]) for side in ("target", "pool"))
         # What a text is likely under must not have been counted in it: each half is described by the other.
-        others = [[_log_probability(counted[side, 1 - half][0]) for side in ("target", "pool")] for half in (0, 1)]
+        others = [[log_probability(counted[side, 1 - half][0]) for side in ("target", "pool")] for half in (0, 1)]
         odds = target - whole
         idf = np.log((1 + n) / (1 + counted["pool", 0][1] + counted["pool", 1][1])).astype(np.float32)
         signs = np.where(mix(np.arange(BUCKETS, dtype=_U64)) & _U64(1), 1, -1).astype(np.float32)
         for half, numbers in enumerate(_halves(pool)):
             for rows, tokens in _chunks(pool, numbers):
-                uni, bi = _hashed(tokens)
+                uni, bi = hashed(tokens)
                 out["sketch"][rows] = _sketch(uni, bi, idf, signs)
                 out["scalars"][rows] = _scalars(uni, bi, others[half])
                 out["log_odds"][rows] = odds[0][uni].mean(axis=1) + odds[1][bi].mean(axis=1)
@@ -183,7 +183,7 @@ def _write(pool: Sequences, proxy: Sequences, folder: Path, console: Console) ->
         wanted = []
         for half, numbers in enumerate(_halves(proxy)):
             for rows, tokens in _chunks(proxy, numbers):
-                wanted.append(_scalars(*_hashed(tokens), others[half]))
+                wanted.append(_scalars(*hashed(tokens), others[half]))
                 bar.advance(work, len(rows))
     np.save(folder / "importance.npy", _fitted(out["scalars"], np.concatenate(wanted)))
     for array in out.values():
@@ -205,7 +205,7 @@ def _chunks(sequences: Sequences, numbers: np.ndarray) -> Iterator[tuple[np.ndar
         yield rows, sequences.tokens(rows).numpy().astype(_U64)
 
 
-def _hashed(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def hashed(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Buckets of the unigrams (c, T) and bigrams (c, T - 1)."""
     first = mix(tokens + _U64(1))
     pairs = mix(first[:, :-1] * _U64(3) + first[:, 1:])
@@ -217,7 +217,7 @@ def _counts(sequences: Sequences, numbers: np.ndarray, advance: Callable[[int], 
     counts = np.zeros((2, BUCKETS), dtype=np.int64)
     documents = np.zeros(BUCKETS, dtype=np.int64)
     for rows, tokens in _chunks(sequences, numbers):
-        both = _hashed(tokens)
+        both = hashed(tokens)
         for kind, hashes in enumerate(both):
             counts[kind] += np.bincount(hashes.ravel(), minlength=BUCKETS)
         documents += (_bag(*both) > 0).sum(axis=0)
@@ -231,7 +231,7 @@ def _bag(uni: np.ndarray, bi: np.ndarray) -> np.ndarray:
     return np.bincount(both.ravel(), minlength=len(uni) * BUCKETS).reshape(len(uni), BUCKETS).astype(np.float32)
 
 
-def _log_probability(counts: np.ndarray) -> np.ndarray:
+def log_probability(counts: np.ndarray) -> np.ndarray:
     """(2, BUCKETS) log probability of each bucket among its kind, one occurrence added to each."""
     return np.log((counts + 1) / (counts.sum(axis=1, keepdims=True) + BUCKETS)).astype(np.float32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import math
@@ -12,12 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import common, estimators, pools, throughput
+from benchmarks import common, estimators, filters, pools, quality, throughput
 from benchmarks.scoring import count_bytes
+from megaopus.build import Corpora
+from megaopus.config import compose
+from megaopus.data.corpus import Corpus
+from megaopus.data.sequences import Sequences
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
@@ -212,7 +218,7 @@ def test_a_selection_sends_its_utilities_in_one_message_that_grows_with_candidat
 
 def test_changed_texts_of_the_pools_keep_what_they_should() -> None:
     text = "".join(f"w{i % 50}{'abc'[i % 3]} " for i in range(600))
-    words = pools._words(text)
+    words = pools.words_of(text)
     assert "".join(words) == text
     draw = random.Random(0)
     assert sorted(pools.shuffled_words(words, draw)) == sorted(words)
@@ -231,3 +237,42 @@ def test_changed_texts_of_the_pools_keep_what_they_should() -> None:
     changed = [(a.strip(), b.strip()) for a, b in zip(words, replaced, strict=True) if a != b]
     assert len(changed) / len(words) == pytest.approx(pools.REPLACED, abs=0.06)
     assert all(abs(places[a] - places[b]) <= max(1, pools.NEAR * places[a]) for a, b in changed)
+
+
+def test_filters_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On text in which foreign words and repetition are easily seen, at a size at which no model learns anything."""
+    words = {"books": "abcdefgh", "french_novels": "uvwxyz", "tldr_pages": "mnop"}
+    draw = random.Random(0)
+    for name, letters in words.items():
+        known = ["".join(draw.choices(letters, k=5)) for _ in range(200)]
+        texts = [" ".join(draw.choices(known, k=600)) for _ in range(70)]
+        with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as stream:
+            stream.write("".join(json.dumps({"id": f"{n}", "text": text}) + "\n" for n, text in enumerate(texts)))
+    small = ("model.num_layers=1", "model.hidden_size=16", "model.num_heads=2", "optim.warmup_steps=1")
+    monkeypatch.setattr(filters, "TRAIN", (*filters.TRAIN, *small))
+    path = tmp_path / "rows.json"
+    arguments = ["--data", str(tmp_path), "--json", str(path), "--threads", "1", "--folder", str(tmp_path / "runs")]
+    assert filters.main(arguments, filters.Plan(2, 150_000, 8, (1,))) == 0
+    rows = {(row["method"], row["contamination"]): row for row in json.loads(path.read_text())}
+    assert list(rows) == [(name, kind) for name in filters.METHODS for kind in filters.CONTAMINATIONS]
+    assert all(0 <= row["auc"] <= 1 and row["seeds"] == 1 for row in rows.values())
+    assert rows["dsir", "foreign"]["auc"] == 1
+    assert rows["dsir", "boilerplate"]["auc"] == 1
+
+
+def test_area_under_the_curve_counts_ties_half() -> None:
+    better, worse = np.array([1.0, 2.0, 3.0]), np.array([2.0, 0.0])
+    assert filters.area(better, worse) == pytest.approx((1 + 0 + 1 + 0.5 + 1 + 1) / 6)
+
+
+def test_columns_of_the_quality_study_are_made_once(tiny_corpus: Path, tmp_path: Path) -> None:
+    place = tmp_path / "corpus"
+    place.symlink_to(tiny_corpus)
+    corpus = Corpus.open(place)
+    for name in quality.FILTERS:
+        pools.ensure_column(corpus, name)
+        made = (tmp_path / "corpus.scores" / name / "column.json").stat().st_mtime_ns
+        pools.ensure_column(corpus, name)
+        assert (tmp_path / "corpus.scores" / name / "column.json").stat().st_mtime_ns == made
+        config = compose([f"data.path={place}", "data.seq_len=32", *quality.FILTERS[name]])
+        assert 0 < len(Corpora(config).pool) < len(Sequences(corpus, "pool", 32)) / 3

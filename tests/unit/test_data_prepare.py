@@ -232,7 +232,7 @@ def test_two_runs_cannot_write_one_corpus(tmp_path):
     busy.mkdir()
     descriptor = os.open(busy, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(DataError, match="another process is preparing this corpus now"):
+    with pytest.raises(DataError, match="another process is writing it now"):
         prepare([source], tmp_path / "c", vocab_size=257)
     assert busy.exists()
     os.close(descriptor)

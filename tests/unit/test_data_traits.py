@@ -40,7 +40,7 @@ def folder(pool: Sequences, proxy: Sequences, tmp_path_factory: pytest.TempPathF
 def buckets(tokens: list[int]) -> tuple[list[int], list[int]]:
     """Hashed uni- and bigrams of one sequence."""
     row = np.array([tokens], dtype=np.uint64)
-    uni, bi = traits._hashed(row)
+    uni, bi = traits.hashed(row)
     return uni[0].tolist(), bi[0].tolist()
 
 

@@ -1,0 +1,120 @@
+"""What a way of scoring documents is, and how a column is made with it: chunk by chunk, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from rich.console import Console
+
+from megaopus.data.corpus import Corpus
+from megaopus.data.folder import new_folder, refuse_existing, work_folder
+from megaopus.data.progress import Advance, stages
+from megaopus.data.scores import COLUMN, column_folder, kept_columns, write_column
+from megaopus.data.sources import Source
+from megaopus.errors import DataError
+
+Begin = Callable[[str, int], Advance]
+"""(what is done, tokens in all) -> what is called with the tokens that are done."""
+
+
+class Method(Protocol):
+    """A way of scoring the documents of one corpus."""
+
+    best: str
+    """Which scores are best: highest or lowest."""
+    about: dict[str, Any]
+    """Everything that the numbers depend on, in plain values; column.json keeps it."""
+    stamps: list[Any]
+    """What tells the files it reads from changed ones; a run that was stopped goes on only if they are the same."""
+    batch_tokens: int
+    """Tokens of the documents that ``scores`` is given at a time."""
+    chunk_tokens: int
+    """Tokens after which what is done is kept for a run that may be killed."""
+
+    def ready(self, work: Path, begin: Begin) -> None:
+        """Load, count or train what ``scores`` needs; what took long is kept in ``work`` and found again."""
+
+    def scores(self, documents: np.ndarray) -> np.ndarray:
+        """(n,) scores of documents (n,) that follow one another in the corpus; NaN where there is none."""
+
+    def finish(self, folder: Path, work: Path) -> None:
+        """Put what others may want to use again (a trained model) beside the column."""
+
+    def close(self) -> None:
+        """Let go of what ``ready`` took."""
+
+
+def make_column(
+    corpus: Corpus, name: str, method: Method, *, overwrite: bool = False, console: Console | None = None
+) -> Path:
+    """Score every document of every split; a killed run goes on where it was. Returns the column's folder.
+
+    Raises:
+        DataError: a name that is taken; anything that the method finds wrong.
+    """
+    console = console or Console(quiet=True)
+    out = column_folder(corpus.path, name)
+    if name in kept_columns(corpus):
+        raise DataError(
+            f"{corpus.path}: its documents already have a column {name!r}, from prepare; choose another --name"
+        )
+    refuse_existing(out, overwrite, COLUMN, "score column")
+    plan = json.dumps([corpus.fingerprint, method.about, method.stamps, method.chunk_tokens])
+    with stages(console) as stage, work_folder(out, plan, console) as work:
+
+        def begin(what: str, tokens: int) -> Advance:
+            return stage(what, tokens, "k tokens/s", 1e3)
+
+        try:
+            method.ready(work, begin)
+            values = _scored(corpus, method, work, begin(f"scoring, {name}", int(corpus.lengths.sum())))
+            with new_folder(out, console) as folder:
+                write_column(folder, corpus, values, method.best, method.about)
+                method.finish(folder, work)
+        finally:
+            method.close()
+    return out
+
+
+def _scored(corpus: Corpus, method: Method, work: Path, advance: Advance) -> np.ndarray:
+    """All scores (D,), chunk by chunk; what ``work`` has already is read."""
+    parts = []
+    for number, chunk in enumerate(spans(corpus.lengths, method.chunk_tokens)):
+        file = work / f"scores-{number:06d}.npy"
+        if file.is_file():
+            advance(int(corpus.lengths[chunk].sum()))
+        else:
+            found = []
+            for batch in spans(corpus.lengths[chunk], method.batch_tokens):
+                documents = chunk[batch]
+                found.append(np.asarray(method.scores(documents), dtype="<f4"))
+                advance(int(corpus.lengths[documents].sum()))
+            partial = file.with_name(f"{file.name}.partial")
+            with partial.open("wb") as stream:
+                np.save(stream, np.concatenate(found))
+            os.replace(partial, file)
+        parts.append(np.load(file, allow_pickle=False))
+    return np.concatenate(parts)
+
+
+def spans(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
+    """Numbers 0 .. n - 1 in runs of about so many of their ``lengths`` (n,); a longer one is a run by itself."""
+    ends = np.cumsum(lengths)
+    first = 0
+    while first < len(lengths):
+        before = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + tokens, side="right")))
+        yield np.arange(first, last)
+        first = last
+
+
+def file_stamps(source: Source) -> list[Any]:
+    """Names, sizes and ages of a source's files."""
+    if source.rows() is not None:
+        return [str(source.path)]
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for _, path in source.files()]

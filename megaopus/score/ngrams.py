@@ -1,0 +1,122 @@
+"""DSIR's importance weights of documents: hashed n-grams of a target against those of the pool."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaopus.data.corpus import SPLITS, Corpus
+from megaopus.data.scores import HIGHEST
+from megaopus.data.sources import Source, SourceReader
+from megaopus.data.traits import BUCKETS, hashed, log_probability
+from megaopus.errors import DataError
+from megaopus.score.base import Begin, file_stamps, spans
+
+_TEXTS = 256
+"""Documents of a target file that are tokenised in one call."""
+
+
+class Dsir:
+    """Log-likelihood of a document's hashed n-grams under the target less that under the pool, nats a token.
+
+    As ``data.traits`` has it of sequences (Xie et al. 2023, arXiv 2302.03169): means over the document's unigrams and
+    over its bigrams, added, so that length does not count; the end-of-document token is left out, all else counts.
+    """
+
+    best = HIGHEST
+    batch_tokens = 1 << 20
+    chunk_tokens = 1 << 24
+
+    def __init__(self, corpus: Corpus, target: Source | None):
+        """``target``: documents to be like; None: those of the split proxy."""
+        self._corpus, self._target = corpus, target
+        self.about: dict[str, Any] = {"method": "dsir", "target": str(target.path) if target else "proxy"}
+        self.about["buckets"] = BUCKETS
+        self.stamps = file_stamps(target) if target else []
+        self._odds = np.empty(0)
+
+    def ready(self, work: Path, begin: Begin) -> None:
+        """Count the n-grams of target and pool."""
+        kept = work / "counts.npy"
+        if not kept.is_file():
+            pool = self._count_split("pool", begin)
+            target = self._count_split("proxy", begin) if self._target is None else self._count_files(self._target)
+            partial = kept.with_name(f"{kept.name}.partial")
+            with partial.open("wb") as stream:
+                np.save(stream, np.stack([target, pool]))
+            os.replace(partial, kept)
+        target, pool = np.load(kept, allow_pickle=False)
+        self._odds = log_probability(target) - log_probability(pool)
+
+    def scores(self, documents: np.ndarray) -> np.ndarray:
+        """(n,) float64."""
+        corpus = self._corpus
+        lengths = corpus.lengths[documents]
+        start = corpus.offsets[documents[0]]
+        tokens = corpus.tokens[start : start + lengths.sum()].astype(np.uint64)
+        owners = np.repeat(np.arange(len(documents)), lengths)
+        inside = np.ones(len(tokens), dtype=bool)
+        inside[np.cumsum(lengths) - 1] = False  # what ends each document
+        uni, bi = (each[0] for each in hashed(tokens[None]))
+        found = _means(self._odds[0][uni], owners, inside, len(documents))
+        pairs = inside[:-1] & inside[1:]
+        return found + np.nan_to_num(_means(self._odds[1][bi], owners[:-1], pairs, len(documents)))
+
+    def finish(self, folder: Path, work: Path) -> None:
+        """Nothing but the column."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _count_split(self, split: str, begin: Begin) -> np.ndarray:
+        corpus = self._corpus
+        members = np.flatnonzero(corpus.split_codes == SPLITS.index(split))
+        if not len(members):
+            raise DataError(f"{corpus.path}: its split {split!r} is empty; name a --target, or prepare it with a proxy")
+        advance = begin(f"counting, {split}", int(corpus.lengths[members].sum()))
+        counts = np.zeros((2, BUCKETS), dtype=np.int64)
+        for batch in spans(corpus.lengths[members], self.batch_tokens):
+            documents = members[batch]
+            ends = corpus.offsets[documents] + corpus.lengths[documents]
+            _add(counts, [corpus.tokens[a : b - 1] for a, b in zip(corpus.offsets[documents], ends, strict=True)])
+            advance(int(corpus.lengths[documents].sum()))
+        return counts
+
+    def _count_files(self, target: Source) -> np.ndarray:
+        tokenizer = self._corpus.tokenizer()
+        counts = np.zeros((2, BUCKETS), dtype=np.int64)
+        for texts in _several(SourceReader(target)):
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            _add(counts, [np.array(encoding.ids) for encoding in encodings])
+        return counts
+
+
+def _several(reader: SourceReader) -> Iterator[list[str]]:
+    texts: list[str] = []
+    for document in reader:
+        texts.append(document.text)
+        if len(texts) == _TEXTS:
+            yield texts
+            texts = []
+    if texts:
+        yield texts
+
+
+def _add(counts: np.ndarray, documents: list[np.ndarray]) -> None:
+    """Add the n-grams of ``documents`` (tokens) to ``counts`` (2, BUCKETS); none spans two of them."""
+    lengths = np.array([len(each) for each in documents])
+    uni, bi = (each[0] for each in hashed(np.concatenate(documents).astype(np.uint64)[None]))
+    owners = np.repeat(np.arange(len(documents)), lengths)
+    counts[0] += np.bincount(uni, minlength=BUCKETS)
+    counts[1] += np.bincount(bi[owners[:-1] == owners[1:]], minlength=BUCKETS)
+
+
+def _means(values: np.ndarray, owners: np.ndarray, counted: np.ndarray, count: int) -> np.ndarray:
+    """(count,) mean of the ``counted`` (m,) of ``values`` (m,) by owner; NaN where there are none."""
+    sums = np.bincount(owners[counted], values[counted], minlength=count)
+    numbers = np.bincount(owners[counted], minlength=count)
+    return np.where(numbers > 0, sums / np.maximum(numbers, 1), np.nan)

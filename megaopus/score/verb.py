@@ -1,0 +1,171 @@
+"""The verb ``score``: one number for each document, by a method that needs no training run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megaopus.data.corpus import Corpus
+from megaopus.data.scores import LOWEST, load_column
+from megaopus.data.sources import Source
+from megaopus.errors import DataError
+from megaopus.score.base import Method, make_column
+
+METHODS = ("dsir", "perplexity", "fasttext", "classifier", "utility")
+WINDOWS = ("first", "mean")
+_OPTIONS = {
+    "target": ("dsir",),
+    "checkpoint": ("perplexity", "utility"),
+    "model": ("perplexity", "fasttext", "classifier"),
+    "label": ("fasttext", "classifier"),
+    "logit": ("classifier",),
+    "positive": ("fasttext",),
+    "negative": ("fasttext",),
+    "windows": ("perplexity", "classifier", "utility"),
+    "max_tokens": ("perplexity", "classifier"),
+    "proxy_sequences": ("utility",),
+    "estimator": ("utility",),
+    "device": ("perplexity", "classifier", "utility"),
+}
+"""Option -> the methods that it says something to."""
+_QUANTILES = (0, 10, 50, 90, 100)
+_SHOWN = 3
+_SHOWN_TOKENS = 60
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``python -m megaopus score``; those of one method say so."""
+    add = parser.add_argument
+    add(
+        "--corpus",
+        required=True,
+        metavar="FOLDER",
+        help="prepared corpus whose documents are scored; it stays as it is",
+    )
+    add("--method", required=True, choices=METHODS, help="see docs/data.md")
+    add("--name", metavar="COLUMN", help="of the column (default: the method); it lies in FOLDER.scores/COLUMN")
+    add("--overwrite", action="store_true", help="replace a column of that name")
+    add(
+        "--target", metavar="PATH", help="dsir: documents to be like, as --source of prepare (default: the split proxy)"
+    )
+    add("--checkpoint", type=Path, metavar="FOLDER", help="perplexity, utility: a run, or one of its checkpoints")
+    add(
+        "--model",
+        metavar="NAME",
+        help="perplexity: a causal language model; classifier: a sequence classifier, both of the Hugging Face hub or a"
+        " folder; fasttext: a .bin file (default: one is trained)",
+    )
+    add("--label", help="fasttext, classifier: whose probability is the score, where there are several")
+    add("--logit", action="store_true", default=None, help="classifier: the label's raw number, not its probability")
+    add("--positive", action="append", metavar="PATH", help="fasttext: documents to be like (default: the split proxy)")
+    add("--negative", action="append", metavar="PATH", help="fasttext: documents to be unlike (default: of the pool)")
+    add(
+        "--windows",
+        choices=WINDOWS,
+        help="documents longer than the model takes: the mean over all windows, by tokens, or the first alone (default:"
+        " mean; classifier: first)",
+    )
+    add("--max-tokens", type=int, metavar="N", help="of a window of --model (default: as many as it takes)")
+    add("--proxy-sequences", type=int, metavar="N", help="utility: of the split proxy (default 64)")
+    add("--estimator", choices=("directional", "exact"), help="utility: exact is in float64, for small models")
+    add("--device", choices=("auto", "cpu", "cuda"), help="where a model runs (default auto)")
+
+
+def method_of(corpus: Corpus, args: argparse.Namespace) -> Method:
+    """The method that the command line asks for; raises DataError for options that do not go together."""
+    given = {name for name in _OPTIONS if getattr(args, name) is not None}
+    for name in sorted(given):
+        if args.method not in _OPTIONS[name]:
+            option, methods = f"--{name.replace('_', '-')}", " and ".join(_OPTIONS[name])
+            raise DataError(f"{option}: says nothing to --method {args.method}; it is for {methods}")
+    run = {name: getattr(args, name) for name in ("windows", "device") if name in given}
+    if args.method == "dsir":
+        from megaopus.score.ngrams import Dsir
+
+        return Dsir(corpus, Source.parse(args.target) if args.target else None)
+    if args.method == "fasttext":
+        from megaopus.score.quality import FastText
+
+        sides = [tuple(Source.parse(path) for path in paths or ()) for paths in (args.positive, args.negative)]
+        if args.model and any(sides):
+            raise DataError(
+                "--model: is a trained classifier; leave --positive and --negative out, or train one without it"
+            )
+        return FastText(corpus, Path(args.model) if args.model else None, args.label, *sides)
+    if args.method == "classifier":
+        from megaopus.score.hub import Classifier
+
+        if not args.model:
+            raise DataError("--method classifier: needs --model, for example HuggingFaceFW/fineweb-edu-classifier")
+        return Classifier(
+            corpus, args.model, max_tokens=args.max_tokens, label=args.label, logit=bool(args.logit), **run
+        )
+    if args.method == "perplexity" and (args.model is None) == (args.checkpoint is None):
+        raise DataError("--method perplexity: needs --checkpoint (a run of ours) or --model (of the Hugging Face hub)")
+    if args.model:
+        from megaopus.score.hub import HubPerplexity
+
+        return HubPerplexity(corpus, args.model, max_tokens=args.max_tokens, **run)
+    if args.checkpoint is None:
+        raise DataError(
+            "--method utility: needs --checkpoint, a run whose model and optimizer say what a document is worth"
+        )
+    from megaopus.score.checkpoint import CheckpointPerplexity, Utility
+
+    if args.max_tokens is not None:
+        raise DataError("--max-tokens: says nothing to --checkpoint, whose windows are its data.seq_len")
+    if args.method == "perplexity":
+        return CheckpointPerplexity(corpus, args.checkpoint, **run)
+    more = {name: getattr(args, name) for name in ("proxy_sequences", "estimator") if name in given}
+    if more.get("proxy_sequences", 1) < 1:
+        raise DataError(f"--proxy-sequences {args.proxy_sequences}: must be at least 1")
+    return Utility(corpus, args.checkpoint, **run, **more)
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Do what the command line asks for; returns the column's folder."""
+    corpus, name, console = Corpus.open(args.corpus), args.name or args.method, Console()
+    method = method_of(corpus, args)
+    settings = ", ".join(f"{key} {value}" for key, value in method.about.items())
+    console.print(f"{len(corpus):,} documents: {settings}; {method.best} is best", highlight=False, markup=False)
+    out = make_column(corpus, name, method, overwrite=args.overwrite, console=console)
+    show(corpus, name, console)
+    keep = f"data.path={args.corpus} data.filter.column={name} data.filter.keep=0.3"
+    console.print(f"{out}\ntrain on the best of them: {keep}", highlight=False, markup=False, soft_wrap=True)
+    return out
+
+
+def show(corpus: Corpus, name: str, console: Console) -> None:
+    """Quantiles of a column, overall and by domain; its best and worst documents of all splits."""
+    column = load_column(corpus, name)
+    table = Table(title=f"quantiles of {escape(name)}", box=SIMPLE)
+    for heading in ("domain", "documents", *(f"{q} %" for q in _QUANTILES), "no score"):
+        table.add_column(heading, justify="left" if heading == "domain" else "right", no_wrap=heading != "domain")
+    groups = {domain: corpus.domain_codes == code for code, domain in enumerate(corpus.domains)}
+    for domain, here in {"all": np.ones(len(corpus), dtype=bool), **groups}.items():
+        values = column.values[here].astype(np.float64)
+        known = values[np.isfinite(values)]
+        cells = (
+            [f"{value:.3g}" for value in np.percentile(known, _QUANTILES)] if len(known) else ["-"] * len(_QUANTILES)
+        )
+        table.add_row(escape(domain), f"{len(values):,}", *cells, str(len(values) - len(known)))
+    console.print(table)
+    known = np.flatnonzero(np.isfinite(column.values))
+    order = known[np.argsort(column.values[known], kind="stable")]
+    order = order if column.best == LOWEST else order[::-1]
+    extremes = Table(title=f"best and worst documents by {escape(name)}", box=SIMPLE)
+    for heading in ("", "score", "domain", "document", "begins"):
+        extremes.add_column(heading, overflow="fold", no_wrap=heading in ("", "score"))
+    for title, chosen in (("best", order[:_SHOWN]), ("worst", order[_SHOWN:][-_SHOWN:][::-1])):
+        for document, text in zip(chosen, corpus.texts(chosen, _SHOWN_TOKENS), strict=True):
+            line = " ".join(text.split())[:100]
+            said = (corpus.domains[corpus.domain_codes[document]], corpus.ids[document], line)
+            extremes.add_row(title, f"{column.values[document]:.3g}", *map(escape, said))
+        extremes.add_section()
+    console.print(extremes)
