@@ -1,0 +1,142 @@
+"""A Slurm of this machine alone, from Debian's packages slurm-wlm and munge, in a folder of its own; needs root.
+
+``python -m tests.cluster.slurm COMMAND...`` runs a command in it: two partitions of one node, ``high`` preempting ``low``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.harness import free_ports
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
+GRACE_SECONDS = 60
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmdPort={node_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=2
+CryptoType=crypto/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=2,batch_sched_delay=0,bf_interval=2,sched_min_interval=100000
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+ReturnToService=2
+KillWait=5
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=low Nodes={host} Default=YES PriorityTier=1 GraceTime={grace} State=UP
+PartitionName=high Nodes={host} PriorityTier=10 PreemptMode=OFF State=UP
+"""
+
+
+def missing() -> str | None:
+    """Why no Slurm can run here, or None."""
+    if os.geteuid() != 0:
+        return "a Slurm for the test needs root: its daemons start processes for users"
+    if absent := [name for name in PROGRAMS if not shutil.which(name, path=_path())]:
+        return f"not installed: {', '.join(absent)} (apt-get install slurm-wlm munge)"
+    return None
+
+
+def _path() -> str:
+    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+
+
+@contextmanager
+def running() -> Iterator[dict[str, str]]:
+    """Daemons up; yields the environment in which sbatch and the others find them. Raises OSError if one won't start."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    folder.chmod(0o755)
+    daemons: list[subprocess.Popen] = []
+    try:
+        yield _start(folder, daemons)
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in reversed(daemons):
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: Path, daemons: list[subprocess.Popen]) -> dict[str, str]:
+    munge = folder / "munge"
+    munge.mkdir(mode=0o755)
+    key = munge / "key"
+    key.touch(mode=0o400)
+    key.write_bytes(os.urandom(128))
+    for path in (munge, key):
+        shutil.chown(path, "munge", "munge")
+    controller_port, node_port = free_ports(2)
+    settings = {
+        "host": socket.gethostname().split(".")[0],
+        "controller_port": controller_port,
+        "node_port": node_port,
+        "folder": folder,
+        "cpus": os.cpu_count(),
+        "grace": GRACE_SECONDS,
+    }
+    (folder / "slurm.conf").write_text(CONF.format(**settings).lstrip())
+    environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
+
+    def start(*command: str, user: str | None = None) -> None:
+        log = (folder / f"{command[0]}.out").open("wb")
+        daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, user=user, group=user))
+
+    files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "seed")]
+    start("munged", "--foreground", *files, f"--log-file={munge}/log", f"--socket={munge}/socket", user="munge")
+    until((munge / "socket").exists, 10, "munged made no socket", daemons)
+    start("slurmctld", "-D")
+    start("slurmd", "-D")
+
+    def idle() -> bool:
+        state = subprocess.run(["sinfo", "-h", "-o", "%t"], env=environment, capture_output=True, text=True)
+        return "idle" in state.stdout
+
+    until(idle, 30, f"no idle node; see {folder}/*.log", daemons)
+    return environment
+
+
+def until(condition: Callable[[], Any], seconds: float, problem: str, daemons: list[subprocess.Popen] = []) -> Any:  # noqa: B006
+    """Wait for ``condition`` and return what it gives; OSError with ``problem`` after ``seconds`` or a daemon's end."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        ended = [daemon.args[0] for daemon in daemons if daemon.poll() is not None]
+        if ended or time.monotonic() > deadline:
+            raise OSError(f"{problem}{f' ({ended[0]} ended)' if ended else ''}")
+        time.sleep(0.1)
+    return value
+
+
+if __name__ == "__main__":
+    with running() as environment:
+        sys.exit(subprocess.run(sys.argv[1:], env=environment).returncode)
