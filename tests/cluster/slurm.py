@@ -20,6 +20,8 @@ from typing import Any
 from tests.harness import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
+CPUS = 8
+"""What the node claims, so that several small jobs run at a time."""
 GRACE_SECONDS = 60
 CONF = """
 ClusterName=test
@@ -27,9 +29,10 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmdPort={node_port}
 SlurmUser=root
+SlurmdParameters=config_overrides
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=2
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
@@ -102,7 +105,7 @@ def _start(folder: Path, daemons: list[subprocess.Popen]) -> dict[str, str]:
         "controller_port": controller_port,
         "node_port": node_port,
         "folder": folder,
-        "cpus": os.cpu_count(),
+        "cpus": CPUS,
         "grace": GRACE_SECONDS,
     }
     (folder / "slurm.conf").write_text(CONF.format(**settings).lstrip())
