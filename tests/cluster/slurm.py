@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -52,6 +53,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 KillWait=5
+FirstJobId={first_job}
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
 PartitionName=low Nodes={host} Default=YES PriorityTier=1 GraceTime={grace} State=UP
 PartitionName=high Nodes={host} PriorityTier=10 PreemptMode=OFF State=UP
@@ -78,7 +80,11 @@ def running() -> Iterator[dict[str, str]]:
     folder.chmod(0o755)
     daemons: list[subprocess.Popen] = []
     try:
-        yield _start(folder, daemons)
+        environment = _start(folder, daemons)
+        try:
+            yield environment
+        finally:
+            _end_jobs(environment)
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
@@ -106,6 +112,7 @@ def _start(folder: Path, daemons: list[subprocess.Popen]) -> dict[str, str]:
         "node_port": node_port,
         "folder": folder,
         "cpus": CPUS,
+        "first_job": random.randrange(1, 10_000),  # a job's rendezvous port follows from its id
         "grace": GRACE_SECONDS,
     }
     (folder / "slurm.conf").write_text(CONF.format(**settings).lstrip())
@@ -127,6 +134,13 @@ def _start(folder: Path, daemons: list[subprocess.Popen]) -> dict[str, str]:
 
     until(idle, 30, f"no idle node; see {folder}/*.log", daemons)
     return environment
+
+
+def _end_jobs(environment: dict[str, str]) -> None:
+    """Jobs outlive the daemons."""
+    subprocess.run(["scancel", "--user=root"], env=environment)
+    queue = ["squeue", "-h"]
+    until(lambda: not subprocess.run(queue, env=environment, capture_output=True).stdout, 30, "jobs do not end")
 
 
 def until(condition: Callable[[], Any], seconds: float, problem: str, daemons: list[subprocess.Popen] = []) -> Any:  # noqa: B006
