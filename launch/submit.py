@@ -27,10 +27,9 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 OPTION = re.compile(r"[a-z][a-z-]*(=[A-Za-z0-9_.,:;=@%/+*&|()\[\]!~-]+)?")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d{1,2}))?(?::(\d{1,2}))?")
-RESERVED = (
-    "job-name nodes ntasks ntasks-per-node gpus-per-node time signal requeue no-requeue open-mode output error"
-    " chdir export array wrap parsable partition account qos"
-).split()
+_RESERVED = """job-name nodes ntasks ntasks-per-node gpus-per-node cpus-per-task time signal requeue no-requeue
+open-mode output error chdir export array wrap parsable partition account qos"""
+RESERVED = frozenset(_RESERVED.split())
 MAX_SIGNAL_SECONDS = 65535
 
 

@@ -1,6 +1,6 @@
 """A Slurm of this machine alone, from Debian's packages slurm-wlm and munge, in a folder of its own; needs root.
 
-``python -m tests.cluster.slurm COMMAND...`` runs a command in it: two partitions of one node, ``high`` preempting ``low``.
+``python -m tests.cluster.slurm COMMAND...`` runs one in it: one node, and two partitions: ``high`` preempts ``low``.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _path() -> str:
 
 @contextmanager
 def running() -> Iterator[dict[str, str]]:
-    """Daemons up; yields the environment in which sbatch and the others find them. Raises OSError if one won't start."""
+    """Daemons up; yields the environment in which sbatch and the others find them. OSError if one does not start."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)
     daemons: list[subprocess.Popen] = []

@@ -1,4 +1,4 @@
-"""launch/torchrun.sh on two nodes with addresses of their own: one is cut off, both end in time, and the run goes on."""
+"""launch/torchrun.sh on two nodes with addresses of their own: one is cut off, both end in time, the run goes on."""
 
 from __future__ import annotations
 
