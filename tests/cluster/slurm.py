@@ -118,13 +118,28 @@ def _start(folder: Path, daemons: list[subprocess.Popen]) -> dict[str, str]:
     (folder / "slurm.conf").write_text(CONF.format(**settings).lstrip())
     environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
 
+    def last_words() -> str:
+        logs = sorted(folder.glob("*.out"))
+        return "; ".join(f"{log.stem}: {(log.read_text().splitlines() or ['nothing'])[-1]}" for log in logs)
+
+    def up(condition: Callable[[], bool], seconds: float) -> None:
+        def there() -> bool:
+            if any(daemon.poll() is not None for daemon in daemons):
+                raise OSError("a daemon ended")
+            return condition()
+
+        try:
+            until(there, seconds, "not up in time")
+        except OSError as error:
+            raise OSError(f"{error} ({last_words()})") from None
+
     def start(*command: str, user: str | None = None) -> None:
         log = (folder / f"{command[0]}.out").open("wb")
         daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, user=user, group=user))
 
     files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "seed")]
     start("munged", "--foreground", *files, f"--log-file={munge}/log", f"--socket={munge}/socket", user="munge")
-    until((munge / "socket").exists, 10, "munged made no socket", daemons)
+    up((munge / "socket").exists, 20)
     start("slurmctld", "-D")
     start("slurmd", "-D")
 
@@ -132,7 +147,7 @@ def _start(folder: Path, daemons: list[subprocess.Popen]) -> dict[str, str]:
         state = subprocess.run(["sinfo", "-h", "-o", "%t"], env=environment, capture_output=True, text=True)
         return "idle" in state.stdout
 
-    until(idle, 30, f"no idle node; see {folder}/*.log", daemons)
+    up(idle, 60)
     return environment
 
 
@@ -143,13 +158,12 @@ def _end_jobs(environment: dict[str, str]) -> None:
     until(lambda: not subprocess.run(queue, env=environment, capture_output=True).stdout, 30, "jobs do not end")
 
 
-def until(condition: Callable[[], Any], seconds: float, problem: str, daemons: list[subprocess.Popen] = []) -> Any:  # noqa: B006
-    """Wait for ``condition`` and return what it gives; OSError with ``problem`` after ``seconds`` or a daemon's end."""
+def until(condition: Callable[[], Any], seconds: float, problem: str) -> Any:
+    """Wait for ``condition`` and return what it gives; OSError with ``problem`` after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        ended = [daemon.args[0] for daemon in daemons if daemon.poll() is not None]
-        if ended or time.monotonic() > deadline:
-            raise OSError(f"{problem}{f' ({ended[0]} ended)' if ended else ''}")
+        if time.monotonic() > deadline:
+            raise OSError(problem)
         time.sleep(0.1)
     return value
 

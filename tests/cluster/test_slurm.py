@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,12 @@ class Cluster:
 def cluster() -> Iterator[Cluster]:
     if reason := slurm.missing():
         pytest.skip(reason)
-    manager = slurm.running()
-    try:
-        variables = manager.__enter__()
-    except OSError as error:
-        pytest.skip(f"Slurm cannot start here: {error}")
-    try:
+    with ExitStack() as stack:
+        try:
+            variables = stack.enter_context(slurm.running())
+        except OSError as error:
+            pytest.skip(f"Slurm cannot start here: {error}")
         yield Cluster(variables)
-    finally:
-        manager.__exit__(None, None, None)
 
 
 def test_a_preempted_job_saves_is_requeued_and_ends_as_the_straight_run(
