@@ -6,7 +6,8 @@
 #     launch/torchrun.sh NPROC [OVERRIDE...]                       on each node, with its own NODE_RANK
 #
 # NPROC: processes on this node. DRY_RUN=1 prints the command instead. Runs the python of $PYTHON, else of .venv, else
-# the first on the PATH.
+# the first on the PATH. JOIN_SECONDS (600): how long nodes wait for one another. STOP_SECONDS (600): how long the ranks
+# may take to save after SIGTERM or SIGUSR1, before they are killed.
 set -euo pipefail
 
 fail() {
@@ -31,6 +32,9 @@ else
   python=$(command -v python3) || fail "no python3 on the PATH: set PYTHON, or run 'make setup'"
 fi
 
+for name in JOIN_SECONDS STOP_SECONDS; do
+  is_count "${!name:-600}" || fail "$name must be a number of seconds, not '${!name}'"
+done
 rendezvous=(--standalone)
 if [[ -n ${NNODES:-} ]]; then
   is_count "$NNODES" || fail "NNODES must be a number of nodes, not '$NNODES'"
@@ -42,14 +46,23 @@ if [[ ${NNODES:-1} -gt 1 ]]; then
   if ! is_number "$NODE_RANK" || [[ $NODE_RANK -ge $NNODES ]]; then
     fail "NODE_RANK must lie in 0..$((NNODES - 1)), not '$NODE_RANK'"
   fi
-  is_number "$MASTER_PORT" || fail "MASTER_PORT must be a port number, not '$MASTER_PORT'"
+  if ! is_count "$MASTER_PORT" || [[ ${#MASTER_PORT} -gt 5 || $MASTER_PORT -gt 65535 ]]; then
+    fail "MASTER_PORT must be a port number, not '$MASTER_PORT'"
+  fi
   rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+  rendezvous+=(--rdzv-conf "timeout=${JOIN_SECONDS:-600}")
 fi
 
 command=("$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$nproc" -m megaopus train "$@")
 if [[ ${DRY_RUN:-0} == 1 ]]; then
   printf '%q ' "${command[@]}"
   echo
-else
-  exec "${command[@]}"
+  exit
 fi
+if [[ ${NNODES:-1} -gt 1 ]] && ! getent ahosts "$MASTER_ADDR" > /dev/null; then
+  fail "MASTER_ADDR=$MASTER_ADDR does not resolve on $(hostname): name the first node as this one knows it"
+fi
+# torchrun passes SIGTERM on by itself, but dies of SIGUSR1, and kills ranks that still save after 30 s.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_SECONDS:-600}
+exec "${command[@]}"

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -332,41 +331,3 @@ def test_an_unknown_verb_names_the_verbs(capsys):
         main(["trian"])
     assert caught.value.code == 2
     assert "choose from" in capsys.readouterr().err
-
-
-# -- launcher ----------------------------------------------------------------------------------------------------------
-
-
-def launcher(*arguments, **environment):
-    environment = {"PATH": os.environ["PATH"], "PYTHON": "py", "DRY_RUN": "1", **environment}
-    script = ROOT / "launch" / "torchrun.sh"
-    return subprocess.run([script, *arguments], env=environment, capture_output=True, text=True, check=False)
-
-
-def test_launcher_on_one_node_and_on_many():
-    one = launcher("4", "model=tiny", "data.wanted=[docs]")
-    start = "py -m torch.distributed.run"
-    assert one.stdout.startswith(f"{start} --standalone --nproc-per-node 4 -m megaopus train model=tiny data.wanted=")
-    many = launcher("8", NNODES="2", NODE_RANK="1", MASTER_ADDR="node0", MASTER_PORT="29500")
-    where = "--nnodes 2 --node-rank 1 --master-addr node0 --master-port 29500"
-    assert many.stdout.strip() == f"{start} {where} --nproc-per-node 8 -m megaopus train"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
-    [
-        ([], {}, "NPROC is missing"),
-        (["model=tiny"], {}, "NPROC must be a number of processes, not 'model=tiny'"),
-        (["0"], {}, "NPROC must be a number"),
-        (["2"], {"NNODES": "two"}, "NNODES must be a number"),
-        (["2"], {"NNODES": "2"}, "NODE_RANK is not set"),
-        (["2"], {"NNODES": "2", "NODE_RANK": "0", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
-        (["2"], {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "must lie in 0..1, not '2'"),
-        (["2"], {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT must be"),
-    ],
-)
-def test_launcher_refuses_what_is_missing(arguments, environment, message):
-    done = launcher(*arguments, **environment)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stdout == ""

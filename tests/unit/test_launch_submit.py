@@ -1,0 +1,228 @@
+"""launch/submit.py with stand-ins for Slurm's commands: what it writes and refuses; no shell reads a setting."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SUBMIT = ROOT / "launch" / "submit.py"
+BASIC = ["--gpus-per-node", "8", "--time", "24:00:00"]
+NASTY = [
+    "data.path=$(touch pwned)`touch pwned`",
+    "logging.wandb_project='a b'\"; touch pwned; \"",
+    "data.wanted=[a,b c]",
+]
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A folder for PATH with sbatch and squeue that answer as the files beside them say, and keep their arguments."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, answer in (("sbatch", "4711;cluster"), ("squeue", "")):
+        (folder / f"{name}.out").write_text(answer)
+        script = f'#!/bin/sh\ncd {shlex.quote(str(folder))}\necho "$@" >> {name}.args\n. ./{name}.do\ncat {name}.out\n'
+        (folder / f"{name}.do").write_text("")
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def submit(*arguments, slurm=None, cwd=None, **environment):
+    path = os.environ["PATH"] if slurm is None else f"{slurm}:{os.environ['PATH']}"
+    return subprocess.run(
+        [sys.executable, "-S", "-E", SUBMIT, *arguments],  # -S: not even site-packages
+        env={"PATH": path, "PYTHON": sys.executable, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):
+    options = [
+        "--nodes",
+        "2",
+        "--partition",
+        "gpu",
+        "--account",
+        "lab",
+        "--option",
+        "constraint=h100&ib",
+        "--option=exclusive",
+    ]
+    done = submit(*BASIC, *options, "--dry-run", "--", "run_dir=runs/first", "optim.lr=1e-3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+    header = [line.removeprefix("#SBATCH --") for line in done.stdout.splitlines() if line.startswith("#SBATCH")]
+    assert header == [
+        "job-name=first",
+        "nodes=2",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "time=24:00:00",
+        "partition=gpu",
+        "account=lab",
+        f"output={tmp_path}/runs/first/submissions/000/output.txt",
+        "open-mode=append",
+        "signal=B:USR1@300",
+        "requeue",
+        "constraint=h100&ib",
+        "exclusive",
+    ]
+    assert f"python={sys.executable}\narguments=(run_dir=runs/first optim.lr=1e-3)\n" in done.stdout
+    assert "#@" not in done.stdout.split("\nset ", 1)[1]
+
+
+def test_the_script_is_clean_shell(tmp_path):
+    script = tmp_path / "job.sbatch"
+    script.write_text(submit(*BASIC, "--dry-run", "--", "run_dir=runs/first", "data.wanted=[a,b c]").stdout)
+    checker = Path(sysconfig.get_path("scripts")) / "shellcheck"
+    for path in (script, ROOT / "launch" / "torchrun.sh", ROOT / "docker" / "install.sh"):
+        done = subprocess.run([checker, path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def job(tmp_path, script, **environment):
+    """Run a batch script with stand-ins: srun runs its command as the only task."""
+    folder = tmp_path / "fakes"
+    folder.mkdir()
+    fakes = {
+        "scontrol": '[ "$2" != hostnames ] || echo "$3"',
+        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"',
+    }
+    for name, text in fakes.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    variables = {"JOB_ID": "7", "JOB_NODELIST": "127.0.0.1", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
+    slurm = {f"SLURM_{name}": value for name, value in (variables | {"NTASKS_PER_NODE": "1"}).items()}
+    return subprocess.run(
+        ["bash", "-c", script],
+        env={"PATH": f"{folder}:{os.environ['PATH']}", **slurm, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_settings_reach_the_trainer_as_they_were_given(tmp_path):
+    work = tmp_path / "a folder; $(touch pwned)"
+    work.mkdir()
+    echo = tmp_path / "echo"
+    echo.write_text(
+        '#!/bin/bash\nprintf "<%s>\\n" "$@"; echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT"; pwd\n'
+    )
+    echo.chmod(0o755)
+    run_dir = f"run_dir={tmp_path}/runs/first"
+    done = submit(*BASIC, "--python", str(echo), "--dry-run", "--", run_dir, *NASTY, cwd=work)
+    ran = job(tmp_path, done.stdout)
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert lines[1:-3] == [f"<{text}>" for text in ("-m", "megaopus", "train", run_dir, *NASTY)]
+    assert lines[-3:-1] == ["0 0 1 127.0.0.1 12007", str(work)]
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_rendezvous_host_that_does_not_resolve_ends_the_job_at_once(tmp_path):
+    script = submit(*BASIC, "--python", "true", "--dry-run", "--", f"run_dir={tmp_path}/run").stdout
+    ran = job(tmp_path, script, SLURM_JOB_NODELIST="no-such-host.invalid")
+    assert ran.returncode == 2
+    assert "the rendezvous host no-such-host.invalid does not resolve here" in ran.stderr
+
+
+def test_a_submission_is_kept_and_a_second_refused_while_the_job_lives(tmp_path, slurm):
+    settings = ["--", f"run_dir={tmp_path}/run"]
+    done = submit(*BASIC, *settings, slurm=slurm)
+    folder = tmp_path / "run" / "submissions" / "000"
+    assert done.stdout == f"job 4711 submitted: {folder}/job.sbatch, output in {folder}/output.txt\n", done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["job.sbatch", "job_id"]
+    assert (folder / "job.sbatch").read_text() == submit(*BASIC, "--dry-run", *settings).stdout.replace("001", "000")
+    assert (slurm / "sbatch.args").read_text() == f"--parsable {folder}/job.sbatch\n"
+    (slurm / "squeue.out").write_text("PENDING\n")
+    second = submit(*BASIC, *settings, slurm=slurm)
+    assert second.returncode == 2
+    assert f"job 4711 of {folder} is PENDING: wait for it, or end it with scancel 4711" in second.stderr
+    assert (slurm / "squeue.args").read_text() == "-h -o %T -j 4711\n"
+    (slurm / "squeue.out").write_text("")
+    (slurm / "squeue.do").write_text("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n")
+    assert "cannot ask Slurm about job 4711" in submit(*BASIC, *settings, slurm=slurm).stderr
+    (slurm / "squeue.do").write_text("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
+    assert "submissions/001/job.sbatch" in submit(*BASIC, *settings, slurm=slurm).stdout
+    (folder / "job_id").unlink()
+    assert f"{folder}: another submission is under way" in submit(*BASIC, *settings, slurm=slurm).stderr
+    assert len(list(folder.parent.iterdir())) == 2
+
+
+def test_what_sbatch_refuses_leaves_nothing(tmp_path, slurm):
+    (slurm / "sbatch.do").write_text("echo 'sbatch: error: invalid partition specified: x' >&2; exit 1\n")
+    done = submit(*BASIC, "--", f"run_dir={tmp_path}/run", slurm=slurm)
+    assert done.returncode == 2
+    assert "sbatch refused the job: sbatch: error: invalid partition specified: x" in done.stderr
+    assert list((tmp_path / "run" / "submissions").iterdir()) == []
+
+
+RUN = "run_dir=runs/first"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*BASIC], "run_dir=FOLDER is missing"),
+        ([*BASIC, RUN, "uniform"], "'uniform' is not a setting: write KEY=VALUE"),
+        ([*BASIC, RUN, "data.path=a\nb"], "in one line"),
+        ([*BASIC, "run_dir=runs/a b"], "use letters, digits and"),
+        ([*BASIC, "run_dir=runs/%j"], "use letters, digits and"),
+        ([*BASIC, "run_dir=${oc.env:HOME}"], "use letters, digits and"),
+        ([*BASIC, f"run_dir={SUBMIT}"], "is a file"),
+        (["--time", "1:00:00", RUN], "--tasks-per-node 0: must be at least 1; or set --gpus-per-node"),
+        ([*BASIC, "--nodes", "0", RUN], "--nodes 0: must be at least 1"),
+        (["--gpus-per-node", "8", "--time", "tomorrow", RUN], "--time 'tomorrow' is not a time"),
+        (["--gpus-per-node", "8", "--time", "5", RUN], "--stop-before 300: must be less than the time limit (300 s)"),
+        ([*BASIC, "--partition", "a b", RUN], "--partition 'a b': use letters"),
+        ([*BASIC, "--name", "a\n#SBATCH --uid=0", RUN], "--name"),
+        ([*BASIC, "--option", "comment=a b", RUN], "--option 'comment=a b': write KEY or KEY=VALUE"),
+        ([*BASIC, "--option", "output=x", RUN], "--option 'output=x': is set by this script"),
+        ([*BASIC, "--python", "/no/python", RUN], "--python /no/python: no such program"),
+        ([*BASIC, RUN], "sbatch is not on the PATH"),
+    ],
+)
+def test_refusals(arguments, message, tmp_path):
+    done = submit(*arguments, cwd=tmp_path, PATH=str(tmp_path))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_secrets_are_no_settings(tmp_path):
+    given = {"HF_TOKEN": "hf_abcdefghijkl", "WANDB_API_KEY": "0123456789abcdef"}
+    done = submit(*BASIC, "--dry-run", "--", RUN, "data.path=/data", cwd=tmp_path, **given)
+    assert done.returncode == 0
+    assert not [secret for secret in given.values() if secret in done.stdout + done.stderr]
+    done = submit(*BASIC, "--dry-run", "--", RUN, "data.path=https://u:hf_abcdefghijkl@host", cwd=tmp_path, **given)
+    assert done.returncode == 2
+    assert "a setting holds the value of $HF_TOKEN" in done.stderr
+    assert "hf_abc" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [("5", 300), ("5:30", 330), ("1:00:00", 3600), ("2-3", 183600), ("1-0:30", 88200), ("1-00:00:01", 86401)],
+)
+def test_times_are_slurms(text, limit, tmp_path):
+    done = submit("--gpus-per-node", "1", "--time", text, "--stop-before", "99999", RUN)
+    assert f"the time limit ({limit} s)" in done.stderr
+
+
+def test_check_refuses_settings_before_anything_is_written(tmp_path):
+    done = submit(*BASIC, "--check", "--dry-run", "--", RUN, "modle=tiny", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 2
+    assert "did you mean model" in done.stderr
+    assert "megaopus check refuses these settings" in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []

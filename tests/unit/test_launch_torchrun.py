@@ -1,0 +1,115 @@
+"""launch/torchrun.sh: what it starts, what it refuses, and what it does with signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import until
+from tests.harness import free_ports
+
+ROOT = Path(__file__).parents[2]
+
+
+def launcher(*arguments, **environment):
+    environment = {"PATH": os.environ["PATH"], "PYTHON": "py", "DRY_RUN": "1", **environment}
+    script = ROOT / "launch" / "torchrun.sh"
+    return subprocess.run([script, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_launcher_on_one_node_and_on_many():
+    one = launcher("4", "model=tiny", "data.wanted=[docs]")
+    start = "py -m torch.distributed.run"
+    assert one.stdout.startswith(f"{start} --standalone --nproc-per-node 4 -m megaopus train model=tiny data.wanted=")
+    many = launcher("8", NNODES="2", NODE_RANK="1", MASTER_ADDR="node0", MASTER_PORT="29500")
+    where = "--nnodes 2 --node-rank 1 --master-addr node0 --master-port 29500 --rdzv-conf timeout=600"
+    assert many.stdout.strip() == f"{start} {where} --nproc-per-node 8 -m megaopus train"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {}, "NPROC is missing"),
+        (["model=tiny"], {}, "NPROC must be a number of processes, not 'model=tiny'"),
+        (["0"], {}, "NPROC must be a number"),
+        (["2"], {"NNODES": "two"}, "NNODES must be a number"),
+        (["2"], {"NNODES": "2"}, "NODE_RANK is not set"),
+        (["2"], {"NNODES": "2", "NODE_RANK": "0", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
+        (["2"], {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "must lie in 0..1, not '2'"),
+        (["2"], {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT must be"),
+        (["2"], {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "65536"}, "MASTER_PORT must be"),
+        (["2"], {"STOP_SECONDS": "10m"}, "STOP_SECONDS must be a number of seconds, not '10m'"),
+    ],
+)
+def test_launcher_refuses_what_is_missing(arguments, environment, message):
+    done = launcher(*arguments, **environment)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def two_nodes(rank, **more):
+    (port,) = free_ports(1)
+    return {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
+
+
+def test_a_rendezvous_host_must_resolve():
+    done = launcher("1", DRY_RUN="0", **two_nodes(1, MASTER_ADDR="no-such-host.invalid"))
+    assert done.returncode == 2
+    assert "MASTER_ADDR=no-such-host.invalid does not resolve on" in done.stderr
+
+
+STUB = """
+import os, pathlib, signal, sys, time
+folder, rank = pathlib.Path(sys.argv[2]), os.environ["RANK"]
+def save(number, frame):
+    time.sleep(float(sys.argv[3]))
+    (folder / f"saved{rank}").write_text(signal.Signals(number).name)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGUSR1, save)
+(folder / f"ready{rank}").touch()
+time.sleep(120)
+"""
+
+
+def start(folder, seconds, **environment):
+    """torchrun.sh with two ranks that stand for the trainer and take ``seconds`` to save."""
+    (folder / "megaopus").mkdir(parents=True)
+    (folder / "megaopus" / "__init__.py").touch()
+    (folder / "megaopus" / "__main__.py").write_text(STUB)
+    variables = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(folder), **environment}
+    command = [ROOT / "launch" / "torchrun.sh", "2", str(folder), str(seconds)]
+    return subprocess.Popen(command, env=variables, cwd=folder, stderr=subprocess.DEVNULL)
+
+
+def test_a_signal_reaches_every_rank_which_has_stop_seconds_to_save(tmp_path):
+    runs = {
+        "TERM": start(tmp_path / "TERM", 1),
+        "USR1": start(tmp_path / "USR1", 1),
+        "slow": start(tmp_path / "slow", 100, STOP_SECONDS="1"),
+    }
+    try:
+        for name, run in runs.items():
+            until(lambda name=name: len(list((tmp_path / name).glob("ready*"))) == 2, 120, f"{name} does not start")
+            run.send_signal(signal.SIGUSR1 if name == "USR1" else signal.SIGTERM)
+        assert all(run.wait(60) == 1 for run in runs.values())
+    finally:
+        for run in runs.values():
+            run.kill()
+    saved = {path.parent.name + path.name[-1]: path.read_text() for path in tmp_path.glob("*/saved*")}
+    assert saved == {"TERM0": "SIGTERM", "TERM1": "SIGTERM", "USR10": "SIGUSR1", "USR11": "SIGUSR1"}
+
+
+def test_a_node_that_does_not_come_ends_the_others_and_none_trains_alone(tmp_path):
+    done = launcher(
+        "1", f"run_dir={tmp_path}/run", DRY_RUN="0", PYTHON=sys.executable, **two_nodes(0, JOIN_SECONDS="1")
+    )
+    assert done.returncode == 1
+    assert "1/2 clients joined" in done.stderr
+    assert list(tmp_path.iterdir()) == []
