@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 
 from megaopus.data.sources import needed
 
@@ -26,6 +25,9 @@ class HashedTfidf:
     """
 
     def __init__(self, items: Sequence[str], sample: Iterable[str]):
+        import torch  # here: the command's help is light
+
+        self._torch = torch
         documents, frequency = 0, np.zeros(_BUCKETS)
         for text in sample:
             documents += 1
@@ -49,6 +51,7 @@ class HashedTfidf:
 
         Products with the items' buckets alone, as sparse rows.
         """
+        torch = self._torch
         owners, columns, values = [], [], []
         for number, text in enumerate(texts):
             buckets, weights = self._row(text)
