@@ -45,7 +45,7 @@ from megaopus.score.quality import FastText
 
 CLEAN = "clean"
 CONTAMINATIONS = ("words", "blocks", "repeated", "foreign", "boilerplate")
-METHODS = ("utility", "perplexity", "dsir", "fasttext")
+METHODS = ("utility", "utility_contrast", "perplexity", "dsir", "fasttext")
 PASSAGE_CHARACTERS = 1500
 PROXY_SHARE = 0.5  # of the clean passages
 TRAIN = (
@@ -182,8 +182,10 @@ def measure(
 
 def method(name: str, corpus: Corpus, run_dir: Path) -> Method:
     """As the verb score would make it, without options."""
-    if name in ("utility", "perplexity"):
-        return (Utility if name == "utility" else CheckpointPerplexity)(corpus, run_dir, device="cpu")
+    if name.startswith("utility"):
+        return Utility(corpus, run_dir, device="cpu", contrast=name == "utility_contrast")
+    if name == "perplexity":
+        return CheckpointPerplexity(corpus, run_dir, device="cpu")
     return Dsir(corpus, None) if name == "dsir" else FastText(corpus)
 
 

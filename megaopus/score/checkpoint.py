@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megaopus.build import build_engine
 from megaopus.checkpoint.checkpointer import read_state, resolve
 from megaopus.config import RunConfig, restored
-from megaopus.data.candidates import CandidateStream
+from megaopus.data.candidates import CandidateBuffer, CandidateStream
 from megaopus.data.corpus import Corpus
 from megaopus.data.scores import HIGHEST, LOWEST
 from megaopus.data.sequences import Sequences
@@ -187,6 +187,7 @@ class Utility(_OfCheckpoint):
 
     L is the mean token loss of a window, the proxy's gradient the mean over ``proxy_sequences`` of its sequences, P
     bounded as in training (docs/decisions/006). Directional scoring; ``exact``: float64 gradients, for small models.
+    ``contrast``: less the gradient of as many of the pool's sequences: what helps the proxy more than the rest.
     """
 
     best = HIGHEST
@@ -199,17 +200,23 @@ class Utility(_OfCheckpoint):
         device: str = "auto",
         proxy_sequences: int = PROXY_SEQUENCES,
         estimator: str = "directional",
+        contrast: bool = False,
     ):
         super().__init__(corpus, checkpoint, windows, device)
         self._estimator = estimator
-        proxy = Sequences(corpus, "proxy", self.config.data.seq_len)
-        self._proxy = CandidateStream(proxy, min(len(proxy), proxy_sequences), self.config.seed, "static proxy").at(0)
+        self._proxy = self._some("proxy", proxy_sequences)
+        self._pool = self._some("pool", proxy_sequences) if contrast else None
         # A run may end at a learning rate of 0, at which nothing moves; it is a scale alone.
         self.config.optim.schedule, self.config.optim.warmup_steps = "constant", 0
-        used = {"proxy_sequences": len(self._proxy), "estimator": estimator, "seed": self.config.seed}
+        used = {"proxy_sequences": len(self._proxy), "estimator": estimator, "contrast": contrast}
+        used["seed"] = self.config.seed
         self.about = {"method": "utility", **self.about, **used, "optimizer": self.config.optim.name}
         self._operator: UpdateOperator | None = None
         self._gradient: Gradient = {}
+
+    def _some(self, split: str, count: int) -> CandidateBuffer:
+        sequences = Sequences(self._corpus, split, self.config.data.seq_len)
+        return CandidateStream(sequences, min(len(sequences), count), self.config.seed, f"static {split}").at(0)
 
     def ready(self, work: Path, begin: Begin) -> None:
         """Take the proxy's gradient too."""
@@ -220,6 +227,9 @@ class Utility(_OfCheckpoint):
             raise CheckpointError(f"{self._folder}: its optimizer has no state, so that its update is not known")
         advance = begin("proxy gradient", len(self._proxy) * self.config.data.seq_len)
         self._gradient = self.backend.gradient(self._proxy)
+        if self._pool is not None:
+            other = self.backend.gradient(self._pool)
+            self._gradient = {name: value - other[name] for name, value in self._gradient.items()}
         if not all(bool(value.isfinite().all()) for value in self._gradient.values()):
             raise CheckpointError(
                 f"{self._folder}: the gradient of the proxy's loss is not finite; use another checkpoint"

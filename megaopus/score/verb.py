@@ -31,6 +31,7 @@ _OPTIONS = {
     "max_tokens": ("perplexity", "classifier"),
     "proxy_sequences": ("utility",),
     "estimator": ("utility",),
+    "contrast": ("utility",),
     "device": ("perplexity", "classifier", "utility"),
 }
 """Option -> the methods that it says something to."""
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, metavar="N", help="of a window of --model (default: as many as it takes)")
     add("--proxy-sequences", type=int, metavar="N", help="utility: of the split proxy (default 64)")
     add("--estimator", choices=("directional", "exact"), help="utility: exact is in float64, for small models")
+    add("--contrast", action="store_true", default=None, help="utility: of the proxy's gradient less the pool's")
     add("--device", choices=("auto", "cpu", "cuda"), help="where a model runs (default auto)")
 
 
@@ -122,7 +124,7 @@ def method_of(corpus: Corpus, args: argparse.Namespace) -> Method:
         raise DataError("--max-tokens: says nothing to --checkpoint, whose windows are its data.seq_len")
     if args.method == "perplexity":
         return CheckpointPerplexity(corpus, args.checkpoint, **run)
-    more = {name: getattr(args, name) for name in ("proxy_sequences", "estimator") if name in given}
+    more = {name: getattr(args, name) for name in ("proxy_sequences", "estimator", "contrast") if name in given}
     if more.get("proxy_sequences", 1) < 1:
         raise DataError(f"--proxy-sequences {args.proxy_sequences}: must be at least 1")
     return Utility(corpus, args.checkpoint, **run, **more)

@@ -88,11 +88,17 @@ def test_perplexity_is_what_a_plain_loop_finds(corpus: Corpus, trained: Path, wi
         method.close()
 
 
-def test_utility_is_that_of_the_exact_estimator(corpus: Corpus, trained: Path) -> None:
+@pytest.mark.parametrize("contrast", [False, True])
+def test_utility_is_that_of_the_exact_estimator(corpus: Corpus, trained: Path, contrast: bool) -> None:
     made = {}
     for estimator in ("directional", "exact"):
-        method = Utility(corpus, trained, device="cpu", proxy_sequences=16, estimator=estimator)
+        method = Utility(corpus, trained, device="cpu", proxy_sequences=16, estimator=estimator, contrast=contrast)
         method.ready(trained, lambda what, tokens: lambda count: None)
+        gradients = [method.backend.gradient(each) for each in (method._proxy, method._pool) if each is not None]
+        assert len(gradients) == 1 + contrast
+        for name, value in method._gradient.items():
+            whole = gradients[0][name] - gradients[1][name] if contrast else gradients[0][name]
+            torch.testing.assert_close(value, whole, rtol=0, atol=0)
         try:
             made[estimator] = np.concatenate([method.scores(np.array([number])) for number in documents(corpus)])
             if estimator == "exact":
