@@ -11,7 +11,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megaopus.engine.base import Engine, StepResult
+from megaopus.errors import EngineError
 from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.safety import UpdateGuard
 from megaopus.selection.backend import Candidates, Gradient
 
 
@@ -82,7 +84,15 @@ class Saved(Protocol):
 class CheckpointerLike(Protocol):
     def due(self, step: int) -> bool: ...
 
-    def save(self, step: int, engine: Any, groups: dict[str, Gradient], state: dict[str, Any]) -> Path: ...
+    def save(
+        self, step: int, engine: Any, groups: dict[str, Gradient], state: dict[str, Any], *, wait: bool = True
+    ) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def last(self) -> Path | None: ...
 
     def load(self, checkpoint: Any, engine: Any) -> dict[str, Gradient]: ...
 
@@ -99,6 +109,10 @@ class Trainer:
     """Sequences of each domain to validate on."""
     wanted: list[str]
     """Domains whose mean is the headline validation loss."""
+    guard: UpdateGuard
+    """Which updates are skipped."""
+    max_skipped: int
+    """Skipped updates in a row after which the run stops."""
     stop_requested: Callable[[], str | None]
     """The reason to stop, the same on every rank, or None."""
     identity: dict[str, Any]
@@ -120,6 +134,7 @@ class Trainer:
         self.updated = True
         self.time_s = state["time_s"]
         self.selector.load_state_dict({**state["selector"], **groups})
+        self.guard.load_state_dict(state["guard"])
 
     def run(self, monitor: MonitorLike) -> str | None:
         """Train from ``engine.step`` to ``total_steps``; returns the reason if stopped before, None when done.
@@ -135,11 +150,14 @@ class Trainer:
             if reason := self.stop_requested():
                 break
             self.update(monitor)
+            if self.guard.skipped >= self.max_skipped:
+                self._give_up()
+            self.checkpointer.poll()
             if self.checkpointer.due(self.engine.step):
-                self._save()
+                self._save(wait=False)
         if reason:
             monitor.note(f"{reason}: stopping after {self.engine.step} updates")
-        self._save()
+        self._save(wait=True)
         return reason
 
     def update(self, monitor: MonitorLike) -> None:
@@ -154,7 +172,7 @@ class Trainer:
         before = self.selector.proxy_loss(step) if check else 0.0
         training = time.perf_counter()
         picked = candidates.take(selection.indices)
-        result = self.engine.train_step(picked)
+        result = self.engine.train_step(picked, self.guard.limit())
         seconds = selected - start + time.perf_counter() - training
         self.time_s += seconds
         self.updated |= result.applied
@@ -169,8 +187,8 @@ class Trainer:
             monitor.event(event)
         for note in selection.notes:
             monitor.note(note)
-        if not result.applied:
-            monitor.event(f"step {step}: gradient not finite, update skipped; ids {picked.ids.tolist()}")
+        if reason := self.guard.record(result):
+            monitor.event(f"step {step}: {reason}, update skipped; ids {picked.ids.tolist()}")
         monitor.step(
             self._step_record(step, result, seconds, selected - scoring),
             replace(_selection_record(step, candidates, picked, selection), **falls),
@@ -212,12 +230,28 @@ class Trainer:
         )
         return None
 
-    def _save(self) -> None:
+    def _give_up(self) -> None:
+        self.checkpointer.finish()
+        last = self.checkpointer.last()
+        raise EngineError(
+            f"{self.guard.skipped} updates in a row were skipped, the last of them {self.engine.step}; "
+            f"last good checkpoint: {last or 'none'}. metrics.jsonl has losses and gradient norms, selection.jsonl the "
+            "ids of their batches. A lower learning rate, more warm-up or other data may help (resume_allow), or a "
+            "larger train.spike_factor if the gradients are as they should be"
+        )
+
+    def _save(self, *, wait: bool) -> None:
         if not self.updated:
             return
         groups, plain = split_state(self.selector.state_dict())
-        state = {"time_s": self.time_s, "selector": plain, "identity": self.identity, "config": self.config}
-        self.checkpointer.save(self.engine.step, self.engine, groups, state)
+        state = {
+            "time_s": self.time_s,
+            "selector": plain,
+            "guard": self.guard.state_dict(),
+            "identity": self.identity,
+            "config": self.config,
+        }
+        self.checkpointer.save(self.engine.step, self.engine, groups, state, wait=wait)
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Gradient], dict[str, Any]]:

@@ -16,7 +16,7 @@ from megaopus.engine.megatron import MegatronEngine
 from megaopus.models.gpt import full_parameters, whole_names
 from megaopus.optim.build import state_names
 from megaopus.optim.config import OptimConfig
-from tests.harness import MODELS, random_batch, run_layouts, tiny_engine
+from tests.harness import MODELS, random_batch, run_layouts, save_engine, tiny_engine
 
 OPTIMIZERS = {
     # eps above rounding noise: at 1e-8, Adam's first steps turn the last bit of a tiny gradient into a full step
@@ -65,7 +65,7 @@ def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str,
 
 def save(built: MegatronEngine, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    built.save(folder, {"average": built.mean_gradient(random_batch(8, 97))})
+    save_engine(built, folder, {"average": built.mean_gradient(random_batch(8, 97))})
 
 
 def resume(built: MegatronEngine, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
