@@ -32,6 +32,7 @@ from megaopus.data.sequences import Sequences
 from megaopus.data.traits import SequenceTraits, ensure_traits
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
+from megaopus.distributed.watch import Watch
 from megaopus.engine.deepspeed import DeepSpeedEngine
 from megaopus.engine.megatron import MegatronEngine
 from megaopus.errors import CheckpointError
@@ -44,6 +45,8 @@ from megaopus.trainer import Trainer
 
 PACKAGES = ("megaopus", "torch", "megatron-core", "deepspeed", "tokenizers", "numpy")
 """Whose versions a run's environment.json tells."""
+WATCH_SHARE = 0.5
+"""Part of ``engine.timeout_minutes`` without progress after which ranks say where they are; then collectives fail."""
 
 
 def train(config: RunConfig) -> int:
@@ -53,10 +56,12 @@ def train(config: RunConfig) -> int:
     """
     with StopSignal() as stop:
         mesh = Mesh(config.parallel, config.engine.device, config.engine.timeout_minutes)
+        watch = Watch(mesh, WATCH_SHARE * 60 * config.engine.timeout_minutes)
         try:
             with _locked(Path(config.run_dir), mesh):
-                return _train(config, mesh, stop)
+                return _train(config, mesh, stop, watch)
         finally:
+            watch.close()
             mesh.close()
 
 
@@ -68,7 +73,7 @@ def _locked(run_dir: Path, mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def _train(config: RunConfig, mesh: Mesh, stop: StopSignal) -> int:
+def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: Watch) -> int:
     run_dir = Path(config.run_dir)
     checkpoint = locate(config.resume, run_dir, mesh)
     changed: list[Change] = []
@@ -76,6 +81,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal) -> int:
         config.data.weights = _continued_weights(checkpoint, config)
     corpora = Corpora(config)
     trainer = build_trainer(config, mesh, corpora, stop)
+    trainer.phase = watch.phase
     if checkpoint is not None:
         check_identity(checkpoint.state["identity"], trainer.identity, checkpoint.folder)
         changed = changes(checkpoint.state["config"], trainer.config, default_settings(config))

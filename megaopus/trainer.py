@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,6 +123,8 @@ class Trainer:
     total_steps: int
     tokens_per_step: int
     eval_every: int
+    phase: Callable[[str, int], AbstractContextManager[None]] = lambda name, step: nullcontext()
+    """(name, update): around what a rank does, so that a hang can be told."""
     time_s: float = 0.0
     updated: bool = False
     """Some update has been applied. Until then the run is what it was at the start, and there is nothing to save."""
@@ -166,13 +169,15 @@ class Trainer:
         start = time.perf_counter()
         candidates = self.stream.at(step)
         scoring = time.perf_counter()
-        selection = self.selector.select(candidates, step)
-        selected = time.perf_counter()
-        check = self.selector.check_due(selection)
-        before = self.selector.proxy_loss(step) if check else 0.0
+        with self.phase("score", step):
+            selection = self.selector.select(candidates, step)
+            selected = time.perf_counter()
+            check = self.selector.check_due(selection)
+            before = self.selector.proxy_loss(step) if check else 0.0
         training = time.perf_counter()
-        picked = candidates.take(selection.indices)
-        result = self.engine.train_step(picked, self.guard.limit())
+        with self.phase("train", step):
+            picked = candidates.take(selection.indices)
+            result = self.engine.train_step(picked, self.guard.limit())
         seconds = selected - start + time.perf_counter() - training
         self.time_s += seconds
         self.updated |= result.applied
@@ -217,7 +222,8 @@ class Trainer:
         for domain, buffer in self.validation.items():
             if reason := self.stop_requested():
                 return reason
-            losses[domain] = float(self.engine.evaluate(buffer).mean())
+            with self.phase("evaluate", self.engine.step):
+                losses[domain] = float(self.engine.evaluate(buffer).mean())
         step = self.engine.step
         monitor.validation(
             ValidationRecord(
@@ -251,7 +257,8 @@ class Trainer:
             "identity": self.identity,
             "config": self.config,
         }
-        self.checkpointer.save(self.engine.step, self.engine, groups, state, wait=wait)
+        with self.phase("save", self.engine.step):
+            self.checkpointer.save(self.engine.step, self.engine, groups, state, wait=wait)
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Gradient], dict[str, Any]]:

@@ -241,6 +241,11 @@ class Checkpointer:
         if not background:
             self.finish()
 
+    @property
+    def writing(self) -> bool:
+        """Whether a save in the background is not finished yet."""
+        return self._pending is not None
+
     def poll(self) -> None:
         """Finish a save in the background if every rank has written its part (collective). Raises as ``save``."""
         if self._pending is not None and not self._mesh.any(not self._pending.saving.done()):

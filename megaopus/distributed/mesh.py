@@ -84,6 +84,7 @@ class Mesh:
                 pipeline_model_parallel_size=parallel.pp,
                 virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
                 context_parallel_size=parallel.cp,
+                distributed_timeout_minutes=timeout_minutes,
             )
         self.dp_group = parallel_state.get_data_parallel_group()
         self.tp_group = parallel_state.get_tensor_model_parallel_group()

@@ -140,8 +140,11 @@ class DeepSpeedEngine:
         lr = self.prepare_update()
         with norm_limit(self.deepspeed.optimizer, -1.0 if self.mesh.any(not math.isfinite(loss)) else limit) as seen:
             self.deepspeed.step()
+        applied = self.deepspeed.was_step_applied()
+        if not applied and self.optimizer.sharded:
+            self.optimizer.regather()  # as DeepSpeed does after an update
         self.step += 1
-        return StepResult(loss=loss, grad_norm=seen[0], lr=lr, applied=self.deepspeed.was_step_applied())
+        return StepResult(loss=loss, grad_norm=seen[0], lr=lr, applied=applied)
 
     def prepare_update(self) -> float:
         """Give the optimizer the learning rate and momentum of the coming update; returns the learning rate."""
