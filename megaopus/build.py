@@ -39,6 +39,7 @@ from megaopus.errors import CheckpointError
 from megaopus.models.arithmetic import count_parameters
 from megaopus.monitor.health import STOP_EXIT_CODE, StopSignal
 from megaopus.monitor.monitor import Monitor
+from megaopus.pace import Pace
 from megaopus.safety import UpdateGuard
 from megaopus.selection import SelectionConfig, Selector
 from megaopus.trainer import Trainer
@@ -156,6 +157,7 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
         wanted=config.data.wanted or list(validation),
         guard=UpdateGuard(config.train.spike_factor, config.train.spike_window),
         max_skipped=config.train.max_skipped,
+        pace=Pace(config.logging.every, mesh.gather_objects),
         stop_requested=lambda: _agreed(mesh, stop),
         identity=_identity(config, corpora, bf16=engine.bf16),
         config=asdict(config),

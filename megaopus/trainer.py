@@ -14,6 +14,7 @@ from torch import Tensor
 from megaopus.engine.base import Engine, StepResult
 from megaopus.errors import EngineError
 from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.pace import Pace
 from megaopus.safety import UpdateGuard
 from megaopus.selection.backend import Candidates, Gradient
 
@@ -114,6 +115,8 @@ class Trainer:
     """Which updates are skipped."""
     max_skipped: int
     """Skipped updates in a row after which the run stops."""
+    pace: Pace
+    """Which rank is slow."""
     stop_requested: Callable[[], str | None]
     """The reason to stop, the same on every rank, or None."""
     identity: dict[str, Any]
@@ -178,7 +181,8 @@ class Trainer:
         with self.phase("train", step):
             picked = candidates.take(selection.indices)
             result = self.engine.train_step(picked, self.guard.limit())
-        seconds = selected - start + time.perf_counter() - training
+        now = time.perf_counter()
+        seconds = selected - start + now - training
         self.time_s += seconds
         self.updated |= result.applied
         falls = {}
@@ -190,6 +194,8 @@ class Trainer:
             }
         for event in selection.events:
             monitor.event(event)
+        for line in self.pace.step(step + 1, scoring - start, result.own_s, now - start):
+            monitor.event(line)
         for note in selection.notes:
             monitor.note(note)
         if reason := self.guard.record(result):

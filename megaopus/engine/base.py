@@ -24,6 +24,8 @@ class StepResult:
     lr: float
     applied: bool
     """False: the loss or a gradient was not finite, or the norm above the limit; no weight was touched."""
+    own_s: float = 0.0
+    """Seconds of this rank's forward and backward passes, before gradients are reduced; 0: not known."""
 
 
 class Engine(Protocol):

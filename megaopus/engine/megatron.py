@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,7 @@ class MegatronEngine:
         self._total_steps = total_steps
         self._seed = seed
         self._dropout = model.dropout > 0
+        self._worked: Any = None
         seed_dropout(mesh, seed, 0)
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed, an option we do not set is deprecated
@@ -87,7 +89,8 @@ class MegatronEngine:
             self.ddp: Any = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
             no_sync = [ddp.no_sync for ddp in self.ddp]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-            config.finalize_model_grads_func = finalize_model_grads
+            self._reduce_gradients = finalize_model_grads
+            config.finalize_model_grads_func = self._finalize_gradients
             self.optimizer = MainOptimizer(
                 optim, self.module, mesh, bf16=self.bf16, sharded=list(self.ddp) if sharded else None
             )
@@ -113,12 +116,30 @@ class MegatronEngine:
                 self.run_local(batch, share, self.micro_batch_size, self.seq_len, forward_only=False, sampled=sampled)
                 self.optimizer.take_curvature(len(batch) * self.seq_len)
             self._zero_gradients()
+            begun = self._now()
             losses = self._run(batch, share, self.micro_batch_size, self.seq_len, forward_only=False)
             loss = float(losses.mean())
             lr = self.prepare_update()
             grad_norm, applied = self.optimizer.step(limit if math.isfinite(loss) else -math.inf)
         self.step += 1
-        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied)
+        own_s = self._seconds(begun, self._worked)
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, own_s=own_s)
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        self._worked = self._now()
+        self._reduce_gradients(*args, **kwargs)
+
+    def _now(self) -> Any:
+        """A moment of the device's work: time on the CPU, an event in the stream on CUDA."""
+        if self.mesh.on_cpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, begin: Any, end: Any) -> float:
+        """Between two moments that are both over."""
+        return end - begin if self.mesh.on_cpu else begin.elapsed_time(end) / 1000
 
     def prepare_update(self) -> float:
         """Give the optimizer the learning rate and momentum of the coming update; returns the learning rate."""
