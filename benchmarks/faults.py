@@ -12,10 +12,10 @@ of finished episodes go to --results at once; started again, the benchmark goes 
 {injected, recovered, undetected_corruptions, wrong_ids, max_lost_steps, save_interval, goodput, naive_goodput,
 by_kind}.
 
-recovered: faults after which the run went on and in the end was the undisturbed one. max_lost_steps: updates done again
-after kills, signals and hangs, where saves are waited for; max_lost_steps_background: where they are not, and count once
-they are whole. goodput: the episode's updates over wall time, relative to the undisturbed run's; naive_goodput: of a loop
-that meets the same faults at the same updates and has no checkpoint to go on from.
+recovered: faults after which the run went on and in the end was the undisturbed one. max_lost_steps: updates done
+again after kills, signals and hangs, where saves are waited for; max_lost_steps_background: where they are not, and
+count once they are whole. goodput: the episode's updates over wall time, relative to the undisturbed run's;
+naive_goodput: of a loop that meets the same faults at the same updates and has no checkpoint to go on from.
 """
 
 from __future__ import annotations
