@@ -109,8 +109,8 @@ def launch(overrides: list[str], ranks: int, fault: Fault | None, run_dir: Path)
     def second_job() -> None:
         due = fault is not None and fault.kind == "second job" and (run_dir / "fired").exists()
         if due and not (run_dir / "refused").exists():
-            _, status = os.waitpid(_fork(overrides, 1, None, run_dir)[0], 0)
-            (run_dir / "refused").write_text(str(os.waitstatus_to_exitcode(status)))
+            ends = {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in _fork(overrides, ranks, None, run_dir)}
+            (run_dir / "refused").write_text(" ".join(map(str, sorted(ends))))
 
     codes, ended = _wait(pids, second_job)
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()[before:]] if path.exists() else []
