@@ -97,8 +97,10 @@ def megatron_saving(request: Any, folder: Path, mesh: Mesh, copy: bool) -> Savin
         transforms, results = request.async_fn.args[0], request.async_fn_args[2]
         buckets = request.preload_fn()
     if copy:
+        # Those of the CPU are the training's own: what came from a GPU is a copy already.
+        own = {id(tensor) for bucket in request.async_fn_args[1] for _, tensor in bucket[2][1]} if buckets else set()
         buckets = [
-            (path, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            (path, key, (data, [(item, tensor.clone() if id(tensor) in own else tensor) for item, tensor in tensors]))
             for path, key, (data, tensors) in buckets
         ]
 
