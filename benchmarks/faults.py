@@ -36,7 +36,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 
 from benchmarks.common import machine, parser, progress, start, write_results
-from benchmarks.faulty_run import DAMAGES, PHASES, SAVE_EVERY, STEPS, Fault, Ran, damage, launch, settings, undo
+from benchmarks.faulty_run import (
+    DAMAGES,
+    EVAL_EVERY,
+    PHASES,
+    SAVE_EVERY,
+    STEPS,
+    Fault,
+    Ran,
+    damage,
+    launch,
+    settings,
+    undo,
+)
 from megaopus.checkpoint.checkpointer import complete_checkpoints
 from megaopus.checkpoint.manifest import read_manifest
 from megaopus.data.demo_corpus import DEMO_LIMITS, build_demo_corpus
@@ -120,11 +132,11 @@ class Episode:
         if self.ranks == 1:
             kinds.pop("SIGSTOP")
         phase = self.draw.choice(PHASES)
-        if phase == "save":
-            step = min(STEPS, (step // SAVE_EVERY + 1) * SAVE_EVERY)
         (kind,) = self.draw.choices(list(kinds), list(kinds.values()))
         if kind == "disk full":
-            phase, step = "save", min(STEPS, (step // SAVE_EVERY + 1) * SAVE_EVERY)
+            phase = "save"
+        if every := {"save": SAVE_EVERY, "evaluate": EVAL_EVERY}.get(phase):
+            step = min(STEPS, (step // every + 1) * every)
         delay = 0.0 if kind in ("disk full", "second job") else self.draw.choice([0.0, self.draw.uniform(0.0, 0.05)])
         return Fault(kind, phase, step, self.draw.randrange(self.ranks), delay)
 

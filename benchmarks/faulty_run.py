@@ -28,7 +28,7 @@ from megaopus.distributed.watch import Watch
 from megaopus.engine.megatron import MegatronEngine
 from megaopus.monitor.monitor import Monitor
 
-STEPS, SAVE_EVERY = 20, 4
+STEPS, SAVE_EVERY, EVAL_EVERY = 20, 4, 6
 PHASES = ("score", "train", "evaluate", "save")
 NAN_STEP, LOSS_STEP, SPIKE_STEP = 5, 9, 14
 TIMEOUT_MINUTES = 0.5
@@ -70,7 +70,7 @@ class Ran:
 
 
 def settings(corpus: Path, run_dir: Path, more: list[str]) -> list[str]:
-    """Overrides of the run: a checkpoint every SAVE_EVERY updates, a validation every 6."""
+    """Overrides of the run: a checkpoint every SAVE_EVERY updates, a validation every EVAL_EVERY."""
     return [
         f"data.path={corpus}",
         f"run_dir={run_dir}",
@@ -83,7 +83,7 @@ def settings(corpus: Path, run_dir: Path, more: list[str]) -> list[str]:
         f"train.steps={STEPS}",
         "train.global_batch_size=4",
         "train.micro_batch_size=2",
-        "train.eval_every=6",
+        f"train.eval_every={EVAL_EVERY}",
         "train.eval_sequences=4",
         "train.spike_factor=10",
         "train.spike_window=8",

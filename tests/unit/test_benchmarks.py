@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import common, estimators, pools, throughput
+from benchmarks import common, estimators, faults, pools, throughput
 from benchmarks.scoring import count_bytes
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
@@ -231,3 +231,19 @@ def test_changed_texts_of_the_pools_keep_what_they_should() -> None:
     changed = [(a.strip(), b.strip()) for a, b in zip(words, replaced, strict=True) if a != b]
     assert len(changed) / len(words) == pytest.approx(pools.REPLACED, abs=0.06)
     assert all(abs(places[a] - places[b]) <= max(1, pools.NEAR * places[a]) for a, b in changed)
+
+
+def test_faults_are_summed_up() -> None:
+    good = {"finished": True, "same": True, "wrong_ids": 0, "goodput": 0.5, "naive_goodput": 0.25, "background": False}
+    rows = [
+        {**good, "episode": 0, "kind": "SIGTERM", "handled": True, "lost_steps": 0},
+        {**good, "episode": 0, "kind": "deleted file", "handled": False, "lost_steps": None},
+        {**good, "episode": 1, "kind": "SIGTERM", "handled": True, "lost_steps": 3, "same": False, "wrong_ids": 2},
+        {**good, "episode": 2, "kind": "SIGSTOP", "handled": True, "lost_steps": 7, "background": True},
+    ]
+    found = faults.summary(rows)
+    assert (found["injected"], found["recovered"]) == (4 + 9, 2 + 6)
+    assert (found["undetected_corruptions"], found["wrong_ids"]) == (1, 2)
+    assert (found["max_lost_steps"], found["max_lost_steps_background"], found["save_interval"]) == (3, 7, 4)
+    assert (found["goodput"], found["naive_goodput"], found["episodes"]) == (0.5, 0.25, 3)
+    assert found["by_kind"]["SIGTERM"] == 2
