@@ -29,7 +29,7 @@ lint: setup
 
 bench: setup
 	mkdir -p $(JSON)
-	for name in estimators throughput scoring quality optimizers data filters; do \
+	for name in estimators throughput scoring quality optimizers data filters checkpoint faults; do \
 		$(BIN)/python benchmarks/$$name.py --quick --json $(JSON)/$$name.json || exit 1; \
 	done
 

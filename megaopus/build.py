@@ -9,6 +9,8 @@ import shlex
 import subprocess
 import sys
 import typing
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -19,8 +21,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate
-from megaopus.config import RunConfig, to_yaml
+from megaopus.changes import Change, changes, check_identity, refuse_unallowed
+from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate, set_aside
+from megaopus.checkpoint.lock import run_lock
+from megaopus.config import RunConfig, default_settings, to_yaml
 from megaopus.data.candidates import CandidateStream
 from megaopus.data.corpus import Corpus
 from megaopus.data.keeping import kept_documents
@@ -29,17 +33,22 @@ from megaopus.data.sequences import Sequences
 from megaopus.data.traits import SequenceTraits, ensure_traits
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
+from megaopus.distributed.watch import Watch
 from megaopus.engine.deepspeed import DeepSpeedEngine
 from megaopus.engine.megatron import MegatronEngine
 from megaopus.errors import CheckpointError
 from megaopus.models.arithmetic import count_parameters
 from megaopus.monitor.health import STOP_EXIT_CODE, StopSignal
 from megaopus.monitor.monitor import Monitor
+from megaopus.pace import Pace
+from megaopus.safety import UpdateGuard
 from megaopus.selection import SelectionConfig, Selector
 from megaopus.trainer import Trainer
 
 PACKAGES = ("megaopus", "torch", "megatron-core", "deepspeed", "tokenizers", "numpy")
 """Whose versions a run's environment.json tells."""
+WATCH_SHARE = 0.5
+"""Part of ``engine.timeout_minutes`` without progress after which ranks say where they are; then collectives fail."""
 
 
 def train(config: RunConfig) -> int:
@@ -49,25 +58,39 @@ def train(config: RunConfig) -> int:
     """
     with StopSignal() as stop:
         mesh = Mesh(config.parallel, config.engine.device, config.engine.timeout_minutes)
+        watch = Watch(mesh, WATCH_SHARE * 60 * config.engine.timeout_minutes)
         try:
-            return _train(config, mesh, stop)
+            with _locked(Path(config.run_dir), mesh):
+                return _train(config, mesh, stop, watch)
         finally:
+            watch.close()
             mesh.close()
 
 
-def _train(config: RunConfig, mesh: Mesh, stop: StopSignal) -> int:
+@contextmanager
+def _locked(run_dir: Path, mesh: Mesh) -> Iterator[None]:
+    """Rank 0 holds the run folder's lock; refused on every rank if another job does. Collective."""
+    with ExitStack() as held:
+        on_rank_0(mesh, lambda: held.enter_context(run_lock(run_dir)))
+        yield
+
+
+def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: Watch) -> int:
     run_dir = Path(config.run_dir)
     checkpoint = locate(config.resume, run_dir, mesh)
+    changed: list[Change] = []
     if checkpoint is not None:
         config.data.weights = _continued_weights(checkpoint, config)
     corpora = Corpora(config)
     trainer = build_trainer(config, mesh, corpora, stop)
+    trainer.phase = watch.phase
     if checkpoint is not None:
-        check_identity(checkpoint, trainer.identity)
+        check_identity(checkpoint.state["identity"], trainer.identity, checkpoint.folder)
+        changed = changes(checkpoint.state["config"], trainer.config, default_settings(config))
+        if checkpoint.own:  # a new run that begins at another's checkpoint is meant to be different
+            refuse_unallowed(changed, config.resume_allow, checkpoint.folder)
         trainer.restore(checkpoint)
-    if mesh.rank == 0:
-        first_step = 0 if checkpoint is None else checkpoint.step
-        write_run_folder(config, run_dir, mesh, first_step, trainer.identity["corpus"])
+    on_rank_0(mesh, lambda: _begin(config, run_dir, mesh, checkpoint, trainer.identity["corpus"]))
     monitor = Monitor(
         config.logging,
         run_dir,
@@ -79,14 +102,25 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal) -> int:
     )
     try:
         if checkpoint is not None:
+            for problem in checkpoint.damaged:
+                monitor.note(f"WARNING checkpoint passed over for an older one: {problem}")
             monitor.note(f"resumed from {checkpoint.folder} after {checkpoint.step} steps")
-            if changed := changed_settings(checkpoint.state["config"], trainer.config):
-                monitor.note(f"settings changed since that checkpoint: {', '.join(changed)}")
+            if changed:
+                lines = ", ".join(f"{key} {saved!r} -> {now!r}" for key, saved, now in changed)
+                monitor.note(f"settings changed since that checkpoint: {lines}")
         monitor.note(_derived(config, mesh, corpora, trainer))
         reason = trainer.run(monitor)
     finally:
         monitor.close()
     return 0 if reason is None else STOP_EXIT_CODE
+
+
+def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint | None, corpus: str) -> None:
+    """Rank 0, when nothing can be refused any more: the first that is written."""
+    if checkpoint is not None and checkpoint.own:
+        for folder in checkpoint.passed_over:
+            set_aside(folder)
+    write_run_folder(config, run_dir, mesh, 0 if checkpoint is None else checkpoint.step, corpus)
 
 
 def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSignal) -> Trainer:
@@ -116,6 +150,9 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh),
         validation=validation,
         wanted=config.data.wanted or list(validation),
+        guard=UpdateGuard(config.train.spike_factor, config.train.spike_window),
+        max_skipped=config.train.max_skipped,
+        pace=Pace(config.logging.every, mesh.gather_objects),
         stop_requested=lambda: _agreed(mesh, stop),
         identity=_identity(config, corpora, bf16=engine.bf16),
         config=asdict(config),
@@ -220,17 +257,6 @@ def _identity(config: RunConfig, corpora: Corpora, *, bf16: bool) -> dict[str, A
     }
 
 
-def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """Raise CheckpointError, naming every difference, unless the checkpoint belongs to a run with this identity."""
-    saved, now = _flat(checkpoint.state["identity"]), _flat(identity)
-    lines = [f"  {key}: saved {saved.get(key)!r}, now {now.get(key)!r}" for key in _differing(saved, now)]
-    if lines:
-        raise CheckpointError(
-            f"{checkpoint.folder} belongs to another run; these differ:\n" + "\n".join(lines) + "\n"
-            "Set them back, or start a new run with another run_dir (nothing was written)"
-        )
-
-
 def _continued_weights(checkpoint: Checkpoint, config: RunConfig) -> list[Any]:
     """The stages of ``data.weights`` that the run had until the checkpoint, then those that it is given now."""
     before, now = (parse_stages(weights) for weights in (_saved_weights(checkpoint), config.data.weights))
@@ -239,25 +265,6 @@ def _continued_weights(checkpoint: Checkpoint, config: RunConfig) -> list[Any]:
 
 def _saved_weights(checkpoint: Checkpoint) -> list[Any]:
     return checkpoint.state["config"].get("data", {}).get("weights", [])
-
-
-def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """``key old -> new`` of each setting that differs; where a run lies and how it resumes is not of interest."""
-    before, after = _flat(saved), _flat(now)
-    keys = [key for key in _differing(before, after) if key not in ("run_dir", "resume")]
-    return [f"{key} {before.get(key)!r} -> {after.get(key)!r}" for key in keys]
-
-
-def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    return [key for key in {**first, **second} if first.get(key) != second.get(key)]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _derived(config: RunConfig, mesh: Mesh, corpora: Corpora, trainer: Trainer) -> str:

@@ -7,10 +7,12 @@ import math
 import types
 import typing
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from megaopus.changes import flat
 from megaopus.checkpoint.config import CheckpointConfig
 from megaopus.data.config import DataConfig
 from megaopus.distributed.config import ParallelConfig
@@ -23,7 +25,17 @@ from megaopus.rules import validate
 from megaopus.selection.config import SelectionConfig
 from megaopus.train_config import TrainConfig
 
-__all__ = ["RunConfig", "compose", "data_settings", "default_config_dir", "differences", "load", "to_yaml", "validate"]
+__all__ = [
+    "RunConfig",
+    "compose",
+    "data_settings",
+    "default_config_dir",
+    "default_settings",
+    "differences",
+    "load",
+    "to_yaml",
+    "validate",
+]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +46,8 @@ class RunConfig:
     seed: int = 1234
     resume: str = "auto"
     """auto: go on from the newest checkpoint if there is one; never; required; or the path of a checkpoint."""
+    resume_allow: list[str] = field(default_factory=list)
+    """Settings that may differ from the checkpoint's though they change the training, such as optim.lr."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -150,16 +164,14 @@ def to_yaml(config: RunConfig) -> str:
 
 def differences(config: RunConfig) -> dict[str, tuple[object, object]]:
     """Dotted key -> (value, default) for each setting that differs from its default."""
-    ours, default = _flat(asdict(config)), _flat(asdict(RunConfig()))
-    default |= {f"optim.settings.{name}": value for name, value in config.optim.spec().settings.items()}
+    ours, default = flat(asdict(config)), default_settings(config)
     return {key: (value, default.get(key)) for key, value in ours.items() if value != default.get(key)}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
+def default_settings(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> default of every setting that a run with ``config``'s optimizer has."""
+    own = {f"optim.settings.{name}": value for name, value in config.optim.spec().settings.items()}
+    return flat(asdict(RunConfig())) | own
 
 
 _OPEN = ("optim.settings.",)
@@ -167,7 +179,7 @@ _OPEN = ("optim.settings.",)
 
 
 def _settings() -> list[str]:
-    return list(_flat(asdict(RunConfig())))
+    return list(flat(asdict(RunConfig())))
 
 
 def _config_folders(config_dir: Path | None) -> list[Path]:
@@ -295,7 +307,7 @@ def _compose_tree(folders: list[Path], overrides: list[str], issues: _Issues) ->
             if not error.full_key:
                 raise
             reason, raw = str(error).splitlines()[0], OmegaConf.to_container(tree, resolve=False)
-            value = _flat(typing.cast(dict[str, Any], raw)).get(error.full_key)
+            value = flat(typing.cast(dict[str, Any], raw)).get(error.full_key)
             issues.add(error.full_key, value, reason, "name an existing setting: ${section.key}, or ${oc.env:NAME}")
             parent, _, leaf = error.full_key.rpartition(".")
             del (OmegaConf.select(tree, parent) if parent else tree)[leaf]
@@ -348,8 +360,16 @@ _EXAMPLES = {
 def _convert(value: Any, hint: Any) -> Any:
     """``value`` as ``hint``; raises ValueError(what is wanted, remedy with a {key} slot)."""
     if isinstance(hint, types.UnionType):
-        inner = next(choice for choice in typing.get_args(hint) if choice is not type(None))
-        return None if value is None else _convert(value, inner)
+        first, *others = [choice for choice in typing.get_args(hint) if choice is not type(None)]
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        try:
+            return _convert(value, first)
+        except ValueError:
+            for other in others:
+                with suppress(ValueError):
+                    return _convert(value, other)
+            raise
     if typing.get_origin(hint) is list:
         (item,) = typing.get_args(hint)
         if not isinstance(value, list):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaopus.changes import FIXED, TRAINING, class_of, flat
 from megaopus.errors import Problem
 from megaopus.models.arithmetic import count_parameters, padded_vocab
 
@@ -83,6 +84,19 @@ def _resume(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         hint = f"did you mean {near[0]}? " if near else ""
         reason = "neither auto, never, required nor an existing checkpoint folder"
         yield Problem("resume", config.resume, reason, f"{hint}auto goes on from the newest checkpoint if there is one")
+
+
+@_rule("resume_allow", "optim.name")
+def _resume_allow(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    known = [*flat(asdict(config)), *(f"optim.settings.{name}" for name in config.optim.spec().settings)]
+    for key in config.resume_allow:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            yield Problem("resume_allow", key, "no such setting", f"did you mean {near[0]}?" if near else "see --help")
+        elif class_of(key) != TRAINING:
+            fixed = class_of(key) == FIXED
+            reason = "can never differ from the checkpoint's" if fixed else "needs no permission to change"
+            yield Problem("resume_allow", key, reason, "another run_dir starts a new run" if fixed else "leave it out")
 
 
 # -- layout ----------------------------------------------------------------------------------------------------------

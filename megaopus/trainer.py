@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from megaopus.engine.base import Engine, StepResult
+from megaopus.errors import EngineError
 from megaopus.monitor.base import Choices, SelectionRecord, StepRecord, ValidationRecord
+from megaopus.pace import Pace
+from megaopus.safety import UpdateGuard
 from megaopus.selection.backend import Candidates, Gradient
 
 
@@ -96,7 +100,15 @@ class Saved(Protocol):
 class CheckpointerLike(Protocol):
     def due(self, step: int) -> bool: ...
 
-    def save(self, step: int, engine: Any, groups: dict[str, Gradient], state: dict[str, Any]) -> Path: ...
+    def save(
+        self, step: int, engine: Any, groups: dict[str, Gradient], state: dict[str, Any], *, wait: bool = True
+    ) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def last(self) -> Path | None: ...
 
     def load(self, checkpoint: Any, engine: Any) -> dict[str, Gradient]: ...
 
@@ -113,6 +125,12 @@ class Trainer:
     """Sequences of each domain to validate on."""
     wanted: list[str]
     """Domains whose mean is the headline validation loss."""
+    guard: UpdateGuard
+    """Which updates are skipped."""
+    max_skipped: int
+    """Skipped updates in a row after which the run stops."""
+    pace: Pace
+    """Which rank is slow."""
     stop_requested: Callable[[], str | None]
     """The reason to stop, the same on every rank, or None."""
     identity: dict[str, Any]
@@ -122,6 +140,8 @@ class Trainer:
     total_steps: int
     tokens_per_step: int
     eval_every: int
+    phase: Callable[[str, int], AbstractContextManager[None]] = lambda name, step: nullcontext()
+    """(name, update): around what a rank does, so that a hang can be told."""
     time_s: float = 0.0
     updated: bool = False
     """Some update has been applied. Until then the run is what it was at the start, and there is nothing to save."""
@@ -134,6 +154,7 @@ class Trainer:
         self.updated = True
         self.time_s = state["time_s"]
         self.selector.load_state_dict({**state["selector"], **groups})
+        self.guard.load_state_dict(state["guard"])
 
     def run(self, monitor: MonitorLike) -> str | None:
         """Train from ``engine.step`` to ``total_steps``; returns the reason if stopped before, None when done.
@@ -149,11 +170,14 @@ class Trainer:
             if reason := self.stop_requested():
                 break
             self.update(monitor)
+            if self.guard.skipped >= self.max_skipped:
+                self._give_up()
+            self.checkpointer.poll()
             if self.checkpointer.due(self.engine.step):
-                self._save(monitor)
+                self._save(monitor, wait=False)
         if reason:
             monitor.note(f"{reason}: stopping after {self.engine.step} updates")
-        self._save(monitor)
+        self._save(monitor, wait=True)
         return reason
 
     def update(self, monitor: MonitorLike) -> None:
@@ -162,14 +186,17 @@ class Trainer:
         start = time.perf_counter()
         candidates = self.stream.at(step)
         scoring = time.perf_counter()
-        selection = self.selector.select(candidates, step)
-        selected = time.perf_counter()
-        check = self.selector.check_due(selection)
-        before = self.selector.proxy_loss(step) if check else 0.0
+        with self.phase("score", step):
+            selection = self.selector.select(candidates, step)
+            selected = time.perf_counter()
+            check = self.selector.check_due(selection)
+            before = self.selector.proxy_loss(step) if check else 0.0
         training = time.perf_counter()
-        picked = candidates.take(selection.indices)
-        result = self.engine.train_step(picked)
-        seconds = selected - start + time.perf_counter() - training
+        with self.phase("train", step):
+            picked = candidates.take(selection.indices)
+            result = self.engine.train_step(picked, self.guard.limit())
+        now = time.perf_counter()
+        seconds = selected - start + now - training
         self.time_s += seconds
         self.updated |= result.applied
         falls = {}
@@ -181,10 +208,12 @@ class Trainer:
             }
         for event in selection.events:
             monitor.event(event)
+        for line in self.pace.step(step + 1, scoring - start, result.own_s, now - start):
+            monitor.event(line)
         for note in selection.notes:
             monitor.note(note)
-        if not result.applied:
-            monitor.event(f"step {step}: gradient not finite, update skipped; ids {picked.ids.tolist()}")
+        if reason := self.guard.record(result):
+            monitor.event(f"step {step}: {reason}, update skipped; ids {picked.ids.tolist()}")
         monitor.step(
             self._step_record(step, result, seconds, selected - scoring),
             replace(_selection_record(step, candidates, picked, selection), **falls),
@@ -213,7 +242,8 @@ class Trainer:
         for domain, buffer in self.validation.items():
             if reason := self.stop_requested():
                 return reason
-            losses[domain] = float(self.engine.evaluate(buffer).mean())
+            with self.phase("evaluate", self.engine.step):
+                losses[domain] = float(self.engine.evaluate(buffer).mean())
         step = self.engine.step
         monitor.validation(
             ValidationRecord(
@@ -226,13 +256,30 @@ class Trainer:
         )
         return None
 
-    def _save(self, monitor: MonitorLike) -> None:
+    def _give_up(self) -> None:
+        self.checkpointer.finish()
+        last = self.checkpointer.last()
+        raise EngineError(
+            f"{self.guard.skipped} updates in a row were skipped, the last of them {self.engine.step}; "
+            f"last good checkpoint: {last or 'none'}. metrics.jsonl has losses and gradient norms, choices/ the ids of "
+            "their batches. A lower learning rate, more warm-up or other data may help (resume_allow), or a larger "
+            "train.spike_factor if the gradients are as they should be"
+        )
+
+    def _save(self, monitor: MonitorLike, *, wait: bool) -> None:
         if not self.updated:
             return
         monitor.flush()
         groups, plain = split_state(self.selector.state_dict())
-        state = {"time_s": self.time_s, "selector": plain, "identity": self.identity, "config": self.config}
-        self.checkpointer.save(self.engine.step, self.engine, groups, state)
+        state = {
+            "time_s": self.time_s,
+            "selector": plain,
+            "guard": self.guard.state_dict(),
+            "identity": self.identity,
+            "config": self.config,
+        }
+        with self.phase("save", self.engine.step):
+            self.checkpointer.save(self.engine.step, self.engine, groups, state, wait=wait)
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Gradient], dict[str, Any]]:

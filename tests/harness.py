@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -162,6 +163,15 @@ def tiny_engine(
         total_steps=100,
         seed=0,
     )
+
+
+def save_engine(engine: Any, folder: Path, groups: dict[str, Any]) -> None:
+    """Write a checkpoint's weights as a checkpointer has them written (collective)."""
+    saving = engine.saving(folder, groups, False)
+    saving.start(lambda path: None, background=False)
+    assert saving.error() is None
+    saving.finish()
+    engine.mesh.barrier()
 
 
 def state_of(engine: Any) -> list[torch.Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +18,43 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megaopus.checkpoint.config import CheckpointConfig
+from megaopus.checkpoint.manifest import COMPLETE, MANIFEST, Entry, digest_of, entry, manifest_text, verify
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.errors import CheckpointError
 
-COMPLETE = "COMPLETE"
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step_\d{8,}")
 _PARTIAL = re.compile(r"partial_\d{8,}")
-_STATE = {"step": int, "groups": list, "time_s": int | float, "selector": dict, "identity": dict, "config": dict}
+_STATE = {
+    "step": int,
+    "groups": list,
+    "time_s": int | float,
+    "selector": dict,
+    "guard": dict,
+    "identity": dict,
+    "config": dict,
+}
 
 Groups = dict[str, dict[str, Tensor]]
+
+
+class SavingLike(Protocol):
+    """Weights on their way to disk (``megaopus.engine.saving.Saving``)."""
+
+    def start(self, look: Callable[[Path], Any], background: bool) -> None: ...
+
+    def done(self) -> bool: ...
+
+    def error(self) -> BaseException | None: ...
+
+    def finish(self) -> dict[Path, Any]: ...
 
 
 class Saveable(Protocol):
     """The part of an engine that a checkpoint needs."""
 
-    def save(self, folder: Path, groups: Groups) -> None: ...
+    def saving(self, folder: Path, groups: Groups, copy: bool) -> SavingLike: ...
 
     def load(self, folder: Path, groups: list[str]) -> Groups: ...
 
@@ -46,6 +68,10 @@ class Checkpoint:
     """The plain values of state.json."""
     own: bool
     """False: of another run, whose place this new run starts from."""
+    damaged: tuple[str, ...] = ()
+    """What is wrong with each newer one that was passed over, in words that name its bad files."""
+    passed_over: tuple[Path, ...] = ()
+    """Their folders."""
 
     @property
     def step(self) -> int:
@@ -56,43 +82,55 @@ class Checkpoint:
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = [path for path in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(path.name)]
-    found.sort(key=lambda path: int(path.name.removeprefix("step_")))
+    found.sort(key=_step_of)
     return [path for path in found if (path / COMPLETE).is_file()]
 
 
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def locate(resume: str, run_dir: Path, mesh: Mesh) -> Checkpoint | None:
-    """The checkpoint that ``resume`` means for ``run_dir``, as rank 0 sees it; None: start anew. Collective.
+    """The checkpoint that ``resume`` means for ``run_dir``, every byte of it checked; None: start anew. Collective.
 
-    Raises CheckpointError on every rank, see ``resolve`` and ``read_state``.
+    A damaged one is passed over for the one before (``Checkpoint.damaged``), unless ``resume`` names it itself. Raises
+    CheckpointError on every rank where none is good, and see ``resolve``.
     """
+    folders = on_rank_0(mesh, lambda: resolve(resume, run_dir))
+    damaged: list[str] = []
+    for number, folder in enumerate(folders):
+        if problem := verify(folder, mesh):
+            damaged.append(problem)
+            continue
+        own = folder.parent.parent == run_dir
+        state = on_rank_0(mesh, functools.partial(read_state, folder))
+        return Checkpoint(folder, state, own, tuple(damaged), tuple(folders[:number]))
+    if damaged:
+        lines = "\n".join(f"  {problem}" for problem in damaged)
+        raise CheckpointError(
+            f"no checkpoint that resume={resume} means for {run_dir} is whole:\n{lines}\n"
+            "Restore these files, or name another checkpoint with resume=PATH (nothing was written)"
+        )
+    return None
 
-    def look() -> Checkpoint | None:
-        folder = resolve(resume, run_dir)
-        if folder is None:
-            return None
-        return Checkpoint(folder, read_state(folder), own=folder in complete_checkpoints(run_dir))
 
-    return on_rank_0(mesh, look)
+def resolve(resume: str, run_dir: Path) -> list[Path]:
+    """The checkpoints that ``resume`` (auto, never, required or a path) means for ``run_dir``, best first.
 
-
-def resolve(resume: str, run_dir: Path) -> Path | None:
-    """The checkpoint that ``resume`` (auto, never, required or a path) means for ``run_dir``; None: start anew.
-
-    A path says where a *new* run begins: once the run has checkpoints of its own, it goes on from those. Raises
-    ``CheckpointError`` where there is nothing to go on from, or where a fresh start would mix two runs in one folder.
+    Several: later ones stand in for damaged ones. Empty: start anew. A path says where a *new* run begins: once the run
+    has checkpoints of its own, it goes on from those. Raises ``CheckpointError`` where there is nothing to go on from,
+    or where a fresh start would mix two runs in one folder.
     """
-    own = complete_checkpoints(run_dir)
+    own = complete_checkpoints(run_dir)[::-1]
     if resume == "never":
         if own or (run_dir / "metrics.jsonl").exists():
             raise CheckpointError(
                 f"{run_dir} already holds a run, and resume=never would write over it: "
                 "choose another run_dir, or resume=auto to go on"
             )
-        return None
-    if own:
-        return own[-1]
-    if resume == "auto":
-        return None
+        return []
+    if own or resume == "auto":
+        return own
     if resume == "required":
         raise CheckpointError(
             f"resume=required, but {run_dir}/checkpoints has no complete checkpoint: "
@@ -100,13 +138,29 @@ def resolve(resume: str, run_dir: Path) -> Path | None:
         )
     path = Path(resume)
     if (path / COMPLETE).is_file():
-        return path
-    if found := complete_checkpoints(path):
-        return found[-1]
+        return [path]
+    if found := complete_checkpoints(path)[::-1]:
+        return found
     raise CheckpointError(
         f"resume={resume}: neither a complete checkpoint nor a run folder with one "
         f"(a checkpoint is a folder step_NNNNNNNN with a file {COMPLETE})"
     )
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint to damaged_NNNNNNNN, where nothing looks for it and nothing removes it.
+
+    Raises CheckpointError if that cannot be done.
+    """
+    number = folder.name.removeprefix("step_")
+    place = folder.with_name(f"damaged_{number}")
+    for again in range(1, 1000):
+        if not place.exists():
+            break
+        place = folder.with_name(f"damaged_{number}_{again}")
+    with _explained(f"{folder}: cannot be renamed to {place.name}", "move the damaged checkpoint away"):
+        folder.rename(place)
+    return place
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -128,37 +182,98 @@ def read_state(folder: Path) -> dict[str, Any]:
 _ANOTHER = f"delete the checkpoint's file {COMPLETE} to fall back to the one before, or name another with resume=PATH"
 
 
-class Checkpointer:
-    """Saves under ``run_dir/checkpoints`` every ``config.every`` steps and keeps the newest ``config.keep``.
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A save that is being written."""
 
-    A checkpoint folder has ``weights/`` (megatron's sharded format: weights, optimizer state, parameter-shaped tensors
-    of the selector), ``state.json`` (plain values) and, written last, ``COMPLETE``.
+    saving: SavingLike
+    partial: Path
+    final: Path
+    content: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves under ``run_dir/checkpoints`` by ``config``'s rules.
+
+    A checkpoint folder has ``weights/`` (weights, optimizer state, parameter-shaped tensors of the selector),
+    ``state.json`` (plain values), ``manifest.json`` (size and sha256 of all these) and, written last, ``COMPLETE`` (the
+    sha256 of the manifest). A save in the background is finished by ``poll`` or before the next one begins.
     """
 
-    def __init__(self, config: CheckpointConfig, run_dir: Path, mesh: Mesh):
+    def __init__(
+        self, config: CheckpointConfig, run_dir: Path, mesh: Mesh, clock: Callable[[], float] = time.monotonic
+    ):
         self._config = config
         self._folder = run_dir / "checkpoints"
         self._run_dir = run_dir
         self._mesh = mesh
+        self._clock = clock
+        self._saved_at = clock()
+        self._pending: _Pending | None = None
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after ``step`` updates."""
-        return self._config.every > 0 and step > 0 and step % self._config.every == 0
+        """Whether a checkpoint belongs after ``step`` updates. Collective if ``every`` is a time: rank 0's clock."""
+        config = self._config
+        if seconds := config.every_seconds:
+            late = self._mesh.rank == 0 and self._clock() - self._saved_at >= seconds
+            if self._mesh.any(late):
+                return True
+        return any(every > 0 and step > 0 and step % every == 0 for every in (config.every_steps, config.keep_every))
 
-    def save(self, step: int, engine: Saveable, groups: Groups, state: dict[str, Any]) -> Path:
+    def save(self, step: int, engine: Saveable, groups: Groups, state: dict[str, Any], *, wait: bool = True) -> None:
         """Write one checkpoint (collective). A kill at any moment leaves either all of it or nothing under its name.
 
-        Raises CheckpointError if it cannot be written; checkpoints that were there stay as they were.
+        ``wait`` False: if ``config.background``, return while it is being written. Raises CheckpointError if it, or the
+        one before that was still being written, cannot be written; checkpoints that were there stay as they were.
         """
+        self.finish()
         final = self._folder / f"step_{step:08d}"
         partial = self._folder / f"partial_{step:08d}"
+        self._saved_at = self._clock()
         if on_rank_0(self._mesh, lambda: (final / COMPLETE).is_file() or self._prepare(partial)):
-            return final
-        with _explained(f"{partial}: cannot write the weights", "older checkpoints are untouched"):
-            engine.save(partial / "weights", groups)
+            return
+        background = self._config.background and not wait
+        with _explained(f"{partial}: cannot write the weights", _UNTOUCHED):
+            saving = engine.saving(partial / "weights", groups, background)
         content = {"format": FORMAT, "step": step, "groups": sorted(groups), **state}
-        on_rank_0(self._mesh, lambda: self._publish(partial, final, content))
-        return final
+        saving.start(entry, background)
+        self._pending = _Pending(saving, partial, final, content)
+        if not background:
+            self.finish()
+
+    @property
+    def writing(self) -> bool:
+        """Whether a save in the background is not finished yet."""
+        return self._pending is not None
+
+    def poll(self) -> None:
+        """Finish a save in the background if every rank has written its part (collective). Raises as ``save``."""
+        if self._pending is not None and not self._mesh.any(not self._pending.saving.done()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a save in the background, if there is one, and finish it (collective). Raises as ``save``."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        problem = pending.saving.error()
+        what = None if problem is None else f"rank {self._mesh.rank}: {_reason(problem)}"
+        problems = [each for each in self._mesh.gather_objects(what) if each]
+        if problems:
+            where = f"{pending.partial}: cannot write the weights ({'; '.join(problems)})"
+            raise CheckpointError(f"{where}; {_UNTOUCHED}") from problem
+        with _explained(f"{pending.partial}: cannot write the weights", _UNTOUCHED):
+            written = pending.saving.finish()
+        files: dict[str, Entry] = {}
+        for each in self._mesh.gather_objects(
+            {path.relative_to(pending.partial).as_posix(): found for path, found in written.items()}
+        ):
+            files |= each
+        on_rank_0(self._mesh, lambda: self._publish(pending, files))
+
+    def last(self) -> Path | None:
+        """The newest complete checkpoint (collective)."""
+        return on_rank_0(self._mesh, lambda: max(complete_checkpoints(self._run_dir), key=_step_of, default=None))
 
     def load(self, checkpoint: Checkpoint, engine: Saveable) -> Groups:
         """Restore ``engine`` and return the selector's groups of tensors (collective)."""
@@ -168,7 +283,7 @@ class Checkpointer:
 
     def _prepare(self, partial: Path) -> bool:
         """Remove what interrupted saves left behind, and make an empty folder to write into. Returns False."""
-        with _explained(f"{self._folder}: cannot write the checkpoint", "older ones are untouched"):
+        with _explained(f"{self._folder}: cannot write the checkpoint", _UNTOUCHED):
             whole = complete_checkpoints(self._run_dir)
             for path in self._folder.glob("*_*"):
                 if path not in whole and (_NAME.fullmatch(path.name) or _PARTIAL.fullmatch(path.name)):
@@ -176,17 +291,30 @@ class Checkpointer:
             (partial / "weights").mkdir(parents=True)
         return False
 
-    def _publish(self, partial: Path, final: Path, content: dict[str, Any]) -> None:
-        with _explained(f"{self._folder}: cannot write the checkpoint", "older ones are untouched"):
-            _write(partial / "state.json", json.dumps(content, indent=1) + "\n")
-            _write(partial / COMPLETE, "")
+    def _publish(self, pending: _Pending, files: dict[str, Entry]) -> None:
+        partial, final = pending.partial, pending.final
+        with _explained(f"{self._folder}: cannot write the checkpoint", _UNTOUCHED):
+            _write(partial / "state.json", json.dumps(pending.content, indent=1) + "\n")
+            manifest = manifest_text(files | {"state.json": entry(partial / "state.json")})
+            _write(partial / MANIFEST, manifest)
+            _sync(partial / "weights")
+            _write(partial / COMPLETE, digest_of(manifest) + "\n")
             _sync(partial)
             partial.rename(final)
             _sync(self._folder)
-        for old in complete_checkpoints(self._run_dir)[: -self._config.keep]:
+        for old in self._outlived():
             with _explained(f"{old}: cannot be removed", f"delete it; {final} is complete"):
                 (old / COMPLETE).unlink()  # first, or a kill now would leave half a checkpoint that claims to be whole
                 shutil.rmtree(old)
+
+    def _outlived(self) -> list[Path]:
+        """Checkpoints to remove: neither among the newest nor of a step that is kept for good."""
+        every, whole = self._config.keep_every, complete_checkpoints(self._run_dir)
+        temporary = [path for path in whole if not every or _step_of(path) % every]
+        return temporary[: -self._config.keep]
+
+
+_UNTOUCHED = "older checkpoints are untouched"
 
 
 @contextmanager
@@ -195,8 +323,11 @@ def _explained(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:
-        reason = (str(error).strip() or "no message").splitlines()[-1].strip()
-        raise CheckpointError(f"{what} ({type(error).__name__}: {reason}); {remedy}") from error
+        raise CheckpointError(f"{what} ({_reason(error)}); {remedy}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[-1].strip()}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.cpu import cpu_mode, prepare_megatron
 from megaopus.errors import EngineError
+
+T = TypeVar("T")
 
 
 class Coordinates(NamedTuple):
@@ -128,6 +130,14 @@ class Mesh:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.shape.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.shape.world_size
+        dist.all_gather_object(found, value)
+        return found
 
     def close(self) -> None:
         """Destroy every process group."""

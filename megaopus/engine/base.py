@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from megaopus.engine.saving import Saving
 from megaopus.selection.backend import Candidates, Gradient, ScoringBackend
 
 
@@ -21,7 +23,9 @@ class StepResult:
     """Global gradient norm before clipping."""
     lr: float
     applied: bool
-    """False: a gradient was not finite, no weight was touched."""
+    """False: the loss or a gradient was not finite, or the norm above the limit; no weight was touched."""
+    own_s: float = 0.0
+    """Seconds of this rank's forward and backward passes, before gradients are reduced; 0: not known."""
 
 
 class Engine(Protocol):
@@ -30,8 +34,11 @@ class Engine(Protocol):
     step: int
     """Updates so far: what the learning rate depends on."""
 
-    def train_step(self, batch: Candidates) -> StepResult:
-        """One update from a global batch of K sequences; each data-parallel rank reads only its share."""
+    def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:
+        """One update from a global batch of K sequences; each data-parallel rank reads only its share.
+
+        ``limit``: the largest gradient norm with which the update is made.
+        """
 
     def evaluate(self, sequences: Candidates) -> Tensor:
         """(n,) mean token loss of each sequence, float64, the same on every rank."""
@@ -39,8 +46,11 @@ class Engine(Protocol):
     def scoring_backend(self) -> ScoringBackend:
         """The model and optimizer as the selector sees them."""
 
-    def save(self, folder: Path, groups: dict[str, Gradient]) -> None:
-        """Write weights, optimizer state and further parameter-shaped tensors (by group, then whole-model name)."""
+    def saving(self, folder: Path, groups: dict[str, Gradient], copy: bool) -> Saving:
+        """A save of weights, optimizer state and further parameter-shaped tensors (by group, then whole-model name).
+
+        ``copy``: it keeps copies, so that training may go on while it writes; else it must be carried out at once.
+        """
 
     def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
         """Restore what ``save`` wrote into this engine; returns the groups asked for."""

@@ -22,7 +22,8 @@ from megaopus.engine.base import StepResult
 from megaopus.engine.common import data_parallel_share, padded_share, seed_dropout, training_share
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.forward import token_losses
-from megaopus.engine.zero import ZeroOptimizer
+from megaopus.engine.saving import Saving
+from megaopus.engine.zero import ZeroOptimizer, norm_limit
 from megaopus.engine.zero_muon import Together, ZeroMuon
 from megaopus.errors import EngineError
 from megaopus.models.arithmetic import padded_vocab
@@ -122,7 +123,7 @@ class DeepSpeedEngine:
 
     # -- training and evaluation ------------------------------------------------------------------------------------
 
-    def train_step(self, batch: Candidates) -> StepResult:
+    def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:
         share = training_share(len(batch), self.mesh, self.micro_batch_size)
         if self._dropout:
             seed_dropout(self.mesh, self._seed, self.step)
@@ -135,12 +136,15 @@ class DeepSpeedEngine:
                 losses_BS = token_losses(self.deepspeed, self._tokens(batch, rows))
                 self.deepspeed.backward(losses_BS.mean() / len(micro_batches), scale_wrt_gas=False)
             losses.append(losses_BS.detach().double().mean(dim=1))
+        loss = float(self._gather(torch.cat(losses)).mean())
         lr = self.prepare_update()
-        self.deepspeed.step()
-        self.step += 1
+        with norm_limit(self.deepspeed.optimizer, -1.0 if self.mesh.any(not math.isfinite(loss)) else limit) as seen:
+            self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
-        norm = float(self.deepspeed.get_global_grad_norm()) if applied else math.nan
-        return StepResult(loss=float(self._gather(torch.cat(losses)).mean()), grad_norm=norm, lr=lr, applied=applied)
+        if not applied and self.optimizer.sharded:
+            self.optimizer.regather()  # as DeepSpeed does after an update
+        self.step += 1
+        return StepResult(loss=loss, grad_norm=seen[0], lr=lr, applied=applied)
 
     def prepare_update(self) -> float:
         """Give the optimizer the learning rate and momentum of the coming update; returns the learning rate."""
@@ -199,10 +203,10 @@ class DeepSpeedEngine:
 
         return DeepSpeedScoringBackend(self)
 
-    def save(self, folder: Path, groups: dict[str, Gradient]) -> None:
-        from megaopus.engine.zero_checkpoint import save
+    def saving(self, folder: Path, groups: dict[str, Gradient], copy: bool) -> Saving:
+        from megaopus.engine.zero_checkpoint import saving
 
-        save(folder, self.optimizer, self.mesh, groups)
+        return saving(folder, self.optimizer, self.mesh, groups)
 
     def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
         from megaopus.engine.zero_checkpoint import load

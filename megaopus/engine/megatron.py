@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from megaopus.engine.base import StepResult
 from megaopus.engine.common import data_parallel_share, padded_share, seed_dropout, training_share
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.forward import SampledLabels, token_losses
-from megaopus.engine.saving import in_process_strategy
+from megaopus.engine.saving import Saving, check_index, in_process_strategy, megatron_saving, plain_common_strategy
+from megaopus.errors import EngineError
 from megaopus.models.arithmetic import padded_vocab
 from megaopus.models.config import ModelConfig
 from megaopus.models.gpt import build_gpt, initialize, transformer_config, whole_names
@@ -29,6 +31,9 @@ from megaopus.optim.config import OptimConfig
 from megaopus.optim.schedule import lr_factor
 from megaopus.selection.backend import Candidates, Gradient
 from megaopus.selection.ghost import GhostCapture
+
+_NOTHING = "._extra_state"
+"""What Transformer Engine's layers would keep beside their weights; empty here, and a pickle in the files."""
 
 
 class MegatronEngine:
@@ -66,6 +71,7 @@ class MegatronEngine:
         self._total_steps = total_steps
         self._seed = seed
         self._dropout = model.dropout > 0
+        self._worked: Any = None
         seed_dropout(mesh, seed, 0)
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed, an option we do not set is deprecated
@@ -83,7 +89,8 @@ class MegatronEngine:
             self.ddp: Any = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
             no_sync = [ddp.no_sync for ddp in self.ddp]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-            config.finalize_model_grads_func = finalize_model_grads
+            self._reduce_gradients = finalize_model_grads
+            config.finalize_model_grads_func = self._finalize_gradients
             self.optimizer = MainOptimizer(
                 optim, self.module, mesh, bf16=self.bf16, sharded=list(self.ddp) if sharded else None
             )
@@ -95,7 +102,7 @@ class MegatronEngine:
 
     # -- training and evaluation ------------------------------------------------------------------------------------
 
-    def train_step(self, batch: Candidates) -> StepResult:
+    def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:
         share = training_share(len(batch), self.mesh, self.micro_batch_size)
         if self._dropout:
             seed_dropout(self.mesh, self._seed, self.step)
@@ -109,11 +116,30 @@ class MegatronEngine:
                 self.run_local(batch, share, self.micro_batch_size, self.seq_len, forward_only=False, sampled=sampled)
                 self.optimizer.take_curvature(len(batch) * self.seq_len)
             self._zero_gradients()
+            begun = self._now()
             losses = self._run(batch, share, self.micro_batch_size, self.seq_len, forward_only=False)
+            loss = float(losses.mean())
             lr = self.prepare_update()
-            grad_norm, applied = self.optimizer.step()
+            grad_norm, applied = self.optimizer.step(limit if math.isfinite(loss) else -math.inf)
         self.step += 1
-        return StepResult(loss=float(losses.mean()), grad_norm=grad_norm, lr=lr, applied=applied)
+        own_s = self._seconds(begun, self._worked)
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, own_s=own_s)
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        self._worked = self._now()
+        self._reduce_gradients(*args, **kwargs)
+
+    def _now(self) -> Any:
+        """A moment of the device's work: time on the CPU, an event in the stream on CUDA."""
+        if self.mesh.on_cpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, begin: Any, end: Any) -> float:
+        """Between two moments that are both over."""
+        return end - begin if self.mesh.on_cpu else begin.elapsed_time(end) / 1000
 
     def prepare_update(self) -> float:
         """Give the optimizer the learning rate and momentum of the coming update; returns the learning rate."""
@@ -279,16 +305,20 @@ class MegatronEngine:
 
         return MegatronScoringBackend(self)
 
-    def save(self, folder: Path, groups: dict[str, Gradient]) -> None:
+    def saving(self, folder: Path, groups: dict[str, Gradient], copy: bool) -> Saving:
         from megatron.core import dist_checkpointing
 
         with self.mesh.megatron():
             state = self._sharded_state(groups, is_loading=False)
-            dist_checkpointing.save(state, str(folder), sharded_strategy=in_process_strategy())
+            request = dist_checkpointing.save(
+                state, str(folder), sharded_strategy=in_process_strategy(), async_sharded_save=True
+            )
+            return megatron_saving(request, folder, self.mesh, copy)
 
     def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
         from megatron.core import dist_checkpointing
 
+        check_index(folder)
         weights = dict(self.named_parameters())
         names = list(whole_names(self.module))
         empty = {
@@ -297,11 +327,17 @@ class MegatronEngine:
         }
         with self.mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # megatron reads through names that torch deprecates
-            state = dist_checkpointing.load(self._sharded_state(empty, is_loading=True), str(folder))
-            self.module.load_state_dict(state["model"])
+            wanted = self._sharded_state(empty, is_loading=True)
+            state = dist_checkpointing.load(wanted, str(folder), common_strategy=plain_common_strategy())
+            self._load_weights(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.optimizer.load_whole(state.get("optimizer_whole", {}))
         return {group: {name: state[group][local] for local, name in names} for group in groups}
+
+    def _load_weights(self, state: dict[str, Any]) -> None:
+        missing, unexpected = self.module.load_state_dict(state, strict=False)
+        if wrong := [*unexpected, *(name for name in missing if not name.endswith(_NOTHING))]:
+            raise EngineError(f"the checkpoint's weights are not this model's: {', '.join(wrong)}")
 
     def _sharded_state(self, groups: dict[str, Gradient], is_loading: bool) -> dict[str, Any]:
         """Weights, optimizer state, and groups of tensors by whole-model name, sharded as the parameters are."""
@@ -310,7 +346,11 @@ class MegatronEngine:
         model_state: dict[str, Any] = {}
         for index, chunk in enumerate(self.chunks):
             prefix = f"{index}." if len(self.chunks) > 1 else ""
-            model_state |= {prefix + name: value for name, value in chunk.sharded_state_dict().items()}
+            model_state |= {
+                prefix + name: value
+                for name, value in chunk.sharded_state_dict().items()
+                if not name.endswith(_NOTHING)
+            }
         state: dict[str, Any] = {
             "model": model_state,
             "optimizer": self.optimizer.sharded_state_dict(model_state, is_loading),

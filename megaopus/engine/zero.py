@@ -7,7 +7,9 @@ parts; stage 3 cuts each parameter. ``ZeroOptimizer`` hides the difference. "Who
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,3 +193,44 @@ class ZeroOptimizer:
         self._zero._partition_all_parameters()
         if kept := self._zero.persistent_parameters:
             kept[0].all_gather(kept)
+
+
+@contextmanager
+def norm_limit(zero: Any, limit: float) -> Iterator[list[float]]:
+    """A step inside skips the update, in DeepSpeed's own way, if the gradient norm is above ``limit``.
+
+    Yields a list whose item is the norm once the step is done; nan if DeepSpeed found a gradient that is not finite.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+
+    seen = [math.nan]
+
+    def exceeds(norm: Any) -> bool:
+        value = float(norm)
+        seen[0] = value if math.isfinite(value) and value >= 0 else math.nan
+        return not value <= limit
+
+    def groups() -> Any:
+        norms = original()
+        return [torch.tensor(math.inf)] if exceeds(combine_grad_norm_groups(norms)) else norms
+
+    def norm_of_all(*args: Any, **kwargs: Any) -> Any:
+        norm = original(*args, **kwargs)
+        return torch.tensor(math.inf) if exceeds(norm) else norm
+
+    def gradients(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        if kwargs.get("for_clipping"):
+            return found
+        norm = get_global_norm_of_tensors(input_tensors=found[0], mpu=zero.mpu, norm_type=zero.norm_type)
+        return ([torch.full((1,), math.inf, device=found[0][0].device)], found[1]) if exceeds(norm) else found
+
+    # Each stage takes the norm in a place of its own, and an infinite one as a reason to skip.
+    hooks = {"_get_norm_groups": groups, "scaled_global_norm": norm_of_all, "get_grads_for_norm": gradients}
+    name = next(name for name in hooks if hasattr(zero, name))
+    original = getattr(zero, name)
+    setattr(zero, name, hooks[name])
+    try:
+        yield seen
+    finally:
+        delattr(zero, name)

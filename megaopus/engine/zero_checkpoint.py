@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megaopus.distributed.mesh import Mesh
+from megaopus.engine.saving import Saving
 from megaopus.engine.zero import Fragment, ZeroOptimizer
 from megaopus.errors import EngineError
 from megaopus.selection.backend import Gradient
@@ -24,8 +25,8 @@ def _path(folder: Path, mesh: Mesh, dp_rank: int) -> Path:
     return folder / f"zero_tp{mesh.tp_rank:03d}_dp{dp_rank:05d}.pt"
 
 
-def save(folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: dict[str, Gradient]) -> None:
-    """Write this rank's fragments; data-parallel rank 0 also ``groups``, which all of them hold whole. Collective."""
+def saving(folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: dict[str, Gradient]) -> Saving:
+    """A save of copies of this rank's fragments; data-parallel rank 0 also ``groups``, which all of them hold whole."""
     content = {
         "tp": mesh.shape.tp,
         "dp": mesh.shape.dp,
@@ -40,8 +41,13 @@ def save(folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: dict[str, Gradie
         },
         "groups": _on_cpu(groups) if mesh.dp_rank == 0 else {},
     }
-    torch.save(content, _path(folder, mesh, mesh.dp_rank))
-    mesh.barrier()
+    path = _path(folder, mesh, mesh.dp_rank)
+
+    def write() -> list[Path]:
+        torch.save(content, path)
+        return [path]
+
+    return Saving(write, list)
 
 
 def _on_cpu(groups: dict[str, Gradient]) -> dict[str, Gradient]:

@@ -125,12 +125,13 @@ class MainOptimizer:
                 optimizer.estimate(tokens)
         return True
 
-    def step(self) -> tuple[float, bool]:
-        """(gradient norm before clipping, applied). A non-finite gradient anywhere leaves every weight as it is."""
-        if self.chained.prepare_grads():
-            return math.nan, False
-        norm = self._gradient_norm()
-        if not math.isfinite(norm):
+    def step(self, limit: float = math.inf) -> tuple[float, bool]:
+        """(gradient norm before clipping, applied).
+
+        A gradient that is not finite anywhere, or a norm above ``limit`` on any rank, leaves every weight as it is.
+        """
+        norm = math.nan if self.chained.prepare_grads() else self._gradient_norm()
+        if self._mesh.any(not math.isfinite(norm) or norm > limit):
             return norm, False
         if 0 < self._clip < norm:
             parameters = [p for wrapped in self.chained.chained_optimizers for p in wrapped.get_parameters()]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megaopus.build import build_engine
 from megaopus.checkpoint.checkpointer import read_state, resolve
+from megaopus.checkpoint.manifest import verify
 from megaopus.config import RunConfig, restored
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
 from megaopus.data.corpus import Corpus
@@ -119,8 +120,7 @@ class _OfCheckpoint:
             CheckpointError: no such checkpoint, or one of another engine.
             DataError: the corpus has another tokenizer than the one that it was trained on.
         """
-        folder = resolve(str(checkpoint), checkpoint / "none")
-        assert folder is not None
+        folder = resolve(str(checkpoint), checkpoint / "none")[0]
         state = read_state(folder)
         self._corpus, self._first_only = corpus, windows == FIRST
         self.config, self._folder, self._step = _one_process(state, folder, device), folder, state["step"]
@@ -136,8 +136,10 @@ class _OfCheckpoint:
         self._mesh: Mesh | None = None
 
     def ready(self, work: Path, begin: Begin) -> None:
-        """Build the model and read the weights and the optimizer's state."""
+        """Check the checkpoint's files, build the model, read the weights and the optimizer's state."""
         self._mesh = Mesh(self.config.parallel, self.config.engine.device, self.config.engine.timeout_minutes)
+        if problem := verify(self._folder, self._mesh):
+            raise CheckpointError(f"{problem}; restore it, or name another with --checkpoint")
         engine = build_engine(self.config, self._mesh, self._corpus.vocab_size)
         engine.load(self._folder / "weights", [])
         engine.step = self._step

@@ -23,18 +23,27 @@ from megaopus.checkpoint.checkpointer import (
     read_state,
 )
 from megaopus.checkpoint.config import CheckpointConfig
+from megaopus.distributed.mesh import MeshShape
+from megaopus.engine.saving import Saving
 from megaopus.errors import CheckpointError
 
-STATE: dict[str, Any] = {"time_s": 1.0, "selector": {}, "identity": {}, "config": {}}
+STATE: dict[str, Any] = {"time_s": 1.0, "selector": {}, "guard": {}, "identity": {}, "config": {}}
 
 
 class Alone:
     """The part of a Mesh that a checkpointer needs, for one process."""
 
     rank = 0
+    shape = MeshShape(1)
 
     def broadcast_object(self, value: Any) -> Any:
         return value
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+    def any(self, flag: bool) -> bool:
+        return flag
 
 
 class FileEngine:
@@ -44,10 +53,16 @@ class FileEngine:
         self.value = value
         self.during = during
 
-    def save(self, folder: Path, groups: dict) -> None:
-        torch.save(self.value, folder / "first")
-        self.during()
-        torch.save(groups, folder / "second")
+    def saving(self, folder: Path, groups: dict, copy: bool) -> Saving:
+        value = self.value
+
+        def write() -> list[Path]:
+            torch.save(value, folder / "first")
+            self.during()
+            torch.save(groups, folder / "second")
+            return [folder / "first", folder / "second"]
+
+        return Saving(write, list)
 
     def load(self, folder: Path, groups: list[str]) -> dict:
         self.value = torch.load(folder / "first")
@@ -70,8 +85,9 @@ def newest(run_dir: Path) -> Checkpoint:
 
 def fail_before_weights(patch: pytest.MonkeyPatch, fault: Callable[[], None]) -> FileEngine:
     class Failing(FileEngine):
-        def save(self, folder: Path, groups: dict) -> None:
+        def saving(self, folder: Path, groups: dict, copy: bool) -> Saving:
             fault()
+            raise AssertionError("the fault did nothing")
 
     return Failing()
 
@@ -183,7 +199,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_checkpoint_that_is_there_is_not_written_again(saver: Checkpointer, tmp_path: Path) -> None:
-    assert saver.save(10, FileEngine(99.0), {}, STATE) == tmp_path / "checkpoints" / "step_00000010"
+    saver.save(10, FileEngine(99.0), {}, STATE)
     engine = FileEngine()
     saver.load(newest(tmp_path), engine)
     assert engine.value == 10.0
@@ -197,11 +213,11 @@ def test_a_checkpoint_that_is_there_is_not_written_again(saver: Checkpointer, tm
         (b"{", "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
         (b"[1]", "not the state of a checkpoint"),
-        (b"{}", "format None, this version reads 1"),
-        (b'{"format": 2}', "format 2, this version reads 1"),
+        (b"{}", "format None, this version reads 2"),
+        (b'{"format": 1}', "format 1, this version reads 2"),
         (
-            b'{"format": 1, "step": "10", "groups": []}',
-            "step, time_s, selector, identity, config missing or of another type",
+            b'{"format": 2, "step": "10", "groups": []}',
+            "step, time_s, selector, guard, identity, config missing or of another type",
         ),
     ],
 )
@@ -221,3 +237,38 @@ def test_damaged_weights(saver: Checkpointer, tmp_path: Path) -> None:
     (found.folder / "weights" / "first").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"weights: cannot be restored .* fall back to the one before"):
         saver.load(found, FileEngine())
+
+
+def names(run_dir: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in complete_checkpoints(run_dir)]
+
+
+def test_temporary_and_kept_checkpoints(tmp_path: Path) -> None:
+    saver = Checkpointer(CheckpointConfig(every=200, keep=2, keep_every=1000), tmp_path, Alone())  # type: ignore[arg-type]
+    steps = [step for step in range(1, 2500) if saver.due(step)]
+    assert steps == list(range(200, 2500, 200))
+    for step in steps:
+        saver.save(step, FileEngine(), {}, STATE)
+    assert names(tmp_path) == [1000, 2000, 2200, 2400]
+    only_kept = Checkpointer(CheckpointConfig(keep_every=1000), tmp_path, Alone())  # type: ignore[arg-type]
+    assert [step for step in range(2500) if only_kept.due(step)] == [1000, 2000]
+
+
+def test_checkpoints_by_time(tmp_path: Path) -> None:
+    now = [0.0]
+    config = CheckpointConfig(every="15m", keep_every=50)
+    saver = Checkpointer(config, tmp_path, Alone(), clock=lambda: now[0])  # type: ignore[arg-type]
+    saved = []
+    for step in range(1, 61):
+        now[0] += 100.0  # seconds an update
+        if saver.due(step):
+            saved.append(step)
+            saver.save(step, FileEngine(), {}, STATE)
+    assert saved == [9, 18, 27, 36, 45, 50, 59]
+    assert names(tmp_path) == [45, 50, 59]
+
+
+def test_a_time_is_a_number_and_a_unit() -> None:
+    found = {text: CheckpointConfig(every=text).every_seconds for text in ("90s", "15m", "1.5h", "200")}
+    assert found == {"90s": 90.0, "15m": 900.0, "1.5h": 5400.0, "200": 0.0}
+    assert CheckpointConfig(every="200").every_steps == 200

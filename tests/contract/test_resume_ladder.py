@@ -11,7 +11,10 @@ import pytest
 
 from megaopus.checkpoint.checkpointer import COMPLETE, resolve
 from megaopus.errors import CheckpointError
-from tests.exact.resume_runs import SELECTIONS, choices, rows, settings, train
+from tests.exact.resume_runs import SELECTIONS, assert_same, choices, everything, rows, settings, train
+from tests.faults import Interrupted, at_step, interrupt, reseal
+
+LONGER = ["resume_allow=[train.steps]"]
 
 
 def fake_run(run_dir: Path, *steps: int) -> Path:
@@ -25,23 +28,27 @@ def fake_run(run_dir: Path, *steps: int) -> Path:
 
 
 def test_auto_starts_anew_or_goes_on_from_the_newest(tmp_path: Path) -> None:
-    assert resolve("auto", tmp_path / "new") is None
+    assert resolve("auto", tmp_path / "new") == []
     run = fake_run(tmp_path / "run", 10, 20, 5)
-    assert resolve("auto", run) == run / "checkpoints" / "step_00000020"
+    assert names(resolve("auto", run)) == ["step_00000020", "step_00000010", "step_00000005"]
     (run / "checkpoints" / "step_00000020" / COMPLETE).unlink()
-    assert resolve("auto", run) == run / "checkpoints" / "step_00000010"
+    assert names(resolve("auto", run)) == ["step_00000010", "step_00000005"]
+
+
+def names(folders: list[Path]) -> list[str]:
+    return [folder.name for folder in folders]
 
 
 def test_required_refuses_without_a_checkpoint(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", 10)
-    assert resolve("required", run) == run / "checkpoints" / "step_00000010"
+    assert resolve("required", run) == [run / "checkpoints" / "step_00000010"]
     with pytest.raises(CheckpointError, match=r"resume=required, but .*new/checkpoints has no complete checkpoint"):
         resolve("required", tmp_path / "new")
 
 
 @pytest.mark.parametrize("left", ["checkpoint", "metrics"])
 def test_never_refuses_a_used_folder(left: str, tmp_path: Path) -> None:
-    assert resolve("never", tmp_path / "new") is None
+    assert resolve("never", tmp_path / "new") == []
     run = fake_run(tmp_path / "run", *([10] if left == "checkpoint" else []))
     if left == "metrics":
         (run / "metrics.jsonl").touch()
@@ -52,10 +59,10 @@ def test_never_refuses_a_used_folder(left: str, tmp_path: Path) -> None:
 def test_a_path_is_where_a_new_run_begins(tmp_path: Path) -> None:
     other = fake_run(tmp_path / "other", 10, 20)
     tenth = other / "checkpoints" / "step_00000010"
-    assert resolve(str(tenth), tmp_path / "new") == tenth
-    assert resolve(str(other), tmp_path / "new") == other / "checkpoints" / "step_00000020"
+    assert resolve(str(tenth), tmp_path / "new") == [tenth]
+    assert names(resolve(str(other), tmp_path / "new")) == ["step_00000020", "step_00000010"]
     own = fake_run(tmp_path / "own", 12)
-    assert resolve(str(other), own) == own / "checkpoints" / "step_00000012"
+    assert resolve(str(other), own) == [own / "checkpoints" / "step_00000012"]
 
 
 @pytest.mark.parametrize("content", ["nothing", "incomplete"])
@@ -78,7 +85,12 @@ def warm_up(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+    """Of every file: when it was written and how long it is; but for the lock, which says who was here last."""
+    return {
+        str(path): (path.lstat().st_mtime_ns, path.lstat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "lock"
+    }
 
 
 def test_a_new_run_starts_from_another_run(warm_up: Path, tiny_corpus: Path, tmp_path: Path) -> None:
@@ -90,7 +102,7 @@ def test_a_new_run_starts_from_another_run(warm_up: Path, tiny_corpus: Path, tmp
     assert [row["method"] for row in rows(run / "selection.jsonl")] == ["opus", "opus"]
     assert snapshot(warm_up) == before
     # Its own checkpoint wins from now on.
-    assert train(settings(tiny_corpus, run, *chosen, "train.steps=7", *SELECTIONS["directional"])) == 0
+    assert train(settings(tiny_corpus, run, *chosen, "train.steps=7", *LONGER, *SELECTIONS["directional"])) == 0
     assert [row["step"] for row in rows(run / "selection.jsonl")] == [4, 5, 6]
     straight = settings(tiny_corpus, tmp_path / "straight", "train.steps=7", "selection=uniform")
     assert train(straight) == 0
@@ -146,6 +158,7 @@ def test_every_difference_is_named(warm_up: Path, tiny_corpus: Path, tmp_path: P
     state = json.loads(path.read_text())
     state["identity"]["corpus"] = "another corpus"
     path.write_text(json.dumps(state))
+    reseal(path.parent)
     with pytest.raises(CheckpointError) as caught:
         train(settings(tiny_corpus, run, "seed=5", "optim=sgd"))
     lines = [line.strip().split(":")[0] for line in str(caught.value).splitlines() if "saved" in line]
@@ -153,23 +166,89 @@ def test_every_difference_is_named(warm_up: Path, tiny_corpus: Path, tmp_path: P
     assert "seed: saved 1234, now 5" in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", ["state", "weights"])
-def test_a_damaged_checkpoint_changes_nothing_and_the_one_before_still_works(
-    damage: str, warm_up: Path, tiny_corpus: Path, tmp_path: Path
+SIX = ["train.steps=6", "checkpoint.every=2"]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    run = tmp_path_factory.mktemp("straight")
+    assert train(settings(tiny_corpus, run, *SIX)) == 0
+    return everything(run)
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, ended before its last update, with checkpoints after two and four."""
+    run = tmp_path_factory.mktemp("killed")
+    with at_step(5, interrupt), pytest.raises(Interrupted):
+        train(settings(tiny_corpus, run, *SIX))
+    return run
+
+
+DAMAGE = {
+    "a bit of a shard": ("weights/__0_0.distcp", "damaged, its sha256 is not the one written"),
+    "a truncated shard": ("weights/__0_0.distcp", "bytes, .* were written"),
+    "a missing shard": ("weights/__0_0.distcp", "No such file"),
+    "a shard that is a link": ("weights/__0_0.distcp", "a link or device, not a file"),
+    "the index": ("weights/.metadata", "damaged"),
+    "common.pt": ("weights/common.pt", "bytes, .* were written"),
+    "state.json": ("state.json", "bytes, .* were written"),
+    "the manifest": ("manifest.json", "damaged, its sha256 is not the one in COMPLETE"),
+    "no manifest": ("manifest.json", "missing"),
+    "the mark": ("manifest.json", "damaged, its sha256 is not the one in COMPLETE"),
+}
+
+
+def damage(checkpoint: Path, how: str) -> None:
+    path = checkpoint / DAMAGE[how][0]
+    if how == "the mark":
+        (checkpoint / COMPLETE).write_text("")
+    elif how in ("a bit of a shard", "the index", "the manifest"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif how in ("a truncated shard", "common.pt", "state.json"):
+        path.write_bytes(path.read_bytes()[:100])
+    elif how == "a shard that is a link":
+        path.rename(checkpoint.with_name("elsewhere"))
+        path.symlink_to(checkpoint.with_name("elsewhere"))
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_by_name(
+    how: str, killed: Path, straight: dict, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(warm_up, run)
+    shutil.copytree(killed, run)
     newest = run / "checkpoints" / "step_00000004"
-    broken = newest / "state.json" if damage == "state" else next((newest / "weights").glob("*.distcp"))
-    broken.write_bytes(broken.read_bytes()[:100])
+    damage(newest, how)
+    left = snapshot(newest)
+    assert train(settings(tiny_corpus, run, *SIX)) == 0
+    name, reason = DAMAGE[how]
+    said = capsys.readouterr().out
+    assert re.search(f"WARNING checkpoint passed over for an older one: {newest / name}: .*{reason}", said), said
+    assert "step_00000002 after 2 steps" in said
+    aside = run / "checkpoints" / "damaged_00000004"
+    assert list(snapshot(aside).values()) == list(left.values())  # nothing of it is deleted
+    assert_same(everything(run), straight)
+
+
+def test_without_a_good_checkpoint_nothing_is_started(killed: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    for step, how in ((2, "a missing shard"), (4, "a bit of a shard")):
+        damage(run / "checkpoints" / f"step_{step:08d}", how)
     before = snapshot(run)
-    overrides = settings(tiny_corpus, run, "train.steps=5", "checkpoint.every=2")
-    with pytest.raises(CheckpointError, match=f"delete the checkpoint's file {COMPLETE} to fall back"):
-        train(overrides)
-    assert snapshot(run) == before
-    (newest / COMPLETE).unlink()
-    assert train(overrides) == 0
-    assert [row["step"] for row in rows(run / "selection.jsonl")] == [0, 1, 2, 3, 4]
+    for resume in ("auto", "required"):
+        with pytest.raises(CheckpointError, match=r"is whole:\n.*step_00000004/weights.*\n.*step_00000002/weights"):
+            train(settings(tiny_corpus, run, *SIX, f"resume={resume}"))
+        assert snapshot(run) == before
+    one = f"resume={run / 'checkpoints' / 'step_00000004'}"
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: damaged"):
+        train(settings(tiny_corpus, tmp_path / "new", one))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_run_folder_that_cannot_be_written(

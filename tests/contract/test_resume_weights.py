@@ -19,7 +19,7 @@ def test_weights_changed_on_resume_count_from_there_on(tiny_corpus: Path, tmp_pa
     run = tmp_path / "run"
     assert train(settings(tiny_corpus, run, f"data.weights={first}", "train.steps=4")) == 0
     assert "domains by weight; epochs of each by the last step: " in capsys.readouterr().out
-    again = settings(tiny_corpus, run, f"data.weights={then}")
+    again = settings(tiny_corpus, run, f"data.weights={then}", "resume_allow=[data.weights,train.steps]")
     assert train(again) == 0
     assert "data.weights [[0, {'docs': 3, 'code': 1}]] -> " in capsys.readouterr().out
     straight = tmp_path / "straight"

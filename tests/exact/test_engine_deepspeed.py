@@ -22,7 +22,7 @@ from megaopus.optim.muon import Muon
 from tests.exact.scoring_runs import select_each, trained
 from tests.exact.test_engine_layouts import OPTIMIZERS, assert_close, build, train
 from tests.exact.test_scoring_layouts import assert_same_picks
-from tests.harness import random_batch, run_ranks, tiny_engine
+from tests.harness import random_batch, run_ranks, save_engine, tiny_engine
 
 LAYOUTS = {
     "dp2": (2, ParallelConfig()),
@@ -104,7 +104,7 @@ def resumed(mesh: Mesh, optimizer: str, stage: int, folder: Path) -> bool:
         first.train_step(random_batch(8, step))
     average = {name: value + 1 for name, value in first.optimizer.main_weights().items()}
     folder.mkdir(exist_ok=True)
-    first.save(folder, {"average": average, "states": states_of(first)})
+    save_engine(first, folder, {"average": average, "states": states_of(first)})
     second.train_step(random_batch(8, 50))  # state that the checkpoint has to replace
     groups = second.load(folder, ["average"])
     second.step = first.step

@@ -16,7 +16,8 @@ from megaopus.engine.megatron import MegatronEngine
 from megaopus.models.gpt import full_parameters, whole_names
 from megaopus.optim.build import state_names
 from megaopus.optim.config import OptimConfig
-from tests.harness import MODELS, random_batch, run_layouts, tiny_engine
+from tests.exact import resume_runs
+from tests.harness import MODELS, random_batch, run_layouts, save_engine, tiny_engine
 
 OPTIMIZERS = {
     # eps above rounding noise: at 1e-8, Adam's first steps turn the last bit of a tiny gradient into a full step
@@ -65,7 +66,7 @@ def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str,
 
 def save(built: MegatronEngine, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    built.save(folder, {"average": built.mean_gradient(random_batch(8, 97))})
+    save_engine(built, folder, {"average": built.mean_gradient(random_batch(8, 97))})
 
 
 def resume(built: MegatronEngine, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -111,7 +112,9 @@ SAVED = {
     },
 }
 """Layout -> cases whose checkpoints are tried: they go on from one process's, and one process from theirs."""
-RESUMED = {case for cases in SAVED.values() for case in cases}
+REWRITTEN = {("llama", "adamw"), ("llama", "muon"), *DEEP}
+"""Cases whose checkpoint of one process every layout that has them reads and writes again."""
+RESUMED = {case for cases in SAVED.values() for case in cases} | REWRITTEN
 
 
 def train_layout(layout: str, folder: Path) -> dict:
@@ -123,6 +126,12 @@ def train_layout(layout: str, folder: Path) -> dict:
         for case in cases:
             built = build(mesh, case, parallel)
             found[case] = train(built)
+            if case in REWRITTEN:
+                again = build(mesh, case, parallel)
+                groups = again.load(folder / "-".join(case), ["average"])
+                place = folder / f"{layout}-again" / "-".join(case)
+                place.mkdir(parents=True, exist_ok=True)
+                save_engine(again, place, groups)
             if case in SAVED.get(layout, ()):
                 save(built, folder / layout / "-".join(case))
                 found["resumed", case] = resume(build(mesh, case, parallel), folder / "-".join(case))
@@ -183,6 +192,28 @@ def test_checkpoints_go_from_one_layout_to_another(
             assert_close(found["resumed", case], expected, (case, "from one process"))
         alone = build(mesh, case, ParallelConfig())
         assert_close(resume(alone, folder / layout / "-".join(case)), expected, (case, "to one process"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_is_the_same_at_every_layout(layout: str, ranks: dict, folder: Path) -> None:
+    """Read and written again it is the same to the last bit: so whatever one layout wrote, any other goes on from."""
+    cases = REWRITTEN & set(LAYOUTS[layout][2])
+    assert cases
+    for case in cases:
+        place, again = folder / "-".join(case), folder / f"{layout}-again" / "-".join(case)
+        found, expected = resume_runs.tensors(again), resume_runs.tensors(place)
+        assert found.keys() == expected.keys()
+        assert any("exp_avg_sq" in name for name in expected)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), (case, name)
+        counts = [steps_of(torch.load(path / "common.pt", weights_only=True)) for path in (again, place)]
+        assert counts[0] == counts[1] == [float(STEPS)] * len(counts[0])
+
+
+def steps_of(tree: dict) -> list[float]:
+    """Every count of updates in common.pt, which else holds settings that a run sets anew."""
+    found = [float(value) for key, value in tree.items() if key == "common_step"]
+    return found + [count for value in tree.values() if isinstance(value, dict) for count in steps_of(value)]
 
 
 def assert_close(found: dict, expected: dict, case: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from megaopus.checkpoint.checkpointer import complete_checkpoints
+from megaopus.errors import CheckpointError
 from megaopus.optim.build import MainOptimizer
 from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, STEPS, assert_same, command, everything, settings, train
 from tests.faults import Interrupted, at_step, interrupt
@@ -143,11 +145,19 @@ def test_settings_changed_on_resume_are_named_and_used(
     constant = ["optim.schedule=constant", "optim.weight_decay=0.1"]
     assert train(settings(tiny_corpus, tmp_path / "run", *constant, "optim.lr=1e-3", "train.steps=6")) == 0
     more = [*constant, "optim.lr=2e-3", "optim.betas=[0.8,0.9]", "train.steps=8", "selection=opus_exact"]
+    again = settings(tiny_corpus, tmp_path / "run", *more, "selection.warmup_steps=0", "logging.every=5")
+    with pytest.raises(CheckpointError, match=r"under other settings; these change what is trained on") as caught:
+        train(again)
+    changed = re.findall(r"^  (\S+): saved .*, now ", str(caught.value), re.MULTILINE)
+    assert {"optim.lr", "optim.betas", "selection.method", "train.steps"} <= set(changed)
+    assert "logging.every" not in changed
     capsys.readouterr()
-    assert train(settings(tiny_corpus, tmp_path / "run", *more, "selection.warmup_steps=0")) == 0
+    (allow,) = re.findall(r"'(resume_allow=\[.*\])'", str(caught.value))
+    assert train([*again, allow]) == 0
     said = capsys.readouterr().out
     assert "optim.lr 0.001 -> 0.002, optim.betas [0.9, 0.95] -> [0.8, 0.9]" in said
     assert "selection.method 'uniform' -> 'opus'" in said
+    assert "logging.every 10 -> 5" in said
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["lr"] for row in metrics if row["kind"] == "step"] == [1e-3] * 6 + [2e-3] * 2
     chosen = [json.loads(line)["method"] for line in (tmp_path / "run" / "selection.jsonl").read_text().splitlines()]
@@ -160,7 +170,7 @@ def test_settings_changed_on_resume_are_named_and_used(
 def test_each_launch_is_kept(tiny_corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(settings(tiny_corpus, run, "train.steps=2"))
-    train(settings(tiny_corpus, run, "train.steps=3"))
+    train(settings(tiny_corpus, run, "train.steps=3", "resume_allow=[train.steps]"))
     steps = {
         folder.name: yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] for folder in launches(run)
     }
@@ -184,7 +194,7 @@ def test_without_an_applied_update_there_is_nothing_to_save(
     """The optimizer has no state yet, so a checkpoint could not be restored; beginning again gives the same run."""
     overrides = settings(tiny_corpus, tmp_path / "run", "checkpoint.every=1", "train.steps=3")
     with monkeypatch.context() as patch:
-        patch.setattr(MainOptimizer, "step", lambda self: (float("nan"), False))
+        patch.setattr(MainOptimizer, "step", lambda self, limit: (float("nan"), False))
         with at_step(2, interrupt), pytest.raises(Interrupted):
             train(overrides)
     assert complete_checkpoints(tmp_path / "run") == []

@@ -146,3 +146,11 @@ def test_checkpoints_that_cannot_be_used(corpus: Corpus, trained: Path, tmp_path
     (copy / "state.json").write_text(text.replace('"megatron"', '"deepspeed"'))
     with pytest.raises(CheckpointError, match=r"engine.name=deepspeed; score reads those of the megatron engine"):
         CheckpointPerplexity(corpus, copy)
+    (copy / "state.json").write_text(text)
+    (copy / "weights" / "common.pt").write_bytes(b"")
+    damaged = CheckpointPerplexity(corpus, copy, device="cpu")
+    try:
+        with pytest.raises(CheckpointError, match=r"common\.pt: has 0 bytes, .*; restore it, or name another"):
+            damaged.ready(tmp_path, lambda what, tokens: lambda count: None)
+    finally:
+        damaged.close()

@@ -27,7 +27,7 @@ from megaopus.selection.exact import exact_utilities
 from tests.exact import estimators_toy as toy
 from tests.exact.estimators_toy import spearman
 from tests.exact.test_engine_selection import OPTIMIZERS, build, text, wanted
-from tests.harness import run_layouts
+from tests.harness import run_layouts, save_engine
 
 STEPS = 150
 LEAST = {"adamw": 0.94, "muon": 0.98}
@@ -265,7 +265,7 @@ def ranks(trained: dict[str, Trained], mesh: Mesh, tmp_path_factory: pytest.Temp
     folder = tmp_path_factory.mktemp("bf16")
     for optimizer, each in trained.items():
         (folder / optimizer).mkdir()
-        each.bf16.save(folder / optimizer, {})
+        save_engine(each.bf16, folder / optimizer, {})
     return {
         "one": [score(mesh, ParallelConfig(), folder)],
         **run_layouts(dict.fromkeys(LAYOUTS, 2), score_layout, folder),

@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import common, estimators, filters, pools, quality, throughput
+from benchmarks import common, estimators, faults, filters, pools, quality, throughput
 from benchmarks.scoring import count_bytes
 from megaopus.build import Corpora
 from megaopus.config import compose
@@ -276,3 +276,19 @@ def test_columns_of_the_quality_study_are_made_once(tiny_corpus: Path, tmp_path:
         assert (tmp_path / "corpus.scores" / name / "column.json").stat().st_mtime_ns == made
         config = compose([f"data.path={place}", "data.seq_len=32", *quality.FILTERS[name]])
         assert 0 < len(Corpora(config).pool) < len(Sequences(corpus, "pool", 32)) / 3
+
+
+def test_faults_are_summed_up() -> None:
+    good = {"finished": True, "same": True, "wrong_ids": 0, "goodput": 0.5, "naive_goodput": 0.25, "background": False}
+    rows = [
+        {**good, "episode": 0, "kind": "SIGTERM", "handled": True, "lost_steps": 0},
+        {**good, "episode": 0, "kind": "deleted file", "handled": False, "lost_steps": None},
+        {**good, "episode": 1, "kind": "SIGTERM", "handled": True, "lost_steps": 3, "same": False, "wrong_ids": 2},
+        {**good, "episode": 2, "kind": "SIGSTOP", "handled": True, "lost_steps": 7, "background": True},
+    ]
+    found = faults.summary(rows)
+    assert (found["injected"], found["recovered"]) == (4 + 9, 2 + 6)
+    assert (found["undetected_corruptions"], found["wrong_ids"]) == (1, 2)
+    assert (found["max_lost_steps"], found["max_lost_steps_background"], found["save_interval"]) == (3, 7, 4)
+    assert (found["goodput"], found["naive_goodput"], found["episodes"]) == (0.5, 0.25, 3)
+    assert found["by_kind"]["SIGTERM"] == 2

@@ -17,7 +17,7 @@ from megaopus.engine.forward import SampledLabels
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.muon import Muon
 from megaopus.optim.schedule import lr_factor
-from tests.harness import random_batch, tiny_engine
+from tests.harness import random_batch, save_engine, tiny_engine
 
 SHAPES = [(7, 5), (5, 7), (6, 6), (33, 4)]
 
@@ -137,7 +137,7 @@ def test_a_resumed_run_has_the_momentum_of_its_step(mesh: Mesh, tmp_path: Path) 
     first, second = (tiny_engine(mesh, optim=OptimConfig(name="muon", settings=settings)) for _ in range(2))
     for step in range(2):
         first.train_step(random_batch(8, step))
-    first.save(tmp_path, {})
+    save_engine(first, tmp_path, {})
     second.load(tmp_path, [])
     second.step = 2
     for engine in (first, second):
