@@ -37,8 +37,10 @@ class Watch:
         self._phase, self._step, self._since = "start", 0, time.monotonic()
         self._said = False
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._thread.start()
+        # Two threads: where the rank that keeps the store is stopped, telling it anything waits.
+        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._run, self._tell)]
+        for thread in self._threads:
+            thread.start()
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
@@ -54,27 +56,27 @@ class Watch:
         self._phase, self._step, self._since, self._said = name, step, time.monotonic(), False
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
         self._end.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(timeout=1.0)
 
     def _run(self) -> None:
-        beat = 0
-        self._tell_store(beat)
         while not self._end.wait(self._interval):
-            beat += 1
-            self._tell_store(beat)
             idle = time.monotonic() - self._since
             if idle >= self._seconds and not self._said:
                 self._said = True
                 self._report(idle)
 
-    def _tell_store(self, beat: int) -> None:
-        if self._store is None:
-            return
-        place = {"host": socket.gethostname(), "pid": os.getpid(), "phase": self._phase, "step": self._step}
-        with suppress(Exception):  # the rank that keeps the store may be the one that is gone
-            self._store.set(KEY.format(rank=self._rank), json.dumps(place | {"beat": beat}))
+    def _tell(self) -> None:
+        beat = 0
+        while self._store is not None:
+            place = {"host": socket.gethostname(), "pid": os.getpid(), "phase": self._phase, "step": self._step}
+            with suppress(Exception):  # the rank that keeps the store may be the one that is gone
+                self._store.set(KEY.format(rank=self._rank), json.dumps(place | {"beat": beat}))
+            beat += 1
+            if self._end.wait(self._interval):
+                return
 
     def _report(self, idle: float) -> None:
         here = f"rank {self._rank} in phase '{self._phase}' of update {self._step}"
