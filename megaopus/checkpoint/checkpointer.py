@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import shutil
 import time
@@ -22,6 +21,7 @@ from megaopus.checkpoint.manifest import COMPLETE, MANIFEST, Entry, digest_of, e
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.errors import CheckpointError
+from megaopus.files import sync
 
 FORMAT = 2
 _NAME = re.compile(r"step_\d{8,}")
@@ -297,11 +297,11 @@ class Checkpointer:
             _write(partial / "state.json", json.dumps(pending.content, indent=1) + "\n")
             manifest = manifest_text(files | {"state.json": entry(partial / "state.json")})
             _write(partial / MANIFEST, manifest)
-            _sync(partial / "weights")
+            sync(partial / "weights")
             _write(partial / COMPLETE, digest_of(manifest) + "\n")
-            _sync(partial)
+            sync(partial)
             partial.rename(final)
-            _sync(self._folder)
+            sync(self._folder)
         for old in self._outlived():
             with _explained(f"{old}: cannot be removed", f"delete it; {final} is complete"):
                 (old / COMPLETE).unlink()  # first, or a kill now would leave half a checkpoint that claims to be whole
@@ -332,13 +332,4 @@ def _reason(error: BaseException) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, outlive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)

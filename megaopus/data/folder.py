@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megaopus.errors import DataError
+from megaopus.files import sync
 
 
 class StoppedError(DataError):
@@ -61,7 +62,7 @@ def new_folder(out: Path, console: Console) -> Iterator[Path]:
         try:
             yield partial
             for path in partial.iterdir():
-                _flush(path)
+                sync(path)
             if out.exists():
                 out.rename(old)
             partial.rename(out)
@@ -131,11 +132,3 @@ def _locked(folder: Path, out: Path) -> int:
         os.close(descriptor)
         raise DataError(f"{out}: another process is writing it now; wait for it, then use it") from None
     return descriptor
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

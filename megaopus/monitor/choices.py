@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megaopus.errors import DataError
+from megaopus.files import sync
 from megaopus.monitor.base import Choices
 
 Table = pa.Table
@@ -211,17 +212,9 @@ def _write(table: pa.Table, path: Path) -> None:
                 **dict.fromkeys(_SPLIT, "BYTE_STREAM_SPLIT"),
             },
         )
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise DataError(f"{path}: cannot be written ({error}); make room, then start again") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
