@@ -1,0 +1,56 @@
+"""The walk of docs/data.md from parquet files to a running job, each command, with a small model and little text."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megaopus.__main__ import main
+from megaopus.data.corpus import Corpus
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+SMALL = "model=tiny model.num_layers=1 model.hidden_size=16 model.num_heads=2 data.seq_len=32 train.steps=3"
+SMALL += " train.global_batch_size=4 train.micro_batch_size=4 selection.warmup_steps=1 train.eval_every=0"
+
+
+def commands() -> list[list[str]]:
+    """Of the first block of the page, those that train a large model with a small one."""
+    block = re.search(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    lines = [line for line in block[1].splitlines() if not line.startswith("#")]
+    return [shlex.split(line.replace("model=gpt2_small", SMALL).replace("2000000", "3000")) for line in lines]
+
+
+def test_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    words = {
+        "science": ["cell", "light", "force", "plant", "oxygen", "star"],
+        "shop": ["buy", "now", "price", "sale", "cheap", "cart"],
+    }
+    texts = [" ".join(rng.choice(words[topic], 60)) for topic in words for _ in range(120)]
+    Path("parquet").mkdir()
+    for part in range(2):
+        rows = texts[part::2]
+        table = pa.table(
+            {"text": rows, "id": [f"{part}-{n}" for n in range(len(rows))], "score": rng.random(len(rows))}
+        )
+        pq.write_table(table, f"parquet/{part}.parquet")
+    items = [{"query": "Which gas does a plant give off in light?", "choices": ["oxygen", "star light"]}]
+    Path("arc_easy.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    for command in commands():
+        assert command[:3] == ["python", "-m", "megaopus"]
+        assert main(command[3:]) == 0, capsys.readouterr().err
+    corpus = Corpus.open("corpus_arc", verify=True)
+    text = " ".join(corpus.texts(np.flatnonzero(corpus.split_codes == 1)))
+    assert "oxygen" in text
+    assert "price" not in text
+    assert len(Path("runs/first/metrics.jsonl").read_text().splitlines()) >= 3
+    assert Path("first.html").stat().st_size > 10_000
