@@ -119,6 +119,8 @@ def main() -> None:
     start(args, console)
     saves = QUICK_SAVES if args.quick else SAVES
     rows = []
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=args.folder) as folder,
         progress(console) as bar,

@@ -239,6 +239,8 @@ def main() -> None:
     if args.results and args.results.exists():
         rows = [json.loads(line) for line in args.results.read_text().splitlines()]
     number = 1 + max((row["episode"] for row in rows), default=-1)
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder, progress(console) as bar:
         task = bar.add_task("faults", total=args.faults, completed=min(summary(rows)["injected"], args.faults))
         while summary(rows)["injected"] < args.faults:
