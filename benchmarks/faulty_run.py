@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megaopus.__main__ import main as megaopus
@@ -215,8 +217,10 @@ def _recorded(path: Path) -> Iterator[None]:
 
     def step(self: Monitor, record: Any, selection: Any) -> None:
         if os.environ["RANK"] == "0":
-            kept = {key: value for key, value in asdict(selection).items() if key not in ("events",)}
-            line = json.dumps({**kept, "loss": record.loss, "skipped": record.skipped, "lr": record.lr})
+            kept = {key: value for key, value in selection.facts().items() if key != "events"}
+            arrays = {key: value for key, value in asdict(selection.choices).items() if isinstance(value, np.ndarray)}
+            digests = {key: hashlib.sha256(value.tobytes()).hexdigest() for key, value in arrays.items()}
+            line = json.dumps({**kept, **digests, "loss": record.loss, "skipped": record.skipped, "lr": record.lr})
             with path.open("a") as stream:
                 stream.write(line + "\n")
         original(self, record, selection)
