@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import common, estimators, faults, filters, pools, quality, throughput
+from benchmarks import common, estimators, faults, faulty_run, filters, pools, quality, throughput
 from benchmarks.scoring import count_bytes
 from megaopus.build import Corpora
 from megaopus.config import compose
@@ -276,6 +276,17 @@ def test_columns_of_the_quality_study_are_made_once(tiny_corpus: Path, tmp_path:
         assert (tmp_path / "corpus.scores" / name / "column.json").stat().st_mtime_ns == made
         config = compose([f"data.path={place}", "data.seq_len=32", *quality.FILTERS[name]])
         assert 0 < len(Corpora(config).pool) < len(Sequences(corpus, "pool", 32)) / 3
+
+
+def test_a_start_under_faults_leaves_a_line_an_update(tiny_corpus: Path, tmp_path: Path) -> None:
+    """The bad updates are skipped, and the signal drawn stops it after a save."""
+    fault = faulty_run.Fault("SIGTERM", "train", 16, 0, 0.0)
+    overrides = [*faulty_run.settings(tiny_corpus, tmp_path / "run", []), "data.seq_len=16"]
+    ran = faulty_run.launch(overrides, 1, fault, tmp_path / "run")
+    assert (ran.codes, ran.fired, ran.ended, ran.first, ran.last) == ([143], True, True, 0, 16), ran.output
+    lines = [json.loads(line) for line in (tmp_path / "run" / "batches").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(17))
+    assert [line["step"] for line in lines if line["skipped"]] == [5, 9, 14]
 
 
 def test_faults_are_summed_up() -> None:
