@@ -145,7 +145,9 @@ def test_a_resumed_run_is_replayed_with_the_settings_of_each_launch(
     first = settings(tiny_corpus, run, "selection=high_ppl", "train.steps=8", "logging.selection_every=2")
     with at_step(6, interrupt), pytest.raises(Interrupted):
         train(first)
-    again = settings(tiny_corpus, run, "selection=opus_boltzmann", *SMALL, "logging.selection_every=3")
+    changed = "selection.method,selection.sampler,selection.warmup_steps,train.steps"
+    again = settings(tiny_corpus, run, "selection=opus_boltzmann", *SMALL, f"resume_allow=[{changed}]")
+    again.append("logging.selection_every=3")
     assert train(again) == 0
     status, lines = replayed(run, "all", capsys)
     assert status == 3
