@@ -23,6 +23,7 @@ CLASSES: dict[str, str] = {
     "data": TRAINING,
     "data.path": FIXED,  # by the corpus's fingerprint: it may move
     "data.seq_len": FIXED,
+    "data.filter": FIXED,
     "data.traits_path": HARMLESS,
     "data.validation_path": HARMLESS,
     "data.prepare": HARMLESS,

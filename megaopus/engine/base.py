@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +24,7 @@ class StepResult:
     lr: float
     applied: bool
     """False: the loss or a gradient was not finite, or the norm above the limit; no weight was touched."""
-    own_s: float = 0.0
+    own_s: float = field(default=0.0, compare=False)
     """Seconds of this rank's forward and backward passes, before gradients are reduced; 0: not known."""
 
 

@@ -214,6 +214,7 @@ def test_a_filtered_run_is_resumed_with_the_same_filter_only(
     assert main([*run, "train.steps=2", keep]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"filtered by quality: {len(kept_by(corpus, column='quality', keep=0.5))} of" in said
+    run.append("resume_allow=[train.steps]")
     assert main([*run, "train.steps=4", keep]) == 0
     capsys.readouterr()
     assert main([*run, "train.steps=6", "data.filter={column: loss, keep: 0.5}"]) == 2
