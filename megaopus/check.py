@@ -167,8 +167,12 @@ def _record(config: RunConfig) -> str:
     every, kept = config.logging.selection_every, config.train.global_batch_size
     whole = len(range(0, config.train.steps, every))
     rows = whole * config.buffer_size() + (config.train.steps - whole) * kept
+    size = rows * CHOICE_BYTES
+    overlaps = 8 * config.num_scored() * config.train.global_batch_size * config.selection.score_every
+    if config.selection.redundancy > 0 and overlaps <= config.logging.overlaps_mb * 1e6:
+        size += overlaps * len(range(0, config.train.steps, math.lcm(every, config.selection.score_every)))
     of = "every step" if every == 1 else f"every {every}th step, picks of the others"
-    return f"about {_bytes(rows * CHOICE_BYTES)}: {rows:,} rows, all candidates of {of} (logging.selection_every)"
+    return f"about {_bytes(size)}: {rows:,} rows, all candidates of {of} (logging.selection_every)"
 
 
 def _epochs(config: RunConfig, data: Data) -> str:

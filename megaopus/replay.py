@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megaopus.data.candidates import CandidateBuffer
     from megaopus.selection import Selection
     from megaopus.selection.replay import Evidence
+    from megaopus.selection.selector import Redundancy
 
 IDENTICAL, DIFFERENT, NOT_ON_RECORD = "identical", "DIFFERENT", "not on record"
 TOLERANCE = 1e-6
@@ -185,6 +186,7 @@ class Record:
             utilities=_column(rows, "utility"),
             standing=_column(rows, "standing"),
             exposures=_column(rows, "exposures"),
+            redundancy=_redundancy(rows),
             domains=_tensor(np.array(codes)),
             doubt=next((event for event in facts["events"] if event.startswith(DOUBT)), None),
         )
@@ -287,6 +289,21 @@ def _column(rows: Table, name: str) -> Tensor | None:
         return None
     values = column.to_numpy()
     return _tensor(values if values.dtype.kind == "f" else values.astype(np.int64))
+
+
+def _redundancy(rows: Table) -> Redundancy | None:
+    """None where the step has no overlaps on record. Raises DataError for overlaps that are not of its candidates."""
+    from megaopus.selection.selector import Redundancy
+
+    chosen = np.flatnonzero(rows["overlaps"].is_valid().to_numpy())
+    if not len(chosen):
+        return None
+    lists = rows["overlaps"].combine_chunks().drop_null()
+    if set(lists.value_lengths().to_pylist()) != {len(rows)}:
+        step = rows["step"][0].as_py()
+        raise DataError(f"{FOLDER}/, step {step}: overlaps of another number of candidates; restore that part")
+    overlaps = lists.flatten().to_numpy().reshape(len(chosen), len(rows))
+    return Redundancy(_tensor(rows["squared_norm"].to_numpy()), _tensor(chosen), _tensor(overlaps))
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -40,6 +40,14 @@ class Stream(Protocol):
     def at(self, step: int) -> Buffer: ...
 
 
+class RedundancyLike(Protocol):
+    """``megaopus.selection.selector.Redundancy``."""
+
+    squared_norms: Tensor
+    positions: Tensor
+    overlaps: Tensor
+
+
 class Selected(Protocol):
     """What a selector returns (``megaopus.selection.Selection``)."""
 
@@ -48,6 +56,7 @@ class Selected(Protocol):
     scored: Tensor | None
     standing: Tensor | None
     exposures: Tensor | None
+    redundancy: RedundancyLike | None
     probabilities: Tensor
     correlation: float | None
     method: str
@@ -312,6 +321,7 @@ def _choices(candidates: Buffer, selection: Selected) -> Choices:
     def array(values: Tensor | None) -> np.ndarray | None:
         return None if values is None else values.numpy()
 
+    redundancy = selection.redundancy
     picked = np.zeros(len(candidates), dtype=bool)
     picked[selection.indices.numpy()] = True
     return Choices(
@@ -325,4 +335,7 @@ def _choices(candidates: Buffer, selection: Selected) -> Choices:
         scored=array(selection.scored),
         standing=array(selection.standing),
         exposures=array(selection.exposures),
+        squared_norms=None if redundancy is None else redundancy.squared_norms.numpy(),
+        chosen=None if redundancy is None else redundancy.positions.numpy(),
+        overlaps=None if redundancy is None else redundancy.overlaps.numpy(),
     )

@@ -51,6 +51,12 @@ class Choices:
     """float64, what a prescreen picks or screens by; None where there is none."""
     exposures: np.ndarray | None = None
     """int64, times trained on in the window if picked now; None where not counted."""
+    squared_norms: np.ndarray | None = None
+    """float64 of the candidates' updates, nan where not scored; None, as ``overlaps``, without a redundancy term."""
+    chosen: np.ndarray | None = None
+    """int64 (P,), positions of those that the redundancy term was worked out for: what the buffer's steps pick."""
+    overlaps: np.ndarray | None = None
+    """float64 (P, N), inner products of their updates with every candidate's."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from megaopus.monitor.base import Choices
 Table = pa.Table
 FOLDER = "choices"
 PART_ROWS = 1 << 17
-"""Rows after which a part is written; some 10 MB of memory."""
+"""Rows after which a part is written; some 10 MB of memory. Ten overlaps count as a row."""
 SCHEMA = pa.schema(
     [
         pa.field("step", pa.int32(), nullable=False),
@@ -29,12 +30,14 @@ SCHEMA = pa.schema(
         pa.field("utility", pa.float64()),
         pa.field("standing", pa.float64()),
         pa.field("exposures", pa.int32()),
+        pa.field("squared_norm", pa.float64()),
+        pa.field("overlaps", pa.list_(pa.float64())),
         pa.field("picked", pa.bool_(), nullable=False),
         pa.field("probability", pa.float32(), nullable=False),
     ]
 )
 _DICTIONARY = ["step", "domain", "exposures"]
-_SPLIT = ["utility", "standing", "probability"]
+_SPLIT = ["utility", "standing", "squared_norm", "probability"]
 """Floats compress better with their bytes apart, all first ones, all second ones..."""
 
 
@@ -44,10 +47,14 @@ class ChoiceSink:
     A part is ``part-SSSSSSSS.parquet``, S the first step in it.
     """
 
-    def __init__(self, folder: Path, every: int = 1):
-        """``every``: steps from one all of whose candidates are kept to the next; picks are always kept."""
+    def __init__(self, folder: Path, every: int = 1, overlaps_mb: float = 1.0):
+        """``every``: steps from one all of whose candidates are kept to the next; picks are always kept.
+
+        ``overlaps_mb``: megabytes of overlaps in a step above which they are left out.
+        """
         self._folder = folder
         self._every = every
+        self._most = overlaps_mb * 1e6
         self._waiting: list[tuple[int, Choices]] = []
         self._rows = 0
 
@@ -55,8 +62,10 @@ class ChoiceSink:
         """Take in a step's candidates; the arrays must not be changed afterwards."""
         if step % self._every:
             choices = _picks(choices)
+        if choices.overlaps is not None and choices.overlaps.nbytes > self._most:
+            choices = replace(choices, chosen=None, overlaps=None)
         self._waiting.append((step, choices))
-        self._rows += len(choices.ids)
+        self._rows += len(choices.ids) + (0 if choices.overlaps is None else choices.overlaps.size // 10)
         if self._rows >= PART_ROWS:
             self.flush()
 
@@ -148,7 +157,7 @@ def steps_of(table: pa.Table) -> Iterator[tuple[int, slice]]:
 
 
 def _picks(choices: Choices) -> Choices:
-    """The picked rows of ``choices`` alone."""
+    """The picked rows of ``choices`` alone, without overlaps: most of those are with rows that go."""
     at = choices.picked
 
     def some(values: np.ndarray | None) -> np.ndarray | None:
@@ -165,6 +174,7 @@ def _picks(choices: Choices) -> Choices:
         scored=some(choices.scored),
         standing=some(choices.standing),
         exposures=some(choices.exposures),
+        squared_norms=some(choices.squared_norms),
     )
 
 
@@ -177,6 +187,8 @@ def _column(name: str, waiting: Sequence[tuple[int, Choices]]) -> pa.Array:
     if name == "domain":
         codes = pa.array(np.concatenate([choices.domains for choices in each]).astype(np.int32))
         return pa.DictionaryArray.from_arrays(codes, pa.array(each[0].domain_names, pa.string()))
+    if name == "overlaps":
+        return pa.concat_arrays([_overlaps(choices) for choices in each])
     required = {"id": "ids", "sequence": "sequences", "picked": "picked", "probability": "probabilities"}
     if name in required:
         values = np.concatenate([getattr(choices, required[name]) for choices in each])
@@ -188,12 +200,30 @@ def _column(name: str, waiting: Sequence[tuple[int, Choices]]) -> pa.Array:
 
 def _known(choices: Choices, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(values (N,), which of them are there (N,) bool) of a column that may have none."""
-    values = {"utility": choices.utilities, "standing": choices.standing, "exposures": choices.exposures}[name]
+    values = {
+        "utility": choices.utilities,
+        "standing": choices.standing,
+        "exposures": choices.exposures,
+        "squared_norm": choices.squared_norms,
+    }[name]
     if values is None:
         dtype = SCHEMA.field(name).type.to_pandas_dtype()
         return np.zeros(len(choices.ids), dtype=dtype), np.zeros(len(choices.ids), dtype=bool)
-    there = choices.scored if name == "utility" and choices.scored is not None else np.ones(len(values), dtype=bool)
-    return values, there
+    if name in ("utility", "squared_norm") and choices.scored is not None:
+        return values, choices.scored
+    return values, np.ones(len(values), dtype=bool)
+
+
+def _overlaps(choices: Choices) -> pa.Array:
+    """A list (N,) for each that was chosen, null for the others."""
+    size, kind = len(choices.ids), SCHEMA.field("overlaps").type
+    if choices.chosen is None or choices.overlaps is None:
+        return pa.nulls(size, kind)
+    lengths = np.zeros(size, dtype=np.int32)
+    lengths[choices.chosen] = size
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    values = pa.array(choices.overlaps[np.argsort(choices.chosen)].reshape(-1))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, kind, mask=pa.array(lengths == 0))
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -43,7 +43,7 @@ class Monitor:
         self._console = Console(total_steps, config.every)
         self._metrics = JsonlSink(run_dir / "metrics.jsonl")
         self._selection = JsonlSink(run_dir / "selection.jsonl")
-        self._choices = ChoiceSink(run_dir / FOLDER, config.selection_every)
+        self._choices = ChoiceSink(run_dir / FOLDER, config.selection_every, config.overlaps_mb)
         for sink in (self._metrics, self._selection, self._choices):
             for message in sink.truncate_after(resume_step):
                 self._console.note(message)

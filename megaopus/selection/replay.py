@@ -14,7 +14,7 @@ from megaopus.selection.backend import Batch, Candidates, Proxy, ScoringBackend,
 from megaopus.selection.candidates import as_candidates
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.prescreen import Prescreen
-from megaopus.selection.selector import Selection, Selector
+from megaopus.selection.selector import Redundancy, Selection, Selector
 
 
 class NotOnRecord(Exception):
@@ -29,6 +29,7 @@ class Evidence:
     """nan where not scored."""
     standing: Tensor | None
     exposures: Tensor | None
+    redundancy: Redundancy | None = None
     domains: Tensor
     """int64 numbers of the domains, as ``Traits.domains`` counts them."""
     doubt: str | None = None
@@ -67,7 +68,7 @@ def replay(
 
     ``evidence``: of the step that made the picks, the first of the ``score_every`` that share the buffer.
     ``candidates``: their tokens are looked at only by ``guards.min_distinct``, as those of ``proxy`` (step -> batch).
-    Raises NotOnRecord where the picks depend on more: with ``redundancy`` on the Gram matrix of the updates.
+    Raises NotOnRecord where the picks depend on more.
     """
     buffer = as_candidates(candidates, step // config.score_every)
     selector = _Replay(config, evidence, buffer.ids.cpu(), num_selected=num_selected, seed=seed, proxy=proxy)
@@ -101,7 +102,7 @@ class _Replay(Selector):
             traits=traits,
         )
         self._proxy = proxy
-        self._scorer = cast(Any, _Scores(config, evidence.utilities, ids))
+        self._scorer = cast(Any, _Scores(config, evidence, ids))
         self._exposure = _Exposures(evidence.exposures)
         if self._prescreen is not None:
             self._prescreen = _Prescreen(config.prescreen, traits)
@@ -130,19 +131,23 @@ class _Traits:
 class _Scores:
     """In the scorer's place."""
 
-    def __init__(self, config: SelectionConfig, utilities: Tensor | None, ids: Tensor):
-        self._config, self._utilities, self._ids = config, utilities, ids
+    def __init__(self, config: SelectionConfig, evidence: Evidence, ids: Tensor):
+        self._diverse, self._evidence, self._ids = config.redundancy > 0, evidence, ids
 
-    def score(self, buffer: Candidates, step: int, events: list[str]) -> tuple[Tensor | None, None]:
-        if self._utilities is None:
+    def score(self, buffer: Candidates, step: int, events: list[str]) -> tuple[Tensor | None, Tensor | None]:
+        utilities, redundancy = self._evidence.utilities, self._evidence.redundancy
+        if utilities is None:
             return None, None
-        if self._config.redundancy > 0:
-            n = len(buffer)
-            raise NotOnRecord(
-                f"the Gram matrix of the updates (redundancy={self._config.redundancy:g}), {n} x {n} numbers a step, "
-                f"{8 * n * n / 1e6:.3g} MB, which is not kept"
-            )
-        return self._utilities[_positions(self._ids, buffer.ids.cpu())], None
+        at = _positions(self._ids, buffer.ids.cpu())
+        if not self._diverse:
+            return utilities[at], None
+        if redundancy is None:
+            n = len(at)
+            raise NotOnRecord(f"inner products of {n} updates, which this step did not keep (logging.overlaps_mb)")
+        whole = torch.full((len(self._ids), len(self._ids)), torch.nan, dtype=torch.float64)
+        whole[:, redundancy.positions] = redundancy.overlaps.t()  # the other columns matter to other picks alone
+        whole.diagonal().copy_(redundancy.squared_norms)
+        return utilities[at], whole[at][:, at]
 
     def told(self) -> list[str]:
         return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +20,18 @@ from megaopus.selection.scorer import Scorer
 
 _UNIFORM_RATIO = 1.01  # largest probability over the uniform one below which a draw is uniform for all purposes
 _DEBT = 1e9  # standardised utilities are small beside it; those of one level still differ in float64
+
+
+@dataclass(frozen=True, slots=True)
+class Redundancy:
+    """The part of the Gram matrix of the candidates' updates that a choice rests on, all float64; nan: not scored."""
+
+    squared_norms: Tensor
+    """(N,) its diagonal."""
+    positions: Tensor
+    """(P,) in the buffer of what was chosen, for all steps that it serves, before an alarm undid the choice."""
+    overlaps: Tensor
+    """(P, N) its columns there: inner products with every candidate's update."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +55,8 @@ class Selection:
     exposures: Tensor | None
     """(N,) int64 times that each would have been trained on in the window if it were picked now; None: not counted, or
     counted in an earlier step (``score_every``)."""
+    redundancy: Redundancy | None
+    """What the redundancy term took off; None where there was none, as where nothing was scored."""
     probabilities: Tensor
     """(N,) float64 that add up to 1: softmax(utility as used / temperature) over the candidates that may be picked (0
     for others), whatever the sampler: the chance of each at the first draw, before any redundancy term. 'uniform': the
@@ -93,6 +107,7 @@ class _Choice:
     scored: Tensor | None = None
     standing: Tensor | None = None
     exposures: Tensor | None = None
+    redundancy: Redundancy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +210,7 @@ class Selector:
             scored=None if served else choice.scored,
             standing=None if served else choice.standing,
             exposures=None if served else choice.exposures,
+            redundancy=None if served else choice.redundancy,
             probabilities=choice.probabilities,
             correlation=None if self._prescreen is None else self._prescreen.correlation,
             method=choice.method,
@@ -377,16 +393,17 @@ class Selector:
         picked = among[
             sampler.pick(used - buffer.debt[among], ids[among], count, temperature, penalty, quotas, self.seed, period)
         ]
+        redundancy = None if gram is None else _redundancy(*gram, picked, len(ids))
         p = sampler.probabilities(used, config.temperature)
         ess, ratio = float(1 / p.square().sum()), float(p.max()) * len(ids)
         if alarm := self._alarm(buffer, picked, ess):
             buffer.events.append(f"alarm: {alarm}; picked uniformly")
-            return self._uniform(ids, buffer.allowed, period)
+            return replace(self._uniform(ids, buffer.allowed, period), redundancy=redundancy)
         self._tell_uniform(values[among], ratio, buffer.events)
         if config.score_every > 1:  # a fair mix in each step
             picked = picked[noise.uniform(noise.key(self.seed, "turns", period), ids[picked]).argsort()]
         everyone = torch.zeros(len(ids), dtype=torch.float64).index_copy(0, among, p)
-        return _Choice(period, picked, config.method, ess, ratio, everyone)
+        return _Choice(period, picked, config.method, ess, ratio, everyone, redundancy=redundancy)
 
     # -- guards -------------------------------------------------------------------------------------------------------
 
@@ -443,3 +460,14 @@ class Selector:
                 f"raw utilities spread {spread:.2g} against a temperature of {self.config.temperature:g}: the largest"
                 f" probability is {ratio:.5f}x uniform, so sampling is practically uniform (utilities=standardised)"
             )
+
+
+def _redundancy(scored: Tensor, gram: Tensor, picked: Tensor, size: int) -> Redundancy:
+    """``gram`` (n, n) of the candidates at ``scored`` (n,), as the whole buffer of ``size`` sees it."""
+    columns = torch.full((size,), -1).index_copy(0, scored, torch.arange(len(scored)))[picked]
+    unknown = torch.full((len(picked), size), torch.nan, dtype=torch.float64)
+    return Redundancy(
+        torch.full((size,), torch.nan, dtype=torch.float64).index_copy(0, scored, gram.diagonal()),
+        picked,
+        unknown.index_copy(1, scored, gram.t()[columns]),
+    )

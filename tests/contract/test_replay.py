@@ -32,10 +32,14 @@ CASES = {
     "raw": ["selection=opus_boltzmann", *SMALL, "selection.utilities=raw", "selection.temperature=1e-3"],
     "alarm_of_pairs": ["selection=low_ppl", "selection.guards.min_distinct=1"],
     "repeats": ["selection=high_ppl", "selection.guards.exposure_window=5", "selection.rho=0.02"],
-}
-NEEDS_GRAM = {
-    "opus_paper": ["selection=opus_paper", "selection.sketch_dim=64"],
+    "opus_paper": ["selection=opus_paper", "selection.sketch_dim=64", "selection.warmup_steps=2"],
     "greats": ["selection=greats", "selection.warmup_steps=2"],
+    "diverse": ["selection=opus_exact", *SMALL, "selection.redundancy=1", "selection.score_every=2"],
+    "diverse_cascade": ["selection=opus_cascade", *PRESCREEN, "selection.rho=0.25", "selection.redundancy=0.5"],
+    "diverse_alarm": [
+        *("selection=opus_exact", *SMALL, "selection.redundancy=1", "selection.guards.min_unique=1"),
+        *("selection.guards.domain_floor=0.5", "selection.guards.exposure_window=5"),
+    ],
 }
 
 
@@ -64,14 +68,39 @@ def test_every_step_is_made_again(
     assert lines[-1] == f"{STEPS - alarms} identical, 0 DIFFERENT, {alarms} not on record"
 
 
-@pytest.mark.parametrize("case", NEEDS_GRAM)
-def test_what_is_not_on_record_is_said(
-    case: str, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train(settings(tiny_corpus, tmp_path, *NEEDS_GRAM[case], "train.steps=4")) == 0
+def test_what_is_not_on_record_is_said(tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bound = "logging.overlaps_mb=0.0002"  # 4 picks of 8 candidates are 256 bytes
+    assert train(settings(tiny_corpus, tmp_path, *CASES["greats"], "train.steps=4", bound)) == 0
     status, lines = replayed(tmp_path, "1,3", capsys)
     assert status == 3
-    assert lines[-2].startswith("step 3: not on record: the picks depend on the Gram matrix of the updates")
+    expected = "the picks depend on inner products of 8 updates, which this step did not keep (logging.overlaps_mb)"
+    assert lines[-2] == f"step 3: not on record: {expected}"
+
+
+def test_a_changed_overlap_is_seen(tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that the picks hang on: with what was picked first now much like the second."""
+    run = tmp_path / "run"
+    assert train(settings(tiny_corpus, run, *CASES["greats"], "checkpoint.every=0")) == 0
+    (part,) = parts(run / FOLDER)
+    rows = read_part(part).to_pylist()[8 * 6 : 8 * 7]
+    picked = [at for at, row in enumerate(rows) if row["picked"]]
+    assert [at for at, row in enumerate(rows) if row["overlaps"]] == picked
+    first, *others = sorted(picked, key=lambda at: -rows[at]["utility"])
+    for at in picked:
+        assert rows[at]["overlaps"][at] == rows[at]["squared_norm"]
+        assert rows[at]["overlaps"][first] == pytest.approx(rows[first]["overlaps"][at], rel=1e-12)
+    overlaps = list(rows[first]["overlaps"])
+    for at in others:
+        overlaps[at] = 1e6
+    altered(run, 6, overlaps={first: overlaps})
+    status, lines = replayed(run, "5,6", capsys)
+    assert status == 1
+    assert lines[0].startswith("step 5: identical: greats")
+    assert lines[1].startswith("step 6: DIFFERENT: picked in the record only")
+    altered(run, 6, overlaps={first: overlaps[1:]})
+    status, lines = replayed(run, "6", capsys)
+    assert status == 2
+    assert "step 6: overlaps of another number of candidates" in lines[0]
 
 
 def altered(run: Path, step: int, **columns: dict[int, object]) -> None:

@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -63,13 +64,22 @@ def candidates_of(step: int) -> Choices:
         utilities=np.array([1e-5 / 3, np.nan, np.inf, np.nan]) if step % 2 else None,
         scored=np.array([True, True, True, False]) if step % 2 else None,
         exposures=np.array([1, 2, 1, 1]),
+        squared_norms=np.array([0.5, 2.0, np.inf, np.nan]) if step % 2 else None,
+        chosen=np.array([1, 0]) if step % 2 else None,
+        overlaps=np.array([[-0.1, 2.0, 0.3, np.nan], [0.5, -0.1, 0.7, np.nan]]) if step % 2 else None,
     )
 
 
 def logged(folder: Path) -> list[dict]:
     """Every row of choices/, with nan as text so that rows can be compared."""
+
+    def comparable(value: Any) -> Any:
+        if isinstance(value, list):
+            return [comparable(each) for each in value]
+        return str(value) if value != value else value
+
     found = [row for path in parts(folder / FOLDER) for row in read_part(path).to_pylist()]
-    return [{key: str(value) if value != value else value for key, value in row.items()} for row in found]
+    return [{key: comparable(value) for key, value in row.items()} for row in found]
 
 
 def validation_record(step: int) -> ValidationRecord:
@@ -227,6 +237,8 @@ def logged_of(steps: int) -> list[dict]:
     found = []
     for step in range(steps):
         utilities = [1e-5 / 3, "nan", math.inf, None] if step % 2 else [None] * 4
+        norms = [0.5, 2.0, math.inf, None] if step % 2 else [None] * 4
+        overlaps = [[0.5, -0.1, 0.7, "nan"], [-0.1, 2.0, 0.3, "nan"], None, None] if step % 2 else [None] * 4
         for at in range(4):
             found.append(
                 {
@@ -237,6 +249,8 @@ def logged_of(steps: int) -> list[dict]:
                     "utility": utilities[at],
                     "standing": None,
                     "exposures": [1, 2, 1, 1][at],
+                    "squared_norm": norms[at],
+                    "overlaps": overlaps[at],
                     "picked": at == 0,
                     "probability": [0.5, 0.25, 0.25, 0.0][at],
                 }
@@ -321,6 +335,17 @@ def test_a_full_disk_is_an_error_that_names_the_part(tmp_path: Path, monkeypatch
             monitor.flush()
     monitor.close()
     assert logged(tmp_path) == logged_of(1)
+
+
+@pytest.mark.parametrize(("megabytes", "kept"), [(1.0, 2), (64e-6, 2), (63e-6, 0), (0.0, 0)])
+def test_overlaps_are_kept_up_to_a_size(megabytes: float, kept: int, tmp_path: Path) -> None:
+    """Two chosen of four candidates: 64 bytes."""
+    sink = ChoiceSink(tmp_path / FOLDER, overlaps_mb=megabytes)
+    sink.add(1, candidates_of(1))
+    sink.flush()
+    rows = logged(tmp_path)
+    assert sum(row["overlaps"] is not None for row in rows) == kept
+    assert [row["squared_norm"] for row in rows] == [0.5, 2.0, math.inf, None]
 
 
 def test_sampling_bounds_the_log_and_keeps_every_pick(tmp_path: Path) -> None:
