@@ -18,14 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megaopus.data.corpus import MANIFEST, TOKENIZER, Corpus
+from megaopus.data.corpus import MANIFEST, TOKENIZER
 from megaopus.data.prepare import prepare
-from megaopus.data.scores import column_names
 from megaopus.data.sources import Source
 from megaopus.data.split import SplitRule
-from megaopus.score.base import make_column
-from megaopus.score.ngrams import Dsir
-from megaopus.score.quality import FastText
 
 VOCAB_SIZE = 2048
 WANTED = "books"
@@ -62,12 +58,6 @@ def ensure_pool(name: str, data: Path, folder: Path, console: Any = None) -> lis
 
 def _rule(wanted: str) -> SplitRule:
     return SplitRule(PROXY_FRACTION, VALIDATION_FRACTION, (wanted,))
-
-
-def ensure_column(corpus: Corpus, name: str, console: Any = None) -> None:
-    """The score column ``name`` (dsir or fasttext, proxy against pool), if it is not there."""
-    if name not in column_names(corpus):
-        make_column(corpus, name, Dsir(corpus, None) if name == "dsir" else FastText(corpus), console=console)
 
 
 def _books(data: Path) -> list[Text]:

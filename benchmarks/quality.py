@@ -27,8 +27,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.columns import ensure_column
 from benchmarks.common import machine, parser, progress, start, write_results
-from benchmarks.pools import ensure_column, ensure_pool
+from benchmarks.pools import ensure_pool
 from benchmarks.study import (
     COMMON,
     SCORED,
@@ -52,7 +53,8 @@ from megaopus.monitor.compare import aggregate, compare
 
 POOLS = ("demo", "mixed", "hard", "clean")
 FILTERS = {
-    column: (f"data.filter.column={column}", "data.filter.keep=0.25") for column in ("dsir", "fasttext")
+    column: (f"data.filter.column={column}", "data.filter.keep=0.25")
+    for column in ("dsir", "fasttext", "perplexity", "utility")
 }  # a quarter of the tokens, about as many as are wanted in the pool 'mixed'
 UNKNOWING = ("selection.prescreen.prior=0",)  # what is promising is learnt from utilities alone
 ARMS: dict[str, tuple[str, ...]] = {
@@ -73,6 +75,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "oracle": ("selection=domain_oracle", "selection.rho=0.125"),
     "filter_dsir": ("selection=uniform", *FILTERS["dsir"]),
     "filter_fasttext": ("selection=uniform", *FILTERS["fasttext"]),
+    "filter_perplexity": ("selection=uniform", *FILTERS["perplexity"]),
+    "filter_utility": ("selection=uniform", *FILTERS["utility"]),
     "filter_dsir_opus": ("selection=opus", SCORED, *FILTERS["dsir"]),
 }
 MAIN = ("uniform", "dsir", "importance", "opus", "exact", "published")

@@ -20,7 +20,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import common, estimators, faults, filters, pools, quality, throughput
+from benchmarks import columns, common, estimators, faults, filters, pools, quality, throughput
 from benchmarks.scoring import count_bytes
 from megaopus.build import Corpora
 from megaopus.config import compose
@@ -128,7 +128,7 @@ def test_machine_is_recorded_beside_the_rows(output: Path) -> None:
 
 def test_throughput_rows(tiny_corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "throughput.json"
-    plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=2, steps=2)
+    plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=2, reference=SMALL)
     assert throughput.main(["--json", str(path), "--corpus", str(tiny_corpus), "--threads", "1"], plan) == 0
     (row,) = json.loads(path.read_text())
     assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
@@ -139,7 +139,7 @@ def test_throughput_rows(tiny_corpus: Path, tmp_path: Path) -> None:
 
 
 def test_throughput_refuses_to_compare_different_work(tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=2, steps=2)
+    plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=2, reference=SMALL)
     monkeypatch.setattr(throughput.ReferenceGPT, "copy_weights", lambda self, source: None)
     with pytest.raises(EngineError, match="plain PyTorch"):
         throughput.main(["--corpus", str(tiny_corpus), "--threads", "1"], plan)
@@ -267,14 +267,18 @@ def test_area_under_the_curve_counts_ties_half() -> None:
     assert filters.area(better, worse) == pytest.approx((1 + 0 + 1 + 0.5 + 1 + 1) / 6)
 
 
+SMALL = [text for text in columns.REFERENCE if not text.startswith("optim.warmup")]
+SMALL += ["train.steps=2", "optim.warmup_steps=0", "data.seq_len=32", "model.hidden_size=48"]
+
+
 def test_columns_of_the_quality_study_are_made_once(tiny_corpus: Path, tmp_path: Path) -> None:
     place = tmp_path / "corpus"
     place.symlink_to(tiny_corpus)
     corpus = Corpus.open(place)
     for name in quality.FILTERS:
-        pools.ensure_column(corpus, name)
+        columns.ensure_column(corpus, name, reference=SMALL)
         made = (tmp_path / "corpus.scores" / name / "column.json").stat().st_mtime_ns
-        pools.ensure_column(corpus, name)
+        columns.ensure_column(corpus, name, reference=SMALL)
         assert (tmp_path / "corpus.scores" / name / "column.json").stat().st_mtime_ns == made
         config = compose([f"data.path={place}", "data.seq_len=32", *quality.FILTERS[name]])
         assert 0 < len(Corpora(config).pool) < len(Sequences(corpus, "pool", 32)) / 3
