@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "job.sbatch"
 TEMPLATE = ROOT / "launch" / "slurm.sbatch"
 PATH = re.compile(r"[A-Za-z0-9_./+:@=-]+")
 """A path that Slurm (%), Hydra (commas, brackets, quotes, $) and its #SBATCH lines (spaces, #) take as it is."""
@@ -154,7 +155,8 @@ def resolve(args: argparse.Namespace, python: str, run_dir: Path, folder: Path) 
     lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
     lines += [f"#SBATCH --{option}" for option in ("requeue", *args.option)]
     config_dir = ["--config-dir", os.path.abspath(args.config_dir)] if args.config_dir else []
-    settings = {"work_dir": os.getcwd(), "run_dir": str(run_dir), "python": python}
+    launcher = f"sbatch {shlex.quote(str(folder / SCRIPT))}"
+    settings = {"work_dir": os.getcwd(), "run_dir": str(run_dir), "python": python, "launcher": launcher}
     assigned = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
     assigned.append(f"arguments=({shlex.join([*config_dir, *args.overrides])})")
     script = TEMPLATE.read_text()
@@ -189,7 +191,7 @@ def submit(script: str, folder: Path) -> str:
         folder.mkdir(parents=True)
     except FileExistsError:
         raise SubmitError(f"{folder}: another submission is under way") from None
-    path = folder / "job.sbatch"
+    path = folder / SCRIPT
     try:
         path.write_text(script)
         path.chmod(0o755)

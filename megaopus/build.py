@@ -334,13 +334,16 @@ def write_run_folder(config: RunConfig, run_dir: Path, mesh: Mesh, first_step: i
 
 
 def _launch_script(world_size: int) -> str:
-    """The command of this launch, from the folder it was given in."""
+    """The command of this launch, from the folder it was given in.
+
+    Who starts the ranks without torchrun says how in the environment: MEGAOPUS_LAUNCHER, a whole command.
+    """
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     program = "python"
     if world_size > 1:
         nodes = f"--nnodes {world_size // per_node} " if world_size > per_node else ""
         program = f"torchrun {nodes}--nproc-per-node {per_node}"
-    command = f"{program} -m megaopus {shlex.join(sys.argv[1:])}"
+    command = os.environ.get("MEGAOPUS_LAUNCHER") or f"{program} -m megaopus {shlex.join(sys.argv[1:])}"
     return f"#!/usr/bin/env bash\nset -euo pipefail\ncd {shlex.quote(os.getcwd())}\n{command}\n"
 
 

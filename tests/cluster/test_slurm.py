@@ -87,6 +87,7 @@ def test_a_preempted_job_saves_is_requeued_and_ends_as_the_straight_run(
         assert f"job {job}: {line}" in said
     assert f"after {stopped[1]} steps" in said  # resumed from
     assert_same(everything(run_dir), straight)
+    assert (run_dir / "launch.sh").read_text().endswith(f"\nsbatch {run_dir}/submissions/000/job.sbatch\n")
 
 
 STUB = """#!/usr/bin/env bash

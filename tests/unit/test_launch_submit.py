@@ -77,7 +77,8 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):
         "constraint=h100&ib",
         "exclusive",
     ]
-    assert f"python={sys.executable}\narguments=(run_dir=runs/first optim.lr=1e-3)\n" in done.stdout
+    launcher = f"launcher='sbatch {tmp_path}/runs/first/submissions/000/job.sbatch'"
+    assert f"python={sys.executable}\n{launcher}\narguments=(run_dir=runs/first optim.lr=1e-3)\n" in done.stdout
     assert "#@" not in done.stdout.split("\nset ", 1)[1]
 
 
