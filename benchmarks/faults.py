@@ -138,7 +138,10 @@ class Episode:
         if every := {"save": SAVE_EVERY, "evaluate": EVAL_EVERY}.get(phase):
             step = min(STEPS, (step // every + 1) * every)
         delay = 0.0 if kind in ("disk full", "second job") else self.draw.choice([0.0, self.draw.uniform(0.0, 0.05)])
-        return Fault(kind, phase, step, self.draw.randrange(self.ranks), delay)
+        rank = self.draw.randrange(self.ranks)
+        if kind == "disk full":
+            rank = 0  # others need not write a file
+        return Fault(kind, phase, step, rank, delay)
 
     def meet(self, fault: Fault) -> Ran:
         """Let it happen and record what came of it."""
