@@ -150,7 +150,7 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh),
         validation=validation,
         wanted=config.data.wanted or list(validation),
-        guard=UpdateGuard(config.train.spike_factor, config.train.spike_window),
+        guard=UpdateGuard(config.train.spike_factor, config.train.spike_window, clipped=config.optim.clip_grad > 0),
         max_skipped=config.train.max_skipped,
         pace=Pace(config.logging.every, mesh.gather_objects),
         stop_requested=lambda: _agreed(mesh, stop),

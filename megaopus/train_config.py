@@ -22,7 +22,9 @@ class TrainConfig:
     """Sequences per domain and validation."""
 
     spike_factor: float = 20.0
-    """An update whose gradient norm is above so many times the median of those before is skipped; 0: none is."""
+    """An update whose gradient norm is above so many times the median of those before is skipped; 0: none is.
+
+    After three in a row, with ``optim.clip_grad``, such gradients are trained on, and the median starts anew."""
     spike_window: int = 128
     """Applied updates over which that median is taken; the rule begins after a quarter of them."""
     max_skipped: int = 10

@@ -86,6 +86,21 @@ def test_a_bad_update_is_skipped_and_the_run_goes_on(
         assert sorted(json.loads(line.split("update skipped; ids ")[1].split("]")[0] + "]")) == sorted(picked[step])
 
 
+def test_gradients_that_stay_large_are_trained_on(
+    tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = [*CHOSEN, "train.max_skipped=4"]
+    with in_training(dict.fromkeys(range(5, 99), scaled(1e4))):
+        assert train(settings(tiny_corpus, tmp_path / "clipped", *chosen)) == 0
+        said = capsys.readouterr().out
+        with pytest.raises(EngineError, match="4 updates in a row were skipped, the last of them 9"):
+            train(settings(tiny_corpus, tmp_path / "bare", *chosen, "optim.clip_grad=0"))
+    metrics = {row["step"]: row for row in rows(tmp_path / "clipped" / "metrics.jsonl") if row["kind"] == "step"}
+    assert [step for step, row in metrics.items() if row["skipped"]] == [5, 6, 7]
+    assert "WARNING step 7: " in said
+    assert "3 in a row: from here on they are trained on" in said
+
+
 def test_a_run_that_only_skips_stops_and_names_the_last_checkpoint(tiny_corpus: Path, tmp_path: Path) -> None:
     overrides = settings(tiny_corpus, tmp_path, "train.max_skipped=3")
     last = tmp_path / "checkpoints" / "step_00000004"

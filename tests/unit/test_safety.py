@@ -16,7 +16,7 @@ def outcome(norm: float, guard: UpdateGuard, loss: float = 1.0) -> StepResult:
 
 
 def test_a_spike_is_measured_against_the_median_of_what_was_applied() -> None:
-    guard = UpdateGuard(10.0, window=8)
+    guard = UpdateGuard(10.0, window=8, clipped=True)
     assert guard.record(outcome(1e9, guard)) is None  # the first quarter of a window is taken as it comes
     assert guard.limit() == math.inf
     for norm in (1.0, 3.0, 2.0):
@@ -30,8 +30,29 @@ def test_a_spike_is_measured_against_the_median_of_what_was_applied() -> None:
     assert guard.limit() == 1.0
 
 
+def test_spikes_in_a_row_are_the_weights_doing() -> None:
+    guard, bare = UpdateGuard(10.0, window=8, clipped=True), UpdateGuard(10.0, window=8, clipped=False)
+    for each in (guard, bare):
+        for norm in (1.0, 1.0, 50.0, 1.0, 50.0, math.nan, 50.0):  # those that are skipped twice at most
+            each.record(outcome(norm, each))
+        assert (each.skipped, each.limit()) == (3, 10.0)
+    said = guard.record(outcome(60.0, guard))
+    assert said is not None
+    assert said.startswith("gradient norm 60 above 10 (10 times the median), 3 in a row: ")
+    assert "in a row" not in str(bare.record(outcome(60.0, bare)))
+    assert bare.record(outcome(60.0, bare)) is not None
+    assert (bare.skipped, guard.limit()) == (5, math.inf)
+    assert guard.record(outcome(60.0, guard)) is None
+    assert guard.skipped == 0
+    guard.record(outcome(40.0, guard))
+    assert guard.limit() == 500.0
+    for _ in range(2):  # it takes three again
+        assert guard.record(outcome(501.0, guard)) is not None
+    assert guard.limit() == 500.0
+
+
 def test_what_is_not_finite() -> None:
-    guard = UpdateGuard(10.0, window=8)
+    guard = UpdateGuard(10.0, window=8, clipped=True)
     assert guard.record(outcome(1.0, guard, loss=math.nan)) == "loss not finite"
     assert guard.record(outcome(math.nan, guard)) == "gradient not finite"
     assert guard.record(outcome(math.inf, guard)) == "gradient not finite"
@@ -41,14 +62,14 @@ def test_what_is_not_finite() -> None:
 
 
 def test_it_can_be_switched_off() -> None:
-    guard = UpdateGuard(0.0, window=2)
+    guard = UpdateGuard(0.0, window=2, clipped=True)
     for _ in range(4):
         guard.record(outcome(1.0, guard))
     assert guard.limit() == math.inf
 
 
 def test_it_goes_on_to_the_last_bit() -> None:
-    guard, again = UpdateGuard(3.0, window=4), UpdateGuard(3.0, window=4)
+    guard, again = UpdateGuard(3.0, window=4, clipped=True), UpdateGuard(3.0, window=4, clipped=True)
     for norm in (0.1, 1 / 3, 2 / 7, 1e-30, 5.0, math.nan):
         guard.record(outcome(norm, guard))
     again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
