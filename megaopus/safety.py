@@ -62,9 +62,7 @@ class UpdateGuard:
         reason = f"gradient norm {outcome.grad_norm:.3g} above {limit:.3g} ({self._factor:g} times the median)"
         if self._clipped and self._spikes == SPIKES:
             self._norms.clear()
-            reason += (
-                f", the {SPIKES}rd in a row: from here on they are trained on, clipped, and the median starts anew"
-            )
+            reason += f", {SPIKES} in a row: from here on they are trained on, clipped, and the median starts anew"
         return reason
 
     def state_dict(self) -> dict[str, Any]:
