@@ -128,7 +128,7 @@ def test_machine_is_recorded_beside_the_rows(output: Path) -> None:
 
 def test_throughput_rows(tiny_corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "throughput.json"
-    plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=2, reference=SMALL)
+    plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=2, steps=2)
     assert throughput.main(["--json", str(path), "--corpus", str(tiny_corpus), "--threads", "1"], plan) == 0
     (row,) = json.loads(path.read_text())
     assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
@@ -139,7 +139,7 @@ def test_throughput_rows(tiny_corpus: Path, tmp_path: Path) -> None:
 
 
 def test_throughput_refuses_to_compare_different_work(tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=2, reference=SMALL)
+    plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=2, steps=2)
     monkeypatch.setattr(throughput.ReferenceGPT, "copy_weights", lambda self, source: None)
     with pytest.raises(EngineError, match="plain PyTorch"):
         throughput.main(["--corpus", str(tiny_corpus), "--threads", "1"], plan)
