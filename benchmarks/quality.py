@@ -281,6 +281,7 @@ def draw(study: Study, folder: Path) -> None:
             title=f"{pool}: loss on the wanted domain", xlabel="update tokens (millions)", ylabel="loss (nats a token)"
         )
         axes.legend(title="arm (seeds)", fontsize=8)
+        folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"quality_{pool}.png", dpi=110)
         pyplot.close(figure)
 
