@@ -168,7 +168,7 @@ def _record(config: RunConfig) -> str:
     whole = len(range(0, config.train.steps, every))
     rows = whole * config.buffer_size() + (config.train.steps - whole) * kept
     size = rows * CHOICE_BYTES
-    overlaps = 8 * config.num_scored() * config.train.global_batch_size * config.selection.score_every
+    overlaps = 8 * config.buffer_size() * config.train.global_batch_size * config.selection.score_every
     if config.selection.redundancy > 0 and overlaps <= config.logging.overlaps_mb * 1e6:
         size += overlaps * len(range(0, config.train.steps, math.lcm(every, config.selection.score_every)))
     of = "every step" if every == 1 else f"every {every}th step, picks of the others"
