@@ -231,15 +231,15 @@ def _cost(results: Results, pool: str, optimizer: str, arm: str, of: str) -> flo
 
 
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
-    """The tables a person reads, a pool each."""
-    for pool in dict.fromkeys(row["corpus"] for row in rows):
-        here = [row for row in rows if row["corpus"] == pool]
-        table = Table(title=f"{pool}; ratios: less is better, - not reached by every seed", box=SIMPLE, padding=0)
-        for name in ("", "arm", "seeds", "tokens", "time", "step", "final loss", "p unif", "p dsir", "unique"):
-            table.add_column(name, justify="left" if name in ("", "arm") else "right", no_wrap=True)
+    """The tables a person reads, one per pool and optimizer."""
+    for pool, optimizer in dict.fromkeys((row["corpus"], row["optimizer"]) for row in rows):
+        here = [row for row in rows if (row["corpus"], row["optimizer"]) == (pool, optimizer)]
+        title = f"{pool}, {optimizer}; ratios: less is better, - not reached by every seed"
+        table = Table(title=title, box=SIMPLE, padding=0)
+        for name in ("arm", "seeds", "tokens", "time", "step", "final loss", "p uni", "p dsir", "uniq"):
+            table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
         for row in here:
             table.add_row(
-                row["optimizer"],
                 row["arm"],
                 str(row["seeds"]),
                 spread(row["tokens_ratio"], row["tokens_ratio_std"], 2),
@@ -253,36 +253,48 @@ def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
         console.print(table)
 
 
-def draw(study: Study, folder: Path) -> None:
-    """A picture for each pool: the loss on the wanted domain over update tokens, mean of the seeds, AdamW."""
+def draw(study: Study, rows: list[dict[str, Any]], folder: Path) -> None:
+    """A picture per pool and optimizer: the loss on the wanted domain over update tokens, mean of the seeds.
+
+    The main arms are drawn in full, the others dashed; the legend has the arms as they end, the worst on top, with the
+    final losses of the tables (``rows``).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps, pyplot
 
     runs = study.done()
-    for pool in dict.fromkeys(key[0] for key in runs):
-        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-        finals: dict[str, float] = {}
-        for arm in ARMS:
-            found = list(runs.get((pool, "adamw", arm), {}).values())
-            if not found:
-                continue
-            curves = list(zip(*(row["validations"] for row in found), strict=True))[1:]
+    folder.mkdir(parents=True, exist_ok=True)
+    order = [*range(0, 20, 2), *range(1, 20, 2)]  # the light half of the map last
+    colours = {arm: colormaps["tab20"](index) for arm, index in zip(ARMS, order, strict=True)}
+    for pool, optimizer in dict.fromkeys((row["corpus"], row["optimizer"]) for row in rows):
+        here = [row for row in rows if (row["corpus"], row["optimizer"]) == (pool, optimizer)]
+        finals = {row["arm"]: row["final_loss"] for row in here}
+        figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+        for arm in sorted(finals, key=lambda name: -finals[name]):
+            found = list(runs[pool, optimizer, arm].values())
+            curves = list(zip(*(each["validations"] for each in found), strict=True))[1:]
             tokens = [points[0]["tokens"] / 1e6 for points in curves]
             losses = [statistics.fmean(point["loss"] for point in points) for points in curves]
-            axes.plot(tokens, losses, label=f"{arm} ({len(found)})", linewidth=2.4 if arm in HEADLINE else 1.2)
-            finals[arm] = losses[-1]
-        if "uniform" in finals:
-            axes.axhline(finals["uniform"], color="grey", linewidth=0.8, linestyle=":")
-        lowest = min(finals.values())
-        axes.set_ylim(lowest - 0.05, finals.get("uniform", lowest) + 1.0)
+            axes.plot(
+                tokens,
+                losses,
+                color=colours[arm],
+                linewidth=2.4 if arm in HEADLINE else 1.4,
+                linestyle="-" if arm in MAIN else "--",
+                label=f"{arm}: {finals[arm]:.3f} ({len(found)})",
+            )
+        axes.axhline(finals["uniform"], color="grey", linewidth=0.8, linestyle=":")
+        axes.set_ylim(min(finals.values()) - 0.05, max(finals.values()) + 1.0)
         axes.set(
-            title=f"{pool}: loss on the wanted domain", xlabel="update tokens (millions)", ylabel="loss (nats a token)"
+            title=f"{pool}, {optimizer}: loss on the wanted domain",
+            xlabel="update tokens (millions)",
+            ylabel="loss (nats a token)",
         )
-        axes.legend(title="arm (seeds)", fontsize=8)
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"quality_{pool}.png", dpi=110)
+        figure.legend(title="arm: final loss (seeds)", fontsize=8, loc="outside right upper")
+        suffix = "" if optimizer == "adamw" else f"_{optimizer}"
+        figure.savefig(folder / f"quality_{pool}{suffix}.png", dpi=110)
         pyplot.close(figure)
 
 
@@ -334,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = rows_of(study)
     print_rows(rows, console)
     if args.plots:
-        draw(study, args.plots)
+        draw(study, rows, args.plots)
     if args.json:
         write_results(args.json, rows, {**machine(args), "plan": asdict(plan)})
         console.print(f"rows: {args.json}")

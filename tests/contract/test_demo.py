@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from benchmarks import quality
 from benchmarks.study import Results, summary_of
@@ -90,3 +91,9 @@ def test_quality_rows(folder: Path, tmp_path: Path) -> None:
     if opus["tokens_ratio"] is not None:
         assert opus["time_ratio"] == pytest.approx(2 * opus["tokens_ratio"])
     assert len({study.task(job).key for job in jobs}) == len(jobs)
+    console = Console(width=80, record=True)
+    quality.print_rows(list(rows.values()), console)
+    assert "…" not in console.export_text()
+    quality.draw(again, list(rows.values()), tmp_path / "plots")
+    pictures = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert pictures == {"quality_demo.png", "quality_mixed.png", "quality_mixed_muon.png"}
