@@ -105,6 +105,8 @@ class Plan:
 
 FULL = Plan(600, 30, 32, (1, 2, 3), (1, 2, 3, 4, 5), 5, POOLS, MAIN, tuple(a for a in ARMS if a not in MAIN))
 QUICK = Plan(60, 10, 8, (1,), (1,), 2, ("demo",), ("uniform", "dsir", "opus"), ())
+PROBES = ("exact_8", "exact_proxy32", "exact_contrast")
+"""What exact scoring lacks: leads, with one seed each (docs/decisions/007)."""
 HEADLINE = ("uniform", "dsir", "importance", "opus")
 HEADLINE_POOLS = ("mixed", "hard")
 
@@ -127,7 +129,9 @@ def jobs_of(plan: Plan, pools: Sequence[str]) -> list[Job]:
         if pool == "mixed":
             chosen += [("adamw", arm) for arm in plan.more_arms]
             chosen += [("muon", arm) for arm in plan.arms] if plan.more_arms else []
-        found += [Job(seed, pool, optimizer, arm) for optimizer, arm in chosen for seed in plan.seeds]
+        for optimizer, arm in chosen:
+            seeds = plan.seeds[:1] if arm in PROBES else plan.seeds
+            found += [Job(seed, pool, optimizer, arm) for seed in seeds]
         if pool in HEADLINE_POOLS:
             extra = set(plan.headline_seeds) - set(plan.seeds)
             found += [Job(seed, pool, "adamw", arm) for arm in HEADLINE for seed in extra]
@@ -345,6 +349,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 results.add(f"timing/{group[0]}/{group[1]}", row)
     rows = rows_of(study)
     print_rows(rows, console)
+    runs = [row for found in study.done().values() for row in found.values()]
+    hours = sum(row["validations"][-1]["time_s"] for row in runs) / 3600
+    console.print(
+        f"{len(runs)} of {len(study.jobs)} runs, {hours:.1f} hours of training, one after another", highlight=False
+    )
     if args.plots:
         draw(study, rows, args.plots)
     if args.json:
