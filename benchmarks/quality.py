@@ -234,10 +234,17 @@ def _cost(results: Results, pool: str, optimizer: str, arm: str, of: str) -> flo
     return timing[of][arm] / timing["seconds"]["uniform"]
 
 
+def _groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """(pool, optimizer) -> its rows."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["corpus"], row["optimizer"]), []).append(row)
+    return found
+
+
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     """The tables a person reads, one per pool and optimizer."""
-    for pool, optimizer in dict.fromkeys((row["corpus"], row["optimizer"]) for row in rows):
-        here = [row for row in rows if (row["corpus"], row["optimizer"]) == (pool, optimizer)]
+    for (pool, optimizer), here in _groups(rows).items():
         title = f"{pool}, {optimizer}; ratios: less is better, - not reached by every seed"
         table = Table(title=title, box=SIMPLE, padding=0)
         for name in ("arm", "seeds", "tokens", "time", "step", "final loss", "p uni", "p dsir", "uniq"):
@@ -272,8 +279,7 @@ def draw(study: Study, rows: list[dict[str, Any]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     order = [*range(0, 20, 2), *range(1, 20, 2)]  # the light half of the map last
     colours = {arm: colormaps["tab20"](index) for arm, index in zip(ARMS, order, strict=True)}
-    for pool, optimizer in dict.fromkeys((row["corpus"], row["optimizer"]) for row in rows):
-        here = [row for row in rows if (row["corpus"], row["optimizer"]) == (pool, optimizer)]
+    for (pool, optimizer), here in _groups(rows).items():
         finals = {row["arm"]: row["final_loss"] for row in here}
         figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
         for arm in sorted(finals, key=lambda name: -finals[name]):
@@ -312,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--seeds", nargs="+", type=int, help="of the plan's, these alone")
     command.add_argument("--folder", type=Path, help="corpora and run folders (default: runs/quality)")
     command.add_argument("--results", type=Path, help="rows of finished runs (default: FOLDER/results.jsonl)")
-    command.add_argument("--plots", type=Path, metavar="FOLDER", help="a picture for each pool")
+    command.add_argument("--plots", type=Path, metavar="FOLDER", help="a picture per pool and optimizer")
     command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (%(default)s)")
     command.add_argument("--no-training", action="store_true", help="times and tables of the runs there are")
     command.add_argument("--no-timing", action="store_true", help="leave the seconds of a step as they are")
