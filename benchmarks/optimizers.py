@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import machine, parser, progress, start, write_results
-from benchmarks.study import Nobody, Results, Task, run_of, step_costs, task, train_all
+from benchmarks.study import Nobody, Results, Task, refuse_other_corpora, run_of, step_costs, task, train_all
 from megaopus.build import Corpora, build_trainer
 from megaopus.config import compose
 from megaopus.data.traits import ensure_traits
@@ -245,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     corpora = Corpora(compose(study.overrides("adamw", 1e-3, "uniform", SEED)))
     ensure_traits(corpora.pool, corpora.proxy(), None, console)
     if not args.no_training:
+        refuse_other_corpora(study.first_tasks(), study.results)
         train_all(list(study.first_tasks()), study.results, folder, args.jobs, console)
         train_all(list(study.second_tasks(args.arms or plan.arms)), study.results, folder, args.jobs, console)
     if not args.no_timing:

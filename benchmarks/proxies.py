@@ -27,7 +27,19 @@ from rich.table import Table
 
 from benchmarks.common import machine, parser, start, write_results
 from benchmarks.pools import mixed, prepare_texts
-from benchmarks.study import COMMON, SCORED, Results, Task, mean_share, p_value, run_of, spread, task, train_all
+from benchmarks.study import (
+    COMMON,
+    SCORED,
+    Results,
+    Task,
+    mean_share,
+    p_value,
+    refuse_other_corpora,
+    run_of,
+    spread,
+    task,
+    train_all,
+)
 from megaopus.build import Corpora
 from megaopus.config import compose
 from megaopus.data import bench_proxy
@@ -187,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (not args.arms or arm in args.arms) and (not args.seeds or seed in args.seeds)
     ]
     if not args.no_training:
+        refuse_other_corpora(study.tasks().values(), study.results)
         for corpus in (study.places.random, study.places.near):  # once, not in each of the runs at the same time
             corpora = Corpora(
                 compose([*COMMON, f"data.path={corpus}", f"data.validation_path={study.places.held_out}"])

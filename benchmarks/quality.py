@@ -37,6 +37,7 @@ from benchmarks.study import (
     Task,
     mean_share,
     p_value,
+    refuse_other_corpora,
     run_of,
     spread,
     step_costs,
@@ -340,6 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study = Study(plan, jobs_of(plan, pools), places, results, folder)
     asked = {"arm": args.arms, "optimizer": args.optimizers, "seed": args.seeds}
     chosen = [job for job in study.jobs if all(not only or getattr(job, name) in only for name, only in asked.items())]
+    if not args.no_training:
+        refuse_other_corpora(map(study.task, study.jobs), results)
     _prepare(study, chosen, console)
     if not args.no_training:
         train_all([study.task(job) for job in chosen], results, folder, args.jobs, console)

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,6 +24,7 @@ from rich.progress import Progress
 from benchmarks.common import CLOCKS, ROOT, interleaved
 from megaopus.build import Corpora, build_trainer
 from megaopus.config import compose, differences
+from megaopus.data.corpus import Corpus
 from megaopus.demo import picked_share
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
@@ -52,7 +53,7 @@ class Results:
     """Rows of finished runs and timings, one JSON line each, added as they come."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         self._lock = Lock()
         self.rows: dict[str, dict[str, Any]] = {}
         if path.is_file():
@@ -61,8 +62,8 @@ class Results:
     def add(self, key: str, row: dict[str, Any]) -> None:
         with self._lock:
             self.rows[key] = {"key": key, **row}
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as stream:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as stream:
                 stream.write(json.dumps(self.rows[key]) + "\n")
 
 
@@ -74,6 +75,13 @@ class Task:
     key: str
     overrides: tuple[str, ...]
     fields: Mapping[str, Any]
+
+    @property
+    def corpora(self) -> str:
+        """Digest of the texts that it trains on, aims at and is validated on, as tokenised."""
+        data = compose(list(self.overrides)).data
+        paths = [data.path, data.proxy_path or data.path, data.validation_path or data.path]
+        return "-".join(_content(path)[:8] for path in dict.fromkeys(map(Path, paths)))
 
 
 def task(title: str, path: str, overrides: Sequence[str], fields: Mapping[str, Any]) -> Task:
@@ -88,6 +96,29 @@ def _digest(overrides: tuple[str, ...]) -> str:
     for name in ("run_dir", *(f"data.{path}" for path in ("path", "proxy_path", "validation_path", "traits_path"))):
         config.pop(name, None)
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@cache
+def _content(corpus: Path) -> str:
+    """Of what a corpus holds, whatever made it."""
+    digests = {name: each["sha256"] for name, each in Corpus.open(corpus).manifest["files"].items()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def refuse_other_corpora(tasks: Iterable[Task], results: Results) -> None:
+    """Rows are compared with one another, so that a study goes on with the corpora that it began with.
+
+    Raises:
+        SystemExit: the row of one of ``tasks`` is of other corpora than lie here.
+    """
+    for each in tasks:
+        row = results.rows.get(each.key)
+        if row is not None and row.get("corpora") != each.corpora:
+            raise SystemExit(
+                f"{each.title}: its row in {results.path} is of other corpora ({row.get('corpora')}) than lie here "
+                f"({each.corpora}), and new rows could not be compared with it: bring those corpora, or name another "
+                "file with --results"
+            )
 
 
 def train_all(tasks: Sequence[Task], results: Results, folder: Path, workers: int, console: Console) -> None:
@@ -126,7 +157,7 @@ def _trained(each: Task, folder: Path, threads: int) -> dict[str, Any]:
     if status:
         raise SystemExit(f"{run_dir}: training ended with exit status {status}; see {log}")
     run = load_run(run_dir)
-    row = {**each.fields, **summary_of(run), "commit": run.environment.get("git")}
+    row = {**each.fields, **summary_of(run), "corpora": each.corpora, "commit": run.environment.get("git")}
     shutil.rmtree(run_dir)
     log.unlink()
     return row

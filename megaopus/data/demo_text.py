@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from packaging.requirements import Requirement
 
 from megaopus.data.permutation import mix
 from megaopus.errors import DataError
@@ -93,7 +94,7 @@ def noise(texts: list[str], seed: int = 0) -> Iterator[Item]:
 
 
 def distributions() -> dict[str, importlib.metadata.Distribution]:
-    """``ROOTS`` and everything installed that they require, extras left out; by normalised name, sorted.
+    """``ROOTS`` and what they require of this Python and platform, extras left out; by normalised name, sorted.
 
     Raises:
         DataError: one of the roots is not installed.
@@ -109,11 +110,12 @@ def distributions() -> dict[str, importlib.metadata.Distribution]:
         except importlib.metadata.PackageNotFoundError:
             if name in ROOTS:
                 raise DataError(f"{name} is not installed, though this project requires it; run 'make setup'") from None
-            continue  # required on another platform or Python only
+            continue  # this installation does without
         found[name] = distribution
-        for requirement in distribution.requires or []:
-            if "extra ==" not in requirement:
-                waiting.append(re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0])
+        for requirement in map(Requirement, distribution.requires or []):
+            # one meant for another Python may be here for another package's sake, which is no reason to read it
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
     return dict(sorted(found.items()))
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -20,12 +21,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import columns, common, estimators, faults, filters, pools, quality, throughput
+from benchmarks import columns, common, estimators, faults, filters, pools, quality, study, throughput
 from benchmarks.scoring import count_bytes
 from megaopus.build import Corpora
 from megaopus.config import compose
 from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
+from megaopus.data.split import SplitRule
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
@@ -260,6 +262,23 @@ def test_filters_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(0 <= row["auc"] <= 1 and row["seeds"] == 1 for row in rows.values())
     assert rows["dsir", "foreign"]["auc"] == 1
     assert rows["dsir", "boilerplate"]["auc"] == 1
+
+
+def test_a_study_refuses_to_go_on_with_other_texts(tiny_corpus: Path, tmp_path: Path) -> None:
+    texts = {"docs": [(str(number), f"a text of its own, number {number} of sixty") for number in range(60)]}
+    pools.prepare_texts(tmp_path / "corpus", lambda: texts, SplitRule(0.2, 0.2, ("docs",)), vocab_size=300)
+    copy = shutil.copytree(tiny_corpus, tmp_path / "copy")
+    first, same, other = (
+        study.task("arm", "arm/1", [f"data.path={path}", "data.wanted=[docs]", "data.seq_len=16"], {})
+        for path in (tiny_corpus, copy, tmp_path / "corpus")
+    )
+    assert first.key == same.key == other.key
+    results = study.Results(tmp_path / "rows.jsonl")
+    study.refuse_other_corpora([first, other], results)
+    results.add(first.key, {"corpora": first.corpora})
+    study.refuse_other_corpora([first, same], results)
+    with pytest.raises(SystemExit, match="of other corpora"):
+        study.refuse_other_corpora([first, other], results)
 
 
 def test_area_under_the_curve_counts_ties_half() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +45,25 @@ def test_building_twice_gives_one_fingerprint(tmp_path):
     provenance = first.manifest["provenance"]
     assert {"torch", "numpy", "megatron-core"} <= set(provenance["distributions"])
     assert provenance["limits"] == TINY
+
+
+def test_what_other_packages_brought_along_is_left_out(monkeypatch):
+    required = {name: [] for name in demo_text.ROOTS}
+    required["torch"] = [
+        "Sub_Package>=1",
+        "backport; python_version < '3'",
+        "needed; python_version >= '3'",
+        "more; extra == 'all'",
+    ]
+    required |= {"sub-package": ["numpy", "missing"], "backport": [], "needed": [], "more": []}
+
+    def distribution(name):
+        if name not in required:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return SimpleNamespace(requires=required[name] or None)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    assert list(demo_text.distributions()) == sorted({*demo_text.ROOTS, "sub-package", "needed"})
 
 
 def test_each_domain_fills_its_limit(rows):
