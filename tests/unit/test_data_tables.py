@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import datasets
+import huggingface_hub.constants
 import numpy as np
 import pyarrow
 import pytest
@@ -167,6 +168,6 @@ def test_tokenizers_that_are_not_there(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "vocab.bpe").write_text("broken line")
     with pytest.raises(DataError, match=r"encoder\.json and vocab\.bpe are not a BPE"):
         load_tokenizer(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"nobody/nothing: no such tokenizer file or folder, and not to be had"):
         load_tokenizer("nobody/nothing")
