@@ -242,10 +242,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = QUICK if args.quick else FULL
     folder = args.folder or Path("runs/optimizers_quick" if args.quick else "runs/optimizers")
     study = Comparison(plan, ensure_corpus(args.corpus, console), Results(args.results or folder / "results.jsonl"))
+    if not args.no_training:
+        refuse_other_corpora(study.first_tasks(), study.results)
     corpora = Corpora(compose(study.overrides("adamw", 1e-3, "uniform", SEED)))
     ensure_traits(corpora.pool, corpora.proxy(), None, console)
     if not args.no_training:
-        refuse_other_corpora(study.first_tasks(), study.results)
         train_all(list(study.first_tasks()), study.results, folder, args.jobs, console)
         train_all(list(study.second_tasks(args.arms or plan.arms)), study.results, folder, args.jobs, console)
     if not args.no_timing:
