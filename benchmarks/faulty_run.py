@@ -26,9 +26,9 @@ import torch
 
 from megaopus.__main__ import main as megaopus
 from megaopus.checkpoint.manifest import COMPLETE, MANIFEST, digest_of, entry, manifest_text, read_manifest
-from megaopus.distributed.watch import Watch
-from megaopus.engine.megatron import MegatronEngine
-from megaopus.monitor.monitor import Monitor
+from megaopus.engine.megatron.engine import MegatronEngine
+from megaopus.record.recorder import Monitor
+from megaopus.training.watchdog import Watch
 
 STEPS, SAVE_EVERY, EVAL_EVERY = 20, 4, 6
 PHASES = ("score", "train", "evaluate", "save")

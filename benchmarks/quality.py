@@ -47,10 +47,10 @@ from benchmarks.study import (
 from megaopus.build import Corpora
 from megaopus.config import compose
 from megaopus.data.corpus import Corpus
-from megaopus.data.traits import ensure_traits
+from megaopus.data.text_features import ensure_traits
 from megaopus.demo import WANTED as DEMO_WANTED
 from megaopus.demo import ensure_corpus
-from megaopus.monitor.compare import aggregate, compare
+from megaopus.report.compare import aggregate, compare
 
 POOLS = ("demo", "mixed", "hard", "clean")
 FILTERS = {

@@ -27,23 +27,23 @@ from megaopus.checkpoint.lock import run_lock
 from megaopus.config import RunConfig, default_settings, to_yaml
 from megaopus.data.candidates import CandidateStream
 from megaopus.data.corpus import Corpus
-from megaopus.data.keeping import kept_documents
 from megaopus.data.mixture import continued, parse_stages, plain
+from megaopus.data.score_filter import kept_documents
 from megaopus.data.sequences import Sequences
-from megaopus.data.traits import SequenceTraits, ensure_traits
+from megaopus.data.text_features import SequenceTraits, ensure_traits
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
-from megaopus.distributed.watch import Watch
-from megaopus.engine.deepspeed import DeepSpeedEngine
-from megaopus.engine.megatron import MegatronEngine
+from megaopus.engine.deepspeed.engine import DeepSpeedEngine
+from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.errors import CheckpointError
-from megaopus.models.arithmetic import count_parameters
-from megaopus.monitor.health import STOP_EXIT_CODE, StopSignal
-from megaopus.monitor.monitor import Monitor
-from megaopus.pace import Pace
-from megaopus.safety import UpdateGuard
+from megaopus.models.flops import count_parameters
+from megaopus.record.recorder import Monitor
 from megaopus.selection import SelectionConfig, Selector
-from megaopus.trainer import Trainer
+from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
+from megaopus.training.spike_guard import UpdateGuard
+from megaopus.training.straggler import Pace
+from megaopus.training.trainer import Trainer
+from megaopus.training.watchdog import Watch
 
 PACKAGES = ("megaopus", "torch", "megatron-core", "deepspeed", "tokenizers", "numpy")
 """Whose versions a run's environment.json tells."""

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megaopus.config import RunConfig, differences, validate
 from megaopus.errors import ConfigError
-from megaopus.models.arithmetic import (
+from megaopus.models.flops import (
     VOCAB_MULTIPLE,
     Weight,
     count_parameters,
@@ -102,8 +102,8 @@ def open_data(config: RunConfig) -> Data:
     """Open the corpora of ``config`` and count their sequences; raises DataError."""
     from megaopus.data.candidates import CandidateStream
     from megaopus.data.corpus import Corpus
-    from megaopus.data.keeping import kept_documents
     from megaopus.data.mixture import parse_stages
+    from megaopus.data.score_filter import kept_documents
     from megaopus.data.sequences import Sequences
 
     data = config.data

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaopus.changes import FIXED, TRAINING, class_of, flat
 from megaopus.errors import Problem
-from megaopus.models.arithmetic import count_parameters, padded_vocab
+from megaopus.models.flops import count_parameters, padded_vocab
 
 if TYPE_CHECKING:
     from megaopus.config import RunConfig

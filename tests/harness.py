@@ -20,8 +20,8 @@ import torch.multiprocessing as mp
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
-from megaopus.engine.deepspeed import DeepSpeedEngine
-from megaopus.engine.megatron import MegatronEngine
+from megaopus.engine.deepspeed.engine import DeepSpeedEngine
+from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 

@@ -21,7 +21,7 @@ from megaopus.checkpoint.manifest import COMPLETE, MANIFEST, Entry, digest_of, e
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.errors import CheckpointError
-from megaopus.files import sync
+from megaopus.fs import sync
 
 FORMAT = 2
 _NAME = re.compile(r"step_\d{8,}")
@@ -40,7 +40,7 @@ Groups = dict[str, dict[str, Tensor]]
 
 
 class SavingLike(Protocol):
-    """Weights on their way to disk (``megaopus.engine.saving.Saving``)."""
+    """Weights on their way to disk (``megaopus.engine.pending_save.Saving``)."""
 
     def start(self, look: Callable[[Path], Any], background: bool) -> None: ...
 

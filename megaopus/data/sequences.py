@@ -15,7 +15,7 @@ from megaopus.errors import DataError
 
 if TYPE_CHECKING:
     from megaopus.data.candidates import CandidateBuffer
-    from megaopus.data.keeping import Kept
+    from megaopus.data.score_filter import Kept
 
 
 class Sequences:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megaopus.engine.saving import Saving
+from megaopus.engine.pending_save import Saving
 from megaopus.selection.backend import Candidates, Gradient, ScoringBackend
 
 

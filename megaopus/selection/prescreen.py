@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaopus.selection import noise, sampler
+from megaopus.selection import counter_rng, sampler
 from megaopus.selection.backend import Traits
 from megaopus.selection.config import PrescreenConfig
 
@@ -109,7 +109,7 @@ class Prescreen:
         """
         drawn = count if standing is None else min(self._config.slice, count)
         uniform = torch.zeros(len(ids), dtype=torch.bool)
-        uniform[allowed[sampler.pick_top_k(noise.uniform(key, ids[allowed]), ids[allowed], drawn)]] = True
+        uniform[allowed[sampler.pick_top_k(counter_rng.uniform(key, ids[allowed]), ids[allowed], drawn)]] = True
         chosen = uniform.clone()
         if standing is not None:
             rest = allowed[~uniform[allowed]]

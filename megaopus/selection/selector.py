@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaopus.selection import guards, noise, sampler
+from megaopus.selection import counter_rng, guards, sampler
 from megaopus.selection.backend import Batch, Candidates, Proxy, ScoringBackend, Traits
 from megaopus.selection.candidates import as_candidates
 from megaopus.selection.config import BY_PROXY, SelectionConfig
@@ -314,7 +314,7 @@ class Selector:
         if self._prescreen is not None and due:
             trusted = None if doubt or standing is None else standing - debt
             scored, uniform = self._prescreen.screen(
-                ids, buffer.allowed, trusted, self._num_scored(len(ids)), noise.key(self.seed, "slice", period)
+                ids, buffer.allowed, trusted, self._num_scored(len(ids)), counter_rng.key(self.seed, "slice", period)
             )
         found, gram = self._score(candidates, scored, step, events) if due else (None, None)
         utilities = None
@@ -401,7 +401,7 @@ class Selector:
             return replace(self._uniform(ids, buffer.allowed, period), redundancy=redundancy)
         self._tell_uniform(values[among], ratio, buffer.events)
         if config.score_every > 1:  # a fair mix in each step
-            picked = picked[noise.uniform(noise.key(self.seed, "turns", period), ids[picked]).argsort()]
+            picked = picked[counter_rng.uniform(counter_rng.key(self.seed, "turns", period), ids[picked]).argsort()]
         everyone = torch.zeros(len(ids), dtype=torch.float64).index_copy(0, among, p)
         return _Choice(period, picked, config.method, ess, ratio, everyone, redundancy=redundancy)
 

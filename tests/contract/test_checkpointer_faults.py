@@ -24,7 +24,7 @@ from megaopus.checkpoint.checkpointer import (
 )
 from megaopus.checkpoint.config import CheckpointConfig
 from megaopus.distributed.mesh import MeshShape
-from megaopus.engine.saving import Saving
+from megaopus.engine.pending_save import Saving
 from megaopus.errors import CheckpointError
 
 STATE: dict[str, Any] = {"time_s": 1.0, "selector": {}, "guard": {}, "identity": {}, "config": {}}

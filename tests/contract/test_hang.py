@@ -14,7 +14,7 @@ import pytest
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.distributed.watch import Watch
+from megaopus.training.watchdog import Watch
 from tests.exact.resume_runs import settings
 from tests.harness import free_ports
 

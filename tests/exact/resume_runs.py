@@ -17,7 +17,7 @@ from torch import Tensor
 from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
 from megaopus.config import RunConfig, compose
-from megaopus.monitor.choices import FOLDER, parts, read_part
+from megaopus.record.parquet import FOLDER, parts, read_part
 
 STEPS = 10
 TIMING = ("time_s", "step_s", "select_s")

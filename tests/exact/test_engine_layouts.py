@@ -12,7 +12,7 @@ from benchmarks.reference_gpt import ReferenceGPT
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
-from megaopus.engine.megatron import MegatronEngine
+from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.models.gpt import full_parameters, whole_names
 from megaopus.optim.build import state_names
 from megaopus.optim.config import OptimConfig

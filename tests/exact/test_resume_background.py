@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from megaopus.checkpoint.checkpointer import Checkpointer, complete_checkpoints
-from megaopus.engine.saving import Saving
+from megaopus.engine.pending_save import Saving
 from megaopus.errors import CheckpointError
-from megaopus.monitor.health import STOP_EXIT_CODE
+from megaopus.training.signals import STOP_EXIT_CODE
 from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, everything, settings, tensors, train
 from tests.faults import at_step
 

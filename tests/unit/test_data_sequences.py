@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from megaopus.corpus_tools.prepare import prepare
+from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
 from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.data.permutation import permute
-from megaopus.data.prepare import prepare
 from megaopus.data.sequences import Sequences
-from megaopus.data.sources import Source
-from megaopus.data.split import SplitRule
 from megaopus.errors import DataError
 
 L = 16

@@ -13,10 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from megaopus.data import traits
+from megaopus.data import text_features
 from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
-from megaopus.data.traits import SequenceTraits, ensure_traits, exact_signature, near_signature
+from megaopus.data.text_features import SequenceTraits, ensure_traits, exact_signature, near_signature
 from megaopus.errors import DataError
 
 SEQ_LEN = 32
@@ -40,7 +40,7 @@ def folder(pool: Sequences, proxy: Sequences, tmp_path_factory: pytest.TempPathF
 def buckets(tokens: list[int]) -> tuple[list[int], list[int]]:
     """Hashed uni- and bigrams of one sequence."""
     row = np.array([tokens], dtype=np.uint64)
-    uni, bi = traits.hashed(row)
+    uni, bi = text_features.hashed(row)
     return uni[0].tolist(), bi[0].tolist()
 
 
@@ -61,8 +61,8 @@ def test_log_odds_are_those_of_a_plain_count(pool: Sequences, proxy: Sequences, 
         total = 0.0
         for kind, hashes in enumerate(buckets(tokens)):
             odds = [
-                math.log((target[kind][h] + 1) / (target[kind].total() + traits.BUCKETS))
-                - math.log((whole[kind][h] + 1) / (whole[kind].total() + traits.BUCKETS))
+                math.log((target[kind][h] + 1) / (target[kind].total() + text_features.BUCKETS))
+                - math.log((whole[kind][h] + 1) / (whole[kind].total() + text_features.BUCKETS))
                 for h in hashes
             ]
             total += sum(odds) / len(odds)
@@ -78,7 +78,7 @@ def described(sequences: Sequences, row: int, others: list[tuple[Counter[int], C
     uni, bi = buckets(sequences.tokens(np.array([row]))[0].tolist())
 
     def log_p(counts: Counter[int], bucket: int) -> float:
-        return math.log((counts[bucket] + 1) / (counts.total() + traits.BUCKETS))
+        return math.log((counts[bucket] + 1) / (counts.total() + text_features.BUCKETS))
 
     found = []
     for unigrams, bigrams in others:
@@ -134,7 +134,7 @@ def test_a_pool_like_the_proxy_has_no_important_sequences(pool: Sequences, tmp_p
 def test_features_of_like_text_are_alike_and_blocks_stand_side_by_side(pool: Sequences, folder: Path) -> None:
     ids = torch.arange(0, len(pool), 3)
     whole = SequenceTraits(pool, folder).features(ids)
-    parts = [SequenceTraits(pool, folder, [block]).features(ids) for block in traits.BLOCKS]
+    parts = [SequenceTraits(pool, folder, [block]).features(ids) for block in text_features.BLOCKS]
     assert torch.equal(whole, torch.cat(parts, dim=1))
     ngrams, domain, likelihood, shape = parts
     assert ngrams.norm(dim=1).mean() == pytest.approx(1, abs=0.1)
@@ -166,7 +166,7 @@ def test_files_are_made_once_and_belong_to_pool_and_proxy(
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert ensure_traits(pool, proxy, parent, Console(quiet=True)) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    assert traits.traits_folder(pool, pool, parent) != folder
+    assert text_features.traits_folder(pool, pool, parent) != folder
     other = Sequences(pool.corpus, "pool", SEQ_LEN // 2)
     with pytest.raises(DataError, match="delete its folder"):
         SequenceTraits(other, folder)
@@ -175,7 +175,7 @@ def test_files_are_made_once_and_belong_to_pool_and_proxy(
     (broken / "near.npy").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"near\.npy: cannot be read"):
         SequenceTraits(pool, broken)
-    monkeypatch.setattr(traits, "_sketch", lambda *args: 1 / 0)
+    monkeypatch.setattr(text_features, "_sketch", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ensure_traits(pool, proxy, str(tmp_path / "new"), Console(quiet=True))
     assert not any((tmp_path / "new").iterdir())

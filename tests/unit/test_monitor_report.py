@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from megaopus.errors import DataError
-from megaopus.monitor import plots
-from megaopus.monitor.arms import find_arms
-from megaopus.monitor.base import Choices, SelectionRecord, StepRecord, ValidationRecord
-from megaopus.monitor.choices import FOLDER, ChoiceSink
-from megaopus.monitor.compare import aggregate, compare, load_run
-from megaopus.monitor.digest import QUANTILES, digest
-from megaopus.monitor.report import add_arguments, run, write_report
-from megaopus.monitor.sections import Texts
-from megaopus.monitor.sinks import JsonlSink
+from megaopus.record.parquet import FOLDER, ChoiceSink
+from megaopus.record.sinks import JsonlSink
+from megaopus.record.types import Choices, SelectionRecord, StepRecord, ValidationRecord
+from megaopus.report import figures
+from megaopus.report.arms import find_arms
+from megaopus.report.choice_summary import QUANTILES, digest
+from megaopus.report.compare import aggregate, compare, load_run
+from megaopus.report.page import add_arguments, run, write_report
+from megaopus.report.sections import Texts
 
 POOL = {"docs": 0.25, "source": 0.35, "readme": 0.25, "noise": 0.15}
 TOKENS = 16 * 256
@@ -135,7 +135,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pictures, which take a third of the time."""
-    monkeypatch.setattr(plots, "DPI", 40)
+    monkeypatch.setattr(figures, "DPI", 40)
 
 
 def report(*arguments: object, texts: Texts | None = None) -> str:

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from megaopus.errors import ConfigError, DataError
-from megaopus.monitor import choices as choices_module
-from megaopus.monitor.base import Choices, SelectionRecord, StepRecord, ValidationRecord
-from megaopus.monitor.choices import FOLDER, ChoiceSink, first_step, parts, pick_counts, read_part
-from megaopus.monitor.config import LoggingConfig
-from megaopus.monitor.monitor import Monitor
-from megaopus.monitor.sinks import RUN_ID_FILE, JsonlSink
+from megaopus.record import parquet as choices_module
+from megaopus.record.config import LoggingConfig
+from megaopus.record.parquet import FOLDER, ChoiceSink, first_step, parts, pick_counts, read_part
+from megaopus.record.recorder import Monitor
+from megaopus.record.sinks import RUN_ID_FILE, JsonlSink
+from megaopus.record.types import Choices, SelectionRecord, StepRecord, ValidationRecord
 
 TIMING = ("time_s", "step_s", "select_s")
 

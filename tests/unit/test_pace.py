@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megaopus.pace import Pace
+from megaopus.training.straggler import Pace
 
 
 def test_the_slowest_rank_and_the_wait_for_data() -> None:

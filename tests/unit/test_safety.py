@@ -6,7 +6,7 @@ import json
 import math
 
 from megaopus.engine.base import StepResult
-from megaopus.safety import UpdateGuard
+from megaopus.training.spike_guard import UpdateGuard
 
 
 def outcome(norm: float, guard: UpdateGuard, loss: float = 1.0) -> StepResult:
