@@ -25,7 +25,7 @@ from megaopus.changes import Change, changes, check_identity, refuse_unallowed
 from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate, set_aside
 from megaopus.checkpoint.lock import run_lock
 from megaopus.config import RunConfig, default_settings, to_yaml
-from megaopus.data.candidates import CandidateStream
+from megaopus.data.candidates import CandidateStream, evaluation_buffers
 from megaopus.data.corpus import Corpus
 from megaopus.data.mixture import continued, parse_stages, plain
 from megaopus.data.score_filter import kept_documents
@@ -142,7 +142,7 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
         wanted=partial(_is_wanted, config.data.wanted),
         traits=corpora.traits(selection, mesh) if selection.needs_traits else None,
     )
-    validation = corpora.validation.fixed(config.train.eval_sequences)
+    validation = evaluation_buffers(corpora.validation, config.train.eval_sequences)
     return Trainer(
         engine=engine,
         stream=candidate_stream(config, corpora),

@@ -167,10 +167,10 @@ def tiny_engine(
 
 def save_engine(engine: Any, folder: Path, groups: dict[str, Any]) -> None:
     """Write a checkpoint's weights as a checkpointer has them written (collective)."""
-    saving = engine.saving(folder, groups, False)
+    saving = engine.prepare_save(folder, groups, False)
     saving.start(lambda path: None, background=False)
     assert saving.error() is None
-    saving.finish()
+    saving.commit()
     engine.mesh.barrier()
 
 

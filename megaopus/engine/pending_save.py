@@ -1,4 +1,4 @@
-"""Writing a checkpoint's weights beside the training, and reading those of others without running what they hold.
+"""Writes a checkpoint's weights, beside the training if asked to.
 
 megatron-core writes through forked workers and a manager process. A signal meant for the job reaches those too (Slurm
 and shells signal whole process groups): the manager dies, and with it the very save that SIGTERM asked for. Forking a
@@ -8,37 +8,34 @@ process writes itself, in a thread if it is to go on meanwhile: a thread gets no
 
 from __future__ import annotations
 
-import inspect
-import pickle
-import queue
 import threading
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint import CheckpointException
 
-from megaopus.distributed.mesh import Mesh
-from megaopus.errors import EngineError
 
+class PendingSave:
+    """Writes weights to disk in two phases: ``write`` this rank's files, then ``commit`` once every rank has written.
 
-class Saving:
-    """Weights on their way to disk. ``write`` writes this rank's files and returns them, it may run in a thread;
-    ``finish``, collective, writes what is left to write when every rank's are there, and returns this rank's of it.
+    ``write`` returns the files and may run in a thread; ``commit``, collective, writes what is left and returns this
+    rank's files of it.
     """
 
-    def __init__(self, write: Callable[[], list[Path]], finish: Callable[[], list[Path]]):
-        self._write, self._finish = write, finish
-        self._look: Callable[[Path], Any] = lambda path: None
+    def __init__(self, write: Callable[[], list[Path]], commit: Callable[[], list[Path]]):
+        self._write, self._commit = write, commit
+        self._on_file_written: Callable[[Path], Any] = lambda path: None
         self._thread: threading.Thread | None = None
         self._found: dict[Path, Any] = {}
         self._error: BaseException | None = None
 
-    def start(self, look: Callable[[Path], Any], background: bool) -> None:
-        """Write; ``look`` sees each file after it is written. ``background``: in a thread, this returns at once."""
-        self._look = look
+    def start(self, on_file_written: Callable[[Path], Any], background: bool) -> None:
+        """Write; ``on_file_written`` sees each file after it is written.
+
+        ``background``: in a thread, and this returns at once.
+        """
+        self._on_file_written = on_file_written
         if not background:
             self._run()
             return
@@ -47,7 +44,7 @@ class Saving:
 
     def _run(self) -> None:
         try:
-            self._found = {path: self._look(path) for path in self._write()}
+            self._found = {path: self._on_file_written(path) for path in self._write()}
         except (Exception, CheckpointException) as error:  # torch's own is no Exception
             self._error = error
 
@@ -61,130 +58,6 @@ class Saving:
             self._thread.join()
         return self._error
 
-    def finish(self) -> dict[Path, Any]:
-        """End the save; what ``look`` said of each file that this rank wrote. Collective, if no rank has an error."""
-        return self._found | {path: self._look(path) for path in self._finish()}
-
-
-# -- megatron's sharded format ---------------------------------------------------------------------------------------
-
-
-@cache
-def in_process_strategy() -> Any:
-    """A sharded save strategy for ``dist_checkpointing.save`` whose request ``megatron_saving`` can carry out."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
-    class InProcessSave(TorchDistSaveShardedStrategy):
-        def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
-            filesystem_async._results_queue = queue.Queue()  # megatron would start a manager process for it
-            return super().async_save(sharded_state_dict, checkpoint_dir)
-
-    return InProcessSave("torch_dist", 1, thread_count=1)
-
-
-def megatron_saving(request: Any, folder: Path, mesh: Mesh, copy: bool) -> Saving:
-    """Carry out megatron's ``AsyncRequest``: same files, no other process.
-
-    ``copy``: copy the tensors to be written now; otherwise they must not change before the write.
-    """
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    # Without megatron's switching the garbage collector off: that is for forked processes.
-    write_bucket = inspect.unwrap(FileSystemWriterAsync.write_preloaded_data)
-    buckets: list[Any] = []
-    if request.async_fn is not None:
-        transforms, results = request.async_fn.args[0], request.async_fn_args[2]
-        buckets = request.preload_fn()
-    if copy:
-        # Those of the CPU are the training's own: what came from a GPU is a copy already.
-        own = {id(tensor) for bucket in request.async_fn_args[1] for _, tensor in bucket[2][1]} if buckets else set()
-        buckets = [
-            (path, key, (data, [(item, tensor.clone() if id(tensor) in own else tensor) for item, tensor in tensors]))
-            for path, key, (data, tensors) in buckets
-        ]
-
-    def write() -> list[Path]:
-        written: dict[int, Any] = {}
-        for index, bucket in enumerate(buckets):
-            outcome: queue.Queue = queue.Queue()
-            count: queue.Queue = queue.Queue()
-            count.put(index)  # megatron's worker takes it to say that it has ended
-            write_bucket(transforms, index, bucket, outcome, count, True)
-            written[index] = outcome.get_nowait()[1]
-            if isinstance(written[index], Exception):
-                raise written[index]
-        if buckets:
-            results.put(written)
-        return [Path(path) for path, _, _ in buckets]
-
-    def finish() -> list[Path]:
-        with mesh.megatron():
-            for finalize in request.finalize_fns:
-                finalize()
-        return [folder / name for name in (".metadata", "metadata.json", "common.pt")] if mesh.rank == 0 else []
-
-    return Saving(write, finish)
-
-
-@cache
-def plain_common_strategy() -> Any:
-    """Reads common.pt as tensors and plain values, whatever the environment says."""
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-
-    class PlainCommon(TorchCommonLoadStrategy):
-        def load_common(self, checkpoint_dir: Any) -> Any:
-            return torch.load(Path(checkpoint_dir) / "common.pt", map_location="cpu", weights_only=True)
-
-    return PlainCommon()
-
-
-_KNOWN = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"},
-}
-"""What the pickled index of torch's sharded format is made of: module -> names."""
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in _KNOWN.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint of ours needs")
-
-
-def check_index(folder: Path) -> None:
-    """Refuse an index (.metadata) that would run code or read outside ``folder`` when torch unpickles it.
-
-    torch reads it with a bare ``pickle.load``, and entries that are marked as bytes as arbitrary pickles.
-
-    Raises EngineError.
-    """
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
-    path = folder / ".metadata"
-    try:
-        with path.open("rb") as stream:
-            index = _IndexUnpickler(stream).load()
-        places = {info.relative_path for info in index.storage_data.values()}
-        kinds = index.state_dict_metadata.items()
-    except Exception as error:  # whatever broken bytes make the unpickler raise
-        raise EngineError(f"{path}: not read ({error})") from error
-    for place in places:
-        if not isinstance(place, str) or place in ("", ".", "..") or "/" in place or (folder / place).is_symlink():
-            raise EngineError(f"{path}: names {place!r}, which is no file of {folder}")
-    if pickled := [name for name, kind in kinds if isinstance(kind, BytesStorageMetadata)]:
-        raise EngineError(f"{path}: {pickled[0]} is a pickled object, not a tensor")
+    def commit(self) -> dict[Path, Any]:
+        """End the save; what ``on_file_written`` said of each of this rank's files. Collective, if no rank failed."""
+        return self._found | {path: self._on_file_written(path) for path in self._commit()}

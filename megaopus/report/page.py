@@ -143,9 +143,9 @@ class _Page:
         notes: list[str],
         texts: Texts | None,
     ):
-        from megaopus.monitor import plots  # matplotlib is slow to import, and only this verb needs it
+        from megaopus.report import figures  # matplotlib is slow to import, and only this verb needs it
 
-        self.plots = plots
+        self.figures = figures
         self.runs = runs
         self.start_step = start_step
         self.notes = notes
@@ -157,7 +157,7 @@ class _Page:
         """The baseline's arm."""
         self.comparisons = dict(comparisons) if comparisons is not None else self._compare()
         self.seeds = over_seeds(self.arms, self.baseline, self.comparisons) if self.baseline is not None else {}
-        self.inks = plots.inks(self.arms, self.baseline)
+        self.inks = figures.inks(self.arms, self.baseline)
         self.curves = self._curves()
         # Where an arm has several seeds its first run stands for it in pictures of one run each.
         self.rows = {arm.first: self._selected(runs[arm.first]) for arm in self.arms}
@@ -322,12 +322,12 @@ class _Page:
         return {arm.name if len(arm.runs) > 1 else arm.first: self.runs[arm.first] for arm in self.arms}
 
     def _figures(self) -> str:
-        plots, found = self.plots, []
+        figures, found = self.figures, []
         if self.curves:
             several = any(len(arm.runs) > 1 for arm in self.arms)  # too many marks to read
             marks, target = ({}, None) if several else (self.comparisons, self.baseline)
             for over, text in (("tokens", "update tokens"), ("time", "time, every cost of selection counted")):
-                picture = plots.loss_figure(self.curves, self.inks, marks, over, target)
+                picture = figures.loss_figure(self.curves, self.inks, marks, over, target)
                 caption = (
                     f"Validation loss on the wanted domains over {text}. Dots: as measured; lines: trailing means, "
                     "which lag a falling loss and are what is compared."
@@ -338,16 +338,16 @@ class _Page:
             caption = (
                 "Loss of the batches trained on (running median): of other text in each run, so not to be compared."
             )
-            found.append((plots.train_figure(self.runs, self.inks, self.start_step), caption))
+            found.append((figures.train_figure(self.runs, self.inks, self.start_step), caption))
         found += self._selection_figures()
         if any(record.select_s > 0 for each in self.runs.values() for record in each.steps):
             caption = "Seconds spent choosing each batch over the other seconds of its step (running median)."
-            found.append((plots.overhead_figure(self.runs, self.inks, self.start_step), caption))
+            found.append((figures.overhead_figure(self.runs, self.inks, self.start_step), caption))
         if any(len(record.domains) > 1 for each in self.runs.values() for record in each.validations):
             caption = "Validation loss of each domain, as measured."
-            found.append((plots.domain_figure(self.runs, self.inks, self.start_step), caption))
+            found.append((figures.domain_figure(self.runs, self.inks, self.start_step), caption))
         figures = [
-            f'<figure><img alt="{html.escape(caption)}" src="{plots.to_png(picture)}">'
+            f'<figure><img alt="{html.escape(caption)}" src="{figures.to_png(picture)}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
             for picture, caption in found
         ]
@@ -359,35 +359,35 @@ class _Page:
 
     def _selection_figures(self) -> list[tuple[Any, str]]:
         """(picture, caption) of what was picked, and by what."""
-        plots, found = self.plots, []
+        figures, found = self.figures, []
         rows = {name: part for name, part in self.rows.items() if part}
         firsts = [arm.first for arm in self.arms]
         shown = rows or {name: self.runs[name].selections for name in firsts if self.runs[name].selections}
         if shown:
             caption = "Which domains the picks come from (moving mean). Dashed: the same borders among all candidates."
-            found.append((plots.share_figure(self.runs, shown), caption))
+            found.append((figures.share_figure(self.runs, shown), caption))
         if rows:
             caption = (
                 "Effective sample size of the selection probabilities; low: a few candidates take nearly all of it."
             )
-            found.append((plots.ess_figure(self.runs, rows, self.inks), caption))
+            found.append((figures.ess_figure(self.runs, rows, self.inks), caption))
         if spread := {name: each for name, each in self._stand_ins().items() if each.spreads}:
             caption = (
                 "Utilities as estimated, of the candidates scored in each step (running medians of quantiles). Those "
                 "of opus and greats are about one update, and shrink with the learning rate."
             )
-            found.append((plots.utility_figure(self.runs, spread), caption))
+            found.append((figures.utility_figure(self.runs, spread), caption))
         if any(share > 0 for each in self.digests.values() for _, share in each.again):
             picked = {name: each for name, each in self.digests.items() if each.again}
             caption = "Share of each batch that the run had trained on before (moving mean)."
-            found.append((plots.repeat_figure(self.runs, picked, self.inks), caption))
+            found.append((figures.repeat_figure(self.runs, picked, self.inks), caption))
         if checked := {name: part for name, each in self.rows.items() if (part := _checked(each))}:
             caption = (
                 "Fall of the proxy loss in one update on the picks: realised, predicted from the picks' utilities, and "
                 "predicted for a uniform draw. What is realised also holds the optimizer's history and higher orders. "
             )
             words = " ".join(f"{name}: {_agreement(part)}" for name, part in checked.items())
-            found.append((plots.check_figure(self.runs, checked), caption + words))
+            found.append((figures.check_figure(self.runs, checked), caption + words))
         return found
 
     def _domains(self) -> str:

@@ -14,7 +14,7 @@ from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Source
 from megaopus.data.corpus import Corpus
 from megaopus.data.scores import load_column
-from megaopus.engine.megatron.scoring import EngineScoringBackend
+from megaopus.engine.scoring_base import EngineScoringBackend
 from megaopus.errors import CheckpointError, DataError
 from megaopus.score.base import make_column
 from megaopus.score.checkpoint import CheckpointPerplexity, Utility, windows_of

@@ -16,7 +16,7 @@ import torch
 
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.deepspeed.zero_optimizer import Fragment, ZeroOptimizer
-from megaopus.engine.pending_save import Saving
+from megaopus.engine.pending_save import PendingSave
 from megaopus.errors import EngineError
 from megaopus.selection.backend import Gradient
 
@@ -25,7 +25,7 @@ def _path(folder: Path, mesh: Mesh, dp_rank: int) -> Path:
     return folder / f"zero_tp{mesh.tp_rank:03d}_dp{dp_rank:05d}.pt"
 
 
-def saving(folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: dict[str, Gradient]) -> Saving:
+def prepare_save(folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: dict[str, Gradient]) -> PendingSave:
     """A save of copies of this rank's fragments; data-parallel rank 0 also ``groups``, which all of them hold whole."""
     content = {
         "tp": mesh.shape.tp,
@@ -47,7 +47,7 @@ def saving(folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: dict[str, Grad
         torch.save(content, path)
         return [path]
 
-    return Saving(write, list)
+    return PendingSave(write, list)
 
 
 def _on_cpu(groups: dict[str, Gradient]) -> dict[str, Gradient]:

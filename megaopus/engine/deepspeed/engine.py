@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from megaopus.distributed.collectives import gathered
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.engine.base import StepResult
+from megaopus.engine.base import Engine, StepResult
 from megaopus.engine.batch_split import data_parallel_share, padded_share, seed_dropout, training_share
 from megaopus.engine.config import EngineConfig
+from megaopus.engine.deepspeed import checkpoint
+from megaopus.engine.deepspeed.scoring import DeepSpeedScoringBackend
 from megaopus.engine.deepspeed.zero_muon import Together, ZeroMuon
 from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer, norm_limit
 from megaopus.engine.gpt_forward import token_losses
-from megaopus.engine.pending_save import Saving
+from megaopus.engine.pending_save import PendingSave
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
 from megaopus.models.flops import padded_vocab
@@ -32,15 +34,14 @@ from megaopus.models.gpt import build_gpt, initialize, transformer_config
 from megaopus.optim.build import torch_optimizers
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.muon import make_muon
-from megaopus.optim.schedule import lr_factor
 from megaopus.selection.backend import Candidates, Gradient
 
 LARGEST_BUCKET = 500_000_000
 """Elements of a gradient bucket; DeepSpeed's default, of which a small model needs less."""
 
 
-class DeepSpeedEngine:
-    """Implements ``engine.base.Engine`` (see there for what each public method does).
+class DeepSpeedEngine(Engine):
+    """Trains a GPT with DeepSpeed's ZeRO (``engine.base.Engine`` says what each method does).
 
     Raises EngineError if deepspeed is not installed or the optimizer or layout is one that ZeRO cannot serve.
     """
@@ -48,41 +49,21 @@ class DeepSpeedEngine:
     persistence_threshold = 100_000
     """Stage 3: parameters with fewer elements stay whole on every rank between passes."""
 
-    def __init__(
-        self,
-        mesh: Mesh,
-        *,
-        model: ModelConfig,
-        optim: OptimConfig,
-        engine: EngineConfig,
-        parallel: ParallelConfig,
-        vocab_size: int,
-        seq_len: int,
-        micro_batch_size: int,
-        total_steps: int,
-        seed: int,
-    ):
+    def _build(
+        self, model: ModelConfig, optim: OptimConfig, engine: EngineConfig, parallel: ParallelConfig, vocab_size: int
+    ) -> None:
+        mesh = self.mesh
         deepspeed = import_deepspeed(mesh.on_cpu)
         for key, value, reason, remedy in engine.refusals(parallel, optim):
             raise EngineError(f"{key}={value}: {reason} ({remedy})")
-        self.mesh = mesh
-        self.step = 0
-        self.micro_batch_size = micro_batch_size
-        self.seq_len = seq_len
-        self.bf16 = engine.precision == "bf16" or (engine.precision == "auto" and not mesh.on_cpu)
-        self._optim_config = optim
-        self._total_steps = total_steps
-        self._seed = seed
-        self._dropout = model.dropout > 0
-        seed_dropout(mesh, seed, 0)
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed
             config = transformer_config(model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute)
-            size = {"vocab_size": padded_vocab(vocab_size), "max_positions": model.max_positions or seq_len}
+            size = {"vocab_size": padded_vocab(vocab_size), "max_positions": model.max_positions or self.seq_len}
             self.module = build_gpt(model, config, mesh, **size)
             if self.bf16:
                 self.module.bfloat16()
-            initialize(self.module, model, mesh, seed)
+            initialize(self.module, model, mesh, self._seed)
         _sum_partial_gradients(self.module, mesh)
         optimizers = torch_optimizers(optim, self.module, mesh, {"muon": partial(make_muon, cls=ZeroMuon)})
         together = Together(optimizers)
@@ -117,10 +98,6 @@ class DeepSpeedEngine:
             settings["communication_data_type"] = "fp32"
         return settings
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of this tensor-parallel rank; the parameters are empty where stage 3 partitions them."""
-        return self.module.named_parameters()
-
     # -- training and evaluation ------------------------------------------------------------------------------------
 
     def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:
@@ -146,22 +123,16 @@ class DeepSpeedEngine:
         self.step += 1
         return StepResult(loss=loss, grad_norm=seen[0], lr=lr, applied=applied)
 
-    def prepare_update(self) -> float:
-        """Give the optimizer the learning rate and momentum of the coming update; returns the learning rate."""
-        return self.optimizer.set_step(self.step, lr_factor(self._optim_config, self.step, self._total_steps))
-
     def evaluate(self, sequences: Candidates) -> Tensor:
         num = len(sequences)
         share = padded_share(num, self.mesh, self.micro_batch_size)  # stage 3: equally many passes on every rank
         self.deepspeed.eval()
-        with torch.no_grad():
-            losses = self.local_losses(sequences, share, self.micro_batch_size, self.seq_len)
+        losses = self.local_losses(sequences, share, self.micro_batch_size, self.seq_len)
         return self._gather(losses)[:num]
 
     def local_losses(self, batch: Candidates, rows: Tensor, micro_batch_size: int, length: int) -> Tensor:
-        """(len(rows),) float64 mean token loss of each of ``rows``; each rank its own."""
         losses = []
-        with self.mesh.megatron():
+        with self.mesh.megatron(), torch.no_grad():
             for part in rows.split(micro_batch_size):
                 losses_BS = token_losses(self.module, self._tokens(batch, part, length))
                 losses.append(losses_BS.double().mean(dim=1))
@@ -198,20 +169,14 @@ class DeepSpeedEngine:
 
     # -- selection and checkpoints ----------------------------------------------------------------------------------
 
-    def scoring_backend(self) -> Any:
-        from megaopus.engine.deepspeed.scoring import DeepSpeedScoringBackend
-
+    def scoring_backend(self) -> DeepSpeedScoringBackend:
         return DeepSpeedScoringBackend(self)
 
-    def saving(self, folder: Path, groups: dict[str, Gradient], copy: bool) -> Saving:
-        from megaopus.engine.deepspeed.checkpoint import saving
-
-        return saving(folder, self.optimizer, self.mesh, groups)
+    def prepare_save(self, folder: Path, groups: dict[str, Gradient], copy: bool) -> PendingSave:
+        return checkpoint.prepare_save(folder, self.optimizer, self.mesh, groups)
 
     def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
-        from megaopus.engine.deepspeed.checkpoint import load
-
-        return load(folder, self.optimizer, self.mesh, groups)
+        return checkpoint.load(folder, self.optimizer, self.mesh, groups)
 
 
 class _Ranks:

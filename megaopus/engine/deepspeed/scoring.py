@@ -8,26 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megaopus.engine.megatron.scoring import EngineScoringBackend
+from megaopus.engine.base import Engine
+from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer
+from megaopus.engine.scoring_base import EngineScoringBackend
 from megaopus.errors import EngineError
 from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient
-
-if TYPE_CHECKING:
-    from megaopus.engine.deepspeed.engine import DeepSpeedEngine
 
 
 class DeepSpeedScoringBackend(EngineScoringBackend):
     """The backend of the DeepSpeed engine; gradient, direction and optimizer state are whole on every rank."""
 
-    _engine: DeepSpeedEngine
-
-    def __init__(self, engine: DeepSpeedEngine):
-        self._zero = engine.optimizer
+    def __init__(self, engine: Engine):
+        self._zero: ZeroOptimizer = engine.optimizer
         super().__init__(engine)
 
     def _shape(self, parameter: Tensor) -> torch.Size:
@@ -62,12 +58,6 @@ class DeepSpeedScoringBackend(EngineScoringBackend):
             weights[name].copy_(value)
         if self._zero.sharded:
             self._zero.regather()
-
-    def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
-        rows = torch.arange(len(candidates))
-        with self.scoring(), torch.no_grad():
-            losses = self._engine.local_losses(candidates, rows, micro_batch_size, self._length(length))
-        return losses if self._mesh.tp_rank == 0 else torch.zeros_like(losses)
 
     def ghost_pass(
         self,
