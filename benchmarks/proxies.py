@@ -46,7 +46,7 @@ from megaopus.corpus_tools import benchmark_proxy
 from megaopus.corpus_tools.sources import Source
 from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import MANIFEST, TOKENIZER, Corpus
-from megaopus.data.text_features import ensure_traits
+from megaopus.data.text_features import ensure_text_features
 from megaopus.report.compare import aggregate, compare
 
 BENCHMARKS = (
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             corpora = Corpora(
                 compose([*COMMON, f"data.path={corpus}", f"data.validation_path={study.places.held_out}"])
             )
-            ensure_traits(corpora.pool, corpora.proxy(), None, console)
+            ensure_text_features(corpora.pool, corpora.proxy(), None, console)
         train_all(chosen, study.results, folder, args.jobs, console)
     rows = study.rows()
     print_rows(rows, console)

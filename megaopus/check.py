@@ -22,7 +22,7 @@ from megaopus.models.flops import (
     stage_weights,
     training_flops_per_token,
 )
-from megaopus.selection.config import BY_LOSS, BY_TRAITS, SKETCHES, SelectionConfig, most_per_pass
+from megaopus.selection.config import BY_LOSS, BY_TEXT_FEATURES, SKETCHES, SelectionConfig, most_per_pass
 
 SCORING_COST = {
     "directional": (2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
@@ -34,7 +34,7 @@ SCORING_COST = {
     "kronecker": (2 / 3, "forward and input gradients; the sketches of activations not counted"),
     "exact": (1.0, "forward and backward per candidate, in float64"),
     **dict.fromkeys(BY_LOSS, (1 / 3, "one forward")),
-    **dict.fromkeys(BY_TRAITS, (0.0, "traits alone, worked out beforehand")),
+    **dict.fromkeys(BY_TEXT_FEATURES, (0.0, "traits alone, worked out beforehand")),
     "domain_oracle": (0.0, "labels alone"),
 }
 """FLOPs per scored token over FLOPs per trained token, and why."""

@@ -354,7 +354,7 @@ def _corpora(config: RunConfig) -> dict[str, tuple[str, str]]:
     proxy = ("data.proxy_path", data.proxy_path) if data.proxy_path else ("data.path", data.path)
     validation = ("data.validation_path", data.validation_path) if data.validation_path else ("data.path", data.path)
     corpora = {"pool": ("data.path", data.path), "validation": validation}
-    used = config.selection.needs_proxy or config.selection.needs_traits
+    used = config.selection.needs_proxy or config.selection.needs_text_features
     return corpora | ({"proxy": proxy} if used else {})
 
 

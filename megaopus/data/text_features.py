@@ -41,15 +41,15 @@ _FURTHEST = 4.0
 _U64 = np.uint64
 
 
-class SequenceTraits:
-    """Traits of the sequences of one pool, by candidate id; implements ``selection.backend.Traits``.
+class SequenceTextFeatures:
+    """TextFeatures of the sequences of one pool, by candidate id; implements ``selection.backend.TextFeatures``.
 
     The files lie in a folder of their own beside the corpus, under a name that stands for the pool, the proxy and this
     version of the features.
     """
 
     def __init__(self, pool: Sequences, folder: Path, blocks: Items[str] = BLOCKS):
-        """Map the files in ``folder`` (see ``ensure_traits``). Raises DataError if they are not of this pool."""
+        """Map the files in ``folder`` (see ``ensure_text_features``). Raises DataError if they are not of this pool."""
         self._pool = pool
         self._blocks = tuple(blocks)
         arrays = {name: _load(folder / f"{name}.npy", len(pool)) for name in _FILES}
@@ -107,7 +107,7 @@ class SequenceTraits:
         return ids.cpu().numpy() % len(self._pool)
 
 
-def traits_folder(pool: Sequences, proxy: Sequences, parent: str | None) -> Path:
+def text_features_folder(pool: Sequences, proxy: Sequences, parent: str | None) -> Path:
     """Where the traits of ``pool`` lie; another proxy, seq_len or corpus has another place."""
     stands_for = json.dumps([VERSION, BUCKETS, SKETCH_DIM, SHINGLE, pool.key, proxy.key])
     digest = hashlib.sha256(stands_for.encode()).hexdigest()[:16]
@@ -115,7 +115,7 @@ def traits_folder(pool: Sequences, proxy: Sequences, parent: str | None) -> Path
     return (Path(parent) if parent else path.with_name(f"{path.name}.traits")) / digest
 
 
-def ensure_traits(pool: Sequences, proxy: Sequences, parent: str | None, console: Console) -> Path:
+def ensure_text_features(pool: Sequences, proxy: Sequences, parent: str | None, console: Console) -> Path:
     """The folder of the pool's traits, computed with a progress bar if it is not there.
 
     ``parent``: where it lies; None: beside the corpus, in a folder called like it with ``.traits`` added.
@@ -123,7 +123,7 @@ def ensure_traits(pool: Sequences, proxy: Sequences, parent: str | None, console
     Raises:
         DataError: the folder cannot be written.
     """
-    folder = traits_folder(pool, proxy, parent)
+    folder = text_features_folder(pool, proxy, parent)
     if folder.is_dir():
         return folder
     with new_folder(folder, console) as place:

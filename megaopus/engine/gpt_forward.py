@@ -35,7 +35,7 @@ class SampledLabels:
         self._mesh = mesh
         self._key = f"{seed}:labels:{step}"
 
-    def chances(self, rows: Tensor, length: int) -> Tensor:
+    def uniforms(self, rows: Tensor, length: int) -> Tensor:
         """(n, S) float64 uniform in (0, 1): one for each position of the global batch's sequences ``rows`` (n,)."""
         found = []
         for row in rows.tolist():
@@ -44,7 +44,7 @@ class SampledLabels:
             found.append(torch.rand(length, generator=generator, dtype=torch.float64))
         return torch.stack(found).clamp_(min=1e-12).to(self._mesh.device)
 
-    def losses(self, model: Any, tokens: Tensor, chances: Tensor) -> Tensor:
+    def losses(self, model: Any, tokens: Tensor, uniforms: Tensor) -> Tensor:
         """As ``token_losses``, of sampled labels. ``model``: as the schedule hands it over, wrapped."""
         cp, cp_rank = self._mesh.shape.cp, self._mesh.cp_rank
         inputs, positions = _inputs(tokens, cp, cp_rank)
@@ -53,11 +53,11 @@ class SampledLabels:
         gpt = model.module
         if not gpt.post_process:
             return output
-        chances = chances if cp == 1 else chances.chunk(cp, 1)[cp_rank]
-        labels = self._draw(output.detach(), chances)
+        uniforms = uniforms if cp == 1 else uniforms.chunk(cp, 1)[cp_rank]
+        labels = self._draw(output.detach(), uniforms)
         return gpt.compute_language_model_loss(labels, output.transpose(0, 1).contiguous())
 
-    def _draw(self, logits_BSV: Tensor, chances_BS: Tensor) -> Tensor:
+    def _draw(self, logits_BSV: Tensor, uniforms_BS: Tensor) -> Tensor:
         """(B, S) ids from this tensor-parallel rank's part of the vocabulary's logits."""
         group, size, rank = self._mesh.tp_group, self._mesh.shape.tp, self._mesh.tp_rank
         logits_BSV = logits_BSV.float()
@@ -66,7 +66,7 @@ class SampledLabels:
             dist.all_reduce(peak_BS, op=dist.ReduceOp.MAX, group=group)
         cumulated_BSV = (logits_BSV - peak_BS.unsqueeze(-1)).exp_().double().cumsum(-1)
         bounds = torch.stack(gathered(cumulated_BSV[..., -1], group, size)).cumsum(0)  # of the ranks' parts
-        point_BS = chances_BS * bounds[-1]
+        point_BS = uniforms_BS * bounds[-1]
         lower_BS = bounds[rank - 1] if rank else torch.zeros_like(point_BS)
         index_BS = (cumulated_BSV < (point_BS - lower_BS).unsqueeze(-1)).sum(-1)
         index_BS = index_BS.clamp_(max=logits_BSV.shape[-1] - 1) + rank * logits_BSV.shape[-1]

@@ -17,7 +17,7 @@ from megaopus.distributed.shards import is_split, part_of, whole_of
 from megaopus.engine.base import Engine
 from megaopus.engine.gpt_forward import token_losses
 from megaopus.errors import EngineError
-from megaopus.models.gpt import EMBEDDING, is_tied, model_chunks, whole_names
+from megaopus.models.gpt import EMBEDDING, canonical_names, is_tied, model_chunks
 from megaopus.selection import ModuleBackend
 from megaopus.selection.backend import (
     Batch,
@@ -47,7 +47,7 @@ class EngineScoringBackend(ModuleBackend):
             micro_batch_size=engine.micro_batch_size,
         )
         local = dict(engine.named_parameters())
-        self._weights = {name: local[own] for own, name in whole_names(engine.module)}
+        self._weights = {name: local[own] for own, name in canonical_names(engine.module)}
         self._shards = dict(self._find_shards())
 
     # -- what there is ----------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ class EngineScoringBackend(ModuleBackend):
     def parameters(self) -> dict[str, Tensor]:
         """The fp32 weights that the optimizer updates: under bf16 the main copies, gathered where sharded."""
         main = self._engine.optimizer.main_weights()
-        return {name: main[own] for own, name in whole_names(self._engine.module)}
+        return {name: main[own] for own, name in canonical_names(self._engine.module)}
 
     def shards(self) -> dict[str, Shard]:
         return self._shards
@@ -86,7 +86,7 @@ class EngineScoringBackend(ModuleBackend):
     def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
         """P_t with the learning rate and momentum of the coming update, not those of the last one."""
         self._engine.prepare_update()
-        names = dict(whole_names(self._engine.module))
+        names = dict(canonical_names(self._engine.module))
         held = (
             Held(names[each.name], self._weights[names[each.name]], each.optimizer, each.group, each.state)
             for each in self._engine.optimizer.states()

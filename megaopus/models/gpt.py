@@ -155,7 +155,7 @@ def global_names(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
-def whole_names(module: nn.Module) -> Iterator[tuple[str, str]]:
+def canonical_names(module: nn.Module) -> Iterator[tuple[str, str]]:
     """(local name, name in the whole model) of each parameter of a rank; the copies of a tied matrix have one name."""
     for local, name, _ in global_names(module):
         yield local, EMBEDDING if is_tied(module) and name == "output_layer.weight" else name
@@ -198,7 +198,7 @@ def full_parameters(module: nn.Module, mesh: Mesh, values: dict[str, Tensor] | N
     """
     local: dict[str, Tensor] = {}
     parameters = dict(module.named_parameters())
-    for own, name in whole_names(module):
+    for own, name in canonical_names(module):
         parameter = parameters[own]
         value = (parameter if values is None else values[name]).detach()
         local[name] = whole_of(value, parameter, mesh.tp_group).cpu()

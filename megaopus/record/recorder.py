@@ -13,7 +13,7 @@ from megaopus.record.sinks import JsonlSink, WandbSink, read_rows
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
 
-class Monitor:
+class Recorder:
     """Writes metrics.jsonl, selection.jsonl and choices/, prints, and feeds Weights & Biases; on the writer rank only.
 
     On every other rank all methods do nothing.

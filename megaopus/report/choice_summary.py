@@ -43,7 +43,7 @@ class Standout:
 
 
 @dataclass(slots=True, kw_only=True)
-class Digest:
+class ChoiceSummary:
     """Of one run, from a step on."""
 
     spreads: list[Spread] = field(default_factory=list)
@@ -51,16 +51,16 @@ class Digest:
     worst: list[Standout] = field(default_factory=list)
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """(different sequences,) how often each was picked, over the whole run."""
-    again: list[tuple[int, float]] = field(default_factory=list)
+    repeat_share: list[tuple[int, float]] = field(default_factory=list)
     """(step, share of its picks that the run had trained on before)."""
 
 
-def digest(run: Run, start_step: int = 0) -> Digest:
+def summarise_choices(run: Run, start_step: int = 0) -> ChoiceSummary:
     """Read ``run``'s choices; empty where it has none. Raises DataError as ``choices.read_part``.
 
     A step of which only picks were kept is left out of utilities; counts begin with the run.
     """
-    found = Digest()
+    found = ChoiceSummary()
     candidates = {row.step: row.candidates for row in run.selections if row.step >= start_step}
     times = np.zeros(0, dtype=np.int64)  # by sequence
     columns = ["step", "sequence", "domain", "utility", "picked"]
@@ -73,7 +73,7 @@ def digest(run: Run, start_step: int = 0) -> Digest:
         for step, rows in steps_of(table):
             chosen = sequences[rows][picked[rows]]
             if step in candidates:
-                found.again.append((step, float((times[chosen] > 0).mean())))
+                found.repeat_share.append((step, float((times[chosen] > 0).mean())))
                 if candidates[step] == rows.stop - rows.start:
                     deviations[rows] = _spread(found.spreads, step, utilities[rows], picked[rows])
             times[chosen] += 1

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megaopus.record.console import format_count
 from megaopus.report.arms import Arm
-from megaopus.report.choice_summary import Digest
+from megaopus.report.choice_summary import ChoiceSummary
 from megaopus.report.compare import Comparison, Curve, Run, SelectionRow
 
 # Okabe and Ito's colours, told apart with every common colour blindness; grey is kept for the baseline.
@@ -307,10 +307,10 @@ def train_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: in
     return figure
 
 
-def utility_figure(runs: Mapping[str, Run], digests: Mapping[str, Digest]) -> Figure:
+def utility_figure(runs: Mapping[str, Run], summaries: Mapping[str, ChoiceSummary]) -> Figure:
     """Spread of the utilities of each scored step, one panel a run: 90% and 50% bands, medians of all and of picks."""
-    figure, axes = _figure(rows=len(digests), height=0.7 + 2.5 * len(digests))
-    for axis, (name, found) in zip(axes, digests.items(), strict=True):
+    figure, axes = _figure(rows=len(summaries), height=0.7 + 2.5 * len(summaries))
+    for axis, (name, found) in zip(axes, summaries.items(), strict=True):
         tokens = _step_tokens(runs[name])
         x = [tokens.get(each.step, math.nan) for each in found.spreads]
         levels = [
@@ -332,15 +332,15 @@ def utility_figure(runs: Mapping[str, Run], digests: Mapping[str, Digest]) -> Fi
     return figure
 
 
-def repeat_figure(runs: Mapping[str, Run], digests: Mapping[str, Digest], ink: Mapping[str, Ink]) -> Figure:
+def repeat_figure(runs: Mapping[str, Run], summaries: Mapping[str, ChoiceSummary], ink: Mapping[str, Ink]) -> Figure:
     """Share of each step's picks that the run had trained on before, moving mean, one line a run."""
     figure, (axis,) = _figure(height=3.2)
     highest = 0.0
-    for name, found in digests.items():
+    for name, found in summaries.items():
         tokens = _step_tokens(runs[name])
-        share = smooth([share for _, share in found.again], smoothing_window(len(found.again)))
+        share = smooth([share for _, share in found.repeat_share], smoothing_window(len(found.repeat_share)))
         highest = max(highest, *share)
-        _line(axis, [tokens.get(step, math.nan) for step, _ in found.again], share, ink[name])
+        _line(axis, [tokens.get(step, math.nan) for step, _ in found.repeat_share], share, ink[name])
     return _share_of_each_step(figure, min(1.05, 1.15 * highest), "picks trained on before")
 
 

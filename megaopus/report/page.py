@@ -15,7 +15,7 @@ from megaopus.errors import DataError
 from megaopus.record.console import format_count, format_duration
 from megaopus.report import sections
 from megaopus.report.arms import find_arms, over_seeds, partner
-from megaopus.report.choice_summary import Digest, digest
+from megaopus.report.choice_summary import ChoiceSummary, summarise_choices
 from megaopus.report.compare import (
     Comparison,
     Curve,
@@ -161,7 +161,7 @@ class _Page:
         self.curves = self._curves()
         # Where an arm has several seeds its first run stands for it in pictures of one run each.
         self.rows = {arm.first: self._selected(runs[arm.first]) for arm in self.arms}
-        self.digests = {name: digest(each, start_step) for name, each in runs.items()}
+        self.summaries = {name: summarise_choices(each, start_step) for name, each in runs.items()}
         self._judge()
 
     def _compare(self) -> dict[str, Comparison]:
@@ -220,7 +220,7 @@ class _Page:
         parts = [f"<h1>{html.escape(title)}</h1>", self._lead(), self._summary(), self._over_seeds()]
         parts += [f'<p class="warn">{html.escape(text)}</p>' for text in dict.fromkeys(self.warnings)]
         parts += [f"<p>{html.escape(text)}</p>" for text in self.notes]
-        parts += [self._figures(), self._domains(), sections.repeats(self.digests, self._name)]
+        parts += [self._figures(), self._domains(), sections.repeats(self.summaries, self._name)]
         parts += [sections.useful_text(self.runs, self._stand_ins(), self.texts, self._name)]
         parts += [
             sections.events(self.runs, self._name),
@@ -313,9 +313,9 @@ class _Page:
         )
         return f'<h2>Over seeds</h2>{table(header, rows, range(1, len(header)))}<p class="quiet">{caption}</p>'
 
-    def _stand_ins(self) -> dict[str, Digest]:
+    def _stand_ins(self) -> dict[str, ChoiceSummary]:
         """Digests of the runs that stand for their arms."""
-        return {arm.first: self.digests[arm.first] for arm in self.arms}
+        return {arm.first: self.summaries[arm.first] for arm in self.arms}
 
     def _settings_of(self) -> dict[str, Run]:
         """By name, the runs that stand for their arms; named after the arm where that has more."""
@@ -346,16 +346,16 @@ class _Page:
         if any(len(record.domains) > 1 for each in self.runs.values() for record in each.validations):
             caption = "Validation loss of each domain, as measured."
             found.append((figures.domain_figure(self.runs, self.inks, self.start_step), caption))
-        figures = [
+        shown = [
             f'<figure><img alt="{html.escape(caption)}" src="{figures.to_png(picture)}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
             for picture, caption in found
         ]
         first = 2 if self.curves else 0  # losses stand side by side, the others fill two columns
-        parts = "".join(figures[:first]), "".join(figures[first:])
-        if not figures:
+        parts = "".join(shown[:first]), "".join(shown[first:])
+        if not shown:
             return ""
-        return f'<h2>Curves</h2><div class="figures">{parts[0]}</div><div class="columns">{parts[1]}</div>'
+        return f'<h2>Curves</h2><div class="shown">{parts[0]}</div><div class="columns">{parts[1]}</div>'
 
     def _selection_figures(self) -> list[tuple[Any, str]]:
         """(picture, caption) of what was picked, and by what."""
@@ -377,8 +377,8 @@ class _Page:
                 "of opus and greats are about one update, and shrink with the learning rate."
             )
             found.append((figures.utility_figure(self.runs, spread), caption))
-        if any(share > 0 for each in self.digests.values() for _, share in each.again):
-            picked = {name: each for name, each in self.digests.items() if each.again}
+        if any(share > 0 for each in self.summaries.values() for _, share in each.repeat_share):
+            picked = {name: each for name, each in self.summaries.items() if each.repeat_share}
             caption = "Share of each batch that the run had trained on before (moving mean)."
             found.append((figures.repeat_figure(self.runs, picked, self.inks), caption))
         if checked := {name: part for name, each in self.rows.items() if (part := _checked(each))}:

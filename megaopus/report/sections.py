@@ -9,7 +9,7 @@ from typing import Any
 
 from megaopus.errors import MegaopusError
 from megaopus.record.console import kind_of
-from megaopus.report.choice_summary import Digest, Standout
+from megaopus.report.choice_summary import ChoiceSummary, Standout
 from megaopus.report.compare import Run
 
 Texts = Callable[[Path, Sequence[int]], list[tuple[str, str]]]
@@ -68,10 +68,10 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def repeats(digests: Mapping[str, Digest], shown: Name) -> str:
+def repeats(summaries: Mapping[str, ChoiceSummary], shown: Name) -> str:
     """How often sequences were trained on."""
     body = []
-    for name, found in digests.items():
+    for name, found in summaries.items():
         counts, total = found.counts, len(found.counts)
         if total:
             groups = (counts == 1), (counts == 2), (counts > 2) & (counts < 6), counts > 5
@@ -84,17 +84,19 @@ def repeats(digests: Mapping[str, Digest], shown: Name) -> str:
     return f'<h2>Repeats</h2>{table(header, body, range(1, len(header)))}<p class="quiet">{caption}</p>'
 
 
-def useful_text(runs: Mapping[str, Run], digests: Mapping[str, Digest], texts: Texts | None, shown: Name) -> str:
+def useful_text(
+    runs: Mapping[str, Run], summaries: Mapping[str, ChoiceSummary], texts: Texts | None, shown: Name
+) -> str:
     """The sequences that stood out, and what they say."""
-    digests = {name: found for name, found in digests.items() if found.best}
-    if not digests:
+    summaries = {name: found for name, found in summaries.items() if found.best}
+    if not summaries:
         return ""
     parts = [
         "<h2>Most and least useful text</h2><p>Sequences whose utility was furthest from the mean of those scored in "
         "the same step, in standard deviations (sd). One step's view, under the weights of the day: early steps and "
         "rare tokens stand out too.</p>"
     ]
-    for name, found in digests.items():
+    for name, found in summaries.items():
         both = [*found.best, *found.worst]
         said: list[tuple[str, str]] = [("", "")] * len(both)
         try:

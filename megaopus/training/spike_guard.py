@@ -24,7 +24,7 @@ class Outcome(Protocol):
     def applied(self) -> bool: ...
 
 
-class UpdateGuard:
+class SpikeGuard:
     """A gradient norm above ``factor`` times the median of the last ``window`` applied ones is a spike.
 
     Below a quarter of ``window`` norms nothing is; ``factor`` 0: never. The same on every rank, as norms are.

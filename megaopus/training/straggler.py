@@ -11,7 +11,7 @@ WAIT = 0.1
 """Share of a step spent waiting for data, above which that is said."""
 
 
-class Pace:
+class StragglerDetector:
     """Sums of seconds since the last report; ``gather`` hands every rank's value to every rank."""
 
     def __init__(self, every: int, gather: Callable[[tuple[float, float]], list[tuple[float, float]]]):

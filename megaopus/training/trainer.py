@@ -16,8 +16,8 @@ from megaopus.engine.base import Engine, StepResult
 from megaopus.errors import EngineError
 from megaopus.record.types import Choices, SelectionRecord, StepRecord, ValidationRecord
 from megaopus.selection.backend import Candidates, Gradient
-from megaopus.training.spike_guard import UpdateGuard
-from megaopus.training.straggler import Pace
+from megaopus.training.spike_guard import SpikeGuard
+from megaopus.training.straggler import StragglerDetector
 
 
 class Buffer(Candidates, Protocol):
@@ -134,11 +134,11 @@ class Trainer:
     """Sequences of each domain to validate on."""
     wanted: list[str]
     """Domains whose mean is the headline validation loss."""
-    guard: UpdateGuard
+    guard: SpikeGuard
     """Which updates are skipped."""
     max_skipped: int
     """Skipped updates in a row after which the run stops."""
-    pace: Pace
+    pace: StragglerDetector
     """Which rank is slow."""
     stop_requested: Callable[[], str | None]
     """The reason to stop, the same on every rank, or None."""

@@ -20,7 +20,7 @@ from megaopus.distributed.mesh import Mesh
 KEY = "megaopus/progress/{rank}"
 
 
-class Watch:
+class HangWatchdog:
     """A thread that speaks up once nothing has been entered for ``seconds``.
 
     Each rank keeps its phase, and how long it has been in it, in the job's key-value store. A rank that sees no

@@ -18,7 +18,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.gpt_forward import token_losses
 from megaopus.engine.megatron.engine import MegatronEngine
-from megaopus.models.gpt import whole_names
+from megaopus.models.gpt import canonical_names
 from megaopus.selection import Selector, adjoint_utilities
 from megaopus.selection.backend import Gradient, ScoringBackend
 from megaopus.selection.config import SelectionConfig
@@ -236,7 +236,7 @@ def watch(engine: MegatronEngine, backend: Any, seen: dict[str, Any]) -> None:
 
     @contextmanager
     def watched(direction: Gradient) -> Iterator[Callable[[float], None]]:
-        names = dict(whole_names(engine.module))
+        names = dict(canonical_names(engine.module))
         main = {names[local]: weight.detach().clone() for local, weight in main_weights().items()}
         model = {names[local]: p for local, p in engine.named_parameters()}
 

@@ -23,7 +23,7 @@ from megaopus.engine.batch_split import data_parallel_share, padded_share, seed_
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.deepspeed import checkpoint
 from megaopus.engine.deepspeed.scoring import DeepSpeedScoringBackend
-from megaopus.engine.deepspeed.zero_muon import Together, ZeroMuon
+from megaopus.engine.deepspeed.zero_muon import ChainedOptimizer, ZeroMuon
 from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer, norm_limit
 from megaopus.engine.gpt_forward import token_losses
 from megaopus.engine.pending_save import PendingSave
@@ -66,7 +66,7 @@ class DeepSpeedEngine(Engine):
             initialize(self.module, model, mesh, self._seed)
         _sum_partial_gradients(self.module, mesh)
         optimizers = torch_optimizers(optim, self.module, mesh, {"muon": partial(make_muon, cls=ZeroMuon)})
-        together = Together(optimizers)
+        together = ChainedOptimizer(optimizers)
         groups = {id(p): index for index, group in enumerate(together.param_groups) for p in group["params"]}
         group_of = {name: groups[id(p)] for name, p in self.module.named_parameters()}
         with warnings.catch_warnings():
@@ -223,8 +223,8 @@ def import_deepspeed(on_cpu: bool) -> Any:
     # Shared-memory collectives for CPU inference: every rank would compile them in C++ on its first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     tested = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
-    if Together not in tested:
-        tested.append(Together)
+    if ChainedOptimizer not in tested:
+        tested.append(ChainedOptimizer)
     return deepspeed
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from megaopus.optim.muon import Muon
 
 
-class Together(Optimizer):
+class ChainedOptimizer(Optimizer):
     """Several optimizers in the place of one: their groups one after the other, and one state."""
 
     def __init__(self, optimizers: Sequence[Optimizer]):

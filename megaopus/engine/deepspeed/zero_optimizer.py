@@ -43,7 +43,7 @@ class Fragment:
 
 
 class ZeroOptimizer:
-    """The fp32 weights and optimizer state under ZeRO, by parameter name, as ``optim.build.MainOptimizer`` offers them.
+    """Finds fp32 weights and optimizer state under ZeRO by parameter name, as ``MixedPrecisionOptimizer`` does without.
 
     ``zero``: what ``deepspeed.initialize`` made of ``optimizers``; ``group_of``: parameter name -> index of its group
     among all of theirs. Methods marked collective are called by every data-parallel rank, in the same order.

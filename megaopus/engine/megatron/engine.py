@@ -24,7 +24,7 @@ from megaopus.engine.megatron.passes import MegatronPasses
 from megaopus.engine.megatron.scoring import MegatronScoringBackend
 from megaopus.engine.pending_save import PendingSave
 from megaopus.errors import EngineError
-from megaopus.models.gpt import whole_names
+from megaopus.models.gpt import canonical_names
 from megaopus.selection.backend import Candidates, Gradient
 
 _NOTHING = "._extra_state"
@@ -86,7 +86,7 @@ class MegatronEngine(MegatronPasses):
             micro = math.gcd(group_size, self.micro_batch_size)
             self.run_local(batch, share, micro, length, forward_only=False, whole_gradient=True)
         # main_grad: megatron's DDP keeps each parameter's reduced gradient there
-        names = dict(whole_names(self.module))
+        names = dict(canonical_names(self.module))
         gradient = {names[local]: p.main_grad.clone() for local, p in self.named_parameters()}
         self.ddp.train()
         return gradient
@@ -130,7 +130,7 @@ class MegatronEngine(MegatronPasses):
 
         check_index(folder)
         weights = dict(self.named_parameters())
-        names = list(whole_names(self.module))
+        names = list(canonical_names(self.module))
         empty = {
             group: {name: torch.empty_like(weights[local], dtype=torch.float32) for local, name in names}
             for group in groups
@@ -165,11 +165,11 @@ class MegatronEngine(MegatronPasses):
             "model": model_state,
             "optimizer": self.optimizer.sharded_state_dict(model_state, is_loading),
         }
-        if whole := self.optimizer.sharded_whole(dict(whole_names(self.module))):
+        if whole := self.optimizer.sharded_whole(dict(canonical_names(self.module))):
             state["optimizer_whole"] = whole
         for group, values in groups.items():
             state[group] = {
                 local: make_sharded_optimizer_tensor(model_state[local], values[name], prefix=group)
-                for local, name in whole_names(self.module)
+                for local, name in canonical_names(self.module)
             }
         return state

@@ -19,7 +19,7 @@ from megaopus.engine.gpt_forward import SampledLabels, token_losses
 from megaopus.models.config import ModelConfig
 from megaopus.models.flops import padded_vocab
 from megaopus.models.gpt import build_gpt, initialize, transformer_config
-from megaopus.optim.build import MainOptimizer
+from megaopus.optim.build import MixedPrecisionOptimizer
 from megaopus.optim.config import OptimConfig
 from megaopus.selection.backend import Candidates
 from megaopus.selection.estimators.ghost import GhostCapture
@@ -60,7 +60,7 @@ class MegatronPasses(Engine):
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             self._reduce_gradients = finalize_model_grads
             config.finalize_model_grads_func = self._finalize_gradients
-            self.optimizer = MainOptimizer(
+            self.optimizer = MixedPrecisionOptimizer(
                 optim, self.module, mesh, bf16=self.bf16, sharded=list(self.ddp) if sharded else None
             )
             self._schedule = get_forward_backward_func()
@@ -91,8 +91,8 @@ class MegatronPasses(Engine):
 
         def tokens() -> Iterator[tuple[Tensor, Tensor | None]]:
             for rows in micro_batches:
-                chances = None if sampled is None else sampled.chances(rows, length)
-                yield batch.take(rows).batch(length).to(self.mesh.device, non_blocking=True), chances
+                uniforms = None if sampled is None else sampled.uniforms(rows, length)
+                yield batch.take(rows).batch(length).to(self.mesh.device, non_blocking=True), uniforms
 
         outputs = self._schedule(
             forward_step_func=partial(self._forward_step, sampled=sampled),
@@ -159,7 +159,7 @@ class MegatronPasses(Engine):
     def _forward_step(
         self, data_iterator: Iterator[tuple[Tensor, Tensor | None]], model: Any, sampled: SampledLabels | None = None
     ) -> tuple[Tensor, Any]:
-        tokens, chances = next(data_iterator)
+        tokens, uniforms = next(data_iterator)
         length = tokens.shape[1] - 1
 
         def sequence_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,8 +167,8 @@ class MegatronPasses(Engine):
             # Both are parts that add up over cp; the schedule multiplies the first by the cp that DDP will divide by.
             return losses_BS.sum() / (len(tokens) * length), losses_BS.detach().double().sum(dim=1) / length
 
-        if sampled is not None and chances is not None:
-            return sampled.losses(model, tokens, chances), sequence_losses
+        if sampled is not None and uniforms is not None:
+            return sampled.losses(model, tokens, uniforms), sequence_losses
         return token_losses(model, tokens, self.mesh.shape.cp, self.mesh.cp_rank), sequence_losses
 
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
