@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from benchmarks.structure import LONGEST_FUNCTION, circles, import_graph, module_name, too_long
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megaopus"
-LONGEST_FILE, LONGEST_FUNCTION = 500, 60  # lines, as CONTRIBUTING.md says
 ANY = None
 LEAVES = {"errors", "fs", "settings", "events"}
 """Modules that import nothing of ours but ``errors``."""
@@ -122,68 +123,8 @@ def test_a_breach_is_seen():
 # -- circles ---------------------------------------------------------------------------------------------------------
 
 
-def module_name(file: Path) -> str:
-    return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-
-
-def named(source: str) -> Iterator[str]:
-    """Every module that the source may mean: imports at any depth, their members, and names in strings."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
-
-
-def graph_of(sources: Mapping[str, str]) -> dict[str, set[str]]:
-    """Module -> modules of ours that it names; what a package is to its own modules does not count."""
-    return {
-        name: {
-            other for other in named(text) if other in sources and other != name and not name.startswith(other + ".")
-        }
-        for name, text in sources.items()
-    }
-
-
-def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """The strongly connected components of more than one module (Kosaraju's algorithm)."""
-    order: list[str] = []
-    seen: set[str] = set()
-
-    def visit(start: str, edges: Mapping[str, set[str]], found: list[str]) -> None:
-        stack = [(start, iter(edges[start]))]
-        seen.add(start)
-        while stack:
-            name, rest = stack[-1]
-            following = next((other for other in rest if other not in seen), None)
-            if following is None:
-                found.append(name)
-                stack.pop()
-            else:
-                seen.add(following)
-                stack.append((following, iter(edges[following])))
-
-    for name in graph:
-        if name not in seen:
-            visit(name, graph, order)
-    back: dict[str, set[str]] = {name: set() for name in graph}
-    for name, others in graph.items():
-        for other in others:
-            back[other].add(name)
-    seen.clear()
-    components = []
-    for name in reversed(order):
-        if name not in seen:
-            visit(name, back, component := [])
-            components.append(sorted(component))
-    return [component for component in components if len(component) > 1]
-
-
 def test_nobody_imports_in_circles():
-    assert circles(graph_of({module_name(file): file.read_text() for file in FILES})) == []
+    assert circles(import_graph({module_name(str(file.relative_to(ROOT))): file.read_text() for file in FILES})) == []
 
 
 def test_a_circle_is_seen():
@@ -193,21 +134,10 @@ def test_a_circle_is_seen():
         "megaopus.c": "import importlib\nimportlib.import_module('megaopus.a')",
         "megaopus.d": "import megaopus.a",
     }
-    assert circles(graph_of(sources)) == [["megaopus.a", "megaopus.b", "megaopus.c"]]
+    assert circles(import_graph(sources)) == [["megaopus.a", "megaopus.b", "megaopus.c"]]
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------------
-
-
-def too_long(source: str) -> Iterator[str]:
-    """The file, and its functions, that are longer than CONTRIBUTING.md allows."""
-    if (lines := source.count("\n")) > LONGEST_FILE:
-        yield f"{lines} lines, at most {LONGEST_FILE}"
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            if lines > LONGEST_FUNCTION:
-                yield f"{node.name} has {lines} lines, at most {LONGEST_FUNCTION}"
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
