@@ -129,7 +129,10 @@ FAULTS = (
     Fault(
         "a sketch has no signs",
         (("((bits & 1) * 2 - 1).to(torch.int8)", "((bits & 1) * 0 + 1).to(torch.int8)"),),
-        ("test_sketch_inner_products_have_the_stated_mean_and_variance",),
+        (
+            "test_countsketch_ranks_like_the_exact_alignment_of_its_layers",
+            "test_countsketch_is_unbiased_over_seeds_in_alignment_and_gram",
+        ),
     ),
     Fault(
         "the running proxy gradient is biased towards zero",
@@ -154,7 +157,7 @@ FAULTS = (
     Fault(
         "a redundancy term takes off the overlap of the pick before",
         (("left = left - penalty[:, best]", "left = left - penalty[:, picked[0]]"),),
-        ("test_diverse_picks_follow_the_greedy_formula_and_avoid_duplicates",),
+        ("test_exact_redundancy_follows_the_formula", "test_greats_is_greedy_by_raw_gradients_less_their_overlap"),
     ),
     Fault(
         "spikes in a row are forgotten over a resume",
@@ -174,7 +177,7 @@ FAULTS = (
     Fault(
         "a buffer of weighted domains counts places from the run's start",
         (("first = (buffer - self._starts[stage]) * self._per_buffer", "first = buffer * self._per_buffer"),),
-        ("test_a_change_of_weights_neither_repeats_nor_loses_a_sequence",),
+        ("test_places_of_each_domain_are_counted_without_a_gap",),
     ),
     Fault(
         "the learning rate reaches its floor a step late",
