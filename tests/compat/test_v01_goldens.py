@@ -32,7 +32,16 @@ from megaopus.data.traits import ensure_traits, traits_folder
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.common import seed_dropout
 from megaopus.engine.forward import SampledLabels
-from megaopus.selection import ModuleBackend, SelectionConfig, Selector, TensorCandidates, guards, noise, sampler
+from megaopus.selection import (
+    CountSketch,
+    ModuleBackend,
+    SelectionConfig,
+    Selector,
+    TensorCandidates,
+    guards,
+    noise,
+    sampler,
+)
 from megaopus.selection.config import GuardConfig, PrescreenConfig
 from tests.compat.v01 import FIXTURE, copied, frozen, inside, megaopus
 
@@ -60,6 +69,7 @@ def test_noise() -> None:
     assert close(noise.uniform(golden["seed"], counters).tolist(), golden["uniform"])
     assert close(noise.gumbel(golden["seed"], counters).tolist(), golden["gumbel"])
     assert guards.token_signatures(torch.tensor(golden["tokens"])).tolist() == golden["signatures"]
+    assert CountSketch("weight", torch.arange(12), 5, 42)(torch.arange(24.0).view(2, 12)).tolist() == golden["sketch"]
 
 
 @pytest.mark.parametrize("draws", GOLDEN["picks"]["draws"], ids=lambda draws: f"{draws['seed']}-{draws['step']}")
