@@ -73,14 +73,14 @@ class Opened:
     """Counts what a run opens, draws and validates on, at the functions that do it."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.sequences: dict[str, int] = {}
+        self.sequences: dict[str, list[int]] = {}
         self.validated: Counter[str] = Counter()
         self.stream: CandidateStream | None = None
         lay_out, evaluate, trainer = Sequences._lay_out, MegatronEngine.evaluate, build.Trainer
 
         def laid_out(sequences: Sequences, *args: Any, **options: Any) -> None:
             lay_out(sequences, *args, **options)
-            self.sequences[sequences.split] = len(sequences)
+            self.sequences.setdefault(sequences.split, []).append(len(sequences))
 
         def evaluated(engine: Any, buffer: Any) -> Any:
             losses = evaluate(engine, buffer)
@@ -112,7 +112,7 @@ def test_check_prints_what_the_run_opens(
         assert build.train(config) == 0
     row = re.search(r"│ sequences +│ (.+?) +│", printed)
     assert row, printed
-    counts = {split: int(count.replace(",", "")) for split, count in re.findall(r"(\w+) ([\d,]+)", row[1])}
+    counts = {split: [int(count.replace(",", ""))] for split, count in re.findall(r"(\w+) ([\d,]+)", row[1])}
     assert counts == opened.sequences
     each = ", ".join(f"{domain} {count}" for domain, count in opened.validated.items())
     headline = ", ".join(config.data.wanted) or "every domain"
