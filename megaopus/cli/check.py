@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from megaopus.cli._settings import add_settings
+from megaopus.cli._settings import add_settings, composed
 from megaopus.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,10 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what the run of these settings would be."""
     if args.world_size is not None and args.world_size < 1:
         raise argparse.ArgumentError(None, "--world-size must be at least 1")
-    from megaopus.config import compose
-
-    config = compose(args.overrides, args.config_dir, args.world_size)
-    show(config, args.world_size, args.overrides, args.config_dir)
+    show(composed(args, args.world_size), args.world_size, args.overrides, args.config_dir)
     return 0
 
 

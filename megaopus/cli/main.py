@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from megaopus import __version__, cli
+from megaopus.cli._notes import speaks
 from megaopus.errors import ConfigError, MegaopusError
 
 GRACE_SECONDS = 5.0
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MegaopusError as error:
         if os.environ.get("MEGAOPUS_TRACEBACK") == "1":
             raise
-        if isinstance(error, ConfigError) and not _speaks():
+        if isinstance(error, ConfigError) and not speaks():
             time.sleep(GRACE_SECONDS)
         else:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -84,8 +85,3 @@ def _verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
         parser.epilog = f"verbs:\n{listed}\n\n{parser.epilog}"
     args = parser.parse_args(arguments)
     return args.verb, args.arguments
-
-
-def _speaks() -> bool:
-    """Whether this rank reports what every rank of its node has found: once per node, for a file may lack on one."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"

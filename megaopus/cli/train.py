@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from megaopus.cli._settings import add_settings
+from megaopus.cli._settings import add_settings, composed
 from megaopus.errors import ConfigError, Problem
 
 DESCRIPTION = (
@@ -25,10 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train as the settings say; returns 0, or 143 after a request to stop."""
-    from megaopus.config import compose
-
-    config = compose(args.overrides, args.config_dir, _world_size())
-    from megaopus import build
+    config = composed(args, _world_size())
+    from megaopus import build  # which takes seconds, and mistakes are told at once
 
     return build.train(config)
 

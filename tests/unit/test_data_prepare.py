@@ -255,13 +255,18 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch
 
 def test_command_line(tmp_path, capsys):
     source = write_rows(tmp_path / "rows.jsonl", small_rows())
-    options = ["--vocab-size", "300", "--wanted", "wanted", "--proxy-fraction", ".3", "--validation-fraction", ".2"]
+    options = ["--vocab-size", "300", "--proxy-fraction", ".3", "--validation-fraction", ".2"]
     out = tmp_path / "c"
-    assert main(["prepare", "--source", str(source), "--out", str(out), *options]) == 0
+    command = ["prepare", "--source", str(source), "--out", str(out), *options]
+    assert main([*command, "--target-domains", "wanted"]) == 0
     counts = Corpus.open(out).manifest["counts"]
-    text = capsys.readouterr().out
+    text, notes = capsys.readouterr()
+    assert notes == ""
     assert f"fingerprint {Corpus.open(out).fingerprint[:16]}" in text
     assert f"{counts['wanted']['proxy']['documents']:,} / {counts['wanted']['proxy']['tokens']:,}" in text
+    assert main([*command, "--wanted", "wanted", "--overwrite"]) == 0
+    assert Corpus.open(out).manifest["counts"] == counts
+    assert "note: --wanted is now --target-domains" in capsys.readouterr().err
     shutil.rmtree(out)
     assert main(["prepare", "--out", str(out)]) == 2
     assert "no source given; name at least one with --source, or --data NAME" in capsys.readouterr().err
