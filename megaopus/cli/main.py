@@ -1,7 +1,7 @@
 """Runs one verb of the command line: each file of this folder that has no underscore before its name is one.
 
 A verb's file has a docstring, whose first line the list of verbs shows, ``DESCRIPTION``, ``EXAMPLES``,
-``add_arguments(parser)`` and ``run(args)``, which returns the exit code. What takes time to import it imports in
+``add_arguments(parser)`` and ``run(args)``, which returns the exit code (None: 0). What takes time to import it imports in
 ``run``, so that help comes at once.
 """
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = verb_parser(name)
     args = parser.parse_intermixed_args(rest)
     try:
-        return verb_module(name).run(args)
+        return verb_module(name).run(args) or 0
     except argparse.ArgumentError as error:
         parser.error(str(error))
     except MegaopusError as error:
