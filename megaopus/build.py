@@ -51,7 +51,7 @@ def train(config: RunConfig) -> int:
 
 @contextmanager
 def _locked(run_dir: Path, mesh: Mesh) -> Iterator[None]:
-    """Rank 0 holds the run folder's lock; refused on every rank if another job does. Collective."""
+    """Hold the run folder's lock on rank 0; refused on every rank if another job does. Collective."""
     with ExitStack() as held:
         on_rank_0(mesh, lambda: held.enter_context(run_lock(run_dir)))
         yield
@@ -99,7 +99,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: HangWatchdog)
 
 
 def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint | None, corpus: str) -> None:
-    """Rank 0, when nothing can be refused any more: the first that is written."""
+    """Write, on rank 0, for the first time: nothing can be refused any more."""
     if checkpoint is not None and checkpoint.own:
         for folder in checkpoint.passed_over:
             set_aside(folder)
@@ -147,7 +147,7 @@ def build_trainer(config: RunConfig, mesh: Mesh, data: RunData, stop: StopSignal
 
 
 def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> MegatronEngine | DeepSpeedEngine:
-    """The engine of this rank; ``vocab_size`` is the tokenizer's."""
+    """Build the engine of this rank; ``vocab_size`` is the tokenizer's."""
     kind: type[MegatronEngine | DeepSpeedEngine] = MegatronEngine
     if config.engine.name == "deepspeed":
         kind = DeepSpeedEngine
@@ -166,14 +166,14 @@ def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> MegatronEngi
 
 
 def _agreed(mesh: Mesh, stop: StopSignal) -> str | None:
-    """The stop reason if any rank has one; all ranks get an answer at the same step."""
+    """Find the stop reason if any rank has one; all ranks get an answer at the same step."""
     if not mesh.any(stop.reason is not None):
         return None
     return stop.reason or "another rank was asked to stop"
 
 
 def _identity(config: RunConfig, data: RunData, *, bf16: bool) -> dict[str, Any]:
-    """What must be equal for a checkpoint to mean the same thing: its form, sample order, model shape, optimizer."""
+    """Name what must be equal for a checkpoint to mean the same: its form, sample order, model shape, optimizer."""
     # What came later is named where it is used: checkpoints written before it go on.
     later: dict[str, Any] = {} if config.engine.name == "megatron" else {"engine": config.engine.name}
     if config.data.weights:

@@ -126,7 +126,7 @@ def write_run_folder(
 
 
 def _launch_script(world_size: int) -> str:
-    """The command of this launch, from the folder it was given in.
+    """Write a script that gives the command of this launch again, in the folder it was given in.
 
     Who starts the ranks without torchrun says how in the environment: MEGAOPUS_LAUNCHER, a whole command.
     """
@@ -153,7 +153,7 @@ def _version(package: str) -> str:
 
 
 def _git_revision() -> str | None:
-    """Commit of the source tree, with "+" if it has changes; None outside a checkout.
+    """Ask git for the commit of these sources, with "+" if they have changes; None outside a checkout.
 
     An installed copy may lie in another project's checkout, which does not track it.
     """

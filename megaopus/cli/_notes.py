@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 def speaks() -> bool:
-    """Whether this rank reports what every rank of its node has found: once per node, for a file may lack on one."""
+    """Say whether this rank reports what all of its node have found: once per node, for a file may lack on one."""
     return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 

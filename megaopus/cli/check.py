@@ -107,7 +107,7 @@ def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
 
 
 def _memory_table(config: RunConfig, vocab_size: int, world_size: int, precision: str) -> Table:
-    """Memory of the stage that needs most."""
+    """Lay out the memory of the stage that needs most."""
     from megaopus.planning.estimate import format_bytes, memory
 
     stages = [memory(config, vocab_size, world_size, precision, stage) for stage in range(config.parallel.pp)]

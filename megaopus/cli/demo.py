@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def train(run_dir: Path, steps: int, settings: Sequence[str], console: Console) -> None:
-    """A ``train`` process of its own; a finished run is not run again, a killed one goes on."""
+    """Start a ``train`` process; a finished run is not run again, a killed one goes on."""
     from megaopus.checkpoint.checkpointer import complete_checkpoints
 
     done = complete_checkpoints(run_dir)
@@ -104,7 +104,7 @@ def ensure_corpus(path: Path, console: Console) -> Path:
 
 
 def summarise(uniform: Run, opus: Run, comparison: Comparison, args: argparse.Namespace) -> dict[str, Any]:
-    """The content of summary.json; ratios are null where opus never reaches uniform's final loss."""
+    """Make the content of summary.json; ratios are null where opus never reaches uniform's final loss."""
     return {
         "tokens_ratio": comparison.tokens_ratio,
         "time_ratio": comparison.time_ratio,
@@ -121,7 +121,7 @@ def summarise(uniform: Run, opus: Run, comparison: Comparison, args: argparse.Na
 
 
 def picked_share(run: Run) -> dict[str, float]:
-    """Mean share of each domain among the picks."""
+    """Average the share of each domain among the picks over the steps."""
     rows = run.selections
     return {domain: sum(row.share[domain] for row in rows) / len(rows) for domain in rows[0].share}
 

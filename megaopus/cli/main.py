@@ -1,8 +1,8 @@
 """Runs one verb of the command line: each file of this folder that has no underscore before its name is one.
 
 A verb's file has a docstring, whose first line the list of verbs shows, ``DESCRIPTION``, ``EXAMPLES``,
-``add_arguments(parser)`` and ``run(args)``, which returns the exit code (None: 0). What takes time to import it imports in
-``run``, so that help comes at once.
+``add_arguments(parser)`` and ``run(args)``, which returns the exit code (None: 0). What takes time to import it imports
+in ``run``, so that help comes at once.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ GRACE_SECONDS = 5.0
 
 
 def verbs() -> list[str]:
-    """The names of all verbs."""
+    """List the names of all verbs."""
     names = (module.name for module in pkgutil.iter_modules(cli.__path__))
     return sorted(name for name in names if name != "main" and not name.startswith("_"))
 
 
 def verb_module(name: str) -> ModuleType:
-    """The file of a verb."""
+    """Import the file of a verb."""
     return importlib.import_module(f"{cli.__name__}.{name}")
 
 
 def verb_parser(name: str) -> argparse.ArgumentParser:
-    """What parses the arguments of a verb."""
+    """Make the parser of a verb's arguments."""
     verb = verb_module(name)
     parser = argparse.ArgumentParser(
         prog=f"python -m megaopus {name}",
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """(the verb, its arguments); ends the process for help, the version, or an unknown verb."""
+    """Split the verb from its arguments; ends the process for help, the version, or an unknown verb."""
     names = verbs()
     parser = argparse.ArgumentParser(
         prog="python -m megaopus",

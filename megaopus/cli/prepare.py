@@ -132,7 +132,7 @@ def _prepare(args: argparse.Namespace, console: Console) -> Path:
 
 
 def split_rule(args: argparse.Namespace, default: SplitRule) -> SplitRule:
-    """The split rule of the command line, with ``default`` where it says nothing."""
+    """Make the split rule of the command line, with ``default`` where it says nothing."""
     from megaopus.corpus_tools.split import SplitRule
 
     return SplitRule(
@@ -156,7 +156,7 @@ def show_corpus(path: Path, console: Console) -> None:
 
 
 def _table(manifest: Mapping[str, Any]) -> Table:
-    """Domain x split: documents and tokens."""
+    """Lay out documents and tokens by domain and split."""
     from megaopus.data.corpus import SPLITS
 
     table = Table(title="documents / tokens")

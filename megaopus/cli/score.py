@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def method_of(corpus: Corpus, args: argparse.Namespace) -> Method:
-    """The method that the command line asks for; raises DataError for options that do not go together."""
+    """Make the method that the command line asks for; raises DataError for options that do not go together."""
     from megaopus.corpus_tools.sources import Source
 
     given = {name for name in _OPTIONS if getattr(args, name) is not None}

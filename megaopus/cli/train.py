@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _world_size() -> int:
-    """The number of ranks that torchrun or Slurm says there are. Raises ConfigError for what is no number."""
+    """Read the number of ranks that torchrun or Slurm set. Raises ConfigError for what is no number."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal():
         reason, remedy = "is not a number of processes", "unset it, or start with torchrun"

@@ -58,7 +58,7 @@ class ProxyCorpus:
 
 
 def read_items(sources: Sequence[Source], fields: Sequence[str]) -> list[Item]:
-    """The texts under ``fields`` of every row, joined; values may be texts, lists or mappings of them.
+    """Read the texts under ``fields`` of every row, joined; values may be texts, lists or mappings of them.
 
     Raises:
         DataError: no items, or a row without any of the fields.
@@ -132,7 +132,7 @@ def build(
 
 
 def assign(corpus: Corpus, found: Found, tokens: int, drop_overlap: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(split of every document of the corpus (D,) uint8, chosen places in ``found``, nearest first)."""
+    """Choose the proxy: (split of every document (D,) uint8, chosen places in ``found``, nearest first)."""
     usable = ~found.overlaps if drop_overlap else np.ones(len(found.documents), dtype=bool)
     order = np.lexsort((found.documents, -found.similarity))
     order = order[usable[order]]
@@ -163,7 +163,7 @@ def _summary(
     tokens: int,
     drop_overlap: bool,
 ) -> dict[str, Any]:
-    """What is kept in the manifest: settings, shares of the domains, overlaps."""
+    """Sum up for the manifest: settings, shares of the domains, overlaps."""
     here = splits[found.documents]
     overlapping = {SPLIT_NAMES[code]: int((found.overlaps & (here == code)).sum()) for code in (POOL, PROXY, LEFT_OUT)}
     return {

@@ -110,7 +110,7 @@ def _checked(
     overwrite: bool,
     workers: int | None,
 ) -> Tokenizer | None:
-    """The tokenizer that is given, if one is. Raises DataError for settings that cannot be used."""
+    """Load the tokenizer that is given, if one is. Raises DataError for settings that cannot be used."""
     if not sources:
         raise DataError("no source given; name at least one with --source, or --data NAME, or --demo")
     if workers is not None and workers < 1:

@@ -30,5 +30,5 @@ class DataNeeds:
 
     @property
     def reads_proxy(self) -> bool:
-        """Whether the split ``proxy`` is read: for batches of it, or for text features, which compare with it."""
+        """Say whether the split ``proxy`` is read: for batches of it, or for text features, which compare with it."""
         return self.proxy or self.text_features is not None

@@ -51,13 +51,13 @@ class RunDataSummary:
 
 
 class RunData:
-    """The sequences that a run reads, opened once; no token is read before a batch asks for it.
+    """Holds the sequences that a run reads, opened once; no token is read before a batch asks for it.
 
     ``describe`` and ``open`` share every line, so that what is told beforehand is what the run opens.
     """
 
     def __init__(self, data: DataConfig, needs: DataNeeds):
-        """See ``open``."""
+        """Open the corpora; see ``open``."""
         self._data, self._needs = data, needs
         self._opened: dict[str, Corpus] = {}
         pool = self._corpus(data.path)
@@ -84,12 +84,12 @@ class RunData:
 
     @cached_property
     def proxy(self) -> Sequences:
-        """What proxy batches are drawn from: the wanted domains; opened when first asked for. Raises DataError."""
+        """Open, when first asked, what proxy batches are drawn from: the wanted domains. Raises DataError."""
         data = self._data
         return Sequences(self._corpus(data.proxy_path or data.path), "proxy", data.seq_len, data.wanted or None)
 
     def candidates(self) -> CandidateStream:
-        """The buffer of candidates of each step. Raises DataError for a weight of a domain without sequences."""
+        """Draw the buffer of candidates of each step. Raises DataError for a weight of a domain without sequences."""
         needs = self._needs
         return CandidateStream(
             self.pool,
@@ -100,32 +100,32 @@ class RunData:
         )
 
     def proxy_batches(self) -> CandidateStream | None:
-        """The proxy batch of each step; None: the run takes none."""
+        """Draw the proxy batch of each step; None: the run takes none."""
         if not self._needs.proxy:
             return None
         return CandidateStream(self.proxy, self._needs.proxy_batch_size, self._needs.seed, "proxy")
 
     def contrast_batches(self) -> CandidateStream | None:
-        """The batch of the pool that the proxy's is compared with; None: the run takes none."""
+        """Draw the batches of the pool that proxy batches are compared with; None: the run takes none."""
         if not self._needs.contrast:
             return None
         return CandidateStream(self.pool, self._needs.proxy_batch_size, self._needs.seed, "contrast")
 
     def evaluation_buffers(self) -> dict[str, CandidateBuffer]:
-        """Domain -> the sequences that each validation runs through."""
+        """Choose the sequences of each domain that every validation runs through."""
         return evaluation_buffers(self.validation, self._needs.eval_sequences)
 
     def headline_domains(self) -> list[str]:
-        """Domains whose mean is the headline validation loss: the wanted ones, else every one."""
+        """Name the domains whose mean is the headline validation loss: the wanted ones, else every one."""
         return self._data.wanted or self.validation.domains
 
     def in_wanted_domains(self, candidates: Any) -> Tensor:
-        """(N,) bool: which of the candidates are of a wanted domain; none where no domain is named."""
+        """Say which of N candidates are of a wanted domain, (N,) bool; none where no domain is named."""
         names = candidates.domain_names
         return torch.tensor([names[index] in self._data.wanted for index in candidates.domains])
 
     def text_features(self, mesh: Mesh, console: Console) -> SequenceTextFeatures | None:
-        """Text features of the pool's sequences, computed by rank 0 if they are not there; None: none are read.
+        """Read the text features of the pool, computed by rank 0 if they are not there; None: the run reads none.
 
         Collective. Raises DataError if their folder cannot be read or written.
         """

@@ -46,12 +46,12 @@ CHOICE_BYTES = 17
 
 
 def vocabulary(config: RunConfig, data: RunDataSummary) -> int:
-    """The model's vocabulary before padding."""
+    """Say how large the model's vocabulary is before padding."""
     return config.model.vocab_size or data.vocab_size
 
 
 def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str, data: RunDataSummary) -> str:
-    """The line that a run prints before step 0: what follows from its settings and the machine."""
+    """Tell, in the line that a run prints before step 0, what follows from its settings and the machine."""
     train = config.train
     parameters = count_parameters(config.model, vocabulary(config, data), config.data.seq_len)
     engine = config.engine.name
@@ -121,7 +121,7 @@ def _record(config: RunConfig) -> str:
 
 
 def _validation(data: RunDataSummary) -> str:
-    """Which sequences a validation runs through."""
+    """Tell which sequences a validation runs through."""
     each = ", ".join(f"{domain} {count:,}" for domain, count in data.validation.items())
     headline = "every domain" if data.headline == list(data.validation) else ", ".join(data.headline)
     return f"{sum(data.validation.values()):,} sequences ({each}), headline loss over {headline}"
@@ -190,7 +190,7 @@ def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
 
 
 def parameter_rows(config: RunConfig, vocab_size: int) -> dict[str, str]:
-    """Name -> parameters of the whole model and of each rank, in words."""
+    """Count the parameters of the whole model and of each rank: name -> count, in words."""
     model, seq_len, tp, pp = config.model, config.data.seq_len, config.parallel.tp, config.parallel.pp
     rows = {"whole model": f"{count_parameters(model, vocab_size, seq_len):,}"}
     for stage in range(pp):
@@ -349,5 +349,5 @@ def groups(world_size: int, tp: int, pp: int, cp: int = 1) -> dict[str, list[lis
 
 
 def format_bytes(size: int) -> str:
-    """A size in MiB or GiB."""
+    """Write a size in MiB or GiB."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
