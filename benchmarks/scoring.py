@@ -34,10 +34,10 @@ from rich.table import Table
 
 from benchmarks import estimators
 from benchmarks.common import interleaved, machine, parser, progress, single_engine, start, write_results
+from megaopus.cli.demo import WANTED, ensure_corpus
 from megaopus.data.candidates import CandidateStream
 from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
-from megaopus.demo import WANTED, ensure_corpus
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.models.config import ModelConfig

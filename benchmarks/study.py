@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.common import CLOCKS, ROOT, interleaved
-from megaopus.build import Corpora, build_trainer
+from megaopus.build import build_trainer
+from megaopus.cli.demo import picked_share
 from megaopus.config import compose, differences
 from megaopus.data.corpus import Corpus
-from megaopus.demo import picked_share
+from megaopus.data.run_data import RunData
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.record.parquet import pick_counts
@@ -251,7 +252,7 @@ class _PrescreenWatch:
 def _steps(overrides: Sequence[str], folder: Path, mesh: Mesh) -> Callable[[], None]:
     """A run taken to where every cost has set in, and its next few steps as one pass; writes nothing."""
     config = compose([*overrides, "selection.warmup_steps=1", f"run_dir={folder / 'timing'}"])
-    trainer = build_trainer(config, mesh, Corpora(config), StopSignal())
+    trainer = build_trainer(config, mesh, RunData.open(config.data, config.data_needs()), StopSignal())
     nobody = Nobody()
     for _ in range(_SETTLED):
         trainer.update(nobody)

@@ -15,6 +15,7 @@ from typing import Any
 from megaopus.changes import flat
 from megaopus.checkpoint.config import CheckpointConfig
 from megaopus.data.config import DataConfig
+from megaopus.data.needs import DataNeeds
 from megaopus.distributed.config import ParallelConfig
 from megaopus.engine.config import EngineConfig
 from megaopus.errors import ConfigError, Problem
@@ -71,6 +72,21 @@ class RunConfig:
         if self.selection.prescreen.mode == "predict":
             return self.selection.prescreen.slice
         return self.num_candidates() * self.selection.score_every
+
+    def data_needs(self) -> DataNeeds:
+        """What the run asks of its corpora, for ``RunData.open`` and ``RunData.describe``."""
+        selection = self.selection
+        return DataNeeds(
+            seed=self.seed,
+            steps=self.train.steps,
+            buffer_size=self.buffer_size(),
+            steps_per_buffer=selection.score_every,
+            proxy_batch_size=selection.proxy_batch_size,
+            proxy=selection.needs_proxy,
+            contrast=selection.needs_pool,
+            text_features=tuple(selection.prescreen.traits) if selection.needs_text_features else None,
+            eval_sequences=self.train.eval_sequences,
+        )
 
 
 class _Issues:

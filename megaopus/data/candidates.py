@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence as Items
 
 import numpy as np
@@ -79,25 +80,30 @@ class CandidateStream:
         seed: int,
         purpose: str = "candidates",
         *,
-        serves: int = 1,
+        steps_per_buffer: int = 1,
         stages: Items[Stage] = (),
+        serves: int | None = None,
     ):
         """Args:
         sequences: what to draw from.
         num_candidates: N, buffer size over all ranks.
         seed: the run's seed.
         purpose: keeps streams with the same seed apart (candidates, proxy, ...).
-        serves: consecutive steps that get the same buffer.
+        steps_per_buffer: consecutive steps that get the same buffer.
         stages: weights of the domains over the steps; none: every sequence alike.
+        serves: the name of ``steps_per_buffer`` in version 0.1.
 
         Raises:
             DataError: N is not positive, or a weight is given to a domain without sequences.
         """
         if num_candidates < 1:
             raise DataError(f"a buffer of {num_candidates} candidates cannot be drawn; use at least 1")
+        if serves is not None:
+            warnings.warn("serves= is called steps_per_buffer= now", DeprecationWarning, stacklevel=2)
+            steps_per_buffer = serves
         self.sequences = sequences
         self.num_candidates = num_candidates
-        self._serves = serves
+        self._steps_per_buffer = steps_per_buffer
         self._key = f"{seed}/{purpose}/{sequences.key}"
         self._mixture = None
         if stages:
@@ -105,15 +111,16 @@ class CandidateStream:
             if unknown:
                 has = ", ".join(sequences.domains)
                 raise DataError(f"{sequences.corpus.path}: no sequences of domain {unknown[0]!r}; there are: {has}")
-            self._mixture = Mixture(stages, sequences.domains, num_candidates, serves)
+            self._mixture = Mixture(stages, sequences.domains, num_candidates, steps_per_buffer)
 
     def at(self, step: int) -> CandidateBuffer:
         """The buffer of ``step`` (from 0)."""
         assert step >= 0
         n = len(self.sequences)
         if self._mixture is not None:
-            return self._mixed(self._mixture, step // self._serves, n)
-        epochs, places = np.divmod(step // self._serves * self.num_candidates + np.arange(self.num_candidates), n)
+            return self._mixed(self._mixture, step // self._steps_per_buffer, n)
+        first = step // self._steps_per_buffer * self.num_candidates
+        epochs, places = np.divmod(first + np.arange(self.num_candidates), n)
         numbers = np.empty_like(places)
         for epoch in range(epochs[0], epochs[-1] + 1):
             here = epochs == epoch
@@ -134,7 +141,7 @@ class CandidateStream:
 
     def epochs(self, step: int) -> dict[str, float]:
         """Times that the candidates of each domain were gone through before ``step``."""
-        buffers = -(-step // self._serves)
+        buffers = -(-step // self._steps_per_buffer)
         counts = self.sequences.counts
         if self._mixture is None:
             return dict.fromkeys(counts, buffers * self.num_candidates / len(self.sequences))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import html
 import math
 import os
@@ -22,7 +21,6 @@ from megaopus.report.compare import (
     Run,
     SelectionRow,
     compare,
-    load_run,
     stretch_curve,
     validation_at,
 )
@@ -31,47 +29,6 @@ from megaopus.report.sections import STYLE, Texts, table
 WINDOW = 3
 PLATEAU_FALL = 0.15  # nats: below this fall of the baseline, "tokens to reach" is mostly noise
 START_GAP = 0.01  # nats
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``python -m megaopus report``."""
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run folders; the uniform one is the baseline")
-    parser.add_argument("--out", metavar="FILE.html", help="page to write (default: report.html beside the runs)")
-    parser.add_argument(
-        "--start-step",
-        type=int,
-        metavar="N",
-        help="compare after N updates, the warm-up that all runs share (default: where the last of them begins)",
-    )
-    parser.add_argument(
-        "--replay",
-        metavar="STEP[,STEP...]",
-        help="instead of a page: make the picks of these steps (or all) again from the record of one run, and say "
-        "whether they are the same; exit status 1 if not, 3 if some step's record is not enough",
-    )
-
-
-def run(args: argparse.Namespace, texts: Texts | None = None) -> int:
-    """The ``report`` verb. Raises DataError before anything is written if a run folder cannot be read."""
-    paths = [Path(path) for path in args.runs]
-    if args.start_step is not None and args.start_step < 0:
-        raise DataError(f"--start-step {args.start_step}: must not be negative")
-    runs = {name: load_run(path, name) for name, path in zip(_names(paths), paths, strict=True)}
-    resolved = [path.resolve() for path in paths]
-    out = Path(args.out) if args.out else Path(os.path.commonpath(resolved)) / "report.html"
-    print(f"wrote {write_report(runs, out, start_step=args.start_step, texts=texts)}")
-    return 0
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Shortest path endings that tell the folders apart. Raises DataError for a folder named twice."""
-    parts = [path.resolve().parts for path in paths]
-    if len(set(parts)) < len(parts):
-        raise DataError("a run folder is named twice; name each once")
-    depth = 1
-    while len({part[-depth:] for part in parts}) < len(parts):
-        depth += 1
-    return ["/".join(part[-depth:]) for part in parts]
 
 
 def find_baseline(runs: Mapping[str, Run]) -> str:

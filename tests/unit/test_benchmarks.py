@@ -23,10 +23,10 @@ from rich.console import Console
 
 from benchmarks import columns, common, estimators, faults, filters, pools, quality, study, throughput
 from benchmarks.scoring import count_bytes
-from megaopus.build import Corpora
 from megaopus.config import compose
 from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import Corpus
+from megaopus.data.run_data import RunData
 from megaopus.data.sequences import Sequences
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
@@ -300,7 +300,7 @@ def test_columns_of_the_quality_study_are_made_once(tiny_corpus: Path, tmp_path:
         columns.ensure_column(corpus, name, reference=SMALL)
         assert (tmp_path / "corpus.scores" / name / "column.json").stat().st_mtime_ns == made
         config = compose([f"data.path={place}", "data.seq_len=32", *quality.FILTERS[name]])
-        assert 0 < len(Corpora(config).pool) < len(Sequences(corpus, "pool", 32)) / 3
+        assert 0 < len(RunData.open(config.data, config.data_needs()).pool) < len(Sequences(corpus, "pool", 32)) / 3
 
 
 UNDER_FAULTS = """

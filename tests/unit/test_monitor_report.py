@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megaopus.cli.main import verb_parser
+from megaopus.cli.report import write_page
 from megaopus.errors import DataError
 from megaopus.record.parquet import FOLDER, ChoiceSink
 from megaopus.record.sinks import JsonlSink
@@ -23,7 +25,7 @@ from megaopus.report import figures
 from megaopus.report.arms import find_arms
 from megaopus.report.choice_summary import QUANTILES, summarise_choices
 from megaopus.report.compare import aggregate, compare, load_run
-from megaopus.report.page import add_arguments, run, write_report
+from megaopus.report.page import write_report
 from megaopus.report.sections import Texts
 
 POOL = {"docs": 0.25, "source": 0.35, "readme": 0.25, "noise": 0.15}
@@ -139,10 +141,8 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def report(*arguments: object, texts: Texts | None = None) -> str:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    args = parser.parse_args([str(argument) for argument in arguments])
-    assert run(args, texts) == 0
+    args = verb_parser("report").parse_args([str(argument) for argument in arguments])
+    assert write_page(args, texts) == 0
     return Path(args.out).read_text()
 
 
@@ -260,7 +260,7 @@ def test_report_is_the_same_twice(folders: list[Path], tmp_path: Path) -> None:
 def test_report_of_one_run_beside_it_by_default(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "solo", "uniform", start=0, steps=60)
     assert len(summarise_choices(load_run(folder)).counts) == 1000  # 60 x 64 candidates
-    run(argparse.Namespace(runs=[str(folder)], out=None, start_step=None))
+    write_page(argparse.Namespace(runs=[str(folder)], out=None, start_step=None))
     page = (folder / "report.html").read_text()
     assert "baseline" not in cells(page)[0]
     assert len(pictures(page)) == 7  # no utilities and no effective sample size where nothing was chosen by utility

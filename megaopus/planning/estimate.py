@@ -1,18 +1,15 @@
-"""What a run would be: sizes, costs, memory and layout worked out without training, GPU or process group."""
+"""Works out what a run would be: sizes, costs, memory and layout, without training, GPU or process group."""
 
 from __future__ import annotations
 
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from megaopus.config import RunConfig, differences, validate
-from megaopus.errors import ConfigError
+from megaopus.config import RunConfig
+from megaopus.data.run_data import RunDataSummary
+from megaopus.distributed.mesh import MeshShape
 from megaopus.models.flops import (
     VOCAB_MULTIPLE,
     Weight,
@@ -44,108 +41,56 @@ GRAM_COST = {
     "kronecker": SCORING_COST["kronecker"],
 }
 """The same of sketching every candidate for a Gram matrix."""
-LARGEST_TABLE = 16
-
-
 CHOICE_BYTES = 17
 """Of a row of choices/ with utilities or standing, compressed: 16.3 measured (24 with both, 6 with neither)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
-    """What the corpora hold for this run."""
-
-    vocab_size: int
-    """The model's vocabulary before padding."""
-    sequences: dict[str, int]
-    """Split -> sequences of seq_len."""
-    domains: list[str]
-    epochs: dict[str, float] | None = None
-    """Where domains are drawn by weight: times that the run goes through each."""
-    kept: dict[str, str] | None = None
-    """What the filter keeps, in words."""
+def vocabulary(config: RunConfig, data: RunDataSummary) -> int:
+    """Say how large the model's vocabulary is before padding."""
+    return config.model.vocab_size or data.vocab_size
 
 
-def run(
-    config: RunConfig,
-    world_size: int | None = None,
-    overrides: Sequence[str] = (),
-    config_dir: Path | None = None,
-    console: Console | None = None,
-) -> None:
-    """Print everything that follows from ``config`` on ``world_size`` ranks (None: tp x cp x pp, the fewest possible).
-
-    ``overrides`` and ``config_dir`` are repeated in the launch command. Raises ConfigError if the settings do not fit
-    the ranks, DataError if a corpus cannot be read.
-    """
-    console = console or Console()
-    world_size = world_size if world_size is not None else config.parallel.model_ranks
-    if problems := validate(config, world_size):
-        raise ConfigError(problems)
-    data = open_data(config)
-    console.print(_two_columns("Derived", derived(config, world_size, data)))
+def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str, data: RunDataSummary) -> str:
+    """Tell, in the line that a run prints before step 0, what follows from its settings and the machine."""
+    train = config.train
+    parameters = count_parameters(config.model, vocabulary(config, data), config.data.seq_len)
+    engine = config.engine.name
+    if engine == "deepspeed":
+        engine += f" (ZeRO stage {config.engine.zero_stage})"
+    parts = [
+        f"{shape.world_size} rank(s) on {device}: dp={shape.dp} tp={shape.tp} cp={shape.cp} pp={shape.pp}",
+        f"{parameters:,} parameters, {precision}, {config.optim.name}, {engine}",
+        f"{train.steps} steps of {train.global_batch_size} x {config.data.seq_len} tokens",
+        f"{config.selection.method} picks {train.global_batch_size} of {config.num_candidates()} candidates",
+        f"pool of {data.sequences['pool']:,} sequences ({data.fingerprint[:12]})",
+    ]
     if data.kept is not None:
-        console.print(_two_columns("Documents of the pool that the filter keeps", data.kept))
-    changed = {key: f"{value!r}  (default {default!r})" for key, (value, default) in differences(config).items()}
-    console.print(_two_columns("Settings that differ from the default", changed or {"none": ""}))
-    console.print(_mesh_table(config, world_size))
-    console.print(_two_columns("Parameters", _parameter_rows(config, data)))
-    console.print(_two_columns("Cost", cost(config, data.vocab_size)))
-    for precision in precisions(config):
-        console.print(_memory_table(config, data.vocab_size, world_size, precision))
-    console.print("Start it with:")
-    command = launch_command(world_size, overrides, config_dir)
-    console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
+        parts.append(f"filtered {next(iter(data.kept))}: {data.kept['all']}")
+    if data.weighted:
+        drawn = ", ".join(f"{name} {epochs:.2f}" for name, epochs in data.epochs.items())
+        parts.append(f"domains by weight; epochs of each by the last step: {drawn}")
+    return " | ".join(parts)
 
 
-def open_data(config: RunConfig) -> Data:
-    """Open the corpora of ``config`` and count their sequences; raises DataError."""
-    from megaopus.data.candidates import CandidateStream
-    from megaopus.data.corpus import Corpus
-    from megaopus.data.mixture import parse_stages
-    from megaopus.data.score_filter import kept_documents
-    from megaopus.data.sequences import Sequences
-
-    data = config.data
-    pool = Corpus.open(data.path)
-    proxy = Corpus.open(data.proxy_path) if data.proxy_path else pool
-    validation = Corpus.open(data.validation_path) if data.validation_path else pool
-    wanted = data.wanted or None
-    kept = kept_documents(pool, data.filter)
-    drawn_from = Sequences(pool, "pool", data.seq_len, kept=kept)
-    epochs = None
-    if data.weights:
-        stages, every = parse_stages(data.weights), config.selection.score_every
-        stream = CandidateStream(drawn_from, config.buffer_size(), config.seed, serves=every, stages=stages)
-        epochs = stream.epochs(config.train.steps)
-    sequences = {
-        "pool": len(drawn_from),
-        "validation": len(Sequences(validation, "validation", data.seq_len, wanted)),
-    }
-    if config.selection.needs_proxy:
-        sequences["proxy"] = len(Sequences(proxy, "proxy", data.seq_len, wanted))
-    told = None if kept is None else kept.told(pool)
-    return Data(config.model.vocab_size or pool.vocab_size, sequences, list(pool.domains), epochs, told)
-
-
-def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
+def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[str, str]:
     """Name -> value of what the settings imply."""
     train, model, selection = config.train, config.model, config.selection
     parallel = config.parallel
     dp = world_size // parallel.model_ranks
     tokens = train.global_batch_size * config.data.seq_len
+    vocab_size = vocabulary(config, data)
     rows = {
         "data-parallel ranks (dp)": f"{dp} = {world_size} ranks"
         f" / (tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp})",
         "micro-batches per step": f"{train.global_batch_size // (dp * train.micro_batch_size)} on each rank",
-        "vocabulary": f"{data.vocab_size:,}, padded to {padded_vocab(data.vocab_size):,}"
-        f" (a multiple of {VOCAB_MULTIPLE})",
+        "vocabulary": f"{vocab_size:,}, padded to {padded_vocab(vocab_size):,} (a multiple of {VOCAB_MULTIPLE})",
         "MLP width (ffn)": f"{model.derived_ffn():,}",
         "head size": f"{model.derived_head_dim()}",
         "candidates per step (N)": f"{config.num_candidates()}, of which {train.global_batch_size} are picked",
         "update tokens": f"{tokens:,} per step, {tokens * train.steps:,} in all",
         "corpus": f"{len(data.domains)} domains ({', '.join(data.domains)})",
         "sequences": ", ".join(f"{split} {count:,}" for split, count in data.sequences.items()),
+        "each validation": _validation(data),
         "epochs of candidates": _epochs(config, data),
     }
     if config.logging.selection:
@@ -172,12 +117,19 @@ def _record(config: RunConfig) -> str:
     if config.selection.redundancy > 0 and overlaps <= config.logging.overlaps_mb * 1e6:
         size += overlaps * len(range(0, config.train.steps, math.lcm(every, config.selection.score_every)))
     of = "every step" if every == 1 else f"every {every}th step, picks of the others"
-    return f"about {_bytes(size)}: {rows:,} rows, all candidates of {of} (logging.selection_every)"
+    return f"about {format_bytes(size)}: {rows:,} rows, all candidates of {of} (logging.selection_every)"
 
 
-def _epochs(config: RunConfig, data: Data) -> str:
+def _validation(data: RunDataSummary) -> str:
+    """Tell which sequences a validation runs through."""
+    each = ", ".join(f"{domain} {count:,}" for domain, count in data.validation.items())
+    headline = "every domain" if data.headline == list(data.validation) else ", ".join(data.headline)
+    return f"{sum(data.validation.values()):,} sequences ({each}), headline loss over {headline}"
+
+
+def _epochs(config: RunConfig, data: RunDataSummary) -> str:
     steps, in_use = config.train.steps, config.selection.score_every
-    if data.epochs is not None:
+    if data.weighted:
         return ", ".join(f"{name} {epochs:.2f}" for name, epochs in data.epochs.items()) + f" in {steps:,} steps"
     per_epoch = data.sequences["pool"] * in_use / config.buffer_size()
     return f"{steps / per_epoch:.2f} in {steps:,} steps, one in {per_epoch:,.1f}"
@@ -237,11 +189,12 @@ def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
     return rows | {"whole run": f"{total:.3e} FLOPs"}
 
 
-def _parameter_rows(config: RunConfig, data: Data) -> dict[str, str]:
+def parameter_rows(config: RunConfig, vocab_size: int) -> dict[str, str]:
+    """Count the parameters of the whole model and of each rank: name -> count, in words."""
     model, seq_len, tp, pp = config.model, config.data.seq_len, config.parallel.tp, config.parallel.pp
-    rows = {"whole model": f"{count_parameters(model, data.vocab_size, seq_len):,}"}
+    rows = {"whole model": f"{count_parameters(model, vocab_size, seq_len):,}"}
     for stage in range(pp):
-        count = count_rank_parameters(model, data.vocab_size, seq_len, tp=tp, pp=pp, stage=stage)
+        count = count_rank_parameters(model, vocab_size, seq_len, tp=tp, pp=pp, stage=stage)
         rows[f"each rank of stage {stage}"] = f"{count:,}  (tp = {tp})"
     return rows if tp * pp > 1 else {"whole model, on every rank": rows["whole model"]}
 
@@ -384,8 +337,6 @@ def launch_command(world_size: int, overrides: Sequence[str], config_dir: Path |
 
 def groups(world_size: int, tp: int, pp: int, cp: int = 1) -> dict[str, list[list[int]]]:
     """Kind of parallelism -> the groups of ranks that work together in it."""
-    from megaopus.distributed.mesh import MeshShape
-
     shape = MeshShape(world_size, tp, pp, cp)
     places = {rank: shape.coordinates(rank)._asdict() for rank in range(world_size)}
     result: dict[str, list[list[int]]] = {}
@@ -397,45 +348,6 @@ def groups(world_size: int, tp: int, pp: int, cp: int = 1) -> dict[str, list[lis
     return result
 
 
-def _mesh_table(config: RunConfig, world_size: int) -> Table:
-    parallel = config.parallel
-    tp, pp, cp = parallel.tp, parallel.pp, parallel.cp
-    table = Table(title=f"Mesh of {world_size} ranks", title_justify="left")
-    for heading in ("axis", "degree", "groups of ranks"):
-        table.add_column(heading, overflow="fold")
-    degrees = {"tp": tp, "cp": cp, "pp": pp, "dp": world_size // parallel.model_ranks}
-    listed = groups(world_size, tp, pp, cp) if world_size <= LARGEST_TABLE else None
-    for axis, degree in degrees.items():
-        text = " ".join(str(group) for group in listed[axis]) if listed else f"{world_size // degree} of {degree}"
-        table.add_row(axis, str(degree), text, end_section=axis == "dp")
-    return table
-
-
-def _two_columns(title: str, rows: dict[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
-
-
-def _memory_table(config: RunConfig, vocab_size: int, world_size: int, precision: str) -> Table:
-    """Memory of the stage that needs most."""
-    stages = [memory(config, vocab_size, world_size, precision, stage) for stage in range(config.parallel.pp)]
-    totals = [sum(size for size, _ in rows.values()) for rows in stages]
-    stage = totals.index(max(totals))
-    where = f", stage {stage} (the largest)" if config.parallel.pp > 1 else ""
-    table = Table(title=f"Memory per rank in {precision}{where}", title_justify="left")
-    table.add_column("what", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("assumption", overflow="fold")
-    for name, (size, assumption) in stages[stage].items():
-        table.add_row(name, _bytes(size), assumption)
-    table.add_section()
-    table.add_row("sum", _bytes(totals[stage]), "without the framework's own memory and temporary buffers")
-    return table
-
-
-def _bytes(size: int) -> str:
+def format_bytes(size: int) -> str:
+    """Write a size in MiB or GiB."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
