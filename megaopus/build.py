@@ -36,9 +36,11 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.deepspeed.engine import DeepSpeedEngine
 from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.errors import CheckpointError
+from megaopus.meters import rank_memory, step_meters
 from megaopus.models.flops import count_parameters
 from megaopus.record.recorder import Recorder
 from megaopus.selection import SelectionConfig, Selector
+from megaopus.training.memory import out_of_memory_explained
 from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
 from megaopus.training.spike_guard import SpikeGuard
 from megaopus.training.straggler import StragglerDetector
@@ -60,7 +62,10 @@ def train(config: RunConfig) -> int:
         mesh = Mesh(config.parallel, config.engine.device, config.engine.timeout_minutes)
         watch = HangWatchdog(mesh, WATCH_SHARE * 60 * config.engine.timeout_minutes)
         try:
-            with _locked(Path(config.run_dir), mesh):
+            with (
+                _locked(Path(config.run_dir), mesh),
+                out_of_memory_explained(mesh.device, mesh.rank, lambda: rank_memory(config, mesh, _vocab_size(config))),
+            ):
                 return _train(config, mesh, stop, watch)
         finally:
             watch.close()
@@ -99,6 +104,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: HangWatchdog)
         # Rows in a folder without checkpoints of its own are of a launch that begins again.
         resume_step=checkpoint.step if checkpoint is not None and checkpoint.own else 0,
         wandb_config=trainer.config,
+        meters=step_meters(config, mesh, _vocab_size(config)),
     )
     try:
         if checkpoint is not None:
@@ -113,6 +119,11 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: HangWatchdog)
     finally:
         monitor.close()
     return 0 if reason is None else STOP_EXIT_CODE
+
+
+def _vocab_size(config: RunConfig) -> int:
+    """The model's vocabulary before padding: as set, or the tokenizer's."""
+    return config.model.vocab_size or Corpus.open(config.data.path).vocab_size
 
 
 def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint | None, corpus: str) -> None:

@@ -31,6 +31,8 @@ MAY_IMPORT: Mapping[str, set[str] | None] = {
     "checkpoint": {"distributed"},
     "engine": {"distributed", "models", "optim", "selection"},
     "training": {"checkpoint", "data", "distributed", "engine.base", "record", "selection"},
+    "planning": {"config", "models", "selection"},
+    "meters": {"config", "distributed", "planning", "record", "training"},
     "changes": set(),
     "rules": {"changes", "models.flops", "config"},
     "config": {"changes", "rules", "training.config", "engine.config"} | {f"{room}.config" for room in LIBRARY},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megaopus.engine.base import Engine, StepResult
 from megaopus.errors import EngineError
+from megaopus.events import Event
 from megaopus.record.types import Choices, SelectionRecord, StepRecord, ValidationRecord
 from megaopus.selection.backend import Candidates, Gradient
 from megaopus.training.spike_guard import SpikeGuard
@@ -62,7 +64,7 @@ class Selected(Protocol):
     method: str
     ess: float
     max_p_ratio: float
-    events: list[str]
+    events: list[Any]
     notes: list[str]
 
     @property
@@ -85,11 +87,11 @@ class SelectorLike(Protocol):
 
 
 class MonitorLike(Protocol):
-    def step(self, record: StepRecord, selection: SelectionRecord | None) -> None: ...
+    def step(
+        self, record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event | str] = ()
+    ) -> None: ...
 
     def validation(self, record: ValidationRecord) -> None: ...
-
-    def event(self, text: str) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -215,20 +217,20 @@ class Trainer:
                 "uniform_fall": selection.uniform_fall,
                 "realised_fall": before - self.selector.proxy_loss(step),
             }
-        for event in selection.events:
-            monitor.event(event)
-        for line in self.pace.step(step + 1, scoring - start, result.own_s, now - start):
-            monitor.event(line)
+        events: list[Event | str] = list(self.pace.step(step + 1, scoring - start, result.own_s, now - start))
         for note in selection.notes:
             monitor.note(note)
         if reason := self.guard.record(result):
-            monitor.event(f"step {step}: {reason}, update skipped; ids {picked.ids.tolist()}")
+            events.append(_skipped_update(step, result, reason, picked.ids.tolist()))
         monitor.step(
-            self._step_record(step, result, seconds, selected - scoring),
+            self._step_record(step, result, seconds, selected - scoring, reason),
             replace(_selection_record(step, candidates, picked, selection), **falls),
+            events,
         )
 
-    def _step_record(self, step: int, result: StepResult, seconds: float, select_seconds: float) -> StepRecord:
+    def _step_record(
+        self, step: int, result: StepResult, seconds: float, select_seconds: float, skip_reason: str | None
+    ) -> StepRecord:
         return StepRecord(
             step=step,
             tokens=(step + 1) * self.tokens_per_step,
@@ -238,7 +240,7 @@ class Trainer:
             time_s=self.time_s,
             step_s=seconds,
             select_s=select_seconds,
-            skipped=not result.applied,
+            skip_reason=skip_reason,
         )
 
     def _validation_due(self) -> bool:
@@ -299,6 +301,15 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, Gradient], dict[str, A
         if isinstance(value, dict) and all(isinstance(item, Tensor) for item in value.values())
     }
     return groups, {key: value for key, value in state.items() if key not in groups}
+
+
+def _skipped_update(step: int, result: StepResult, reason: str, ids: list[int]) -> Event:
+    """The event of an update that was not applied; its kind says what was wrong, as the reason holds numbers."""
+    wrong = "spike" if math.isfinite(result.grad_norm) else "gradient_not_finite"
+    if not math.isfinite(result.loss):
+        wrong = "loss_not_finite"
+    text = f"step {step}: {reason}, update skipped; ids {ids}"
+    return Event(f"update.skipped.{wrong}", text, reason=reason, ids=ids)
 
 
 def _selection_record(step: int, candidates: Buffer, picked: Buffer, selection: Selected) -> SelectionRecord:
