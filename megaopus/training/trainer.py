@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -221,7 +220,9 @@ class Trainer:
         for note in selection.notes:
             monitor.note(note)
         if reason := self.guard.record(result):
-            events.append(_skipped_update(step, result, reason, picked.ids.tolist()))
+            ids = picked.ids.tolist()
+            text = f"step {step}: {reason}, update skipped; ids {ids}"
+            events.append(Event(f"update.skipped.{self.guard.wrong}", text, reason=reason, ids=ids))
         monitor.step(
             self._step_record(step, result, seconds, selected - scoring, reason),
             replace(_selection_record(step, candidates, picked, selection), **falls),
@@ -301,15 +302,6 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, Gradient], dict[str, A
         if isinstance(value, dict) and all(isinstance(item, Tensor) for item in value.values())
     }
     return groups, {key: value for key, value in state.items() if key not in groups}
-
-
-def _skipped_update(step: int, result: StepResult, reason: str, ids: list[int]) -> Event:
-    """The event of an update that was not applied; its kind says what was wrong, as the reason holds numbers."""
-    wrong = "spike" if math.isfinite(result.grad_norm) else "gradient_not_finite"
-    if not math.isfinite(result.loss):
-        wrong = "loss_not_finite"
-    text = f"step {step}: {reason}, update skipped; ids {ids}"
-    return Event(f"update.skipped.{wrong}", text, reason=reason, ids=ids)
 
 
 def _selection_record(step: int, candidates: Buffer, picked: Buffer, selection: Selected) -> SelectionRecord:
