@@ -215,7 +215,7 @@ def _recorded(path: Path) -> Iterator[None]:
     """Each update's candidates, utilities, picks and loss as a line of ``path``, of one start after the other."""
     original = Recorder.step
 
-    def step(self: Recorder, record: Any, selection: Any) -> None:
+    def step(self: Recorder, record: Any, selection: Any, events: Any = ()) -> None:
         if os.environ["RANK"] == "0":
             kept = {key: value for key, value in selection.facts().items() if key != "events"}
             arrays = {key: value for key, value in asdict(selection.choices).items() if isinstance(value, np.ndarray)}
@@ -223,7 +223,7 @@ def _recorded(path: Path) -> Iterator[None]:
             line = json.dumps({**kept, **digests, "loss": record.loss, "skipped": record.skipped, "lr": record.lr})
             with path.open("a") as stream:
                 stream.write(line + "\n")
-        original(self, record, selection)
+        original(self, record, selection, events)
 
     with _replaced(Recorder, "step", step):
         yield

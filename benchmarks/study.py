@@ -29,6 +29,7 @@ from megaopus.data.corpus import Corpus
 from megaopus.data.run_data import RunData
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
+from megaopus.events import Event
 from megaopus.record.parquet import pick_counts
 from megaopus.record.sinks import read_rows
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
@@ -271,11 +272,11 @@ _TURN = 32  # a multiple of every period of the arms
 class Nobody:
     """A monitor that does not listen."""
 
-    def step(self, record: StepRecord, selection: SelectionRecord | None) -> None: ...
+    def step(
+        self, record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event | str] = ()
+    ) -> None: ...
 
     def validation(self, record: ValidationRecord) -> None: ...
-
-    def event(self, text: str) -> None: ...
 
     def note(self, text: str) -> None: ...
 

@@ -13,16 +13,19 @@ from rich.console import Console
 from megaopus.changes import Change, changes, check_identity, refuse_unallowed
 from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate, set_aside
 from megaopus.config import RunConfig, default_settings, to_yaml
+from megaopus.data.corpus import Corpus
 from megaopus.data.mixture import continued_weights
 from megaopus.data.run_data import RunData
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.deepspeed.engine import DeepSpeedEngine
 from megaopus.engine.megatron.engine import MegatronEngine
+from megaopus.meters import rank_memory, step_meters
 from megaopus.planning.estimate import start_line
 from megaopus.record.recorder import Recorder
 from megaopus.run_folder import run_lock, write_run_folder
 from megaopus.selection import Selector
+from megaopus.training.memory import out_of_memory_explained
 from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
 from megaopus.training.spike_guard import SpikeGuard
 from megaopus.training.straggler import StragglerDetector
@@ -42,7 +45,10 @@ def train(config: RunConfig) -> int:
         mesh = Mesh(config.parallel, config.engine.device, config.engine.timeout_minutes)
         watch = HangWatchdog(mesh, WATCH_SHARE * 60 * config.engine.timeout_minutes)
         try:
-            with _locked(Path(config.run_dir), mesh):
+            with (
+                _locked(Path(config.run_dir), mesh),
+                out_of_memory_explained(mesh.device, mesh.rank, lambda: rank_memory(config, mesh, _vocab_size(config))),
+            ):
                 return _train(config, mesh, stop, watch)
         finally:
             watch.close()
@@ -82,6 +88,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: HangWatchdog)
         # Rows in a folder without checkpoints of its own are of a launch that begins again.
         resume_step=checkpoint.step if checkpoint is not None and checkpoint.own else 0,
         wandb_config=trainer.config,
+        meters=step_meters(config, mesh, _vocab_size(config)),
     )
     try:
         if checkpoint is not None:
@@ -96,6 +103,11 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: HangWatchdog)
     finally:
         monitor.close()
     return 0 if reason is None else STOP_EXIT_CODE
+
+
+def _vocab_size(config: RunConfig) -> int:
+    """The model's vocabulary before padding: as set, or the tokenizer's."""
+    return config.model.vocab_size or Corpus.open(config.data.path).vocab_size
 
 
 def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint | None, corpus: str) -> None:

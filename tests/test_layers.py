@@ -32,6 +32,7 @@ MAY_IMPORT: Mapping[str, set[str] | None] = {
     "checkpoint": {"distributed"},
     "engine": {"distributed", "models", "optim", "selection"},
     "training": {"checkpoint", "data", "distributed", "engine.base", "record", "selection"},
+    "meters": {"config", "distributed", "planning", "record", "training"},
     "changes": set(),
     "rules": {"changes", "models.flops", "config"},
     "config": {"changes", "rules", "training.config", "engine.config", "data.needs"}

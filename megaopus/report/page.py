@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megaopus.errors import DataError
-from megaopus.record.console import format_count, format_duration
+from megaopus.record.formatting import format_count, format_duration
+from megaopus.record.types import SelectionRecord
 from megaopus.report import sections
 from megaopus.report.arms import find_arms, over_seeds, partner
 from megaopus.report.choice_summary import ChoiceSummary, summarise_choices
@@ -19,7 +20,6 @@ from megaopus.report.compare import (
     Comparison,
     Curve,
     Run,
-    SelectionRow,
     compare,
     stretch_curve,
     validation_at,
@@ -68,12 +68,12 @@ def write_report(
     return out
 
 
-def _checked(rows: Sequence[SelectionRow]) -> list[SelectionRow]:
+def _checked(rows: Sequence[SelectionRecord]) -> list[SelectionRecord]:
     """Those with a predicted and a realised fall of the proxy loss, all finite."""
     return [row for row in rows if row.falls is not None and all(map(math.isfinite, row.falls))]
 
 
-def _agreement(rows: Sequence[SelectionRow]) -> str:
+def _agreement(rows: Sequence[SelectionRecord]) -> str:
     """How well falls were predicted, in words; medians and ranks, which outliers do not rule."""
     predicted, uniform, realised = zip(*(row.falls for row in rows if row.falls is not None), strict=True)
     middle = [statistics.median(values) for values in (realised, predicted, uniform)]
@@ -148,7 +148,7 @@ class _Page:
                 self.warnings.append(f"No validation curve of {name}: {error}")
         return curves
 
-    def _selected(self, each: Run) -> list[SelectionRow]:
+    def _selected(self, each: Run) -> list[SelectionRecord]:
         """Rows of the stretch if any of them was chosen by utility, else none."""
         rows = [row for row in each.selections if row.step >= self.start_step]
         return rows if any(row.method != "uniform" for row in rows) else []
@@ -181,6 +181,7 @@ class _Page:
         parts += [sections.useful_text(self.runs, self._stand_ins(), self.texts, self._name)]
         parts += [
             sections.events(self.runs, self._name),
+            sections.skipped_updates(self.runs, self._name),
             sections.settings(self._settings_of()),
             sections.environment(self.runs),
         ]
@@ -297,6 +298,9 @@ class _Page:
             )
             found.append((figures.train_figure(self.runs, self.inks, self.start_step), caption))
         found += self._selection_figures()
+        if (picture := figures.metrics_figure(self.runs, self.inks, self.start_step)) is not None:
+            caption = "Further numbers of each update, as docs/report.md explains them (running medians)."
+            found.append((picture, caption))
         if any(record.select_s > 0 for each in self.runs.values() for record in each.steps):
             caption = "Seconds spent choosing each batch over the other seconds of its step (running median)."
             found.append((figures.overhead_figure(self.runs, self.inks, self.start_step), caption))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megaopus.errors import DataError
+from megaopus.events import read_event
 from megaopus.record.parquet import FOLDER, SCHEMA, Table, first_step, parts, read_part, steps_of
 from megaopus.record.sinks import read_rows
 
@@ -112,7 +113,7 @@ class Record:
             if wrong := _other_candidates(rows, candidates):
                 return DIFFERENT, wrong
         else:
-            if any(guards.PAIRS in event for event in self.facts[made]["events"]):
+            if any(guards.PAIRS in str(event) for event in map(read_event, self.facts[made]["events"])):
                 raise NotOnRecord("tokens, which are in the corpus alone: there was an alarm on token pairs")
             selection = replace(selection, guards=replace(selection.guards, min_distinct=0.0))
         found = replay(
@@ -188,7 +189,7 @@ class Record:
             exposures=_column(rows, "exposures"),
             redundancy=_redundancy(rows),
             domains=_tensor(np.array(codes)),
-            doubt=next((event for event in facts["events"] if event.startswith(DOUBT)), None),
+            doubt=next((text for text in map(str, map(read_event, facts["events"])) if text.startswith(DOUBT)), None),
         )
 
     # -- the corpus ---------------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ class SpikeGuard:
         """Updates skipped in a row, until now."""
         self._spikes = 0
         """Those of them that were spikes."""
+        self.wrong = ""
+        """Names what was wrong with the latest of them; "" before the first."""
 
     def limit(self) -> float:
         """The largest gradient norm that the coming update may have."""
@@ -55,13 +57,17 @@ class SpikeGuard:
             return None
         self.skipped += 1
         if not math.isfinite(outcome.loss):
+            self.wrong = "loss_not_finite"
             return "loss not finite"
         if not math.isfinite(outcome.grad_norm):
+            self.wrong = "gradient_not_finite"
             return "gradient not finite"
         self._spikes += 1
+        self.wrong = "spike"
         reason = f"gradient norm {outcome.grad_norm:.3g} above {limit:.3g} ({self._factor:g} times the median)"
         if self._clipped and self._spikes == SPIKES:
             self._norms.clear()
+            self.wrong = "spikes_in_a_row"
             reason += f", {SPIKES} in a row: from here on they are trained on, clipped, and the median starts anew"
         return reason
 

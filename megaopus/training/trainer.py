@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megaopus.engine.base import Engine, StepResult
 from megaopus.errors import EngineError
+from megaopus.events import Event
 from megaopus.record.types import Choices, SelectionRecord, StepRecord, ValidationRecord
 from megaopus.selection.backend import Candidates, Gradient
 from megaopus.training.spike_guard import SpikeGuard
@@ -62,7 +63,7 @@ class Selected(Protocol):
     method: str
     ess: float
     max_p_ratio: float
-    events: list[str]
+    events: list[Any]
     notes: list[str]
 
     @property
@@ -85,11 +86,11 @@ class SelectorLike(Protocol):
 
 
 class MonitorLike(Protocol):
-    def step(self, record: StepRecord, selection: SelectionRecord | None) -> None: ...
+    def step(
+        self, record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event | str] = ()
+    ) -> None: ...
 
     def validation(self, record: ValidationRecord) -> None: ...
-
-    def event(self, text: str) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -215,20 +216,22 @@ class Trainer:
                 "uniform_fall": selection.uniform_fall,
                 "realised_fall": before - self.selector.proxy_loss(step),
             }
-        for event in selection.events:
-            monitor.event(event)
-        for line in self.pace.step(step + 1, scoring - start, result.own_s, now - start):
-            monitor.event(line)
+        events: list[Event | str] = list(self.pace.step(step + 1, scoring - start, result.own_s, now - start))
         for note in selection.notes:
             monitor.note(note)
         if reason := self.guard.record(result):
-            monitor.event(f"step {step}: {reason}, update skipped; ids {picked.ids.tolist()}")
+            ids = picked.ids.tolist()
+            text = f"step {step}: {reason}, update skipped; ids {ids}"
+            events.append(Event(f"update.skipped.{self.guard.wrong}", text, reason=reason, ids=ids))
         monitor.step(
-            self._step_record(step, result, seconds, selected - scoring),
+            self._step_record(step, result, seconds, selected - scoring, reason),
             replace(_selection_record(step, candidates, picked, selection), **falls),
+            events,
         )
 
-    def _step_record(self, step: int, result: StepResult, seconds: float, select_seconds: float) -> StepRecord:
+    def _step_record(
+        self, step: int, result: StepResult, seconds: float, select_seconds: float, skip_reason: str | None
+    ) -> StepRecord:
         return StepRecord(
             step=step,
             tokens=(step + 1) * self.tokens_per_step,
@@ -238,7 +241,7 @@ class Trainer:
             time_s=self.time_s,
             step_s=seconds,
             select_s=select_seconds,
-            skipped=not result.applied,
+            skip_reason=skip_reason,
         )
 
     def _validation_due(self) -> bool:

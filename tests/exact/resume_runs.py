@@ -17,10 +17,12 @@ from torch import Tensor
 from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
 from megaopus.config import RunConfig, compose
+from megaopus.record.metrics import metrics_of
 from megaopus.record.parquet import FOLDER, parts, read_part
+from megaopus.record.types import StepRecord, ValidationRecord
 
 STEPS = 10
-TIMING = ("time_s", "step_s", "select_s")
+MEASURED = {each.name for kind in (StepRecord, ValidationRecord) for each in metrics_of(kind) if not each.reproducible}
 SELECTIONS = {
     "directional": [
         "selection=opus_exact",
@@ -121,9 +123,9 @@ def command(program: list[str], timeout_s: float = 300) -> subprocess.CompletedP
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file without what a clock decides."""
+    """The rows of a JSON-lines file without what a clock or the machine decides."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMING} for row in found]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
 
 
 def choices(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
