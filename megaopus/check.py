@@ -330,7 +330,7 @@ def _in_flight(config: RunConfig, world_size: int, stage: int) -> int:
 def _optimizer_state(config: RunConfig, count: int, matrices: list[Weight]) -> tuple[int, str]:
     """(bytes, what they are) of ``count`` weights on a rank, unsharded over data-parallel ranks."""
     spec, names = config.optim.spec(), ", ".join
-    shaped = () if config.optim.own_settings().get("momentum") == 0 else spec.shaped  # SGD then keeps nothing
+    shaped = spec.state_under(config.optim.own_settings())
     if not spec.matrices:
         return 4 * len(shaped) * count, f"fp32 {names(shaped)}" if shaped else "none"
     inside = sum(weight.numel // config.parallel.tp for weight in matrices)

@@ -170,7 +170,7 @@ def differences(config: RunConfig) -> dict[str, tuple[object, object]]:
 
 def default_settings(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> default of every setting that a run with ``config``'s optimizer has."""
-    own = {f"optim.settings.{name}": value for name, value in config.optim.spec().settings.items()}
+    own = {f"optim.settings.{name}": value for name, value in config.optim.own_defaults().items()}
     return flat(asdict(RunConfig())) | own
 
 
