@@ -33,8 +33,8 @@ from megaopus.data.sequences import Sequences
 from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
-from megaopus.engine.deepspeed.engine import DeepSpeedEngine
-from megaopus.engine.megatron.engine import MegatronEngine
+from megaopus.engine.base import Engine
+from megaopus.engine.registry import ENGINES
 from megaopus.errors import CheckpointError
 from megaopus.models.flops import count_parameters
 from megaopus.record.recorder import Recorder
@@ -45,8 +45,8 @@ from megaopus.training.straggler import StragglerDetector
 from megaopus.training.trainer import Trainer
 from megaopus.training.watchdog import HangWatchdog
 
-PACKAGES = ("megaopus", "torch", "megatron-core", "deepspeed", "tokenizers", "numpy")
-"""Whose versions a run's environment.json tells."""
+PACKAGES = ("megaopus", "torch", "tokenizers", "numpy")
+"""Whose versions a run's environment.json tells, beside the engines'."""
 WATCH_SHARE = 0.5
 """Part of ``engine.timeout_minutes`` without progress after which ranks say where they are; then collectives fail."""
 
@@ -184,12 +184,9 @@ def _is_wanted(wanted: list[str], candidates: Any) -> torch.Tensor:
     return torch.tensor([names[index] in wanted for index in candidates.domains])
 
 
-def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> MegatronEngine | DeepSpeedEngine:
+def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> Engine:
     """The engine of this rank; ``vocab_size`` is the tokenizer's."""
-    kind: type[MegatronEngine | DeepSpeedEngine] = MegatronEngine
-    if config.engine.name == "deepspeed":
-        kind = DeepSpeedEngine
-    return kind(
+    return config.engine.spec().load_class()(
         mesh,
         model=config.model,
         optim=config.optim,
@@ -273,9 +270,7 @@ def _derived(config: RunConfig, mesh: Mesh, corpora: Corpora, trainer: Trainer) 
     train = config.train
     vocab_size = config.model.vocab_size or corpora.pool.corpus.vocab_size
     parameters = count_parameters(config.model, vocab_size, config.data.seq_len)
-    engine = config.engine.name
-    if engine == "deepspeed":
-        engine += f" (ZeRO stage {config.engine.zero_stage})"
+    engine = config.engine.spec().describe(config.engine)
     parts = [
         f"{shape.world_size} rank(s) on {mesh.device.type}: dp={shape.dp} tp={shape.tp} cp={shape.cp} pp={shape.pp}",
         f"{parameters:,} parameters, {trainer.identity['precision']}, {config.optim.name}, {engine}",
@@ -306,7 +301,7 @@ def write_run_folder(config: RunConfig, run_dir: Path, mesh: Mesh, first_step: i
         "platform": platform.platform(),
         "device": mesh.device.type,
         "world_size": mesh.shape.world_size,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in (*PACKAGES, *(spec.package for spec in ENGINES.values()))},
         "git": _git_revision(),
         "arguments": sys.argv[1:],
         "first_step": first_step,

@@ -20,12 +20,9 @@ import torch.multiprocessing as mp
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
-from megaopus.engine.deepspeed.engine import DeepSpeedEngine
-from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 
-ENGINES = {"megatron": MegatronEngine, "deepspeed": DeepSpeedEngine}
 TINY = ModelConfig(num_layers=2, hidden_size=32, num_heads=4)
 LLAMA = replace(
     TINY,
@@ -151,7 +148,7 @@ def tiny_engine(
 ) -> Any:
     """A two-layer GPT on ``mesh``; the engine is the one that ``engine`` names."""
     engine = engine or EngineConfig(device="cpu", precision="fp32")
-    return ENGINES[engine.name](
+    return engine.spec().load_class()(
         mesh,
         model=model,
         optim=optim or OptimConfig(),

@@ -14,7 +14,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import ZERO_STAGES, EngineConfig
 from megaopus.engine.deepspeed.engine import DeepSpeedEngine
-from megaopus.engine.deepspeed.zero_muon import Matrix, ZeroMuon
+from megaopus.engine.deepspeed.flat_matrices import Matrix, over_flat_parts
 from megaopus.errors import EngineError
 from megaopus.optim.build import state_names
 from megaopus.optim.config import OptimConfig
@@ -214,7 +214,7 @@ def shares_matrices(mesh: Mesh, nesterov: bool) -> bool:
     whole = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     padding = torch.zeros(cuts[-1] - sum(p.numel() for p in whole))
     settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": nesterov}
-    plain, shared = Muon(whole, **settings), ZeroMuon(whole, **settings)
+    plain, shared = Muon(whole, **settings), over_flat_parts(Muon)(whole, **settings)
 
     def part() -> Tensor:
         """This rank's, of the weights."""

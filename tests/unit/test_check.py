@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from megaopus.optim.catalog import CATALOG
 from rich.console import Console
 
 from megaopus import check
@@ -27,7 +28,6 @@ from megaopus.models.flops import (
     padded_vocab,
     training_flops_per_token,
 )
-from megaopus.optim.catalog import CATALOG
 from tests.harness import random_batch, run_ranks, tiny_engine
 
 ROOT = Path(__file__).resolve().parents[2]

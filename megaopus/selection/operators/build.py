@@ -1,4 +1,4 @@
-"""Builds P_t of all parameters: the linear map from a gradient to the optimizer's update, the optimizer's state frozen."""
+"""Builds P_t of all parameters: the linear map from a gradient to the optimizer's update, its state frozen."""
 
 from __future__ import annotations
 
