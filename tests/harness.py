@@ -22,6 +22,7 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
+from megaopus.optim.registry import spec_of
 
 TINY = ModelConfig(num_layers=2, hidden_size=32, num_heads=4)
 LLAMA = replace(
@@ -133,6 +134,11 @@ def free_ports(count: int) -> list[int]:
         if len(found) == count:
             return found
     raise AssertionError(f"fewer than {count} free ports")
+
+
+def example(optimizer: str) -> OptimConfig:
+    """The settings that an optimizer's entry in the registry gives tests."""
+    return OptimConfig(name=optimizer, **spec_of(optimizer).example)
 
 
 def tiny_engine(

@@ -42,6 +42,7 @@ from megaopus.data.corpus import (
 from megaopus.data.folder import new_folder, refuse_existing, work_folder
 from megaopus.data.tokenizer import EOD, SMALLEST_VOCABULARY, eod_id, load_tokenizer, train_tokenizer, vocabulary_size
 from megaopus.errors import DataError
+from megaopus.plugins import require_plugins
 
 _LITTLE = 1 << 24
 """Bytes of sources below which starting workers takes longer than they save."""
@@ -293,6 +294,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split-seed", type=int, default=0, help="another seed splits the documents another way (default %(default)s)")
     add("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core, for little text none)")
     add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
+    add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers sources of your own")
 
 
 def run(args: argparse.Namespace, settings: PrepareConfig | None = None) -> Path:
@@ -301,6 +303,7 @@ def run(args: argparse.Namespace, settings: PrepareConfig | None = None) -> Path
     ``settings``: those of ``--data``; what the command line says comes first.
     """
     console = Console()
+    require_plugins(args.plugin)
     if args.demo:
         from megaopus.corpus_tools.demo_corpus import DEMO_RULE, DEMO_VOCAB_SIZE, build_demo_corpus
 

@@ -44,9 +44,13 @@ class OptimConfig:
         """What is known of the optimizer; KeyError for an unknown name."""
         return spec_of(self.name)
 
+    def is_known(self) -> bool:
+        """Whether an optimizer of this name is registered here."""
+        return self.name in OPTIMIZERS
+
     def own_defaults(self) -> dict[str, Any]:
         """Defaults of the optimizer's own settings; none of one that is not known here (a plugin's, not imported)."""
-        return OPTIMIZERS[self.name].defaults() if self.name in OPTIMIZERS else {}
+        return self.spec().defaults() if self.is_known() else {}
 
     def own_settings(self) -> dict[str, Any]:
         """All of the optimizer's own settings: those given, and defaults for the rest."""
@@ -54,7 +58,7 @@ class OptimConfig:
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
-        if self.name not in OPTIMIZERS:
+        if not self.is_known():
             yield "name", "unknown optimizer", f"use one of: {OPTIMIZERS.names()}; or name its module in plugins"
         else:
             yield from self._setting_problems()

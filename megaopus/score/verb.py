@@ -15,6 +15,7 @@ from megaopus.corpus_tools.sources import Source
 from megaopus.data.corpus import Corpus
 from megaopus.data.scores import LOWEST, load_column
 from megaopus.errors import DataError
+from megaopus.plugins import require_plugins
 from megaopus.score.base import Method, make_column
 
 METHODS = ("dsir", "perplexity", "fasttext", "classifier", "utility")
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--proxy-sequences", type=int, metavar="N", help="utility: of the split proxy (default 64)")
     add("--estimator", choices=("directional", "exact"), help="utility: exact is in float64, for small models")
     add("--contrast", action="store_true", default=None, help="utility: of the proxy's gradient less the pool's")
+    add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers what --checkpoint needs")
     add("--device", choices=("auto", "cpu", "cuda"), help="where a model runs (default auto)")
 
 
@@ -132,6 +134,7 @@ def method_of(corpus: Corpus, args: argparse.Namespace) -> Method:
 
 def run(args: argparse.Namespace) -> Path:
     """Do what the command line asks for; returns the column's folder."""
+    require_plugins(args.plugin)
     corpus, name, console = Corpus.open(args.corpus), args.name or args.method, Console()
     method = method_of(corpus, args)
     settings = ", ".join(f"{key} {value}" for key, value in method.about.items())

@@ -25,7 +25,11 @@ MISTAKES = {
     "++selection.temprature=1": ("selection.temprature = 1", "no such setting", "did you mean selection.temperature?"),
     "lr=0.1": ("lr = 0.1", "no such setting", "did you mean optim.lr?"),
     "modle=tiny": ("modle = 'tiny'", "no such setting", "did you mean model?"),
-    "quux.zork=1": ("quux.zork = 1", "no such setting", "settings there: run_dir, seed, resume, resume_allow, model"),
+    "quux.zork=1": (
+        "quux.zork = 1",
+        "no such setting",
+        "settings there: run_dir, seed, resume, resume_allow, plugins, model",
+    ),
     "optim.betas.zork=0.5": ("optim.betas.zork = 0.5", "no such setting", "did you mean optim.betas?"),
     "model=gtp2_small": (
         "model = 'gtp2_small'",
