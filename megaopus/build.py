@@ -18,8 +18,8 @@ from megaopus.data.mixture import continued_weights
 from megaopus.data.run_data import RunData
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
-from megaopus.engine.deepspeed.engine import DeepSpeedEngine
-from megaopus.engine.megatron.engine import MegatronEngine
+from megaopus.engine.base import Engine
+from megaopus.engine.registry import ENGINES
 from megaopus.meters import rank_memory, step_meters
 from megaopus.planning.estimate import start_line
 from megaopus.record.recorder import Recorder
@@ -122,6 +122,7 @@ def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint 
         world_size=mesh.shape.world_size,
         first_step=0 if checkpoint is None else checkpoint.step,
         corpus=corpus,
+        packages=[spec.package for spec in ENGINES.values()],
     )
 
 
@@ -158,12 +159,9 @@ def build_trainer(config: RunConfig, mesh: Mesh, data: RunData, stop: StopSignal
     )
 
 
-def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> MegatronEngine | DeepSpeedEngine:
+def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> Engine:
     """Build the engine of this rank; ``vocab_size`` is the tokenizer's."""
-    kind: type[MegatronEngine | DeepSpeedEngine] = MegatronEngine
-    if config.engine.name == "deepspeed":
-        kind = DeepSpeedEngine
-    return kind(
+    return config.engine.spec().load_class()(
         mesh,
         model=config.model,
         optim=config.optim,

@@ -19,6 +19,7 @@ CLASSES: dict[str, str] = {
     "seed": FIXED,
     "resume": HARMLESS,
     "resume_allow": HARMLESS,
+    "plugins": HARMLESS,
     "model": FIXED,
     "data": TRAINING,
     "data.path": FIXED,  # by the corpus's fingerprint: it may move

@@ -21,6 +21,7 @@ from megaopus.engine.config import EngineConfig
 from megaopus.errors import ConfigError, Problem
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
+from megaopus.plugins import import_plugins
 from megaopus.record.config import LoggingConfig
 from megaopus.rules import validate
 from megaopus.selection.config import SelectionConfig
@@ -49,6 +50,8 @@ class RunConfig:
     """auto: go on from the newest checkpoint if there is one; never; required; or the path of a checkpoint."""
     resume_allow: list[str] = field(default_factory=list)
     """Settings that may differ from the checkpoint's though they change the training, such as optim.lr."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules of yours that register optimizers, operators, estimators, engines or data sources (docs/plugins.md)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -126,6 +129,7 @@ def compose(overrides: list[str], config_dir: Path | None = None, world_size: in
     accepted = [text for text in overrides if _acceptable(text, groups, issues)]
     tree = _compose_tree(folders, accepted, issues)
     config = _typed(RunConfig, tree, "", f"a file under {' or '.join(map(str, folders))}", issues)
+    _import_plugins(config, issues)
     issues.problems += validate(config, world_size, frozenset(issues.tainted))
     if issues.problems:
         raise ConfigError(issues.problems)
@@ -141,9 +145,18 @@ def data_settings(name: str, config_dir: Path | None = None) -> DataConfig:
     accepted = [text for text in (f"data={name}",) if _acceptable(text, _groups(folders), issues)]
     tree = _compose_tree(folders, accepted, issues)
     config = _typed(RunConfig, tree, "", f"a file under {' or '.join(map(str, folders))}", issues)
+    _import_plugins(config, issues)
     if issues.problems:
         raise ConfigError(issues.problems)
     return config.data
+
+
+def _import_plugins(config: RunConfig, issues: _Issues) -> None:
+    """Import the plugins, so that what they register may be named; all their names are then in ``config``."""
+    config.plugins, problems = import_plugins(config.plugins)
+    for problem in problems:
+        taints = ("optim.name", "engine.name", "selection.estimator")  # may be what it would have registered
+        issues.add(problem.key, problem.value, problem.reason, problem.remedy, taints)
 
 
 def load(path: Path) -> RunConfig:
@@ -186,7 +199,7 @@ def differences(config: RunConfig) -> dict[str, tuple[object, object]]:
 
 def default_settings(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> default of every setting that a run with ``config``'s optimizer has."""
-    own = {f"optim.settings.{name}": value for name, value in config.optim.spec().settings.items()}
+    own = {f"optim.settings.{name}": value for name, value in config.optim.own_defaults().items()}
     return flat(asdict(RunConfig())) | own
 
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -22,8 +22,8 @@ from megaopus.errors import CheckpointError
 
 LOCK = "lock"
 LAUNCHES = "launches"
-PACKAGES = ("torch", "megatron-core", "deepspeed", "tokenizers", "numpy")
-"""Whose versions a run's environment.json tells beside our own."""
+PACKAGES = ("torch", "tokenizers", "numpy")
+"""Whose versions a run's environment.json tells beside our own and the engines'."""
 
 
 @contextmanager
@@ -76,7 +76,14 @@ def _holder(descriptor: int) -> str:
 
 
 def write_run_folder(
-    run_dir: Path, config_yaml: str, *, device: str, world_size: int, first_step: int, corpus: str
+    run_dir: Path,
+    config_yaml: str,
+    *,
+    device: str,
+    world_size: int,
+    first_step: int,
+    corpus: str,
+    packages: Iterable[str] = (),
 ) -> None:
     """Write config.yaml, environment.json and launch.sh: what a launch runs with, where, and how it was started.
 
@@ -89,6 +96,7 @@ def write_run_folder(
         world_size: ranks of the launch.
         first_step: the first that it takes.
         corpus: the pool's fingerprint.
+        packages: further ones whose versions are told.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -98,7 +106,7 @@ def write_run_folder(
         "platform": platform.platform(),
         "device": device,
         "world_size": world_size,
-        "packages": {"megaopus": __version__, **{name: _version(name) for name in PACKAGES}},
+        "packages": {"megaopus": __version__, **{name: _version(name) for name in (*PACKAGES, *packages)}},
         "git": _git_revision(),
         "arguments": sys.argv[1:],
         "first_step": first_step,

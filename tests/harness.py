@@ -20,12 +20,10 @@ import torch.multiprocessing as mp
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
-from megaopus.engine.deepspeed.engine import DeepSpeedEngine
-from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
+from megaopus.optim.registry import spec_of
 
-ENGINES = {"megatron": MegatronEngine, "deepspeed": DeepSpeedEngine}
 TINY = ModelConfig(num_layers=2, hidden_size=32, num_heads=4)
 LLAMA = replace(
     TINY,
@@ -138,6 +136,11 @@ def free_ports(count: int) -> list[int]:
     raise AssertionError(f"fewer than {count} free ports")
 
 
+def example(optimizer: str) -> OptimConfig:
+    """The settings that an optimizer's entry in the registry gives tests."""
+    return OptimConfig(name=optimizer, **spec_of(optimizer).example)
+
+
 def tiny_engine(
     mesh: Mesh,
     *,
@@ -151,7 +154,7 @@ def tiny_engine(
 ) -> Any:
     """A two-layer GPT on ``mesh``; the engine is the one that ``engine`` names."""
     engine = engine or EngineConfig(device="cpu", precision="fp32")
-    return ENGINES[engine.name](
+    return engine.spec().load_class()(
         mesh,
         model=model,
         optim=optim or OptimConfig(),

@@ -59,6 +59,7 @@ def show(
     from megaopus.config import differences, validate
     from megaopus.data.run_data import RunData
     from megaopus.planning import estimate
+    from megaopus.planning.memory import precisions
 
     console = console or Console()
     world_size = world_size if world_size is not None else config.parallel.model_ranks
@@ -74,7 +75,7 @@ def show(
     console.print(_mesh_table(config, world_size))
     console.print(_two_columns("Parameters", estimate.parameter_rows(config, vocab_size)))
     console.print(_two_columns("Cost", estimate.cost(config, vocab_size)))
-    for precision in estimate.precisions(config):
+    for precision in precisions(config):
         console.print(_memory_table(config, vocab_size, world_size, precision))
     console.print("Start it with:")
     command = estimate.launch_command(world_size, overrides, config_dir)
@@ -108,7 +109,8 @@ def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
 
 def _memory_table(config: RunConfig, vocab_size: int, world_size: int, precision: str) -> Table:
     """Lay out the memory of the stage that needs most."""
-    from megaopus.planning.estimate import format_bytes, memory
+    from megaopus.planning.estimate import format_bytes
+    from megaopus.planning.memory import memory
 
     stages = [memory(config, vocab_size, world_size, precision, stage) for stage in range(config.parallel.pp)]
     totals = [sum(size for size, _ in rows.values()) for rows in stages]

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from megaopus.cli._notes import tell
 from megaopus.errors import DataError
+from megaopus.plugins import require_plugins
 
 if TYPE_CHECKING:
     from megaopus.corpus_tools.split import SplitRule
@@ -80,12 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split-seed", type=int, default=0, help="another seed splits the documents another way (default %(default)s)")
     add("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core, for little text none)")
     add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
+    add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers sources of your own")
     add("--config-dir", type=Path, metavar="FOLDER", help="more choices for --data, beside the shipped")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare what the command line asks for, showing progress and a table."""
     console = Console()
+    require_plugins(args.plugin)
     out = _prepare_demo(args, console) if args.demo else _prepare(args, console)
     show_corpus(out, console)
     return 0

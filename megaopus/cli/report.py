@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaopus.errors import DataError
+from megaopus.plugins import notes_on_missing
 
 if TYPE_CHECKING:
     from megaopus.report.sections import Texts
@@ -58,6 +59,9 @@ def write_page(args: argparse.Namespace, texts: Texts | None = None) -> int:
     if args.start_step is not None and args.start_step < 0:
         raise DataError(f"--start-step {args.start_step}: must not be negative")
     runs = {name: load_run(path, name) for name, path in zip(_names(paths), paths, strict=True)}
+    for each in runs.values():
+        for note in notes_on_missing(map(str, each.config.get("plugins") or ()), each.path):
+            print(f"note: {note}")
     resolved = [path.resolve() for path in paths]
     out = Path(args.out) if args.out else Path(os.path.commonpath(resolved)) / "report.html"
     print(f"wrote {write_report(runs, out, start_step=args.start_step, texts=texts)}")

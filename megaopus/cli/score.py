@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megaopus.errors import DataError
+from megaopus.plugins import require_plugins
 
 if TYPE_CHECKING:
     from megaopus.data.corpus import Corpus
@@ -84,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--proxy-sequences", type=int, metavar="N", help="utility: of the split proxy (default 64)")
     add("--estimator", choices=("directional", "exact"), help="utility: exact is in float64, for small models")
     add("--contrast", action="store_true", default=None, help="utility: of the proxy's gradient less the pool's")
+    add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers what --checkpoint needs")
     add("--device", choices=("auto", "cpu", "cuda"), help="where a model runs (default auto)")
 
 
@@ -145,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
     from megaopus.data.corpus import Corpus
     from megaopus.score.base import make_column
 
+    require_plugins(args.plugin)
     corpus, name, console = Corpus.open(args.corpus), args.name or args.method, Console()
     method = method_of(corpus, args)
     settings = ", ".join(f"{key} {value}" for key, value in method.about.items())

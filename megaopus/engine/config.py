@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megaopus.distributed.config import ParallelConfig
+from megaopus.engine.registry import ENGINES, EngineSpec, Refusal
 from megaopus.optim.config import OptimConfig
+from megaopus.selection.config import SelectionConfig
 
-ENGINES = ("megatron", "deepspeed")
 ZERO_STAGES = (1, 2, 3)
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -32,7 +33,7 @@ class EngineConfig:
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
-        for key, allowed in (("name", ENGINES), ("device", DEVICES), ("precision", PRECISIONS)):
+        for key, allowed in (("name", tuple(ENGINES)), ("device", DEVICES), ("precision", PRECISIONS)):
             if getattr(self, key) not in allowed:
                 yield key, "unknown choice", f"use one of: {', '.join(allowed)}"
         if self.zero_stage not in ZERO_STAGES:
@@ -40,24 +41,12 @@ class EngineConfig:
         if not self.timeout_minutes > 0:
             yield "timeout_minutes", "must be positive", "10 is usual"
 
-    def refusals(self, parallel: ParallelConfig, optim: OptimConfig) -> Iterator[tuple[str, object, str, str]]:
-        """Yield ``(dotted key, value, reason, remedy)`` for each setting elsewhere that this engine cannot serve."""
-        if self.name != "deepspeed":
-            return
-        megatron = "or engine.name=megatron"
-        for key in ("pp", "cp"):
-            if (degree := getattr(parallel, key)) > 1:
-                yield (
-                    f"parallel.{key}",
-                    degree,
-                    "the deepspeed engine has tensor and data parallelism only",
-                    (f"parallel.{key}=1, {megatron}"),
-                )
-        if parallel.distributed_optimizer:
-            reason = "is megatron's way of sharding the optimizer; the deepspeed engine has engine.zero_stage for it"
-            yield "parallel.distributed_optimizer", True, reason, f"parallel.distributed_optimizer=false, {megatron}"
-        spec = optim.spec()
-        if not spec.elementwise and optim.name != "muon":
-            why = "takes its curvature from gradients of its own" if spec.curvature else "needs whole tensors"
-            reason = f"{why}, of which ZeRO keeps flat pieces (it has an update of its own for muon alone)"
-            yield "optim.name", optim.name, reason, f"optim=adamw, sgd, lion or muon, {megatron}"
+    def spec(self) -> EngineSpec:
+        """What is known of the engine; KeyError for an unknown name."""
+        return ENGINES[self.name]
+
+    def refusals(
+        self, parallel: ParallelConfig, optim: OptimConfig, selection: SelectionConfig | None = None
+    ) -> Iterator[Refusal]:
+        """Yield what this engine cannot serve of the settings elsewhere; ``selection`` None: of the first two."""
+        yield from self.spec().refusals(self, parallel, optim, selection)

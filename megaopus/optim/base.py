@@ -1,9 +1,8 @@
-"""What an optimizer is to the rest: ``Spec``; and the base of those whose update needs a parameter's whole tensor."""
+"""Gives optimizers whose update needs a parameter's whole tensor what they need to be right at every layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -12,34 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from megaopus.distributed.shards import group_size, is_split, part_of
-from megaopus.optim.config import OptimConfig
-
-Groups = list[dict[str, Any]]
-"""torch's parameter groups, each with its weight decay and ``peak_lr``."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """An optimizer that ``optim.name`` can name (see catalog.py)."""
-
-    make: Callable[[Groups, OptimConfig, Mapping[str, Any], dist.ProcessGroup | None], Optimizer]
-    """(groups, config, settings, tensor-parallel group) -> the optimizer."""
-    shaped: tuple[str, ...]
-    """Names of its state that has the parameter's shape; the last is what the update operator needs."""
-    settings: Mapping[str, Any]
-    """Its own settings (``optim.settings``) and their defaults: numbers, whole ones where they must be, or booleans."""
-    matrices: bool = False
-    """It takes the matrices inside the blocks alone; AdamW has the rest."""
-    elementwise: bool = False
-    """Its update of a number depends on nothing but that number's own history: any piece of a tensor will do."""
-    curvature: bool = False
-    """It needs gradients of the loss on labels that the model samples (``settings.curvature_every``)."""
-    extra_state: Callable[[int, int], int] | None = None
-    """Numbers of state beyond ``shaped`` for a whole m x n matrix, held by every rank; None: a handful."""
 
 
 class LayoutOptimizer(Optimizer):
-    """An optimizer whose update of a weight that tensor-parallel ranks share is that of the whole.
+    """Updates a weight that tensor-parallel ranks share as one rank would update the whole.
 
     Its state is made of tensors alone: ``shaped`` names those of the local parameter's shape, split as it is; ``whole``
     those that are the same on every tensor- and data-parallel rank, whatever their shape; ``step`` counts updates where
@@ -61,7 +36,7 @@ class LayoutOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Collective over ``tp_group``."""
+        """Update every parameter that has a gradient. Collective over ``tp_group``."""
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -104,3 +79,11 @@ class LayoutOptimizer(Optimizer):
         if is_split(parameter):
             shape[parameter.partition_dim] *= group_size(self.tp_group)  # type: ignore[attr-defined]
         return shape
+
+
+class CurvatureOptimizer(LayoutOptimizer):
+    """Steps by an estimate of the curvature, which gradients on labels that the model samples give it."""
+
+    def estimate(self, tokens: int) -> None:
+        """Take the gradients there are, of the mean loss of ``tokens`` sampled labels, into the estimate."""
+        raise NotImplementedError

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from megaopus.optim.base import Spec
+from megaopus.optim.registry import OPTIMIZERS, spec_of
+from megaopus.optim.spec import Spec
 
 SCHEDULES = ("constant", "cosine", "wsd")
 
@@ -42,20 +42,24 @@ class OptimConfig:
 
     def spec(self) -> Spec:
         """What is known of the optimizer; KeyError for an unknown name."""
-        from megaopus.optim.catalog import CATALOG
+        return spec_of(self.name)
 
-        return CATALOG[self.name]
+    def is_known(self) -> bool:
+        """Whether an optimizer of this name is registered here."""
+        return self.name in OPTIMIZERS
+
+    def own_defaults(self) -> dict[str, Any]:
+        """Defaults of the optimizer's own settings; none of one that is not known here (a plugin's, not imported)."""
+        return self.spec().defaults() if self.is_known() else {}
 
     def own_settings(self) -> dict[str, Any]:
         """All of the optimizer's own settings: those given, and defaults for the rest."""
-        return {**self.spec().settings, **self.settings}
+        return {**self.spec().defaults(), **self.settings}
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
-        from megaopus.optim.catalog import CATALOG
-
-        if self.name not in CATALOG:
-            yield "name", "unknown optimizer", f"use one of: {', '.join(CATALOG)}"
+        if not self.is_known():
+            yield "name", "unknown optimizer", f"use one of: {OPTIMIZERS.names()}; or name its module in plugins"
         else:
             yield from self._setting_problems()
         if self.schedule not in SCHEDULES:
@@ -81,17 +85,12 @@ class OptimConfig:
                 has = f"it has {', '.join(known)}" if known else "it has none"
                 yield key, f"{self.name} has no such setting", f"did you mean {near[0]}?" if near else has
                 continue
-            default = known[name]
+            default = known[name].default
             if isinstance(default, bool) or isinstance(value, bool):
                 if not (isinstance(default, bool) and isinstance(value, bool)):
                     yield key, f"must be {'true or false' if isinstance(default, bool) else 'a number'}", f"{default}"
             elif not isinstance(value, int | float) or (isinstance(default, int) and not isinstance(value, int)):
                 kind = "whole number" if isinstance(default, int) else "number"
                 yield key, f"must be a {kind}, not {type(value).__name__}", f"{default} is usual"
-            elif name.startswith(("momentum", "mu")) and isinstance(default, float) and not 0 <= value < 1:
-                yield key, "must lie in [0, 1)", f"{default} is usual"
-            elif value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
-                yield key, "must be positive", f"{default} is usual"
-
-
-_MAY_BE_ZERO = ("momentum", "momentum_start", "momentum_warmup_steps")
+            elif refusal := known[name].refusal(value):
+                yield key, *refusal

@@ -9,13 +9,15 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from megaopus.errors import EngineError
-from megaopus.optim.base import Groups, Spec
 from megaopus.optim.config import OptimConfig
+from megaopus.optim.registry import register_optimizer
+from megaopus.optim.spec import Groups, Spec
 
 
-def _make(
+def make_lion(
     groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
 ) -> Optimizer:
+    """Return pytorch-optimizer's Lion as ``config`` has it. Raises EngineError where that is not installed."""
     try:
         from pytorch_optimizer import Lion
     except ImportError as error:
@@ -25,4 +27,6 @@ def _make(
     return Lion(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=0.0)
 
 
-LION = Spec(make=_make, shaped=("exp_avg",), settings={}, elementwise=True)
+register_optimizer(
+    "lion", Spec(make=make_lion, shaped=("exp_avg",), elementwise=True, example={"lr": 5e-3, "betas": [0.95, 0.98]})
+)

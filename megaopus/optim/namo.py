@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaopus.distributed.shards import sum_parts, whole_of
-from megaopus.optim.base import Spec
-from megaopus.optim.muon import Muon
+from megaopus.optim.config import OptimConfig
+from megaopus.optim.muon import NS_STEPS, Muon
+from megaopus.optim.registry import register_optimizer
+from megaopus.optim.spec import Groups, Spec, momentum
+from megaopus.settings import Setting
 
 
 class NAMO(Muon):
@@ -86,16 +89,45 @@ def adaptive_rate(group: dict[str, Any], t: float, norm: Tensor, second: Tensor)
     return group["lr"] * correction * norm / (second.sqrt() + group["scale_eps"])
 
 
-NAMO_SPEC = Spec(
-    make=lambda groups, config, settings, tp_group: NAMO(groups, lr=config.matrix_lr, tp_group=tp_group, **settings),
-    shaped=NAMO.shaped,
-    settings={"momentum": 0.95, "mu2": 0.99, "ns_steps": 5},
-    matrices=True,
+def make_namo(
+    groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
+) -> NAMO:
+    """Return NAMO as ``config`` and its own ``settings`` have it."""
+    return NAMO(groups, lr=config.matrix_lr, tp_group=tp_group, **settings)
+
+
+def make_namo_d(
+    groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
+) -> NAMOD:
+    """Return NAMO-D as ``config`` and its own ``settings`` have it."""
+    return NAMOD(groups, lr=config.matrix_lr, tp_group=tp_group, **settings)
+
+
+_COMMON = {
+    "momentum": momentum(0.95),
+    "mu2": Setting(default=0.99, min=0, below=1, doc="Decay of the average of squared gradients that sets the rate."),
+    "ns_steps": NS_STEPS,
+}
+_CLAMP = Setting(default=0.01, above=0, doc="Columns' rates lie in [clamp, 1 / clamp] times their mean.")
+_EXAMPLE = {"lr": 1e-2, "eps": 1e-3, "matrix_lr": 0.02}
+register_optimizer(
+    "namo",
+    Spec(
+        make=make_namo,
+        shaped=NAMO.shaped,
+        settings=_COMMON,
+        matrices=True,
+        example={**_EXAMPLE, "matrix_weight_decay": 0.1},
+    ),
 )
-NAMO_D_SPEC = Spec(
-    make=lambda groups, config, settings, tp_group: NAMOD(groups, lr=config.matrix_lr, tp_group=tp_group, **settings),
-    shaped=NAMOD.shaped,
-    settings={"momentum": 0.95, "mu2": 0.99, "clamp": 0.01, "ns_steps": 5},
-    matrices=True,
-    extra_state=lambda rows, columns: columns,
+register_optimizer(
+    "namo_d",
+    Spec(
+        make=make_namo_d,
+        shaped=NAMOD.shaped,
+        settings={**_COMMON, "clamp": _CLAMP},
+        matrices=True,
+        extra_state=lambda rows, columns: columns,
+        example={**_EXAMPLE, "settings": {"clamp": 0.3}},
+    ),
 )

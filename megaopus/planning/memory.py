@@ -28,9 +28,9 @@ def memory(
     weights = stage_weights(model, vocab_size, config.data.seq_len, pp=pp, stage=stage)
     count = count_rank_parameters(model, vocab_size, config.data.seq_len, tp=tp, pp=pp, stage=stage)
     size, what = _optimizer_state(config, count, [weight for weight in weights if weight.matrix])
-    # The distributed optimizer shards what only the update reads: its state and, under bf16, the main weights.
-    zero = config.engine.name == "deepspeed"
-    shards = world_size // (tp * pp) if config.parallel.distributed_optimizer or zero else 1
+    # What only the update reads may be shared: the optimizer's state and, under bf16, the main weights.
+    engine = config.engine.spec()
+    shards = world_size // (tp * pp) if engine.shards_optimizer(config.parallel) else 1
     sharded = f", over {shards} ranks" if shards > 1 else ""
     rows = {
         "weights": (4 * count, "fp32"),
@@ -40,27 +40,12 @@ def memory(
     }
     if precision == "bf16":
         rows["weights"] = (2 * count + 4 * count // shards, f"bf16 and fp32 main weights{sharded}")
-    if zero:
-        rows |= _zero_memory(config.engine.zero_stage, count, precision, shards)
-        if config.selection.needs_proxy and shards > 1:
-            rows["gathered state"] = (4 * count, "fp32 second moments or Muon's momentum, for scoring")
+    rows |= engine.memory(config.engine, count, precision, shards, config.selection.needs_proxy)
     if stage == pp - 1:
         positions = config.train.micro_batch_size * config.data.seq_len // config.parallel.cp
         logits = positions * padded_vocab(vocab_size) // tp
         rows["logits"] = (8 * logits, "fp32 logits of a micro-batch and their gradient")
     return rows | _selection_memory(config, world_size, weights)
-
-
-def _zero_memory(zero_stage: int, count: int, precision: str, shards: int) -> dict[str, tuple[int, str]]:
-    """Weights and gradients of a rank's ``count`` parameters under ZeRO, whose update works on fp32 copies always."""
-    width = 4 if precision == "fp32" else 2
-    model, gradients = (shards if zero_stage == 3 else 1), (shards if zero_stage >= 2 else 1)
-    parts = "both" if zero_stage == 3 else "the copies"
-    how = f"{precision} and fp32 copies, {parts} over {shards} ranks"
-    return {
-        "weights": (width * count // model + 4 * count // shards, how),
-        "gradients": (4 * count // gradients, f"fp32, over {gradients} ranks, without buckets"),
-    }
 
 
 def _activations(config: RunConfig, world_size: int, precision: str, stage: int) -> tuple[int, str]:
@@ -97,7 +82,7 @@ def _in_flight(config: RunConfig, world_size: int, stage: int) -> int:
 def _optimizer_state(config: RunConfig, count: int, matrices: list[Weight]) -> tuple[int, str]:
     """(bytes, what they are) of ``count`` weights on a rank, unsharded over data-parallel ranks."""
     spec, names = config.optim.spec(), ", ".join
-    shaped = () if config.optim.own_settings().get("momentum") == 0 else spec.shaped  # SGD then keeps nothing
+    shaped = spec.state_under(config.optim.own_settings())
     if not spec.matrices:
         return 4 * len(shaped) * count, f"fp32 {names(shaped)}" if shaped else "none"
     inside = sum(weight.numel // config.parallel.tp for weight in matrices)

@@ -13,6 +13,7 @@ import numpy as np
 
 from megaopus.errors import DataError
 from megaopus.events import read_event
+from megaopus.plugins import notes_on_missing
 from megaopus.record.parquet import FOLDER, SCHEMA, Table, first_step, parts, read_part, steps_of
 from megaopus.record.sinks import read_rows
 
@@ -41,6 +42,9 @@ def run(run_dirs: Sequence[str], steps: str) -> int:
         raise DataError(f"--replay is about one run folder, {len(run_dirs)} are named")
     record = Record(Path(run_dirs[0]))
     wanted = _steps(steps, record)
+    named = [name for step in wanted for name in record.config(step).plugins]
+    for note in notes_on_missing(named, record.path):
+        print(f"note: {note}")
     counts = dict.fromkeys((IDENTICAL, DIFFERENT, NOT_ON_RECORD), 0)
     for step in wanted:
         outcome, text = record.replay(step)

@@ -17,9 +17,12 @@ from torch import Tensor
 from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
 from megaopus.config import RunConfig, compose
+from megaopus.optim.registry import OPTIMIZERS as REGISTERED
+from megaopus.optim.registry import spec_of
 from megaopus.record.metrics import metrics_of
 from megaopus.record.parquet import FOLDER, parts, read_part
 from megaopus.record.types import StepRecord, ValidationRecord
+from megaopus.settings import written
 
 STEPS = 10
 MEASURED = {each.name for kind in (StepRecord, ValidationRecord) for each in metrics_of(kind) if not each.reproducible}
@@ -60,17 +63,19 @@ SELECTIONS = {
     "high_ppl": ["selection=high_ppl"],
     "uniform": ["selection=uniform"],
 }
-OPTIMIZERS = {
-    "adamw": ["optim=adamw", "optim.lr=3e-3", "optim.warmup_steps=3"],
-    "muon": ["optim=muon", "optim.schedule=wsd", "optim.decay_steps=4"],
-    "sgd": ["optim=sgd"],
-    "lion": ["optim=lion", "optim.lr=1e-3"],
-    "namo": ["optim=namo"],
-    "namo_d": ["optim=namo_d"],
-    "conda": ["optim=conda", "optim.settings.projection_every=4"],
-    "sophia_g": ["optim=sophia_g", "optim.settings.curvature_every=4", "optim.settings.rho=20"],
-    "sgd_sai": ["optim=sgd_sai"],
-}
+
+
+def overrides_of(optimizer: str) -> list[str]:
+    """The command line of an optimizer's example; a schedule of each kind for those that take matrices and others."""
+    spec = spec_of(optimizer)
+    given = {key: value for key, value in spec.example.items() if key != "settings"}
+    given |= {f"settings.{key}": value for key, value in spec.example.get("settings", {}).items()}
+    schedule = {"schedule": "wsd", "decay_steps": 4} if spec.matrices else {"warmup_steps": 3}
+    values = {key: written(value) for key, value in (given | schedule).items()}
+    return [f"optim={optimizer}", *(f"optim.{key}={value}" for key, value in values.items())]
+
+
+OPTIMIZERS = {name: overrides_of(name) for name in REGISTERED}
 
 
 def settings(corpus: Path, run_dir: Path, *more: str) -> list[str]:

@@ -14,22 +14,23 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import ZERO_STAGES, EngineConfig
 from megaopus.engine.deepspeed.engine import DeepSpeedEngine
-from megaopus.engine.deepspeed.zero_muon import Matrix, ZeroMuon
+from megaopus.engine.deepspeed.flat_matrices import Matrix, over_flat_parts
 from megaopus.errors import EngineError
 from megaopus.optim.build import state_names
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.muon import Muon
+from megaopus.optim.registry import OPTIMIZERS
 from tests.exact.scoring_runs import select_each, trained
-from tests.exact.test_engine_layouts import OPTIMIZERS, assert_close, build, train
+from tests.exact.test_engine_layouts import assert_close, build, train
 from tests.exact.test_scoring_layouts import assert_same_picks
-from tests.harness import random_batch, run_ranks, save_engine, tiny_engine
+from tests.harness import example, random_batch, run_ranks, save_engine, tiny_engine
 
 LAYOUTS = {
     "dp2": (2, ParallelConfig()),
     "tp2": (2, ParallelConfig(tp=2)),
     "dp2-tp2-sp": (4, ParallelConfig(tp=2, sequence_parallel=True)),
 }
-SERVED = ("adamw", "muon", "sgd", "lion")
+SERVED = tuple(name for name, spec in OPTIMIZERS.items() if spec.refusal_of_pieces() is None)
 SCORED = ("adamw", "muon", "sgd")
 TRAINED = [("gpt2", "adamw"), ("llama", "adamw"), ("llama", "muon"), ("gpt2", "sgd"), ("llama", "lion")]
 BOTH = [(("llama", "adamw"), 3), (("llama", "muon"), 1), (("llama", "muon"), 3)]
@@ -99,7 +100,7 @@ def states_of(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 
 def resumed(mesh: Mesh, optimizer: str, stage: int, folder: Path) -> bool:
     """Whether two updates after a restored checkpoint are to the last bit those after its save."""
-    first, second = (tiny_engine(mesh, optim=OPTIMIZERS[optimizer], engine=zero(stage)) for _ in range(2))
+    first, second = (tiny_engine(mesh, optim=example(optimizer), engine=zero(stage)) for _ in range(2))
     for step in range(2):
         first.train_step(random_batch(8, step))
     average = {name: value + 1 for name, value in first.optimizer.main_weights().items()}
@@ -119,7 +120,7 @@ def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def survives_a_bad_gradient(mesh: Mesh, stage: int) -> bool:
     """Whether a gradient that is not finite on one rank leaves weights and state of all ranks alone."""
-    engine = tiny_engine(mesh, optim=OPTIMIZERS["muon"], engine=zero(stage))
+    engine = tiny_engine(mesh, optim=example("muon"), engine=zero(stage))
     engine.train_step(random_batch(8, 0))
     before = weights_of(engine), states_of(engine)
     if mesh.rank == 1:
@@ -200,7 +201,7 @@ def properties(folder: Path) -> dict[tuple, bool]:
 
 def restored(mesh: Mesh, optimizer: str, stage: int, folder: Path, saved_by: str | None = None) -> bool:
     """Whether weights and state are those of another stage's checkpoint at another number of ranks."""
-    engine = tiny_engine(mesh, optim=OPTIMIZERS[optimizer], engine=zero(stage))
+    engine = tiny_engine(mesh, optim=example(optimizer), engine=zero(stage))
     groups = engine.load(folder / f"{saved_by or optimizer}{4 - stage}", ["average", "states"])
     found = {name: value + 1 for name, value in weights_of(engine).items()}
     return same_tensors(groups["average"], found) and same_tensors(groups["states"], states_of(engine))
@@ -214,7 +215,7 @@ def shares_matrices(mesh: Mesh, nesterov: bool) -> bool:
     whole = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     padding = torch.zeros(cuts[-1] - sum(p.numel() for p in whole))
     settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": nesterov}
-    plain, shared = Muon(whole, **settings), ZeroMuon(whole, **settings)
+    plain, shared = Muon(whole, **settings), over_flat_parts(Muon)(whole, **settings)
 
     def part() -> Tensor:
         """This rank's, of the weights."""

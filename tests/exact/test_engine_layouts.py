@@ -15,23 +15,9 @@ from megaopus.engine.config import EngineConfig
 from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.models.gpt import canonical_names, full_parameters
 from megaopus.optim.build import state_names
-from megaopus.optim.config import OptimConfig
+from megaopus.optim.registry import OPTIMIZERS
 from tests.exact import resume_runs
-from tests.harness import MODELS, random_batch, run_layouts, save_engine, tiny_engine
-
-OPTIMIZERS = {
-    # eps above rounding noise: at 1e-8, Adam's first steps turn the last bit of a tiny gradient into a full step
-    "adamw": OptimConfig(name="adamw", lr=3e-3, eps=1e-4, warmup_steps=2),
-    "muon": OptimConfig(name="muon", lr=3e-3, eps=1e-4, matrix_lr=0.02, matrix_weight_decay=0.1),
-    "namo": OptimConfig(name="namo", lr=3e-3, eps=1e-4, matrix_lr=0.02, matrix_weight_decay=0.1),
-    "namo_d": OptimConfig(name="namo_d", lr=3e-3, eps=1e-4, matrix_lr=0.02, settings={"clamp": 0.5}),
-    "conda": OptimConfig(name="conda", lr=3e-3, eps=1e-4, matrix_lr=0.02, settings={"projection_every": 3}),
-    "sophia_g": OptimConfig(name="sophia_g", lr=1e-3, settings={"rho": 20.0, "curvature_every": 3}),
-    "sgd_sai": OptimConfig(name="sgd_sai", lr=1e-2),
-    "lion": OptimConfig(name="lion", lr=1e-3),
-    "sgd": OptimConfig(name="sgd", lr=0.05, settings={"nesterov": True}),
-}
-
+from tests.harness import MODELS, example, random_batch, run_layouts, save_engine, tiny_engine
 
 Case = tuple[str, str]
 """(model, optimizer)"""
@@ -40,7 +26,7 @@ STEPS = 4
 
 def build(mesh: Mesh, case: Case, parallel: ParallelConfig, engine: EngineConfig | None = None) -> MegatronEngine:
     model, optimizer = case
-    return tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel, engine=engine)
+    return tiny_engine(mesh, model=MODELS[model], optim=example(optimizer), parallel=parallel, engine=engine)
 
 
 def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str, dict[str, torch.Tensor]]:

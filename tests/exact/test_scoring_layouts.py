@@ -16,7 +16,6 @@ from tests.exact.scoring_runs import (
     CASES,
     COMMON,
     LAYOUTS,
-    OPTIMIZERS,
     SETTINGS,
     Picks,
     cases,
@@ -28,7 +27,7 @@ from tests.exact.scoring_runs import (
     select_each,
     trained,
 )
-from tests.harness import MODELS, random_batch, run_layouts, state_of, tiny_engine
+from tests.harness import MODELS, example, random_batch, run_layouts, state_of, tiny_engine
 
 EVERY_SETTING = (("gpt2-4-layers", "adamw"), ("llama-4-layers", "muon"))
 PRODUCTS = {
@@ -207,7 +206,7 @@ def test_recomputation_changes_no_utility(layout: str, ranks: dict) -> None:
 
 def select_with_faults(mesh: Mesh, parallel: ParallelConfig) -> dict[str, Selection]:
     """Selections in which the last rank alone sees a fault: in the proxy gradient, in one candidate's loss, in all."""
-    engine = tiny_engine(mesh, model=MODELS["gpt2-4-layers"], optim=OPTIMIZERS["adamw"], parallel=parallel)
+    engine = tiny_engine(mesh, model=MODELS["gpt2-4-layers"], optim=example("adamw"), parallel=parallel)
     engine.train_step(random_batch(8, 0))
     real = engine.scoring_backend()
     gradient, losses = real.gradient, real.losses

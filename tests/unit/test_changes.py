@@ -45,6 +45,7 @@ def test_every_setting_has_one_class() -> None:
         "run_dir",
         "resume",
         "resume_allow",
+        "plugins",
         "data.traits_path",
         "data.validation_path",
         "selection.score_micro_batch_size",

@@ -29,7 +29,7 @@ from megaopus.models.flops import (
     padded_vocab,
     training_flops_per_token,
 )
-from megaopus.optim.catalog import CATALOG
+from megaopus.optim.registry import OPTIMIZERS
 from megaopus.planning import estimate as check
 from tests.harness import random_batch, run_ranks, tiny_engine
 
@@ -193,7 +193,7 @@ def test_memory_of_weights_gradients_and_optimizers():
     assert check.memory(config, 500, 2, "fp32", 0)["sketches"][0] == 4 * (32 // 2) * (4 * 4 + 1) * 100
 
 
-@pytest.mark.parametrize("name", CATALOG)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_memory_of_an_optimizer_is_what_its_state_takes(name):
     config = small()
     config.model, config.data.seq_len, config.optim.name = GPT2, 16, name

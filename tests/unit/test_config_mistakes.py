@@ -25,7 +25,11 @@ MISTAKES = {
     "++selection.temprature=1": ("selection.temprature = 1", "no such setting", "did you mean selection.temperature?"),
     "lr=0.1": ("lr = 0.1", "no such setting", "did you mean optim.lr?"),
     "modle=tiny": ("modle = 'tiny'", "no such setting", "did you mean model?"),
-    "quux.zork=1": ("quux.zork = 1", "no such setting", "settings there: run_dir, seed, resume, resume_allow, model"),
+    "quux.zork=1": (
+        "quux.zork = 1",
+        "no such setting",
+        "settings there: run_dir, seed, resume, resume_allow, plugins, model",
+    ),
     "optim.betas.zork=0.5": ("optim.betas.zork = 0.5", "no such setting", "did you mean optim.betas?"),
     "model=gtp2_small": (
         "model = 'gtp2_small'",
@@ -62,7 +66,7 @@ MISTAKES = {
     "optim=sgd optim.settings.nesterov=1": ("optim.settings.nesterov = 1", "must be true or false", "False"),
     "optim=conda optim.settings.scale=0": ("optim.settings.scale = 0", "must be positive", "0.25 is usual"),
     "optim.settings.momentum=0.9": ("optim.settings.momentum = 0.9", "adamw has no such setting", "it has none"),
-    "optim.name=adam": ("optim.name = 'adam'", "unknown optimizer", "use one of: sgd, adamw, lion, muon, namo"),
+    "optim.name=adam": ("optim.name = 'adam'", "unknown optimizer", "use one of: adamw, conda, lion, muon, namo"),
     "selection.rho=0": ("selection.rho = 0.0", "must lie in (0, 1]", "0.5 picks half"),
     "resume_allow=[optim.rl]": ("resume_allow = 'optim.rl'", "no such setting", "did you mean optim.lr?"),
     "resume_allow=[seed]": ("resume_allow = 'seed'", "can never differ from the checkpoint's", "another run_dir"),
@@ -197,7 +201,7 @@ COMBINED = [
         1,
         "optim.name = 'conda'",
         "needs whole tensors",
-        "optim=adamw, sgd, lion or muon",
+        "one of optim=adamw, lion, muon, sgd, or engine.name=megatron",
     ),
     (
         "engine=deepspeed optim=sophia_g",

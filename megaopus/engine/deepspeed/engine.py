@@ -22,8 +22,8 @@ from megaopus.engine.base import Engine, StepResult
 from megaopus.engine.batch_split import data_parallel_share, padded_share, seed_dropout, training_share
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.deepspeed import checkpoint
+from megaopus.engine.deepspeed.flat_matrices import ChainedOptimizer, over_flat_parts
 from megaopus.engine.deepspeed.scoring import DeepSpeedScoringBackend
-from megaopus.engine.deepspeed.zero_muon import ChainedOptimizer, ZeroMuon
 from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer, norm_limit
 from megaopus.engine.gpt_forward import token_losses
 from megaopus.engine.pending_save import PendingSave
@@ -33,7 +33,6 @@ from megaopus.models.flops import padded_vocab
 from megaopus.models.gpt import build_gpt, initialize, transformer_config
 from megaopus.optim.build import torch_optimizers
 from megaopus.optim.config import OptimConfig
-from megaopus.optim.muon import make_muon
 from megaopus.selection.backend import Candidates, Gradient
 
 LARGEST_BUCKET = 500_000_000
@@ -65,7 +64,9 @@ class DeepSpeedEngine(Engine):
                 self.module.bfloat16()
             initialize(self.module, model, mesh, self._seed)
         _sum_partial_gradients(self.module, mesh)
-        optimizers = torch_optimizers(optim, self.module, mesh, {"muon": partial(make_muon, cls=ZeroMuon)})
+        spec = optim.spec()
+        make = partial(spec.make, cls=over_flat_parts(spec.by_matrix)) if spec.by_matrix is not None else None
+        optimizers = torch_optimizers(optim, self.module, mesh, make)
         together = ChainedOptimizer(optimizers)
         groups = {id(p): index for index, group in enumerate(together.param_groups) for p in group["params"]}
         group_of = {name: groups[id(p)] for name, p in self.module.named_parameters()}
