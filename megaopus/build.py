@@ -8,7 +8,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import typing
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from megaopus.config import RunConfig, default_settings, to_yaml
 from megaopus.data.candidates import CandidateStream, evaluation_buffers
 from megaopus.data.corpus import Corpus
 from megaopus.data.mixture import continued, parse_stages, plain
+from megaopus.data.read_ahead import TokenReader
 from megaopus.data.score_filter import kept_documents
 from megaopus.data.sequences import Sequences
 from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features
@@ -35,6 +35,7 @@ from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.deepspeed.engine import DeepSpeedEngine
 from megaopus.engine.megatron.engine import MegatronEngine
+from megaopus.engine.work_timer import WorkTimer
 from megaopus.errors import CheckpointError
 from megaopus.models.flops import count_parameters
 from megaopus.record.recorder import Recorder
@@ -42,6 +43,7 @@ from megaopus.selection import SelectionConfig, Selector
 from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
 from megaopus.training.spike_guard import SpikeGuard
 from megaopus.training.straggler import StragglerDetector
+from megaopus.training.timers import Timers
 from megaopus.training.trainer import Trainer
 from megaopus.training.watchdog import HangWatchdog
 
@@ -51,17 +53,18 @@ WATCH_SHARE = 0.5
 """Part of ``engine.timeout_minutes`` without progress after which ranks say where they are; then collectives fail."""
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, *, take_signals: bool = True) -> int:
     """Run or resume a training job on this rank; returns the process's exit status (0, or 143 after SIGTERM).
 
-    Nothing is written before the model is built and the checkpoint, if there is one, restored.
+    Nothing is written before the model is built and the checkpoint, if there is one, restored. ``take_signals`` False:
+    SIGTERM and SIGUSR1 stay with the program that calls this.
     """
-    with StopSignal() as stop:
-        mesh = Mesh(config.parallel, config.engine.device, config.engine.timeout_minutes)
-        watch = HangWatchdog(mesh, WATCH_SHARE * 60 * config.engine.timeout_minutes)
+    with StopSignal(take_signals) as stop:
+        mesh, timers = Mesh(config.parallel, config.engine.device, config.engine.timeout_minutes), Timers()
+        watch = HangWatchdog(mesh, timers, WATCH_SHARE * 60 * config.engine.timeout_minutes)
         try:
             with _locked(Path(config.run_dir), mesh):
-                return _train(config, mesh, stop, watch)
+                return _train(config, mesh, stop, timers)
         finally:
             watch.close()
             mesh.close()
@@ -75,15 +78,14 @@ def _locked(run_dir: Path, mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: HangWatchdog) -> int:
+def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> int:
     run_dir = Path(config.run_dir)
     checkpoint = locate(config.resume, run_dir, mesh)
     changed: list[Change] = []
     if checkpoint is not None:
         config.data.weights = _continued_weights(checkpoint, config)
     corpora = Corpora(config)
-    trainer = build_trainer(config, mesh, corpora, stop)
-    trainer.phase = watch.phase
+    trainer = build_trainer(config, mesh, corpora, stop, timers)
     if checkpoint is not None:
         check_identity(checkpoint.state["identity"], trainer.identity, checkpoint.folder)
         changed = changes(checkpoint.state["config"], trainer.config, default_settings(config))
@@ -111,6 +113,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: HangWatchdog)
         monitor.note(_derived(config, mesh, corpora, trainer))
         reason = trainer.run(monitor)
     finally:
+        trainer.reader.close()
         monitor.close()
     return 0 if reason is None else STOP_EXIT_CODE
 
@@ -123,15 +126,20 @@ def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint 
     write_run_folder(config, run_dir, mesh, 0 if checkpoint is None else checkpoint.step, corpus)
 
 
-def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSignal) -> Trainer:
-    """Engine, data and selector of this rank, from the config alone; writes nothing."""
+def build_trainer(
+    config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSignal, timers: Timers | None = None
+) -> Trainer:
+    """Put engine, data and selector of this rank together, from the config alone; writes nothing."""
+    timers = timers or Timers()
+    reader = TokenReader(partial(timers, "data"), pin=mesh.device.type == "cuda")
     engine = build_engine(config, mesh, corpora.pool.corpus.vocab_size)
+    engine.work = WorkTimer(mesh.on_cpu, timers.clock, partial(timers.seconds, "data"))
     selection = config.selection
     proxy = pool = None
     if selection.needs_proxy:
-        proxy = proxy_stream(config, corpora).at
+        proxy = proxy_stream(config, corpora, reader).at
     if selection.needs_pool:
-        pool = CandidateStream(corpora.pool, selection.proxy_batch_size, config.seed, "contrast").at
+        pool = CandidateStream(corpora.pool, selection.proxy_batch_size, config.seed, "contrast", reader=reader).at
     selector = Selector(
         selection,
         engine.scoring_backend(),
@@ -145,14 +153,20 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
     validation = evaluation_buffers(corpora.validation, config.train.eval_sequences)
     return Trainer(
         engine=engine,
-        stream=candidate_stream(config, corpora),
+        stream=candidate_stream(config, corpora, reader),
+        reader=reader,
         selector=selector,
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh),
         validation=validation,
         wanted=config.data.wanted or list(validation),
-        guard=SpikeGuard(config.train.spike_factor, config.train.spike_window, clipped=config.optim.clip_grad > 0),
-        max_skipped=config.train.max_skipped,
-        pace=StragglerDetector(config.logging.every, mesh.gather_objects),
+        guard=SpikeGuard(
+            config.train.spike_factor,
+            config.train.spike_window,
+            clipped=config.optim.clip_grad > 0,
+            max_skipped=config.train.max_skipped,
+        ),
+        stragglers=StragglerDetector(config.logging.every, mesh.gather_objects),
+        timers=timers,
         stop_requested=lambda: _agreed(mesh, stop),
         identity=_identity(config, corpora, bf16=engine.bf16),
         config=asdict(config),
@@ -162,7 +176,7 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
     )
 
 
-def candidate_stream(config: RunConfig, corpora: Corpora) -> CandidateStream:
+def candidate_stream(config: RunConfig, corpora: Corpora, reader: TokenReader | None = None) -> CandidateStream:
     """The buffers of a run."""
     return CandidateStream(
         corpora.pool,
@@ -170,12 +184,13 @@ def candidate_stream(config: RunConfig, corpora: Corpora) -> CandidateStream:
         config.seed,
         serves=config.selection.score_every,
         stages=parse_stages(config.data.weights),
+        reader=reader,
     )
 
 
-def proxy_stream(config: RunConfig, corpora: Corpora) -> CandidateStream:
+def proxy_stream(config: RunConfig, corpora: Corpora, reader: TokenReader | None = None) -> CandidateStream:
     """The proxy batches of a run."""
-    return CandidateStream(corpora.proxy(), config.selection.proxy_batch_size, config.seed, "proxy")
+    return CandidateStream(corpora.proxy(), config.selection.proxy_batch_size, config.seed, "proxy", reader=reader)
 
 
 def _is_wanted(wanted: list[str], candidates: Any) -> torch.Tensor:
@@ -287,8 +302,7 @@ def _derived(config: RunConfig, mesh: Mesh, corpora: Corpora, trainer: Trainer) 
         told = kept.told(corpora.pool.corpus)
         parts.append(f"filtered {next(iter(told))}: {told['all']}")
     if config.data.weights:
-        stream = typing.cast(CandidateStream, trainer.stream)
-        drawn = ", ".join(f"{name} {epochs:.2f}" for name, epochs in stream.epochs(train.steps).items())
+        drawn = ", ".join(f"{name} {epochs:.2f}" for name, epochs in trainer.stream.epochs(train.steps).items())
         parts.append(f"domains by weight; epochs of each by the last step: {drawn}")
     return " | ".join(parts)
 
