@@ -34,6 +34,9 @@ class TokenReader:
     Public methods are for the loop's thread alone.
     """
 
+    patience_s = 1.0
+    """Seconds for which ``close`` waits for a read that goes on."""
+
     def __init__(
         self,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -105,10 +108,10 @@ class TokenReader:
         self._closed = True
         if self._thread is None:
             return
-        if self._turn.acquire(timeout=1.0):
+        if self._turn.acquire(timeout=self.patience_s):
             self._turn.notify()
             self._turn.release()
-        self._thread.join(timeout=1.0)
+        self._thread.join(timeout=self.patience_s)
 
     # -- whoever's turn it is ----------------------------------------------------------------------------------------
 

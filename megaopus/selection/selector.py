@@ -292,8 +292,8 @@ class Selector:
             self._prescreen.load_state_dict(state["prescreen"])
         self._choice = None
         if "choice" in state:
-            tensors = {"positions": torch.int64, "probabilities": torch.float64}
-            tensors = {name: torch.tensor(state["choice"][name], dtype=dtype) for name, dtype in tensors.items()}
+            dtypes = {"positions": torch.int64, "probabilities": torch.float64}
+            tensors = {name: torch.tensor(state["choice"][name], dtype=dtype) for name, dtype in dtypes.items()}
             self._choice = _Choice(**{**state["choice"], **tensors})
 
     # -- one buffer ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -27,7 +27,7 @@ class Timers:
         """When that began, by the clock."""
         self.changes = 0
         """How often the phase has changed: as long as it grows there is progress."""
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -51,4 +51,4 @@ class Timers:
 
     def seconds(self, *names: str) -> float:
         """Sum up what has been booked under ``names`` so far; a phase that still goes on is booked when it ends."""
-        return sum((self._seconds[name] for name in names), 0.0)
+        return sum((self._seconds.get(name, 0.0) for name in names), 0.0)

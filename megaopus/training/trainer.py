@@ -133,8 +133,8 @@ class Trainer:
             with self.timers("evaluate"):
                 losses[domain] = float(self.engine.evaluate(buffer).mean())
         headline = sum(losses[domain] for domain in self.wanted) / len(self.wanted)
-        counts = {"step": step, "tokens": step * self.tokens_per_step, "time_s": self.time_s}
-        recorder.validation(ValidationRecord(**counts, loss=headline, domains=losses))
+        tokens, time_s = step * self.tokens_per_step, self.time_s
+        recorder.validation(ValidationRecord(step=step, tokens=tokens, time_s=time_s, loss=headline, domains=losses))
         return None
 
     def _save(self, recorder: Recorder, *, wait: bool) -> None:
