@@ -26,7 +26,7 @@ class Foresight(NamedTuple):
     picked: Tensor = NOBODY
     """The picks of the buffer, K of each step that it serves, one step after the other."""
     by_value: bool = False
-    """Whether they are picked by what the predictor says of them, not uniformly."""
+    """Whether the picks, known or not, go by value, so that their token pairs are compared with others'."""
 
 
 def foresee(
@@ -56,7 +56,7 @@ def foresee(
     if config.method == "uniform" or not (past_warmup or config.has_prior):
         return Foresight(picked=sampler.pick_uniform(ids, num_picked, seed, period))
     if prescreen is None:
-        return Foresight(scored=everyone) if config.method in BY_LOSS + BY_PROXY else Foresight()
+        return Foresight(everyone if config.method in BY_LOSS + BY_PROXY else NOBODY, by_value=True)
     capped = times is not None and config.guards.exposure_cap > 0
     allowed = (times <= config.guards.exposure_cap).nonzero().flatten() if capped and times is not None else everyone
     if len(allowed) < max(num_picked, num_scored):
@@ -68,7 +68,7 @@ def foresee(
         key = counter_rng.key(seed, "slice", period)
         scored = prescreen.screen(ids, allowed, standing, num_scored, key)[0]
     if not use_predictor or (standing is not None and config.guards.domain_floor > 0):
-        return Foresight(scored)
+        return Foresight(scored, by_value=True)
     if standing is None:
         return Foresight(scored, allowed[sampler.pick_uniform(ids[allowed], num_picked, seed, period)])
     temperature = config.temperature if config.sampler == "boltzmann" else None

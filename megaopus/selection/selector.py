@@ -240,8 +240,8 @@ class Selector:
         reads = self._scorer.foresee(candidates, scored, step)
         if blind:  # signatures are of tokens then
             reads.append(candidates.take(picked[turn_of]) if len(picked) else candidates)
-        if self.config.guards.min_distinct > 0 and (by_value or len(scored)):
-            picks = [candidates.take(picked)] if by_value else []
+        if self.config.guards.min_distinct > 0 and by_value:
+            picks = [candidates.take(picked)] if len(picked) else []
             reads += guards.as_many([*picks, *self._others(candidates, ids, step)])
         return reads, picked[turn_of].sort().values
 

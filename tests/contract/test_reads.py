@@ -34,7 +34,7 @@ RECIPES = {
         "selection.prescreen.prior=0",
         "selection.score_every=2",
     ],
-    "cascade": ["selection=cascade"],
+    "cascade": ["selection=opus_cascade"],
     "exact": ["selection=opus_exact", "selection.score_length=8"],
     "uniform": ["selection=uniform"],
 }
