@@ -26,7 +26,7 @@ from rich.table import Table
 from benchmarks.common import machine, parser, progress, start, write_results
 from benchmarks.pools import ensure_pool
 from benchmarks.quality import COMMON, OPTIMIZERS
-from benchmarks.study import Nobody
+from benchmarks.study import silent_recorder
 from megaopus.build import build_trainer
 from megaopus.config import compose
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                             row |= {"utility": known[0][domain], "contrast": known[1][domain]}
                             rows.append(row | {f"fall_{n}": value for n, value in zip(UPDATES, fall, strict=True)})
                     if step < max(halts):
-                        trainer.update(Nobody())
+                        trainer.update(silent_recorder())
                         bar.advance(task)
             finally:
                 mesh.close()

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import machine, parser, progress, start, write_results
-from benchmarks.study import Nobody, Results, Task, refuse_other_corpora, run_of, step_costs, task, train_all
+from benchmarks.study import Results, Task, refuse_other_corpora, run_of, silent_recorder, step_costs, task, train_all
 from megaopus.build import build_trainer
 from megaopus.cli.demo import WANTED, ensure_corpus
 from megaopus.config import compose
@@ -194,7 +194,7 @@ def state_mb(overrides: Sequence[str]) -> float:
     try:
         config = compose([*overrides, "run_dir=runs/bench/nothing_is_written"])
         trainer = build_trainer(config, mesh, RunData.open(config.data, config.data_needs()), StopSignal())
-        trainer.update(Nobody())
+        trainer.update(silent_recorder())
         optimizer = typing.cast(MegatronEngine, trainer.engine).optimizer
         return sum(s.numel() * s.element_size() for each in optimizer.states() for s in each.state.values()) / 1e6
     finally:

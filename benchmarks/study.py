@@ -29,10 +29,11 @@ from megaopus.data.corpus import Corpus
 from megaopus.data.run_data import RunData
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.events import Event
+from megaopus.record.config import LoggingConfig
 from megaopus.record.parquet import pick_counts
+from megaopus.record.recorder import Recorder
 from megaopus.record.sinks import read_rows
-from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.record.types import StepRecord, ValidationRecord
 from megaopus.report.compare import Run, compare, load_run, paired_t_test
 from megaopus.selection.prescreen import Prescreen
 from megaopus.training.signals import StopSignal
@@ -254,7 +255,7 @@ def _steps(overrides: Sequence[str], folder: Path, mesh: Mesh) -> Callable[[], N
     """A run taken to where every cost has set in, and its next few steps as one pass; writes nothing."""
     config = compose([*overrides, "selection.warmup_steps=1", f"run_dir={folder / 'timing'}"])
     trainer = build_trainer(config, mesh, RunData.open(config.data, config.data_needs()), StopSignal())
-    nobody = Nobody()
+    nobody = silent_recorder()
     for _ in range(_SETTLED):
         trainer.update(nobody)
 
@@ -269,18 +270,9 @@ _SETTLED = 65  # updates after which the predictor has its first 64 scores
 _TURN = 32  # a multiple of every period of the arms
 
 
-class Nobody:
-    """A monitor that does not listen."""
-
-    def step(
-        self, record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event | str] = ()
-    ) -> None: ...
-
-    def validation(self, record: ValidationRecord) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def flush(self) -> None: ...
+def silent_recorder() -> Recorder:
+    """Make a recorder that writes and says nothing."""
+    return Recorder(LoggingConfig(), "", 0, is_writer=False)
 
 
 def run_of(row: dict[str, Any]) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate, s
 from megaopus.config import RunConfig, default_settings, to_yaml
 from megaopus.data.corpus import Corpus
 from megaopus.data.mixture import continued_weights
+from megaopus.data.read_ahead import TokenReader
 from megaopus.data.run_data import RunData
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import Engine
 from megaopus.engine.registry import ENGINES
+from megaopus.engine.work_timer import WorkTimer
 from megaopus.meters import rank_memory, step_meters
 from megaopus.planning.estimate import start_line
 from megaopus.record.recorder import Recorder
@@ -29,6 +32,7 @@ from megaopus.training.memory import out_of_memory_explained
 from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
 from megaopus.training.spike_guard import SpikeGuard
 from megaopus.training.straggler import StragglerDetector
+from megaopus.training.timers import Timers
 from megaopus.training.trainer import Trainer
 from megaopus.training.watchdog import HangWatchdog
 
@@ -36,20 +40,21 @@ WATCH_SHARE = 0.5
 """Part of ``engine.timeout_minutes`` without progress after which ranks say where they are; then collectives fail."""
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, *, take_signals: bool = True) -> int:
     """Run or resume a training job on this rank; returns the process's exit status (0, or 143 after SIGTERM).
 
-    Nothing is written before the model is built and the checkpoint, if there is one, restored.
+    Nothing is written before the model is built and the checkpoint, if there is one, restored. ``take_signals`` False:
+    SIGTERM and SIGUSR1 stay with the program that calls this.
     """
-    with StopSignal() as stop:
-        mesh = Mesh(config.parallel, config.engine.device, config.engine.timeout_minutes)
-        watch = HangWatchdog(mesh, WATCH_SHARE * 60 * config.engine.timeout_minutes)
+    with StopSignal(take_signals) as stop:
+        mesh, timers = Mesh(config.parallel, config.engine.device, config.engine.timeout_minutes), Timers()
+        watch = HangWatchdog(mesh, timers, WATCH_SHARE * 60 * config.engine.timeout_minutes)
         try:
             with (
                 _locked(Path(config.run_dir), mesh),
                 out_of_memory_explained(mesh.device, mesh.rank, lambda: rank_memory(config, mesh, _vocab_size(config))),
             ):
-                return _train(config, mesh, stop, watch)
+                return _train(config, mesh, stop, timers)
         finally:
             watch.close()
             mesh.close()
@@ -63,7 +68,7 @@ def _locked(run_dir: Path, mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: HangWatchdog) -> int:
+def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> int:
     run_dir = Path(config.run_dir)
     checkpoint = locate(config.resume, run_dir, mesh)
     changed: list[Change] = []
@@ -71,8 +76,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: HangWatchdog)
         before = checkpoint.state["config"].get("data", {}).get("weights", [])
         config.data.weights = continued_weights(before, config.data.weights, checkpoint.step)
     data = RunData.open(config.data, config.data_needs())
-    trainer = build_trainer(config, mesh, data, stop)
-    trainer.phase = watch.phase
+    trainer = build_trainer(config, mesh, data, stop, timers)
     if checkpoint is not None:
         check_identity(checkpoint.state["identity"], trainer.identity, checkpoint.folder)
         changed = changes(checkpoint.state["config"], trainer.config, default_settings(config))
@@ -101,6 +105,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: HangWatchdog)
         monitor.note(start_line(config, mesh.shape, mesh.device.type, trainer.identity["precision"], data.summary()))
         reason = trainer.run(monitor)
     finally:
+        trainer.reader.close()
         monitor.close()
     return 0 if reason is None else STOP_EXIT_CODE
 
@@ -126,10 +131,15 @@ def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint 
     )
 
 
-def build_trainer(config: RunConfig, mesh: Mesh, data: RunData, stop: StopSignal) -> Trainer:
+def build_trainer(
+    config: RunConfig, mesh: Mesh, data: RunData, stop: StopSignal, timers: Timers | None = None
+) -> Trainer:
     """Build engine, selector and trainer of this rank over the opened ``data``; writes no more than text features."""
+    timers = timers or Timers()
+    reader = TokenReader(partial(timers, "data"), pin=mesh.device.type == "cuda")
     engine = build_engine(config, mesh, data.pool.corpus.vocab_size)
-    proxy, contrast = data.proxy_batches(), data.contrast_batches()
+    engine.work = WorkTimer(mesh.on_cpu, timers.clock, partial(timers.seconds, "data"))
+    proxy, contrast = data.proxy_batches(reader), data.contrast_batches(reader)
     selector = Selector(
         config.selection,
         engine.scoring_backend(),
@@ -142,14 +152,20 @@ def build_trainer(config: RunConfig, mesh: Mesh, data: RunData, stop: StopSignal
     )
     return Trainer(
         engine=engine,
-        stream=data.candidates(),
+        stream=data.candidates(reader),
+        reader=reader,
         selector=selector,
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh),
         validation=data.evaluation_buffers(),
         wanted=data.headline_domains(),
-        guard=SpikeGuard(config.train.spike_factor, config.train.spike_window, clipped=config.optim.clip_grad > 0),
-        max_skipped=config.train.max_skipped,
-        pace=StragglerDetector(config.logging.every, mesh.gather_objects),
+        guard=SpikeGuard(
+            config.train.spike_factor,
+            config.train.spike_window,
+            clipped=config.optim.clip_grad > 0,
+            max_skipped=config.train.max_skipped,
+        ),
+        stragglers=StragglerDetector(config.logging.every, mesh.gather_objects),
+        timers=timers,
         stop_requested=lambda: _agreed(mesh, stop),
         identity=_identity(config, data, bf16=engine.bf16),
         config=asdict(config),

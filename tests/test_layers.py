@@ -30,7 +30,7 @@ MAY_IMPORT: Mapping[str, set[str] | None] = {
     "optim": {"distributed"},
     "record": {"distributed"},
     "checkpoint": {"distributed"},
-    "engine": {"distributed", "models", "optim", "selection"},
+    "engine": {"checkpoint.pending_save", "distributed", "models", "optim", "selection"},
     "training": {"checkpoint", "data", "distributed", "engine.base", "record", "selection"},
     "meters": {"config", "distributed", "planning", "record", "training"},
     "changes": set(),

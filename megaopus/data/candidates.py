@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megaopus.data.mixture import Mixture, Stage
 from megaopus.data.permutation import permute
+from megaopus.data.read_ahead import Reads, TokenReader
 from megaopus.data.sequences import Sequences
 from megaopus.errors import DataError
 
@@ -18,13 +19,16 @@ from megaopus.errors import DataError
 class CandidateBuffer:
     """N sequences, by number; their tokens are read when ``batch`` asks for them."""
 
-    def __init__(self, sequences: Sequences, ids: np.ndarray, sequence_ids: np.ndarray):
+    def __init__(
+        self, sequences: Sequences, ids: np.ndarray, sequence_ids: np.ndarray, reader: TokenReader | None = None
+    ):
         """Args:
         sequences: where the tokens come from.
         ids: (N,) what the selector calls them, unique in the buffer.
         sequence_ids: (N,) their numbers in ``sequences``.
+        reader: reads them once a step; None: they are read whenever they are asked for.
         """
-        self._sequences = sequences
+        self._sequences, self._reader = sequences, reader
         self.ids: Tensor = torch.from_numpy(np.array(ids, dtype=np.int64))
         self.sequence_ids = np.asarray(sequence_ids, dtype=np.int64)
 
@@ -44,11 +48,18 @@ class CandidateBuffer:
     def take(self, indices: Tensor) -> CandidateBuffer:
         """The candidates at ``indices`` (n,), in that order."""
         rows = torch.as_tensor(indices).cpu().numpy()
-        return CandidateBuffer(self._sequences, self.ids.numpy()[rows], self.sequence_ids[rows])
+        return CandidateBuffer(self._sequences, self.ids.numpy()[rows], self.sequence_ids[rows], self._reader)
+
+    @property
+    def reads(self) -> Reads:
+        """What a ``TokenReader`` is told to have the tokens read ahead."""
+        return self._sequences, self.sequence_ids
 
     def batch(self, length: int | None = None) -> Tensor:
         """(N, length + 1) int64 tokens: inputs ``[:, :-1]``, labels ``[:, 1:]``; all seq_len positions by default."""
-        return self._sequences.tokens(self.sequence_ids, length)
+        if self._reader is None:
+            return self._sequences.tokens(self.sequence_ids, length)
+        return self._reader.tokens(self._sequences, self.sequence_ids, length)
 
     def share(self) -> dict[str, float]:
         """Fraction of the buffer that each domain has; the fractions add up to 1."""
@@ -82,6 +93,7 @@ class CandidateStream:
         *,
         steps_per_buffer: int = 1,
         stages: Items[Stage] = (),
+        reader: TokenReader | None = None,
         serves: int | None = None,
     ):
         """Args:
@@ -91,6 +103,7 @@ class CandidateStream:
         purpose: keeps streams with the same seed apart (candidates, proxy, ...).
         steps_per_buffer: consecutive steps that get the same buffer.
         stages: weights of the domains over the steps; none: every sequence alike.
+        reader: reads the tokens of the buffers.
         serves: the name of ``steps_per_buffer`` in version 0.1.
 
         Raises:
@@ -104,6 +117,7 @@ class CandidateStream:
         self.sequences = sequences
         self.num_candidates = num_candidates
         self._steps_per_buffer = steps_per_buffer
+        self._reader = reader
         self._key = f"{seed}/{purpose}/{sequences.key}"
         self._mixture = None
         if stages:
@@ -125,7 +139,7 @@ class CandidateStream:
         for epoch in range(epochs[0], epochs[-1] + 1):
             here = epochs == epoch
             numbers[here] = permute(places[here], n, f"{self._key}/{epoch}")
-        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers)
+        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers, self._reader)
 
     def _mixed(self, mixture: Mixture, buffer: int, n: int) -> CandidateBuffer:
         domains, ranks = mixture.at(buffer)
@@ -137,7 +151,7 @@ class CandidateStream:
             here = (domains == domain) & (epochs == epoch)
             key = f"{self._key}/{self.sequences.domains[domain]}/{epoch}"
             numbers[here] = firsts[domain] + permute(places[here], int(counts[domain]), key)
-        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers)
+        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers, self._reader)
 
     def epochs(self, step: int) -> dict[str, float]:
         """Times that the candidates of each domain were gone through before ``step``."""

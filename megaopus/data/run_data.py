@@ -15,6 +15,7 @@ from megaopus.data.config import DataConfig
 from megaopus.data.corpus import Corpus
 from megaopus.data.mixture import parse_stages
 from megaopus.data.needs import DataNeeds
+from megaopus.data.read_ahead import TokenReader
 from megaopus.data.score_filter import kept_documents
 from megaopus.data.sequences import Sequences
 from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features
@@ -88,8 +89,11 @@ class RunData:
         data = self._data
         return Sequences(self._corpus(data.proxy_path or data.path), "proxy", data.seq_len, data.wanted or None)
 
-    def candidates(self) -> CandidateStream:
-        """Draw the buffer of candidates of each step. Raises DataError for a weight of a domain without sequences."""
+    def candidates(self, reader: TokenReader | None = None) -> CandidateStream:
+        """Draw the buffer of candidates of each step. Raises DataError for a weight of a domain without sequences.
+
+        ``reader``, here and below: reads the tokens of the buffers.
+        """
         needs = self._needs
         return CandidateStream(
             self.pool,
@@ -97,19 +101,20 @@ class RunData:
             needs.seed,
             steps_per_buffer=needs.steps_per_buffer,
             stages=parse_stages(self._data.weights),
+            reader=reader,
         )
 
-    def proxy_batches(self) -> CandidateStream | None:
+    def proxy_batches(self, reader: TokenReader | None = None) -> CandidateStream | None:
         """Draw the proxy batch of each step; None: the run takes none."""
         if not self._needs.proxy:
             return None
-        return CandidateStream(self.proxy, self._needs.proxy_batch_size, self._needs.seed, "proxy")
+        return CandidateStream(self.proxy, self._needs.proxy_batch_size, self._needs.seed, "proxy", reader=reader)
 
-    def contrast_batches(self) -> CandidateStream | None:
+    def contrast_batches(self, reader: TokenReader | None = None) -> CandidateStream | None:
         """Draw the batches of the pool that proxy batches are compared with; None: the run takes none."""
         if not self._needs.contrast:
             return None
-        return CandidateStream(self.pool, self._needs.proxy_batch_size, self._needs.seed, "contrast")
+        return CandidateStream(self.pool, self._needs.proxy_batch_size, self._needs.seed, "contrast", reader=reader)
 
     def evaluation_buffers(self) -> dict[str, CandidateBuffer]:
         """Choose the sequences of each domain that every validation runs through."""

@@ -14,6 +14,7 @@ import pytest
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
+from megaopus.training.timers import Timers
 from megaopus.training.watchdog import HangWatchdog
 from tests.exact.resume_runs import settings
 from tests.harness import free_ports
@@ -55,17 +56,19 @@ def test_a_stopped_rank_is_named_and_the_others_end(stopped: int, tiny_corpus: P
 
 
 def test_a_rank_alone_tells_where_it_is() -> None:
-    mesh, stream = Mesh(ParallelConfig(), "cpu"), io.StringIO()
-    watch = HangWatchdog(mesh, 0.2, stream)
+    mesh, timers, stream = Mesh(ParallelConfig(), "cpu"), Timers(), io.StringIO()
+    watch = HangWatchdog(mesh, timers, 0.2, stream)
     try:
-        with watch.phase("score", 7):
+        timers.step = 7
+        with timers("select"):
             time.sleep(0.6)
+        timers.step = 8
         for _ in range(10):  # progress
-            with watch.phase("train", 8):
+            with timers("train"):
                 time.sleep(0.05)
     finally:
         watch.close()
         mesh.close()
     said = stream.getvalue()
-    assert re.search(r"no progress for \d+ s: rank 0 in phase 'score' of update 7", said)
+    assert re.search(r"no progress for \d+ s: rank 0 in phase 'select' of update 7", said)
     assert said.count("no progress") == 1

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megaopus.checkpoint.checkpointer import Checkpointer, complete_checkpoints
-from megaopus.engine.pending_save import PendingSave
+from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.errors import CheckpointError
 from megaopus.training.signals import STOP_EXIT_CODE
 from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, everything, settings, tensors, train
