@@ -16,7 +16,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.distributed.watch import Watch
 from tests.exact.resume_runs import settings
-from tests.harness import free_ports
+from tests.pool import free_ports
 
 
 @pytest.mark.parametrize("stopped", [1, 0])

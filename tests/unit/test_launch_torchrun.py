@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import until
-from tests.harness import free_ports
+from tests.pool import free_ports
 
 ROOT = Path(__file__).parents[2]
 
