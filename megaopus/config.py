@@ -19,11 +19,11 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.engine.config import EngineConfig
 from megaopus.errors import ConfigError, Problem
 from megaopus.models.config import ModelConfig
-from megaopus.monitor.config import LoggingConfig
 from megaopus.optim.config import OptimConfig
+from megaopus.record.config import LoggingConfig
 from megaopus.rules import validate
 from megaopus.selection.config import SelectionConfig
-from megaopus.train_config import TrainConfig
+from megaopus.training.config import TrainConfig
 
 __all__ = [
     "RunConfig",

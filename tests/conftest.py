@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 
-from megaopus import build
-from megaopus.data.prepare import prepare
-from megaopus.data.sources import Source
-from megaopus.data.split import SplitRule
-from megaopus.monitor.health import StopSignal
+from megaopus.corpus_tools.prepare import prepare
+from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.split import SplitRule
+from megaopus.training.signals import StopSignal
 from tests.pool import Pool
 
 FIRST = ("cluster", "contract", "exact")
@@ -63,18 +62,11 @@ def selected(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
     return values
 
 
-class Deaf(StopSignal):
-    """Of a run in this process: SIGTERM is meant for the tests, and ends them."""
-
-    def __enter__(self) -> StopSignal:
-        return self
-
-
 @pytest.fixture(scope="session", autouse=True)
 def signals_are_the_test_runner_s() -> Iterator[None]:
     """Runs in this process install no handlers; those that are to get a signal have a process of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "StopSignal", Deaf)
+        patch.setattr(StopSignal, "__enter__", lambda self: self)
         yield
 
 

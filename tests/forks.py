@@ -70,40 +70,55 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def program(module: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
-    """What ``python -m module arguments`` from the root of the sources gives, its imports done beforehand."""
-    return call(_main, module, arguments, timeout_s=timeout_s)
+class Program:
+    """A process that is ``sys.exit(function(*args))``, what it says kept; ``function`` must be importable."""
+
+    def __init__(self, function: Callable[..., int | None], *args: Any, environment: dict[str, str] | None = None):
+        variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        self._args = (function.__qualname__, *args)
+        self._folder = tempfile.TemporaryDirectory()
+        self._said = [Path(self._folder.name) / name for name in ("out", "err")]
+        self._process = start(_say, self._said, function, args, environment={**variables, **(environment or {})})
+        self.pid: int = self._process.pid
+
+    def result(self, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+        """Wait for its end; AssertionError with what it said if that does not come."""
+        self._process.join(timeout_s)
+        late = self._process.exitcode is None
+        self.kill()
+        out, err = (path.read_text(errors="replace") if path.exists() else "" for path in self._said)
+        self._folder.cleanup()
+        if late:
+            raise AssertionError(f"{self._args}: no end in {timeout_s:.0f} s\n{out}\n{err}")
+        return subprocess.CompletedProcess(self._args, self._process.exitcode, out, err)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
 
 
-def _main(module: str, arguments: tuple[str, ...]) -> None:
-    sys.argv = [module, *arguments]
-    found = importlib.util.find_spec(module)
-    is_package = found is not None and found.submodule_search_locations is not None
-    sys.modules.pop(f"{module}.__main__" if is_package else module, None)  # it is run as the main program
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-def call(
-    function: Callable[..., int | None], *args: Any, timeout_s: float = TIMEOUT_S
-) -> subprocess.CompletedProcess[str]:
-    """What a program that is ``sys.exit(function(*args))`` gives; ``function`` must be importable."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    with tempfile.TemporaryDirectory() as folder:
-        said = [Path(folder) / "out", Path(folder) / "err"]
-        process = start(_call, said, function, args, environment=environment)
-        process.join(timeout_s)
-        late = process.exitcode is None
-        process.kill()
-        process.join()
-        out, err = (path.read_text(errors="replace") if path.exists() else "" for path in said)
-    if late:
-        raise AssertionError(f"{function.__qualname__}{args}: no end in {timeout_s:.0f} s\n{out}\n{err}")
-    return subprocess.CompletedProcess(args, process.exitcode, out, err)
-
-
-def _call(said: list[Path], function: Callable[..., int | None], args: tuple[Any, ...]) -> None:
+def _say(said: list[Path], function: Callable[..., int | None], args: tuple[Any, ...]) -> None:
     for number, path in enumerate(said, start=1):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.exit(function(*args))
+
+
+def call(function: Callable[..., int | None], *args: Any) -> subprocess.CompletedProcess[str]:
+    """What a program that is ``sys.exit(function(*args))`` gives."""
+    return Program(function, *args).result()
+
+
+def program(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What ``python -m module arguments`` from the root of the sources gives, its imports done beforehand."""
+    return call(main, module, *arguments)
+
+
+def main(module: str, *arguments: str) -> None:
+    """Be ``python -m module arguments`` from here on."""
+    sys.argv = [module, *arguments]
+    found = importlib.util.find_spec(module)
+    is_package = found is not None and found.submodule_search_locations is not None
+    sys.modules.pop(f"{module}.__main__" if is_package else module, None)  # it is run as the main program
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from megaopus.config import compose, default_config_dir, differences, load, to_yaml
-from megaopus.models.arithmetic import count_parameters
+from megaopus.models.flops import count_parameters
 from tests.unit.config_corpus import write_manifest
 
 CONFIGS = default_config_dir()

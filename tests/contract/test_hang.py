@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.distributed.watch import Watch
+from megaopus.training import watchdog
+from megaopus.training.watchdog import HangWatchdog
+from tests import forks
+from tests.cluster.slurm import until
 from tests.exact.resume_runs import settings
 from tests.pool import free_ports
+
+TIMEOUT_S = 15.0
 
 
 @pytest.mark.parametrize("stopped", [1, 0])
@@ -24,26 +27,19 @@ def test_a_stopped_rank_is_named_and_the_others_end(stopped: int, tiny_corpus: P
     """Rank 0 keeps the store here: when it is stopped, the other cannot ask who is silent, but tells where it waits."""
     waiting = 1 - stopped
     (port,) = free_ports(1)
-    program = [sys.executable, "-m", "tests.faults", "SIGSTOP", "3", str(stopped), "train"]
-    program += settings(tiny_corpus, tmp_path, "engine.timeout_minutes=0.15")
+    command = ["tests.faults", "SIGSTOP", "3", str(stopped), "train"]
+    command += settings(tiny_corpus, tmp_path, f"engine.timeout_minutes={TIMEOUT_S / 60}")
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen(
-            program,
-            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
+        forks.Program(forks.main, *command, environment={**place, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
     ]
     try:
-        _, said = ranks[waiting].communicate(timeout=120)
+        ended = ranks[waiting].result()
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
-    assert ranks[waiting].returncode == 1
+    said = ended.stderr
+    assert ended.returncode == 1
     assert re.search(rf"no progress for \d+ s: rank {waiting} in phase '[a-z]+' of update [23]; its stacks:", said), (
         said
     )
@@ -54,14 +50,18 @@ def test_a_stopped_rank_is_named_and_the_others_end(stopped: int, tiny_corpus: P
     assert re.search("(?i)time.?d? ?out", said)  # gloo's own words, when engine.timeout_minutes are over
 
 
-def test_a_rank_alone_tells_where_it_is() -> None:
+def test_a_rank_alone_tells_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0]))
     mesh, stream = Mesh(ParallelConfig(), "cpu"), io.StringIO()
-    watch = Watch(mesh, 0.2, stream)
+    watch = HangWatchdog(mesh, 0.2, stream)
     try:
         with watch.phase("score", 7):
-            time.sleep(0.6)
+            now[0] += 1
+            until(lambda: "no progress" in stream.getvalue(), forks.TIMEOUT_S, "nothing is said")
         for _ in range(10):  # progress
             with watch.phase("train", 8):
+                now[0] += 0.1
                 time.sleep(0.05)
     finally:
         watch.close()

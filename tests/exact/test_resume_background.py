@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from megaopus.checkpoint.checkpointer import Checkpointer, complete_checkpoints
-from megaopus.engine.saving import Saving
+from megaopus.engine.pending_save import PendingSave
 from megaopus.errors import CheckpointError
-from megaopus.monitor.health import STOP_EXIT_CODE
+from megaopus.training.signals import STOP_EXIT_CODE
 from tests import forks
 from tests.cluster.slurm import until
 from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, everything, settings, tensors, train
@@ -38,9 +38,9 @@ def straight(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @contextmanager
 def writing(before: Callable[[], None]) -> Iterator[list[int]]:
     """Threads do ``before`` before they write; yields the updates in which a save was in flight."""
-    run, poll, flying = Saving._run, Checkpointer.poll, []
+    run, poll, flying = PendingSave._run, Checkpointer.poll, []
 
-    def slow(self: Saving) -> None:
+    def slow(self: PendingSave) -> None:
         if self._thread is not None:
             try:
                 before()
@@ -54,7 +54,7 @@ def writing(before: Callable[[], None]) -> Iterator[list[int]]:
         poll(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Saving, "_run", slow)
+        patch.setattr(PendingSave, "_run", slow)
         patch.setattr(Checkpointer, "poll", counted)
         yield flying
 
@@ -130,7 +130,7 @@ def test_a_thread_takes_no_signals(straight: Path) -> None:
     going_on = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     try:
-        saving = Saving(lambda: going_on.wait(PATIENCE_S) and [], list)  # type: ignore[arg-type,return-value]
+        saving = PendingSave(lambda: going_on.wait(PATIENCE_S) and [], list)  # type: ignore[arg-type,return-value]
         saving.start(lambda path: None, background=True)
         send()
         assert seen == [signal.SIGTERM]

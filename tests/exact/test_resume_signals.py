@@ -17,9 +17,9 @@ import pytest
 
 from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
-from megaopus.engine.megatron import MegatronEngine
-from megaopus.engine.scoring import MegatronScoringBackend
-from megaopus.monitor.health import STOP_EXIT_CODE, StopSignal
+from megaopus.engine.megatron.engine import MegatronEngine
+from megaopus.engine.megatron.scoring import MegatronScoringBackend
+from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
 from tests import forks
 from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, everything, settings, train
 from tests.faults import at_step
@@ -151,9 +151,15 @@ def test_a_run_in_this_process_leaves_signals_to_the_tests(tiny_corpus: Path, tm
     assert inside == [before]
 
 
-def test_handlers_are_put_back() -> None:
+def handlers_before_and_after() -> int:
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
         send()
         assert stop.reason == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is before
+    return 0
+
+
+def test_handlers_are_put_back() -> None:
+    done = forks.call(handlers_before_and_after)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,98 @@
+"""Each optimizer's state goes through a checkpoint to the last bit: an engine that reads one goes on as its writer."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.engine.config import EngineConfig
+from megaopus.optim.config import OptimConfig
+from megaopus.selection import SelectionConfig, Selector
+from megaopus.training.trainer import split_state
+from tests.exact.resume_runs import plain, tensors
+from tests.harness import random_batch, save_engine, state_of, tiny_engine
+
+STEPS = 9
+DIRECTIONAL: dict[str, Any] = {"proxy_ema": 0.9}
+COUNTSKETCH: dict[str, Any] = {"estimator": "countsketch", "sketch_dim": 512, "redundancy": 0.5, "sampler": "boltzmann"}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, tuple[str, ...], int]] = {
+    # optimizer, selection, precision, the parts of its state, updates before the save
+    "lion": ({"lr": 1e-3}, DIRECTIONAL, "fp32", ("exp_avg.",), 5),
+    "namo": ({}, DIRECTIONAL, "fp32", ("momentum_buffer.", "v_squared.", "exp_avg."), 6),
+    "namo_d": ({}, COUNTSKETCH, "fp32", ("momentum_buffer.", "state.V.", "exp_avg."), 7),
+    "conda": ({"settings": {"projection_every": 4}}, COUNTSKETCH, "fp32", ("exp_avg_sq.", "projection."), 6),
+    "conda-bf16": ({"settings": {"projection_every": 4}}, DIRECTIONAL, "bf16", ("exp_avg_sq.", "projection."), 7),
+    "sophia_g": (
+        {"settings": {"rho": 20.0, "curvature_every": 4}},
+        DIRECTIONAL,
+        "fp32",
+        ("exp_avg.", "hessian."),
+        7,
+    ),
+    "sgd_sai": ({}, DIRECTIONAL, "fp32", ("momentum_buffer.", "gsnr."), 5),
+    "sgd-without-momentum": ({"settings": {"momentum": 0.0}}, {"method": "high_ppl"}, "fp32", (), 5),
+}
+
+
+def build(case: str, mesh: Mesh) -> tuple[Any, Selector]:
+    """A new engine of the case, and what selects for it."""
+    settings, selection, precision, _, _ = CASES[case]
+    engine = tiny_engine(
+        mesh,
+        optim=OptimConfig(name=case.split("-")[0], warmup_steps=3, **settings),
+        engine=EngineConfig(device="cpu", precision=precision),
+    )
+    config = SelectionConfig(**{"method": "opus", "proxy_batch_size": 4, "score_micro_batch_size": 8, **selection})
+    proxy = functools.partial(random_batch, 4)
+    return engine, Selector(
+        config, engine.scoring_backend(), num_selected=4, proxy=lambda step: proxy(700 + step), seed=7
+    )
+
+
+def train(engine: Any, selector: Selector, last: int) -> list[Any]:
+    """What is picked by which utilities, and what comes of each update, until ``last`` are done."""
+    found = []
+    while engine.step < last:
+        candidates = random_batch(8, engine.step)
+        selection = selector.select(candidates, engine.step)
+        result = engine.train_step(candidates.take(selection.indices))
+        found.append((selection.method, selection.picked_ids.tolist(), plain(selection.utilities), result))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_engine_restored_goes_on_as_the_one_that_saved(case: str, tmp_path: Path) -> None:
+    _, selection, _, parts, saved = CASES[case]
+    method = selection.get("method", "opus")
+    mesh = Mesh(ParallelConfig(), "cpu")
+    try:
+        engine, selector = build(case, mesh)
+        train(engine, selector, saved)
+        groups, rest = split_state(selector.state_dict())
+        save_engine(engine, tmp_path, groups)
+        expected = train(engine, selector, STEPS)
+        again, chooser = build(case, mesh)
+        restored = again.load(tmp_path, sorted(groups))
+        again.step = saved
+        chooser.load_state_dict({**rest, **restored})
+        assert train(again, chooser, STEPS) == expected
+        ends = [state_of(each) for each in (again, engine)]
+    finally:
+        mesh.close()
+    assert [name for name, *_ in expected] == [method] * (STEPS - saved)
+    assert all(len(set(utilities)) > 1 for _, _, utilities, _ in expected)
+    assert all(result.applied for *_, result in expected)
+    assert len(ends[0]) == len(ends[1])
+    assert all(map(torch.equal, *ends))
+    assert bool(groups) == (method == "opus")
+    written = tensors(tmp_path)
+    for part in parts:
+        found = [value for name, value in written.items() if part in name]
+        assert found
+        assert all(value.abs().max() > 0 for value in found if value.dim() > 1 or len(value) == 1)
