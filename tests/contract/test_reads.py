@@ -14,6 +14,7 @@ import torch
 from megaopus import build
 from megaopus.config import RunConfig, compose
 from megaopus.data.read_ahead import TokenReader
+from megaopus.data.run_data import RunData
 from megaopus.data.sequences import Sequences
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
@@ -83,10 +84,10 @@ def mesh() -> Iterator[Mesh]:
     mesh.close()
 
 
-def run(config: RunConfig, mesh: Mesh, log: Log, steps: int, in_time: Callable[[TokenReader], None]) -> build.Corpora:
+def run(config: RunConfig, mesh: Mesh, log: Log, steps: int, in_time: Callable[[TokenReader], None]) -> RunData:
     """Make updates; ``in_time`` is called before each."""
-    corpora = build.Corpora(config)
-    trainer = build.build_trainer(config, mesh, corpora, StopSignal())
+    data = RunData.open(config.data, config.data_needs())
+    trainer = build.build_trainer(config, mesh, data, StopSignal())
     log.in_all = 0
     recorder = Recorder(LoggingConfig(), "", steps, is_writer=False)
     try:
@@ -95,7 +96,7 @@ def run(config: RunConfig, mesh: Mesh, log: Log, steps: int, in_time: Callable[[
             in_time(trainer.reader)
     finally:
         trainer.reader.close()
-    return corpora
+    return data
 
 
 def idle(reader: TokenReader) -> None:
@@ -107,7 +108,7 @@ def idle(reader: TokenReader) -> None:
             reader._turn.notify()
 
 
-def expected(config: RunConfig, corpora: build.Corpora, record: SelectionRecord) -> set[tuple[str, int]]:
+def expected(config: RunConfig, data: RunData, record: SelectionRecord) -> set[tuple[str, int]]:
     """What one process needs to score, to compare token pairs, and to train in this step."""
     step, selection, choices = record.step, config.selection, record.choices
     assert choices is not None
@@ -115,19 +116,21 @@ def expected(config: RunConfig, corpora: build.Corpora, record: SelectionRecord)
     scored = np.zeros(len(choices.ids), dtype=bool) if choices.scored is None else choices.scored
     pool |= set(choices.sequences[scored])
     proxy: set[int] = set()
+    proxies, contrasts = data.proxy_batches(), data.contrast_batches()
     period, first = step // selection.score_every, step % selection.score_every == 0
     if selection.method != "uniform" and not (selection.needs_text_features or record.method == "uniform"):
         pool |= set(choices.sequences)  # signatures are of tokens then
     if scored.any() and step % selection.proxy_every == 0:
-        proxy |= set(build.proxy_stream(config, corpora).at(step).sequence_ids)
-        if selection.contrast:
-            pool |= set(build.CandidateStream(corpora.pool, PROXY, config.seed, "contrast").at(step).sequence_ids)
-    if record.method != "uniform" and first:  # the alarm compares as many pairs of tokens
+        assert proxies is not None
+        proxy |= set(proxies.at(step).sequence_ids)
+        if contrasts is not None:
+            pool |= set(contrasts.at(step).sequence_ids)
+    if record.method != "uniform" and first and proxies is not None:  # the alarm compares as many pairs of tokens
         chosen = PICKED * selection.score_every
         several = sampler.pick_uniform(torch.from_numpy(choices.ids), chosen, config.seed, period)
         count = min(chosen, PROXY)
         pool |= set(choices.sequences[several[:count]])
-        proxy |= set(build.proxy_stream(config, corpora).at(step).sequence_ids[:count])
+        proxy |= set(proxies.at(step).sequence_ids[:count])
     return {("pool", int(n)) for n in pool} | {("proxy", int(n)) for n in proxy}
 
 
@@ -137,14 +140,14 @@ def test_a_step_reads_what_it_uses_once(recipe: str, tiny_corpus: Path, tmp_path
     overrides = settings(tiny_corpus, tmp_path, *more)
     config = compose([each for each in overrides if not each.startswith("selection.proxy_batch_size")])
     config.selection.proxy_batch_size = PROXY
-    corpora = run(config, mesh, log, 9, idle)
+    data = run(config, mesh, log, 9, idle)
     assert len(log.records) == 9
     for record in log.records:
         found = log.reads[record.step]
         assert len(found) == len(set(found)), record.step
         missing, needless = (
-            expected(config, corpora, record) - set(found),
-            set(found) - expected(config, corpora, record),
+            expected(config, data, record) - set(found),
+            set(found) - expected(config, data, record),
         )
         assert not missing, record.step
         assert not needless, record.step

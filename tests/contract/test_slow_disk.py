@@ -12,6 +12,7 @@ import pytest
 from megaopus import build
 from megaopus.config import compose
 from megaopus.data.read_ahead import TokenReader
+from megaopus.data.run_data import RunData
 from megaopus.data.sequences import Sequences
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
@@ -21,7 +22,7 @@ from megaopus.training.signals import StopSignal
 from megaopus.training.straggler import OWN_WORK
 from megaopus.training.timers import Timers
 from tests.exact.resume_runs import settings
-from tests.harness import run_ranks
+from tests.pool import Pool
 
 READ_S, FORWARD_S = 0.3, 1.0
 ENGINES = {"megatron": "megatron.passes", "deepspeed": "deepspeed.engine"}
@@ -57,9 +58,10 @@ def slow_steps(engine: str, overrides: list[str], forward_s: float) -> tuple[Tim
     try:
         with pytest.MonkeyPatch.context() as patch:
             timers = Timers(clock)
-            trainer = build.build_trainer(config, mesh, build.Corpora(config), StopSignal(), timers)
+            data = RunData.open(config.data, config.data_needs())
+            trainer = build.build_trainer(config, mesh, data, StopSignal(), timers)
             patch.setattr(TokenReader, "ahead", lambda self, step, plan: None)
-            patch.setattr(Recorder, "event", lambda self, event: said.append(str(event)))
+            patch.setattr(Recorder, "step", lambda self, record, selection, events: said.extend(map(str, events)))
             clock.slow(patch, Sequences, "read", READ_S)
             clock.slow(patch, module, "token_losses", forward_s)
             for _ in range(3):
@@ -92,10 +94,10 @@ def on_a_rank(overrides: list[str]) -> list[str]:
     return slow_steps("deepspeed", overrides, FORWARD_S * (1 + int(os.environ["RANK"])))[1]
 
 
-def test_deepspeed_names_a_slow_rank(overrides: list[str]) -> None:
+def test_deepspeed_names_a_slow_rank(overrides: list[str], pool: Pool) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is an optional extra (megaopus[deepspeed])")
     slow = "rank 1 is slow: 2.000 s of its own work an update, median 1.500"
-    assert run_ranks(2, on_a_rank, overrides) == [
+    assert pool.run(2, on_a_rank, overrides) == [
         [f"rank 0 waits for data {share} of the time", slow]
         for share in ("23%", "13%")  # of each rank's own clock
     ]

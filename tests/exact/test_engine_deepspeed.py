@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from megaopus.optim.registry import OPTIMIZERS
 from tests.exact.scoring_runs import select_each, trained
 from tests.exact.test_engine_layouts import assert_close, build, train
 from tests.exact.test_scoring_layouts import assert_same_picks
-from tests.harness import example, random_batch, run_ranks, save_engine, tiny_engine
+from tests.harness import example, random_batch, save_engine, tiny_engine
+from tests.pool import Jobs, Pool
 
 LAYOUTS = {
     "dp2": (2, ParallelConfig()),
@@ -46,8 +48,9 @@ def zero(stage: int, **settings: Any) -> EngineConfig:
 # -- training and picks ----------------------------------------------------------------------------------------------
 
 
-def train_and_select(parallel: ParallelConfig) -> dict[tuple, Any]:
+def train_and_select(layout: str) -> dict[tuple, Any]:
     """Everything at one layout: ('train', (model, optimizer), stage) and ('select', optimizer, stage) -> results."""
+    parallel = LAYOUTS[layout][1]
     DeepSpeedEngine.persistence_threshold = SOME_KEPT_WHOLE
     mesh = Mesh(parallel, "cpu")
     try:
@@ -63,8 +66,8 @@ def train_and_select(parallel: ParallelConfig) -> dict[tuple, Any]:
         mesh.close()
 
 
-@pytest.fixture(scope="module")
-def one_process() -> dict:
+def megatron_alone(layout: str) -> dict[tuple, Any]:
+    """The same on one process of the megatron engine, without stages."""
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
         one = ParallelConfig()
@@ -74,16 +77,29 @@ def one_process() -> dict:
         mesh.close()
 
 
+@pytest.fixture(scope="module")
+def one_process(pool: Pool) -> Jobs[str]:
+    return pool.jobs({"one": 1}, megatron_alone).begin(["one"])
+
+
+@pytest.fixture(scope="module")
+def each_rank(pool: Pool, one_process: Jobs[str], selected: Callable[..., list[str]]) -> Jobs[str]:
+    """Layout -> what each rank found."""
+    sizes = {layout: size for layout, (size, _) in LAYOUTS.items()}
+    return pool.jobs(sizes, train_and_select).begin(selected("layout"))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_and_picks_are_those_of_one_megatron_process(layout: str, one_process: dict) -> None:
-    world_size, parallel = LAYOUTS[layout]
-    ranks = run_ranks(world_size, train_and_select, parallel, timeout_s=300)
+def test_training_and_picks_are_those_of_one_megatron_process(
+    layout: str, one_process: Jobs[str], each_rank: Jobs[str]
+) -> None:
+    (alone,), ranks = one_process["one"], each_rank[layout]
     for case in ranks[0]:
         if case[0] == "select":
-            assert_same_picks([rank[case] for rank in ranks], one_process[case[:-1]], case)
+            assert_same_picks([rank[case] for rank in ranks], alone[case[:-1]], case)
         else:
             for found in ranks:
-                assert_close(found[case], one_process[case[:-1]], case)
+                assert_close(found[case], alone[case[:-1]], case)
 
 
 # -- checkpoints, bad gradients, recomputation -----------------------------------------------------------------------
@@ -252,9 +268,9 @@ def on_three_ranks(folder: Path) -> dict[tuple, bool]:
         mesh.close()
 
 
-def test_resume_bad_gradients_recomputation_bf16_and_scoring(tmp_path: Path) -> None:
+def test_resume_bad_gradients_recomputation_bf16_and_scoring(pool: Pool, tmp_path: Path) -> None:
     for world_size, cases in ((2, properties), (3, on_three_ranks)):
-        for found in run_ranks(world_size, cases, tmp_path, timeout_s=300):
+        for found in pool.run(world_size, cases, tmp_path):
             assert [case for case, holds in found.items() if not holds] == []
 
 

@@ -31,7 +31,7 @@ from megaopus.models.flops import (
 )
 from megaopus.optim.registry import OPTIMIZERS
 from megaopus.planning import estimate as check
-from tests.harness import random_batch, run_ranks, tiny_engine
+from tests.harness import random_batch, tiny_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT2 = ModelConfig(num_layers=2, hidden_size=32, num_heads=4)
@@ -85,9 +85,9 @@ def test_parameter_count_is_that_of_the_built_model(shape):
     assert built_parameters(ParallelConfig(), [SHAPES[shape]]) == [count_parameters(SHAPES[shape], 150, 24)]
 
 
-def test_parameters_per_rank_are_those_of_the_built_stages():
+def test_parameters_per_rank_are_those_of_the_built_stages(pool):
     models = [GPT2, LLAMA]
-    for rank, built in enumerate(run_ranks(4, built_parameters, ParallelConfig(tp=2, pp=2), models)):
+    for rank, built in enumerate(pool.run(4, built_parameters, ParallelConfig(tp=2, pp=2), models)):
         expected = [count_rank_parameters(model, 150, 24, tp=2, pp=2, stage=rank // 2) for model in models]
         assert built == expected, f"rank {rank}"
 
