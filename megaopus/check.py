@@ -22,33 +22,16 @@ from megaopus.models.flops import (
     stage_weights,
     training_flops_per_token,
 )
-from megaopus.selection.config import BY_LOSS, BY_TEXT_FEATURES, SKETCHES, SelectionConfig, most_per_pass
+from megaopus.selection.config import SelectionConfig, most_per_pass
+from megaopus.selection.estimators.registry import ESTIMATORS, Sizes, scoring_flops, scoring_memory
+from megaopus.selection.methods.registry import METHODS, UNIFORM
+from megaopus.selection.registry import Flops
 
-SCORING_COST = {
-    "directional": (2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
-    "adjoint": (1.0, "forward, input gradients, and a product of each layer's with the update on the proxy"),
-    "countsketch": (
-        1.0,
-        "forward, input gradients, and a product of each layer's with the carried-back proxy sketch",
-    ),
-    "kronecker": (2 / 3, "forward and input gradients; the sketches of activations not counted"),
-    "exact": (1.0, "forward and backward per candidate, in float64"),
-    **dict.fromkeys(BY_LOSS, (1 / 3, "one forward")),
-    **dict.fromkeys(BY_TEXT_FEATURES, (0.0, "traits alone, worked out beforehand")),
-    "domain_oracle": (0.0, "labels alone"),
-}
-"""FLOPs per scored token over FLOPs per trained token, and why."""
-GHOST_PASS = 2 / 3  # forward and input gradients
-GRAM_COST = {
-    "countsketch": (1.0, "forward, input gradients and each layer's gradient per sequence; sketching not counted"),
-    "kronecker": SCORING_COST["kronecker"],
-}
-"""The same of sketching every candidate for a Gram matrix."""
 LARGEST_TABLE = 16
 
 
 CHOICE_BYTES = 17
-"""Of a row of choices/ with utilities or standing, compressed: 16.3 measured (24 with both, 6 with neither)."""
+"""Of a row of choices/ with utilities or prescreen scores, compressed: 16.3 measured (24 with both, 6 with neither)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +139,18 @@ def derived(config: RunConfig, world_size: int, data: Data) -> dict[str, str]:
     if selection.needs_proxy:
         share = selection.proxy_batch_size / train.global_batch_size
         rows["proxy"] = f"{selection.proxy_batch_size} sequences per step, {share:.1%} of the update tokens"
-    if selection.method in BY_LOSS or (selection.needs_proxy and selection.estimator != "exact"):
+    if _in_micro_batches(selection):
         how = "" if selection.score_micro_batch_size else " at most, found from free memory at the first scored step"
         rows["scoring micro-batch"] = f"{scoring_micro_batch(config, world_size)} on each rank{how}"
     return rows
+
+
+def _in_micro_batches(selection: SelectionConfig) -> bool:
+    """Whether scoring passes take ``score_micro_batch_size`` candidates at a time."""
+    method = METHODS.get(selection.method)
+    if method is not None and method.by_estimator:
+        return ESTIMATORS.find(selection.estimator).micro_batches
+    return method is not None and method.micro_batches
 
 
 def _record(config: RunConfig) -> str:
@@ -198,7 +189,7 @@ def scoring_overhead(config: RunConfig) -> float:
     the pool's too for a contrast). Time differs: scoring has no optimizer step, and forwards alone keep no activations.
     """
     selection, train = config.selection, config.train
-    if selection.method == "uniform":
+    if selection.method == UNIFORM:
         return 0.0
     ratio = _scoring_cost(selection)[0]
     length = (selection.score_length or config.data.seq_len) / config.data.seq_len
@@ -207,17 +198,10 @@ def scoring_overhead(config: RunConfig) -> float:
     return (config.num_scored() / every * ratio * length + proxy * (1 + selection.contrast)) / train.global_batch_size
 
 
-def _scoring_cost(selection: SelectionConfig) -> tuple[float, str]:
+def _scoring_cost(selection: SelectionConfig) -> Flops:
     """FLOPs per scored token over FLOPs per trained token, and why; of the Gram matrix's sketches too."""
-    ratio, why = SCORING_COST[selection.estimator if selection.needs_proxy else selection.method]
-    if not selection.redundancy or selection.estimator == "exact":
-        return ratio, why
-    sketch, how = GRAM_COST[selection.derived_sketch()]
-    if selection.estimator in SKETCHES:
-        return sketch, how
-    if selection.estimator == "adjoint":  # from one pass
-        return ratio + sketch - GHOST_PASS, f"{why}; the same pass sketches the Gram matrix"
-    return ratio + sketch, f"{why}; then for the Gram matrix {how}"
+    flops = METHODS.find(selection.method).flops
+    return flops or scoring_flops(selection.estimator, selection.gram, selection.redundancy > 0)
 
 
 def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
@@ -227,7 +211,7 @@ def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
     selecting = max(0, config.train.steps - config.selection.warmup_steps) / config.train.steps
     total = flops * tokens * (1 + scoring_overhead(config) * selecting)
     rows = {"training": f"{flops:.3e} FLOPs per token (forward and backward, attention included)"}
-    if config.selection.method == "uniform":
+    if config.selection.method == UNIFORM:
         rows["selection"] = "none (uniform)"
     else:
         ratio, why = _scoring_cost(config.selection)
@@ -347,22 +331,14 @@ def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight])
         return {}
     average = selection.proxy_ema > 0
     rows = {"proxy gradient": (4 * count * (1 + average), "fp32, with its running average" if average else "fp32")}
-    if selection.estimator == "directional":
-        rows["direction"] = (8 * count, "fp32 direction and a copy of the weights to restore")
-    elif selection.estimator == "adjoint":
-        rows["update on the proxy"] = (4 * count, "fp32, P g_proxy of each matrix")
-    elif selection.estimator == "exact":
-        rows["exact gradients"] = (16 * count, "float64 weights and one candidate's gradient")
-    sketched = [weight for weight in weights if _is_sketched(weight, config)]
-    if selection.estimator in SKETCHES or (selection.redundancy and selection.estimator != "exact"):
-        if selection.derived_sketch() == "countsketch":
-            rows["hashes"] = (9 * sum(weight.numel for weight in sketched), "bucket and sign of each sketched weight")
-        # The alignment needs one micro-batch of one layer at a time, the Gram matrix all of this rank's candidates.
-        share = config.num_scored() // (world_size // config.parallel.model_ranks)
-        kept = share if selection.redundancy else min(share, scoring_micro_batch(config, world_size))
-        layers = len(sketched) if selection.redundancy else 1
-        size = 4 * kept * layers * selection.sketch_dim
-        rows["sketches"] = (size, f"fp32, {kept} candidates x {layers} matrices x {selection.sketch_dim}")
+    if METHODS.find(selection.method).by_estimator:
+        sizes = Sizes(
+            weights=count,
+            matrices=[weight.numel for weight in weights if _is_sketched(weight, config)],
+            candidates=config.num_scored() // (world_size // config.parallel.model_ranks),
+            micro_batch_size=scoring_micro_batch(config, world_size),
+        )
+        rows |= scoring_memory(selection, sizes)
     return rows
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import numpy as np
+from megaopus.events import Event
+from megaopus.selection.candidate_table import CandidateTable
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,37 +30,6 @@ class StepRecord:
 
 
 @dataclass(slots=True, kw_only=True)
-class Choices:
-    """The candidates of one step, arrays (N,) in the order of the buffer; see ``megaopus.selection.Selection``."""
-
-    ids: np.ndarray
-    """int64."""
-    sequences: np.ndarray
-    """int64, their numbers in the pool."""
-    domains: np.ndarray
-    """int64, index into ``domain_names``."""
-    domain_names: list[str]
-    picked: np.ndarray
-    """bool."""
-    probabilities: np.ndarray
-    """float64, of the first draw."""
-    utilities: np.ndarray | None = None
-    """float64 as estimated, before standardising; None, as ``scored``, in a step that scores nothing."""
-    scored: np.ndarray | None = None
-    """bool, what ``utilities`` is about."""
-    standing: np.ndarray | None = None
-    """float64, what a prescreen picks or screens by; None where there is none."""
-    exposures: np.ndarray | None = None
-    """int64, times trained on in the window if picked now; None where not counted."""
-    squared_norms: np.ndarray | None = None
-    """float64 of the candidates' updates, nan where not scored; None, as ``overlaps``, without a redundancy term."""
-    chosen: np.ndarray | None = None
-    """int64 (P,), positions of those that the redundancy term was worked out for: what the buffer's steps pick."""
-    overlaps: np.ndarray | None = None
-    """float64 (P, N), inner products of their updates with every candidate's."""
-
-
-@dataclass(slots=True, kw_only=True)
 class SelectionRecord:
     """What was chosen in one step, and why."""
 
@@ -79,20 +49,21 @@ class SelectionRecord:
     """Effective sample size 1 / sum p^2 of the candidates under the selection temperature."""
     max_p_ratio: float
     """Largest probability over the uniform one."""
-    events: list[str] = field(default_factory=list)
-    """Fallbacks and candidates with a non-finite utility, in words."""
+    events: list[Event] = field(default_factory=list)
+    """Fallbacks, alarms and candidates with a non-finite utility."""
     predicted_fall: float | None = None
     """Mean utility of the picks: the first-order fall of the proxy loss; None, as the next two, where not checked."""
     uniform_fall: float | None = None
     """Mean utility of the candidates: what a uniform draw would be predicted to gain."""
     realised_fall: float | None = None
     """Proxy loss before the update less that after it, in nats per token."""
-    choices: Choices | None = None
+    choices: CandidateTable | None = None
     """Every candidate; None where it is not kept."""
 
     def facts(self) -> dict[str, Any]:
-        """All but ``choices``."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "choices"}
+        """All but ``choices``, as plain values."""
+        found = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "choices"}
+        return found | {"events": [event.as_row() for event in self.events]}
 
 
 @dataclass(slots=True, kw_only=True)

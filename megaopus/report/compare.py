@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from megaopus.errors import DataError
+from megaopus.events import read_event
 from megaopus.record.sinks import read_rows
 from megaopus.record.types import StepRecord, ValidationRecord
 
@@ -185,7 +186,7 @@ def _load_selections(path: Path) -> list[SelectionRow]:
                     pool_share=_numbers(row["pool_share"]),
                     ess=_number(row["ess"]),
                     max_p_ratio=_number(row["max_p_ratio"]),
-                    events=[str(event) for event in row["events"]],
+                    events=[str(read_event(event)) for event in row["events"]],
                     falls=_falls(row),
                 )
             )

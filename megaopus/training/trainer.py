@@ -14,8 +14,10 @@ from torch import Tensor
 
 from megaopus.engine.base import Engine, StepResult
 from megaopus.errors import EngineError
-from megaopus.record.types import Choices, SelectionRecord, StepRecord, ValidationRecord
+from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.selection import Selection
 from megaopus.selection.backend import Candidates, Gradient
+from megaopus.selection.candidate_table import CandidateTable
 from megaopus.training.spike_guard import SpikeGuard
 from megaopus.training.straggler import StragglerDetector
 
@@ -38,38 +40,6 @@ class Buffer(Candidates, Protocol):
 
 class Stream(Protocol):
     def at(self, step: int) -> Buffer: ...
-
-
-class RedundancyLike(Protocol):
-    """``megaopus.selection.selector.Redundancy``."""
-
-    squared_norms: Tensor
-    positions: Tensor
-    overlaps: Tensor
-
-
-class Selected(Protocol):
-    """What a selector returns (``megaopus.selection.Selection``)."""
-
-    indices: Tensor
-    utilities: Tensor | None
-    scored: Tensor | None
-    standing: Tensor | None
-    exposures: Tensor | None
-    redundancy: RedundancyLike | None
-    probabilities: Tensor
-    correlation: float | None
-    method: str
-    ess: float
-    max_p_ratio: float
-    events: list[str]
-    notes: list[str]
-
-    @property
-    def predicted_fall(self) -> float: ...
-
-    @property
-    def uniform_fall(self) -> float: ...
 
 
 class SelectorLike(Protocol):
@@ -216,7 +186,7 @@ class Trainer:
                 "realised_fall": before - self.selector.proxy_loss(step),
             }
         for event in selection.events:
-            monitor.event(event)
+            monitor.event(str(event))
         for line in self.pace.step(step + 1, scoring - start, result.own_s, now - start):
             monitor.event(line)
         for note in selection.notes:
@@ -301,7 +271,7 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, Gradient], dict[str, A
     return groups, {key: value for key, value in state.items() if key not in groups}
 
 
-def _selection_record(step: int, candidates: Buffer, picked: Buffer, selection: Selected) -> SelectionRecord:
+def _selection_record(step: int, candidates: Buffer, picked: Buffer, selection: Selection) -> SelectionRecord:
     return SelectionRecord(
         step=step,
         method=selection.method,
@@ -313,29 +283,8 @@ def _selection_record(step: int, candidates: Buffer, picked: Buffer, selection: 
         ess=selection.ess,
         max_p_ratio=selection.max_p_ratio,
         events=selection.events,
-        choices=_choices(candidates, selection),
-    )
-
-
-def _choices(candidates: Buffer, selection: Selected) -> Choices:
-    def array(values: Tensor | None) -> np.ndarray | None:
-        return None if values is None else values.numpy()
-
-    redundancy = selection.redundancy
-    picked = np.zeros(len(candidates), dtype=bool)
-    picked[selection.indices.numpy()] = True
-    return Choices(
-        ids=candidates.ids.numpy(),
-        sequences=candidates.sequence_ids,
-        domains=candidates.domains,
-        domain_names=candidates.domain_names,
-        picked=picked,
-        probabilities=selection.probabilities.numpy(),
-        utilities=array(selection.utilities),
-        scored=array(selection.scored),
-        standing=array(selection.standing),
-        exposures=array(selection.exposures),
-        squared_norms=None if redundancy is None else redundancy.squared_norms.numpy(),
-        chosen=None if redundancy is None else redundancy.positions.numpy(),
-        overlaps=None if redundancy is None else redundancy.overlaps.numpy(),
+        choices=CandidateTable(
+            {**selection.columns, "sequence": candidates.sequence_ids, "domain": candidates.domains},
+            candidates.domain_names,
+        ),
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaopus.selection import ModuleBackend, SelectionConfig
-from megaopus.selection.operators.maps import rules
+from megaopus.selection.operators import rules
 
 DOC = Path(__file__).parents[2] / "docs" / "selection.md"
 VOCAB, LENGTH, STEPS = 24, 17, 120

@@ -13,7 +13,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.optim.config import OptimConfig
-from megaopus.selection import SelectionConfig, Selector
+from megaopus.selection import Scores, SelectionConfig, Selector
 from tests.harness import MODELS, random_batch, tiny_engine
 
 OPTIMIZERS = {
@@ -101,9 +101,10 @@ class ShowingGram(Selector):
 
     gram: Tensor | None = None
 
-    def _score(self, *asked: Any) -> tuple[Tensor | None, Tensor | None]:
-        found, self.gram = super()._score(*asked)
-        return found, self.gram
+    def _score(self, *asked: Any) -> Scores:
+        found = super()._score(*asked)
+        self.gram = found.gram
+        return found
 
 
 def select(engine: Any, **settings: Any) -> Picks:

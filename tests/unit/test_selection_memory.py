@@ -19,7 +19,7 @@ from megaopus.engine.config import EngineConfig
 from megaopus.selection import SelectionConfig, Selector, TensorCandidates, memory, scorer
 from megaopus.selection.config import PASS_TOKENS, most_per_pass
 from tests.harness import random_batch, run_layouts, tiny_engine
-from tests.unit.test_selection_selector import UNGUARDED, make_backend, proxy
+from tests.unit.selection_net import UNGUARDED, make_backend, proxy
 
 CPU = torch.device("cpu")
 COUNT = 32
