@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 RESUME_WORDS = ("auto", "never", "required")
 EXACT_LIMIT = 5_000_000
-"""Most parameters the exact estimator is allowed: it makes one float64 gradient per candidate."""
+"""Most parameters that an estimator may have which needs a small model (exact: one float64 gradient a candidate)."""
 ROUNDING = 0.05
 """How far global_batch_size / rho may be from an integer: rho = 0.333 is meant as a third."""
 
@@ -279,22 +279,34 @@ def _domain_oracle(config: RunConfig, world_size: int | None) -> Iterator[Proble
         yield Problem("selection.method", "domain_oracle", "takes the wanted domains", "name them: data.wanted=[NAME]")
 
 
-@_rule("selection.estimator", "selection.method", "model", "data.path", "data.seq_len", "parallel")
-def _exact_estimator(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    if not config.selection.needs_proxy or config.selection.estimator != "exact":
+_INSTEAD = {"estimator": "selection.estimator=directional", "method": "selection.method=opus"}
+"""What works at every layout."""
+
+
+@_rule("selection.estimator", "selection.method", "parallel")
+def _scoring_layout(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Method and estimator are given whole models and whole sequences where they need them."""
+    needs, parallel = config.selection.needs(), config.parallel
+    for need, degree in (("whole_model", parallel.model_ranks), ("whole_sequence", parallel.cp)):
+        if need in needs and degree > 1:
+            key, value, why = needs[need]
+            remedy = "selection.estimator=adjoint or directional work at every layout"
+            yield Problem(f"selection.{key}", value, why, remedy if key == "estimator" else f"use {_INSTEAD[key]}")
+
+
+@_rule("selection.estimator", "selection.method", "model", "data.path", "data.seq_len")
+def _small_model(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    if "small_model" not in (needs := config.selection.needs()):
         return
-    if config.parallel.model_ranks > 1:
-        reason = "one float64 gradient per candidate is taken of a whole model: it needs tp = pp = cp = 1"
-        remedy = "selection.estimator=adjoint or directional work at every layout"
-        yield Problem("selection.estimator", "exact", reason, remedy)
+    key, value, why = needs["small_model"]
     vocab_size = config.model.vocab_size or read_manifest(Path(config.data.path)).get("vocab_size")
     if not isinstance(vocab_size, int):
         return  # no readable corpus: another rule says so
     total = count_parameters(config.model, vocab_size, config.data.seq_len)
     if total > EXACT_LIMIT:
-        reason = f"makes one float64 gradient per candidate: {total:,} parameters are over the limit of {EXACT_LIMIT:,}"
-        remedy = "selection.estimator=directional (the same alignment from two forwards), or a smaller model"
-        yield Problem("selection.estimator", "exact", reason, remedy)
+        reason = f"{why}: {total:,} parameters are over the limit of {EXACT_LIMIT:,}"
+        how = " (the same alignment from two forwards)" if key == "estimator" else ""
+        yield Problem(f"selection.{key}", value, reason, f"{_INSTEAD[key]}{how}, or a smaller model")
 
 
 # -- corpus ----------------------------------------------------------------------------------------------------------

@@ -7,13 +7,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-METHODS = ("uniform", "opus", "greats", "high_ppl", "low_ppl", "mid_ppl", "dsir", "importance", "domain_oracle")
-BY_LOSS = ("high_ppl", "low_ppl", "mid_ppl")
-BY_TEXT_FEATURES = ("dsir", "importance")
-BY_PROXY = ("opus", "greats")
-ESTIMATORS = ("directional", "adjoint", "countsketch", "kronecker", "exact")
-SKETCHES = ("countsketch", "kronecker")
-SAMPLERS = ("top_k", "boltzmann")
+from megaopus.selection.estimators import registry as estimators
+from megaopus.selection.methods import registry as methods
+from megaopus.selection.samplers import registry as samplers
+
 UTILITIES = ("standardised", "raw")
 SIDES = ("central", "one")
 WINDOWS = ("first", "random", "strided")
@@ -168,7 +165,7 @@ class SelectionConfig:
     @property
     def needs_proxy(self) -> bool:
         """Whether candidates are scored against a proxy batch."""
-        return self.method in BY_PROXY
+        return "proxy" in methods.needs(self.method)
 
     @property
     def needs_pool(self) -> bool:
@@ -190,35 +187,37 @@ class SelectionConfig:
         """The setting that needs traits of the candidates; empty: none."""
         if self.prescreen.mode != "off":
             return f"selection.prescreen.mode={self.prescreen.mode}"
-        if self.method in BY_TEXT_FEATURES:
+        if "text_features" in methods.needs(self.method):
             return f"selection.method={self.method}"
         if self.guards.domain_floor > 0:
             return "selection.guards.domain_floor"
         return "selection.guards.near_duplicates" if self.guards.near_duplicates else ""
 
+    def needs(self) -> dict[str, tuple[str, str, str]]:
+        """What method and estimator need (``registry.NEEDS``): need -> (setting, its value, the reason in words)."""
+        found = {need: ("method", self.method, why) for need, why in methods.needs(self.method).items()}
+        entry = estimators.ESTIMATORS.get(self.estimator)
+        if methods.by_estimator(self.method) and entry is not None:
+            found |= {need: ("estimator", self.estimator, why) for need, why in entry.needs.items()}
+        return found
+
     def derived_layers(self) -> str:
         """``layers`` with auto resolved for the estimator."""
-        if self.layers != "auto":
-            return self.layers
-        return "all" if self.estimator in ("directional", "exact") else "linear"
+        return estimators.ESTIMATORS.find(self.estimator).auto_layers if self.layers == "auto" else self.layers
 
     def ghost_layers(self) -> str:
         """The layers whose sketches are taken."""
         return "linear" if self.layers == "auto" else self.layers
 
-    def derived_sketch(self) -> str:
-        """The kind of sketch: the estimator's own, or the one chosen for the Gram matrix."""
-        return self.estimator if self.estimator in SKETCHES else self.gram
-
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
         choices = {
-            "method": METHODS,
-            "estimator": ESTIMATORS,
-            "sampler": SAMPLERS,
+            "method": methods.names(),
+            "estimator": estimators.names(),
+            "sampler": samplers.names(),
             "utilities": UTILITIES,
             "sides": SIDES,
-            "gram": SKETCHES,
+            "gram": estimators.sketch_names(),
             "score_window": WINDOWS,
             "muon_operator": MUON_OPERATORS,
         }
@@ -231,7 +230,7 @@ class SelectionConfig:
             yield "temperature", "must be positive", "0.9 is the paper's value"
         if self.redundancy < 0:
             yield "redundancy", "must not be negative", "0 switches the redundancy term off"
-        if self.redundancy > 0 and self.method not in BY_PROXY:
+        if self.redundancy > 0 and not methods.by_estimator(self.method):
             yield "redundancy", f"method {self.method} has no Gram matrix", "set selection.redundancy=0"
         if self.check_every < 0:
             yield "check_every", "must not be negative", "0 switches the check off"

@@ -12,7 +12,7 @@ from torch import Tensor
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
-from megaopus.selection import SelectionConfig, Selector
+from megaopus.selection import Scores, SelectionConfig, Selector
 from tests.harness import MODELS, example, random_batch, tiny_engine
 
 FIRST = ("adamw", "muon")
@@ -85,9 +85,10 @@ class ShowingGram(Selector):
 
     gram: Tensor | None = None
 
-    def _score(self, *asked: Any) -> tuple[Tensor | None, Tensor | None]:
-        found, self.gram = super()._score(*asked)
-        return found, self.gram
+    def _score(self, *asked: Any) -> Scores:
+        found = super()._score(*asked)
+        self.gram = found.gram
+        return found
 
 
 def select(engine: Any, **settings: Any) -> Picks:
