@@ -118,7 +118,7 @@ def expected(config: RunConfig, corpora: build.Corpora, record: SelectionRecord)
     period, first = step // selection.score_every, step % selection.score_every == 0
     if selection.method != "uniform" and not (selection.needs_text_features or record.method == "uniform"):
         pool |= set(choices.sequences)  # signatures are of tokens then
-    if scored.any() and step % selection.proxy_every == 0:
+    if scored.any() and (step % selection.proxy_every == 0 or step == selection.warmup_steps):  # the first, or in turn
         proxy |= set(build.proxy_stream(config, corpora).at(step).sequence_ids)
         if selection.contrast:
             pool |= set(build.CandidateStream(corpora.pool, PROXY, config.seed, "contrast").at(step).sequence_ids)
