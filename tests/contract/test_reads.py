@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,7 +105,7 @@ def idle(reader: TokenReader) -> None:
         with reader._turn:
             if not (reader._plans or reader._pending):
                 return
-            reader._turn.notify()
+        time.sleep(0.001)
 
 
 def expected(config: RunConfig, corpora: build.Corpora, record: SelectionRecord) -> set[tuple[str, int]]:
