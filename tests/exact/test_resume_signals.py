@@ -64,7 +64,7 @@ PHASES: dict[str, tuple[Callable[[], AbstractContextManager[None]], int]] = {
     "proxy gradient": (lambda: signal_in(MegatronScoringBackend, "gradient", 6), 7),
     "training": (lambda: signal_in(MegatronEngine, "train_step", 2), 3),
     "validating": (lambda: signal_in(MegatronEngine, "evaluate", 6), 6),
-    "saving": (lambda: signal_in(MegatronEngine, "saving", 4), 4),
+    "saving": (lambda: signal_in(MegatronEngine, "prepare_save", 4), 4),
     "SIGUSR1": (lambda: at_step(5, lambda: send(signal.SIGUSR1)), 6),
 }
 
