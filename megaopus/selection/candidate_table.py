@@ -28,57 +28,16 @@ class Column:
 
 COLUMNS = (
     Column("step", "int32", "from 0, as in the other files", packing="repeats"),
-    Column(
-        "id", "int64", "the candidate's name in the stream: epoch * sequences of the pool + `sequence`", packing="close"
-    ),
+    Column("id", "int64", "its name in the stream: epoch * sequences of the pool + `sequence`", packing="close"),
     Column("sequence", "int64", "its number in the pool", packing="close"),
     Column("domain", "text", "its domain", packing="repeats"),
-    Column(
-        "utility",
-        "float64",
-        "as estimated, before standardising; null: not scored in this step, nan or infinite: no usable number came out",
-        nullable=True,
-        packing="bytes",
-    ),
-    Column(
-        "prescreen_score",
-        "float64",
-        "what a prescreen screens or picks by; null where there is none",
-        nullable=True,
-        packing="bytes",
-    ),
-    Column(
-        "exposures",
-        "int32",
-        "times that it would have been trained on within the window if it were picked now; null where not counted",
-        nullable=True,
-        packing="repeats",
-    ),
-    Column(
-        "squared_norm",
-        "float64",
-        "of its update, as sketched; null without a redundancy term, and where not scored",
-        nullable=True,
-        packing="bytes",
-    ),
-    Column(
-        "overlaps",
-        "list",
-        "inner products of its update with that of each row of the step, in their order, nan where not scored: what the"
-        " redundancy term takes off. Only of those that the step's buffer was found to be good for (before an alarm, if"
-        " there was one); null for the rest, and where a step's would be more than `logging.overlaps_mb`",
-        nullable=True,
-    ),
+    Column("utility", "float64", "as estimated; null: not scored; nan, infinite: no number", True, "bytes"),
+    Column("prescreen_score", "float64", "what a prescreen screens or picks by; null: none yet", True, "bytes"),
+    Column("exposures", "int32", "times in the window if it is picked now; null: not counted", True, "repeats"),
+    Column("squared_norm", "float64", "of its update, as sketched; null: none was worked out", True, "bytes"),
+    Column("overlaps", "list", "inner products of its update with those of every row; null for most", True),
     Column("picked", "bool", "trained on in this update"),
-    Column(
-        "probability",
-        "float32",
-        "softmax(u / `selection.temperature`) over the candidates that may be picked, 0 for the others; u is the"
-        " utility (or prescreen score) as the sampler uses it. It is the chance at the first of the draws of"
-        " `sampler=boltzmann`, before any redundancy term, and stands there for `top_k` too. Where `method` is"
-        " `uniform`: one over the number of those that may be picked",
-        packing="bytes",
-    ),
+    Column("probability", "float32", "of the first draw; 0: may not be picked", packing="bytes"),
 )
 """Every column, in order."""
 RENAMED = {"standing": "prescreen_score"}

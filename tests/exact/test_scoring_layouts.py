@@ -26,6 +26,7 @@ from tests.exact.scoring_runs import (
     same_picks,
     select,
     select_each,
+    served,
     trained,
 )
 from tests.harness import MODELS, example, random_batch, state_of, tiny_engine
@@ -120,8 +121,8 @@ def select_and_go_on(mesh: Mesh, case: tuple[str, str], parallel: ParallelConfig
     engine, untouched = (trained(mesh, case, parallel) for _ in range(2))
     before = state_of(untouched)
     found, traces = {}, []
-    for name, settings in SETTINGS.items():
-        found[name] = select(engine, **settings)
+    for name in served(engine):
+        found[name] = select(engine, **SETTINGS[name])
         if not all(map(torch.equal, state_of(engine), before)):
             traces.append(name)
     results = [each.train_step(random_batch(8, 2)) for each in (engine, untouched)]

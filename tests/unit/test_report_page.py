@@ -382,7 +382,7 @@ def test_digest_of_choices(folders: list[Path]) -> None:
     picks = np.concatenate([each["sequence"][each["picked"]] for each in rows])
     assert found.counts.tolist() == np.unique(picks, return_counts=True)[1].tolist()
     before = set(picks[: 32 * 120].tolist())  # of steps 100 to 219
-    last = rows[120].sequences[rows[120].picked]
+    last = rows[120].picks()["sequence"]
     assert dict(found.repeat_share)[220] == pytest.approx(sum(int(n) in before for n in last) / 32)
 
 
