@@ -61,6 +61,14 @@ def infinite_loss(engine: MegatronEngine, losses: torch.Tensor) -> torch.Tensor:
 
 FAULTS = {3: nan_gradient, 5: infinite_loss, 7: scaled(1e4)}
 SAID = {3: "gradient not finite", 5: "loss not finite", 7: "(5 times the median)"}
+KINDS = {3: "gradient_not_finite", 5: "loss_not_finite", 7: "spike"}
+
+
+def skipped_by_kind(run: Path) -> dict[int, str]:
+    """Step -> what was wrong, as events.jsonl has it."""
+    told = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    kinds = {row["step"]: row["event"]["kind"] for row in told if row["event"]["kind"].startswith("update.skipped.")}
+    return {step: kind.removeprefix("update.skipped.") for step, kind in kinds.items()}
 
 
 def test_a_bad_update_is_skipped_and_the_run_goes_on(
@@ -78,12 +86,14 @@ def test_a_bad_update_is_skipped_and_the_run_goes_on(
     metrics = {row["step"]: row for row in rows(tmp_path / "straight" / "metrics.jsonl") if row["kind"] == "step"}
     assert [step for step, row in metrics.items() if row["skipped"]] == list(FAULTS)
     assert metrics[7]["grad_norm"] > 1e3
+    assert skipped_by_kind(tmp_path / "killed") == skipped_by_kind(tmp_path / "straight") == KINDS
     picked = {
         step: [row["id"] for row in buffer if row["picked"]] for step, buffer in choices(tmp_path / "straight").items()
     }
     for step, reason in SAID.items():
         (line,) = [line for line in said.splitlines() if f"WARNING step {step}: " in line]
         assert reason in line
+        assert reason in metrics[step]["skip_reason"]
         assert sorted(json.loads(line.split("update skipped; ids ")[1].split("]")[0] + "]")) == sorted(picked[step])
 
 
@@ -98,6 +108,7 @@ def test_gradients_that_stay_large_are_trained_on(
             train(settings(tiny_corpus, tmp_path / "bare", *chosen, "optim.clip_grad=0"))
     metrics = {row["step"]: row for row in rows(tmp_path / "clipped" / "metrics.jsonl") if row["kind"] == "step"}
     assert [step for step, row in metrics.items() if row["skipped"]] == [5, 6, 7]
+    assert list(skipped_by_kind(tmp_path / "clipped").values()) == ["spike", "spike", "spikes_in_a_row"]
     assert "WARNING step 7: " in said
     assert "3 in a row: from here on they are trained on" in said
 
