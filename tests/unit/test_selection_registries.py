@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaopus import check
 from megaopus.config import RunConfig
+from megaopus.planning import estimate as check
 from megaopus.selection import Selector, register_estimator, register_method, register_sampler
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.estimators import registry as estimators
