@@ -36,7 +36,7 @@ class Candidates(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The part of a whole matrix that a rank holds: the rows (dim 0) or columns (dim 1) at ``index``."""
+    """The part of a whole matrix that a rank holds: the rows (dim 0) or columns (dim 1) at ``index``; or of a vector."""
 
     dim: int
     index: Tensor
