@@ -49,9 +49,8 @@ class EngineScoringBackend(ModuleBackend):
         local = dict(engine.named_parameters())
         self._weights = {name: local[own] for own, name in canonical_names(engine.module)}
         self._split = dict(self._find_shards())
-        self._shards = {
-            name: shard for name, shard in self._split.items() if len(self._shape(self._weights[name])) == 2
-        }
+        dims = {name: len(self._shape(p)) for name, p in self._weights.items()}
+        self._shards = {name: shard for name, shard in self._split.items() if dims[name] == 2}
 
     # -- what there is ----------------------------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ ALL_OPTIMIZERS = tuple(OPTIMIZERS)
 GENTLER: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 3e-3, "eps": 1e-8},
     "lion": {"lr": 3e-4},
-    "sophia_g": {"lr": 3e-3, "settings": {"rho": 0.5}},
+    "sophia_g": {"lr": 3e-3, "betas": [0.965, 0.99], "settings": {"rho": 0.5}},
 }
 """Settings for 150 steps where those of the registry's example, which are for a few, lead where nothing is learnt."""
 

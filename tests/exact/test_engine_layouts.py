@@ -60,9 +60,12 @@ def states_of(built: MegatronEngine) -> tuple[dict[str, torch.Tensor], dict[str,
         states[names[each.name]] = each.state.get(last, torch.ones_like(weights[each.name]))
         others = getattr(each.optimizer, "whole", ())
         whole |= {f"{names[each.name]} {key}": each.state[key] for key in others if key in each.state}
-    stages: list = [None] * built.mesh.shape.pp
-    torch.distributed.all_gather_object(stages, whole, group=built.mesh.pp_group)
-    return states, {name: value for stage in reversed(stages) for name, value in stage.items()}
+    if (pp := built.mesh.shape.pp) > 1:
+        stages: list = [None] * pp
+        torch.distributed.all_gather_object(stages, whole, group=built.mesh.pp_group)
+        whole = {name: value for stage in reversed(stages) for name, value in stage.items()}
+    # the signs of singular vectors are anybody's
+    return states, {name: value for name, value in whole.items() if not name.endswith(" projection")}
 
 
 def save(built: MegatronEngine, folder: Path) -> None:
