@@ -52,7 +52,7 @@ def selection_record(step: int, events: tuple[Event, ...] = ()) -> SelectionReco
         pool_share={"docs": 0.25, "noise": 0.75},
         ess=2.5,
         max_p_ratio=2.0,
-        events=[Event("test", text) for text in events],
+        events=list(events),
         realised_fall=0.1357924,
         choices=candidates_of(step),
     )
