@@ -30,7 +30,7 @@ from rich.table import Table
 from benchmarks.common import machine, parser, progress, start, write_results
 from benchmarks.study import Nobody, Results, Task, refuse_other_corpora, run_of, step_costs, task, train_all
 from megaopus.build import Corpora, build_trainer
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.data.traits import ensure_traits
 from megaopus.demo import WANTED, ensure_corpus
 from megaopus.distributed.config import ParallelConfig

@@ -41,7 +41,7 @@ from benchmarks.study import (
     train_all,
 )
 from megaopus.build import Corpora
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.data import bench_proxy
 from megaopus.data.corpus import MANIFEST, TOKENIZER, Corpus
 from megaopus.data.sources import Source

@@ -45,7 +45,7 @@ from benchmarks.study import (
     train_all,
 )
 from megaopus.build import Corpora
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.data.corpus import Corpus
 from megaopus.data.traits import ensure_traits
 from megaopus.demo import WANTED as DEMO_WANTED

@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from benchmarks.common import CLOCKS, ROOT, interleaved
 from megaopus.build import Corpora, build_trainer
-from megaopus.config import compose, differences
+from megaopus.config.compose import compose, differences
 from megaopus.data.corpus import Corpus
 from megaopus.demo import picked_share
 from megaopus.distributed.config import ParallelConfig

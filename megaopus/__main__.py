@@ -50,7 +50,7 @@ def train(arguments: list[str]) -> int:
     )
     _add_settings(parser)
     args = parser.parse_intermixed_args(arguments)
-    from megaopus.config import compose
+    from megaopus.config.compose import compose
 
     config = compose(args.overrides, args.config_dir, _environment("WORLD_SIZE", 1))
     from megaopus import build
@@ -74,7 +74,7 @@ def check(arguments: list[str]) -> int:
     args = parser.parse_intermixed_args(arguments)
     if args.world_size is not None and args.world_size < 1:
         parser.error("--world-size must be at least 1")
-    from megaopus.config import compose
+    from megaopus.config.compose import compose
 
     config = compose(args.overrides, args.config_dir, args.world_size)
     from megaopus import check as checker
@@ -99,7 +99,7 @@ def prepare(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     settings = None
     if args.data:
-        from megaopus.config import data_settings
+        from megaopus.config.compose import data_settings
 
         settings = data_settings(args.data, args.config_dir).prepare
     preparer.run(args, settings)

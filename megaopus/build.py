@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from megaopus.changes import Change, changes, check_identity, refuse_unallowed
 from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate, set_aside
 from megaopus.checkpoint.lock import run_lock
-from megaopus.config import RunConfig, default_settings, to_yaml
+from megaopus.config.compose import RunConfig, default_settings, to_yaml
+from megaopus.config.resume_policy import Change, changes, check_identity, refuse_unallowed
 from megaopus.data.candidates import CandidateStream
 from megaopus.data.corpus import Corpus
 from megaopus.data.keeping import kept_documents

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megaopus.config import RunConfig, differences, validate
+from megaopus.config.compose import RunConfig, differences, validate
 from megaopus.errors import ConfigError
 from megaopus.models.arithmetic import (
     VOCAB_MULTIPLE,

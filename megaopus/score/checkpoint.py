@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megaopus.build import build_engine
 from megaopus.checkpoint.checkpointer import read_state, resolve
 from megaopus.checkpoint.manifest import verify
-from megaopus.config import RunConfig, restored
+from megaopus.config.compose import RunConfig, restored
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
 from megaopus.data.corpus import Corpus
 from megaopus.data.scores import HIGHEST, LOWEST

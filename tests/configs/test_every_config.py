@@ -2,7 +2,7 @@
 
 import pytest
 
-from megaopus.config import compose, default_config_dir, differences, load, to_yaml
+from megaopus.config.compose import compose, default_config_dir, differences, load, to_yaml
 from megaopus.models.arithmetic import count_parameters
 from tests.unit.config_corpus import write_manifest
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
-from megaopus.config import RunConfig, compose
+from megaopus.config.compose import RunConfig, compose
 from megaopus.monitor.choices import FOLDER, parts, read_part
 
 STEPS = 10

@@ -24,7 +24,7 @@ from rich.console import Console
 from benchmarks import columns, common, estimators, faults, filters, pools, quality, study, throughput
 from benchmarks.scoring import count_bytes
 from megaopus.build import Corpora
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
 from megaopus.data.split import SplitRule

@@ -6,8 +6,8 @@ from dataclasses import asdict, fields, is_dataclass
 
 import pytest
 
-from megaopus.changes import CLASSES, FIXED, HARMLESS, TRAINING, changes, class_of, flat, refuse_unallowed
-from megaopus.config import RunConfig, default_settings
+from megaopus.config.compose import RunConfig, default_settings
+from megaopus.config.resume_policy import CLASSES, FIXED, HARMLESS, TRAINING, changes, class_of, flat, refuse_unallowed
 from megaopus.errors import CheckpointError
 
 

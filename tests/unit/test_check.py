@@ -13,7 +13,7 @@ from rich.console import Console
 
 from megaopus import check
 from megaopus.__main__ import VERBS, main
-from megaopus.config import RunConfig, compose, default_config_dir
+from megaopus.config.compose import RunConfig, compose, default_config_dir
 from megaopus.data.prepare import Source, prepare
 from megaopus.data.split import SplitRule
 from megaopus.distributed.config import ParallelConfig

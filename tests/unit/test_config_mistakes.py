@@ -2,7 +2,7 @@
 
 import pytest
 
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.errors import ConfigError
 from tests.unit.config_corpus import write_manifest
 

@@ -9,12 +9,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaopus.changes import FIXED, TRAINING, class_of, flat
+from megaopus.config.resume_policy import FIXED, TRAINING, class_of, flat
 from megaopus.errors import Problem
 from megaopus.models.arithmetic import count_parameters, padded_vocab
 
 if TYPE_CHECKING:
-    from megaopus.config import RunConfig
+    from megaopus.config.compose import RunConfig
 
 RESUME_WORDS = ("auto", "never", "required")
 EXACT_LIMIT = 5_000_000

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megaopus.changes import flat
 from megaopus.checkpoint.config import CheckpointConfig
+from megaopus.config.resume_policy import flat
+from megaopus.config.validation import validate
 from megaopus.data.config import DataConfig
 from megaopus.distributed.config import ParallelConfig
 from megaopus.engine.config import EngineConfig
@@ -21,7 +22,6 @@ from megaopus.errors import ConfigError, Problem
 from megaopus.models.config import ModelConfig
 from megaopus.monitor.config import LoggingConfig
 from megaopus.optim.config import OptimConfig
-from megaopus.rules import validate
 from megaopus.selection.config import SelectionConfig
 from megaopus.train_config import TrainConfig
 
@@ -87,7 +87,7 @@ class _Issues:
 
 def default_config_dir() -> Path:
     """The shipped configs: beside the package in a checkout, inside it when installed."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "configs", package / "configs"):
         if (folder / "run.yaml").is_file():
             return folder
