@@ -109,7 +109,7 @@ class Comparison:
         length = (f"train.steps={plan.steps}", f"train.eval_every={plan.eval_every}")
         more = (f"train.eval_sequences={plan.eval_sequences}", f"seed={seed}", f"data.path={self.corpus}")
         chosen = (f"optim={optimizer}", *tried.settings, f"optim.{tried.key}={rate}", *ARMS[arm])
-        return [*COMMON, *chosen, *length, *more, f"data.wanted=[{WANTED}]"]
+        return [*COMMON, *chosen, *length, *more, f"data.target_domains=[{WANTED}]"]
 
     def task(self, optimizer: str, rate: float, arm: str, seed: int) -> Task:
         title = f"{optimizer} {rate:g} {arm}, seed {seed}"

@@ -23,8 +23,9 @@ from rich.console import Console
 
 from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate, set_aside
 from megaopus.checkpoint.lock import run_lock
-from megaopus.config.compose import RunConfig, default_settings, to_yaml
+from megaopus.config.parse import to_yaml
 from megaopus.config.resume_policy import Change, changes, check_identity, refuse_unallowed
+from megaopus.config.run_config import RunConfig, default_settings
 from megaopus.data.candidates import CandidateStream
 from megaopus.data.corpus import Corpus
 from megaopus.data.keeping import kept_documents
@@ -139,7 +140,7 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
         proxy=proxy,
         pool=pool,
         seed=config.seed,
-        wanted=partial(_is_wanted, config.data.wanted),
+        wanted=partial(_is_wanted, config.data.target_domains),
         traits=corpora.traits(selection, mesh) if selection.needs_traits else None,
     )
     validation = corpora.validation.fixed(config.train.eval_sequences)
@@ -149,7 +150,7 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
         selector=selector,
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh),
         validation=validation,
-        wanted=config.data.wanted or list(validation),
+        wanted=config.data.target_domains or list(validation),
         guard=UpdateGuard(config.train.spike_factor, config.train.spike_window, clipped=config.optim.clip_grad > 0),
         max_skipped=config.train.max_skipped,
         pace=Pace(config.logging.every, mesh.gather_objects),
@@ -216,13 +217,13 @@ class Corpora:
 
     def proxy(self) -> Sequences:
         data = self._config
-        return Sequences(self._open(data.proxy_path or data.path), "proxy", data.seq_len, data.wanted or None)
+        return Sequences(self._open(data.proxy_path or data.path), "proxy", data.seq_len, data.target_domains or None)
 
     def traits(self, selection: SelectionConfig, mesh: Mesh) -> SequenceTraits:
         """Of the pool's sequences, computed by rank 0 if they are not there."""
         proxy = self.proxy()
-        folder = on_rank_0(mesh, lambda: ensure_traits(self.pool, proxy, self._config.traits_path, Console()))
-        return SequenceTraits(self.pool, folder, selection.prescreen.traits)
+        folder = on_rank_0(mesh, lambda: ensure_traits(self.pool, proxy, self._config.text_features_path, Console()))
+        return SequenceTraits(self.pool, folder, selection.prescreen.text_features)
 
     def _open(self, path: str) -> Corpus:
         if path not in self._opened:

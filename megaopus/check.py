@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megaopus.config.compose import RunConfig, differences, validate
+from megaopus.config.run_config import RunConfig, differences
+from megaopus.config.validation import validate
 from megaopus.errors import ConfigError
 from megaopus.models.arithmetic import (
     VOCAB_MULTIPLE,
@@ -110,7 +111,7 @@ def open_data(config: RunConfig) -> Data:
     pool = Corpus.open(data.path)
     proxy = Corpus.open(data.proxy_path) if data.proxy_path else pool
     validation = Corpus.open(data.validation_path) if data.validation_path else pool
-    wanted = data.wanted or None
+    wanted = data.target_domains or None
     kept = kept_documents(pool, data.filter)
     drawn_from = Sequences(pool, "pool", data.seq_len, kept=kept)
     epochs = None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megaopus.build import Corpora
-    from megaopus.config.compose import RunConfig
+    from megaopus.config.run_config import RunConfig
     from megaopus.data.candidates import CandidateBuffer
     from megaopus.selection import Selection
     from megaopus.selection.replay import Evidence
@@ -324,6 +324,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 @cache
 def _config(path: Path) -> RunConfig:
-    from megaopus.config.compose import load
+    from megaopus.config.parse import load
 
     return load(path)

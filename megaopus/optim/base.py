@@ -1,9 +1,8 @@
-"""What an optimizer is to the rest: ``Spec``; and the base of those whose update needs a parameter's whole tensor."""
+"""Updates weights that tensor-parallel ranks share as if they were whole: the base of such optimizers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -12,30 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from megaopus.distributed.shards import group_size, is_split, part_of
-from megaopus.optim.config import OptimConfig
 
 Groups = list[dict[str, Any]]
 """torch's parameter groups, each with its weight decay and ``peak_lr``."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """An optimizer that ``optim.name`` can name (see catalog.py)."""
-
-    make: Callable[[Groups, OptimConfig, Mapping[str, Any], dist.ProcessGroup | None], Optimizer]
-    """(groups, config, settings, tensor-parallel group) -> the optimizer."""
-    shaped: tuple[str, ...]
-    """Names of its state that has the parameter's shape; the last is what the update operator needs."""
-    settings: Mapping[str, Any]
-    """Its own settings (``optim.settings``) and their defaults: numbers, whole ones where they must be, or booleans."""
-    matrices: bool = False
-    """It takes the matrices inside the blocks alone; AdamW has the rest."""
-    elementwise: bool = False
-    """Its update of a number depends on nothing but that number's own history: any piece of a tensor will do."""
-    curvature: bool = False
-    """It needs gradients of the loss on labels that the model samples (``settings.curvature_every``)."""
-    extra_state: Callable[[int, int], int] | None = None
-    """Numbers of state beyond ``shaped`` for a whole m x n matrix, held by every rank; None: a handful."""
 
 
 class LayoutOptimizer(Optimizer):

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from megaopus.distributed.mesh import Mesh
 from megaopus.optim.base import Groups, LayoutOptimizer
-from megaopus.optim.catalog import CATALOG
 from megaopus.optim.config import OptimConfig
+from megaopus.optim.registry import CATALOG
 from megaopus.optim.sophia import SophiaG
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaopus.distributed.shards import whole_of
-from megaopus.optim.base import LayoutOptimizer, Spec
+from megaopus.optim.base import Groups, LayoutOptimizer
+from megaopus.optim.config import OptimConfig
 
 
 class Conda(LayoutOptimizer):
@@ -87,8 +88,11 @@ def rotate_back(matrix: Tensor, basis: Tensor) -> Tensor:
     return basis @ matrix if matrix.shape[0] <= matrix.shape[1] else matrix @ basis.t()
 
 
-CONDA = Spec(
-    make=lambda groups, config, settings, tp_group: Conda(
+def make_conda(
+    groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
+) -> Conda:
+    """Return Conda as ``config`` and its own ``settings`` have it."""
+    return Conda(
         groups,
         lr=config.matrix_lr,
         betas=(config.betas[0], config.betas[1]),
@@ -96,9 +100,4 @@ CONDA = Spec(
         scale=settings["scale"],
         projection_every=settings["projection_every"],
         tp_group=tp_group,
-    ),
-    shaped=Conda.shaped,
-    settings={"scale": 0.25, "projection_every": 2000},
-    matrices=True,
-    extra_state=lambda rows, columns: min(rows, columns) ** 2,
-)
+    )

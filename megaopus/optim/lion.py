@@ -9,13 +9,14 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from megaopus.errors import EngineError
-from megaopus.optim.base import Groups, Spec
+from megaopus.optim.base import Groups
 from megaopus.optim.config import OptimConfig
 
 
-def _make(
+def make_lion(
     groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
 ) -> Optimizer:
+    """Return Lion as ``config`` has it. Raises EngineError where pytorch-optimizer is not installed."""
     try:
         from pytorch_optimizer import Lion
     except ImportError as error:
@@ -23,6 +24,3 @@ def _make(
             f"optim.name=lion, but pytorch_optimizer cannot be imported ({error}): pip install 'megaopus[lion]'"
         ) from error
     return Lion(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=0.0)
-
-
-LION = Spec(make=_make, shaped=("exp_avg",), settings={}, elementwise=True)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaopus.distributed.shards import whole_of
-from megaopus.optim.base import Groups, LayoutOptimizer, Spec
+from megaopus.optim.base import Groups, LayoutOptimizer
 from megaopus.optim.config import OptimConfig
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -108,11 +108,3 @@ def make_muon(
         momentum_warmup_steps=settings["momentum_warmup_steps"],
         tp_group=tp_group,
     )
-
-
-MUON = Spec(
-    make=make_muon,
-    shaped=Muon.shaped,
-    settings={"momentum": 0.95, "ns_steps": 5, "momentum_start": 0.85, "momentum_warmup_steps": 0},
-    matrices=True,
-)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaopus.distributed.shards import sum_parts, whole_of
-from megaopus.optim.base import Spec
+from megaopus.optim.base import Groups
+from megaopus.optim.config import OptimConfig
 from megaopus.optim.muon import Muon
 
 
@@ -86,16 +87,15 @@ def adaptive_rate(group: dict[str, Any], t: float, norm: Tensor, second: Tensor)
     return group["lr"] * correction * norm / (second.sqrt() + group["scale_eps"])
 
 
-NAMO_SPEC = Spec(
-    make=lambda groups, config, settings, tp_group: NAMO(groups, lr=config.matrix_lr, tp_group=tp_group, **settings),
-    shaped=NAMO.shaped,
-    settings={"momentum": 0.95, "mu2": 0.99, "ns_steps": 5},
-    matrices=True,
-)
-NAMO_D_SPEC = Spec(
-    make=lambda groups, config, settings, tp_group: NAMOD(groups, lr=config.matrix_lr, tp_group=tp_group, **settings),
-    shaped=NAMOD.shaped,
-    settings={"momentum": 0.95, "mu2": 0.99, "clamp": 0.01, "ns_steps": 5},
-    matrices=True,
-    extra_state=lambda rows, columns: columns,
-)
+def make_namo(
+    groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
+) -> NAMO:
+    """Return NAMO as ``config`` and its own ``settings`` have it."""
+    return NAMO(groups, lr=config.matrix_lr, tp_group=tp_group, **settings)
+
+
+def make_namo_d(
+    groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
+) -> NAMOD:
+    """Return NAMO-D as ``config`` and its own ``settings`` have it."""
+    return NAMOD(groups, lr=config.matrix_lr, tp_group=tp_group, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaopus.distributed.shards import sum_parts
-from megaopus.optim.base import LayoutOptimizer, Spec
+from megaopus.optim.base import Groups, LayoutOptimizer
+from megaopus.optim.config import OptimConfig
 
 
 class SGDSaI(LayoutOptimizer):
@@ -66,10 +67,8 @@ class SGDSaI(LayoutOptimizer):
         self._unset.discard(parameter)
 
 
-SGD_SAI = Spec(
-    make=lambda groups, config, settings, tp_group: SGDSaI(
-        groups, lr=config.lr, momentum=settings["momentum"], tp_group=tp_group
-    ),
-    shaped=SGDSaI.shaped,
-    settings={"momentum": 0.9},
-)
+def make_sgd_sai(
+    groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
+) -> SGDSaI:
+    """Return SGD-SaI as ``config`` and its own ``settings`` have it."""
+    return SGDSaI(groups, lr=config.lr, momentum=settings["momentum"], tp_group=tp_group)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaopus.optim.base import LayoutOptimizer, Spec
+from megaopus.optim.base import Groups, LayoutOptimizer
+from megaopus.optim.config import OptimConfig
 
 
 class SophiaG(LayoutOptimizer):
@@ -53,15 +54,10 @@ class SophiaG(LayoutOptimizer):
                     hessian.mul_(beta2).addcmul_(gradient, gradient, value=(1 - beta2) * tokens)
 
 
-SOPHIA_G = Spec(
-    make=lambda groups, config, settings, tp_group: SophiaG(
-        groups,
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        rho=settings["rho"],
-        tp_group=tp_group,
-    ),
-    shaped=SophiaG.shaped,
-    settings={"rho": 0.05, "curvature_every": 10},
-    curvature=True,
-)
+def make_sophia_g(
+    groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
+) -> SophiaG:
+    """Return Sophia-G as ``config`` and its own ``settings`` have it."""
+    return SophiaG(
+        groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), rho=settings["rho"], tp_group=tp_group
+    )

@@ -1,24 +1,26 @@
-"""torch's own optimizers, which are right at every layout: their updates are elementwise, their states tensors."""
+"""Makes SGD and AdamW of torch, right at every layout: their updates are elementwise, their states tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+import torch.distributed as dist
 
-from megaopus.optim.base import Spec
+from megaopus.optim.base import Groups
+from megaopus.optim.config import OptimConfig
 
-ADAMW = Spec(
-    make=lambda groups, config, settings, tp_group: torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True
-    ),
-    shaped=("exp_avg", "exp_avg_sq"),
-    settings={},
-    elementwise=True,
-)
-SGD = Spec(
-    make=lambda groups, config, settings, tp_group: torch.optim.SGD(
-        groups, lr=config.lr, momentum=settings["momentum"], nesterov=settings["nesterov"]
-    ),
-    shaped=("momentum_buffer",),
-    settings={"momentum": 0.9, "nesterov": False},
-    elementwise=True,
-)
+
+def make_adamw(
+    groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
+) -> torch.optim.AdamW:
+    """Return AdamW as ``config`` has it."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+
+
+def make_sgd(
+    groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
+) -> torch.optim.SGD:
+    """Return SGD as ``config`` and its own ``settings`` have it."""
+    return torch.optim.SGD(groups, lr=config.lr, momentum=settings["momentum"], nesterov=settings["nesterov"])

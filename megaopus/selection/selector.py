@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from megaopus.selection.candidates import as_candidates
 from megaopus.selection.config import BY_PROXY, SelectionConfig
 from megaopus.selection.prescreen import Prescreen
 from megaopus.selection.scorer import Scorer
+from megaopus.settings import problems
 
 _UNIFORM_RATIO = 1.01  # largest probability over the uniform one below which a draw is uniform for all purposes
 _DEBT = 1e9  # standardised utilities are small beside it; those of one level still differ in float64
@@ -150,9 +150,8 @@ class Selector:
         wanted: Callable[[Candidates], Tensor] | None = None,
         traits: Traits | None = None,
     ):
-        problems = [f"{key}={attrgetter(key)(config)!r}: {why} ({remedy})" for key, why, remedy in config.problems()]
-        if problems:
-            raise ValueError("selection settings: " + "; ".join(problems))
+        if wrong := [f"{each.key}={each.value!r}: {each.reason} ({each.remedy})" for each in problems(config)]:
+            raise ValueError("selection settings: " + "; ".join(wrong))
         if num_selected < 1:
             raise ValueError(f"num_selected={num_selected} must be at least 1")
         if config.needs_proxy and proxy is None:

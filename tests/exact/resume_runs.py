@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
-from megaopus.config.compose import RunConfig, compose
+from megaopus.config.compose import compose
+from megaopus.config.run_config import RunConfig
 from megaopus.monitor.choices import FOLDER, parts, read_part
 
 STEPS = 10
@@ -76,7 +77,7 @@ def settings(corpus: Path, run_dir: Path, *more: str) -> list[str]:
     return [
         f"data.path={corpus}",
         f"run_dir={run_dir}",
-        "data.wanted=[docs]",
+        "data.target_domains=[docs]",
         "data.seq_len=16",
         "engine=cpu",
         "model.num_layers=2",

@@ -269,7 +269,7 @@ def test_a_study_refuses_to_go_on_with_other_texts(tiny_corpus: Path, tmp_path: 
     pools.prepare_texts(tmp_path / "corpus", lambda: texts, SplitRule(0.2, 0.2, ("docs",)), vocab_size=300)
     copy = shutil.copytree(tiny_corpus, tmp_path / "copy")
     first, same, other = (
-        study.task("arm", "arm/1", [f"data.path={path}", "data.wanted=[docs]", "data.seq_len=16"], {})
+        study.task("arm", "arm/1", [f"data.path={path}", "data.target_domains=[docs]", "data.seq_len=16"], {})
         for path in (tiny_corpus, copy, tmp_path / "corpus")
     )
     assert first.key == same.key == other.key
