@@ -8,13 +8,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megaopus import __version__
 from megaopus.errors import ConfigError, MegaopusError, Problem
 
+if TYPE_CHECKING:
+    from megaopus.config.run_config import RunConfig
+
 GRACE_SECONDS = 5.0
 """How long a silent rank outlives an error: torchrun kills the others as soon as one exits, even amid its message."""
-OVERRIDES = "settings in Hydra's syntax: GROUP=NAME picks a file of configs/GROUP/, SECTION.KEY=VALUE sets one value"
+OVERRIDES = (
+    "settings in Hydra's syntax: GROUP=NAME picks a file of configs/GROUP/, SECTION.KEY=VALUE sets one value; "
+    "'python -m megaopus settings' lists them all"
+)
 
 
 def _parser(verb: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -24,6 +31,22 @@ def _parser(verb: str, description: str, examples: str) -> argparse.ArgumentPars
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def _composed(args: argparse.Namespace, world_size: int | None) -> RunConfig:
+    """The settings that a command line gives; who uses an old name is told the new one."""
+    from megaopus.config.aliases import notes
+    from megaopus.config.compose import compose
+
+    _tell(notes(args.overrides))
+    config = compose(args.overrides, args.config_dir, world_size)
+    _tell(notes([], config.resume_allow))
+    return config
+
+
+def _tell(notes: list[str]) -> None:
+    for note in notes if _speaks() else []:
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +73,7 @@ def train(arguments: list[str]) -> int:
     )
     _add_settings(parser)
     args = parser.parse_intermixed_args(arguments)
-    from megaopus.config.compose import compose
-
-    config = compose(args.overrides, args.config_dir, _environment("WORLD_SIZE", 1))
+    config = _composed(args, _environment("WORLD_SIZE", 1))
     from megaopus import build
 
     return build.train(config)
@@ -74,12 +95,26 @@ def check(arguments: list[str]) -> int:
     args = parser.parse_intermixed_args(arguments)
     if args.world_size is not None and args.world_size < 1:
         parser.error("--world-size must be at least 1")
-    from megaopus.config.compose import compose
-
-    config = compose(args.overrides, args.config_dir, args.world_size)
+    config = _composed(args, args.world_size)
     from megaopus import check as checker
 
     checker.run(config, args.world_size, args.overrides, args.config_dir)
+    return 0
+
+
+def settings(arguments: list[str]) -> int:
+    """List every setting: type, default, range, meaning."""
+    parser = _parser(
+        "settings",
+        "List settings with type, default, range or choices, whether they may change on resume, and what they mean.",
+        "  python -m megaopus settings\n"
+        "  python -m megaopus settings selection.guards\n"
+        "  python -m megaopus settings schedule",
+    )
+    from megaopus.cli import settings as lister
+
+    lister.add_arguments(parser)
+    lister.run(parser.parse_args(arguments))
     return 0
 
 
@@ -173,12 +208,12 @@ def demo(arguments: list[str]) -> int:
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
-    verb.__name__: verb for verb in (train, check, prepare, proxy, score, report, demo)
+    verb.__name__: verb for verb in (train, check, settings, prepare, proxy, score, report, demo)
 }
 
 
 def _verb(arguments: list[str]) -> tuple[Callable[[list[str]], int], list[str]]:
-    verbs = "\n".join(f"  {name:<9}{(verb.__doc__ or '').strip()}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:<10}{(verb.__doc__ or '').strip()}" for name, verb in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="python -m megaopus",
         description="Distributed GPT pre-training with online data selection.",

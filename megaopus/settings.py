@@ -127,6 +127,15 @@ def entries(section: Any, prefix: str = "", resume: str = "") -> dict[str, Entry
     return found
 
 
+def sections(section: Any, key: str = "") -> dict[str, type]:
+    """A section and those in it by dotted key; its own key is the empty one."""
+    found = {key: section}
+    for name, kind in kinds(section).items():
+        if is_dataclass(kind):
+            found |= sections(kind, f"{key}.{name}" if key else name)
+    return found
+
+
 def member_entries(entry: Entry, owner: str) -> dict[str, Entry]:
     """What an open dictionary may hold where its section's ``name`` is ``owner``, by dotted key."""
     found: dict[str, Entry] = {}
@@ -283,7 +292,9 @@ def renamed(**names: str) -> Callable[[type[Section]], type[Section]]:
         def __init__(self: Any, **values: Any) -> None:
             for old in [name for name in names if name in values]:
                 warn(cls, old, names[old])
-                values.setdefault(names[old], values.pop(old))
+                if names[old] in values:
+                    raise TypeError(f"{cls.__name__} got both {old} and {names[old]}, which are one")
+                values[names[old]] = values.pop(old)
             made(self, **values)
 
         cls.__init__ = __init__  # type: ignore[method-assign]

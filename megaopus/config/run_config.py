@@ -30,7 +30,7 @@ class RunConfig:
         doc="Folder of the run: settings, checkpoints, record.",
         hint="name a folder, for example run_dir=runs/first",
     )
-    seed: int = setting(1234, resume=FIXED, doc="Of weights, dropout, candidates and draws.")
+    seed: int = setting(1234, resume=FIXED, doc="Seed of weights, dropout, candidates and draws.")
     resume: str = setting(
         "auto",
         doc="auto: go on from the newest checkpoint if there is one; never; required; or the path of a checkpoint.",

@@ -60,7 +60,7 @@ class FilterConfig:
         hint="1 draws as DSIR does; null takes the best",
     )
     per_domain: bool = setting(False, doc="Take the fraction `keep` of every domain's tokens by itself.")
-    seed: int = setting(0, doc="Of the draw.")
+    seed: int = setting(0, doc="Seed of the draw.")
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for settings that do not go together."""

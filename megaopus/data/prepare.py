@@ -8,9 +8,11 @@ import importlib.metadata
 import json
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -257,6 +259,14 @@ def _short(count: int) -> str:
     return str(count)
 
 
+class _Wanted(argparse.Action):
+    """Takes the old name of --target-domains, and tells the new one."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        print("note: --wanted is now --target-domains", file=sys.stderr, flush=True)
+        namespace.target_domains = [*(namespace.target_domains or []), values]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m megaopus prepare``."""
     rule = SplitRule()
@@ -287,8 +297,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--vocab-size", type=int, help="tokens of a trained tokenizer (default 16384; 2048 with --demo)")
     add("--eod-token", default=EOD, metavar="TOKEN", help="end-of-document token of --tokenizer (default %(default)s)")
-    add("--wanted", action="append", metavar="DOMAIN", help="only this domain gives proxy documents; repeatable")
-    add("--proxy-fraction", type=float, help=f"share of the wanted documents (default {rule.proxy_fraction})")
+    add(
+        "--target-domains",
+        action="extend",
+        nargs="+",
+        metavar="DOMAIN",
+        help="only these domains give proxy documents (default: all)",
+    )
+    add("--wanted", action=_Wanted, dest="target_domains", help=argparse.SUPPRESS)
+    add("--proxy-fraction", type=float, help=f"share of the target domains' documents (default {rule.proxy_fraction})")
     add("--validation-fraction", type=float, help=f"share of all documents (default {rule.validation_fraction})")
     add("--split-seed", type=int, default=0, help="another seed splits the documents another way (default %(default)s)")
     add("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core, for little text none)")
@@ -337,6 +354,6 @@ def _rule(args: argparse.Namespace, default: SplitRule) -> SplitRule:
         validation_fraction=default.validation_fraction
         if args.validation_fraction is None
         else args.validation_fraction,
-        wanted=tuple(args.wanted) if args.wanted else default.wanted,
+        wanted=tuple(args.target_domains) if args.target_domains else default.wanted,
         seed=args.split_seed,
     )

@@ -48,9 +48,9 @@ class ModelConfig:
     position: str = setting("learned", choices=POSITIONS, doc="How a block knows positions: a table, rotary, or not.")
     rope_base: int = setting(10000, above=0, doc="Base of the rotary frequencies.")
     norm: str = setting("layernorm", choices=NORMS, doc="Normalisation before attention and MLP.")
-    norm_epsilon: float = setting(1e-5, above=0, doc="Added to the variance in it.")
+    norm_epsilon: float = setting(1e-5, above=0, doc="Added to the variance that normalisation divides by.")
     qk_norm: bool = setting(False, doc="RMSNorm on queries and keys (Qwen3).")
-    activation: str = setting("gelu", choices=ACTIVATIONS, doc="Of the MLP.")
+    activation: str = setting("gelu", choices=ACTIVATIONS, doc="Nonlinearity of the MLP.")
     bias: bool = setting(True, doc="Linear layers and layer norms have biases.")
     tied: bool = setting(True, doc="Input embedding and output layer share one matrix.")
     dropout: float = setting(

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from megaopus.config.aliases import renamed
 from megaopus.errors import DataError
 from megaopus.monitor.base import StepRecord, ValidationRecord
 from megaopus.monitor.sinks import read_rows
@@ -131,7 +132,7 @@ def load_run(path: str | Path, name: str | None = None) -> Run:
         steps=steps,
         validations=validations,
         selections=_load_selections(path / "selection.jsonl"),
-        config=_load_mapping(path / "config.yaml", yaml.safe_load),
+        config=renamed(_load_mapping(path / "config.yaml", yaml.safe_load)),
         environment=_load_mapping(path / "environment.json", json.loads),
     )
 

@@ -36,4 +36,4 @@ class LoggingConfig:
         hint="1 is usual; 0 keeps no inner products",
     )
     wandb: str = setting("off", choices=WANDB_MODES, doc="Send metrics to Weights & Biases, now or later.")
-    wandb_project: str = setting("megaopus", doc="Project there.")
+    wandb_project: str = setting("megaopus", doc="Project in Weights & Biases.")

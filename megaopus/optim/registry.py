@@ -52,7 +52,7 @@ CATALOG: dict[str, Spec] = {
         ("momentum_buffer",),
         {
             "momentum": _momentum(0.9),
-            "nesterov": Setting(default=False, doc="Step along the average that the next gradient would see."),
+            "nesterov": Setting(default=False, doc="Nesterov's momentum: look one update ahead."),
         },
         elementwise=True,
     ),
@@ -91,7 +91,7 @@ CATALOG: dict[str, Spec] = {
         "megaopus.optim.conda:make_conda",
         ("exp_avg", "exp_avg_sq"),
         {
-            "scale": Setting(default=0.25, above=0, doc="Times the update of a matrix."),
+            "scale": Setting(default=0.25, above=0, doc="Factor on the update of a matrix."),
             "projection_every": Setting(default=2000, min=1, doc="Steps between two bases of singular vectors."),
         },
         matrices=True,
@@ -101,7 +101,9 @@ CATALOG: dict[str, Spec] = {
         "megaopus.optim.sophia:make_sophia_g",
         ("exp_avg", "hessian"),
         {
-            "rho": Setting(default=0.05, above=0, doc="Times the curvature that divides a step; larger clips less."),
+            "rho": Setting(
+                default=0.05, above=0, doc="Factor on the curvature that divides a step; larger clips less."
+            ),
             "curvature_every": Setting(default=10, min=1, doc="Steps between two estimates of the curvature."),
         },
         curvature=True,

@@ -203,7 +203,7 @@ class SelectionConfig:
     proxy_batch_size: int = setting(32, min=1, doc="Proxy sequences drawn anew each step, over all ranks.", hint=_SEE)
     contrast: bool = setting(
         False,
-        doc="Less the gradient of as many sequences of the pool: what helps the proxy more than it helps any text.",
+        doc="Subtract the gradient of as many sequences of the pool: for what helps the proxy more than any text.",
     )
     proxy_ema: float = setting(
         0.5,

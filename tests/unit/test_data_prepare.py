@@ -258,7 +258,16 @@ def test_command_line(tmp_path, capsys):
     source = write_rows(tmp_path / "rows.jsonl", small_rows())
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    options = ["--vocab-size", "300", "--wanted", "wanted", "--proxy-fraction", ".3", "--validation-fraction", ".2"]
+    options = [
+        "--vocab-size",
+        "300",
+        "--target-domains",
+        "wanted",
+        "--proxy-fraction",
+        ".3",
+        "--validation-fraction",
+        ".2",
+    ]
     out = run(parser.parse_args(["--source", str(source), "--out", str(tmp_path / "c"), *options]))
     counts = Corpus.open(out).manifest["counts"]
     text = capsys.readouterr().out
