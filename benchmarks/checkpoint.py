@@ -30,7 +30,7 @@ from benchmarks.common import machine, parser, progress, single_engine, start, w
 from megaopus.checkpoint.checkpointer import Checkpointer, complete_checkpoints
 from megaopus.checkpoint.config import CheckpointConfig
 from megaopus.checkpoint.manifest import verify
-from megaopus.engine.megatron import MegatronEngine
+from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 

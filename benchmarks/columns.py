@@ -13,9 +13,9 @@ from benchmarks.study import COMMON
 from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
 from megaopus.config.compose import compose
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import SPLITS, TOKENIZER, Corpus
 from megaopus.data.scores import column_names
-from megaopus.data.split import SplitRule
 from megaopus.score.base import Method, make_column
 from megaopus.score.checkpoint import CheckpointPerplexity, Utility
 from megaopus.score.hub import FIRST

@@ -30,9 +30,9 @@ import psutil
 from rich.console import Console
 
 from benchmarks.common import ROOT, machine, parser, progress, start, write_results
+from megaopus.corpus_tools.demo_corpus import DEMO_LIMITS, build_demo_sources
+from megaopus.corpus_tools.sources import Source, SourceReader
 from megaopus.data.corpus import Corpus
-from megaopus.data.demo_corpus import DEMO_LIMITS, build_demo_sources
-from megaopus.data.sources import Source, SourceReader
 from megaopus.data.tokenizer import load_tokenizer, train_tokenizer
 
 SMALL_MB, LARGE_MB, ROUNDS = 12, 120, 3

@@ -48,10 +48,10 @@ from megaopus.data.candidates import CandidateBuffer, CandidateStream
 from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
 from megaopus.demo import WANTED, ensure_corpus
-from megaopus.engine.megatron import MegatronEngine
+from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.errors import EngineError
-from megaopus.models.arithmetic import count_parameters, training_flops_per_token
 from megaopus.models.config import ModelConfig
+from megaopus.models.flops import count_parameters, training_flops_per_token
 from megaopus.optim.config import OptimConfig
 from megaopus.selection import (
     CountSketchEstimator,

@@ -51,7 +51,7 @@ from benchmarks.faulty_run import (
 )
 from megaopus.checkpoint.checkpointer import complete_checkpoints
 from megaopus.checkpoint.manifest import read_manifest
-from megaopus.data.demo_corpus import DEMO_LIMITS, build_demo_corpus
+from megaopus.corpus_tools.demo_corpus import DEMO_LIMITS, build_demo_corpus
 
 LAYOUTS = {
     "one": (1, []),

@@ -26,9 +26,9 @@ import torch
 
 from megaopus.__main__ import main as megaopus
 from megaopus.checkpoint.manifest import COMPLETE, MANIFEST, digest_of, entry, manifest_text, read_manifest
-from megaopus.distributed.watch import Watch
-from megaopus.engine.megatron import MegatronEngine
-from megaopus.monitor.monitor import Monitor
+from megaopus.engine.megatron.engine import MegatronEngine
+from megaopus.record.recorder import Recorder
+from megaopus.training.watchdog import HangWatchdog
 
 STEPS, SAVE_EVERY, EVAL_EVERY = 20, 4, 6
 PHASES = ("score", "train", "evaluate", "save")
@@ -213,9 +213,9 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def _recorded(path: Path) -> Iterator[None]:
     """Each update's candidates, utilities, picks and loss as a line of ``path``, of one start after the other."""
-    original = Monitor.step
+    original = Recorder.step
 
-    def step(self: Monitor, record: Any, selection: Any) -> None:
+    def step(self: Recorder, record: Any, selection: Any) -> None:
         if os.environ["RANK"] == "0":
             kept = {key: value for key, value in selection.facts().items() if key != "events"}
             arrays = {key: value for key, value in asdict(selection.choices).items() if isinstance(value, np.ndarray)}
@@ -225,7 +225,7 @@ def _recorded(path: Path) -> Iterator[None]:
                 stream.write(line + "\n")
         original(self, record, selection)
 
-    with _replaced(Monitor, "step", step):
+    with _replaced(Recorder, "step", step):
         yield
 
 
@@ -263,7 +263,7 @@ def _weather(here: bool) -> Iterator[None]:
 @contextmanager
 def _struck(fault: Fault | None, rank: int, overrides: list[str], run_dir: Path) -> Iterator[None]:
     """The fault happens to this rank when it comes to its place."""
-    original = Watch.phase
+    original = HangWatchdog.phase
     struck: list[threading.Thread] = []
 
     def strike() -> None:
@@ -273,7 +273,7 @@ def _struck(fault: Fault | None, rank: int, overrides: list[str], run_dir: Path)
         ACTIONS[fault.kind](overrides, run_dir)
 
     @contextmanager
-    def phase(self: Watch, name: str, step: int) -> Iterator[None]:
+    def phase(self: HangWatchdog, name: str, step: int) -> Iterator[None]:
         at_place = fault is not None and fault.rank == rank and (name, step) == (fault.phase, fault.step)
         if at_place and not struck:
             struck.append(threading.Thread(target=strike, daemon=True))
@@ -283,7 +283,7 @@ def _struck(fault: Fault | None, rank: int, overrides: list[str], run_dir: Path)
         with original(self, name, step):
             yield
 
-    with _replaced(Watch, "phase", phase):
+    with _replaced(HangWatchdog, "phase", phase):
         yield
 
 

@@ -33,11 +33,11 @@ from benchmarks.common import machine, parser, start, write_results
 from benchmarks.pools import PASSAGE_WORDS, prepare_texts, read_texts, shuffled_blocks, shuffled_words, words_of
 from megaopus import build
 from megaopus.config.compose import compose
+from megaopus.corpus_tools.demo_corpus import DEMO_LIMITS, build_demo_sources
+from megaopus.corpus_tools.sources import SourceReader
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import SPLITS, TOKENIZER, Corpus
-from megaopus.data.demo_corpus import DEMO_LIMITS, build_demo_sources
 from megaopus.data.scores import LOWEST, load_column
-from megaopus.data.sources import SourceReader
-from megaopus.data.split import SplitRule
 from megaopus.score.base import Method, make_column
 from megaopus.score.checkpoint import CheckpointPerplexity, Utility
 from megaopus.score.ngrams import Dsir

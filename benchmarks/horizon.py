@@ -32,9 +32,9 @@ from megaopus.config.compose import compose
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.monitor.health import StopSignal
 from megaopus.selection import Selector
-from megaopus.trainer import Trainer
+from megaopus.training.signals import StopSignal
+from megaopus.training.trainer import Trainer
 
 RUNS = {"uniform": "selection=uniform", "books only": "selection=dsir"}
 UPDATES = (1, 4, 12)

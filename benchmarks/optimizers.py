@@ -31,13 +31,13 @@ from benchmarks.common import machine, parser, progress, start, write_results
 from benchmarks.study import Nobody, Results, Task, refuse_other_corpora, run_of, step_costs, task, train_all
 from megaopus.build import Corpora, build_trainer
 from megaopus.config.compose import compose
-from megaopus.data.traits import ensure_traits
+from megaopus.data.text_features import ensure_text_features
 from megaopus.demo import WANTED, ensure_corpus
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.engine.megatron import MegatronEngine
-from megaopus.monitor.compare import aggregate, compare
-from megaopus.monitor.health import StopSignal
+from megaopus.engine.megatron.engine import MegatronEngine
+from megaopus.report.compare import aggregate, compare
+from megaopus.training.signals import StopSignal
 
 COMMON = (
     "model=tiny",
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.no_training:
         refuse_other_corpora(study.first_tasks(), study.results)
     corpora = Corpora(compose(study.overrides("adamw", 1e-3, "uniform", SEED)))
-    ensure_traits(corpora.pool, corpora.proxy(), None, console)
+    ensure_text_features(corpora.pool, corpora.proxy(), None, console)
     if not args.no_training:
         train_all(list(study.first_tasks()), study.results, folder, args.jobs, console)
         train_all(list(study.second_tasks(args.arms or plan.arms)), study.results, folder, args.jobs, console)

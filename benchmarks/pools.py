@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megaopus.corpus_tools.prepare import prepare
+from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import MANIFEST, TOKENIZER
-from megaopus.data.prepare import prepare
-from megaopus.data.sources import Source
-from megaopus.data.split import SplitRule
 
 VOCAB_SIZE = 2048
 WANTED = "books"

@@ -42,12 +42,12 @@ from benchmarks.study import (
 )
 from megaopus.build import Corpora
 from megaopus.config.compose import compose
-from megaopus.data import bench_proxy
+from megaopus.corpus_tools import benchmark_proxy
+from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import MANIFEST, TOKENIZER, Corpus
-from megaopus.data.sources import Source
-from megaopus.data.split import SplitRule
-from megaopus.data.traits import ensure_traits
-from megaopus.monitor.compare import aggregate, compare
+from megaopus.data.text_features import ensure_text_features
+from megaopus.report.compare import aggregate, compare
 
 BENCHMARKS = (
     *("arc_easy_train", "arc_easy_val", "arc_easy_test", "arc_challenge_val", "arc_challenge_test"),
@@ -94,13 +94,13 @@ def make(data: Path, folder: Path, console: Console) -> Places:
     rule = SplitRule(PROXY_FRACTION, 0.02)
     prepare_texts(places.random, lambda: mixed(data), rule, console=console)
     sources = [Source(data / "benchmarks" / f"{name}.jsonl.gz") for name in BENCHMARKS]
-    items = bench_proxy.read_items(sources, ["query", "choices"])
+    items = benchmark_proxy.read_items(sources, ["query", "choices"])
     tokenizer = places.random / TOKENIZER
     asked = {"items": [(str(number), item.text) for number, item in enumerate(items[1::2])]}
     prepare_texts(places.held_out, lambda: asked, SplitRule(0, 0.98), tokenizer=tokenizer, console=console)
     if not (places.near / MANIFEST).is_file():
         budget = sum(counts["proxy"]["tokens"] for counts in Corpus.open(places.random).manifest["counts"].values())
-        bench_proxy.build(Corpus.open(places.random), items[::2], places.near, tokens=budget, console=console)
+        benchmark_proxy.build(Corpus.open(places.random), items[::2], places.near, tokens=budget, console=console)
     return places
 
 
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             corpora = Corpora(
                 compose([*COMMON, f"data.path={corpus}", f"data.validation_path={study.places.held_out}"])
             )
-            ensure_traits(corpora.pool, corpora.proxy(), None, console)
+            ensure_text_features(corpora.pool, corpora.proxy(), None, console)
         train_all(chosen, study.results, folder, args.jobs, console)
     rows = study.rows()
     print_rows(rows, console)

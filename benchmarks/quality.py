@@ -47,10 +47,10 @@ from benchmarks.study import (
 from megaopus.build import Corpora
 from megaopus.config.compose import compose
 from megaopus.data.corpus import Corpus
-from megaopus.data.traits import ensure_traits
+from megaopus.data.text_features import ensure_text_features
 from megaopus.demo import WANTED as DEMO_WANTED
 from megaopus.demo import ensure_corpus
-from megaopus.monitor.compare import aggregate, compare
+from megaopus.report.compare import aggregate, compare
 
 POOLS = ("demo", "mixed", "hard", "clean")
 FILTERS = {
@@ -178,9 +178,9 @@ def _prepare(study: Study, jobs: Sequence[Job], console: Console) -> None:
         config = compose(study.overrides(job))
         if config.data.filter.column is not None:
             ensure_column(Corpus.open(config.data.path), config.data.filter.column, console)
-        if config.selection.needs_traits:
+        if config.selection.needs_text_features:
             corpora = Corpora(config)
-            ensure_traits(corpora.pool, corpora.proxy(), None, console)
+            ensure_text_features(corpora.pool, corpora.proxy(), None, console)
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------

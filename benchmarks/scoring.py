@@ -138,6 +138,7 @@ def pass_sizes(plan: Plan, clock: str, bar: Progress) -> list[dict[str, Any]]:
         engine.train_step(random_batch(8, 0, **shape))
         backend, candidates = engine.scoring_backend(), random_batch(64, 2, **shape)
         operator, gradient = backend.operator(), backend.gradient(random_batch(8, 1, **shape))
+        assert operator is not None  # there was an update
         passes: dict[tuple[str, int], Any] = {}
         for size in (2, 4, 8, 16, 32, 64):
             passes["losses", size] = partial(backend.losses, candidates, micro_batch_size=size)

@@ -30,12 +30,12 @@ from megaopus.data.corpus import Corpus
 from megaopus.demo import picked_share
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
-from megaopus.monitor.choices import pick_counts
-from megaopus.monitor.compare import Run, compare, load_run, paired_t_test
-from megaopus.monitor.health import StopSignal
-from megaopus.monitor.sinks import read_rows
+from megaopus.record.parquet import pick_counts
+from megaopus.record.sinks import read_rows
+from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.report.compare import Run, compare, load_run, paired_t_test
 from megaopus.selection.prescreen import Prescreen
+from megaopus.training.signals import StopSignal
 
 SCORED = "selection.score_length=64"
 """A quarter of a sequence."""

@@ -30,8 +30,8 @@ from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
 from megaopus.demo import ensure_corpus
 from megaopus.errors import EngineError
-from megaopus.models.arithmetic import count_parameters, padded_vocab
 from megaopus.models.config import ModelConfig
+from megaopus.models.flops import count_parameters, padded_vocab
 from megaopus.optim.config import OptimConfig
 
 TARGET = 0.95

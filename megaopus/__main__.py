@@ -127,7 +127,7 @@ def prepare(arguments: list[str]) -> int:
         "  python -m megaopus prepare --data tinystories --out corpus\n"
         "  python -m megaopus prepare --demo --out corpus",
     )
-    from megaopus.data import prepare as preparer
+    from megaopus.corpus_tools import prepare as preparer
 
     preparer.add_arguments(parser)
     parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="more choices for --data, beside the shipped")
@@ -148,10 +148,10 @@ def proxy(arguments: list[str]) -> int:
         "Write a corpus anew with another proxy: the documents nearest to benchmark items, which leave its pool.",
         "  python -m megaopus proxy --corpus corpus --items arc_easy.jsonl --tokens 300000 --out corpus_arc",
     )
-    from megaopus.data import bench_proxy
+    from megaopus.corpus_tools import benchmark_proxy
 
-    bench_proxy.add_arguments(parser)
-    bench_proxy.run(parser.parse_args(arguments))
+    benchmark_proxy.add_arguments(parser)
+    benchmark_proxy.run(parser.parse_args(arguments))
     return 0
 
 
@@ -179,11 +179,11 @@ def report(arguments: list[str]) -> int:
         "  python -m megaopus report runs/uniform runs/opus --out report.html\n"
         "  python -m megaopus report runs/opus --replay 120,480",
     )
-    from megaopus.monitor import report as reporter
+    from megaopus.report import page as reporter
 
     reporter.add_arguments(parser)
     args = parser.parse_args(arguments)
-    from megaopus import replay
+    from megaopus.report import replay
 
     if args.replay is not None:
         if args.out or args.start_step is not None:

@@ -26,25 +26,25 @@ from megaopus.checkpoint.lock import run_lock
 from megaopus.config.parse import to_yaml
 from megaopus.config.resume_policy import Change, changes, check_identity, refuse_unallowed
 from megaopus.config.run_config import RunConfig, default_settings
-from megaopus.data.candidates import CandidateStream
+from megaopus.data.candidates import CandidateStream, evaluation_buffers
 from megaopus.data.corpus import Corpus
-from megaopus.data.keeping import kept_documents
 from megaopus.data.mixture import continued, parse_stages, plain
+from megaopus.data.score_filter import kept_documents
 from megaopus.data.sequences import Sequences
-from megaopus.data.traits import SequenceTraits, ensure_traits
+from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
-from megaopus.distributed.watch import Watch
-from megaopus.engine.deepspeed import DeepSpeedEngine
-from megaopus.engine.megatron import MegatronEngine
+from megaopus.engine.deepspeed.engine import DeepSpeedEngine
+from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.errors import CheckpointError
-from megaopus.models.arithmetic import count_parameters
-from megaopus.monitor.health import STOP_EXIT_CODE, StopSignal
-from megaopus.monitor.monitor import Monitor
-from megaopus.pace import Pace
-from megaopus.safety import UpdateGuard
+from megaopus.models.flops import count_parameters
+from megaopus.record.recorder import Recorder
 from megaopus.selection import SelectionConfig, Selector
-from megaopus.trainer import Trainer
+from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
+from megaopus.training.spike_guard import SpikeGuard
+from megaopus.training.straggler import StragglerDetector
+from megaopus.training.trainer import Trainer
+from megaopus.training.watchdog import HangWatchdog
 
 PACKAGES = ("megaopus", "torch", "megatron-core", "deepspeed", "tokenizers", "numpy")
 """Whose versions a run's environment.json tells."""
@@ -59,7 +59,7 @@ def train(config: RunConfig) -> int:
     """
     with StopSignal() as stop:
         mesh = Mesh(config.parallel, config.engine.device, config.engine.timeout_minutes)
-        watch = Watch(mesh, WATCH_SHARE * 60 * config.engine.timeout_minutes)
+        watch = HangWatchdog(mesh, WATCH_SHARE * 60 * config.engine.timeout_minutes)
         try:
             with _locked(Path(config.run_dir), mesh):
                 return _train(config, mesh, stop, watch)
@@ -76,7 +76,7 @@ def _locked(run_dir: Path, mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: Watch) -> int:
+def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: HangWatchdog) -> int:
     run_dir = Path(config.run_dir)
     checkpoint = locate(config.resume, run_dir, mesh)
     changed: list[Change] = []
@@ -92,7 +92,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, watch: Watch) -> int
             refuse_unallowed(changed, config.resume_allow, checkpoint.folder)
         trainer.restore(checkpoint)
     on_rank_0(mesh, lambda: _begin(config, run_dir, mesh, checkpoint, trainer.identity["corpus"]))
-    monitor = Monitor(
+    monitor = Recorder(
         config.logging,
         run_dir,
         config.train.steps,
@@ -141,9 +141,9 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
         pool=pool,
         seed=config.seed,
         wanted=partial(_is_wanted, config.data.target_domains),
-        traits=corpora.traits(selection, mesh) if selection.needs_traits else None,
+        text_features=corpora.text_features(selection, mesh) if selection.needs_text_features else None,
     )
-    validation = corpora.validation.fixed(config.train.eval_sequences)
+    validation = evaluation_buffers(corpora.validation, config.train.eval_sequences)
     return Trainer(
         engine=engine,
         stream=candidate_stream(config, corpora),
@@ -151,9 +151,9 @@ def build_trainer(config: RunConfig, mesh: Mesh, corpora: Corpora, stop: StopSig
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh),
         validation=validation,
         wanted=config.data.target_domains or list(validation),
-        guard=UpdateGuard(config.train.spike_factor, config.train.spike_window, clipped=config.optim.clip_grad > 0),
+        guard=SpikeGuard(config.train.spike_factor, config.train.spike_window, clipped=config.optim.clip_grad > 0),
         max_skipped=config.train.max_skipped,
-        pace=Pace(config.logging.every, mesh.gather_objects),
+        pace=StragglerDetector(config.logging.every, mesh.gather_objects),
         stop_requested=lambda: _agreed(mesh, stop),
         identity=_identity(config, corpora, bf16=engine.bf16),
         config=asdict(config),
@@ -219,11 +219,13 @@ class Corpora:
         data = self._config
         return Sequences(self._open(data.proxy_path or data.path), "proxy", data.seq_len, data.target_domains or None)
 
-    def traits(self, selection: SelectionConfig, mesh: Mesh) -> SequenceTraits:
+    def text_features(self, selection: SelectionConfig, mesh: Mesh) -> SequenceTextFeatures:
         """Of the pool's sequences, computed by rank 0 if they are not there."""
         proxy = self.proxy()
-        folder = on_rank_0(mesh, lambda: ensure_traits(self.pool, proxy, self._config.text_features_path, Console()))
-        return SequenceTraits(self.pool, folder, selection.prescreen.text_features)
+        folder = on_rank_0(
+            mesh, lambda: ensure_text_features(self.pool, proxy, self._config.text_features_path, Console())
+        )
+        return SequenceTextFeatures(self.pool, folder, selection.prescreen.text_features)
 
     def _open(self, path: str) -> Corpus:
         if path not in self._opened:

@@ -14,7 +14,7 @@ from rich.table import Table
 from megaopus.config.run_config import RunConfig, differences
 from megaopus.config.validation import validate
 from megaopus.errors import ConfigError
-from megaopus.models.arithmetic import (
+from megaopus.models.flops import (
     VOCAB_MULTIPLE,
     Weight,
     count_parameters,
@@ -23,7 +23,7 @@ from megaopus.models.arithmetic import (
     stage_weights,
     training_flops_per_token,
 )
-from megaopus.selection.config import BY_LOSS, BY_TRAITS, SKETCHES, SelectionConfig, most_per_pass
+from megaopus.selection.config import BY_LOSS, BY_TEXT_FEATURES, SKETCHES, SelectionConfig, most_per_pass
 
 SCORING_COST = {
     "directional": (2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
@@ -35,7 +35,7 @@ SCORING_COST = {
     "kronecker": (2 / 3, "forward and input gradients; the sketches of activations not counted"),
     "exact": (1.0, "forward and backward per candidate, in float64"),
     **dict.fromkeys(BY_LOSS, (1 / 3, "one forward")),
-    **dict.fromkeys(BY_TRAITS, (0.0, "traits alone, worked out beforehand")),
+    **dict.fromkeys(BY_TEXT_FEATURES, (0.0, "traits alone, worked out beforehand")),
     "domain_oracle": (0.0, "labels alone"),
 }
 """FLOPs per scored token over FLOPs per trained token, and why."""
@@ -103,8 +103,8 @@ def open_data(config: RunConfig) -> Data:
     """Open the corpora of ``config`` and count their sequences; raises DataError."""
     from megaopus.data.candidates import CandidateStream
     from megaopus.data.corpus import Corpus
-    from megaopus.data.keeping import kept_documents
     from megaopus.data.mixture import parse_stages
+    from megaopus.data.score_filter import kept_documents
     from megaopus.data.sequences import Sequences
 
     data = config.data

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from megaopus.errors import EngineError
 
 if TYPE_CHECKING:
-    from megaopus.monitor.compare import Comparison, Run
+    from megaopus.report.compare import Comparison, Run
 
 WANTED = "docs"
 LR_WARM_STEPS = 40
@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> None:
     """Build the corpus, train both arms, print the table, write report.html and summary.json."""
     from rich.console import Console
 
-    from megaopus.monitor.compare import compare, load_run
-    from megaopus.monitor.report import write_report
-    from megaopus.replay import texts_of
+    from megaopus.report.compare import compare, load_run
+    from megaopus.report.page import write_report
+    from megaopus.report.replay import texts_of
 
     console = Console()
     started = time.monotonic()
@@ -89,7 +89,7 @@ def train(run_dir: Path, steps: int, settings: Sequence[str], console: Any) -> N
 def ensure_corpus(path: Path, console: Any) -> Path:
     """The demo corpus at ``path``, prepared if it is not there."""
     if not (path / "manifest.json").is_file():
-        from megaopus.data.demo_corpus import build_demo_corpus
+        from megaopus.corpus_tools.demo_corpus import build_demo_corpus
 
         path.parent.mkdir(parents=True, exist_ok=True)
         build_demo_corpus(path, console=console)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megaopus.data.prepare import prepare
-from megaopus.data.sources import Source
-from megaopus.data.split import SplitRule
+from megaopus.corpus_tools.prepare import prepare
+from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.split import SplitRule
 
 
 @pytest.fixture(scope="session")

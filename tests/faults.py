@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megaopus.checkpoint.manifest import COMPLETE, MANIFEST, digest_of, entry, manifest_text, read_manifest
-from megaopus.trainer import Trainer
+from megaopus.training.trainer import Trainer
 
 
 class Interrupted(BaseException):

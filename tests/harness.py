@@ -20,8 +20,8 @@ import torch.multiprocessing as mp
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
-from megaopus.engine.deepspeed import DeepSpeedEngine
-from megaopus.engine.megatron import MegatronEngine
+from megaopus.engine.deepspeed.engine import DeepSpeedEngine
+from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 
@@ -167,10 +167,10 @@ def tiny_engine(
 
 def save_engine(engine: Any, folder: Path, groups: dict[str, Any]) -> None:
     """Write a checkpoint's weights as a checkpointer has them written (collective)."""
-    saving = engine.saving(folder, groups, False)
+    saving = engine.prepare_save(folder, groups, False)
     saving.start(lambda path: None, background=False)
     assert saving.error() is None
-    saving.finish()
+    saving.commit()
     engine.mesh.barrier()
 
 

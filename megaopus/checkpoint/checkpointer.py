@@ -21,7 +21,7 @@ from megaopus.checkpoint.manifest import COMPLETE, MANIFEST, Entry, digest_of, e
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.errors import CheckpointError
-from megaopus.files import sync
+from megaopus.fs import sync
 
 FORMAT = 2
 _NAME = re.compile(r"step_\d{8,}")
@@ -39,22 +39,22 @@ _STATE = {
 Groups = dict[str, dict[str, Tensor]]
 
 
-class SavingLike(Protocol):
-    """Weights on their way to disk (``megaopus.engine.saving.Saving``)."""
+class PendingSaveLike(Protocol):
+    """Writes weights to disk in two phases (``megaopus.engine.pending_save.PendingSave``)."""
 
-    def start(self, look: Callable[[Path], Any], background: bool) -> None: ...
+    def start(self, on_file_written: Callable[[Path], Any], background: bool) -> None: ...
 
     def done(self) -> bool: ...
 
     def error(self) -> BaseException | None: ...
 
-    def finish(self) -> dict[Path, Any]: ...
+    def commit(self) -> dict[Path, Any]: ...
 
 
 class Saveable(Protocol):
     """The part of an engine that a checkpoint needs."""
 
-    def saving(self, folder: Path, groups: Groups, copy: bool) -> SavingLike: ...
+    def prepare_save(self, folder: Path, groups: Groups, copy: bool) -> PendingSaveLike: ...
 
     def load(self, folder: Path, groups: list[str]) -> Groups: ...
 
@@ -186,7 +186,7 @@ _ANOTHER = f"delete the checkpoint's file {COMPLETE} to fall back to the one bef
 class _Pending:
     """A save that is being written."""
 
-    saving: SavingLike
+    saving: PendingSaveLike
     partial: Path
     final: Path
     content: dict[str, Any]
@@ -234,7 +234,7 @@ class Checkpointer:
             return
         background = self._config.background and not wait
         with _explained(f"{partial}: cannot write the weights", _UNTOUCHED):
-            saving = engine.saving(partial / "weights", groups, background)
+            saving = engine.prepare_save(partial / "weights", groups, background)
         content = {"format": FORMAT, "step": step, "groups": sorted(groups), **state}
         saving.start(entry, background)
         self._pending = _Pending(saving, partial, final, content)
@@ -263,7 +263,7 @@ class Checkpointer:
             where = f"{pending.partial}: cannot write the weights ({'; '.join(problems)})"
             raise CheckpointError(f"{where}; {_UNTOUCHED}") from problem
         with _explained(f"{pending.partial}: cannot write the weights", _UNTOUCHED):
-            written = pending.saving.finish()
+            written = pending.saving.commit()
         files: dict[str, Entry] = {}
         for each in self._mesh.gather_objects(
             {path.relative_to(pending.partial).as_posix(): found for path, found in written.items()}

@@ -59,7 +59,7 @@ def with_old_names(tree: Mapping[str, Any]) -> dict[str, Any]:
     result = renamed(tree)
     for old, new in RENAMED.items():
         section, _, name = old.rpartition(".")
-        if f"${{{old}}}" in str(tree) and (holder := _section(result, section)) is not None:
+        if f"${{{old}" in str(tree) and (holder := _section(result, section)) is not None:
             holder[name] = f"${{{new}}}"
     return result
 

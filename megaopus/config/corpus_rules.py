@@ -10,7 +10,7 @@ from typing import Any
 from megaopus.config.rulebook import RuleBook
 from megaopus.config.run_config import RunConfig
 from megaopus.errors import Problem
-from megaopus.models.arithmetic import count_parameters, padded_vocab
+from megaopus.models.flops import count_parameters, padded_vocab
 from megaopus.settings import did_you_mean
 
 EXACT_LIMIT = 5_000_000
@@ -61,7 +61,7 @@ def _corpora(config: RunConfig) -> dict[str, tuple[str, str]]:
     proxy = ("data.proxy_path", data.proxy_path) if data.proxy_path else ("data.path", data.path)
     validation = ("data.validation_path", data.validation_path) if data.validation_path else ("data.path", data.path)
     corpora = {"pool": ("data.path", data.path), "validation": validation}
-    used = config.selection.needs_proxy or config.selection.needs_traits
+    used = config.selection.needs_proxy or config.selection.needs_text_features
     return corpora | ({"proxy": proxy} if used else {})
 
 

@@ -24,7 +24,7 @@ def class_of(key: str) -> str:
     """The class of a dotted setting; of one that is no more, its section's. Raises KeyError if neither is known."""
     part: Any = RunConfig
     resume = RunConfig.RESUME
-    for name in key.split("."):
+    for name in current(key).split("."):
         kind = kinds(part).get(name)
         if kind is None and part is RunConfig:
             raise KeyError(key)

@@ -11,11 +11,11 @@ from megaopus.data.config import DataConfig
 from megaopus.distributed.config import ParallelConfig
 from megaopus.engine.config import EngineConfig
 from megaopus.models.config import ModelConfig
-from megaopus.monitor.config import LoggingConfig
 from megaopus.optim.config import OptimConfig
+from megaopus.record.config import LoggingConfig
 from megaopus.selection.config import SelectionConfig
 from megaopus.settings import FIXED, HARMLESS, Entry, entries, member_entries, setting
-from megaopus.train_config import TrainConfig
+from megaopus.training.config import TrainConfig
 
 
 @dataclass(slots=True, kw_only=True)

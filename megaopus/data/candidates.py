@@ -55,6 +55,12 @@ class CandidateBuffer:
         return {name: float(count) / max(len(self), 1) for name, count in zip(self.domain_names, counts, strict=True)}
 
 
+def evaluation_buffers(sequences: Sequences, n_per_domain: int) -> dict[str, CandidateBuffer]:
+    """Evenly spaced sequences of each domain to evaluate on, at most ``n_per_domain``, always the same ones."""
+    chosen = sequences.evenly_spaced(n_per_domain)
+    return {name: CandidateBuffer(sequences, numbers, numbers) for name, numbers in chosen.items()}
+
+
 class CandidateStream:
     """An endless run of epochs, each a fresh permutation of all sequences, cut into buffers of N.
 

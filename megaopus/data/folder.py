@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megaopus.errors import DataError
-from megaopus.files import sync
+from megaopus.fs import sync
 
 
 class StoppedError(DataError):

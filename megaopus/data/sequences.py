@@ -14,8 +14,7 @@ from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.errors import DataError
 
 if TYPE_CHECKING:
-    from megaopus.data.candidates import CandidateBuffer
-    from megaopus.data.keeping import Kept
+    from megaopus.data.score_filter import Kept
 
 
 class Sequences:
@@ -144,16 +143,13 @@ class Sequences:
         _, first, last = self._span([sequence], self.seq_len + 1)
         return [self.corpus.ids[index] for index in self._documents[first[0] : last[0] + 1]]
 
-    def fixed(self, n_per_domain: int) -> dict[str, CandidateBuffer]:
-        """Evenly spaced sequences of each domain for evaluation, at most ``n_per_domain``, always the same ones."""
-        from megaopus.data.candidates import CandidateBuffer
-
+    def evenly_spaced(self, n_per_domain: int) -> dict[str, np.ndarray]:
+        """Numbers of evenly spaced sequences of each domain, at most ``n_per_domain``, always the same ones."""
         chosen = {}
         for code, name in enumerate(self.domains):
             available = int(self._first[code + 1] - self._first[code])
             taken = min(n_per_domain, available)
-            ids = self._first[code] + (2 * np.arange(taken) + 1) * available // (2 * taken)
-            chosen[name] = CandidateBuffer(self, ids, ids)
+            chosen[name] = self._first[code] + (2 * np.arange(taken) + 1) * available // (2 * taken)
         return chosen
 
     def _checked(self, ids: np.ndarray | Items[int]) -> np.ndarray:

@@ -1,15 +1,24 @@
-"""What the training loop asks of an engine."""
+"""Says what an engine is: a GPT, its optimizer and their layout, as the training loop and the selector see them."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from megaopus.engine.saving import Saving
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.engine.batch_split import seed_dropout
+from megaopus.engine.config import EngineConfig
+from megaopus.engine.pending_save import PendingSave
+from megaopus.models.config import ModelConfig
+from megaopus.optim.config import OptimConfig
+from megaopus.optim.schedule import lr_factor
 from megaopus.selection.backend import Candidates, Gradient, ScoringBackend
 
 
@@ -28,29 +37,106 @@ class StepResult:
     """Seconds of this rank's forward and backward passes, before gradients are reduced; 0: not known."""
 
 
-class Engine(Protocol):
-    """A model, its optimizer and their layout. Every method is collective: all ranks call it."""
+class Engine(ABC):
+    """Trains a GPT at one layout. Every method is collective: all ranks call it."""
 
-    step: int
-    """Updates so far: what the learning rate depends on."""
+    module: nn.Module
+    """The model of this rank; of several chunks, a list of them."""
+    optimizer: Any
+    """What holds the main weights and the optimizer's state (``main_weights()``, ``states()``, ``set_step()``)."""
 
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        model: ModelConfig,
+        optim: OptimConfig,
+        engine: EngineConfig,
+        parallel: ParallelConfig,
+        vocab_size: int,
+        seq_len: int,
+        micro_batch_size: int,
+        total_steps: int,
+        seed: int,
+    ):
+        """Make the model and its optimizer.
+
+        Args:
+            mesh: this rank's place among the others.
+            model, optim, engine, parallel: the sections of the run's settings.
+            vocab_size: token ids of the tokenizer, before padding.
+            seq_len: positions of a training sequence.
+            micro_batch_size: sequences of a forward pass on one rank.
+            total_steps: updates of the whole run, over which the learning rate is scheduled.
+            seed: of the initial weights and of dropout.
+
+        Raises:
+            EngineError: the engine cannot run this model, layout or optimizer.
+        """
+        self.mesh = mesh
+        self.step = 0
+        """Updates so far: what the learning rate depends on."""
+        self.micro_batch_size = micro_batch_size
+        self.seq_len = seq_len
+        self.bf16 = engine.precision == "bf16" or (engine.precision == "auto" and not mesh.on_cpu)
+        self._optim_config = optim
+        self._total_steps = total_steps
+        self._seed = seed
+        self._dropout = model.dropout > 0
+        seed_dropout(mesh, seed, 0)
+        self._build(model, optim, engine, parallel, vocab_size)
+
+    @abstractmethod
+    def _build(
+        self, model: ModelConfig, optim: OptimConfig, engine: EngineConfig, parallel: ParallelConfig, vocab_size: int
+    ) -> None:
+        """Make ``module`` and ``optimizer``; the other attributes are there."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """(local name, parameter) of this rank; of several model chunks, names begin with the chunk's number."""
+        return self.module.named_parameters()
+
+    def prepare_update(self) -> float:
+        """Give the optimizer the learning rate and momentum of the coming update; returns the learning rate."""
+        return self.optimizer.set_step(self.step, lr_factor(self._optim_config, self.step, self._total_steps))
+
+    @abstractmethod
     def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:
-        """One update from a global batch of K sequences; each data-parallel rank reads only its share.
+        """Make one update from a global batch of K sequences; each data-parallel rank reads only its share.
 
         ``limit``: the largest gradient norm with which the update is made.
         """
 
+    @abstractmethod
     def evaluate(self, sequences: Candidates) -> Tensor:
         """(n,) mean token loss of each sequence, float64, the same on every rank."""
 
+    @abstractmethod
+    def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
+        """Mean gradient of a global batch, dropout off, by whole-model name; fp32, the same on every dp rank.
+
+        ``length``: positions of each sequence from its start; None: all. Raises ValueError if ``batch`` cannot be split
+        evenly over the dp ranks.
+        """
+
+    @abstractmethod
+    def local_losses(self, batch: Candidates, rows: Tensor, micro_batch_size: int, length: int) -> Tensor:
+        """(len(rows),) float64: this rank's part of the mean token loss of each of ``rows``; no graph.
+
+        The parts of the context- and pipeline-parallel ranks add up to it; tensor-parallel ranks have equal ones.
+        """
+
+    @abstractmethod
     def scoring_backend(self) -> ScoringBackend:
         """The model and optimizer as the selector sees them."""
 
-    def saving(self, folder: Path, groups: dict[str, Gradient], copy: bool) -> Saving:
+    @abstractmethod
+    def prepare_save(self, folder: Path, groups: dict[str, Gradient], copy: bool) -> PendingSave:
         """A save of weights, optimizer state and further parameter-shaped tensors (by group, then whole-model name).
 
         ``copy``: it keeps copies, so that training may go on while it writes; else it must be carried out at once.
         """
 
+    @abstractmethod
     def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
-        """Restore what ``save`` wrote into this engine; returns the groups asked for."""
+        """Restore what ``prepare_save`` wrote into this engine; returns the groups asked for."""

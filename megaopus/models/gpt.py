@@ -64,15 +64,8 @@ def transformer_config(model: ModelConfig, mesh: Mesh, parallel: ParallelConfig,
     )
 
 
-def build_gpt(
-    model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, max_positions: int, chunk: int = 0
-) -> Any:
-    """Model chunk ``chunk`` of this rank's stage of the GPT, on the mesh's device, not yet initialised.
-
-    ``vocab_size`` is the padded one. Forward: (tokens (B, S), position ids (B, S), None, labels=(B, S)) -> loss (B, S),
-    S this context-parallel rank's part of the positions.
-    """
-    from megatron.core.models.gpt import GPTModel
+def _block_spec(model: ModelConfig, config: Any, mesh: Mesh, vp_stage: int | None) -> Any:
+    """megatron's spec of the layers of one model chunk, with our attention, linear layers and norms in it."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -90,10 +83,21 @@ def build_gpt(
     mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
     if model.qk_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    chunks = config.virtual_pipeline_model_parallel_size
-    vp_stage = None if chunks is None else chunk
     num_layers = get_num_layers_to_build(config, vp_stage, mesh.pp_rank)
-    block = TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+
+
+def build_gpt(
+    model: ModelConfig, config: Any, mesh: Mesh, *, vocab_size: int, max_positions: int, chunk: int = 0
+) -> Any:
+    """Model chunk ``chunk`` of this rank's stage of the GPT, on the mesh's device, not yet initialised.
+
+    ``vocab_size`` is the padded one. Forward: (tokens (B, S), position ids (B, S), None, labels=(B, S)) -> loss (B, S),
+    S this context-parallel rank's part of the positions.
+    """
+    from megatron.core.models.gpt import GPTModel
+
+    vp_stage = None if (chunks := config.virtual_pipeline_model_parallel_size) is None else chunk
 
     class GPT(GPTModel):
         def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -106,7 +110,7 @@ def build_gpt(
 
     gpt = GPT(
         config=config,
-        transformer_layer_spec=block,
+        transformer_layer_spec=_block_spec(model, config, mesh, vp_stage),
         vocab_size=vocab_size,
         max_sequence_length=max_positions,
         pre_process=mesh.pp_rank == 0 and chunk == 0,
@@ -155,7 +159,7 @@ def global_names(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
-def whole_names(module: nn.Module) -> Iterator[tuple[str, str]]:
+def canonical_names(module: nn.Module) -> Iterator[tuple[str, str]]:
     """(local name, name in the whole model) of each parameter of a rank; the copies of a tied matrix have one name."""
     for local, name, _ in global_names(module):
         yield local, EMBEDDING if is_tied(module) and name == "output_layer.weight" else name
@@ -198,7 +202,7 @@ def full_parameters(module: nn.Module, mesh: Mesh, values: dict[str, Tensor] | N
     """
     local: dict[str, Tensor] = {}
     parameters = dict(module.named_parameters())
-    for own, name in whole_names(module):
+    for own, name in canonical_names(module):
         parameter = parameters[own]
         value = (parameter if values is None else values[name]).detach()
         local[name] = whole_of(value, parameter, mesh.tp_group).cpu()

@@ -30,7 +30,7 @@ class ParameterState(NamedTuple):
     """torch's names -> values; tensors are shaped as the whole local parameter. Empty before the first update."""
 
 
-class MainOptimizer:
+class MixedPrecisionOptimizer:
     """megatron's ChainedOptimizer over one or two torch optimizers, with a learning rate set by the caller.
 
     ``param_groups`` carry ``peak_lr``; ``step(factor)`` applies peak_lr * factor. ``sharded``: the wrapped model chunks

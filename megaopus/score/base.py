@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from rich.console import Console
 
+from megaopus.corpus_tools.progress import Advance, stages
+from megaopus.corpus_tools.sources import Source
 from megaopus.data.corpus import Corpus
 from megaopus.data.folder import new_folder, refuse_existing, work_folder
-from megaopus.data.progress import Advance, stages
 from megaopus.data.scores import COLUMN, column_folder, kept_columns, write_column
-from megaopus.data.sources import Source
 from megaopus.errors import DataError
 
 Begin = Callable[[str, int], Advance]

@@ -21,8 +21,8 @@ from megaopus.data.scores import HIGHEST, LOWEST
 from megaopus.data.sequences import Sequences
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.engine.forward import token_losses
-from megaopus.engine.scoring import MegatronScoringBackend
+from megaopus.engine.gpt_forward import token_losses
+from megaopus.engine.megatron.scoring import MegatronScoringBackend
 from megaopus.errors import CheckpointError, DataError
 from megaopus.score.base import Begin
 from megaopus.score.hub import FIRST, MEAN, PASS_TOKENS

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megaopus.corpus_tools.sources import needed
 from megaopus.data.corpus import Corpus
 from megaopus.data.scores import HIGHEST, LOWEST
-from megaopus.data.sources import needed
 from megaopus.errors import DataError
 from megaopus.score.base import Begin
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from megaopus.corpus_tools.sources import Source, SourceReader, needed
 from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.data.permutation import permute
 from megaopus.data.scores import HIGHEST
-from megaopus.data.sources import Source, SourceReader, needed
 from megaopus.errors import DataError
 from megaopus.score.base import Begin, file_stamps
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megaopus.corpus_tools.sources import Source
 from megaopus.data.corpus import Corpus
 from megaopus.data.scores import LOWEST, load_column
-from megaopus.data.sources import Source
 from megaopus.errors import DataError
 from megaopus.score.base import Method, make_column
 

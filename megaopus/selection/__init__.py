@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from megaopus.selection.config import SelectionConfig
 
 if TYPE_CHECKING:
-    from megaopus.selection.adjoint import adjoint_utilities
     from megaopus.selection.backend import (
         Batch,
         Candidates,
@@ -23,14 +22,15 @@ if TYPE_CHECKING:
         UpdateOperator,
     )
     from megaopus.selection.candidates import TensorCandidates
-    from megaopus.selection.direction import directional_utilities
-    from megaopus.selection.exact import exact_utilities
-    from megaopus.selection.kronecker import KroneckerEstimator
-    from megaopus.selection.module import ModuleBackend
-    from megaopus.selection.preconditioner import build_operator
+    from megaopus.selection.estimators.adjoint import adjoint_utilities
+    from megaopus.selection.estimators.countsketch import CountSketch, CountSketchEstimator
+    from megaopus.selection.estimators.directional import directional_utilities
+    from megaopus.selection.estimators.exact import exact_utilities
+    from megaopus.selection.estimators.kronecker import KroneckerEstimator
+    from megaopus.selection.operators.build import build_operator
+    from megaopus.selection.operators.rules import register_operator
     from megaopus.selection.selector import Selection, Selector
-    from megaopus.selection.sketch import CountSketch, CountSketchEstimator
-    from megaopus.selection.update_rules import register_operator
+    from megaopus.selection.torch_backend import ModuleBackend
 
 __all__ = [
     "Batch",
@@ -55,25 +55,31 @@ __all__ = [
     "exact_utilities",
     "register_operator",
 ]
-_MODULES = (
-    "adjoint",
-    "backend",
-    "candidates",
-    "direction",
-    "exact",
-    "kronecker",
-    "module",
-    "preconditioner",
-    "selector",
-    "sketch",
-    "update_rules",
-)
+_MODULE_OF = {
+    "Batch": "backend",
+    "Candidates": "backend",
+    "CountSketch": "estimators.countsketch",
+    "CountSketchEstimator": "estimators.countsketch",
+    "GhostLayer": "backend",
+    "Gradient": "backend",
+    "KroneckerEstimator": "estimators.kronecker",
+    "ModuleBackend": "torch_backend",
+    "Proxy": "backend",
+    "ScoringBackend": "backend",
+    "Selection": "selector",
+    "Selector": "selector",
+    "Shard": "backend",
+    "TensorCandidates": "candidates",
+    "UpdateOperator": "backend",
+    "adjoint_utilities": "estimators.adjoint",
+    "build_operator": "operators.build",
+    "directional_utilities": "estimators.directional",
+    "exact_utilities": "estimators.exact",
+    "register_operator": "operators.rules",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for module in _MODULES:
-            loaded = importlib.import_module(f"megaopus.selection.{module}")
-            if hasattr(loaded, name):
-                return getattr(loaded, name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"megaopus.selection.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'megaopus.selection' has no attribute {name!r}")

@@ -47,7 +47,7 @@ class Shard:
     """This rank's part -> the whole; a collective call of the ranks that share the matrix."""
 
 
-class Traits(Protocol):
+class TextFeatures(Protocol):
     """What is known of candidates without a model, by their ids (n,)."""
 
     def features(self, ids: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from megaopus.selection import noise
+from megaopus.selection import counter_rng
 from megaopus.selection.backend import Batch, Candidates
 
 
@@ -89,7 +89,7 @@ class Windowed:
         if self._window == "strided":
             positions = (steps * tensor.shape[1] // width).expand(len(tensor), width)
         else:
-            drawn = noise.uniform(noise.key(self._seed, "window", self._step), self.ids.cpu())
+            drawn = counter_rng.uniform(counter_rng.key(self._seed, "window", self._step), self.ids.cpu())
             start = (drawn * (tensor.shape[1] - width + 1)).long()
             positions = start.unsqueeze(1) + steps
         rows = torch.arange(len(tensor)).unsqueeze(1)

@@ -12,7 +12,7 @@ from megaopus.settings import FIXED, HARMLESS, TRAINING, renamed, setting
 
 METHODS = ("uniform", "opus", "greats", "high_ppl", "low_ppl", "mid_ppl", "dsir", "importance", "domain_oracle")
 BY_LOSS = ("high_ppl", "low_ppl", "mid_ppl")
-BY_TRAITS = ("dsir", "importance")
+BY_TEXT_FEATURES = ("dsir", "importance")
 BY_PROXY = ("opus", "greats")
 ESTIMATORS = ("directional", "adjoint", "countsketch", "kronecker", "exact")
 SKETCHES = ("countsketch", "kronecker")
@@ -121,6 +121,7 @@ def _expression(value: str) -> str | None:
     return None
 
 
+@renamed(needs_traits="needs_text_features")
 @dataclass(slots=True, kw_only=True)
 class SelectionConfig:
     """How the global batch is chosen from a buffer of candidates (symbols of arXiv 2602.05400 in brackets)."""
@@ -281,11 +282,11 @@ class SelectionConfig:
         return 1 if self.prescreen.mode == "off" else self.prescreen.multiple
 
     @property
-    def needs_traits(self) -> str:
+    def needs_text_features(self) -> str:
         """The setting that needs traits of the candidates; empty: none."""
         if self.prescreen.mode != "off":
             return f"selection.prescreen.mode={self.prescreen.mode}"
-        if self.method in BY_TRAITS:
+        if self.method in BY_TEXT_FEATURES:
             return f"selection.method={self.method}"
         if self.guards.domain_floor > 0:
             return "selection.guards.domain_floor"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaopus.selection import noise
+from megaopus.selection import counter_rng
 from megaopus.selection.backend import Batch, Candidates
 from megaopus.selection.candidates import tensors_of
 
@@ -75,7 +75,7 @@ def token_signatures(batch: Batch) -> Tensor:
     tokens = next(tensors_of(batch)).cpu().flatten(1)
     tokens = tokens.double().view(torch.int64) if tokens.is_floating_point() else tokens.to(torch.int64)
     places = torch.arange(tokens.shape[1]) << 32
-    return noise.bits(0, noise.bits(0, tokens + places).sum(dim=1))  # int64 sums wrap
+    return counter_rng.bits(0, counter_rng.bits(0, tokens + places).sum(dim=1))  # int64 sums wrap
 
 
 def alarm_of_pairs(picks: Candidates, others: Sequence[Candidates], level: float) -> str | None:
@@ -105,7 +105,7 @@ def quotas(floor: float, domains: Tensor, usable: Tensor, count: int, seed: int,
     """
     present, sizes = domains.unique(return_counts=True)
     due = floor * sizes.double() * count / len(domains)
-    rounded = (due + noise.uniform(noise.key(seed, "floor", step), present)).floor().long()
+    rounded = (due + counter_rng.uniform(counter_rng.key(seed, "floor", step), present)).floor().long()
     found, left = {}, count
     for domain, quota in zip(present.tolist(), rounded.tolist(), strict=True):
         found[domain] = min(quota, int((usable == domain).sum()), left)

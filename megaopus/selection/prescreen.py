@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaopus.selection import noise, sampler
-from megaopus.selection.backend import Traits
+from megaopus.selection import counter_rng, sampler
+from megaopus.selection.backend import TextFeatures
 from megaopus.selection.config import PrescreenConfig
 
 _BLOCK = 16
@@ -29,15 +29,15 @@ DOUBT = "alarm: the predictor's correlation"
 
 
 class Prescreen:
-    """Ridge regression of utilities' normal scores on a candidate's traits, over a window of the latest scores.
+    """Ridge regression of utilities' normal scores on a candidate's text_features, over a window of the latest scores.
 
     Candidates stand by the sum of what it predicts and ``prior`` times the log of their importance.
     A function of what it has learnt, so it is the same on every rank that has seen the same scores.
     """
 
-    def __init__(self, config: PrescreenConfig, traits: Traits):
+    def __init__(self, config: PrescreenConfig, text_features: TextFeatures):
         self._config = config
-        self._traits = traits
+        self._text_features = text_features
         self._ids = torch.empty(0, dtype=torch.int64)
         self._utilities = torch.empty(0, dtype=torch.float64)
         self._standing = torch.empty(0, dtype=torch.float64)  # at the time, before its score was known; nan: not yet
@@ -55,9 +55,9 @@ class Prescreen:
             return None
         total = torch.zeros(len(ids), dtype=torch.float64)
         if prior > 0:
-            total += prior * self._traits.importance(ids)
+            total += prior * self._text_features.importance(ids)
         if weights is not None:
-            learnt = self._traits.features(ids).double() @ weights[:-1] + weights[-1]
+            learnt = self._text_features.features(ids).double() @ weights[:-1] + weights[-1]
             total += learnt.clamp_max(0) if prior > 0 else learnt
         return total
 
@@ -109,7 +109,7 @@ class Prescreen:
         """
         drawn = count if standing is None else min(self._config.slice, count)
         uniform = torch.zeros(len(ids), dtype=torch.bool)
-        uniform[allowed[sampler.pick_top_k(noise.uniform(key, ids[allowed]), ids[allowed], drawn)]] = True
+        uniform[allowed[sampler.pick_top_k(counter_rng.uniform(key, ids[allowed]), ids[allowed], drawn)]] = True
         chosen = uniform.clone()
         if standing is not None:
             rest = allowed[~uniform[allowed]]
@@ -123,7 +123,7 @@ class Prescreen:
         ``ridge`` is the one of ``_RIDGES`` with the least squared error on each score when it is left out, which the
         fit to all tells: (y_i - y^_i) / (1 - H_ii), H = X (X^T X + ridge)^-1 X^T (Allen's PRESS, 1974).
         """
-        features = self._traits.features(self._ids).double()
+        features = self._text_features.features(self._ids).double()
         mean = features.mean(dim=0)
         target = _normal_scores(self._utilities, self._steps)
         centred = features - mean

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megaopus.selection import guards
-from megaopus.selection.backend import Batch, Candidates, Proxy, ScoringBackend, Traits
+from megaopus.selection.backend import Batch, Candidates, Proxy, ScoringBackend, TextFeatures
 from megaopus.selection.candidates import as_candidates
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.prescreen import Prescreen
@@ -31,7 +31,7 @@ class Evidence:
     exposures: Tensor | None
     redundancy: Redundancy | None = None
     domains: Tensor
-    """int64 numbers of the domains, as ``Traits.domains`` counts them."""
+    """int64 numbers of the domains, as ``TextFeatures.domains`` counts them."""
     doubt: str | None = None
     """The event that begins with ``prescreen.DOUBT``, if there was one."""
 
@@ -90,7 +90,7 @@ class _Replay(Selector):
         seed: int,
         proxy: Proxy | None,
     ):
-        traits = cast(Traits, _Traits(ids, evidence.domains))
+        text_features = cast(TextFeatures, _TextFeatures(ids, evidence.domains))
         super().__init__(
             config,
             cast(ScoringBackend, _OneRank()),
@@ -99,13 +99,13 @@ class _Replay(Selector):
             pool=_missing("the pool's gradient"),
             wanted=_missing("which domains were wanted"),
             seed=seed,
-            traits=traits,
+            text_features=text_features,
         )
         self._proxy = proxy
         self._scorer = cast(Any, _Scores(config, evidence, ids))
         self._exposure = _Exposures(evidence.exposures)
         if self._prescreen is not None:
-            self._prescreen = _Prescreen(config.prescreen, traits)
+            self._prescreen = _Prescreen(config.prescreen, text_features)
             self._prescreen.recorded = evidence
 
     def _signatures(self, candidates: Candidates) -> Tensor:
@@ -120,7 +120,7 @@ class _OneRank:
         return values
 
 
-class _Traits:
+class _TextFeatures:
     def __init__(self, ids: Tensor, domains: Tensor):
         self._ids, self._domains = ids, domains
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megaopus.selection import noise
+from megaopus.selection import counter_rng
 
 
 def standardise(utilities: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def pick(
 
 def pick_uniform(ids: Tensor, count: int, seed: int, step: int) -> Tensor:
     """(count,) positions drawn without replacement, every candidate equally likely."""
-    return _largest(noise.uniform(noise.key(seed, "uniform", step), ids), ids, count)
+    return _largest(counter_rng.uniform(counter_rng.key(seed, "uniform", step), ids), ids, count)
 
 
 def pick_top_k(utilities: Tensor, ids: Tensor, count: int) -> Tensor:
@@ -70,7 +70,9 @@ def pick_boltzmann(utilities: Tensor, ids: Tensor, count: int, temperature: floa
 
     Done at once: the largest of utility / temperature + Gumbel noise are distributed as those draws (Yellott, 1977).
     """
-    return _largest(utilities / temperature + noise.gumbel(noise.key(seed, "boltzmann", step), ids), ids, count)
+    return _largest(
+        utilities / temperature + counter_rng.gumbel(counter_rng.key(seed, "boltzmann", step), ids), ids, count
+    )
 
 
 def pick_diverse(
@@ -94,7 +96,7 @@ def pick_diverse(
     for draw in range(count):
         score = left
         if temperature is not None:
-            score = left / temperature + noise.gumbel(noise.key(seed, "diverse", step, draw), ids)
+            score = left / temperature + counter_rng.gumbel(counter_rng.key(seed, "diverse", step, draw), ids)
         best = int(torch.argmax(score))  # the first of equal scores: the smallest id
         picked.append(best)
         left = left - penalty[:, best]

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaopus.selection import noise
-from megaopus.selection.adjoint import adjoint_consumer, adjoint_utilities
-from megaopus.selection.backend import Candidates, Gradient, Proxy, ScoringBackend, Traits, UpdateOperator
+from megaopus.selection import counter_rng
+from megaopus.selection.backend import Candidates, Gradient, Proxy, ScoringBackend, TextFeatures, UpdateOperator
 from megaopus.selection.candidates import Windowed, as_candidates, tensors_of
-from megaopus.selection.config import BY_LOSS, BY_TRAITS, SelectionConfig, most_per_pass
-from megaopus.selection.direction import directional_utilities
-from megaopus.selection.exact import exact_estimate
-from megaopus.selection.kronecker import KroneckerEstimator
-from megaopus.selection.layers import ghost_layers, parameter_names, require_some
+from megaopus.selection.config import BY_LOSS, BY_TEXT_FEATURES, SelectionConfig, most_per_pass
+from megaopus.selection.estimators.adjoint import adjoint_consumer, adjoint_utilities
+from megaopus.selection.estimators.countsketch import CountSketchEstimator
+from megaopus.selection.estimators.directional import directional_utilities
+from megaopus.selection.estimators.exact import exact_estimate
+from megaopus.selection.estimators.kronecker import KroneckerEstimator
+from megaopus.selection.estimators.layers import ghost_layers, parameter_names, require_some
 from megaopus.selection.memory import find_micro_batch_size
 from megaopus.selection.proxy import ProxyGradient
-from megaopus.selection.sketch import CountSketchEstimator
 
 
 class Scorer:
@@ -35,7 +35,7 @@ class Scorer:
         proxy: Proxy | None,
         pool: Proxy | None,
         wanted: Callable[[Candidates], Tensor] | None,
-        traits: Traits | None,
+        text_features: TextFeatures | None,
         seed: int,
     ):
         self.config = config
@@ -43,7 +43,7 @@ class Scorer:
         self._proxy = proxy
         self._pool = pool
         self._wanted = wanted
-        self._traits = traits
+        self._text_features = text_features
         self._seed = seed
         self._proxy_gradient = ProxyGradient(config.proxy_ema, kept=config.proxy_every > 1)
         self._layers = config.derived_layers()
@@ -86,13 +86,13 @@ class Scorer:
         mine = buffer.take(torch.arange(share) + self.backend.rank * share)
         if self.config.score_window != "first":
             mine = Windowed(mine, self.config.score_window, self._seed, step)
-        if self.config.method in BY_TRAITS:
-            assert self._traits is not None  # checked on construction
-            known = self._traits.log_odds if self.config.method == "dsir" else self._traits.importance
+        if self.config.method in BY_TEXT_FEATURES:
+            assert self._text_features is not None  # checked on construction
+            known = self._text_features.log_odds if self.config.method == "dsir" else self._text_features.importance
             return known(buffer.ids), None
         if self.config.method == "domain_oracle":
             assert self._wanted is not None  # checked on construction
-            noise_N = noise.uniform(noise.key(self._seed, "domain_oracle", step), buffer.ids.cpu())
+            noise_N = counter_rng.uniform(counter_rng.key(self._seed, "domain_oracle", step), buffer.ids.cpu())
             return self._wanted(buffer).cpu().double() + noise_N, None
         if self.config.method in BY_LOSS:
             self._find_size(mine, lambda: self.backend.losses(mine, **self._passes()))

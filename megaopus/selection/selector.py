@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaopus.selection import guards, noise, sampler
-from megaopus.selection.backend import Batch, Candidates, Proxy, ScoringBackend, Traits
+from megaopus.selection import counter_rng, guards, sampler
+from megaopus.selection.backend import Batch, Candidates, Proxy, ScoringBackend, TextFeatures
 from megaopus.selection.candidates import as_candidates
 from megaopus.selection.config import BY_PROXY, SelectionConfig
 from megaopus.selection.prescreen import Prescreen
@@ -133,8 +133,8 @@ class Selector:
 
     ``proxy``: step -> the proxy mini-batch of that step (``Candidates``, or plain tensors), the whole batch on every
     rank; methods 'opus' and 'greats' need it. ``pool``: the same of any text; ``contrast`` needs it. ``wanted``:
-    candidates -> (N,) which are of a wanted domain; method 'domain_oracle' needs it. ``traits``: what is known of
-    candidates without a model; a prescreen, methods 'dsir' and 'importance', and some guards need it. Raises
+    candidates -> (N,) which are of a wanted domain; method 'domain_oracle' needs it. ``text_features``: what is
+    known of candidates without a model; a prescreen, methods 'dsir' and 'importance', and some guards need it. Raises
     ValueError for unusable settings.
     """
 
@@ -148,7 +148,7 @@ class Selector:
         seed: int,
         pool: Proxy | None = None,
         wanted: Callable[[Candidates], Tensor] | None = None,
-        traits: Traits | None = None,
+        text_features: TextFeatures | None = None,
     ):
         if wrong := [f"{each.key}={each.value!r}: {each.reason} ({each.remedy})" for each in problems(config)]:
             raise ValueError("selection settings: " + "; ".join(wrong))
@@ -162,20 +162,25 @@ class Selector:
             raise ValueError("contrast is with a batch of the pool: pass pool=, a function of the step like proxy=")
         if config.method == "domain_oracle" and wanted is None:
             raise ValueError("method 'domain_oracle' must know what is wanted: pass wanted=, candidates -> (N,) bool")
-        if config.needs_traits and traits is None:
-            raise ValueError(f"{config.needs_traits} needs traits of the candidates: pass traits= (backend.Traits)")
+        if config.needs_text_features and text_features is None:
+            raise ValueError(
+                f"{config.needs_text_features} needs text features of the candidates: pass text_features="
+                " (backend.TextFeatures)"
+            )
         self.config = config
         self.backend = backend
         self.num_selected = num_selected
         self.seed = seed
         self._proxy = proxy
-        self._traits = traits
-        self._scorer = Scorer(config, backend, proxy=proxy, pool=pool, wanted=wanted, traits=traits, seed=seed)
+        self._text_features = text_features
+        self._scorer = Scorer(
+            config, backend, proxy=proxy, pool=pool, wanted=wanted, text_features=text_features, seed=seed
+        )
         self._exposure = guards.Exposure(config.guards.exposure_window)
         self._prescreen = None
         if config.prescreen.mode != "off":
-            assert traits is not None
-            self._prescreen = Prescreen(config.prescreen, traits)
+            assert text_features is not None
+            self._prescreen = Prescreen(config.prescreen, text_features)
         self._choice: _Choice | None = None
         self._told: set[str] = set()
 
@@ -313,7 +318,7 @@ class Selector:
         if self._prescreen is not None and due:
             trusted = None if doubt or standing is None else standing - debt
             scored, uniform = self._prescreen.screen(
-                ids, buffer.allowed, trusted, self._num_scored(len(ids)), noise.key(self.seed, "slice", period)
+                ids, buffer.allowed, trusted, self._num_scored(len(ids)), counter_rng.key(self.seed, "slice", period)
             )
         found, gram = self._score(candidates, scored, step, events) if due else (None, None)
         utilities = None
@@ -384,8 +389,8 @@ class Selector:
             penalty = config.redundancy * scale * overlap
         quotas = None
         if config.guards.domain_floor > 0:
-            assert self._traits is not None  # checked on construction
-            domains = self._traits.domains(ids)
+            assert self._text_features is not None  # checked on construction
+            domains = self._text_features.domains(ids)
             floor = config.guards.domain_floor
             quotas = domains[among], guards.quotas(floor, domains, domains[among], count, self.seed, period)
         temperature = config.temperature if config.sampler == "boltzmann" else None
@@ -400,7 +405,7 @@ class Selector:
             return replace(self._uniform(ids, buffer.allowed, period), redundancy=redundancy)
         self._tell_uniform(values[among], ratio, buffer.events)
         if config.score_every > 1:  # a fair mix in each step
-            picked = picked[noise.uniform(noise.key(self.seed, "turns", period), ids[picked]).argsort()]
+            picked = picked[counter_rng.uniform(counter_rng.key(self.seed, "turns", period), ids[picked]).argsort()]
         everyone = torch.zeros(len(ids), dtype=torch.float64).index_copy(0, among, p)
         return _Choice(period, picked, config.method, ess, ratio, everyone, redundancy=redundancy)
 
@@ -413,8 +418,8 @@ class Selector:
         return config.method != "uniform" and (config.guards.exposure_cap > 0 or config.guards.min_unique > 0)
 
     def _signatures(self, candidates: Candidates) -> Tensor:
-        if self._traits is not None:
-            return self._traits.signatures(candidates.ids, self.config.guards.near_duplicates)
+        if self._text_features is not None:
+            return self._text_features.signatures(candidates.ids, self.config.guards.near_duplicates)
         return guards.token_signatures(candidates.batch())
 
     def _allowed(self, times: Tensor | None, size: int, events: list[str]) -> tuple[Tensor, Tensor]:

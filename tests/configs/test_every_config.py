@@ -5,7 +5,7 @@ import pytest
 from megaopus.config.compose import compose, default_config_dir
 from megaopus.config.parse import load, to_yaml
 from megaopus.config.run_config import differences
-from megaopus.models.arithmetic import count_parameters
+from megaopus.models.flops import count_parameters
 from tests.unit.config_corpus import write_manifest
 
 CONFIGS = default_config_dir()

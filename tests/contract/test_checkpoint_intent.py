@@ -141,12 +141,12 @@ def test_a_manifest_that_names_a_file_outside(name: str, run: Path, tiny_corpus:
 
 
 def test_deepspeed_files_are_plain_tensors(tmp_path: Path) -> None:
-    from megaopus.engine import zero_checkpoint
+    from megaopus.engine.deepspeed.engine import checkpoint
 
     class Alone:
         tp_rank = 0
 
     torch.save({"tp": 1, "dp": 1, "steps": Payload(tmp_path / "owned")}, tmp_path / "zero_tp000_dp00000.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        list(zero_checkpoint._files(tmp_path, Alone()))  # type: ignore[arg-type]
+        list(checkpoint._files(tmp_path, Alone()))  # type: ignore[arg-type]
     assert not (tmp_path / "owned").exists()

@@ -24,7 +24,7 @@ from megaopus.checkpoint.checkpointer import (
 )
 from megaopus.checkpoint.config import CheckpointConfig
 from megaopus.distributed.mesh import MeshShape
-from megaopus.engine.saving import Saving
+from megaopus.engine.pending_save import PendingSave
 from megaopus.errors import CheckpointError
 
 STATE: dict[str, Any] = {"time_s": 1.0, "selector": {}, "guard": {}, "identity": {}, "config": {}}
@@ -53,7 +53,7 @@ class FileEngine:
         self.value = value
         self.during = during
 
-    def saving(self, folder: Path, groups: dict, copy: bool) -> Saving:
+    def prepare_save(self, folder: Path, groups: dict, copy: bool) -> PendingSave:
         value = self.value
 
         def write() -> list[Path]:
@@ -62,7 +62,7 @@ class FileEngine:
             torch.save(groups, folder / "second")
             return [folder / "first", folder / "second"]
 
-        return Saving(write, list)
+        return PendingSave(write, list)
 
     def load(self, folder: Path, groups: list[str]) -> dict:
         self.value = torch.load(folder / "first")
@@ -85,7 +85,7 @@ def newest(run_dir: Path) -> Checkpoint:
 
 def fail_before_weights(patch: pytest.MonkeyPatch, fault: Callable[[], None]) -> FileEngine:
     class Failing(FileEngine):
-        def saving(self, folder: Path, groups: dict, copy: bool) -> Saving:
+        def prepare_save(self, folder: Path, groups: dict, copy: bool) -> PendingSave:
             fault()
             raise AssertionError("the fault did nothing")
 

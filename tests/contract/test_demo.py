@@ -12,8 +12,8 @@ from rich.console import Console
 from benchmarks import quality
 from benchmarks.study import Results, summary_of
 from megaopus.__main__ import main
-from megaopus.data.demo_corpus import build_demo_corpus
-from megaopus.monitor.compare import load_run
+from megaopus.corpus_tools.demo_corpus import build_demo_corpus
+from megaopus.report.compare import load_run
 
 LIMITS = {"docs": 600_000, "code": 200_000, "readmes": 120_000, "noise": 200_000}
 STEPS = 6

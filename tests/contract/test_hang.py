@@ -14,7 +14,7 @@ import pytest
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.distributed.watch import Watch
+from megaopus.training.watchdog import HangWatchdog
 from tests.exact.resume_runs import settings
 from tests.harness import free_ports
 
@@ -56,7 +56,7 @@ def test_a_stopped_rank_is_named_and_the_others_end(stopped: int, tiny_corpus: P
 
 def test_a_rank_alone_tells_where_it_is() -> None:
     mesh, stream = Mesh(ParallelConfig(), "cpu"), io.StringIO()
-    watch = Watch(mesh, 0.2, stream)
+    watch = HangWatchdog(mesh, 0.2, stream)
     try:
         with watch.phase("score", 7):
             time.sleep(0.6)

@@ -15,7 +15,7 @@ import torch
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
-from megaopus.engine.megatron import MegatronEngine
+from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.errors import EngineError
 from megaopus.optim.config import OptimConfig
 from tests.exact.resume_runs import SELECTIONS, assert_same, choices, everything, rows, settings, train

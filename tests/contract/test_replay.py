@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megaopus.__main__ import main
-from megaopus.monitor.choices import FOLDER, parts, read_part
+from megaopus.record.parquet import FOLDER, parts, read_part
 from tests.exact.resume_runs import SELECTIONS, STEPS, settings, train
 from tests.faults import Interrupted, at_step, interrupt
 

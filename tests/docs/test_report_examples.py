@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaopus.monitor import choices as choices_module
-from megaopus.monitor.base import Choices
-from megaopus.monitor.choices import FOLDER, ChoiceSink, parts
+from megaopus.record import parquet as choices_module
+from megaopus.record.parquet import FOLDER, ChoiceSink, parts
+from megaopus.record.types import Choices
 
 PAGE = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaopus.selection import ModuleBackend, SelectionConfig, update_rules
+from megaopus.selection import ModuleBackend, SelectionConfig
+from megaopus.selection.operators.maps import rules
 
 DOC = Path(__file__).parents[2] / "docs" / "selection.md"
 VOCAB, LENGTH, STEPS = 24, 17, 120
@@ -77,7 +78,7 @@ def test_the_ten_line_loop_picks_better_than_random() -> None:
 
 
 def test_the_example_of_another_optimizer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(update_rules, "_FACTORIES", dict(update_rules._FACTORIES))
+    monkeypatch.setattr(rules, "_FACTORIES", dict(rules._FACTORIES))
     model = nn.Linear(3, 2)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="RMSprop"):

@@ -18,7 +18,7 @@ from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
 from megaopus.config.compose import compose
 from megaopus.config.run_config import RunConfig
-from megaopus.monitor.choices import FOLDER, parts, read_part
+from megaopus.record.parquet import FOLDER, parts, read_part
 
 STEPS = 10
 TIMING = ("time_s", "step_s", "select_s")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import ZERO_STAGES, EngineConfig
-from megaopus.engine.deepspeed import DeepSpeedEngine
-from megaopus.engine.zero_muon import Matrix, ZeroMuon
+from megaopus.engine.deepspeed.engine import DeepSpeedEngine
+from megaopus.engine.deepspeed.zero_muon import Matrix, ZeroMuon
 from megaopus.errors import EngineError
 from megaopus.optim.build import state_names
 from megaopus.optim.config import OptimConfig

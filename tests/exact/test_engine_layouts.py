@@ -12,8 +12,8 @@ from benchmarks.reference_gpt import ReferenceGPT
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
-from megaopus.engine.megatron import MegatronEngine
-from megaopus.models.gpt import full_parameters, whole_names
+from megaopus.engine.megatron.engine import MegatronEngine
+from megaopus.models.gpt import canonical_names, full_parameters
 from megaopus.optim.build import state_names
 from megaopus.optim.config import OptimConfig
 from tests.exact import resume_runs
@@ -49,7 +49,7 @@ def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str,
     The state is what the update operator needs.
     """
     results = [built.train_step(random_batch(8, step)) for step in range(first, last)]
-    names = dict(whole_names(built.module))
+    names = dict(canonical_names(built.module))
     states = {names[s.name]: s.state[state_names(s.optimizer)[-1]] for s in built.optimizer.states()}
     weights = {names[own]: value for own, value in built.optimizer.main_weights().items()}
     return {

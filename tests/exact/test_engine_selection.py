@@ -13,14 +13,14 @@ from benchmarks.reference_gpt import ReferenceGPT
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
-from megaopus.engine.megatron import MegatronEngine
+from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.selection import ModuleBackend, Selector
 from megaopus.selection.config import SelectionConfig
-from megaopus.selection.direction import directional_utilities
-from megaopus.selection.exact import exact_utilities
-from megaopus.selection.sketch import CountSketchEstimator
+from megaopus.selection.estimators.countsketch import CountSketchEstimator
+from megaopus.selection.estimators.directional import directional_utilities
+from megaopus.selection.estimators.exact import exact_utilities
 from tests.exact.estimators_toy import SEQ_LEN, VOCAB, buffer, proxy, spearman
 from tests.harness import MODELS, TINY, TokenCandidates, run_ranks, state_of, tiny_engine
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megaopus.selection import CountSketchEstimator, ModuleBackend, TensorCandidates, directional_utilities
 from megaopus.selection.backend import GhostLayer
-from megaopus.selection.ghost import per_sample_gradient
+from megaopus.selection.estimators.ghost import per_sample_gradient
 from tests.exact.estimators_toy import ToyGPT, buffer, per_sequence_loss, proxy, train
 
 
@@ -177,6 +177,6 @@ def test_sketching_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     backend = train("muon", steps=2)
     candidates, gradient, operator = buffer(6, seed=0), backend.gradient(proxy(0)), backend.operator()
     whole, _ = CountSketchEstimator(512, 0, "all").estimate(backend, candidates, operator, gradient)
-    monkeypatch.setattr("megaopus.selection.sketch._CHUNK_ELEMENTS", 5000)
+    monkeypatch.setattr("megaopus.selection.estimators.countsketch._CHUNK_ELEMENTS", 5000)
     chunked, _ = CountSketchEstimator(512, 0, "all").estimate(backend, candidates, operator, gradient)
     torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-4 * float(whole.std()))

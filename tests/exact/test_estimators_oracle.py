@@ -16,9 +16,9 @@ from megaopus.selection import (
     directional_utilities,
     exact_utilities,
 )
-from megaopus.selection.exact import exact_estimate
-from megaopus.selection.kronecker import rank_one
-from megaopus.selection.layers import ghost_layers
+from megaopus.selection.estimators.exact import exact_estimate
+from megaopus.selection.estimators.kronecker import rank_one
+from megaopus.selection.estimators.layers import ghost_layers
 from tests.exact.estimators_toy import ALL_OPTIMIZERS, buffer, proxy, spearman, train
 
 OPERATORS = [*((name, "paper") for name in ALL_OPTIMIZERS), ("muon", "full"), ("namo_d", "full")]

@@ -81,7 +81,7 @@ def select(mesh: Mesh, parallel: ParallelConfig, name: str) -> list[tuple[list[i
         proxy=lambda step: random_batch(8, 700 + step),
         pool=lambda step: random_batch(8, 800 + step),
         seed=7,
-        traits=TokenTraits(size),  # type: ignore[arg-type]
+        text_features=TokenTraits(size),  # type: ignore[arg-type]
     )
     engine.train_step(random_batch(8, 900))
     found = []

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from megaopus.checkpoint.checkpointer import Checkpointer, complete_checkpoints
-from megaopus.engine.saving import Saving
+from megaopus.engine.pending_save import PendingSave
 from megaopus.errors import CheckpointError
-from megaopus.monitor.health import STOP_EXIT_CODE
+from megaopus.training.signals import STOP_EXIT_CODE
 from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, everything, settings, tensors, train
 from tests.faults import at_step
 
@@ -36,9 +36,9 @@ def straight(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @contextmanager
 def writing(before: Callable[[], None]) -> Iterator[list[int]]:
     """Threads do ``before`` before they write; yields the updates in which a save was in flight."""
-    run, poll, flying = Saving._run, Checkpointer.poll, []
+    run, poll, flying = PendingSave._run, Checkpointer.poll, []
 
-    def slow(self: Saving) -> None:
+    def slow(self: PendingSave) -> None:
         if self._thread is not None:
             try:
                 before()
@@ -52,7 +52,7 @@ def writing(before: Callable[[], None]) -> Iterator[list[int]]:
         poll(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Saving, "_run", slow)
+        patch.setattr(PendingSave, "_run", slow)
         patch.setattr(Checkpointer, "poll", counted)
         yield flying
 
@@ -110,7 +110,7 @@ def test_a_thread_takes_no_signals(straight: Path) -> None:
     """Python runs handlers in the main thread alone, and a thread dies with its process: nothing is left behind."""
     seen: list[Any] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-    saving = Saving(lambda: time.sleep(0.2) or [], list)  # type: ignore[func-returns-value]
+    saving = PendingSave(lambda: time.sleep(0.2) or [], list)  # type: ignore[func-returns-value]
     saving.start(lambda path: None, background=True)
     os.kill(os.getpid(), signal.SIGTERM)
     assert seen == [signal.SIGTERM]

@@ -14,9 +14,9 @@ import pytest
 
 from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
-from megaopus.engine.megatron import MegatronEngine
-from megaopus.engine.scoring import MegatronScoringBackend
-from megaopus.monitor.health import STOP_EXIT_CODE, StopSignal
+from megaopus.engine.megatron.engine import MegatronEngine
+from megaopus.engine.megatron.scoring import MegatronScoringBackend
+from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
 from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, command, everything, settings, train
 from tests.faults import at_step
 

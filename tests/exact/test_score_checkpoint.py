@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megaopus.__main__ import main
+from megaopus.corpus_tools.prepare import prepare
+from megaopus.corpus_tools.sources import Source
 from megaopus.data.corpus import Corpus
-from megaopus.data.prepare import prepare
 from megaopus.data.scores import load_column
-from megaopus.data.sources import Source
-from megaopus.engine.scoring import EngineScoringBackend
+from megaopus.engine.scoring_base import EngineScoringBackend
 from megaopus.errors import CheckpointError, DataError
 from megaopus.score.base import make_column
 from megaopus.score.checkpoint import CheckpointPerplexity, Utility, windows_of

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.engine.forward import token_losses
-from megaopus.engine.megatron import MegatronEngine
-from megaopus.models.gpt import whole_names
+from megaopus.engine.gpt_forward import token_losses
+from megaopus.engine.megatron.engine import MegatronEngine
+from megaopus.models.gpt import canonical_names
 from megaopus.selection import Selector, adjoint_utilities
 from megaopus.selection.backend import Gradient, ScoringBackend
 from megaopus.selection.config import SelectionConfig
-from megaopus.selection.direction import directional_utilities
-from megaopus.selection.exact import exact_utilities
+from megaopus.selection.estimators.directional import directional_utilities
+from megaopus.selection.estimators.exact import exact_utilities
 from tests.exact import estimators_toy as toy
 from tests.exact.estimators_toy import spearman
 from tests.exact.test_engine_selection import OPTIMIZERS, build, text, wanted
@@ -236,7 +236,7 @@ def watch(engine: MegatronEngine, backend: Any, seen: dict[str, Any]) -> None:
 
     @contextmanager
     def watched(direction: Gradient) -> Iterator[Callable[[float], None]]:
-        names = dict(whole_names(engine.module))
+        names = dict(canonical_names(engine.module))
         main = {names[local]: weight.detach().clone() for local, weight in main_weights().items()}
         model = {names[local]: p for local, p in engine.named_parameters()}
 

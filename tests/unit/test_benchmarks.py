@@ -25,9 +25,9 @@ from benchmarks import columns, common, estimators, faults, filters, pools, qual
 from benchmarks.scoring import count_bytes
 from megaopus.build import Corpora
 from megaopus.config.compose import compose
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
-from megaopus.data.split import SplitRule
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig

@@ -15,19 +15,19 @@ from megaopus import check
 from megaopus.__main__ import VERBS, main
 from megaopus.config.compose import compose, default_config_dir
 from megaopus.config.run_config import RunConfig
-from megaopus.data.prepare import Source, prepare
-from megaopus.data.split import SplitRule
+from megaopus.corpus_tools.prepare import Source, prepare
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.errors import ConfigError
-from megaopus.models.arithmetic import (
+from megaopus.models.config import ModelConfig
+from megaopus.models.flops import (
     count_parameters,
     count_rank_parameters,
     layer_weights,
     padded_vocab,
     training_flops_per_token,
 )
-from megaopus.models.config import ModelConfig
 from megaopus.optim.registry import CATALOG
 from tests.harness import random_batch, run_ranks, tiny_engine
 

@@ -15,15 +15,15 @@ import pytest
 from rich.console import Console
 
 from megaopus.__main__ import main
-from megaopus.data import bench_proxy, search
-from megaopus.data.bench_proxy import build, read_items
+from megaopus.corpus_tools import benchmark_proxy, nearest_documents
+from megaopus.corpus_tools.benchmark_proxy import build, read_items
+from megaopus.corpus_tools.nearest_documents import Item
+from megaopus.corpus_tools.prepare import prepare
+from megaopus.corpus_tools.similarity import HashedTfidf, shared_runs
+from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import ROWS, Corpus
-from megaopus.data.nearness import HashedTfidf, shared_runs
-from megaopus.data.prepare import prepare
-from megaopus.data.search import Item
 from megaopus.data.sequences import Sequences
-from megaopus.data.sources import Source
-from megaopus.data.split import SplitRule
 from megaopus.errors import DataError
 
 TOPICS = {
@@ -153,11 +153,11 @@ def test_the_nearest_become_the_proxy_and_leave_the_pool(
 
 
 def test_a_killed_run_goes_on(corpus: Corpus, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_proxy, "CHUNK", 30)
+    monkeypatch.setattr(benchmark_proxy, "CHUNK", 30)
     asked = read_items([Source(items)], ["query", "choices"])
     shared = build(corpus, asked, tmp_path / "whole", tokens=600, workers=2)
     whole = Corpus.open(shared).fingerprint
-    digest, calls = search._digest, []
+    digest, calls = nearest_documents._digest, []
 
     def interrupted(*args: object) -> int:
         calls.append(args)
@@ -166,14 +166,14 @@ def test_a_killed_run_goes_on(corpus: Corpus, items: Path, tmp_path: Path, monke
         return digest(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(search, "_digest", interrupted)
+        patch.setattr(nearest_documents, "_digest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build(corpus, asked, tmp_path / "new", tokens=600, workers=1)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".new.work").glob("near-*.npz")}
     assert len(kept) == 3
     calls.clear()
     counted = lambda *args: calls.append(args) or digest(*args)  # noqa: E731
-    monkeypatch.setattr(search, "_digest", counted)
+    monkeypatch.setattr(nearest_documents, "_digest", counted)
     assert Corpus.open(build(corpus, asked, tmp_path / "new", tokens=600, workers=1)).fingerprint == whole
     assert len(calls) == (corpus.split_codes != 2).sum() - 90
     assert not (tmp_path / ".new.work").exists()

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megaopus.data import demo_text
+from megaopus.corpus_tools import demo_text
+from megaopus.corpus_tools.demo_corpus import DEMO_LIMITS, build_demo_corpus, build_demo_sources
 from megaopus.data.corpus import Corpus
-from megaopus.data.demo_corpus import DEMO_LIMITS, build_demo_corpus, build_demo_sources
 from megaopus.errors import DataError
 
 TINY = {"docs": 120_000, "code": 120_000, "readmes": 60_000, "noise": 120_000}

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megaopus.data import encode
-from megaopus.data import prepare as prepare_module
+from megaopus.corpus_tools import encode
+from megaopus.corpus_tools import prepare as prepare_module
+from megaopus.corpus_tools.prepare import prepare
+from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import Corpus
-from megaopus.data.prepare import prepare
-from megaopus.data.sources import Source
-from megaopus.data.split import SplitRule
 from megaopus.errors import DataError
 
 RULE = SplitRule(0.1, 0.1)
@@ -58,9 +58,10 @@ def test_the_corpus_does_not_depend_on_chunks_and_workers(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megaopus.data import encode, prepare
-from megaopus.data.sources import Source
-from megaopus.data.split import SplitRule
+from megaopus.corpus_tools import encode
+from megaopus.corpus_tools import prepare
+from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.split import SplitRule
 encode.CHUNK_CHARACTERS = prepare.CHUNK_CHARACTERS = {few}
 whole = encode.runs
 def cut(entries, characters):

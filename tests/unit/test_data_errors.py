@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import zstandard
 
+from megaopus.corpus_tools.prepare import prepare
+from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import CODE_DTYPE, Corpus, fingerprint_of, sha256_file
-from megaopus.data.prepare import prepare
 from megaopus.data.sequences import Sequences
-from megaopus.data.sources import Source
-from megaopus.data.split import SplitRule
 from megaopus.errors import DataError
 
 GOOD = b'{"text": "good"}\n'

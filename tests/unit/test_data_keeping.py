@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from megaopus.__main__ import main
+from megaopus.corpus_tools.prepare import prepare
+from megaopus.corpus_tools.sources import Fields, Source
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.config import FilterConfig
 from megaopus.data.corpus import SPLITS, Corpus
-from megaopus.data.keeping import gumbel, kept_documents
-from megaopus.data.prepare import prepare
+from megaopus.data.score_filter import gumbel, kept_documents
 from megaopus.data.scores import column_folder, load_column, write_column
 from megaopus.data.sequences import Sequences
-from megaopus.data.sources import Fields, Source
-from megaopus.data.split import SplitRule
 from megaopus.errors import DataError
 from megaopus.settings import problems
 

@@ -14,11 +14,11 @@ import pytest
 from rich.console import Console
 
 from megaopus.__main__ import main
-from megaopus.data import prepare as prepare_module
+from megaopus.corpus_tools import prepare as prepare_module
+from megaopus.corpus_tools.prepare import add_arguments, prepare, run
+from megaopus.corpus_tools.sources import Source, SourceReader
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import FILES, ROWS, SPLITS, Corpus
-from megaopus.data.prepare import add_arguments, prepare, run
-from megaopus.data.sources import Source, SourceReader
-from megaopus.data.split import SplitRule
 from megaopus.errors import DataError
 
 HALVES = SplitRule(proxy_fraction=0.3, validation_fraction=0.2, wanted=("wanted",))

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from megaopus.data.candidates import CandidateBuffer, CandidateStream
+from megaopus.corpus_tools.prepare import prepare
+from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.split import SplitRule
+from megaopus.data.candidates import CandidateBuffer, CandidateStream, evaluation_buffers
 from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.data.permutation import permute
-from megaopus.data.prepare import prepare
 from megaopus.data.sequences import Sequences
-from megaopus.data.sources import Source
-from megaopus.data.split import SplitRule
 from megaopus.errors import DataError
 
 L = 16
@@ -210,7 +210,7 @@ def test_share_of_each_domain(sequences):
 
 
 def test_fixed_sequences_are_spread_over_each_domain(sequences):
-    fixed = sequences.fixed(4)
+    fixed = evaluation_buffers(sequences, 4)
     start = 0
     for code, (name, count) in enumerate(sequences.counts.items()):
         chosen = fixed[name].sequence_ids - start
@@ -218,5 +218,5 @@ def test_fixed_sequences_are_spread_over_each_domain(sequences):
         quarters = [int(4 * place / count) for place in chosen]
         assert quarters == [0, 1, 2, 3]
         start += count
-    everything = sequences.fixed(10**6)
+    everything = evaluation_buffers(sequences, 10**6)
     assert sorted(np.concatenate([buffer.sequence_ids for buffer in everything.values()])) == list(range(start))

@@ -13,10 +13,10 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from megaopus.corpus_tools.prepare import prepare
+from megaopus.corpus_tools.sources import Fields, Source, SourceReader
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import ROWS, Corpus
-from megaopus.data.prepare import prepare
-from megaopus.data.sources import Fields, Source, SourceReader
-from megaopus.data.split import SplitRule
 from megaopus.data.tokenizer import load_tokenizer, train_tokenizer
 from megaopus.errors import DataError
 

@@ -1,4 +1,4 @@
-"""Traits of sequences against plain loops; their files are made once, whole or not at all."""
+"""TextFeatures of sequences against plain loops; their files are made once, whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from megaopus.data import traits
+from megaopus.data import text_features
 from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
-from megaopus.data.traits import SequenceTraits, ensure_traits, exact_signature, near_signature
+from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features, exact_signature, near_signature
 from megaopus.errors import DataError
 
 SEQ_LEN = 32
@@ -34,13 +34,13 @@ def proxy(tiny_corpus: Path) -> Sequences:
 
 @pytest.fixture(scope="module")
 def folder(pool: Sequences, proxy: Sequences, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_traits(pool, proxy, str(tmp_path_factory.mktemp("traits")), Console(quiet=True))
+    return ensure_text_features(pool, proxy, str(tmp_path_factory.mktemp("traits")), Console(quiet=True))
 
 
 def buckets(tokens: list[int]) -> tuple[list[int], list[int]]:
     """Hashed uni- and bigrams of one sequence."""
     row = np.array([tokens], dtype=np.uint64)
-    uni, bi = traits.hashed(row)
+    uni, bi = text_features.hashed(row)
     return uni[0].tolist(), bi[0].tolist()
 
 
@@ -54,15 +54,15 @@ def counted(sequences: Sequences, rows: Iterable[int] | None = None) -> tuple[Co
 
 
 def test_log_odds_are_those_of_a_plain_count(pool: Sequences, proxy: Sequences, folder: Path) -> None:
-    found = SequenceTraits(pool, folder).log_odds(torch.arange(len(pool)))
+    found = SequenceTextFeatures(pool, folder).log_odds(torch.arange(len(pool)))
     target, whole = counted(proxy), counted(pool)
     expected = []
     for tokens in pool.tokens(np.arange(len(pool))).tolist():
         total = 0.0
         for kind, hashes in enumerate(buckets(tokens)):
             odds = [
-                math.log((target[kind][h] + 1) / (target[kind].total() + traits.BUCKETS))
-                - math.log((whole[kind][h] + 1) / (whole[kind].total() + traits.BUCKETS))
+                math.log((target[kind][h] + 1) / (target[kind].total() + text_features.BUCKETS))
+                - math.log((whole[kind][h] + 1) / (whole[kind].total() + text_features.BUCKETS))
                 for h in hashes
             ]
             total += sum(odds) / len(odds)
@@ -78,7 +78,7 @@ def described(sequences: Sequences, row: int, others: list[tuple[Counter[int], C
     uni, bi = buckets(sequences.tokens(np.array([row]))[0].tolist())
 
     def log_p(counts: Counter[int], bucket: int) -> float:
-        return math.log((counts[bucket] + 1) / (counts.total() + traits.BUCKETS))
+        return math.log((counts[bucket] + 1) / (counts.total() + text_features.BUCKETS))
 
     found = []
     for unigrams, bigrams in others:
@@ -119,7 +119,7 @@ def test_importance_is_a_classifier_s_log_odds_and_no_text_is_described_by_its_o
         return value
 
     solver.step(loss)
-    found = SequenceTraits(pool, folder).importance(torch.arange(len(pool)))
+    found = SequenceTextFeatures(pool, folder).importance(torch.arange(len(pool)))
     most = float((wanted @ weights).detach().quantile(0.5))
     torch.testing.assert_close(found, (other @ weights).detach().clamp_max(most), rtol=1e-3, atol=1e-3)
     is_wanted = torch.from_numpy(pool.domain_of(np.arange(len(pool))) == pool.domains.index("docs"))
@@ -127,21 +127,21 @@ def test_importance_is_a_classifier_s_log_odds_and_no_text_is_described_by_its_o
 
 
 def test_a_pool_like_the_proxy_has_no_important_sequences(pool: Sequences, tmp_path: Path) -> None:
-    folder = ensure_traits(pool, pool, str(tmp_path), Console(quiet=True))
-    assert SequenceTraits(pool, folder).importance(torch.arange(len(pool))).abs().max() < 1e-6
+    folder = ensure_text_features(pool, pool, str(tmp_path), Console(quiet=True))
+    assert SequenceTextFeatures(pool, folder).importance(torch.arange(len(pool))).abs().max() < 1e-6
 
 
 def test_features_of_like_text_are_alike_and_blocks_stand_side_by_side(pool: Sequences, folder: Path) -> None:
     ids = torch.arange(0, len(pool), 3)
-    whole = SequenceTraits(pool, folder).features(ids)
-    parts = [SequenceTraits(pool, folder, [block]).features(ids) for block in traits.BLOCKS]
+    whole = SequenceTextFeatures(pool, folder).features(ids)
+    parts = [SequenceTextFeatures(pool, folder, [block]).features(ids) for block in text_features.BLOCKS]
     assert torch.equal(whole, torch.cat(parts, dim=1))
     ngrams, domain, likelihood, shape = parts
     assert ngrams.norm(dim=1).mean() == pytest.approx(1, abs=0.1)
-    assert torch.equal(domain.argmax(dim=1), SequenceTraits(pool, folder).domains(ids))
+    assert torch.equal(domain.argmax(dim=1), SequenceTextFeatures(pool, folder).domains(ids))
     assert domain.sum() == len(ids)
     assert torch.cat([likelihood, shape], 1).std(dim=0) == pytest.approx([1] * 8, abs=0.3)
-    again = SequenceTraits(pool, folder).features(ids + 5 * len(pool))  # ids of a later epoch
+    again = SequenceTextFeatures(pool, folder).features(ids + 5 * len(pool))  # ids of a later epoch
     assert torch.equal(again, whole)
 
 
@@ -164,18 +164,18 @@ def test_files_are_made_once_and_belong_to_pool_and_proxy(
 ) -> None:
     parent = str(folder.parent)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert ensure_traits(pool, proxy, parent, Console(quiet=True)) == folder
+    assert ensure_text_features(pool, proxy, parent, Console(quiet=True)) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    assert traits.traits_folder(pool, pool, parent) != folder
+    assert text_features.text_features_folder(pool, pool, parent) != folder
     other = Sequences(pool.corpus, "pool", SEQ_LEN // 2)
     with pytest.raises(DataError, match="delete its folder"):
-        SequenceTraits(other, folder)
+        SequenceTextFeatures(other, folder)
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     (broken / "near.npy").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"near\.npy: cannot be read"):
-        SequenceTraits(pool, broken)
-    monkeypatch.setattr(traits, "_sketch", lambda *args: 1 / 0)
+        SequenceTextFeatures(pool, broken)
+    monkeypatch.setattr(text_features, "_sketch", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        ensure_traits(pool, proxy, str(tmp_path / "new"), Console(quiet=True))
+        ensure_text_features(pool, proxy, str(tmp_path / "new"), Console(quiet=True))
     assert not any((tmp_path / "new").iterdir())

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from megaopus.monitor.base import SelectionRecord, StepRecord, ValidationRecord
-from megaopus.monitor.console import Console, format_count, format_duration, format_lr, kind_of, progress
+from megaopus.record.console import Console, format_count, format_duration, format_lr, kind_of, progress
+from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
 
 class Clock:

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from megaopus.errors import DataError
-from megaopus.monitor import plots
-from megaopus.monitor.arms import find_arms
-from megaopus.monitor.base import Choices, SelectionRecord, StepRecord, ValidationRecord
-from megaopus.monitor.choices import FOLDER, ChoiceSink
-from megaopus.monitor.compare import aggregate, compare, load_run
-from megaopus.monitor.digest import QUANTILES, digest
-from megaopus.monitor.report import add_arguments, run, write_report
-from megaopus.monitor.sections import Texts
-from megaopus.monitor.sinks import JsonlSink
+from megaopus.record.parquet import FOLDER, ChoiceSink
+from megaopus.record.sinks import JsonlSink
+from megaopus.record.types import Choices, SelectionRecord, StepRecord, ValidationRecord
+from megaopus.report import figures
+from megaopus.report.arms import find_arms
+from megaopus.report.choice_summary import QUANTILES, summarise_choices
+from megaopus.report.compare import aggregate, compare, load_run
+from megaopus.report.page import add_arguments, run, write_report
+from megaopus.report.sections import Texts
 
 POOL = {"docs": 0.25, "source": 0.35, "readme": 0.25, "noise": 0.15}
 TOKENS = 16 * 256
@@ -135,7 +135,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pictures, which take a third of the time."""
-    monkeypatch.setattr(plots, "DPI", 40)
+    monkeypatch.setattr(figures, "DPI", 40)
 
 
 def report(*arguments: object, texts: Texts | None = None) -> str:
@@ -259,7 +259,7 @@ def test_report_is_the_same_twice(folders: list[Path], tmp_path: Path) -> None:
 @pytest.mark.usefixtures("coarse")
 def test_report_of_one_run_beside_it_by_default(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "solo", "uniform", start=0, steps=60)
-    assert len(digest(load_run(folder)).counts) == 1000  # 60 x 64 candidates
+    assert len(summarise_choices(load_run(folder)).counts) == 1000  # 60 x 64 candidates
     run(argparse.Namespace(runs=[str(folder)], out=None, start_step=None))
     page = (folder / "report.html").read_text()
     assert "baseline" not in cells(page)[0]
@@ -314,7 +314,7 @@ def test_write_report_shows_title_and_notes_as_text(folders: list[Path], tmp_pat
 
 def test_digest_of_choices(folders: list[Path]) -> None:
     run = load_run(folders[1])
-    found = digest(run, 120)
+    found = summarise_choices(run, 120)
     assert [each.step for each in found.spreads] == list(range(120, 240))
     values = np.random.default_rng(130).normal(size=64) * 1e-3
     spread = found.spreads[10]
@@ -331,7 +331,7 @@ def test_digest_of_choices(folders: list[Path]) -> None:
     assert found.counts.tolist() == np.unique(picks, return_counts=True)[1].tolist()
     before = set(picks[: 32 * 120].tolist())  # of steps 100 to 219
     last = rows[120].sequences[rows[120].picked]
-    assert dict(found.again)[220] == pytest.approx(sum(int(n) in before for n in last) / 32)
+    assert dict(found.repeat_share)[220] == pytest.approx(sum(int(n) in before for n in last) / 32)
 
 
 @pytest.mark.usefixtures("coarse")
@@ -350,7 +350,7 @@ def test_a_page_shows_repeats_and_the_text_that_stood_out(folders: list[Path], t
     assert "+7.9 sd, utility 1, step 140, picked; docs, book700" in page
     assert "…</pre>" in page
     assert "x" * 601 not in page
-    counts = digest(load_run(folders[1])).counts
+    counts = summarise_choices(load_run(folders[1])).counts
     (row,) = [row for row in cells(page) if row[0] == "opus" and len(row) == 8]
     assert row[1:4] == [f"{32 * 140:,}", f"{len(counts):,}", f"{counts.max()}"]
     assert row[4] == f"{(counts == 1).mean():.1%}"

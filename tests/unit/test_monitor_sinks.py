@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from megaopus.errors import ConfigError, DataError
-from megaopus.monitor import choices as choices_module
-from megaopus.monitor.base import Choices, SelectionRecord, StepRecord, ValidationRecord
-from megaopus.monitor.choices import FOLDER, ChoiceSink, first_step, parts, pick_counts, read_part
-from megaopus.monitor.config import LoggingConfig
-from megaopus.monitor.monitor import Monitor
-from megaopus.monitor.sinks import RUN_ID_FILE, JsonlSink
+from megaopus.record import parquet as choices_module
+from megaopus.record.config import LoggingConfig
+from megaopus.record.parquet import FOLDER, ChoiceSink, first_step, parts, pick_counts, read_part
+from megaopus.record.recorder import Recorder
+from megaopus.record.sinks import RUN_ID_FILE, JsonlSink
+from megaopus.record.types import Choices, SelectionRecord, StepRecord, ValidationRecord
 
 TIMING = ("time_s", "step_s", "select_s")
 
@@ -97,7 +97,7 @@ def without_timing(path: Path) -> list[dict]:
 
 def train(folder: Path, start: int, stop: int, every: int = 4) -> None:
     """The trainer's calls for the updates from ``start`` up to ``stop``, cut off without a close."""
-    monitor = Monitor(LoggingConfig(every=1000), folder, 12, True, start)
+    monitor = Recorder(LoggingConfig(every=1000), folder, 12, True, start)
     if start == 0:
         monitor.validation(validation_record(0))
     for step in range(start, stop):
@@ -157,7 +157,7 @@ def test_a_killed_and_resumed_run_leaves_the_files_of_a_straight_one(
 
 def test_a_validation_made_again_after_resume_is_written_once(tmp_path: Path) -> None:
     train(tmp_path, 0, 4)
-    monitor = Monitor(LoggingConfig(), tmp_path, 12, True, 4)
+    monitor = Recorder(LoggingConfig(), tmp_path, 12, True, 4)
     monitor.validation(validation_record(4))
     monitor.validation(validation_record(5))
     steps = [row["step"] for row in rows(tmp_path / "metrics.jsonl") if row["kind"] == "validation"]
@@ -206,13 +206,13 @@ def test_a_broken_line_stops_the_resume_and_changes_nothing(tmp_path: Path, line
     text = f'{{"step":0}}\n{line}\n{{"step":2}}\n'
     path.write_text(text)
     with pytest.raises(DataError, match=message):
-        Monitor(LoggingConfig(), tmp_path, 10, True, 1)
+        Recorder(LoggingConfig(), tmp_path, 10, True, 1)
     assert path.read_text() == text
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_only_the_writer_rank_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monitor = Monitor(LoggingConfig(every=1, wandb="offline"), tmp_path / "run", 10, False)
+    monitor = Recorder(LoggingConfig(every=1, wandb="offline"), tmp_path / "run", 10, False)
     monitor.step(step_record(0), selection_record(0, ("fallback",)))
     monitor.validation(validation_record(1))
     monitor.event("event")
@@ -223,7 +223,7 @@ def test_only_the_writer_rank_writes_and_prints(tmp_path: Path, capsys: pytest.C
 
 
 def test_selection_file_can_be_switched_off(tmp_path: Path) -> None:
-    monitor = Monitor(LoggingConfig(selection=False), tmp_path, 10, True)
+    monitor = Recorder(LoggingConfig(selection=False), tmp_path, 10, True)
     monitor.step(step_record(0), selection_record(0))
     monitor.step(step_record(1), None)
     monitor.close()
@@ -263,7 +263,7 @@ def steps_on_disk(folder: Path) -> int:
 
 
 def test_a_row_per_step_and_a_row_per_candidate(tmp_path: Path) -> None:
-    monitor = Monitor(LoggingConfig(), tmp_path, 10, True)
+    monitor = Recorder(LoggingConfig(), tmp_path, 10, True)
     for step in range(2):
         monitor.step(step_record(step), selection_record(step))
     assert not (tmp_path / FOLDER).exists()
@@ -319,7 +319,7 @@ def test_a_part_that_cannot_be_read_stops_the_resume(tmp_path: Path) -> None:
     (part, _) = parts(tmp_path / FOLDER)
     part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(DataError, match=r"part-00000000.parquet: cannot be read"):
-        Monitor(LoggingConfig(), tmp_path, 10, True, 4)
+        Recorder(LoggingConfig(), tmp_path, 10, True, 4)
     assert len(parts(tmp_path / FOLDER)) == 2
 
 
@@ -327,7 +327,7 @@ def test_a_full_disk_is_an_error_that_names_the_part(tmp_path: Path, monkeypatch
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monitor = Monitor(LoggingConfig(), tmp_path, 10, True)
+    monitor = Recorder(LoggingConfig(), tmp_path, 10, True)
     monitor.step(step_record(0), selection_record(0))
     with monkeypatch.context() as patch:
         patch.setattr(pq, "write_table", full)
@@ -382,7 +382,7 @@ def test_sampling_bounds_the_log_and_keeps_every_pick(tmp_path: Path) -> None:
 def test_wandb_missing_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"logging\.wandb = 'offline'"):
-        Monitor(LoggingConfig(wandb="offline"), tmp_path / "run", 10, True)
+        Recorder(LoggingConfig(wandb="offline"), tmp_path / "run", 10, True)
     assert not (tmp_path / "run").exists()
 
 
@@ -392,7 +392,7 @@ def test_wandb_offline_run_continues_one_curve(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2 + "01234567")
     losses = {0: 3.7346190, 2: 3.5280917}
     for step, loss in losses.items():
-        monitor = Monitor(LoggingConfig(wandb="offline"), tmp_path, 10, True, step, {"optim": {"beta": 0.9371}})
+        monitor = Recorder(LoggingConfig(wandb="offline"), tmp_path, 10, True, step, {"optim": {"beta": 0.9371}})
         monitor.step(step_record(step, loss=loss), selection_record(step))
         monitor.validation(validation_record(step + 1))
         monitor.close()

@@ -13,7 +13,7 @@ import torch
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.engine.forward import SampledLabels
+from megaopus.engine.gpt_forward import SampledLabels
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.muon import Muon
 from megaopus.optim.schedule import lr_factor

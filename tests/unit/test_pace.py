@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from megaopus.pace import Pace
+from megaopus.training.straggler import StragglerDetector
 
 
 def test_the_slowest_rank_and_the_wait_for_data() -> None:
     others = [(0.1, 2.0), (0.1, 2.1), (1.5, 2.0)]
-    pace = Pace(2, lambda mine: [others[0], others[1], mine, others[2]])
+    pace = StragglerDetector(2, lambda mine: [others[0], others[1], mine, others[2]])
     assert pace.step(1, 0.05, 1.5, 2.5) == []
     assert pace.step(2, 0.05, 1.5, 2.5) == [
         "rank 3 waits for data 30% of the time",
@@ -19,4 +19,4 @@ def test_the_slowest_rank_and_the_wait_for_data() -> None:
 
 
 def test_a_rank_alone_is_not_slow() -> None:
-    assert Pace(1, lambda mine: [mine]).step(1, 0.0, 1.0, 1.0) == []
+    assert StragglerDetector(1, lambda mine: [mine]).step(1, 0.0, 1.0, 1.0) == []

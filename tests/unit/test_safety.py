@@ -6,17 +6,17 @@ import json
 import math
 
 from megaopus.engine.base import StepResult
-from megaopus.safety import UpdateGuard
+from megaopus.training.spike_guard import SpikeGuard
 
 
-def outcome(norm: float, guard: UpdateGuard, loss: float = 1.0) -> StepResult:
+def outcome(norm: float, guard: SpikeGuard, loss: float = 1.0) -> StepResult:
     """What an engine makes of a gradient of this norm."""
     applied = math.isfinite(loss) and math.isfinite(norm) and norm <= guard.limit()
     return StepResult(loss=loss, grad_norm=norm, lr=1.0, applied=applied)
 
 
 def test_a_spike_is_measured_against_the_median_of_what_was_applied() -> None:
-    guard = UpdateGuard(10.0, window=8, clipped=True)
+    guard = SpikeGuard(10.0, window=8, clipped=True)
     assert guard.record(outcome(1e9, guard)) is None  # the first quarter of a window is taken as it comes
     assert guard.limit() == math.inf
     for norm in (1.0, 3.0, 2.0):
@@ -31,7 +31,7 @@ def test_a_spike_is_measured_against_the_median_of_what_was_applied() -> None:
 
 
 def test_spikes_in_a_row_are_the_weights_doing() -> None:
-    guard, bare = UpdateGuard(10.0, window=8, clipped=True), UpdateGuard(10.0, window=8, clipped=False)
+    guard, bare = SpikeGuard(10.0, window=8, clipped=True), SpikeGuard(10.0, window=8, clipped=False)
     for each in (guard, bare):
         for norm in (1.0, 1.0, 50.0, 1.0, 50.0, math.nan, 50.0):  # those that are skipped twice at most
             each.record(outcome(norm, each))
@@ -52,7 +52,7 @@ def test_spikes_in_a_row_are_the_weights_doing() -> None:
 
 
 def test_what_is_not_finite() -> None:
-    guard = UpdateGuard(10.0, window=8, clipped=True)
+    guard = SpikeGuard(10.0, window=8, clipped=True)
     assert guard.record(outcome(1.0, guard, loss=math.nan)) == "loss not finite"
     assert guard.record(outcome(math.nan, guard)) == "gradient not finite"
     assert guard.record(outcome(math.inf, guard)) == "gradient not finite"
@@ -62,14 +62,14 @@ def test_what_is_not_finite() -> None:
 
 
 def test_it_can_be_switched_off() -> None:
-    guard = UpdateGuard(0.0, window=2, clipped=True)
+    guard = SpikeGuard(0.0, window=2, clipped=True)
     for _ in range(4):
         guard.record(outcome(1.0, guard))
     assert guard.limit() == math.inf
 
 
 def test_it_goes_on_to_the_last_bit() -> None:
-    guard, again = UpdateGuard(3.0, window=4, clipped=True), UpdateGuard(3.0, window=4, clipped=True)
+    guard, again = SpikeGuard(3.0, window=4, clipped=True), SpikeGuard(3.0, window=4, clipped=True)
     for norm in (0.1, 1 / 3, 2 / 7, 1e-30, 5.0, math.nan):
         guard.record(outcome(norm, guard))
     again.load_state_dict(json.loads(json.dumps(guard.state_dict())))

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from megaopus.__main__ import main
-from megaopus.data import traits
+from megaopus.corpus_tools.prepare import prepare
+from megaopus.corpus_tools.sources import Fields, Source
+from megaopus.data import text_features
 from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.data.folder import StoppedError
-from megaopus.data.prepare import prepare
 from megaopus.data.scores import column_folder, load_column
-from megaopus.data.sources import Fields, Source
 from megaopus.errors import DataError
 from megaopus.score.base import make_column, spans
 from megaopus.score.hub import Classifier, HubPerplexity
@@ -45,13 +45,13 @@ def dsir_by_hand(corpus: Corpus, target: list[np.ndarray], documents: np.ndarray
     """Document by document, n-gram by n-gram."""
 
     def grams(tokens: np.ndarray) -> tuple[list[int], list[int]]:
-        uni, bi = traits.hashed(tokens.astype(np.uint64)[None])
+        uni, bi = text_features.hashed(tokens.astype(np.uint64)[None])
         return uni[0].tolist(), bi[0].tolist()
 
     def log_chances(texts: list[np.ndarray]) -> list[dict[int, float]]:
         found = []
         for kind in range(2):
-            counts = [1] * traits.BUCKETS
+            counts = [1] * text_features.BUCKETS
             for text in texts:
                 for bucket in grams(text)[kind]:
                     counts[bucket] += 1

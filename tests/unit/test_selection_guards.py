@@ -32,11 +32,11 @@ class ByTable:
         return values
 
 
-def selector(traits=None, **guards) -> Selector:
+def selector(text_features=None, **guards) -> Selector:
     """Picks the K largest last tokens."""
     off = {"min_ess": 0, "min_distinct": 0, "min_unique": 0}
     config = SelectionConfig(method="high_ppl", guards=GuardConfig(**{**off, **guards}))
-    return Selector(config, ByTable(), num_selected=K, proxy=None, seed=0, traits=traits)  # type: ignore[arg-type]
+    return Selector(config, ByTable(), num_selected=K, proxy=None, seed=0, text_features=text_features)  # type: ignore[arg-type]
 
 
 def rows(values: list[int], width: int = 6, seed: int = 0) -> Tensor:
@@ -185,5 +185,5 @@ def test_picks_that_were_all_trained_on_before_raise_the_alarm() -> None:
     ],
 )
 def test_settings_that_need_traits_say_so(settings: dict, named: str) -> None:
-    with pytest.raises(ValueError, match=f"{named} needs traits"):
+    with pytest.raises(ValueError, match=f"{named} needs text features"):
         Selector(SelectionConfig(**settings), ByTable(), num_selected=K, proxy=lambda step: None, seed=0)  # type: ignore[arg-type]

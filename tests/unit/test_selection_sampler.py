@@ -7,19 +7,19 @@ import itertools
 import pytest
 import torch
 
-from megaopus.selection import noise, sampler
+from megaopus.selection import counter_rng, sampler
 
 
 def test_noise_is_splitmix64() -> None:
     # first outputs of the published generator for seed 0: its state advances by the same constant per draw
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    found = noise.bits(0, torch.arange(1, 4)).tolist()
+    found = counter_rng.bits(0, torch.arange(1, 4)).tolist()
     assert [value % 2**64 for value in found] == expected
 
 
 def test_uniform_noise_has_the_right_moments_and_no_correlation() -> None:
     count = 200_000
-    x = noise.uniform(noise.key(3, "a", 5), torch.arange(count))
+    x = counter_rng.uniform(counter_rng.key(3, "a", 5), torch.arange(count))
     assert x.dtype == torch.float64
     assert 0 < x.min() < 1e-4
     assert 1 - 1e-4 < x.max() < 1
@@ -29,31 +29,33 @@ def test_uniform_noise_has_the_right_moments_and_no_correlation() -> None:
     assert ((counts - count / 64) ** 2 / (count / 64)).sum() < 63 + 4 * (2 * 63) ** 0.5  # chi-square
     others = [
         x.roll(1),  # the neighbouring id
-        noise.uniform(noise.key(3, "a", 6), torch.arange(count)),  # the next step
-        noise.uniform(noise.key(4, "a", 5), torch.arange(count)),  # the next seed
-        noise.uniform(noise.key(3, "b", 5), torch.arange(count)),  # another purpose
+        counter_rng.uniform(counter_rng.key(3, "a", 6), torch.arange(count)),  # the next step
+        counter_rng.uniform(counter_rng.key(4, "a", 5), torch.arange(count)),  # the next seed
+        counter_rng.uniform(counter_rng.key(3, "b", 5), torch.arange(count)),  # another purpose
     ]
     for other in others:
         assert abs(torch.corrcoef(torch.stack([x, other]))[0, 1]) < 4 / count**0.5
 
 
 def test_noise_of_one_id_over_many_steps_is_uniform() -> None:
-    x = torch.cat([noise.uniform(noise.key(1, "uniform", step), torch.tensor([17])) for step in range(20_000)])
+    x = torch.cat(
+        [counter_rng.uniform(counter_rng.key(1, "uniform", step), torch.tensor([17])) for step in range(20_000)]
+    )
     assert abs(x.mean() - 0.5) < 4 * (1 / 12 / len(x)) ** 0.5
     assert abs(torch.corrcoef(torch.stack([x[1:], x[:-1]]))[0, 1]) < 4 / len(x) ** 0.5
 
 
 def test_extreme_bits_stay_inside_the_open_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     for extreme in (0, -1):  # all bits clear, all bits set
-        monkeypatch.setattr(noise, "bits", lambda seed, counters, value=extreme: torch.full_like(counters, value))
-        assert 0 < noise.uniform(0, torch.arange(1)).item() < 1
-        assert torch.isfinite(noise.gumbel(0, torch.arange(1))).all()
+        monkeypatch.setattr(counter_rng, "bits", lambda seed, counters, value=extreme: torch.full_like(counters, value))
+        assert 0 < counter_rng.uniform(0, torch.arange(1)).item() < 1
+        assert torch.isfinite(counter_rng.gumbel(0, torch.arange(1))).all()
 
 
 def test_keys_depend_on_every_part_and_their_order() -> None:
-    keys = {noise.key(*parts) for parts in itertools.product((0, 1, -1), ("a", "b"), (0, 1, 2**63))}
+    keys = {counter_rng.key(*parts) for parts in itertools.product((0, 1, -1), ("a", "b"), (0, 1, 2**63))}
     assert len(keys) == 18
-    assert noise.key(1, 2) != noise.key(2, 1)
+    assert counter_rng.key(1, 2) != counter_rng.key(2, 1)
 
 
 def test_uniform_picks_each_candidate_and_pair_equally_often() -> None:

@@ -513,7 +513,7 @@ def test_a_warm_up_with_a_prior_picks_by_it_and_scores_nothing(mode: str) -> Non
         return proxy(step)
 
     traits: Any = LinearTraits()
-    selector = Selector(config, make_backend(), num_selected=K, proxy=counted, seed=0, traits=traits)
+    selector = Selector(config, make_backend(), num_selected=K, proxy=counted, seed=0, text_features=traits)
     for step in range(3):
         x = batch(step, 4 * N)
         selection = selector.select(TensorCandidates(x, torch.arange(4 * N) + 4 * N * step), step)

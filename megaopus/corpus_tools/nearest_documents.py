@@ -1,0 +1,182 @@
+"""How near each document of a corpus is to benchmark items, chunk by chunk, by worker processes where there are cores.
+
+A chunk's file appears when it is whole: a killed run loses no chunk that was finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from megaopus.corpus_tools.similarity import HashedTfidf, SentenceEncoder, shared_runs
+from megaopus.corpus_tools.workers import worker_pool
+from megaopus.data.corpus import SPLITS, Corpus
+from megaopus.data.folder import StoppedError
+from megaopus.data.permutation import permute
+
+HASHED = "hashed"
+"""The encoder that needs no download; another name is a sentence-transformers model's."""
+OVERLAP_WORDS = 13
+"""Words in a row that an item and a document must share to overlap (as GPT-3's, arXiv 2005.14165, appendix C)."""
+CHUNK = 1024
+"""Documents between two files of a run that may be killed."""
+_SAMPLE = 20_000
+"""Documents that inverse document frequencies are taken from."""
+
+
+class Item(NamedTuple):
+    """A benchmark item: what it is called and all its text."""
+
+    name: str
+    text: str
+
+
+@dataclass
+class Found:
+    """What was found of each candidate document, (n,) each, in the order of ``documents``."""
+
+    documents: np.ndarray
+    """Numbers in the corpus: all of the pool and the old proxy."""
+    similarity: np.ndarray
+    item: np.ndarray
+    overlaps: np.ndarray
+    """Whether a run of words is shared with any item."""
+    digest: np.ndarray
+    """Of the tokens, equal for equal documents."""
+    items_met: np.ndarray
+    """(items,) whether the item shares a run of words with any candidate."""
+
+
+def search(
+    corpus: Corpus, items: Sequence[Item], encoder: str, work: Path, workers: int, chunk: int, console: Console
+) -> Found:
+    """Every document that is not held out for validation, ``chunk`` of them a file in ``work``.
+
+    Raises StoppedError if a worker dies.
+    """
+    documents = _documents(corpus)
+    files = [work / f"near-{number:06d}.npz" for number in range(-(-len(documents) // chunk))]
+    left = [(number, file) for number, file in enumerate(files) if not file.is_file()]
+    if workers == 1 or len(left) <= 1:
+        done = _alone(Searcher(corpus, items, encoder, chunk), left) if left else iter(())
+    else:
+        done = _shared(corpus, items, encoder, chunk, left, min(workers, len(left)))
+    for _ in track(done, "finding the nearest", total=len(left), console=console, disable=console.quiet):
+        pass
+    parts = []
+    for file in files:
+        with np.load(file, allow_pickle=False) as held:
+            parts.append(dict(held))
+    joined = {
+        name: np.concatenate([part[name] for part in parts]) for name in ("similarity", "item", "overlaps", "digest")
+    }
+    met_anywhere = np.unique(np.concatenate([part["met"] for part in parts]))
+    items_met = np.array([bool(np.isin(run, met_anywhere).any()) for run in _runs(items)])
+    return Found(documents, items_met=items_met, **joined)
+
+
+def _documents(corpus: Corpus) -> np.ndarray:
+    return np.flatnonzero(corpus.split_codes != SPLITS.index("validation"))
+
+
+def _runs(items: Sequence[Item]) -> list[np.ndarray]:
+    return [shared_runs(item.text, OVERLAP_WORDS) for item in items]
+
+
+def _alone(searcher: Searcher, left: Sequence[tuple[int, Path]]) -> Iterator[None]:
+    for number, file in left:
+        searcher.write(number, file)
+        yield
+
+
+def _shared(
+    corpus: Corpus, items: Sequence[Item], encoder: str, chunk: int, left: Sequence[tuple[int, Path]], workers: int
+) -> Iterator[None]:
+    pool = worker_pool(workers, _start, corpus.path.resolve(), list(items), encoder, chunk)
+    try:
+        for future in as_completed([pool.submit(_work, number, file) for number, file in left]):
+            future.result()
+            yield
+    except BrokenProcessPool as error:
+        raise StoppedError(
+            "a worker process died while it searched, for want of memory perhaps; start again with fewer --workers:"
+            " what is finished is kept"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Searcher:
+    """Items as the encoder sees them, beside a corpus."""
+
+    def __init__(self, corpus: Corpus, items: Sequence[Item], encoder: str, chunk: int):
+        self._corpus, self._chunk = corpus, chunk
+        self._documents = documents = _documents(corpus)
+        runs = _runs(items)
+        self._known = np.unique(np.concatenate(runs)) if runs else np.empty(0, np.uint64)
+        asked = [item.text for item in items]
+        self._encoding: HashedTfidf | SentenceEncoder
+        if encoder == HASHED:
+            count = min(_SAMPLE, len(documents))
+            sampled = documents[np.sort(permute(np.arange(count), len(documents), "bench proxy"))]
+            parts = np.array_split(sampled, -(-count // chunk))
+            self._encoding = HashedTfidf(asked, (text for part in parts for text in corpus.texts(part)))
+        else:
+            self._encoding = SentenceEncoder(encoder, asked)
+
+    def write(self, number: int, file: Path) -> None:
+        """Chunk ``number``, whole or not at all."""
+        here = self._documents[number * self._chunk : (number + 1) * self._chunk]
+        content = self._corpus.texts(here)
+        similarity, item = self._encoding.nearest(content)
+        met = [_among(shared_runs(text, OVERLAP_WORDS), self._known) for text in content]
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        with partial.open("wb") as stream:
+            np.savez(
+                stream,
+                similarity=similarity,
+                item=item,
+                overlaps=np.array([len(each) > 0 for each in met]),
+                digest=np.array([_digest(self._corpus, n) for n in here], dtype=np.uint64),
+                met=np.unique(np.concatenate(met)),
+            )
+        os.replace(partial, file)
+
+
+def _among(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Those of ``values`` that are in ``known``, which is sorted."""
+    if not len(known):
+        return values[:0]
+    return values[known[np.searchsorted(known, values).clip(max=len(known) - 1)] == values]
+
+
+def _digest(corpus: Corpus, document: int) -> int:
+    start = corpus.offsets[document]
+    content = np.ascontiguousarray(corpus.tokens[start : start + corpus.lengths[document]]).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+# -- in the workers ----------------------------------------------------------------------------------------------------
+
+_searcher: Searcher | None = None
+
+
+def _start(corpus: Path, items: list[Item], encoder: str, chunk: int) -> None:
+    global _searcher
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _searcher = Searcher(Corpus.open(corpus), items, encoder, chunk)
+
+
+def _work(number: int, file: Path) -> None:
+    assert _searcher is not None
+    _searcher.write(number, file)

@@ -1,0 +1,252 @@
+"""The DeepSpeed engine: ZeRO stages 1 to 3 around the same megatron-core GPT, with tensor parallelism."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megaopus.distributed.collectives import gathered
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.engine.base import Engine, StepResult
+from megaopus.engine.batch_split import data_parallel_share, padded_share, seed_dropout, training_share
+from megaopus.engine.config import EngineConfig
+from megaopus.engine.deepspeed import checkpoint
+from megaopus.engine.deepspeed.scoring import DeepSpeedScoringBackend
+from megaopus.engine.deepspeed.zero_muon import ChainedOptimizer, ZeroMuon
+from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer, norm_limit
+from megaopus.engine.gpt_forward import token_losses
+from megaopus.engine.pending_save import PendingSave
+from megaopus.errors import EngineError
+from megaopus.models.config import ModelConfig
+from megaopus.models.flops import padded_vocab
+from megaopus.models.gpt import build_gpt, initialize, transformer_config
+from megaopus.optim.build import torch_optimizers
+from megaopus.optim.config import OptimConfig
+from megaopus.optim.muon import make_muon
+from megaopus.selection.backend import Candidates, Gradient
+
+LARGEST_BUCKET = 500_000_000
+"""Elements of a gradient bucket; DeepSpeed's default, of which a small model needs less."""
+
+
+class DeepSpeedEngine(Engine):
+    """Trains a GPT with DeepSpeed's ZeRO (``engine.base.Engine`` says what each method does).
+
+    Raises EngineError if deepspeed is not installed or the optimizer or layout is one that ZeRO cannot serve.
+    """
+
+    persistence_threshold = 100_000
+    """Stage 3: parameters with fewer elements stay whole on every rank between passes."""
+
+    def _build(
+        self, model: ModelConfig, optim: OptimConfig, engine: EngineConfig, parallel: ParallelConfig, vocab_size: int
+    ) -> None:
+        mesh = self.mesh
+        deepspeed = import_deepspeed(mesh.on_cpu)
+        for key, value, reason, remedy in engine.refusals(parallel, optim):
+            raise EngineError(f"{key}={value}: {reason} ({remedy})")
+        with mesh.megatron(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Apex is not installed
+            config = transformer_config(model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute)
+            size = {"vocab_size": padded_vocab(vocab_size), "max_positions": model.max_positions or self.seq_len}
+            self.module = build_gpt(model, config, mesh, **size)
+            if self.bf16:
+                self.module.bfloat16()
+            initialize(self.module, model, mesh, self._seed)
+        _sum_partial_gradients(self.module, mesh)
+        optimizers = torch_optimizers(optim, self.module, mesh, {"muon": partial(make_muon, cls=ZeroMuon)})
+        together = ChainedOptimizer(optimizers)
+        groups = {id(p): index for index, group in enumerate(together.param_groups) for p in group["params"]}
+        group_of = {name: groups[id(p)] for name, p in self.module.named_parameters()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.deepspeed, zero, _, _ = deepspeed.initialize(
+                model=self.module,
+                optimizer=together,
+                config=self._settings(engine.zero_stage),
+                mpu=_Ranks(mesh),
+                dist_init_required=False,
+            )
+        self.optimizer = ZeroOptimizer(zero, optimizers, self.module, group_of, mesh.dp_group)
+
+    def _settings(self, stage: int) -> dict[str, Any]:
+        """DeepSpeed's own configuration."""
+        size = sum(p.numel() for p in self.module.parameters())
+        zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(LARGEST_BUCKET, size)}
+        if stage == 3:
+            zero["stage3_param_persistence_threshold"] = self.persistence_threshold
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            "gradient_accumulation_steps": 1,  # train_step scales the loss and names the last micro-batch itself
+            "gradient_clipping": self._optim_config.clip_grad,
+            "zero_optimization": zero,
+        }
+        if self.bf16:
+            settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+            settings["communication_data_type"] = "fp32"
+        return settings
+
+    # -- training and evaluation ------------------------------------------------------------------------------------
+
+    def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:
+        share = training_share(len(batch), self.mesh, self.micro_batch_size)
+        if self._dropout:
+            seed_dropout(self.mesh, self._seed, self.step)
+        self.deepspeed.train()
+        micro_batches = share.split(self.micro_batch_size)
+        losses = []
+        for number, rows in enumerate(micro_batches, 1):
+            self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
+            with self.mesh.megatron():
+                losses_BS = token_losses(self.deepspeed, self._tokens(batch, rows))
+                self.deepspeed.backward(losses_BS.mean() / len(micro_batches), scale_wrt_gas=False)
+            losses.append(losses_BS.detach().double().mean(dim=1))
+        loss = float(self._gather(torch.cat(losses)).mean())
+        lr = self.prepare_update()
+        with norm_limit(self.deepspeed.optimizer, -1.0 if self.mesh.any(not math.isfinite(loss)) else limit) as seen:
+            self.deepspeed.step()
+        applied = self.deepspeed.was_step_applied()
+        if not applied and self.optimizer.sharded:
+            self.optimizer.regather()  # as DeepSpeed does after an update
+        self.step += 1
+        return StepResult(loss=loss, grad_norm=seen[0], lr=lr, applied=applied)
+
+    def evaluate(self, sequences: Candidates) -> Tensor:
+        num = len(sequences)
+        share = padded_share(num, self.mesh, self.micro_batch_size)  # stage 3: equally many passes on every rank
+        self.deepspeed.eval()
+        losses = self.local_losses(sequences, share, self.micro_batch_size, self.seq_len)
+        return self._gather(losses)[:num]
+
+    def local_losses(self, batch: Candidates, rows: Tensor, micro_batch_size: int, length: int) -> Tensor:
+        losses = []
+        with self.mesh.megatron(), torch.no_grad():
+            for part in rows.split(micro_batch_size):
+                losses_BS = token_losses(self.module, self._tokens(batch, part, length))
+                losses.append(losses_BS.double().mean(dim=1))
+        return torch.cat(losses)
+
+    def _tokens(self, batch: Candidates, rows: Tensor, length: int | None = None) -> Tensor:
+        tokens = batch.take(rows).batch(length or self.seq_len)
+        return tokens.to(self.mesh.device, non_blocking=True)
+
+    def _gather(self, local: Tensor) -> Tensor:
+        """Concatenate over the data-parallel ranks."""
+        return torch.cat(gathered(local, self.mesh.dp_group, self.mesh.shape.dp))
+
+    def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
+        """Mean gradient of a global batch, dropout off, by parameter name; fp32, whole, the same on every dp rank.
+
+        ``autograd.grad`` leaves ZeRO's gradient hooks alone, so nothing of it enters the next update.
+        """
+        share = data_parallel_share(len(batch), self.mesh)
+        length = min(length or self.seq_len, self.seq_len)
+        parameters = dict(self.module.named_parameters())
+        total = {name: self.optimizer.zeros(name) for name in parameters}
+        self.deepspeed.eval()
+        with self.mesh.megatron():
+            for rows in share.split(math.gcd(len(share), self.micro_batch_size)):
+                loss = token_losses(self.module, self._tokens(batch, rows, length)).mean() * (len(rows) / len(batch))
+                found = torch.autograd.grad(loss, list(parameters.values()))
+                for value, gradient in zip(total.values(), found, strict=True):
+                    value += gradient
+        for value in total.values():
+            dist.all_reduce(value, group=self.mesh.dp_group)
+        self.deepspeed.train()
+        return total
+
+    # -- selection and checkpoints ----------------------------------------------------------------------------------
+
+    def scoring_backend(self) -> DeepSpeedScoringBackend:
+        return DeepSpeedScoringBackend(self)
+
+    def prepare_save(self, folder: Path, groups: dict[str, Gradient], copy: bool) -> PendingSave:
+        return checkpoint.prepare_save(folder, self.optimizer, self.mesh, groups)
+
+    def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
+        return checkpoint.load(folder, self.optimizer, self.mesh, groups)
+
+
+class _Ranks:
+    """The mesh as DeepSpeed's ``mpu``: its model parallelism is megatron's tensor parallelism."""
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._mesh.tp_rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._mesh.shape.tp
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.tp_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.shape.dp
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.dp_group
+
+    get_model_parallel_rank = get_tensor_model_parallel_rank
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+    get_model_parallel_group = get_tensor_model_parallel_group
+
+
+def import_deepspeed(on_cpu: bool) -> Any:
+    """The deepspeed package, told to leave a GPU alone if ``on_cpu``. Raises EngineError if it is not installed."""
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise EngineError(
+            f"engine.name=deepspeed, but deepspeed cannot be imported ({error}): pip install 'megaopus[deepspeed]',"
+            " or use engine.name=megatron"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Shared-memory collectives for CPU inference: every rank would compile them in C++ on its first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    tested = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
+    if ChainedOptimizer not in tested:
+        tested.append(ChainedOptimizer)
+    return deepspeed
+
+
+def _sum_partial_gradients(module: nn.Module, mesh: Mesh) -> None:
+    """Sum over tensor-parallel ranks the gradients of which each has a part; megatron's DDP does this in its own step.
+
+    Those are of weights that every rank holds but that see part of the positions (sequence parallelism) or of the heads
+    (query/key norms).
+    """
+    if mesh.shape.tp == 1:
+        return
+
+    def summed(gradient: Tensor) -> Tensor:
+        total = gradient.float() if gradient.dtype != torch.float32 else gradient.clone()
+        dist.all_reduce(total, group=mesh.tp_group)
+        return total.to(gradient.dtype)
+
+    for parameter in _partial(module):
+        parameter.register_hook(summed)
+
+
+def _partial(module: nn.Module) -> Iterator[nn.Parameter]:
+    for name, parameter in module.named_parameters():
+        if getattr(parameter, "sequence_parallel", False) or "q_layernorm" in name or "k_layernorm" in name:
+            yield parameter

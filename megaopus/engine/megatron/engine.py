@@ -1,0 +1,175 @@
+"""Trains a GPT with megatron-core and keeps its sharded checkpoints, on CPU or CUDA."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaopus.engine.base import StepResult
+from megaopus.engine.batch_split import data_parallel_share, padded_share, seed_dropout, training_share
+from megaopus.engine.gpt_forward import SampledLabels
+from megaopus.engine.megatron.checkpoint import (
+    check_index,
+    in_process_strategy,
+    megatron_saving,
+    plain_common_strategy,
+)
+from megaopus.engine.megatron.passes import MegatronPasses
+from megaopus.engine.megatron.scoring import MegatronScoringBackend
+from megaopus.engine.pending_save import PendingSave
+from megaopus.errors import EngineError
+from megaopus.models.gpt import canonical_names
+from megaopus.selection.backend import Candidates, Gradient
+
+_NOTHING = "._extra_state"
+"""What Transformer Engine's layers would keep beside their weights; empty here, and a pickle in the files."""
+
+
+class MegatronEngine(MegatronPasses):
+    """Trains and checkpoints a GPT with megatron-core (``engine.base.Engine`` says what each method does)."""
+
+    # -- training and evaluation ------------------------------------------------------------------------------------
+
+    def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:
+        share = training_share(len(batch), self.mesh, self.micro_batch_size)
+        if self._dropout:
+            seed_dropout(self.mesh, self._seed, self.step)
+        if not self.ddp.training:
+            self.ddp.train()
+        every = self.optimizer.curvature_every
+        with self.mesh.megatron():
+            if every and self.step % every == 0:
+                self._zero_gradients()
+                sampled = SampledLabels(self.mesh, self._seed, self.step)
+                self.run_local(batch, share, self.micro_batch_size, self.seq_len, forward_only=False, sampled=sampled)
+                self.optimizer.take_curvature(len(batch) * self.seq_len)
+            self._zero_gradients()
+            begun = self._now()
+            losses = self._run(batch, share, self.micro_batch_size, self.seq_len, forward_only=False)
+            loss = float(losses.mean())
+            lr = self.prepare_update()
+            grad_norm, applied = self.optimizer.step(limit if math.isfinite(loss) else -math.inf)
+        self.step += 1
+        own_s = self._seconds(begun, self._worked)
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, own_s=own_s)
+
+    def _seconds(self, begin: Any, end: Any) -> float:
+        """Between two moments that are both over."""
+        return end - begin if self.mesh.on_cpu else begin.elapsed_time(end) / 1000
+
+    def evaluate(self, sequences: Candidates) -> Tensor:
+        num = len(sequences)
+        share = padded_share(num, self.mesh, self.micro_batch_size * self.micro_batch_group)
+        self.ddp.eval()
+        with self.mesh.megatron(), torch.no_grad():
+            losses = self._run(sequences, share, self.micro_batch_size, self.seq_len, forward_only=True)
+        return losses[:num]
+
+    def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
+        """The training path (schedule, DDP reduction) without the update; training gradients are overwritten."""
+        share = data_parallel_share(len(batch), self.mesh)
+        group_size, rest = divmod(len(share), self.micro_batch_group)
+        if rest:
+            raise ValueError(f"{len(share)} sequences per rank are not a multiple of pp = {self.micro_batch_group}")
+        length = min(length or self.seq_len, self.seq_len)
+        self.ddp.eval()
+        for chunk in self.chunks:
+            chunk.decoder.training = True  # whether it recomputes; dropout is decided by the modules inside
+        with self.mesh.megatron():
+            self._zero_gradients()
+            micro = math.gcd(group_size, self.micro_batch_size)
+            self.run_local(batch, share, micro, length, forward_only=False, whole_gradient=True)
+        # main_grad: megatron's DDP keeps each parameter's reduced gradient there
+        names = dict(canonical_names(self.module))
+        gradient = {names[local]: p.main_grad.clone() for local, p in self.named_parameters()}
+        self.ddp.train()
+        return gradient
+
+    def _zero_gradients(self) -> None:
+        # The optimizer leaves param.grad aliased to main_grad: kept, the next backward pass would add it twice.
+        self.optimizer.chained.zero_grad()
+        for ddp in self.ddp:
+            ddp.zero_grad_buffer()
+
+    def _run(self, batch: Candidates, share: Tensor, micro: int, length: int, *, forward_only: bool) -> Tensor:
+        """Run the schedule over this rank's share; (dp * len(share),) sequence losses, float64, on every rank."""
+        local = self.run_local(batch, share, micro, length, forward_only=forward_only)
+        shape = self.mesh.shape
+        if shape.pp > 1:
+            dist.all_reduce(local, group=self.mesh.pp_group)
+        if shape.dp * shape.cp == 1:
+            return local
+        losses = torch.zeros(shape.dp, len(share), dtype=torch.float64, device=self.mesh.device)
+        losses[self.mesh.dp_rank] = local
+        dist.all_reduce(losses, group=self.mesh.dp_cp_group)
+        return losses.view(-1)
+
+    # -- selection and checkpoints ----------------------------------------------------------------------------------
+
+    def scoring_backend(self) -> MegatronScoringBackend:
+        return MegatronScoringBackend(self)
+
+    def prepare_save(self, folder: Path, groups: dict[str, Gradient], copy: bool) -> PendingSave:
+        from megatron.core import dist_checkpointing
+
+        with self.mesh.megatron():
+            state = self._sharded_state(groups, is_loading=False)
+            request = dist_checkpointing.save(
+                state, str(folder), sharded_strategy=in_process_strategy(), async_sharded_save=True
+            )
+            return megatron_saving(request, folder, self.mesh, copy)
+
+    def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
+        from megatron.core import dist_checkpointing
+
+        check_index(folder)
+        weights = dict(self.named_parameters())
+        names = list(canonical_names(self.module))
+        empty = {
+            group: {name: torch.empty_like(weights[local], dtype=torch.float32) for local, name in names}
+            for group in groups
+        }
+        with self.mesh.megatron(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # megatron reads through names that torch deprecates
+            wanted = self._sharded_state(empty, is_loading=True)
+            state = dist_checkpointing.load(wanted, str(folder), common_strategy=plain_common_strategy())
+            self._load_weights(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_whole(state.get("optimizer_whole", {}))
+        return {group: {name: state[group][local] for local, name in names} for group in groups}
+
+    def _load_weights(self, state: dict[str, Any]) -> None:
+        missing, unexpected = self.module.load_state_dict(state, strict=False)
+        if wrong := [*unexpected, *(name for name in missing if not name.endswith(_NOTHING))]:
+            raise EngineError(f"the checkpoint's weights are not this model's: {', '.join(wrong)}")
+
+    def _sharded_state(self, groups: dict[str, Gradient], is_loading: bool) -> dict[str, Any]:
+        """Weights, optimizer state, and groups of tensors by whole-model name, sharded as the parameters are."""
+        from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+
+        model_state: dict[str, Any] = {}
+        for index, chunk in enumerate(self.chunks):
+            prefix = f"{index}." if len(self.chunks) > 1 else ""
+            model_state |= {
+                prefix + name: value
+                for name, value in chunk.sharded_state_dict().items()
+                if not name.endswith(_NOTHING)
+            }
+        state: dict[str, Any] = {
+            "model": model_state,
+            "optimizer": self.optimizer.sharded_state_dict(model_state, is_loading),
+        }
+        if whole := self.optimizer.sharded_whole(dict(canonical_names(self.module))):
+            state["optimizer_whole"] = whole
+        for group, values in groups.items():
+            state[group] = {
+                local: make_sharded_optimizer_tensor(model_state[local], values[name], prefix=group)
+                for local, name in canonical_names(self.module)
+            }
+        return state

@@ -1,0 +1,184 @@
+"""Forward and backward passes of one GPT through megatron-core's schedules, on CPU or CUDA."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaopus.distributed.config import ParallelConfig
+from megaopus.engine.base import Engine
+from megaopus.engine.config import EngineConfig
+from megaopus.engine.gpt_forward import SampledLabels, token_losses
+from megaopus.models.config import ModelConfig
+from megaopus.models.flops import padded_vocab
+from megaopus.models.gpt import build_gpt, initialize, transformer_config
+from megaopus.optim.build import MixedPrecisionOptimizer
+from megaopus.optim.config import OptimConfig
+from megaopus.selection.backend import Candidates
+from megaopus.selection.estimators.ghost import GhostCapture
+
+
+class MegatronPasses(Engine):
+    """Holds the model chunks of this rank, wrapped in megatron's DDP, and runs its schedules over them."""
+
+    def _build(
+        self, model: ModelConfig, optim: OptimConfig, engine: EngineConfig, parallel: ParallelConfig, vocab_size: int
+    ) -> None:
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        mesh = self.mesh
+        # The interleaved schedule takes micro-batches in groups of pp.
+        self.micro_batch_group = parallel.pp if parallel.vpp > 1 else 1
+        self._worked: Any = None
+        with mesh.megatron(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Apex is not installed, an option we do not set is deprecated
+            config = transformer_config(model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute)
+            size = {"vocab_size": padded_vocab(vocab_size), "max_positions": model.max_positions or self.seq_len}
+            self.chunks = [build_gpt(model, config, mesh, chunk=chunk, **size) for chunk in range(parallel.vpp)]
+            self.module = self.chunks[0] if len(self.chunks) == 1 else nn.ModuleList(self.chunks)
+            if self.bf16:
+                self.module.bfloat16()  # megatron leaves the position table in fp32
+            initialize(self.module, model, mesh, self._seed)
+            sharded = parallel.distributed_optimizer
+            ddp_config = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=sharded
+            )
+            self.ddp: Any = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
+            no_sync = [ddp.no_sync for ddp in self.ddp]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+            self._reduce_gradients = finalize_model_grads
+            config.finalize_model_grads_func = self._finalize_gradients
+            self.optimizer = MixedPrecisionOptimizer(
+                optim, self.module, mesh, bf16=self.bf16, sharded=list(self.ddp) if sharded else None
+            )
+            self._schedule = get_forward_backward_func()
+
+    def run_local(
+        self,
+        batch: Candidates,
+        share: Tensor,
+        micro: int,
+        length: int,
+        *,
+        forward_only: bool,
+        whole_gradient: bool = False,
+        sampled: SampledLabels | None = None,
+    ) -> Tensor:
+        """Run the schedule over this rank's share, without exchanging the losses: (len(share),) float64.
+
+        They are this rank's part of each sequence's mean token loss: zeros before the last pipeline stage, the sum over
+        its own positions / ``length`` on the last. Their sum over the cp and pp ranks is the mean loss.
+        ``whole_gradient``: reduce gradients to every dp and cp rank, where the distributed optimizer needs pieces only.
+        ``sampled``: labels are drawn by it, not read off the sequences.
+        """
+        if length % self.mesh.shape.cp:
+            raise ValueError(
+                f"{length} positions cannot be split evenly over {self.mesh.shape.cp} context-parallel ranks"
+            )
+        micro_batches = share.split(micro)
+
+        def tokens() -> Iterator[tuple[Tensor, Tensor | None]]:
+            for rows in micro_batches:
+                uniforms = None if sampled is None else sampled.uniforms(rows, length)
+                yield batch.take(rows).batch(length).to(self.mesh.device, non_blocking=True), uniforms
+
+        outputs = self._schedule(
+            forward_step_func=partial(self._forward_step, sampled=sampled),
+            data_iterator=[tokens() for _ in self.ddp],  # each chunk reads every micro-batch
+            model=list(self.ddp),
+            num_microbatches=len(micro_batches),
+            seq_length=length,
+            micro_batch_size=micro,
+            forward_only=forward_only,
+            force_all_reduce=whole_gradient,
+        )
+        if not self.mesh.is_last_stage:
+            return torch.zeros(len(share), dtype=torch.float64, device=self.mesh.device)
+        return torch.cat(outputs)
+
+    def local_losses(self, batch: Candidates, rows: Tensor, micro_batch_size: int, length: int) -> Tensor:
+        with self.mesh.megatron(), torch.no_grad():
+            return self.run_local(batch, rows, micro_batch_size, length, forward_only=True)
+
+    def run_capturing(self, batch: Candidates, micro: int, length: int, capture: GhostCapture) -> None:
+        """Forward and backward passes of each sequence's mean loss over this rank's ``batch``, seen by ``capture``."""
+        shares = torch.arange(len(batch)).split(micro)
+        cp = self.mesh.shape.cp
+
+        def micro_batches() -> Iterator[tuple[slice, Tensor]]:
+            for rows in shares:
+                tokens = batch.take(rows).batch(length).to(self.mesh.device, non_blocking=True)
+                yield slice(int(rows[0]), int(rows[-1]) + 1), tokens
+
+        def forward_step(iterator: Iterator[tuple[slice, Tensor]], model: Any) -> tuple[Tensor, Any]:
+            capture.rows, tokens = next(iterator)
+            output = token_losses(model, tokens, cp, self.mesh.cp_rank)
+            if not output.requires_grad:  # no layer of this stage is captured
+                output.requires_grad_()
+            capture.watch(output)
+            return output, sum_of_losses
+
+        def sum_of_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
+            """The schedule multiplies by cp and divides by the number of micro-batches."""
+            total = losses_BS.sum() / length
+            return total * len(shares) / cp, total.detach()
+
+        self._schedule(
+            forward_step_func=forward_step,
+            data_iterator=[micro_batches() for _ in self.ddp],
+            model=list(self.ddp),
+            num_microbatches=len(shares),
+            seq_length=length,
+            micro_batch_size=micro,
+            forward_only=False,
+        )
+
+    @contextmanager
+    def without_reduction(self) -> Iterator[None]:
+        """Backward passes inside end without any reduction of weight gradients over ranks."""
+        config = self.chunks[0].config
+        saved = config.finalize_model_grads_func, config.no_sync_func
+        config.finalize_model_grads_func = config.no_sync_func = None
+        try:
+            yield
+        finally:
+            config.finalize_model_grads_func, config.no_sync_func = saved
+
+    def _forward_step(
+        self, data_iterator: Iterator[tuple[Tensor, Tensor | None]], model: Any, sampled: SampledLabels | None = None
+    ) -> tuple[Tensor, Any]:
+        tokens, uniforms = next(data_iterator)
+        length = tokens.shape[1] - 1
+
+        def sequence_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
+            """What megatron's schedule minimises, and what it hands back: this rank's part of each sequence's mean."""
+            # Both are parts that add up over cp; the schedule multiplies the first by the cp that DDP will divide by.
+            return losses_BS.sum() / (len(tokens) * length), losses_BS.detach().double().sum(dim=1) / length
+
+        if sampled is not None and uniforms is not None:
+            return sampled.losses(model, tokens, uniforms), sequence_losses
+        return token_losses(model, tokens, self.mesh.shape.cp, self.mesh.cp_rank), sequence_losses
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        self._worked = self._now()
+        self._reduce_gradients(*args, **kwargs)
+
+    def _now(self) -> Any:
+        """A moment of the device's work: time on the CPU, an event in the stream on CUDA."""
+        if self.mesh.on_cpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

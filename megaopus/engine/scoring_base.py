@@ -1,0 +1,213 @@
+"""Shows an engine to the selector at every layout; each engine adds how its passes run.
+
+Data-parallel ranks share the candidates; tensor-, context- and pipeline-parallel ranks each know a part of each number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megaopus.distributed.collectives import gathered
+from megaopus.distributed.shards import is_split, part_of, whole_of
+from megaopus.engine.base import Engine
+from megaopus.engine.gpt_forward import token_losses
+from megaopus.errors import EngineError
+from megaopus.models.gpt import EMBEDDING, canonical_names, is_tied, model_chunks
+from megaopus.selection import ModuleBackend
+from megaopus.selection.backend import (
+    Batch,
+    Candidates,
+    GhostLayer,
+    Gradient,
+    Shard,
+    UpdateOperator,
+)
+from megaopus.selection.operators.build import Held, operator_of
+
+
+class EngineScoringBackend(ModuleBackend):
+    """What both engines' backends share: ``ScoringBackend`` over an engine's GPT, main weights and mesh.
+
+    Parameters have whole-model names.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._mesh = engine.mesh
+        super().__init__(
+            engine.module,
+            engine.optimizer.torch_optimizers,
+            sequence_losses,
+            group=engine.mesh.dp_group if engine.mesh.shape.dp > 1 else None,
+            micro_batch_size=engine.micro_batch_size,
+        )
+        local = dict(engine.named_parameters())
+        self._weights = {name: local[own] for own, name in canonical_names(engine.module)}
+        self._shards = dict(self._find_shards())
+
+    # -- what there is ----------------------------------------------------------------------------------------------
+
+    @property
+    def coarse(self) -> bool:
+        return self._engine.bf16
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The fp32 weights that the optimizer updates: under bf16 the main copies, gathered where sharded."""
+        main = self._engine.optimizer.main_weights()
+        return {name: main[own] for own, name in canonical_names(self._engine.module)}
+
+    def shards(self) -> dict[str, Shard]:
+        return self._shards
+
+    def _find_shards(self) -> Iterator[tuple[str, Shard]]:
+        size, rank = self._mesh.shape.tp, self._mesh.tp_rank
+        for name, p in self._weights.items():
+            shape = self._shape(p)
+            if size == 1 or len(shape) != 2 or not is_split(p):
+                continue
+            dim = p.partition_dim
+            whole = torch.arange(shape[dim] * size, device=p.device)
+            index = part_of(whole.unsqueeze(1 - dim), p, rank, size).flatten()
+
+            def gather(part: Tensor, p: Tensor = p) -> Tensor:
+                return whole_of(part, p, self._mesh.tp_group)
+
+            yield name, Shard(dim, index, len(whole), gather)
+
+    def _shape(self, parameter: Tensor) -> torch.Size:
+        """Of the parameter on this tensor-parallel rank."""
+        return parameter.shape
+
+    def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
+        """P_t with the learning rate and momentum of the coming update, not those of the last one."""
+        self._engine.prepare_update()
+        names = dict(canonical_names(self._engine.module))
+        held = (
+            Held(names[each.name], self._weights[names[each.name]], each.optimizer, each.group, each.state)
+            for each in self._engine.optimizer.states()
+        )
+        return operator_of(held, muon_operator, self.shards())
+
+    def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
+        """The training path without the update."""
+        return self._engine.mean_gradient(proxy, length)
+
+    def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
+        """(n,) float64: tensor-parallel rank 0 of the last stage has the losses (its positions' part of them)."""
+        rows = torch.arange(len(candidates))
+        micro = self._micro_batch_size(len(candidates), micro_batch_size)
+        with self.scoring():
+            parts = self._engine.local_losses(candidates, rows, micro, self._length(length))
+        return parts if self._mesh.tp_rank == 0 else torch.zeros_like(parts)
+
+    def _micro_batch_size(self, count: int, most: int) -> int:
+        """Of a pass over ``count`` candidates, ``most`` at most."""
+        return most
+
+    def _length(self, length: int | None) -> int:
+        return min(length or self._engine.seq_len, self._engine.seq_len)
+
+    def exact_gradients(self, batch: Batch) -> Iterator[Gradient]:
+        shape = self._mesh.shape
+        if shape.tp * shape.pp * shape.cp > 1:
+            raise EngineError(
+                f"selection.estimator=exact needs tp = pp = cp = 1, not tp={shape.tp} pp={shape.pp} cp={shape.cp}:"
+                " use directional or adjoint"
+            )
+        with self._mesh.megatron():
+            yield from super().exact_gradients(batch)
+
+    def ghost_layers(self) -> list[GhostLayer]:
+        from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+
+        names = {id(p): name for name, p in self._weights.items()}
+        collect = self._collectors()
+        layers = []
+        for module in self.module.modules():
+            if isinstance(module, VocabParallelEmbedding):
+                layer = GhostLayer(
+                    names[id(module.weight)],
+                    module,
+                    "embedding",
+                    collect=collect["embedding"] if module.reduce_scatter_embeddings else None,
+                    first_row=module.vocab_start_index,
+                    tied=is_tied(self.module),
+                )
+            elif isinstance(module, nn.Embedding):  # the same on every tensor-parallel rank
+                layer = GhostLayer(names[id(module.weight)], module, "embedding", counted=self._mesh.tp_rank == 0)
+            elif isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                column = isinstance(module, ColumnParallelLinear)
+                # a tied output layer is called with the embedding's weight
+                name = EMBEDDING if module.weight is None else names[id(module.weight)]
+                use = collect["column" if column else "row"]
+                layer = GhostLayer(name, module, "linear", sequence_first=True, collect=use)
+            else:
+                continue
+            layers.append(layer)
+        return layers
+
+    def _collectors(self) -> dict[str, Any]:
+        """How a and b of each kind of layer are put together where tensor-parallel ranks share the sequence."""
+        if not model_chunks(self.module)[0].config.sequence_parallel:
+            return dict.fromkeys(("column", "row", "embedding"))
+        return {
+            "column": lambda act_a, grad_b: (self._gather_positions(act_a), grad_b),
+            "row": lambda act_a, grad_b: (act_a, self._gather_positions(grad_b)),
+            "embedding": lambda ids, grad_b: (ids, self._gather_positions(grad_b).transpose(0, 1)),
+        }
+
+    def _gather_positions(self, part: Tensor) -> Tensor:
+        """(T / tp, n, ...) -> (T, n, ...)."""
+        return torch.cat(gathered(part, self._mesh.tp_group, self._mesh.shape.tp))
+
+    # -- what crosses ranks -----------------------------------------------------------------------------------------
+
+    def sum_ranks(self, values: Tensor) -> None:
+        """Over model-parallel ranks too: they have parts of the same candidates' numbers."""
+        if self._mesh.shape.world_size > 1:
+            dist.all_reduce(values)
+
+    def from_rank_0(self, values: Tensor) -> Tensor:
+        if self._mesh.shape.world_size == 1:
+            return values
+        found = values.to(self.device)
+        dist.broadcast(found, src=0)
+        return found.cpu()
+
+    def sum_shards(self, values: Tensor) -> Tensor:
+        return _sum(values, self._mesh.tp_group, self._mesh.shape.tp)
+
+    def sum_stages(self, values: Tensor) -> Tensor:
+        return _sum(values, self._mesh.pp_group, self._mesh.shape.pp)
+
+    def sum_parts(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        shape = self._mesh.shape
+        if not values or shape.tp * shape.cp * shape.pp == 1:
+            return values
+        stacked = torch.stack(list(values.values()))
+        stacked = _sum(_sum(stacked, self._mesh.tp_group, shape.tp), self._mesh.cp_group, shape.cp)
+        summed = dict(zip(values, stacked, strict=True))
+        if is_tied(self.module) and shape.pp > 1 and EMBEDDING in summed:
+            from megatron.core import parallel_state
+
+            whole = _sum(summed[EMBEDDING], parallel_state.get_embedding_group(), 2)
+            summed[EMBEDDING] = whole if self._mesh.pp_rank == 0 else torch.zeros_like(whole)
+        return summed
+
+
+def _sum(values: Tensor, group: Any, size: int) -> Tensor:
+    if size == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def sequence_losses(model: nn.Module, tokens: Tensor) -> Tensor:
+    """(B,) float64 mean token loss of each row of (B, S + 1) tokens; one whole model."""
+    return token_losses(model, tokens).double().mean(dim=1)

@@ -1,0 +1,426 @@
+"""Pictures of the report: each function draws one matplotlib figure; nothing here needs a display."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, cycle
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from megaopus.record.console import format_count
+from megaopus.report.arms import Arm
+from megaopus.report.choice_summary import ChoiceSummary
+from megaopus.report.compare import Comparison, Curve, Run, SelectionRow
+
+# Okabe and Ito's colours, told apart with every common colour blindness; grey is kept for the baseline.
+BASELINE_COLOUR = "#6b6b6b"
+ARM_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+DOMAIN_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+OTHER_COLOUR = "#c4c4c4"
+WIDTH = 6.4  # inches; at 100 dots per inch and half the pixels shown, the text reads like that of the page
+DPI = 200
+LOSS = "loss (nats per token)"
+UNIFORM_DRAW = "predicted for a uniform draw"
+MIN_LOSS_SPAN = 0.1
+STYLE_PT = {"title": 11.0, "label": 10.0, "tick": 9.0}
+
+
+def to_png(figure: Figure) -> str:
+    """The figure as a ``data:`` address."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+class Ink(NamedTuple):
+    """How a run is drawn; the runs of an arm alike."""
+
+    colour: str
+    label: str
+    width: float
+    """Points."""
+
+
+def inks(arms: Sequence[Arm], baseline: str | None) -> dict[str, Ink]:
+    """By run: a colour for each arm, grey for that of the run ``baseline``."""
+    found: dict[str, Ink] = {}
+    others = cycle(ARM_COLOURS)
+    for arm in arms:
+        colour = BASELINE_COLOUR if baseline in arm.runs.values() else next(others)
+        found |= {run: Ink(colour, arm.name, 2.0 if len(arm.runs) == 1 else 1.2) for run in arm.runs.values()}
+    return found
+
+
+def _legend_once(axis: Axes, **where: Any) -> None:
+    handles = _handles([axis])
+    axis.legend(handles.values(), handles.keys(), frameon=False, fontsize=STYLE_PT["tick"], **where)
+
+
+def _legend_above(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
+    handles = _handles(axes)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=min(len(handles), columns),
+        frameon=False,
+        fontsize=STYLE_PT["tick"],
+    )
+
+
+def _handles(axes: Sequence[Axes]) -> dict[str, Any]:
+    """What a legend shows, once for each label: the runs of an arm share theirs."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    return handles
+
+
+def _figure(rows: int = 1, columns: int = 1, height: float = 3.9) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
+    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color("#999999")
+        axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=STYLE_PT["tick"], color="#999999")
+    return figure, axes
+
+
+def _line(axis: Axes, x: Sequence[float], y: Sequence[float], ink: Ink, marker: str = "") -> None:
+    axis.plot(x, y, color=ink.colour, linewidth=ink.width, marker=marker, label=ink.label)
+
+
+def _labels(axis: Axes, x: str, y: str, title: str = "") -> None:
+    axis.set_xlabel(x, fontsize=STYLE_PT["label"])
+    axis.set_ylabel(y, fontsize=STYLE_PT["label"])
+    if title:
+        axis.set_title(title, fontsize=STYLE_PT["title"], loc="left")
+
+
+def _token_axis(axis: Axes, ticks: int = 6) -> None:
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _trim(format_count(value))))
+    axis.xaxis.set_major_locator(MaxNLocator(ticks))
+
+
+def _trim(text: str) -> str:
+    """ "1.50M" -> "1.5M", "1.00M" -> "1M"."""
+    number, unit = (text[:-1], text[-1]) if text[-1].isalpha() else (text, "")
+    return (number.rstrip("0").rstrip(".") if "." in number else number) + unit
+
+
+def _percent_axis(axis: Axes) -> None:
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+
+
+def time_unit(longest_s: float) -> tuple[float, str]:
+    """(seconds per unit, its name) that suits a span of ``longest_s`` seconds."""
+    return next(
+        unit
+        for unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+        if longest_s >= 3 * unit[0] or unit[0] == 1.0
+    )
+
+
+def loss_figure(
+    curves: Mapping[str, Curve],
+    ink: Mapping[str, Ink],
+    comparisons: Mapping[str, Comparison],
+    over: str,
+    baseline: str | None,
+) -> Figure:
+    """Validation loss over "tokens" (each run's own count) or "time" (since the start of the stretch)."""
+    figure, (axis,) = _figure()
+    longest = max(curve.time_s[-1] for curve in curves.values())
+    scale, unit = time_unit(longest) if over == "time" else (1.0, "")
+
+    def place(curve: Curve, tokens: float, seconds: float) -> float:
+        return seconds / scale if over == "time" else curve.start_tokens + tokens
+
+    for name, curve in curves.items():
+        x = [place(curve, *point) for point in zip(curve.tokens, curve.time_s, strict=True)]
+        axis.plot(x, curve.raw, ".", color=ink[name].colour, alpha=0.3, markersize=5)
+        _line(axis, x, curve.losses, ink[name])
+    if baseline is not None and baseline in curves:
+        target = curves[baseline].losses[-1]
+        if math.isfinite(target):
+            axis.axhline(target, color=BASELINE_COLOUR, linestyle="--", linewidth=1, label=f"{baseline}'s final loss")
+        for name, comparison in comparisons.items():
+            if name in curves and comparison.reached_tokens is not None and comparison.reached_time_s is not None:
+                curve = curves[name]
+                x_reached = place(
+                    curve,
+                    comparison.reached_tokens - curve.start_tokens,
+                    comparison.reached_time_s - curve.start_time_s,
+                )
+                ratio = comparison.time_ratio if over == "time" else comparison.tokens_ratio
+                axis.plot(
+                    [x_reached], [target], "o", color=ink[name].colour, markersize=8, markeredgecolor="white", zorder=5
+                )
+                axis.annotate(
+                    f"{ratio:.0%}",
+                    (x_reached, target),
+                    (-4, -7),
+                    textcoords="offset points",
+                    ha="right",
+                    va="top",
+                    fontsize=STYLE_PT["label"],
+                    color=ink[name].colour,
+                    fontweight="bold",
+                )
+    if over == "time":
+        _labels(axis, f"data, selection and training time ({unit})", f"validation {LOSS}")
+    else:
+        _token_axis(axis)
+        _labels(axis, "update tokens", f"validation {LOSS}")
+    _legend_once(axis)
+    return figure
+
+
+def domain_order(rows: Mapping[str, Sequence[SelectionRow]], most: int = len(DOMAIN_COLOURS)) -> list[str]:
+    """Domains by falling share of the pools, the ``most`` largest; what is left is drawn as "other"."""
+    total: dict[str, float] = {}
+    for row in (row for part in rows.values() for row in part):
+        for domain, share in row.pool_share.items():
+            total[domain] = total.get(domain, 0.0) + share
+    return sorted(total, key=lambda domain: (-total[domain], domain))[:most]
+
+
+def _bands(
+    shares: Sequence[Mapping[str, float]], domains: Sequence[str], other: bool, window: int
+) -> list[list[float]]:
+    """One smoothed series of shares a domain; with ``other``, one more for the rest."""
+    series = [[share.get(domain, 0.0) for share in shares] for domain in domains]
+    if other:
+        series.append([sum(share.values()) - sum(share.get(name, 0.0) for name in domains) for share in shares])
+    return [smooth(values, window) for values in series]
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Centred moving mean over about ``window`` values, over fewer at the ends."""
+    half = window // 2
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    ends = [(max(0, at - half), min(len(values), at + half + 1)) for at in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
+
+
+def smoothing_window(number: int) -> int:
+    """Steps over which per-step series are smoothed: a thirtieth of the run, an odd number."""
+    return max(1, number // 30) // 2 * 2 + 1
+
+
+def running_median(values: Sequence[float]) -> list[float]:
+    """Centred, over the smoothing window (five values at least), so that single outliers do not show."""
+    half = max(2, smoothing_window(len(values)) // 2)
+    return [statistics.median(values[max(0, at - half) : at + half + 1]) for at in range(len(values))]
+
+
+def running_sum(values: Sequence[float]) -> list[float]:
+    """Centred, over a tenth of the run."""
+    half = max(2, len(values) // 20)
+    total = list(accumulate(values, initial=0.0))
+    return [total[min(len(values), at + half + 1)] - total[max(0, at - half)] for at in range(len(values))]
+
+
+def _step_tokens(run: Run) -> dict[int, float]:
+    return {record.step: float(record.tokens) for record in run.steps}
+
+
+def share_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRow]]) -> Figure:
+    """Domain shares of the picks, stacked, one panel a run; the pool's shares as dashed borders."""
+    figure, axes = _figure(rows=len(rows), height=0.9 + 2.5 * len(rows))
+    domains = domain_order(rows)
+    names = {domain for part in rows.values() for row in part for domain in row.pool_share}
+    other = len(names) > len(domains)
+    colours = [*DOMAIN_COLOURS[: len(domains)], *([OTHER_COLOUR] if other else [])]
+    labels = [*domains, *([f"other ({len(names) - len(domains)})"] if other else [])]
+    for axis, (name, part) in zip(axes, rows.items(), strict=True):
+        tokens = _step_tokens(runs[name])
+        x = [tokens.get(row.step, math.nan) for row in part]
+        window = smoothing_window(len(part))
+        bands = _bands([row.share for row in part], domains, other, window)
+        areas = axis.stackplot(x, bands, colors=colours, labels=labels, linewidth=0)
+        level = [0.0] * len(part)
+        # Every buffer is drawn from one pool, so its share may be smoothed more than what is made of it.
+        for band in _bands([row.pool_share for row in part], domains, other, 4 * window)[:-1]:
+            level = [below + value for below, value in zip(level, band, strict=True)]
+            axis.plot(x, level, color="black", linestyle="--", linewidth=1.1)
+        axis.set_ylim(0, 1)
+        if x[0] < x[-1]:
+            axis.set_xlim(x[0], x[-1])
+        _percent_axis(axis)
+        _token_axis(axis)
+        _labels(axis, "update tokens", "share of picks", name)
+    figure.legend(
+        reversed(areas),
+        list(reversed(labels)),
+        loc="outside right center",
+        frameon=False,
+        fontsize=STYLE_PT["tick"],
+        title="domain",
+        title_fontsize=STYLE_PT["tick"],
+    )
+    return figure
+
+
+def ess_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRow]], ink: Mapping[str, Ink]) -> Figure:
+    """Effective sample size over candidates, for the steps that were picked by utility."""
+    figure, (axis,) = _figure(height=3.2)
+    for name, part in rows.items():
+        tokens = _step_tokens(runs[name])
+        x = [tokens.get(row.step, math.nan) for row in part]
+        y = [row.ess / max(row.candidates, 1) for row in part]
+        axis.plot(x, y, color=ink[name].colour, alpha=0.25, linewidth=0.8)
+        _line(axis, x, smooth(y, smoothing_window(len(y))), ink[name])
+    axis.axhline(1, color="black", linestyle="--", linewidth=1, label="uniform sampling")
+    axis.set_ylim(0, 1.08)
+    _percent_axis(axis)
+    _token_axis(axis)
+    _labels(axis, "update tokens", "effective sample size\n(share of candidates)")
+    _legend_once(axis, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    return figure
+
+
+def train_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: int) -> Figure:
+    """Loss of the batches trained on, running median, one line a run."""
+    figure, (axis,) = _figure(height=3.2)
+    for name, run in runs.items():
+        steps = [record for record in run.steps if record.step >= start_step and math.isfinite(record.loss)]
+        if steps:
+            y = running_median([record.loss for record in steps])
+            _line(axis, [record.tokens for record in steps], y, ink[name])
+    _token_axis(axis)
+    _labels(axis, "update tokens", f"training {LOSS}")
+    _legend_once(axis)
+    return figure
+
+
+def utility_figure(runs: Mapping[str, Run], summaries: Mapping[str, ChoiceSummary]) -> Figure:
+    """Spread of the utilities of each scored step, one panel a run: 90% and 50% bands, medians of all and of picks."""
+    figure, axes = _figure(rows=len(summaries), height=0.7 + 2.5 * len(summaries))
+    for axis, (name, found) in zip(axes, summaries.items(), strict=True):
+        tokens = _step_tokens(runs[name])
+        x = [tokens.get(each.step, math.nan) for each in found.spreads]
+        levels = [
+            running_median(list(level)) for level in zip(*(each.quantiles for each in found.spreads), strict=True)
+        ]
+        colour = ARM_COLOURS[0]
+        axis.fill_between(x, levels[0], levels[4], color=colour, alpha=0.18, linewidth=0, label="5% to 95%")
+        axis.fill_between(x, levels[1], levels[3], color=colour, alpha=0.35, linewidth=0, label="25% to 75%")
+        axis.plot(x, levels[2], color=colour, linewidth=1.8, label="median")
+        picked = [(at, each.picked) for at, each in zip(x, found.spreads, strict=True) if each.picked is not None]
+        if picked:
+            places, medians = zip(*picked, strict=True)
+            axis.plot(places, running_median(medians), color=ARM_COLOURS[1], linewidth=1.8, label="median of the picks")
+        axis.ticklabel_format(axis="y", scilimits=(-2, 3))
+        axis.yaxis.get_offset_text().set_fontsize(STYLE_PT["tick"])
+        _token_axis(axis)
+        _labels(axis, "update tokens", "utility", name)
+    _legend_above(figure, axes, 4)
+    return figure
+
+
+def repeat_figure(runs: Mapping[str, Run], summaries: Mapping[str, ChoiceSummary], ink: Mapping[str, Ink]) -> Figure:
+    """Share of each step's picks that the run had trained on before, moving mean, one line a run."""
+    figure, (axis,) = _figure(height=3.2)
+    highest = 0.0
+    for name, found in summaries.items():
+        tokens = _step_tokens(runs[name])
+        share = smooth([share for _, share in found.repeat_share], smoothing_window(len(found.repeat_share)))
+        highest = max(highest, *share)
+        _line(axis, [tokens.get(step, math.nan) for step, _ in found.repeat_share], share, ink[name])
+    return _share_of_each_step(figure, min(1.05, 1.15 * highest), "picks trained on before")
+
+
+def _share_of_each_step(figure: Figure, top: float, label: str) -> Figure:
+    """The figure, its one panel dressed as shares over update tokens."""
+    (axis,) = figure.axes
+    axis.set_ylim(0, top)
+    _percent_axis(axis)
+    _token_axis(axis)
+    _labels(axis, "update tokens", label)
+    _legend_once(axis)
+    return figure
+
+
+def check_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRow]]) -> Figure:
+    """Predicted and realised falls of the proxy loss, one panel a run; ``rows``: the checked ones, all finite.
+
+    Dots: as measured, outliers as triangles at the border; lines: running medians.
+    """
+    figure, axes = _figure(rows=len(rows), height=0.7 + 2.5 * len(rows))
+    series = (("realised", 2, ARM_COLOURS[0]), ("predicted", 0, ARM_COLOURS[1]), (UNIFORM_DRAW, 1, BASELINE_COLOUR))
+    for axis, (name, part) in zip(axes, rows.items(), strict=True):
+        tokens = _step_tokens(runs[name])
+        x = [tokens.get(row.step, math.nan) for row in part]
+        falls = [row.falls for row in part if row.falls is not None]
+        ordered = sorted(value for fall in falls for value in fall)
+        low, high = (ordered[int(share * (len(ordered) - 1))] for share in (0.1, 0.9))
+        low, high = min(0.0, low - (high - low)), high + (high - low)
+        for label, at, colour in series:
+            y = [fall[at] for fall in falls]
+            if label != UNIFORM_DRAW:
+                inside = [value if low <= value <= high else math.nan for value in y]
+                axis.plot(x, inside, ".", color=colour, alpha=0.35, markersize=5)
+                for edge, marker, outside in ((high, "^", [v > high for v in y]), (low, "v", [v < low for v in y])):
+                    places = [place for place, out in zip(x, outside, strict=True) if out]
+                    axis.plot(places, [edge] * len(places), marker, color=colour, markersize=5)
+            style = "--" if label == UNIFORM_DRAW else "-"
+            axis.plot(x, running_median(y), style, color=colour, linewidth=1.8, label=label)
+        axis.axhline(0, color="#999999", linewidth=0.8)
+        margin = 0.05 * (high - low) or 1.0
+        axis.set_ylim(low - margin, high + margin)
+        _token_axis(axis)
+        _labels(axis, "update tokens", "fall of the proxy loss\n(nats per token)", name)
+    _legend_above(figure, axes[:1], 3)
+    return figure
+
+
+def overhead_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: int) -> Figure:
+    """Seconds of selection over the other seconds of a running window: some steps score, others do not."""
+    figure, (axis,) = _figure(height=3.2)
+    highest = 0.0
+    for name, run in runs.items():
+        steps = [record for record in run.steps if record.step >= start_step and record.step_s > record.select_s]
+        if not steps:
+            continue
+        selecting = running_sum([record.select_s for record in steps])
+        training = running_sum([record.step_s - record.select_s for record in steps])
+        share = [s / t for s, t in zip(selecting, training, strict=True)]
+        highest = max(highest, *share)
+        _line(axis, [record.tokens for record in steps], share, ink[name])
+    return _share_of_each_step(figure, max(0.01, 1.15 * highest), "selection time\n(share of training time)")
+
+
+def domain_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: int) -> Figure:
+    """Validation loss of each domain in a panel of its own, one line a run, as measured."""
+    domains = sorted({domain for run in runs.values() for record in run.validations for domain in record.domains})
+    columns = 2 if len(domains) > 1 else 1
+    rows = -(-len(domains) // columns)
+    figure, axes = _figure(rows, columns, height=0.7 + 2.3 * rows)
+    for at, (axis, domain) in enumerate(zip(axes, domains, strict=False)):
+        for name, run in runs.items():
+            records = [record for record in run.validations if record.step >= start_step and domain in record.domains]
+            x, y = [record.tokens for record in records], [record.domains[domain] for record in records]
+            _line(axis, x, y, ink[name], marker=".")
+        low, high = axis.get_ylim()
+        if high - low < MIN_LOSS_SPAN:  # or noise would fill the panel like a difference that matters
+            axis.set_ylim((low + high - MIN_LOSS_SPAN) / 2, (low + high + MIN_LOSS_SPAN) / 2)
+        _token_axis(axis, ticks=4)
+        _labels(axis, "update tokens" if at >= len(domains) - columns else "", "" if at % columns else LOSS, domain)
+    for axis in axes[len(domains) :]:
+        axis.set_visible(False)
+    _legend_above(figure, axes, 3)
+    return figure

@@ -1,0 +1,329 @@
+"""The record of a run beside what made it: picks made again from it (``report --replay``), and the text behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megaopus.errors import DataError
+from megaopus.record.parquet import FOLDER, SCHEMA, Table, first_step, parts, read_part, steps_of
+from megaopus.record.sinks import read_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megaopus.build import Corpora
+    from megaopus.config.run_config import RunConfig
+    from megaopus.data.candidates import CandidateBuffer
+    from megaopus.selection import Selection
+    from megaopus.selection.replay import Evidence
+    from megaopus.selection.selector import Redundancy
+
+IDENTICAL, DIFFERENT, NOT_ON_RECORD = "identical", "DIFFERENT", "not on record"
+TOLERANCE = 1e-6
+"""Relative, of probabilities, which are kept in 32 bits."""
+
+
+def run(run_dirs: Sequence[str], steps: str) -> int:
+    """``report RUN --replay STEP,STEP...`` (or all).
+
+    Returns 0 if every step's picks follow from the record, 1 if any differ, 3 if none differs but some could not be
+    made again. Raises DataError for what is no run folder and for a step that the run did not record.
+    """
+    if len(run_dirs) != 1:
+        raise DataError(f"--replay is about one run folder, {len(run_dirs)} are named")
+    record = Record(Path(run_dirs[0]))
+    wanted = _steps(steps, record)
+    counts = dict.fromkeys((IDENTICAL, DIFFERENT, NOT_ON_RECORD), 0)
+    for step in wanted:
+        outcome, text = record.replay(step)
+        counts[outcome] += 1
+        if steps != "all" or outcome != IDENTICAL:
+            print(f"step {step}: {outcome}: {text}", flush=True)
+    if record.gone:
+        print(f"without the corpus ({record.gone}): candidates are as in the log, the alarm on token pairs as recorded")
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    return 1 if counts[DIFFERENT] else 3 if counts[NOT_ON_RECORD] else 0
+
+
+def _steps(text: str, record: Record) -> list[int]:
+    if text == "all":
+        return list(record.facts)
+    found = []
+    for part in text.split(","):
+        if not part.strip().isdecimal():
+            raise DataError(f"--replay {text}: {part!r} is not a step; write 120, or 120,480, or all")
+        found.append(int(part))
+    if missing := [step for step in found if step not in record.facts]:
+        has = f"steps {min(record.facts)} to {max(record.facts)}" if record.facts else "none"
+        raise DataError(f"{record.path}: step {missing[0]} is not recorded in selection.jsonl, which has {has}")
+    return found
+
+
+class Record:
+    """What a run folder says of its choices."""
+
+    def __init__(self, path: Path):
+        """Raises DataError where there is no record."""
+        self.path = path
+        rows = path / "selection.jsonl"
+        if not rows.is_file():
+            raise DataError(f"{rows}: missing; name the run_dir of a 'python -m megaopus train' with logging.selection")
+        self.facts: dict[int, dict[str, Any]] = {row["step"]: row for _, _, row in read_rows(rows)}
+        """Step -> its row."""
+        self.gone = ""
+        """Why the corpus cannot be asked, if it was wanted and cannot."""
+        self._corpora: dict[Path, Corpora | None] = {}
+        self._part: tuple[Path, Table, dict[int, slice]] | None = None
+
+    def replay(self, step: int) -> tuple[str, str]:
+        """(outcome, in words) of the picks of ``step`` made again."""
+        from megaopus.selection.replay import NotOnRecord
+
+        try:
+            return self._replay(step)
+        except NotOnRecord as missing:
+            return NOT_ON_RECORD, f"the picks depend on {missing}"
+
+    def _replay(self, step: int) -> tuple[str, str]:
+        from megaopus.selection import guards
+        from megaopus.selection.replay import NamedCandidates, NotOnRecord, replay
+
+        config = self.config(step)
+        selection = config.selection
+        made = step - step % selection.score_every
+        if made != step and (made not in self.facts or self._launch(made) != self._launch(step)):
+            return NOT_ON_RECORD, f"the buffer was scored in step {made}, before this launch"
+        for each in dict.fromkeys((made, step)):
+            if lack := self._lack(each):
+                return NOT_ON_RECORD, f"step {each}: {lack}" if each != step else lack
+        rows, evidence = self.rows(step), self._evidence(made)
+        stream, proxy = self._streams(step, config)
+        ids = _tensor(rows["id"].to_numpy())
+        candidates: Any = NamedCandidates(ids)
+        if stream is not None:
+            candidates = stream(step)
+            if wrong := _other_candidates(rows, candidates):
+                return DIFFERENT, wrong
+        else:
+            if any(guards.PAIRS in event for event in self.facts[made]["events"]):
+                raise NotOnRecord("tokens, which are in the corpus alone: there was an alarm on token pairs")
+            selection = replace(selection, guards=replace(selection.guards, min_distinct=0.0))
+        found = replay(
+            selection,
+            evidence,
+            candidates,
+            step,
+            num_selected=config.train.global_batch_size,
+            seed=config.seed,
+            proxy=proxy if selection.needs_proxy else None,
+        )
+        if wrong := _differences(rows, self.facts[step], found, scored=made == step):
+            return DIFFERENT, wrong
+        return IDENTICAL, f"{found.method}, {len(found.indices)} of {len(ids)} candidates"
+
+    # -- the run folder -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def launches(self) -> list[tuple[int, Path]]:
+        """(its first step, its folder) of each launch in order. Raises DataError for a folder that does not say."""
+        found = []
+        for folder in sorted((self.path / "launches").glob("[0-9]*"), key=lambda each: int(each.name)):
+            facts = _json(folder / "environment.json")
+            if "first_step" not in facts:
+                raise DataError(f"{folder}/environment.json: no first_step; was the run made by an older version?")
+            found.append((int(facts["first_step"]), folder))
+        if not found:
+            raise DataError(f"{self.path}/launches: empty, so the settings of the run are not known; restore it")
+        return found
+
+    def _launch(self, step: int) -> Path:
+        """The launch that took ``step``: the last of those that began no later."""
+        began = [folder for first, folder in self.launches if first <= step]
+        if not began:
+            raise DataError(f"{self.path}/launches: none began before step {step}")
+        return began[-1]
+
+    def config(self, step: int) -> RunConfig:
+        """The settings that ``step`` was taken with. Raises DataError if they cannot be read."""
+        return _config(self._launch(step) / "config.yaml")
+
+    def rows(self, step: int) -> Table:
+        """The candidates of ``step`` in the log; no row where there are none."""
+        if self._part is None or step not in self._part[2]:
+            found = [path for path in parts(self.path / FOLDER) if first_step(path) <= step]
+            if not found:
+                return SCHEMA.empty_table()
+            table = read_part(found[-1])
+            self._part = found[-1], table, dict(steps_of(table))
+        _, table, where = self._part
+        rows = where.get(step, slice(0, 0))
+        return table.slice(rows.start, rows.stop - rows.start)
+
+    def _lack(self, step: int) -> str:
+        """What of a step's candidates is not in the log, in words."""
+        kept, had = len(self.rows(step)), self.facts[step]["candidates"]
+        if kept == 0:
+            return f"{FOLDER}/ has no row of it: the run was killed before they were written, or they were deleted"
+        if kept == self.facts[step]["picked"] < had:
+            return f"its {had} candidates were sampled away, only picks were kept (logging.selection_every)"
+        return ""
+
+    def _evidence(self, step: int) -> Evidence:
+        from megaopus.selection.prescreen import DOUBT
+        from megaopus.selection.replay import Evidence
+
+        rows, facts = self.rows(step), self.facts[step]
+        names = list(facts["pool_share"])
+        codes = [names.index(name) if name in names else -1 for name in rows["domain"].to_pylist()]
+        return Evidence(
+            utilities=_column(rows, "utility"),
+            standing=_column(rows, "standing"),
+            exposures=_column(rows, "exposures"),
+            redundancy=_redundancy(rows),
+            domains=_tensor(np.array(codes)),
+            doubt=next((event for event in facts["events"] if event.startswith(DOUBT)), None),
+        )
+
+    # -- the corpus ---------------------------------------------------------------------------------------------------
+
+    def corpora(self, step: int) -> Corpora | None:
+        """The corpora of the run at ``step``; None, and ``gone`` says why, where they are not what they were."""
+        from megaopus.build import Corpora
+
+        launch = self._launch(step)
+        if launch not in self._corpora:
+            self._corpora[launch] = None
+            config = self.config(step)
+            try:
+                opened = Corpora(config)
+                if opened.pool.corpus.fingerprint == _json(launch / "environment.json").get("corpus"):
+                    self._corpora[launch] = opened
+                else:
+                    self.gone = f"{config.data.path}: another corpus lies there now"
+            except DataError as error:
+                self.gone = str(error)
+        return self._corpora[launch]
+
+    def _streams(self, step: int, config: RunConfig) -> tuple[Callable[[int], CandidateBuffer] | None, Any]:
+        """(candidates by step, proxy by step), None each without the corpus."""
+        from megaopus.build import candidate_stream, proxy_stream
+
+        if (corpora := self.corpora(step)) is None:
+            return None, None
+        proxy = proxy_stream(config, corpora).at if config.selection.needs_proxy else None
+        return candidate_stream(config, corpora).at, proxy
+
+
+def texts_of(run_dir: Path, sequences: Sequence[int]) -> list[tuple[str, str]]:
+    """(ids of the documents that it is of, its text) of each of a run's ``sequences``.
+
+    Raises DataError or ConfigError, which say why, where the corpus is not what the run read.
+    """
+    record = Record(run_dir)
+    corpora = record.corpora(max(record.facts, default=0))
+    if corpora is None:
+        raise DataError(record.gone)
+    tokenizer, pool = corpora.pool.corpus.tokenizer(), corpora.pool
+    texts = [tokenizer.decode(tokens, skip_special_tokens=False) for tokens in pool.tokens(sequences)[:, :-1].tolist()]
+    return [(", ".join(pool.documents_of(n)), text) for n, text in zip(sequences, texts, strict=True)]
+
+
+def _other_candidates(rows: Table, buffer: CandidateBuffer) -> str:
+    """How the candidates in the log are not those of the stream, in words."""
+    names = np.array(buffer.domain_names)[buffer.domains]
+    for what, here, there in (
+        ("id", rows["id"].to_numpy(), buffer.ids.numpy()),
+        ("sequence", rows["sequence"].to_numpy(), buffer.sequence_ids),
+        ("domain", np.array(rows["domain"].to_pylist()), names),
+    ):
+        if len(here) != len(there):
+            return f"{len(here)} candidates recorded, {len(there)} by the arithmetic of the stream"
+        if (at := np.flatnonzero(here != there)).size:
+            first = int(at[0])
+            return (
+                f"the {what} of {at.size} candidates is not that of the stream; the first, row {first}: "
+                f"recorded {here[first]}, by arithmetic {there[first]}"
+            )
+    return ""
+
+
+def _differences(rows: Table, facts: dict[str, Any], found: Selection, *, scored: bool) -> str:
+    """How the picks made again are not those recorded, in words; ``scored``: the step scored its own buffer."""
+    ids = rows["id"].to_numpy()
+    here, there = (set(ids[at].tolist()) for at in (rows["picked"].to_numpy(), found.indices.numpy()))
+    said = []
+    if facts["method"] != found.method:
+        said.append(f"method recorded {facts['method']}, made again {found.method}")
+    if here != there:
+        said.append(f"picked in the record only: {sorted(here - there)}; when made again only: {sorted(there - here)}")
+    if scored:
+        known = rows["utility"].is_valid().to_numpy()
+        wanted = np.zeros(len(ids), dtype=bool) if found.scored is None else found.scored.numpy()
+        if (known != wanted).any():
+            more, less = ids[known & ~wanted].tolist(), ids[wanted & ~known].tolist()
+            said.append(f"other candidates were scored: in the record only {more}, when made again only {less}")
+    p = found.probabilities.numpy()
+    if (wrong := ~np.isclose(rows["probability"].to_numpy(), p, rtol=TOLERANCE, atol=1e-12)).any():
+        first = int(np.flatnonzero(wrong)[0])
+        said.append(
+            f"{int(wrong.sum())} probabilities, the first of id {ids[first]}: recorded "
+            f"{rows['probability'][first].as_py():.6g}, made again {p[first]:.6g}"
+        )
+    for key, value in (("candidates", len(ids)), ("picked", len(there)), ("ess", found.ess)):
+        if not np.isclose(float(facts[key]), value, rtol=TOLERANCE):
+            said.append(f"{key} recorded {facts[key]}, made again {value}")
+    return "; ".join(said)
+
+
+def _column(rows: Table, name: str) -> Tensor | None:
+    """(N,) of a column, nan where a float is null; None where all are."""
+    column = rows[name]
+    if column.null_count == len(column):
+        return None
+    values = column.to_numpy()
+    return _tensor(values if values.dtype.kind == "f" else values.astype(np.int64))
+
+
+def _redundancy(rows: Table) -> Redundancy | None:
+    """None where the step has no overlaps on record. Raises DataError for overlaps that are not of its candidates."""
+    from megaopus.selection.selector import Redundancy
+
+    chosen = np.flatnonzero(rows["overlaps"].is_valid().to_numpy())
+    if not len(chosen):
+        return None
+    lists = rows["overlaps"].combine_chunks().drop_null()
+    if set(lists.value_lengths().to_pylist()) != {len(rows)}:
+        step = rows["step"][0].as_py()
+        raise DataError(f"{FOLDER}/, step {step}: overlaps of another number of candidates; restore that part")
+    overlaps = lists.flatten().to_numpy().reshape(len(chosen), len(rows))
+    return Redundancy(_tensor(rows["squared_norm"].to_numpy()), _tensor(chosen), _tensor(overlaps))
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    import torch
+
+    return torch.from_numpy(values.copy())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); restore it") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected keys and values; restore it")
+    return value
+
+
+@cache
+def _config(path: Path) -> RunConfig:
+    from megaopus.config.parse import load
+
+    return load(path)

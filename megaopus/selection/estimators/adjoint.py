@@ -1,0 +1,71 @@
+"""Adjoint scoring: the alignment of linear and embedding layers, exactly, without any per-sample gradient.
+
+<P sum_t b_t a_t^T, G> = <sum_t b_t a_t^T, P^T G> = sum_t b_t^T Q a_t with Q = P^T G_proxy, which is computed once per
+layer and step (P is self-adjoint for most optimizers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megaopus.selection.backend import (
+    Candidates,
+    GhostConsumer,
+    GhostLayer,
+    Gradient,
+    ScoringBackend,
+    UpdateOperator,
+)
+from megaopus.selection.estimators.ghost import local_rows
+from megaopus.selection.estimators.layers import ghost_layers
+
+
+def adjoint_utilities(
+    backend: ScoringBackend,
+    candidates: Candidates,
+    operator: UpdateOperator,
+    proxy_gradient: Gradient,
+    *,
+    layers: str = "linear",
+    length: int | None = None,
+    micro_batch_size: int = 16,
+) -> Tensor:
+    """(n,) float64: this rank's part of <P g_z, g_proxy>, summed over ``layers`` (``layers.ghost_layers``).
+
+    Costs a forward pass, the gradients of the activations, and a product with Q: 6 FLOPs per weight and token.
+    Raises RuntimeError naming any layer whose activations could not be captured.
+    """
+    uses = ghost_layers(backend, layers)
+    parts, consume = adjoint_consumer(backend, len(candidates), operator, proxy_gradient, uses)
+    with torch.no_grad():
+        backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
+    return parts
+
+
+def adjoint_consumer(
+    backend: ScoringBackend,
+    count: int,
+    operator: UpdateOperator,
+    proxy_gradient: Gradient,
+    uses: Iterable[GhostLayer],
+) -> tuple[Tensor, GhostConsumer]:
+    """((count,) float64 zeros, what adds to them in a ghost pass over ``uses``): to score beside something else."""
+    names = dict.fromkeys(layer.parameter for layer in uses)
+    matrices = operator.transposed().apply({name: proxy_gradient[name] for name in names})
+    parts = torch.zeros(count, dtype=torch.float64, device=backend.device)
+
+    def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
+        q = matrices[layer.parameter].to(grad_b.dtype)
+        if layer.kind == "embedding":
+            index, mine = local_rows(layer, len(q), act_a)
+            product = q[index] * mine.unsqueeze(-1) * grad_b
+        elif q.shape[0] > q.shape[1]:  # b^T Q a from the side whose product is narrower
+            product = (grad_b @ q) * act_a
+        else:
+            product = (act_a.to(grad_b.dtype) @ q.t()) * grad_b
+        parts[rows] += product.flatten(1).sum(1, dtype=torch.float64)
+
+    return parts, consume

@@ -1,0 +1,150 @@
+"""Two-sided sketches: phi = C1 (P g) C2^T from the factors of g alone, C1 and C2 CountSketches of rows and of columns.
+
+C1 (sum_t b_t a_t^T) C2^T = sum_t (C1 b_t)(C2 a_t)^T: neither a per-sample gradient nor a scatter of its size. P is
+folded into C1 and C2 once per step: Muon's S as it is; AdamW's diagonal as the outer product of its row and column
+factors, in the manner of Adafactor (Shazeer and Stern, 2018), which is not exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaopus.selection.backend import (
+    Candidates,
+    GhostConsumer,
+    GhostLayer,
+    Gradient,
+    ScoringBackend,
+    UpdateOperator,
+)
+from megaopus.selection.estimators.countsketch import hashes, spread_dim, sum_proxies, whole_coordinates
+from megaopus.selection.estimators.ghost import local_rows
+from megaopus.selection.estimators.layers import ghost_layers
+
+
+def sketch_shape(dim: int) -> tuple[int, int]:
+    """(rows, columns) of a two-sided sketch of ``dim`` numbers: the divisor of ``dim`` nearest below its root first."""
+    rows = next(rows for rows in range(int(dim**0.5), 0, -1) if dim % rows == 0)
+    return rows, dim // rows
+
+
+class KroneckerEstimator:
+    """Alignment sum_r <phi_r, psi_r> with two-sided sketches; ``layers``: see ``layers.ghost_layers``.
+
+    Keeps each layer's C1 and C2 between steps.
+    """
+
+    def __init__(self, dim: int, seed: int, layers: str = "linear"):
+        self._shape = sketch_shape(dim)
+        self._seed = seed
+        self._which = layers
+        self._kept: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
+
+    def estimate(
+        self,
+        backend: ScoringBackend,
+        candidates: Candidates,
+        operator: UpdateOperator,
+        proxy_gradient: Gradient,
+        *,
+        length: int | None = None,
+        micro_batch_size: int = 16,
+        keep_sketches: bool = False,
+        also: GhostConsumer | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """((n,) float64 parts of the alignments, sketches (n, m) by layer or None); of this rank's candidates.
+
+        ``also`` sees the same pass. Raises RuntimeError naming any layer whose activations could not be captured.
+        """
+        uses = ghost_layers(backend, self._which)
+        counted = {layer.parameter for layer in uses if layer.counted}
+        folded, psi = {}, {}
+        for name in dict.fromkeys(layer.parameter for layer in uses):
+            weight = proxy_gradient[name]
+            folded[name] = self._fold(backend, name, weight, operator)
+            left, right = self._sketches(backend, name, weight, None)
+            psi[name] = left @ weight @ right.t() * (name in counted)
+        psi = sum_proxies(backend, psi)
+        parts = torch.zeros(len(candidates), dtype=torch.float64, device=backend.device)
+        size = self._shape[0] * self._shape[1]
+        phi = {name: value.new_zeros(len(candidates), size) for name, value in psi.items() if keep_sketches}
+
+        def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
+            if also is not None:
+                also(layer, rows, act_a, grad_b)
+            left, right = folded[layer.parameter]
+            grad_b = grad_b.to(left.dtype)
+            if layer.kind == "linear":
+                of_rows, of_columns = grad_b @ left.t(), act_a.to(left.dtype) @ right.t()
+            else:
+                index, mine = local_rows(layer, left.shape[1], act_a)
+                of_rows, of_columns = left.t()[index] * mine.unsqueeze(-1), grad_b @ right.t()
+            sketch = torch.bmm(of_rows.transpose(1, 2), of_columns).flatten(1)
+            parts[rows] += (sketch * psi[layer.parameter].flatten()).sum(1, dtype=torch.float64)
+            if keep_sketches:
+                phi[layer.parameter][rows] += sketch
+
+        with torch.no_grad():
+            backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
+        return parts, phi if keep_sketches else None
+
+    def _sketches(
+        self, backend: ScoringBackend, name: str, weight: Tensor, spread: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """C1 (rows, O) and C2 (columns, I) as dense matrices."""
+        if (name, spread) in self._kept:
+            return self._kept[name, spread]
+        made = []
+        coordinates = whole_coordinates(backend, name, weight, spread)
+        for side, indices, dim in zip(("rows", "columns"), coordinates, self._shape, strict=True):
+            bucket, sign = hashes(f"{name} {side}", indices, dim, self._seed)
+            matrix = weight.new_zeros(dim, len(indices))
+            matrix[bucket, torch.arange(len(indices), device=weight.device)] = sign.to(weight.dtype)
+            made.append(matrix)
+        self._kept[name, spread] = made[0], made[1]
+        return made[0], made[1]
+
+    def _fold(
+        self, backend: ScoringBackend, name: str, weight: Tensor, operator: UpdateOperator
+    ) -> tuple[Tensor, Tensor]:
+        """(C1 L, C2 R^T): sketches of the rows and columns of P g = L g R from those of g."""
+        factor = operator.diagonal(name)
+        if factor is not None:
+            left, right = self._sketches(backend, name, weight, None)
+            if factor.ndim == 0:
+                return left * factor, right
+            of_rows, of_columns = rank_one(backend, name, factor)
+            return left * of_rows, right * of_columns
+        sides = operator.sides(name)
+        if sides is None:
+            raise ValueError(
+                f"the kronecker estimator cannot fold the optimizer's update of {name} into its sketches:"
+                " use estimator=countsketch, adjoint or directional"
+            )
+        left, right = self._sketches(backend, name, weight, spread_dim(sides))
+        of_left, of_right = sides
+        if of_left is not None:
+            left = left @ of_left.to(left.dtype)
+        if of_right is not None:
+            right = right @ of_right.t().to(right.dtype)
+        return left, right
+
+
+def rank_one(backend: ScoringBackend, name: str, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """r (O,), c (I,) with r_i c_j near ``factor`` (O, I): 1 / factor^2 has the row and column means of its rank-1 fit.
+
+    Zero where ``factor`` is (a parameter without optimizer state). Collective where ranks share the matrix.
+    """
+    if not bool(factor.any()):
+        return factor.new_zeros(factor.shape[0]), factor.new_zeros(factor.shape[1])
+    inverse = factor.double().square().reciprocal()
+    sums = [inverse.sum(1), inverse.sum(0)]
+    counts = [factor.shape[1], factor.shape[0]]
+    shard = backend.shards().get(name)
+    if shard is not None:  # sums along the dimension that is split are parts
+        sums[1 - shard.dim] = backend.sum_shards(sums[1 - shard.dim])
+        counts[1 - shard.dim] = shard.size
+    rows, columns = sums[0] / counts[0], sums[1] / counts[1]
+    mean = (columns if shard is not None and shard.dim == 0 else rows).mean()
+    return (mean / rows).sqrt().to(factor.dtype), columns.rsqrt().to(factor.dtype)
