@@ -1,15 +1,18 @@
-# One command each: make demo | test | lint | bench | setup
+# One command each: make demo | test | test-fast | lint | bench | setup
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JSON   ?= runs/bench
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+BESIDE := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-fast lint bench clean
 
 setup: $(VENV)/.ready
 
 # torch first and alone: where a CPU or CUDA build has been chosen already, the pinned version keeps it.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make setup PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
@@ -19,8 +22,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m megaopus demo --out runs/demo
 
+# What one process can do runs WORKERS at a time; then what needs a pool of ranks, which is as much at a time itself.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@status=0; \
+	$(PYTEST) $(BESIDE) -m 'not ranks' || status=$$?; \
+	$(PYTEST) -m ranks || status=$$?; \
+	exit $$status
+
+# Two minutes: a small run from text to report, and what is quick.
+test-fast: setup
+	$(PYTEST) $(BESIDE) -m 'not ranks and not slow' tests/test_*.py tests/unit tests/configs
 
 lint: setup
 	$(BIN)/ruff check .

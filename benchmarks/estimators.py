@@ -44,10 +44,10 @@ from benchmarks.common import (
     start,
     write_results,
 )
+from megaopus.cli.demo import WANTED, ensure_corpus
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
 from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
-from megaopus.demo import WANTED, ensure_corpus
 from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig

@@ -28,10 +28,10 @@ from megaopus.__main__ import main as megaopus
 from megaopus.checkpoint.manifest import COMPLETE, MANIFEST, digest_of, entry, manifest_text, read_manifest
 from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.record.recorder import Recorder
-from megaopus.training.watchdog import HangWatchdog
+from megaopus.training.timers import Timers
 
 STEPS, SAVE_EVERY, EVAL_EVERY = 20, 4, 6
-PHASES = ("score", "train", "evaluate", "save")
+PHASES = ("select", "train", "evaluate", "save")
 NAN_STEP, LOSS_STEP, SPIKE_STEP = 5, 9, 14
 TIMEOUT_MINUTES = 0.5
 PATIENCE_SECONDS = 180.0
@@ -215,7 +215,7 @@ def _recorded(path: Path) -> Iterator[None]:
     """Each update's candidates, utilities, picks and loss as a line of ``path``, of one start after the other."""
     original = Recorder.step
 
-    def step(self: Recorder, record: Any, selection: Any) -> None:
+    def step(self: Recorder, record: Any, selection: Any, events: Any = ()) -> None:
         if os.environ["RANK"] == "0":
             kept = {key: value for key, value in selection.facts().items() if key != "events"}
             arrays = {key: value for key, value in asdict(selection.choices).items() if isinstance(value, np.ndarray)}
@@ -223,7 +223,7 @@ def _recorded(path: Path) -> Iterator[None]:
             line = json.dumps({**kept, **digests, "loss": record.loss, "skipped": record.skipped, "lr": record.lr})
             with path.open("a") as stream:
                 stream.write(line + "\n")
-        original(self, record, selection)
+        original(self, record, selection, events)
 
     with _replaced(Recorder, "step", step):
         yield
@@ -263,7 +263,7 @@ def _weather(here: bool) -> Iterator[None]:
 @contextmanager
 def _struck(fault: Fault | None, rank: int, overrides: list[str], run_dir: Path) -> Iterator[None]:
     """The fault happens to this rank when it comes to its place."""
-    original = HangWatchdog.phase
+    original = Timers.__call__
     struck: list[threading.Thread] = []
 
     def strike() -> None:
@@ -273,17 +273,17 @@ def _struck(fault: Fault | None, rank: int, overrides: list[str], run_dir: Path)
         ACTIONS[fault.kind](overrides, run_dir)
 
     @contextmanager
-    def phase(self: HangWatchdog, name: str, step: int) -> Iterator[None]:
-        at_place = fault is not None and fault.rank == rank and (name, step) == (fault.phase, fault.step)
+    def phase(self: Timers, name: str) -> Iterator[None]:
+        at_place = fault is not None and fault.rank == rank and (name, self.step) == (fault.phase, fault.step)
         if at_place and not struck:
             struck.append(threading.Thread(target=strike, daemon=True))
             struck[0].start()
             if fault is not None and not fault.delay:
                 struck[0].join()
-        with original(self, name, step):
+        with original(self, name):
             yield
 
-    with _replaced(HangWatchdog, "phase", phase):
+    with _replaced(Timers, "__call__", phase):
         yield
 
 

@@ -26,10 +26,11 @@ from rich.table import Table
 from benchmarks.common import machine, parser, progress, start, write_results
 from benchmarks.pools import ensure_pool
 from benchmarks.quality import COMMON, OPTIMIZERS
-from benchmarks.study import Nobody
-from megaopus.build import Corpora, build_trainer
+from benchmarks.study import silent_recorder
+from megaopus.build import build_trainer
 from megaopus.config.compose import compose
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
+from megaopus.data.run_data import RunData
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.selection import Selector
@@ -65,30 +66,30 @@ class State:
                 state[name].copy_(value)
 
 
-def utilities(trainer: Trainer, corpora: Corpora, overrides: Sequence[str], contrast: bool) -> dict[str, float]:
+def utilities(trainer: Trainer, data: RunData, overrides: Sequence[str], contrast: bool) -> dict[str, float]:
     """Mean utility of each domain among ``CANDIDATES`` of the pool, z-scored."""
     more = (f"selection.contrast={str(contrast).lower()}", f"selection.proxy_batch_size={PROXY}")
     once = ("selection.proxy_ema=0", "selection.warmup_steps=0", "selection.guards.exposure_cap=0")
     config = compose([*overrides, "selection=opus_exact", *more, *once]).selection
     proxy, others = (
         CandidateStream(sequences, PROXY, 1, f"horizon {name}").at
-        for name, sequences in (("proxy", corpora.proxy()), ("pool", corpora.pool))
+        for name, sequences in (("proxy", data.proxy), ("pool", data.pool))
     )
     engine: Any = trainer.engine
     selector = Selector(config, engine.scoring_backend(), num_selected=8, proxy=proxy, pool=others, seed=1)
-    buffer = CandidateStream(corpora.pool, CANDIDATES, 1, "horizon").at(engine.step)
+    buffer = CandidateStream(data.pool, CANDIDATES, 1, "horizon").at(engine.step)
     found = selector.select(buffer, engine.step).utilities
     assert found is not None
     z = (found - found.mean()) / found.std()
-    codes = torch.from_numpy(corpora.pool.domain_of(buffer.sequence_ids))
-    return {name: float(z[codes == code].mean()) for code, name in enumerate(corpora.pool.domains)}
+    codes = torch.from_numpy(data.pool.domain_of(buffer.sequence_ids))
+    return {name: float(z[codes == code].mean()) for code, name in enumerate(data.pool.domains)}
 
 
-def falls(trainer: Trainer, corpora: Corpora) -> dict[str, list[float]]:
+def falls(trainer: Trainer, data: RunData) -> dict[str, list[float]]:
     """Fall of the proxy loss after each of ``UPDATES`` on each domain alone, mean of ``REPEATS`` draws."""
     engine: Any = trainer.engine
-    pool, state = corpora.pool, State(trainer)
-    proxy = CandidateStream(corpora.proxy(), PROXY, 1, "horizon loss").at(0)
+    pool, state = data.pool, State(trainer)
+    proxy = CandidateStream(data.proxy, PROXY, 1, "horizon loss").at(0)
     before = float(engine.evaluate(proxy).mean())
     codes, size = pool.domain_of(np.arange(len(pool))), 8
     found = {}
@@ -122,19 +123,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, choice in RUNS.items():
             overrides = [*COMMON, *OPTIMIZERS["adamw"], "train.steps=600", "seed=1", *place]
             config = compose([*overrides, choice, f"run_dir={args.folder / 'horizon'}"])
-            mesh, corpora = Mesh(ParallelConfig()), Corpora(config)
+            mesh, data = Mesh(ParallelConfig()), RunData.open(config.data, config.data_needs())
             try:
-                trainer = build_trainer(config, mesh, corpora, StopSignal())
+                trainer = build_trainer(config, mesh, data, StopSignal())
                 task = bar.add_task(name, total=max(halts))
                 for step in range(max(halts) + 1):
                     if step in halts:
-                        known = [utilities(trainer, corpora, overrides, contrast) for contrast in (False, True)]
-                        for domain, fall in falls(trainer, corpora).items():
+                        known = [utilities(trainer, data, overrides, contrast) for contrast in (False, True)]
+                        for domain, fall in falls(trainer, data).items():
                             row = {"run": name, "step": step, "domain": domain}
                             row |= {"utility": known[0][domain], "contrast": known[1][domain]}
                             rows.append(row | {f"fall_{n}": value for n, value in zip(UPDATES, fall, strict=True)})
                     if step < max(halts):
-                        trainer.update(Nobody())
+                        trainer.update(silent_recorder())
                         bar.advance(task)
             finally:
                 mesh.close()

@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import machine, parser, progress, start, write_results
-from benchmarks.study import Nobody, Results, Task, refuse_other_corpora, run_of, step_costs, task, train_all
-from megaopus.build import Corpora, build_trainer
+from benchmarks.study import Results, Task, refuse_other_corpora, run_of, silent_recorder, step_costs, task, train_all
+from megaopus.build import build_trainer
+from megaopus.cli.demo import WANTED, ensure_corpus
 from megaopus.config.compose import compose
-from megaopus.data.text_features import ensure_text_features
-from megaopus.demo import WANTED, ensure_corpus
+from megaopus.data.run_data import RunData
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.megatron.engine import MegatronEngine
@@ -193,8 +193,8 @@ def state_mb(overrides: Sequence[str]) -> float:
     mesh = Mesh(ParallelConfig())
     try:
         config = compose([*overrides, "run_dir=runs/bench/nothing_is_written"])
-        trainer = build_trainer(config, mesh, Corpora(config), StopSignal())
-        trainer.update(Nobody())
+        trainer = build_trainer(config, mesh, RunData.open(config.data, config.data_needs()), StopSignal())
+        trainer.update(silent_recorder())
         optimizer = typing.cast(MegatronEngine, trainer.engine).optimizer
         return sum(s.numel() * s.element_size() for each in optimizer.states() for s in each.state.values()) / 1e6
     finally:
@@ -244,8 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study = Comparison(plan, ensure_corpus(args.corpus, console), Results(args.results or folder / "results.jsonl"))
     if not args.no_training:
         refuse_other_corpora(study.first_tasks(), study.results)
-    corpora = Corpora(compose(study.overrides("adamw", 1e-3, "uniform", SEED)))
-    ensure_text_features(corpora.pool, corpora.proxy(), None, console)
+    config = compose(study.overrides("adamw", 1e-3, "uniform", SEED))
+    RunData.open(config.data, config.data_needs()).ensure_text_features(console)
     if not args.no_training:
         train_all(list(study.first_tasks()), study.results, folder, args.jobs, console)
         train_all(list(study.second_tasks(args.arms or plan.arms)), study.results, folder, args.jobs, console)

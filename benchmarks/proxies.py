@@ -40,13 +40,12 @@ from benchmarks.study import (
     task,
     train_all,
 )
-from megaopus.build import Corpora
 from megaopus.config.compose import compose
 from megaopus.corpus_tools import benchmark_proxy
 from megaopus.corpus_tools.sources import Source
 from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import MANIFEST, TOKENIZER, Corpus
-from megaopus.data.text_features import ensure_text_features
+from megaopus.data.run_data import RunData
 from megaopus.report.compare import aggregate, compare
 
 BENCHMARKS = (
@@ -78,7 +77,7 @@ QUICK = Plan(40, 10, 16, (1,), ("uniform", "opus"))
 
 @dataclass(frozen=True)
 class Places:
-    """Corpora on disk."""
+    """Names the corpora on disk."""
 
     random: Path
     """The pool with a random proxy."""
@@ -201,10 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.no_training:
         refuse_other_corpora(study.tasks().values(), study.results)
         for corpus in (study.places.random, study.places.near):  # once, not in each of the runs at the same time
-            corpora = Corpora(
-                compose([*COMMON, f"data.path={corpus}", f"data.validation_path={study.places.held_out}"])
-            )
-            ensure_text_features(corpora.pool, corpora.proxy(), None, console)
+            config = compose([*COMMON, f"data.path={corpus}", f"data.validation_path={study.places.held_out}"])
+            RunData.open(config.data, config.data_needs()).ensure_text_features(console)
         train_all(chosen, study.results, folder, args.jobs, console)
     rows = study.rows()
     print_rows(rows, console)

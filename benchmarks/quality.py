@@ -44,12 +44,11 @@ from benchmarks.study import (
     task,
     train_all,
 )
-from megaopus.build import Corpora
+from megaopus.cli.demo import WANTED as DEMO_WANTED
+from megaopus.cli.demo import ensure_corpus
 from megaopus.config.compose import compose
 from megaopus.data.corpus import Corpus
-from megaopus.data.text_features import ensure_text_features
-from megaopus.demo import WANTED as DEMO_WANTED
-from megaopus.demo import ensure_corpus
+from megaopus.data.run_data import RunData
 from megaopus.report.compare import aggregate, compare
 
 POOLS = ("demo", "mixed", "hard", "clean")
@@ -179,8 +178,7 @@ def _prepare(study: Study, jobs: Sequence[Job], console: Console) -> None:
         if config.data.filter.column is not None:
             ensure_column(Corpus.open(config.data.path), config.data.filter.column, console)
         if config.selection.needs_text_features:
-            corpora = Corpora(config)
-            ensure_text_features(corpora.pool, corpora.proxy(), None, console)
+            RunData.open(config.data, config.data_needs()).ensure_text_features(console)
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------

@@ -34,17 +34,18 @@ from rich.table import Table
 
 from benchmarks import estimators
 from benchmarks.common import interleaved, machine, parser, progress, single_engine, start, write_results
+from megaopus.cli.demo import WANTED, ensure_corpus
 from megaopus.data.candidates import CandidateStream
 from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
-from megaopus.demo import WANTED, ensure_corpus
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.selection import SelectionConfig, Selector, adjoint_utilities
 from tests.exact.scoring_runs import LAYOUTS, relative_error, same_picks, select_all
-from tests.harness import random_batch, run_layouts, run_ranks, tiny_engine
+from tests.harness import random_batch, tiny_engine
+from tests.pool import Pool
 
 TARGETS = {"directional": 0.70, "adjoint": 1.0, "countsketch_8192": 1.0}
 OVERHEAD_TARGET = 1.3
@@ -85,7 +86,9 @@ def layouts(bar: Progress) -> list[dict[str, Any]]:
     """Utilities and picks of each layout beside those of one process: every setting, model style and optimizer."""
     alone = select_all("one")
     task = bar.add_task("layouts", total=1)
-    found = run_layouts({layout: size for layout, (size, _) in LAYOUTS.items()}, select_all, timeout_s=1800)
+    with Pool() as pool:
+        jobs = pool.jobs({layout: size for layout, (size, _) in LAYOUTS.items()}, select_all).begin(LAYOUTS)
+        found = {layout: jobs[layout] for layout in LAYOUTS}
     bar.advance(task)
     return [
         {
@@ -159,10 +162,11 @@ def growth(plan: Plan, bar: Progress) -> list[dict[str, Any]]:
     """Bytes and seconds of a selection as ranks and candidates grow together, 16 candidates per rank."""
     rows = []
     task = bar.add_task("bytes per rank", total=len(plan.ranks))
-    for ranks in plan.ranks:
-        found = run_ranks(ranks, count_bytes, 16 * ranks)
-        rows.append({"ranks": ranks, "N": 16 * ranks, **found[0]})
-        bar.advance(task)
+    with Pool() as pool:
+        for ranks in plan.ranks:
+            found = pool.run(ranks, count_bytes, 16 * ranks)
+            rows.append({"ranks": ranks, "N": 16 * ranks, **found[0]})
+            bar.advance(task)
     return rows
 
 

@@ -22,17 +22,20 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.common import CLOCKS, ROOT, interleaved
-from megaopus.build import Corpora, build_trainer
+from megaopus.build import build_trainer
+from megaopus.cli.demo import picked_share
 from megaopus.config.aliases import former
 from megaopus.config.compose import compose
 from megaopus.config.run_config import differences
 from megaopus.data.corpus import Corpus
-from megaopus.demo import picked_share
+from megaopus.data.run_data import RunData
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
+from megaopus.record.config import LoggingConfig
 from megaopus.record.parquet import pick_counts
+from megaopus.record.recorder import Recorder
 from megaopus.record.sinks import read_rows
-from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.record.types import StepRecord, ValidationRecord
 from megaopus.report.compare import Run, compare, load_run, paired_t_test
 from megaopus.selection.prescreen import Prescreen
 from megaopus.training.signals import StopSignal
@@ -253,8 +256,8 @@ class _PrescreenWatch:
 def _steps(overrides: Sequence[str], folder: Path, mesh: Mesh) -> Callable[[], None]:
     """A run taken to where every cost has set in, and its next few steps as one pass; writes nothing."""
     config = compose([*overrides, "selection.warmup_steps=1", f"run_dir={folder / 'timing'}"])
-    trainer = build_trainer(config, mesh, Corpora(config), StopSignal())
-    nobody = Nobody()
+    trainer = build_trainer(config, mesh, RunData.open(config.data, config.data_needs()), StopSignal())
+    nobody = silent_recorder()
     for _ in range(_SETTLED):
         trainer.update(nobody)
 
@@ -269,18 +272,9 @@ _SETTLED = 65  # updates after which the predictor has its first 64 scores
 _TURN = 32  # a multiple of every period of the arms
 
 
-class Nobody:
-    """A monitor that does not listen."""
-
-    def step(self, record: StepRecord, selection: SelectionRecord | None) -> None: ...
-
-    def validation(self, record: ValidationRecord) -> None: ...
-
-    def event(self, text: str) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def flush(self) -> None: ...
+def silent_recorder() -> Recorder:
+    """Make a recorder that writes and says nothing."""
+    return Recorder(LoggingConfig(), "", 0, is_writer=False)
 
 
 def run_of(row: dict[str, Any]) -> Run:

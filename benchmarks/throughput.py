@@ -25,10 +25,10 @@ from rich.table import Table
 
 from benchmarks.common import Ratio, interleaved, machine, parser, progress, single_engine, start, write_results
 from benchmarks.reference_gpt import ReferenceGPT
+from megaopus.cli.demo import ensure_corpus
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
 from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
-from megaopus.demo import ensure_corpus
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
 from megaopus.models.flops import count_parameters, padded_vocab

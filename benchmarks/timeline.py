@@ -23,7 +23,8 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.models.config import ModelConfig
 from megaopus.selection import SelectionConfig, Selector
-from tests.harness import random_batch, run_ranks, tiny_engine
+from tests.harness import random_batch, tiny_engine
+from tests.pool import Pool
 
 LAYOUTS = {
     "dp=2: each rank scores its half": ParallelConfig(),
@@ -101,7 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, metavar="FILE", help="the picture (png)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = {title: run_ranks(2, trace, parallel) for title, parallel in LAYOUTS.items()}
+    with Pool() as pool:
+        found = {title: pool.run(2, trace, parallel) for title, parallel in LAYOUTS.items()}
     draw(found, args.file)
     print(args.file)
     return 0

@@ -1,3 +1,3 @@
 """megaopus: distributed GPT pre-training with online data selection built in."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""What went another way than asked, as facts that programs read and a sentence that people read."""
+"""Tells what went another way than asked, as facts that programs read and a sentence that people read."""
 
 from __future__ import annotations
 
@@ -32,22 +32,24 @@ class Event:
     __hash__ = None  # type: ignore[assignment]
 
     def as_row(self) -> dict[str, Any]:
-        """Plain values that ``read_event`` makes an equal event of."""
+        """Give the plain values that ``read_event`` makes an equal event of."""
         return {"kind": self.kind, "text": self.text, **self.facts}
 
 
-def read_event(row: str | Mapping[str, Any]) -> Event:
-    """The event of a row of a run's record; of a sentence, as version 0.1 wrote them, one that counts with its like.
+def read_event(row: Event | str | Mapping[str, Any]) -> Event:
+    """Make the event of a row of a run's record; of a sentence, as in version 0.1, one that counts with its like.
 
-    Raises ValueError for a row without kind and text.
+    An event is returned as it is. Raises ValueError for a row without kind and text.
     """
+    if isinstance(row, Event):
+        return row
     if isinstance(row, str):
         return Event(kind_of_sentence(row), row)
-    if not isinstance(row.get("kind"), str) or not isinstance(row.get("text"), str):
-        raise ValueError(f"an event needs kind and text: {dict(row)!r}")
+    if not isinstance(row, Mapping) or not all(isinstance(row.get(key), str) for key in ("kind", "text")):
+        raise ValueError(f"an event needs kind and text: {row!r}")
     return Event(**row)
 
 
 def kind_of_sentence(text: str) -> str:
-    """``text`` with its numbers blanked: sentences that differ in numbers only are of one kind."""
+    """Blank the numbers of ``text``: sentences that differ in numbers only are of one kind."""
     return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?(\s*,\s*\d+)*", "#", text)

@@ -16,9 +16,9 @@ import math
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from megaopus.errors import Problem
 
@@ -30,6 +30,13 @@ FIXED = "fixed"
 """A checkpoint means something else then: never, as far as its meaning changes."""
 
 Section = TypeVar("Section")
+
+
+class HasSettings(Protocol):
+    """Has settings of its own, such as an optimizer's."""
+
+    @property
+    def settings(self) -> Mapping[str, Setting]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +51,14 @@ class Setting:
     max: float | None = None
     above: float | None = None
     below: float | None = None
-    choices: tuple[Any, ...] = ()
+    choices: Collection[Any] = ()
+    """Looked at when they are asked for: a registry imports its entries then."""
     check: Callable[[Any], str | None] | None = None
     """Says what is wrong with a value, where range and choices cannot."""
     hint: str = ""
     """What to do about a value that is refused; empty: the default is named."""
-    members: Mapping[str, Mapping[str, Setting]] | None = None
-    """Of a dictionary: what it may hold, by the section's ``name``."""
+    members: Mapping[str, HasSettings] | None = None
+    """Of a dictionary: who says what it may hold, by the section's ``name``."""
 
     def bounds(self) -> str:
         """The range as mathematics writes it, ``>= 1`` or ``(0, 1]``; empty: any value."""
@@ -139,7 +147,8 @@ def sections(section: Any, key: str = "") -> dict[str, type]:
 def member_entries(entry: Entry, owner: str) -> dict[str, Entry]:
     """What an open dictionary may hold where its section's ``name`` is ``owner``, by dotted key."""
     found: dict[str, Entry] = {}
-    for name, known in (entry.known.members or {}).get(owner, {}).items():
+    owners = entry.known.members or {}
+    for name, known in owners[owner].settings.items() if owner in owners else ():
         key = f"{entry.key}.{name}"
         found[key] = Entry(key, type(known.default), known, known.resume or entry.resume)
     return found

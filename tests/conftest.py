@@ -1,4 +1,4 @@
-"""What several test files need: a corpus to train on."""
+"""What several test files need: a corpus, a pool of ranks; and which cases run in which of the two passes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,66 @@ import logging
 import pydoc_data.topics
 import random
 import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Source
 from megaopus.corpus_tools.split import SplitRule
+from megaopus.training.signals import StopSignal
+from tests.pool import Pool
+
+FIRST = ("cluster", "contract", "exact")
+"""Folders whose cases take longest, and are begun first."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases that use ``pool`` with ``ranks``; keep cases that share a fixture on one worker of xdist."""
+    for item in items:
+        if "pool" in item.fixturenames:  # type: ignore[attr-defined]
+            item.add_marker("ranks")
+        if (group := shared(item)) is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: FIRST.index(item.path.parent.name) if item.path.parent.name in FIRST else len(FIRST))
+
+
+def shared(item: pytest.Item) -> str | None:
+    """The file or folder whose module- or session-wide fixtures the case uses; None without any."""
+    definitions = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
+    found = [each[-1] for each in definitions.values() if each[-1].scope != "function" and "/" in each[-1].baseid]
+    return min((definition.baseid for definition in found), default=None, key=len)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Runs functions on gloo ranks."""
+    with Pool() as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def selected(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
+    """Values of a parameter (tuples of several) among the cases of this file that will run, for a fixture to begin."""
+
+    def values(*names: str) -> list[Any]:
+        mine = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+        found = [item.callspec.params for item in mine]
+        chosen = [tuple(each[name] for name in names) for each in found if set(names) <= each.keys()]
+        return list(dict.fromkeys(each if len(names) > 1 else each[0] for each in chosen))
+
+    return values
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_are_the_test_runner_s() -> Iterator[None]:
+    """Runs in this process install no handlers; those that are to get a signal have a process of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopSignal, "__enter__", lambda self: self)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,31 +1,20 @@
-"""Run a function on several gloo ranks; a minimal engine to run it on."""
+"""Makes minimal engines and what they train on."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import random
-import socket
-import time
-import traceback
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
-from megaopus.engine.deepspeed.engine import DeepSpeedEngine
-from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
+from megaopus.optim.registry import spec_of
 
-ENGINES = {"megatron": MegatronEngine, "deepspeed": DeepSpeedEngine}
 TINY = ModelConfig(num_layers=2, hidden_size=32, num_heads=4)
 LLAMA = replace(
     TINY,
@@ -45,97 +34,9 @@ MODELS = {
 }
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 180) -> list[Any]:
-    """``function(*args)`` on each of ``world_size`` processes with torchrun's environment; results by rank.
-
-    ``function`` must be importable (a module-level function); one rank runs in this process. A failure on a rank is
-    raised with that rank's traceback, a silent rank after ``timeout_s``. One process group per call: a second one on
-    the same port could meet the first one's store.
-    """
-    if world_size == 1:
-        return [function(*args)]
-    context = mp.get_context("spawn")
-    (port,) = free_ports(1)
-    pipes, processes = [], []
-    for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(rank, world_size, port, sender, function, args), daemon=True)
-        process.start()
-        sender.close()
-        pipes.append(receiver)
-        processes.append(process)
-    deadline = time.monotonic() + timeout_s
-    try:
-        return [_receive(rank, pipe, deadline) for rank, pipe in enumerate(pipes)]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def run_layouts(
-    world_sizes: dict[str, int], function: Callable[..., Any], *args: Any, timeout_s: float = 300
-) -> dict[str, list[Any]]:
-    """``function(layout, *args)`` on each rank of every layout (name -> ranks); results by layout, then rank.
-
-    Starting a process takes longer than its work: one start for each world size, a process group for each layout.
-    """
-    found: dict[str, list[Any]] = {}
-    for world_size in sorted(set(world_sizes.values())):
-        names = [layout for layout, size in world_sizes.items() if size == world_size]
-        ports = dict(zip(names, free_ports(len(names)), strict=True))
-        results = run_ranks(world_size, _one_after_another, function, ports, args, timeout_s=timeout_s)
-        found |= {layout: [result[layout] for result in results] for layout in names}
-    return found
-
-
-def _one_after_another(function: Callable[..., Any], ports: dict[str, int], args: tuple) -> dict[str, Any]:
-    found = {}
-    for layout, port in ports.items():
-        os.environ["MASTER_PORT"] = str(port)
-        found[layout] = function(layout, *args)
-    return found
-
-
-def _receive(rank: int, pipe: Any, deadline: float) -> Any:
-    if not pipe.poll(max(0.0, deadline - time.monotonic())):
-        raise AssertionError(f"rank {rank} did not answer in time")
-    try:
-        error, value = pickle.loads(pipe.recv_bytes())
-    except EOFError:
-        raise AssertionError(f"rank {rank} died without a word") from None
-    if error is not None:
-        raise AssertionError(f"rank {rank} failed:\n{error}")
-    return value
-
-
-def _rank(rank: int, world_size: int, port: int, pipe: Any, function: Callable[..., Any], args: tuple) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )
-    torch.set_num_threads(1)
-    try:
-        answer = (None, function(*args))
-    except BaseException:
-        answer = (traceback.format_exc(), None)
-    pipe.send_bytes(pickle.dumps(answer))  # plain pickle: no shared memory with a dying process
-
-
-def free_ports(count: int) -> list[int]:
-    """Free ports below those that outgoing connections are given: nobody takes one before it is used."""
-    found: list[int] = []
-    for port in random.Random(os.getpid()).sample(range(12_000, 30_000), 1000):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError(f"fewer than {count} free ports")
+def example(optimizer: str) -> OptimConfig:
+    """The settings that an optimizer's entry in the registry gives tests."""
+    return OptimConfig(name=optimizer, **spec_of(optimizer).example)
 
 
 def tiny_engine(
@@ -151,7 +52,7 @@ def tiny_engine(
 ) -> Any:
     """A two-layer GPT on ``mesh``; the engine is the one that ``engine`` names."""
     engine = engine or EngineConfig(device="cpu", precision="fp32")
-    return ENGINES[engine.name](
+    return engine.spec().load_class()(
         mesh,
         model=model,
         optim=optim or OptimConfig(),

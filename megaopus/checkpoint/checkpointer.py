@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megaopus.checkpoint.config import CheckpointConfig
 from megaopus.checkpoint.manifest import COMPLETE, MANIFEST, Entry, digest_of, entry, manifest_text, verify
+from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.errors import CheckpointError
@@ -39,22 +40,10 @@ _STATE = {
 Groups = dict[str, dict[str, Tensor]]
 
 
-class PendingSaveLike(Protocol):
-    """Writes weights to disk in two phases (``megaopus.engine.pending_save.PendingSave``)."""
-
-    def start(self, on_file_written: Callable[[Path], Any], background: bool) -> None: ...
-
-    def done(self) -> bool: ...
-
-    def error(self) -> BaseException | None: ...
-
-    def commit(self) -> dict[Path, Any]: ...
-
-
 class Saveable(Protocol):
     """The part of an engine that a checkpoint needs."""
 
-    def prepare_save(self, folder: Path, groups: Groups, copy: bool) -> PendingSaveLike: ...
+    def prepare_save(self, folder: Path, groups: Groups, copy: bool) -> PendingSave: ...
 
     def load(self, folder: Path, groups: list[str]) -> Groups: ...
 
@@ -186,7 +175,7 @@ _ANOTHER = f"delete the checkpoint's file {COMPLETE} to fall back to the one bef
 class _Pending:
     """A save that is being written."""
 
-    saving: PendingSaveLike
+    saving: PendingSave
     partial: Path
     final: Path
     content: dict[str, Any]
@@ -312,6 +301,16 @@ class Checkpointer:
         every, whole = self._config.keep_every, complete_checkpoints(self._run_dir)
         temporary = [path for path in whole if not every or _step_of(path) % every]
         return temporary[: -self._config.keep]
+
+
+def split_groups(state: dict[str, Any]) -> tuple[Groups, dict[str, Any]]:
+    """Split an object's state into groups of parameter-shaped tensors, saved beside the weights, and plain values."""
+    groups = {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, dict) and all(isinstance(item, Tensor) for item in value.values())
+    }
+    return groups, {key: value for key, value in state.items() if key not in groups}
 
 
 _UNTOUCHED = "older checkpoints are untouched"

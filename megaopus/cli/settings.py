@@ -1,4 +1,4 @@
-"""Lists every setting with type, default, range, class on resume and meaning: ``settings`` and docs/settings.md."""
+"""List every setting: type, default, range, meaning."""
 
 from __future__ import annotations
 
@@ -9,17 +9,27 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megaopus.config.aliases import RENAMED, current
+from megaopus.cli._notes import tell
+from megaopus.config.aliases import current, notes
 from megaopus.config.compose import group_choices
 from megaopus.config.parse import nearest
 from megaopus.config.run_config import SETTINGS, RunConfig
 from megaopus.errors import ConfigError, Problem
+from megaopus.plugins import require_plugins
 from megaopus.settings import Entry, member_entries, sections, written
 
+DESCRIPTION = (
+    "List settings with type, default, range or choices, whether they may change on resume, and what they mean."
+)
+EXAMPLES = (
+    "  python -m megaopus settings\n"
+    "  python -m megaopus settings selection.guards\n"
+    "  python -m megaopus settings schedule"
+)
 TOP = "run"
 """What settings that stand in no section are listed under."""
 WIDTH = 118
@@ -51,58 +61,66 @@ class Part(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the verb."""
+    """Add what is to be listed, and how."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="a section, a group or a setting (default: all)")
     parser.add_argument("--markdown", action="store_true", help="all of it as docs/settings.md has it")
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="module that registers yours")
     parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="more choices, beside the shipped configs")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print what the command line asks for. Raises ConfigError for a name that nothing has."""
-    parts = all_parts(args.config_dir)
     if args.markdown:
-        print(markdown(parts), end="")
+        print(markdown(), end="")
         return
-    if args.name in RENAMED:
-        print(f"{args.name} is now {current(args.name)}")
+    require_plugins(args.plugin)
+    tell(notes([args.name or ""]))
     width = min(WIDTH, shutil.get_terminal_size().columns)
-    lines = [line for part in _named(args.name, parts) for line in [*_text(part, width), ""]]
+    lines = [line for part in _named(args.name, args.config_dir) for line in [*_text(part, width), ""]]
     try:
         print("\n".join(lines[:-1]), flush=True)
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def all_parts(config_dir: Path | None = None) -> list[Part]:
-    """Every setting, section by section; what an optimizer alone has comes after the section of optimizers."""
+def _parts(config_dir: Path | None = None) -> list[Part]:
+    """Every setting section by section, without what a dictionary of settings by name may hold."""
     groups, found = group_choices(config_dir), []
     for name, section in sections(RunConfig).items():
         own = [entry for key, entry in SETTINGS.items() if key.rpartition(".")[0] == name]
         found.append(Part(name or TOP, (section.__doc__ or "").split("\n\n")[0], groups.pop(name, []), own))
-        for entry in own:
-            for owner in entry.known.members or {}:
+    about = "A whole run: choices of the groups above and values."
+    return found + [Part(name, about, choices, []) for name, choices in groups.items()]
+
+
+def _whole(parts: Iterable[Part]) -> Iterator[Part]:
+    """Each part, and then what its dictionaries may hold, by whose it is; this imports optimizers, and torch."""
+    for part in parts:
+        yield part
+        for entry in part.entries:
+            for owner in entry.known.members or ():
                 if members := list(member_entries(entry, owner).values()):
-                    about = f"What {name}.name={owner} alone has."
-                    found.append(Part(f"{entry.key} of {owner}", about, [], members))
-    for name, choices in groups.items():
-        found.append(Part(name, "A whole run: choices of the groups above and values.", choices, []))
-    return found
+                    about = f"What {part.name}.name={owner} alone has."
+                    yield Part(f"{entry.key} of {owner}", about, [], members)
 
 
-def _named(name: str | None, parts: list[Part]) -> list[Part]:
-    """The parts, or single settings, that a person means by a name."""
+def _named(name: str | None, config_dir: Path | None) -> list[Part]:
+    """The parts, or single settings, that a person means by a name. Raises ConfigError."""
+    parts = _parts(config_dir)
     if name is None:
-        return parts
+        return list(_whole(parts))
     name = current(name)
-    if found := [part for part in parts if f"{part.name}.".replace(" ", ".").startswith(f"{name}.")]:
-        return found
-    for matches in (lambda key: key == name, lambda key: key.rpartition(".")[2] == name):
-        found = [part._replace(choices=[], entries=[e for e in part.entries if matches(e.key)]) for part in parts]
-        if found := [part for part in found if part.entries]:
-            return found
-    keys = [entry.key for part in parts for entry in part.entries]
-    names = [part.name for part in parts if " " not in part.name]
-    near = nearest(name, [*names, *keys])
+    if found := [part for part in parts if f"{part.name}.".startswith(f"{name}.")]:
+        return list(_whole(found))
+    for place in (parts, _whole(parts)):
+        for part in place:
+            own = [entry for entry in part.entries if name in (entry.key, entry.key.rpartition(".")[2])]
+            if own:
+                found.append(part._replace(choices=[], entries=own))
+        if found:
+            return list(_whole(found))
+    names = [part.name for part in parts]
+    near = nearest(name, [*names, *SETTINGS])
     remedy = f"did you mean {near}?" if near else f"sections: {', '.join(names)}"
     raise ConfigError([Problem("settings", name, "no such section, group or setting", remedy)])
 
@@ -135,10 +153,10 @@ def _text(part: Part, width: int) -> Iterator[str]:
             yield from textwrap.wrap(paragraph, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
-def markdown(parts: list[Part]) -> str:
+def markdown() -> str:
     """All settings as a page."""
     lines = [_PREAMBLE]
-    for part in parts:
+    for part in _whole(_parts()):
         lines += [f"## {part.name}", "", *textwrap.wrap(part.about, WIDTH), ""]
         if part.choices:
             lines += [*textwrap.wrap(f"`{part.name}=` " + " ".join(f"`{each}`" for each in part.choices), WIDTH), ""]

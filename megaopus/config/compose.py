@@ -13,6 +13,7 @@ from megaopus.config.run_config import SETTINGS, RunConfig, flat, settings_under
 from megaopus.config.validation import validate
 from megaopus.data.config import DataConfig
 from megaopus.errors import ConfigError, Problem
+from megaopus.plugins import import_plugins
 
 
 def default_config_dir() -> Path:
@@ -62,7 +63,12 @@ def _composed(overrides: list[str], config_dir: Path | None, issues: Issues) -> 
     groups = _groups(folders)
     accepted = [text for text in map(current_override, overrides) if _acceptable(text, groups, issues)]
     tree = _compose_tree(folders, groups, accepted, issues)
-    return typed(tree, f"a file under {' or '.join(map(str, folders))}", issues)
+    config = typed(tree, f"a file under {' or '.join(map(str, folders))}", issues)
+    config.plugins, problems = import_plugins(config.plugins)  # so that what they register may be named
+    for problem in problems:
+        taints = ("optim.name", "engine.name", "selection.estimator")  # may be what it would have registered
+        issues.add(problem.key, problem.value, problem.reason, problem.remedy, taints)
+    return config
 
 
 def _config_folders(config_dir: Path | None) -> list[Path]:

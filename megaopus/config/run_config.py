@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from megaopus.checkpoint.config import CheckpointConfig
 from megaopus.data.config import DataConfig
+from megaopus.data.needs import DataNeeds
 from megaopus.distributed.config import ParallelConfig
 from megaopus.engine.config import EngineConfig
 from megaopus.models.config import ModelConfig
@@ -38,6 +39,11 @@ class RunConfig:
     resume_allow: list[str] = setting(
         [], doc="Settings that may differ from the checkpoint's though they change the training, such as optim.lr."
     )
+    plugins: list[str] = setting(
+        [],
+        doc="Modules of yours that register optimizers, operators, estimators, engines or data sources "
+        "(docs/plugins.md).",
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -62,13 +68,28 @@ class RunConfig:
             return self.selection.prescreen.slice
         return self.num_candidates() * self.selection.score_every
 
+    def data_needs(self) -> DataNeeds:
+        """What the run asks of its corpora, for ``RunData.open`` and ``RunData.describe``."""
+        selection = self.selection
+        return DataNeeds(
+            seed=self.seed,
+            steps=self.train.steps,
+            buffer_size=self.buffer_size(),
+            steps_per_buffer=selection.score_every,
+            proxy_batch_size=selection.proxy_batch_size,
+            proxy=selection.needs_proxy,
+            contrast=selection.needs_pool,
+            text_features=tuple(selection.prescreen.text_features) if selection.needs_text_features else None,
+            eval_sequences=self.train.eval_sequences,
+        )
+
 
 SETTINGS: dict[str, Entry] = entries(RunConfig)
 """Every setting by its dotted key; what an optimizer alone has is in ``settings_of``."""
 
 
 def settings_of(optimizer: str) -> dict[str, Entry]:
-    """Every setting of a run with an optimizer, by its dotted key."""
+    """Every setting of a run with an optimizer, by its dotted key; of one that is unknown here, none of its own."""
     return SETTINGS | member_entries(SETTINGS["optim.settings"], optimizer)
 
 

@@ -127,22 +127,10 @@ def _world_size(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         yield Problem(f"parallel.{key}", getattr(config.parallel, key), reason, remedy)
 
 
-@RULES.reading("parallel.distributed_optimizer", "optim.name")
-def _distributed_optimizer(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    if config.parallel.distributed_optimizer and config.optim.name != "adamw":
-        reason = f"shards the state of AdamW only, not of optim.name = {config.optim.name}"
-        yield Problem("parallel.distributed_optimizer", True, reason, "set it to false, or optim.name=adamw")
-
-
 @RULES.reading("engine.name", "engine.zero_stage", "parallel", "optim", "selection.estimator", "selection.method")
 def _engine(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    engine, selection = config.engine, config.selection
-    for key, value, reason, remedy in engine.refusals(config.parallel, config.optim):
-        yield Problem(key, value, reason, remedy)
-    exact = selection.needs_proxy and selection.estimator == "exact"
-    if engine.name == "deepspeed" and engine.zero_stage == 3 and exact:
-        reason = "needs whole weights on every rank, and engine.zero_stage = 3 partitions them"
-        yield Problem("selection.estimator", "exact", reason, "selection.estimator=directional, or engine.zero_stage=2")
+    for refusal in config.engine.refusals(config.parallel, config.optim, config.selection):
+        yield Problem(*refusal)
 
 
 def _dp(config: RunConfig, world_size: int | None) -> int:

@@ -1,4 +1,4 @@
-"""The verb ``proxy``: the documents nearest to benchmark items become a corpus's proxy, and leave its pool.
+"""Makes the documents nearest to benchmark items a corpus's proxy; they leave its pool.
 
 As arXiv 2602.05400 builds its Bench-Proxy: embed items and documents with a frozen encoder, take the documents of the
 largest cosine similarity with any item up to a budget of tokens. Tokens stay where they are: the new corpus differs
@@ -7,19 +7,17 @@ from the old one in which split each document belongs to.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from megaopus.corpus_tools.nearest_documents import CHUNK, HASHED, OVERLAP_WORDS, Found, Item, search
 from megaopus.corpus_tools.sources import Source, SourceReader
@@ -43,11 +41,24 @@ from megaopus.data.folder import new_folder, refuse_existing, work_folder
 from megaopus.errors import DataError
 
 POOL, PROXY, VALIDATION = range(len(SPLITS))
-_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyCorpus:
+    """Says what a new proxy is made of."""
+
+    path: Path
+    """The new corpus."""
+    found: Found
+    """Every candidate document with the item it is nearest to."""
+    chosen: np.ndarray
+    """(P,) places in ``found`` of the documents of the proxy, nearest first."""
+    summary: dict[str, Any]
+    """What the manifest keeps: settings, shares of the domains, overlaps."""
 
 
 def read_items(sources: Sequence[Source], fields: Sequence[str]) -> list[Item]:
-    """The texts under ``fields`` of every row, joined; values may be texts, lists or mappings of them.
+    """Read the texts under ``fields`` of every row, joined; values may be texts, lists or mappings of them.
 
     Raises:
         DataError: no items, or a row without any of the fields.
@@ -89,7 +100,7 @@ def build(
     overwrite: bool = False,
     workers: int | None = None,
     console: Console | None = None,
-) -> Path:
+) -> ProxyCorpus:
     """Write the corpus with its new proxy to ``out``; a killed run goes on where it was.
 
     Documents of the old proxy are candidates like those of the pool; validation stays. Copies of a chosen document
@@ -117,12 +128,11 @@ def build(
         summary = _summary(corpus, items, found, splits, encoder, tokens, drop_overlap)
         with new_folder(out, console) as folder:
             _write(corpus, splits, summary, folder)
-    show(corpus, items, found, chosen, summary, console)
-    return out
+    return ProxyCorpus(out, found, chosen, summary)
 
 
 def assign(corpus: Corpus, found: Found, tokens: int, drop_overlap: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(split of every document of the corpus (D,) uint8, chosen places in ``found``, nearest first)."""
+    """Choose the proxy: (split of every document (D,) uint8, chosen places in ``found``, nearest first)."""
     usable = ~found.overlaps if drop_overlap else np.ones(len(found.documents), dtype=bool)
     order = np.lexsort((found.documents, -found.similarity))
     order = order[usable[order]]
@@ -153,7 +163,7 @@ def _summary(
     tokens: int,
     drop_overlap: bool,
 ) -> dict[str, Any]:
-    """What is kept in the manifest: settings, shares of the domains, overlaps."""
+    """Sum up for the manifest: settings, shares of the domains, overlaps."""
     here = splits[found.documents]
     overlapping = {SPLIT_NAMES[code]: int((found.overlaps & (here == code)).sum()) for code in (POOL, PROXY, LEFT_OUT)}
     return {
@@ -202,87 +212,3 @@ def _write(corpus: Corpus, splits: np.ndarray, summary: dict[str, Any], folder: 
     }
     manifest["fingerprint"] = fingerprint_of(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def show(
-    corpus: Corpus, items: Sequence[Item], found: Found, chosen: np.ndarray, summary: dict[str, Any], console: Console
-) -> None:
-    """Shares of the domains, the nearest documents with their items, overlaps."""
-    table = Table(title="shares of tokens")
-    for name in ("domain", "proxy", "pool left"):
-        table.add_column(name, justify="left" if name == "domain" else "right")
-    for domain in corpus.domains:
-        shares = (summary["proxy_share"][domain], summary["pool_share"][domain])
-        table.add_row(escape(domain), *(f"{share:.1%}" for share in shares))
-    console.print(table)
-    nearest = Table(title=f"the {min(_SHOWN, len(chosen))} nearest documents", show_lines=True)
-    for name in ("similarity", "domain", "document", "item"):
-        nearest.add_column(name)
-    for place in chosen[:_SHOWN]:
-        document = found.documents[place]
-        text = corpus.texts([document], 80)[0]
-        cells = (corpus.domains[corpus.domain_codes[document]], _short(text), _short(items[found.item[place]].text))
-        nearest.add_row(f"{found.similarity[place]:.3f}", *map(escape, cells))
-    console.print(nearest)
-    overlaps = ", ".join(f"{name} {count:,}" for name, count in summary["overlapping_documents"].items())
-    console.print(
-        f"documents that share {OVERLAP_WORDS} words in a row with an item: {overlaps};"
-        f" items met: {summary['overlapping_items']:,} of {len(items):,}",
-        highlight=False,
-    )
-
-
-def _short(text: str) -> str:
-    return " ".join(text.split())[:200]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``python -m megaopus proxy``."""
-    add = parser.add_argument
-    add("--corpus", required=True, metavar="FOLDER", help="prepared corpus to take documents from")
-    add(
-        "--items",
-        required=True,
-        action="append",
-        metavar="PATH",
-        help="benchmark items, as --source of prepare; repeatable",
-    )
-    add(
-        "--item-fields", default="query,choices", metavar="NAMES", help="fields of an item's text (default %(default)s)"
-    )
-    add("--tokens", required=True, type=int, metavar="N", help="tokens of the proxy, at most")
-    add(
-        "--encoder",
-        default=HASHED,
-        metavar="NAME",
-        help="hashed, or a sentence-transformers model (default %(default)s)",
-    )
-    add(
-        "--drop-overlap",
-        action="store_true",
-        help=f"leave out documents sharing {OVERLAP_WORDS} words in a row with an item",
-    )
-    add("--workers", type=int, metavar="N", help="processes that search (default: one a core; with a model, this one)")
-    add("--out", required=True, metavar="FOLDER", help="corpus folder to make; it shares the token file where it can")
-    add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
-
-
-def run(args: argparse.Namespace) -> Path:
-    """Do what the command line asks for; returns the corpus folder."""
-    fields = [name.strip() for name in args.item_fields.split(",") if name.strip()]
-    items = read_items([Source.parse(argument) for argument in args.items], fields)
-    if args.workers is not None and args.workers < 1:
-        raise DataError(f"--workers {args.workers}: must be at least 1; leave it out for one a core")
-    if args.tokens < 1:
-        raise DataError(f"--tokens {args.tokens}: must be at least 1")
-    return build(
-        Corpus.open(args.corpus),
-        items,
-        Path(args.out),
-        tokens=args.tokens,
-        encoder=args.encoder,
-        drop_overlap=args.drop_overlap,
-        overwrite=args.overwrite,
-        workers=args.workers,
-        console=Console(),
-    )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megaopus.corpus_tools.sources import needed
+from megaopus.corpus_tools.readers.stored import needed
 
 _BUCKETS = 1 << 18
 _WORD = re.compile(r"[^\W_]+")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence as Items
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from megaopus.data.mixture import Mixture, Stage
 from megaopus.data.permutation import permute
+from megaopus.data.read_ahead import Reads, TokenReader
 from megaopus.data.sequences import Sequences
 from megaopus.errors import DataError
 
@@ -17,13 +19,16 @@ from megaopus.errors import DataError
 class CandidateBuffer:
     """N sequences, by number; their tokens are read when ``batch`` asks for them."""
 
-    def __init__(self, sequences: Sequences, ids: np.ndarray, sequence_ids: np.ndarray):
+    def __init__(
+        self, sequences: Sequences, ids: np.ndarray, sequence_ids: np.ndarray, reader: TokenReader | None = None
+    ):
         """Args:
         sequences: where the tokens come from.
         ids: (N,) what the selector calls them, unique in the buffer.
         sequence_ids: (N,) their numbers in ``sequences``.
+        reader: reads them once a step; None: they are read whenever they are asked for.
         """
-        self._sequences = sequences
+        self._sequences, self._reader = sequences, reader
         self.ids: Tensor = torch.from_numpy(np.array(ids, dtype=np.int64))
         self.sequence_ids = np.asarray(sequence_ids, dtype=np.int64)
 
@@ -43,11 +48,18 @@ class CandidateBuffer:
     def take(self, indices: Tensor) -> CandidateBuffer:
         """The candidates at ``indices`` (n,), in that order."""
         rows = torch.as_tensor(indices).cpu().numpy()
-        return CandidateBuffer(self._sequences, self.ids.numpy()[rows], self.sequence_ids[rows])
+        return CandidateBuffer(self._sequences, self.ids.numpy()[rows], self.sequence_ids[rows], self._reader)
+
+    @property
+    def reads(self) -> Reads:
+        """What a ``TokenReader`` is told to have the tokens read ahead."""
+        return self._sequences, self.sequence_ids
 
     def batch(self, length: int | None = None) -> Tensor:
         """(N, length + 1) int64 tokens: inputs ``[:, :-1]``, labels ``[:, 1:]``; all seq_len positions by default."""
-        return self._sequences.tokens(self.sequence_ids, length)
+        if self._reader is None:
+            return self._sequences.tokens(self.sequence_ids, length)
+        return self._reader.tokens(self._sequences, self.sequence_ids, length)
 
     def share(self) -> dict[str, float]:
         """Fraction of the buffer that each domain has; the fractions add up to 1."""
@@ -79,25 +91,33 @@ class CandidateStream:
         seed: int,
         purpose: str = "candidates",
         *,
-        serves: int = 1,
+        steps_per_buffer: int = 1,
         stages: Items[Stage] = (),
+        reader: TokenReader | None = None,
+        serves: int | None = None,
     ):
         """Args:
         sequences: what to draw from.
         num_candidates: N, buffer size over all ranks.
         seed: the run's seed.
         purpose: keeps streams with the same seed apart (candidates, proxy, ...).
-        serves: consecutive steps that get the same buffer.
+        steps_per_buffer: consecutive steps that get the same buffer.
         stages: weights of the domains over the steps; none: every sequence alike.
+        reader: reads the tokens of the buffers.
+        serves: the name of ``steps_per_buffer`` in version 0.1.
 
         Raises:
             DataError: N is not positive, or a weight is given to a domain without sequences.
         """
         if num_candidates < 1:
             raise DataError(f"a buffer of {num_candidates} candidates cannot be drawn; use at least 1")
+        if serves is not None:
+            warnings.warn("serves= is called steps_per_buffer= now", DeprecationWarning, stacklevel=2)
+            steps_per_buffer = serves
         self.sequences = sequences
         self.num_candidates = num_candidates
-        self._serves = serves
+        self._steps_per_buffer = steps_per_buffer
+        self._reader = reader
         self._key = f"{seed}/{purpose}/{sequences.key}"
         self._mixture = None
         if stages:
@@ -105,20 +125,21 @@ class CandidateStream:
             if unknown:
                 has = ", ".join(sequences.domains)
                 raise DataError(f"{sequences.corpus.path}: no sequences of domain {unknown[0]!r}; there are: {has}")
-            self._mixture = Mixture(stages, sequences.domains, num_candidates, serves)
+            self._mixture = Mixture(stages, sequences.domains, num_candidates, steps_per_buffer)
 
     def at(self, step: int) -> CandidateBuffer:
         """The buffer of ``step`` (from 0)."""
         assert step >= 0
         n = len(self.sequences)
         if self._mixture is not None:
-            return self._mixed(self._mixture, step // self._serves, n)
-        epochs, places = np.divmod(step // self._serves * self.num_candidates + np.arange(self.num_candidates), n)
+            return self._mixed(self._mixture, step // self._steps_per_buffer, n)
+        first = step // self._steps_per_buffer * self.num_candidates
+        epochs, places = np.divmod(first + np.arange(self.num_candidates), n)
         numbers = np.empty_like(places)
         for epoch in range(epochs[0], epochs[-1] + 1):
             here = epochs == epoch
             numbers[here] = permute(places[here], n, f"{self._key}/{epoch}")
-        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers)
+        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers, self._reader)
 
     def _mixed(self, mixture: Mixture, buffer: int, n: int) -> CandidateBuffer:
         domains, ranks = mixture.at(buffer)
@@ -130,11 +151,11 @@ class CandidateStream:
             here = (domains == domain) & (epochs == epoch)
             key = f"{self._key}/{self.sequences.domains[domain]}/{epoch}"
             numbers[here] = firsts[domain] + permute(places[here], int(counts[domain]), key)
-        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers)
+        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers, self._reader)
 
     def epochs(self, step: int) -> dict[str, float]:
         """Times that the candidates of each domain were gone through before ``step``."""
-        buffers = -(-step // self._serves)
+        buffers = -(-step // self._steps_per_buffer)
         counts = self.sequences.counts
         if self._mixture is None:
             return dict.fromkeys(counts, buffers * self.num_candidates / len(self.sequences))

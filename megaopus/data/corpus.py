@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import weakref
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import cached_property
@@ -140,6 +142,34 @@ class Corpus:
     @cached_property
     def _decoder(self) -> Tokenizer:
         return self.tokenizer()
+
+    @cached_property
+    def _descriptor(self) -> int:
+        descriptor = os.open(self.path / TOKENS, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+    def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Read stretches of the token file, one after the other: (sum of ``lengths``,) of its own dtype.
+
+        By read calls, where the memory map would kill the process when the file cannot be read. Any thread may call.
+
+        Args:
+            starts: position of each stretch's first token.
+            lengths: tokens of each.
+
+        Raises:
+            DataError: the file cannot be read, or was cut off after it was opened.
+        """
+        path, dtype = self.path / TOKENS, self.tokens.dtype
+        spans = zip((starts * dtype.itemsize).tolist(), (lengths * dtype.itemsize).tolist(), strict=True)
+        try:
+            content = b"".join([os.pread(self._descriptor, count, offset) for offset, count in spans])
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error}); restore the file, the run then goes on") from error
+        if len(content) != int(lengths.sum()) * dtype.itemsize:
+            raise DataError(f"{path}: cut off since it was opened; restore the file, the run then goes on")
+        return np.frombuffer(content, dtype)
 
     def texts(self, documents: Items[int] | np.ndarray, most: int | None = None) -> list[str]:
         """The text of documents by their numbers, without the end-of-document token; of ``most`` tokens at most."""

@@ -64,18 +64,27 @@ def continued(before: Sequence[Stage], now: Sequence[Stage], step: int) -> list[
     return past + [stage for stage in now if stage.step > step]
 
 
+def continued_weights(before: Sequence[Any], now: list[Any], step: int) -> list[Any]:
+    """Join two settings of ``data.weights``: what a run had for its first ``step`` steps, then what it goes on with.
+
+    Where either has no stages, ``now`` is left as it is. Raises ValueError as ``parse_stages`` does.
+    """
+    old, new = parse_stages(before), parse_stages(now)
+    return plain(continued(old, new, step)) if old and new else now
+
+
 class Mixture:
     """Which domain each place of a stream of buffers is given to, and how many it was given before."""
 
-    def __init__(self, stages: Sequence[Stage], domains: Sequence[str], per_buffer: int, serves: int = 1):
+    def __init__(self, stages: Sequence[Stage], domains: Sequence[str], per_buffer: int, steps_per_buffer: int = 1):
         """Args:
         stages: the first from step 0.
         domains: all there are, in order.
         per_buffer: N, places of a buffer.
-        serves: steps that a buffer is for; a stage begins with the first buffer all of whose steps are in it.
+        steps_per_buffer: steps that a buffer is for; a stage begins with the first buffer all of whose steps are in it.
         """
         self._per_buffer = per_buffer
-        self._starts = [-(-stage.step // serves) for stage in stages]  # buffers
+        self._starts = [-(-stage.step // steps_per_buffer) for stage in stages]  # buffers
         self._bounds = []
         for stage in stages:
             weights = np.array([stage.weights.get(name, 0.0) for name in domains])

@@ -119,10 +119,22 @@ class Sequences:
         Args:
             ids: sequence numbers, (n,).
             length: positions from the start, 1 to seq_len; None: all of them.
+
+        Raises:
+            DataError: the tokens cannot be read.
         """
+        return torch.from_numpy(self.read(ids, length).astype(np.int64))
+
+    def width(self, length: int | None = None) -> int:
+        """Count the tokens of ``length`` positions (None: all) and their labels. Raises ValueError for too many."""
         width = (self.seq_len if length is None else length) + 1
         if not 2 <= width <= self.seq_len + 1:
             raise ValueError(f"length must lie in [1, {self.seq_len}], not {length}")
+        return width
+
+    def read(self, ids: np.ndarray | Items[int], length: int | None = None) -> np.ndarray:
+        """Read sequences as ``tokens`` does: (n, length + 1) of the file's dtype, which is smaller."""
+        width = self.width(length)
         begin, first, last = self._span(ids, width)
         # Each row is a run of segments, one per document; a segment's tokens lie at a fixed distance in the file.
         per_row = last - first + 1
@@ -131,8 +143,8 @@ class Sequences:
         lengths = np.minimum(self._starts[segments + 1], begin[rows] + width) - np.maximum(
             self._starts[segments], begin[rows]
         )
-        positions = (begin[:, None] + np.arange(width)).ravel() + np.repeat(self._shift[segments], lengths)
-        return torch.from_numpy(self.corpus.tokens[positions].astype(np.int64).reshape(-1, width))
+        starts = np.maximum(self._starts[segments], begin[rows]) + self._shift[segments]
+        return self.corpus.read(starts, lengths).reshape(-1, width)
 
     def first_document_of(self, ids: np.ndarray | Items[int]) -> np.ndarray:
         """Number in the corpus of the document that each sequence begins in, (n,) int64."""

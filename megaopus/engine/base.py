@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.engine.batch_split import seed_dropout
+from megaopus.engine.batch_split import seed_dropout, training_share
 from megaopus.engine.config import EngineConfig
-from megaopus.engine.pending_save import PendingSave
+from megaopus.engine.work_timer import WorkTimer
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.schedule import lr_factor
@@ -34,7 +35,7 @@ class StepResult:
     applied: bool
     """False: the loss or a gradient was not finite, or the norm above the limit; no weight was touched."""
     own_s: float = field(default=0.0, compare=False)
-    """Seconds of this rank's forward and backward passes, before gradients are reduced; 0: not known."""
+    """Seconds of this rank's forward and backward passes without the reduction of gradients and waits for data."""
 
 
 class Engine(ABC):
@@ -76,6 +77,8 @@ class Engine(ABC):
         self.mesh = mesh
         self.step = 0
         """Updates so far: what the learning rate depends on."""
+        self.work = WorkTimer(mesh.on_cpu)
+        """Times ``StepResult.own_s``; the loop puts one in that knows its clock and its waits for data."""
         self.micro_batch_size = micro_batch_size
         self.seq_len = seq_len
         self.bf16 = engine.precision == "bf16" or (engine.precision == "auto" and not mesh.on_cpu)
@@ -99,6 +102,13 @@ class Engine(ABC):
     def prepare_update(self) -> float:
         """Give the optimizer the learning rate and momentum of the coming update; returns the learning rate."""
         return self.optimizer.set_step(self.step, lr_factor(self._optim_config, self.step, self._total_steps))
+
+    def training_rows(self, count: int) -> Tensor:
+        """Say which rows of a global batch of ``count`` sequences this rank trains on: (count / dp,) int64.
+
+        Raises ValueError if they do not fall into equal shares and micro-batches.
+        """
+        return training_share(count, self.mesh, self.micro_batch_size)
 
     @abstractmethod
     def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megaopus.distributed.config import ParallelConfig
+from megaopus.engine.registry import ENGINES, EngineSpec, Refusal
 from megaopus.optim.config import OptimConfig
+from megaopus.selection.config import SelectionConfig
 from megaopus.settings import FIXED, HARMLESS, setting
 
-ENGINES = ("megatron", "deepspeed")
 ZERO_STAGES = (1, 2, 3)
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -22,7 +23,13 @@ class EngineConfig:
 
     RESUME: ClassVar[str] = HARMLESS
 
-    name: str = setting("megatron", choices=ENGINES, resume=FIXED, doc="The library that trains (docs/engines.md).")
+    name: str = setting(
+        "megatron",
+        choices=ENGINES,
+        resume=FIXED,
+        doc="The library that trains (docs/engines.md).",
+        hint="or name its module in plugins",
+    )
     zero_stage: int = setting(
         1,
         choices=ZERO_STAGES,
@@ -38,20 +45,12 @@ class EngineConfig:
     )
     timeout_minutes: float = setting(10.0, above=0, doc="Longest wait in a collective before the job fails.")
 
-    def refusals(self, parallel: ParallelConfig, optim: OptimConfig) -> Iterator[tuple[str, object, str, str]]:
-        """Yield ``(dotted key, value, reason, remedy)`` for each setting elsewhere that this engine cannot serve."""
-        if self.name != "deepspeed":
-            return
-        megatron = "or engine.name=megatron"
-        for key in ("pp", "cp"):
-            if (degree := getattr(parallel, key)) > 1:
-                reason = "the deepspeed engine has tensor and data parallelism only"
-                yield f"parallel.{key}", degree, reason, f"parallel.{key}=1, {megatron}"
-        if parallel.distributed_optimizer:
-            reason = "is megatron's way of sharding the optimizer; the deepspeed engine has engine.zero_stage for it"
-            yield "parallel.distributed_optimizer", True, reason, f"parallel.distributed_optimizer=false, {megatron}"
-        spec = optim.spec()
-        if not spec.elementwise and optim.name != "muon":
-            why = "takes its curvature from gradients of its own" if spec.curvature else "needs whole tensors"
-            reason = f"{why}, of which ZeRO keeps flat pieces (it has an update of its own for muon alone)"
-            yield "optim.name", optim.name, reason, f"optim=adamw, sgd, lion or muon, {megatron}"
+    def spec(self) -> EngineSpec:
+        """What is known of the engine; KeyError for an unknown name."""
+        return ENGINES[self.name]
+
+    def refusals(
+        self, parallel: ParallelConfig, optim: OptimConfig, selection: SelectionConfig | None = None
+    ) -> Iterator[Refusal]:
+        """Yield what this engine cannot serve of the settings elsewhere; ``selection`` None: of the first two."""
+        yield from self.spec().refusals(self, parallel, optim, selection)

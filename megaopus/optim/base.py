@@ -1,4 +1,4 @@
-"""Updates weights that tensor-parallel ranks share as if they were whole: the base of such optimizers."""
+"""Gives optimizers whose update needs a parameter's whole tensor what they need to be right at every layout."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from torch.optim import Optimizer
 
 from megaopus.distributed.shards import group_size, is_split, part_of
 
-Groups = list[dict[str, Any]]
-"""torch's parameter groups, each with its weight decay and ``peak_lr``."""
-
 
 class LayoutOptimizer(Optimizer):
-    """An optimizer whose update of a weight that tensor-parallel ranks share is that of the whole.
+    """Updates a weight that tensor-parallel ranks share as one rank would update the whole.
 
     Its state is made of tensors alone: ``shaped`` names those of the local parameter's shape, split as it is; ``whole``
     those that are the same on every tensor- and data-parallel rank, whatever their shape; ``step`` counts updates where
@@ -39,7 +36,7 @@ class LayoutOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Collective over ``tp_group``."""
+        """Update every parameter that has a gradient. Collective over ``tp_group``."""
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -82,3 +79,11 @@ class LayoutOptimizer(Optimizer):
         if is_split(parameter):
             shape[parameter.partition_dim] *= group_size(self.tp_group)  # type: ignore[attr-defined]
         return shape
+
+
+class CurvatureOptimizer(LayoutOptimizer):
+    """Steps by an estimate of the curvature, which gradients on labels that the model samples give it."""
+
+    def estimate(self, tokens: int) -> None:
+        """Take the gradients there are, of the mean loss of ``tokens`` sampled labels, into the estimate."""
+        raise NotImplementedError

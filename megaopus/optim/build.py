@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megaopus.distributed.mesh import Mesh
-from megaopus.optim.base import Groups, LayoutOptimizer
+from megaopus.optim.base import CurvatureOptimizer, LayoutOptimizer
 from megaopus.optim.config import OptimConfig
-from megaopus.optim.registry import CATALOG
-from megaopus.optim.sophia import SophiaG
+from megaopus.optim.registry import spec_of
+from megaopus.optim.spec import Groups, Spec
 
 
 class ParameterState(NamedTuple):
@@ -121,7 +122,7 @@ class MixedPrecisionOptimizer:
         if self.chained.prepare_grads() or not math.isfinite(self._gradient_norm()):
             return False
         for optimizer in self.torch_optimizers:
-            if isinstance(optimizer, SophiaG):
+            if isinstance(optimizer, CurvatureOptimizer):
                 optimizer.estimate(tokens)
         return True
 
@@ -223,11 +224,11 @@ def set_step(optimizers: Sequence[Optimizer], step: int, factor: float) -> float
 
 
 def torch_optimizers(
-    config: OptimConfig, module: nn.Module, mesh: Mesh, makers: Mapping[str, Callable[..., Optimizer]] | None = None
+    config: OptimConfig, module: nn.Module, mesh: Mesh, make: Callable[..., Optimizer] | None = None
 ) -> list[Optimizer]:
-    """The torch optimizers of this stage: one for all, or one for the blocks' matrices and AdamW for the rest.
+    """Make the torch optimizers of this stage: one for all, or one for the blocks' matrices and AdamW for the rest.
 
-    ``makers``: name -> what makes it instead of its ``Spec``.
+    ``make``: what makes the first of them instead of its ``Spec``.
     """
     spec, settings = config.spec(), config.own_settings()
     named = list(module.named_parameters())
@@ -235,13 +236,18 @@ def torch_optimizers(
     lr, weight_decay = (
         (config.matrix_lr, config.matrix_weight_decay) if spec.matrices else (config.lr, config.weight_decay)
     )
-    make = (makers or {}).get(config.name, spec.make)
-    optimizer = make(_groups(mine, weight_decay, lr), config, settings, mesh.tp_group)
-    if not spec.matrices:
-        return [optimizer]
-    ids = {id(p) for p in mine}
-    rest = _groups([p for _, p in named if id(p) not in ids], config.weight_decay, config.lr)
-    return [optimizer, CATALOG["adamw"].make(rest, config, {}, mesh.tp_group)]
+    optimizer = (make or spec.make)(_groups(mine, weight_decay, lr), config, settings, mesh.tp_group)
+    made = [(optimizer, spec)]
+    if spec.matrices:
+        ids, adamw = {id(p) for p in mine}, spec_of("adamw")
+        rest = _groups([p for _, p in named if id(p) not in ids], config.weight_decay, config.lr)
+        made.append((adamw.make(rest, config, {}, mesh.tp_group), adamw))
+    _SPECS.update(made)
+    return [optimizer for optimizer, _ in made]
+
+
+_SPECS: WeakKeyDictionary[Optimizer, Spec] = WeakKeyDictionary()
+"""What each optimizer was made by."""
 
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float, lr: float) -> Groups:
@@ -269,17 +275,15 @@ def _wrap(optimizer: Optimizer, config: Any, mesh: Mesh, bf16: bool) -> Any:
 
 
 def state_names(optimizer: Optimizer) -> tuple[str, ...]:
-    """The optimizer's state of the shape of its parameters; the last is what its update operator needs."""
+    """Name the optimizer's state of the shape of its parameters; the last is what its update operator needs."""
     if isinstance(optimizer, LayoutOptimizer):
         return optimizer.shaped
-    if optimizer.param_groups[0].get("momentum") == 0:  # SGD then keeps nothing
-        return ()
-    return CATALOG[type(optimizer).__name__.lower()].shaped
+    return _SPECS[optimizer].state_under(optimizer.param_groups[0])
 
 
 def counts_steps(optimizer: Optimizer) -> bool:
-    """Whether the optimizer keeps ``step`` in each parameter's state."""
-    return optimizer.counts if isinstance(optimizer, LayoutOptimizer) else isinstance(optimizer, torch.optim.AdamW)
+    """Say whether the optimizer keeps ``step`` in each parameter's state."""
+    return optimizer.counts if isinstance(optimizer, LayoutOptimizer) else _SPECS[optimizer].counts
 
 
 def _init_state(optimizer: Optimizer, config: Any = None) -> None:

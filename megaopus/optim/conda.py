@@ -10,8 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaopus.distributed.shards import whole_of
-from megaopus.optim.base import Groups, LayoutOptimizer
+from megaopus.optim.base import LayoutOptimizer
 from megaopus.optim.config import OptimConfig
+from megaopus.optim.registry import register_optimizer
+from megaopus.optim.spec import Groups, Spec
+from megaopus.settings import Setting
 
 
 class Conda(LayoutOptimizer):
@@ -70,7 +73,7 @@ class Conda(LayoutOptimizer):
 
 
 def singular_vectors(matrix: Tensor) -> Tensor:
-    """(s, s) orthogonal, s the short side: the singular vectors on it, in columns, smallest singular value first.
+    """Return the singular vectors on the short side s, (s, s), in columns, smallest singular value first.
 
     By the eigenvectors of the Gram matrix in float64: their signs are arbitrary and cancel in Conda's update.
     """
@@ -79,12 +82,12 @@ def singular_vectors(matrix: Tensor) -> Tensor:
 
 
 def rotate(matrix: Tensor, basis: Tensor) -> Tensor:
-    """R(X) of a whole matrix."""
+    """Return R(X) of a whole matrix."""
     return basis.t() @ matrix if matrix.shape[0] <= matrix.shape[1] else matrix @ basis
 
 
 def rotate_back(matrix: Tensor, basis: Tensor) -> Tensor:
-    """R^T(X)."""
+    """Return R^T(X)."""
     return basis @ matrix if matrix.shape[0] <= matrix.shape[1] else matrix @ basis.t()
 
 
@@ -101,3 +104,19 @@ def make_conda(
         projection_every=settings["projection_every"],
         tp_group=tp_group,
     )
+
+
+register_optimizer(
+    "conda",
+    Spec(
+        make=make_conda,
+        shaped=Conda.shaped,
+        settings={
+            "scale": Setting(default=0.25, above=0, doc="Factor on the update of a matrix."),
+            "projection_every": Setting(default=2000, min=1, doc="Steps between two bases of singular vectors."),
+        },
+        matrices=True,
+        extra_state=lambda rows, columns: min(rows, columns) ** 2,
+        example={"lr": 1e-2, "eps": 1e-3, "matrix_lr": 0.02, "settings": {"projection_every": 2}},
+    ),
+)

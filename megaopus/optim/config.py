@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from megaopus.optim.registry import CATALOG, Spec
+from megaopus.optim.registry import OPTIMIZERS, spec_of
+from megaopus.optim.spec import Spec
 from megaopus.settings import FIXED, TRAINING, setting
 
 SCHEDULES = ("constant", "cosine", "wsd")
@@ -23,7 +24,13 @@ class OptimConfig:
 
     RESUME: ClassVar[str] = TRAINING
 
-    name: str = setting("adamw", choices=tuple(CATALOG), resume=FIXED, doc="Which optimizer (docs/optimizers.md).")
+    name: str = setting(
+        "adamw",
+        choices=OPTIMIZERS,
+        resume=FIXED,
+        doc="Which optimizer (docs/optimizers.md).",
+        hint="or name its module in plugins",
+    )
     lr: float = setting(1e-3, above=0, doc="Peak learning rate; where AdamW has a part only, AdamW's.", hint=_PUBLISHED)
     betas: list[float] = setting(
         [0.9, 0.95], check=_two, doc="Decays of the averages of gradients and of their squares, two numbers in [0, 1)."
@@ -42,9 +49,7 @@ class OptimConfig:
         hint=_PUBLISHED,
     )
     matrix_weight_decay: float = setting(0.0, min=0, doc="Weight decay of those matrices.", hint=_OFF)
-    settings: dict[str, Any] = setting(
-        {}, members={name: spec.settings for name, spec in CATALOG.items()}, doc="What this optimizer alone has."
-    )
+    settings: dict[str, Any] = setting({}, members=OPTIMIZERS, doc="What this optimizer alone has.")
     clip_grad: float = setting(1.0, min=0, doc="Largest global gradient norm; 0: no clipping.", hint=_OFF)
     schedule: str = setting(
         "cosine",
@@ -57,8 +62,12 @@ class OptimConfig:
 
     def spec(self) -> Spec:
         """What is known of the optimizer; KeyError for an unknown name."""
-        return CATALOG[self.name]
+        return spec_of(self.name)
+
+    def is_known(self) -> bool:
+        """Whether an optimizer of this name is registered here."""
+        return self.name in OPTIMIZERS
 
     def own_settings(self) -> dict[str, Any]:
         """All of the optimizer's own settings: those given, and defaults for the rest."""
-        return {name: known.default for name, known in self.spec().settings.items()} | self.settings
+        return self.spec().defaults() | self.settings

@@ -9,14 +9,15 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from megaopus.errors import EngineError
-from megaopus.optim.base import Groups
 from megaopus.optim.config import OptimConfig
+from megaopus.optim.registry import register_optimizer
+from megaopus.optim.spec import Groups, Spec
 
 
 def make_lion(
     groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
 ) -> Optimizer:
-    """Return Lion as ``config`` has it. Raises EngineError where pytorch-optimizer is not installed."""
+    """Return pytorch-optimizer's Lion as ``config`` has it. Raises EngineError where that is not installed."""
     try:
         from pytorch_optimizer import Lion
     except ImportError as error:
@@ -24,3 +25,8 @@ def make_lion(
             f"optim.name=lion, but pytorch_optimizer cannot be imported ({error}): pip install 'megaopus[lion]'"
         ) from error
     return Lion(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=0.0)
+
+
+register_optimizer(
+    "lion", Spec(make=make_lion, shaped=("exp_avg",), elementwise=True, example={"lr": 5e-3, "betas": [0.95, 0.98]})
+)

@@ -1,4 +1,4 @@
-"""Muon for weights that may be tensor-parallel shards.
+"""Muon, right for weights of which tensor-parallel ranks hold parts.
 
 torch.optim.Muon orthogonalises the tensor it is given, in bfloat16: under tensor parallelism that is the shard, and the
 update then depends on the layout (docs/decisions/002-own-muon.md). This one gathers the momentum of a sharded matrix,
@@ -15,8 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaopus.distributed.shards import whole_of
-from megaopus.optim.base import Groups, LayoutOptimizer
+from megaopus.optim.base import LayoutOptimizer
 from megaopus.optim.config import OptimConfig
+from megaopus.optim.registry import register_optimizer
+from megaopus.optim.spec import Groups, Spec, momentum
+from megaopus.settings import Setting
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -98,7 +101,7 @@ def make_muon(
     tp_group: dist.ProcessGroup | None,
     cls: type[Muon] = Muon,
 ) -> Muon:
-    """Muon, or a class that extends it, as ``config`` and its own ``settings`` have it."""
+    """Return Muon, or a class that extends it, as ``config`` and its own ``settings`` have it."""
     return cls(
         groups,
         lr=config.matrix_lr,
@@ -108,3 +111,22 @@ def make_muon(
         momentum_warmup_steps=settings["momentum_warmup_steps"],
         tp_group=tp_group,
     )
+
+
+NS_STEPS = Setting(default=5, min=1, doc="Newton-Schulz iterations that orthogonalise the momentum.")
+register_optimizer(
+    "muon",
+    Spec(
+        make=make_muon,
+        shaped=Muon.shaped,
+        settings={
+            "momentum": momentum(0.95),
+            "ns_steps": NS_STEPS,
+            "momentum_start": Setting(default=0.85, min=0, below=1, doc="Momentum of the first step."),
+            "momentum_warmup_steps": Setting(default=0, min=0, doc="Steps until momentum is whole; 0: at once."),
+        },
+        matrices=True,
+        by_matrix=Muon,
+        example={"lr": 1e-2, "eps": 1e-3, "matrix_lr": 0.02, "matrix_weight_decay": 0.1},
+    ),
+)

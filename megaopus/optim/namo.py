@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaopus.distributed.shards import sum_parts, whole_of
-from megaopus.optim.base import Groups
 from megaopus.optim.config import OptimConfig
-from megaopus.optim.muon import Muon
+from megaopus.optim.muon import NS_STEPS, Muon
+from megaopus.optim.registry import register_optimizer
+from megaopus.optim.spec import Groups, Spec, momentum
+from megaopus.settings import Setting
 
 
 class NAMO(Muon):
@@ -99,3 +101,33 @@ def make_namo_d(
 ) -> NAMOD:
     """Return NAMO-D as ``config`` and its own ``settings`` have it."""
     return NAMOD(groups, lr=config.matrix_lr, tp_group=tp_group, **settings)
+
+
+_COMMON = {
+    "momentum": momentum(0.95),
+    "mu2": Setting(default=0.99, min=0, below=1, doc="Decay of the average of squared gradients that sets the rate."),
+    "ns_steps": NS_STEPS,
+}
+_CLAMP = Setting(default=0.01, above=0, doc="Columns' rates lie in [clamp, 1 / clamp] times their mean.")
+_EXAMPLE = {"lr": 1e-2, "eps": 1e-3, "matrix_lr": 0.02}
+register_optimizer(
+    "namo",
+    Spec(
+        make=make_namo,
+        shaped=NAMO.shaped,
+        settings=_COMMON,
+        matrices=True,
+        example={**_EXAMPLE, "matrix_weight_decay": 0.1},
+    ),
+)
+register_optimizer(
+    "namo_d",
+    Spec(
+        make=make_namo_d,
+        shaped=NAMOD.shaped,
+        settings={**_COMMON, "clamp": _CLAMP},
+        matrices=True,
+        extra_state=lambda rows, columns: columns,
+        example={**_EXAMPLE, "settings": {"clamp": 0.3}},
+    ),
+)

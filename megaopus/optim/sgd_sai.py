@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaopus.distributed.shards import sum_parts
-from megaopus.optim.base import Groups, LayoutOptimizer
+from megaopus.optim.base import LayoutOptimizer
 from megaopus.optim.config import OptimConfig
+from megaopus.optim.registry import register_optimizer
+from megaopus.optim.spec import Groups, Spec, momentum
 
 
 class SGDSaI(LayoutOptimizer):
@@ -72,3 +74,9 @@ def make_sgd_sai(
 ) -> SGDSaI:
     """Return SGD-SaI as ``config`` and its own ``settings`` have it."""
     return SGDSaI(groups, lr=config.lr, momentum=settings["momentum"], tp_group=tp_group)
+
+
+register_optimizer(
+    "sgd_sai",
+    Spec(make=make_sgd_sai, shaped=SGDSaI.shaped, settings={"momentum": momentum(0.9)}, example={"lr": 1e-2}),
+)

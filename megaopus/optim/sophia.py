@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaopus.optim.base import Groups, LayoutOptimizer
+from megaopus.optim.base import CurvatureOptimizer
 from megaopus.optim.config import OptimConfig
+from megaopus.optim.registry import register_optimizer
+from megaopus.optim.spec import Groups, Spec
+from megaopus.settings import Setting
 
 
-class SophiaG(LayoutOptimizer):
+class SophiaG(CurvatureOptimizer):
     """m as Adam's; W <- (1 - lr wd) W - lr sign(m) min(|m| / (rho h + eps), 1); every k updates, before the update,
     h <- b2 h + (1-b2) B Ghat^2, Ghat the mean gradient of B tokens whose labels the model sampled.
 
@@ -45,7 +48,6 @@ class SophiaG(LayoutOptimizer):
 
     @torch.no_grad()
     def estimate(self, tokens: int) -> None:
-        """Take the gradients there are, of the mean loss of ``tokens`` sampled labels, into h."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if (gradient := parameter.grad) is not None:
@@ -58,6 +60,23 @@ def make_sophia_g(
     groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
 ) -> SophiaG:
     """Return Sophia-G as ``config`` and its own ``settings`` have it."""
-    return SophiaG(
-        groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), rho=settings["rho"], tp_group=tp_group
-    )
+    betas = (config.betas[0], config.betas[1])
+    return SophiaG(groups, lr=config.lr, betas=betas, rho=settings["rho"], tp_group=tp_group)
+
+
+register_optimizer(
+    "sophia_g",
+    Spec(
+        make=make_sophia_g,
+        shaped=SophiaG.shaped,
+        settings={
+            "rho": Setting(
+                default=0.05, above=0, doc="Factor on the curvature that divides a step; larger clips less."
+            ),
+            "curvature_every": Setting(default=10, min=1, doc="Steps between two estimates of the curvature."),
+        },
+        curvature=True,
+        whole_because="takes its curvature from gradients of its own",
+        example={"lr": 2e-2, "settings": {"rho": 20.0, "curvature_every": 3}},
+    ),
+)

@@ -1,8 +1,7 @@
-"""Lines a person reads while a run goes on; colours on a terminal only."""
+"""Prints the lines that a person reads while a run goes on; in colours on a terminal only."""
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections import Counter, deque
@@ -14,48 +13,17 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from megaopus.events import Event
+from megaopus.record.formatting import format_count, format_duration, format_share
+from megaopus.record.metrics import progress_parts
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
 PLAIN_PROGRESS_SECONDS = 5.0
 PACE_LINES = 10  # progress lines over which the pace behind the ETA is taken
 
 
-def kind_of(event: str) -> str:
-    """``event`` with its numbers blanked: events that differ in numbers only are of one kind."""
-    return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?(\s*,\s*\d+)*", "#", event)
-
-
-def format_count(value: float) -> str:
-    """1234567 -> "1.23M": three significant digits."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * limit:
-            scaled = value / limit
-            return f"{scaled:.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f}{unit}"
-    return f"{value:.0f}"
-
-
-def format_duration(seconds: float) -> str:
-    """7440 -> "2h04m", 185 -> "3m05s", 42 -> "42s"."""
-    whole = round(seconds)
-    if whole >= 86400:
-        return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
-
-
-def format_lr(lr: float) -> str:
-    """0.0003 -> "3.0e-4"."""
-    return re.sub(r"e([-+])0*(\d)", lambda found: f"e{found[1].replace('+', '')}{found[2]}", f"{lr:.1e}")
-
-
-def _format_share(share: float) -> str:
-    text = f"{share:.2f}"
-    return text[1:] if text.startswith("0") else text
-
-
 class Console:
-    """Progress lines every ``every`` steps, validation lines, notes and warnings of one process."""
+    """Prints a progress line every ``every`` steps, validations, notes, and the first warning of each kind."""
 
     def __init__(
         self,
@@ -73,8 +41,7 @@ class Console:
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_LINES + 1)
         self._steps: list[StepRecord] = []  # since the last progress line
         self._selections: list[SelectionRecord] = []
-        self._events: Counter[str] = Counter()
-        self._named: set[str] = set()
+        self._events: Counter[str] = Counter()  # by kind
 
     def step(self, record: StepRecord, selection: SelectionRecord | None) -> None:
         """Take in one step; print a line if one is due. Its events are told apart, through ``event``."""
@@ -91,34 +58,20 @@ class Console:
             self._selections.clear()
 
     def _progress_parts(self) -> list[tuple[str, str]]:
-        """(text, style) of each field: means over the steps since the last line, the rate of learning as of now."""
-        last, number = self._steps[-1], len(self._steps)
-        done = last.step + 1
-        loss = sum(record.loss for record in self._steps) / number
+        """(text, style) of each field: the metrics that say how they are shown, and what comes of several."""
+        done = self._steps[-1].step + 1
         seconds = sum(record.step_s for record in self._steps)
-        parts = [
-            (f"step {done}/{self._total_steps} {done / self._total_steps:.1%}", "bold"),
-            (f"loss {loss:.3f}", "bold cyan"),
-            (f"grad {last.grad_norm:.2f}", ""),
-            (f"lr {format_lr(last.lr)}", ""),
-        ]
-        if seconds > 0:
-            parts.append((f"{format_count(self._tokens_per_step() * number / seconds)} tok/s", ""))
+        parts = [(f"step {done}/{self._total_steps} {done / self._total_steps:.1%}", "bold")]
+        parts += progress_parts(self._steps)
         if self._selections:
             parts += self._selection_parts(sum(record.select_s for record in self._steps) / seconds if seconds else 0.0)
         if self._events:
-            parts.append((f"{sum(self._events.values())} warnings", "yellow"))
+            parts.append((f"{self._events.total()} warnings", "yellow"))
         if done < self._total_steps:
             (first_step, first_time), (last_step, last_time) = self._pace[0], self._pace[-1]
             pace = (last_time - first_time) / (last_step - first_step)
             parts.append((f"eta {format_duration(pace * (self._total_steps - done))}", "green"))
         return parts
-
-    def _tokens_per_step(self) -> float:
-        first, last = self._steps[0], self._steps[-1]
-        if len(self._steps) > 1:
-            return (last.tokens - first.tokens) / (len(self._steps) - 1)
-        return last.tokens / (last.step + 1)
 
     def _selection_parts(self, time_share: float) -> list[tuple[str, str]]:
         last = self._selections[-1]
@@ -135,7 +88,7 @@ class Console:
             pool.update({domain: value / len(chosen) for domain, value in record.pool_share.items()})
         if len(pool) > 1:
             domain = max(pool, key=lambda name: share[name] - pool[name])
-            parts.append((f"{domain} {_format_share(pool[domain])}->{_format_share(share[domain])}", ""))
+            parts.append((f"{domain} {format_share(pool[domain])}->{format_share(share[domain])}", ""))
         return parts
 
     def validation(self, record: ValidationRecord) -> None:
@@ -148,13 +101,11 @@ class Console:
             parts.append((", ".join(f"{domain} {loss:.3f}" for domain, loss in record.domains.items()), ""))
         self._write(parts)
 
-    def event(self, text: str) -> None:
+    def event(self, event: Event) -> None:
         """Print a warning if it is the first of its kind; count it in any case."""
-        kind = kind_of(text)
-        self._events[kind] += 1
-        if kind not in self._named:
-            self._named.add(kind)
-            self._write([(f"WARNING {text} (more of this kind are counted, not shown)", "bold yellow")])
+        if event.kind not in self._events:
+            self._write([(f"WARNING {event} (more of this kind are counted, not shown)", "bold yellow")])
+        self._events[event.kind] += 1
 
     def note(self, text: str) -> None:
         """Print a line of information."""

@@ -1,22 +1,28 @@
-"""The one object the training loop tells what happened."""
+"""Takes what the training loop tells of a run: writes it to files, prints it, sends it to Weights & Biases."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megaopus.events import Event, read_event
 from megaopus.record.config import LoggingConfig
 from megaopus.record.console import Console
+from megaopus.record.metrics import write_record
 from megaopus.record.parquet import FOLDER, ChoiceSink
-from megaopus.record.sinks import JsonlSink, WandbSink, read_rows
+from megaopus.record.sinks import EVENTS_FILE, JsonlSink, WandbSink, read_rows
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
+
+Meter = Callable[[StepRecord], Mapping[str, Any]]
+"""Works out further metrics of a step, by name, from its record so far."""
 
 
 class Recorder:
-    """Writes metrics.jsonl, selection.jsonl and choices/, prints, and feeds Weights & Biases; on the writer rank only.
+    """Writes metrics.jsonl, selection.jsonl, events.jsonl and choices/, prints, and feeds Weights & Biases.
 
-    On every other rank all methods do nothing.
+    On the writer rank only; on every other rank all methods do nothing.
     """
 
     def __init__(
@@ -27,11 +33,13 @@ class Recorder:
         is_writer: bool,
         resume_step: int = 0,
         wandb_config: dict[str, Any] | None = None,
+        meters: Iterable[Meter] = (),
     ):
         """``resume_step``: updates already done; rows of later ones, left by a killed run, are dropped.
 
-        ``wandb_config``: the run's settings as plain values, shown beside its curves. Raises DataError for a broken
-        file of an earlier run, ConfigError if wandb is asked for but not installed.
+        ``wandb_config``: the run's settings as plain values, shown beside its curves. ``meters``: called on each step's
+        record, in order; what they find is put into it. Raises DataError for a broken file of an earlier run,
+        ConfigError if wandb is asked for but not installed.
         """
         self._console: Console | None = None
         self._wandb: WandbSink | None = None
@@ -41,38 +49,49 @@ class Recorder:
         if config.wandb != "off":
             self._wandb = WandbSink(config.wandb_project, config.wandb, run_dir, run_dir.name, wandb_config)
         self._console = Console(total_steps, config.every)
+        self._meters = list(meters)
         self._metrics = JsonlSink(run_dir / "metrics.jsonl")
         self._selection = JsonlSink(run_dir / "selection.jsonl")
+        self._events = JsonlSink(run_dir / EVENTS_FILE)
         self._choices = ChoiceSink(run_dir / FOLDER, config.selection_every, config.overlaps_mb)
-        for sink in (self._metrics, self._selection, self._choices):
+        for sink in (self._metrics, self._selection, self._events, self._choices):
             for message in sink.truncate_after(resume_step):
                 self._console.note(message)
         # A run killed between validation and the next update validates at that step again: one row is enough.
         self._validated = _last_validation(self._metrics.path)
         self._write_selection = config.selection
 
-    def step(self, record: StepRecord, selection: SelectionRecord | None) -> None:
-        """Record one update; ``selection`` None if the batch was not chosen from candidates.
+    def step(self, record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event | str] = ()) -> None:
+        """Record one update and what happened in it; ``selection`` None if no batch was chosen from candidates.
 
-        Its events go into the file only; ``event`` shows them.
+        ``events`` may name those of ``selection`` again: equal ones count once. Those of ``selection`` are written with
+        it, the others to events.jsonl. Events may be sentences, which count with those that differ in numbers only.
         """
         if self._console is None:
             return
-        self._metrics.write({"kind": "step", **asdict(record)})
+        for meter in self._meters:
+            record = replace(record, **meter(record))
+        chosen = selection.events if selection is not None else []
+        others = [event for event in map(read_event, events) if event not in chosen]
+        self._metrics.write({"kind": "step", **write_record(record)})
         if selection is not None and self._write_selection:
             self._selection.write(selection.facts())
             if selection.choices is not None:
                 self._choices.add(selection.step, selection.choices)
+        for event in others if self._write_selection else [*chosen, *others]:
+            self._events.write({"step": record.step, "event": event.as_row()})
+        for event in (*chosen, *others):
+            self._console.event(event)
         self._console.step(record, selection)
         if self._wandb is not None:
-            self._wandb.step(record, selection)
+            self._wandb.step(record, selection, [*chosen, *others])
 
     def validation(self, record: ValidationRecord) -> None:
         """Record one validation; a second one after the same update is shown but not written again."""
         if self._console is None:
             return
         if record.step != self._validated:
-            self._metrics.write({"kind": "validation", **asdict(record)})
+            self._metrics.write({"kind": "validation", **write_record(record)})
             self._validated = record.step
         self._console.validation(record)
         if self._wandb is not None:
@@ -83,10 +102,10 @@ class Recorder:
         if self._console is not None:
             self._choices.flush()
 
-    def event(self, text: str) -> None:
-        """Warn of something that went another way than asked: the first of its kind is shown, the rest counted."""
+    def event(self, event: Event | str) -> None:
+        """Warn of something between steps: the first of its kind is shown, the rest counted; no file has it."""
         if self._console is not None:
-            self._console.event(text)
+            self._console.event(read_event(event))
 
     def note(self, text: str) -> None:
         """Print a line of information."""
@@ -99,6 +118,7 @@ class Recorder:
             return
         self._metrics.close()
         self._selection.close()
+        self._events.close()
         self._choices.flush()
         self._console.close()
         if self._wandb is not None:

@@ -1,4 +1,4 @@
-"""Where records go: JSON lines in the run folder, and Weights & Biases."""
+"""Writes records: as JSON lines in the run folder, and to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
 from megaopus.errors import ConfigError, DataError, Problem
+from megaopus.events import Event
+from megaopus.record.metrics import wandb_row
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
+EVENTS_FILE = "events.jsonl"
 RUN_ID_FILE = "wandb_run_id"
 
 
 def encode(value: Any) -> Any:
-    """``value`` with every non-finite float as the string "nan", "inf" or "-inf", which JSON has no number for.
+    """Write every non-finite float in ``value`` as the string "nan", "inf" or "-inf", which JSON has no number for.
 
     ``float()`` reads those strings back, so a reader needs one rule for every numeric field.
     """
@@ -52,7 +56,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
 
 
 class JsonlSink:
-    """One JSON object a line, flushed with each line: a killed run loses the line in flight at most."""
+    """Writes one JSON object a line and flushes each: a killed run loses the line in flight at most."""
 
     def __init__(self, path: Path):
         """``path`` is opened (for appending) with the first row, so that ``truncate_after`` can go before."""
@@ -118,7 +122,7 @@ class JsonlSink:
 
 
 class WandbSink:
-    """The same numbers as a Weights & Biases run.
+    """Sends the same numbers to a Weights & Biases run.
 
     The run's id lies in ``run_dir/wandb_run_id``, so that a resumed run continues the same curve (offline pieces are
     joined by ``wandb sync --append``). Every metric is plotted over the field "step", not over W&B's own counter,
@@ -150,33 +154,16 @@ class WandbSink:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def step(self, record: StepRecord, selection: SelectionRecord | None) -> None:
-        """Log one optimizer step."""
-        row: dict[str, Any] = {
-            "step": record.step,
-            "tokens": record.tokens,
-            "time_s": record.time_s,
-            "train/loss": record.loss,
-            "train/grad_norm": record.grad_norm,
-            "train/lr": record.lr,
-            "train/step_s": record.step_s,
-            "train/skipped": int(record.skipped),
-            "selection/select_s": record.select_s,
-        }
-        if selection is not None:
-            row["selection/ess"] = selection.ess
-            row["selection/max_p_ratio"] = selection.max_p_ratio
-            row["selection/events"] = len(selection.events)
-            falls = {key: getattr(selection, key) for key in ("predicted_fall", "uniform_fall", "realised_fall")}
-            row |= {f"selection/{key}": fall for key, fall in falls.items() if fall is not None}
-            row |= {f"selection/share/{domain}": share for domain, share in selection.share.items()}
-            row |= {f"selection/pool_share/{domain}": share for domain, share in selection.pool_share.items()}
-        self._run.log(row)
+    def step(self, record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event]) -> None:
+        """Log one optimizer step; ``events``: all of it, which are counted by kind."""
+        row = wandb_row(record) | ({} if selection is None else wandb_row(selection))
+        counts = Counter(event.kind for event in events)
+        row["events"] = counts.total()
+        self._run.log(row | {f"events/{kind}": count for kind, count in counts.items()})
 
     def validation(self, record: ValidationRecord) -> None:
         """Log one validation, each domain on its own."""
-        row = {"step": record.step, "tokens": record.tokens, "time_s": record.time_s, "validation/loss": record.loss}
-        self._run.log(row | {f"validation/domain/{domain}": loss for domain, loss in record.domains.items()})
+        self._run.log(wandb_row(record))
 
     def close(self) -> None:
         """Hand over what is left and end the run."""

@@ -1,31 +1,129 @@
-"""What the monitor is told of each step: plain values, and arrays for what there is of every candidate."""
+"""Holds what the recorder is told of each step: plain values, and arrays for what there is of every candidate."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from megaopus.events import Event, read_event
+from megaopus.record.formatting import format_bytes, format_count, format_lr
+from megaopus.record.metrics import last, mean, metric, values_of, write_record
+
+NOT_RECORDED = "not recorded"
+"""The reason of a skipped update in a row of version 0.1, which kept none."""
+
+
+def _token_rate(records: Sequence[StepRecord], name: str) -> str:
+    """Tokens per second over the steps since the last progress line."""
+    first, latest, seconds = records[0], records[-1], sum(values_of(records, name))
+    if not seconds > 0:
+        return ""
+    several = len(records) > 1
+    each = (latest.tokens - first.tokens) / (len(records) - 1) if several else latest.tokens / (latest.step + 1)
+    return f"{format_count(each * len(records) / seconds)} tok/s"
+
+
+def _peak_memory(records: Sequence[StepRecord], name: str) -> str:
+    """The largest peak beside the estimate: of the device, or of the process where the model is on the CPU."""
+    values, estimate = values_of(records, name), records[-1].memory_estimate
+    if not values or (name == "memory_resident" and records[-1].memory_allocated is not None):
+        return ""
+    return f"mem {format_bytes(max(values))}" + (f" of {format_bytes(estimate)} est." if estimate else "")
+
 
 @dataclass(slots=True, kw_only=True)
 class StepRecord:
-    """One optimizer step. ``step`` counts from 0: the record of step s describes the (s+1)-th update."""
+    """Records one optimizer step: the list of all per-step metrics."""
 
-    step: int
-    tokens: int
-    """Update tokens so far, this step included."""
-    loss: float
-    grad_norm: float
-    lr: float
-    time_s: float
-    """Seconds of data, selection and training so far, over every process of the run (no validation, no saving)."""
-    step_s: float
-    """Seconds of this step, selection included."""
-    select_s: float
-    """Seconds of this step spent choosing the batch."""
-    skipped: bool = False
-    """The update was not applied (a gradient was not finite)."""
+    step: int = field(metadata=metric("", "From 0; row s describes update s + 1.", wandb="step"))
+    tokens: int = field(metadata=metric("tokens", "Update tokens so far, this step included.", wandb="tokens"))
+    loss: float = field(
+        metadata=metric(
+            "nats per token",
+            "Mean loss of the batch, before the update.",
+            wandb="train/loss",
+            console=mean("loss {:.3f}".format),
+            style="bold cyan",
+        )
+    )
+    grad_norm: float = field(
+        metadata=metric(
+            "",
+            "Norm of the whole gradient, before clipping.",
+            wandb="train/grad_norm",
+            console=last("grad {:.2f}".format),
+            plot=True,
+        )
+    )
+    lr: float = field(
+        metadata=metric("", "Learning rate.", wandb="train/lr", console=last(lambda value: f"lr {format_lr(value)}"))
+    )
+    time_s: float = field(
+        metadata=metric(
+            "s",
+            "Time of data, selection and training so far, over every process of the run.",
+            wandb="time_s",
+            reproducible=False,
+        )
+    )
+    step_s: float = field(
+        metadata=metric(
+            "s", "Time of this step, selection included.", wandb="train/step_s", console=_token_rate, reproducible=False
+        )
+    )
+    select_s: float = field(
+        metadata=metric("s", "Part of that spent choosing the batch.", wandb="selection/select_s", reproducible=False)
+    )
+    skipped: bool = field(default=False, metadata=metric("", "The update was not applied.", wandb="train/skipped"))
+    skip_reason: str | None = field(default=None, metadata=metric("", "Why the update was not applied; null: it was."))
+    memory_allocated: int | None = field(
+        default=None,
+        metadata=metric(
+            "bytes",
+            "Peak of tensors on rank 0's GPU since the step before; null on CPU.",
+            wandb="memory/allocated",
+            console=_peak_memory,
+            plot=True,
+            reproducible=False,
+        ),
+    )
+    memory_reserved: int | None = field(
+        default=None,
+        metadata=metric(
+            "bytes",
+            "Peak that torch's allocator held there, tensors included.",
+            wandb="memory/reserved",
+            plot=True,
+            reproducible=False,
+        ),
+    )
+    memory_resident: int | None = field(
+        default=None,
+        metadata=metric(
+            "bytes",
+            "Peak of rank 0's process in the host's memory, over its life so far.",
+            wandb="memory/resident",
+            console=_peak_memory,
+            plot=True,
+            reproducible=False,
+        ),
+    )
+    memory_estimate: int | None = field(
+        default=None,
+        metadata=metric(
+            "bytes", "Memory of rank 0 as `check` estimates it.", wandb="memory/estimate", reproducible=False
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        """Make ``skipped``, which readers of version 0.1's files know, and ``skip_reason`` say the same."""
+        if self.skip_reason is not None:
+            self.skipped = True
+        elif self.skipped:
+            self.skip_reason = NOT_RECORDED
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,47 +159,82 @@ class Choices:
 
 @dataclass(slots=True, kw_only=True)
 class SelectionRecord:
-    """What was chosen in one step, and why."""
+    """Records what was chosen in one step, and why."""
 
-    step: int
-    method: str
-    """What really chose: 'uniform' in a warm-up without a prior and after a fallback."""
-    candidates: int
-    picked: int
-    """How many."""
-    correlation: float | None = None
-    """Of the predictor's latest predictions with the utilities of uniform draws."""
-    share: dict[str, float]
-    """Share of each domain among the picks."""
-    pool_share: dict[str, float]
-    """Share of each domain among the candidates."""
-    ess: float
-    """Effective sample size 1 / sum p^2 of the candidates under the selection temperature."""
-    max_p_ratio: float
-    """Largest probability over the uniform one."""
-    events: list[str] = field(default_factory=list)
-    """Fallbacks and candidates with a non-finite utility, in words."""
-    predicted_fall: float | None = None
-    """Mean utility of the picks: the first-order fall of the proxy loss; None, as the next two, where not checked."""
-    uniform_fall: float | None = None
-    """Mean utility of the candidates: what a uniform draw would be predicted to gain."""
-    realised_fall: float | None = None
-    """Proxy loss before the update less that after it, in nats per token."""
+    step: int = field(metadata=metric("", "As of the step."))
+    method: str = field(
+        metadata=metric("", "How was chosen: `uniform` in a warm-up without a prior and after a fallback.")
+    )
+    candidates: int = field(metadata=metric("", "Number of candidates."))
+    picked: int = field(metadata=metric("", "Number of picks."))
+    correlation: float | None = field(
+        default=None, metadata=metric("", "Rank correlation of the prescreen's scores with utilities of uniform draws.")
+    )
+    share: dict[str, float] = field(
+        metadata=metric("", "Share of each domain among the picks.", wandb="selection/share")
+    )
+    pool_share: dict[str, float] = field(
+        metadata=metric("", "Share of each domain among the candidates.", wandb="selection/pool_share")
+    )
+    ess: float = field(metadata=metric("", "Effective sample size 1 / Σp².", wandb="selection/ess"))
+    max_p_ratio: float = field(
+        metadata=metric("", "Largest probability over the uniform one.", wandb="selection/max_p_ratio")
+    )
+    events: list[Event] = field(
+        default_factory=list,
+        metadata=metric("", "What went another way than asked; see [events](#events).", wandb="selection/events"),
+    )
+    predicted_fall: float | None = field(
+        default=None,
+        metadata=metric(
+            "nats per token",
+            "Fall of the proxy loss as the picks' utilities predict it.",
+            wandb="selection/predicted_fall",
+        ),
+    )
+    uniform_fall: float | None = field(
+        default=None,
+        metadata=metric("nats per token", "The fall predicted for a uniform draw.", wandb="selection/uniform_fall"),
+    )
+    realised_fall: float | None = field(
+        default=None,
+        metadata=metric(
+            "nats per token",
+            "The fall as it was; all three are null without a check.",
+            wandb="selection/realised_fall",
+        ),
+    )
     choices: Choices | None = None
     """Every candidate; None where it is not kept."""
 
+    def __post_init__(self) -> None:
+        """Take events also as rows, and as the sentences of version 0.1."""
+        self.events = [read_event(each) for each in self.events]
+
+    @property
+    def falls(self) -> tuple[float, float, float] | None:
+        """(predicted, of a uniform draw, realised) fall of the proxy loss; None where it was not checked."""
+        if self.predicted_fall is None or self.uniform_fall is None or self.realised_fall is None:
+            return None
+        return self.predicted_fall, self.uniform_fall, self.realised_fall
+
     def facts(self) -> dict[str, Any]:
-        """All but ``choices``."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "choices"}
+        """Make the row of selection.jsonl: all but ``choices``."""
+        return write_record(self)
 
 
 @dataclass(slots=True, kw_only=True)
 class ValidationRecord:
-    """Mean token loss on the validation split after ``step`` updates."""
+    """Records the mean token loss on the validation split after ``step`` updates."""
 
-    step: int
-    tokens: int
-    time_s: float
-    loss: float
-    """On the wanted domains (every domain if none is named)."""
-    domains: dict[str, float]
+    step: int = field(metadata=metric("", "Updates before the validation.", wandb="step"))
+    tokens: int = field(metadata=metric("tokens", "Update tokens before it.", wandb="tokens"))
+    time_s: float = field(metadata=metric("s", "Time before it, as of the step.", wandb="time_s", reproducible=False))
+    loss: float = field(
+        metadata=metric(
+            "nats per token", "Mean loss on the wanted domains; on all if none is named.", wandb="validation/loss"
+        )
+    )
+    domains: dict[str, float] = field(
+        metadata=metric("nats per token", "Mean loss on each domain.", wandb="validation/domain")
+    )

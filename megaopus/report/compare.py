@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,40 +18,27 @@ import yaml
 
 from megaopus.config.aliases import renamed
 from megaopus.errors import DataError
-from megaopus.record.sinks import read_rows
-from megaopus.record.types import StepRecord, ValidationRecord
+from megaopus.events import Event, read_event
+from megaopus.record.metrics import read_record
+from megaopus.record.sinks import EVENTS_FILE, read_rows
+from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
-Record = TypeVar("Record", StepRecord, ValidationRecord)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelectionRow:
-    """A row of selection.jsonl."""
-
-    step: int
-    method: str
-    candidates: int
-    picked: int
-    share: dict[str, float]
-    pool_share: dict[str, float]
-    ess: float
-    max_p_ratio: float
-    events: list[str]
-    falls: tuple[float, float, float] | None = None
-    """(predicted, of a uniform draw, realised) fall of the proxy loss where it was checked."""
+Record = TypeVar("Record", StepRecord, SelectionRecord, ValidationRecord)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a run folder says; ``selections``, ``config`` and ``environment`` are empty where their file is absent."""
+    """Holds what a run folder says; all but steps and validations are empty where their file is absent."""
 
     name: str
     path: Path
     steps: list[StepRecord]
     validations: list[ValidationRecord]
-    selections: list[SelectionRow]
+    selections: list[SelectionRecord]
     config: dict[str, Any]
     environment: dict[str, Any]
+    events: list[tuple[int, Event]] = field(default_factory=list)
+    """(step, event) of those that are not the selection's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,34 +119,17 @@ def load_run(path: str | Path, name: str | None = None) -> Run:
         steps=steps,
         validations=validations,
         selections=_load_selections(path / "selection.jsonl"),
+        events=_load_events(path / EVENTS_FILE),
         config=renamed(_load_mapping(path / "config.yaml", yaml.safe_load)),
         environment=_load_mapping(path / "environment.json", json.loads),
     )
 
 
-def _number(value: Any) -> float:
-    """A number, or the name of a non-finite one ("nan", "inf", "-inf")."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{value!r} is not a number")
-    return float(value)
-
-
-def _numbers(value: Any) -> dict[str, float]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{value!r} is not an object of numbers")
-    return {key: _number(item) for key, item in value.items()}
-
-
-def _record(cls: type[Record], row: dict[str, Any], path: Path, line: int) -> Record:
-    """Build a record from a row; every field must be there, with its type."""
-    read: dict[str, Any] = {"int": int, "float": _number, "bool": bool, "dict[str, float]": _numbers}
+def _record(kind: type[Record], row: dict[str, Any], path: Path, line: int) -> Record:
     try:
-        values = {field.name: read[str(field.type)](row[field.name]) for field in fields(cls)}
-    except KeyError as error:
-        raise DataError(f"{path}, line {line}: field {error} is missing") from error
+        return read_record(kind, row)
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}, line {line}: {error}") from error
-    return cls(**values)
 
 
 def _check_order(records: Sequence[Record], path: Path, kind: str) -> None:
@@ -170,38 +140,22 @@ def _check_order(records: Sequence[Record], path: Path, kind: str) -> None:
             )
 
 
-def _load_selections(path: Path) -> list[SelectionRow]:
+def _load_selections(path: Path) -> list[SelectionRecord]:
     if not path.is_file():
         return []
-    rows = []
+    return [_record(SelectionRecord, row, path, number) for number, _, row in read_rows(path)]
+
+
+def _load_events(path: Path) -> list[tuple[int, Event]]:
+    if not path.is_file():
+        return []
+    found = []
     for number, _, row in read_rows(path):
         try:
-            rows.append(
-                SelectionRow(
-                    step=int(row["step"]),
-                    method=str(row["method"]),
-                    candidates=int(row["candidates"]),
-                    picked=int(row["picked"]),
-                    share=_numbers(row["share"]),
-                    pool_share=_numbers(row["pool_share"]),
-                    ess=_number(row["ess"]),
-                    max_p_ratio=_number(row["max_p_ratio"]),
-                    events=[str(event) for event in row["events"]],
-                    falls=_falls(row),
-                )
-            )
-        except KeyError as error:
-            raise DataError(f"{path}, line {number}: field {error} is missing") from error
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{path}, line {number}: {error}") from error
-    return rows
-
-
-def _falls(row: dict[str, Any]) -> tuple[float, float, float] | None:
-    """None where nothing was checked, and in rows written before there was a check."""
-    if row.get("realised_fall") is None:
-        return None
-    return _number(row["predicted_fall"]), _number(row["uniform_fall"]), _number(row["realised_fall"])
+            found.append((int(row["step"]), read_event(row["event"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}, line {number}: no step and event in it ({error})") from error
+    return found
 
 
 def _load_mapping(path: Path, parse: Any) -> dict[str, Any]:

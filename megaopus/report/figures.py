@@ -15,10 +15,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from megaopus.record.console import format_count
+from megaopus.record.formatting import format_bytes, format_count
+from megaopus.record.metrics import metrics_of, values_of
+from megaopus.record.types import SelectionRecord, StepRecord
 from megaopus.report.arms import Arm
 from megaopus.report.choice_summary import ChoiceSummary
-from megaopus.report.compare import Comparison, Curve, Run, SelectionRow
+from megaopus.report.compare import Comparison, Curve, Run
 
 # Okabe and Ito's colours, told apart with every common colour blindness; grey is kept for the baseline.
 BASELINE_COLOUR = "#6b6b6b"
@@ -187,7 +189,7 @@ def loss_figure(
     return figure
 
 
-def domain_order(rows: Mapping[str, Sequence[SelectionRow]], most: int = len(DOMAIN_COLOURS)) -> list[str]:
+def domain_order(rows: Mapping[str, Sequence[SelectionRecord]], most: int = len(DOMAIN_COLOURS)) -> list[str]:
     """Domains by falling share of the pools, the ``most`` largest; what is left is drawn as "other"."""
     total: dict[str, float] = {}
     for row in (row for part in rows.values() for row in part):
@@ -238,7 +240,7 @@ def _step_tokens(run: Run) -> dict[int, float]:
     return {record.step: float(record.tokens) for record in run.steps}
 
 
-def share_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRow]]) -> Figure:
+def share_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRecord]]) -> Figure:
     """Domain shares of the picks, stacked, one panel a run; the pool's shares as dashed borders."""
     figure, axes = _figure(rows=len(rows), height=0.9 + 2.5 * len(rows))
     domains = domain_order(rows)
@@ -275,7 +277,9 @@ def share_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionR
     return figure
 
 
-def ess_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRow]], ink: Mapping[str, Ink]) -> Figure:
+def ess_figure(
+    runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRecord]], ink: Mapping[str, Ink]
+) -> Figure:
     """Effective sample size over candidates, for the steps that were picked by utility."""
     figure, (axis,) = _figure(height=3.2)
     for name, part in rows.items():
@@ -304,6 +308,39 @@ def train_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: in
     _token_axis(axis)
     _labels(axis, "update tokens", f"training {LOSS}")
     _legend_once(axis)
+    return figure
+
+
+def metrics_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: int) -> Figure | None:
+    """Running medians of the per-step metrics that are marked to be plotted, a panel each; None where no run has any.
+
+    Steps without a finite value are passed over, as those of a version that did not measure it.
+    """
+    steps = {name: [record for record in run.steps if record.step >= start_step] for name, run in runs.items()}
+    plotted = [
+        each
+        for each in metrics_of(StepRecord)
+        if each.plot and any(map(math.isfinite, (v for part in steps.values() for v in values_of(part, each.name))))
+    ]
+    if not plotted:
+        return None
+    columns = 2 if len(plotted) > 1 else 1
+    rows = -(-len(plotted) // columns)
+    figure, axes = _figure(rows, columns, height=0.7 + 2.3 * rows)
+    for at, (axis, each) in enumerate(zip(axes, plotted, strict=False)):
+        for name, part in steps.items():
+            values = [(record.tokens, getattr(record, each.name)) for record in part]
+            values = [(tokens, value) for tokens, value in values if value is not None and math.isfinite(value)]
+            if values:
+                x, y = zip(*values, strict=True)
+                _line(axis, x, running_median(y), ink[name])
+        if each.unit == "bytes":
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(max(0.0, value))))
+        _token_axis(axis, ticks=4)
+        _labels(axis, "update tokens" if at >= len(plotted) - columns else "", "", each.name)
+    for axis in axes[len(plotted) :]:
+        axis.set_visible(False)
+    _legend_above(figure, axes, 3)
     return figure
 
 
@@ -355,7 +392,7 @@ def _share_of_each_step(figure: Figure, top: float, label: str) -> Figure:
     return figure
 
 
-def check_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRow]]) -> Figure:
+def check_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRecord]]) -> Figure:
     """Predicted and realised falls of the proxy loss, one panel a run; ``rows``: the checked ones, all finite.
 
     Dots: as measured, outliers as triangles at the border; lines: running medians.

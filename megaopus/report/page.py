@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import html
 import math
 import os
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megaopus.errors import DataError
-from megaopus.record.console import format_count, format_duration
+from megaopus.record.formatting import format_count, format_duration
+from megaopus.record.types import SelectionRecord
 from megaopus.report import sections
 from megaopus.report.arms import find_arms, over_seeds, partner
 from megaopus.report.choice_summary import ChoiceSummary, summarise_choices
@@ -20,9 +20,7 @@ from megaopus.report.compare import (
     Comparison,
     Curve,
     Run,
-    SelectionRow,
     compare,
-    load_run,
     stretch_curve,
     validation_at,
 )
@@ -31,47 +29,6 @@ from megaopus.report.sections import STYLE, Texts, table
 WINDOW = 3
 PLATEAU_FALL = 0.15  # nats: below this fall of the baseline, "tokens to reach" is mostly noise
 START_GAP = 0.01  # nats
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``python -m megaopus report``."""
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run folders; the uniform one is the baseline")
-    parser.add_argument("--out", metavar="FILE.html", help="page to write (default: report.html beside the runs)")
-    parser.add_argument(
-        "--start-step",
-        type=int,
-        metavar="N",
-        help="compare after N updates, the warm-up that all runs share (default: where the last of them begins)",
-    )
-    parser.add_argument(
-        "--replay",
-        metavar="STEP[,STEP...]",
-        help="instead of a page: make the picks of these steps (or all) again from the record of one run, and say "
-        "whether they are the same; exit status 1 if not, 3 if some step's record is not enough",
-    )
-
-
-def run(args: argparse.Namespace, texts: Texts | None = None) -> int:
-    """The ``report`` verb. Raises DataError before anything is written if a run folder cannot be read."""
-    paths = [Path(path) for path in args.runs]
-    if args.start_step is not None and args.start_step < 0:
-        raise DataError(f"--start-step {args.start_step}: must not be negative")
-    runs = {name: load_run(path, name) for name, path in zip(_names(paths), paths, strict=True)}
-    resolved = [path.resolve() for path in paths]
-    out = Path(args.out) if args.out else Path(os.path.commonpath(resolved)) / "report.html"
-    print(f"wrote {write_report(runs, out, start_step=args.start_step, texts=texts)}")
-    return 0
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Shortest path endings that tell the folders apart. Raises DataError for a folder named twice."""
-    parts = [path.resolve().parts for path in paths]
-    if len(set(parts)) < len(parts):
-        raise DataError("a run folder is named twice; name each once")
-    depth = 1
-    while len({part[-depth:] for part in parts}) < len(parts):
-        depth += 1
-    return ["/".join(part[-depth:]) for part in parts]
 
 
 def find_baseline(runs: Mapping[str, Run]) -> str:
@@ -111,12 +68,12 @@ def write_report(
     return out
 
 
-def _checked(rows: Sequence[SelectionRow]) -> list[SelectionRow]:
+def _checked(rows: Sequence[SelectionRecord]) -> list[SelectionRecord]:
     """Those with a predicted and a realised fall of the proxy loss, all finite."""
     return [row for row in rows if row.falls is not None and all(map(math.isfinite, row.falls))]
 
 
-def _agreement(rows: Sequence[SelectionRow]) -> str:
+def _agreement(rows: Sequence[SelectionRecord]) -> str:
     """How well falls were predicted, in words; medians and ranks, which outliers do not rule."""
     predicted, uniform, realised = zip(*(row.falls for row in rows if row.falls is not None), strict=True)
     middle = [statistics.median(values) for values in (realised, predicted, uniform)]
@@ -191,7 +148,7 @@ class _Page:
                 self.warnings.append(f"No validation curve of {name}: {error}")
         return curves
 
-    def _selected(self, each: Run) -> list[SelectionRow]:
+    def _selected(self, each: Run) -> list[SelectionRecord]:
         """Rows of the stretch if any of them was chosen by utility, else none."""
         rows = [row for row in each.selections if row.step >= self.start_step]
         return rows if any(row.method != "uniform" for row in rows) else []
@@ -224,6 +181,7 @@ class _Page:
         parts += [sections.useful_text(self.runs, self._stand_ins(), self.texts, self._name)]
         parts += [
             sections.events(self.runs, self._name),
+            sections.skipped_updates(self.runs, self._name),
             sections.settings(self._settings_of()),
             sections.environment(self.runs),
         ]
@@ -340,6 +298,9 @@ class _Page:
             )
             found.append((figures.train_figure(self.runs, self.inks, self.start_step), caption))
         found += self._selection_figures()
+        if (picture := figures.metrics_figure(self.runs, self.inks, self.start_step)) is not None:
+            caption = "Further numbers of each update, as docs/report.md explains them (running medians)."
+            found.append((picture, caption))
         if any(record.select_s > 0 for each in self.runs.values() for record in each.steps):
             caption = "Seconds spent choosing each batch over the other seconds of its step (running median)."
             found.append((figures.overhead_figure(self.runs, self.inks, self.start_step), caption))

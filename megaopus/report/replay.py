@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megaopus.errors import DataError
+from megaopus.events import read_event
+from megaopus.plugins import notes_on_missing
 from megaopus.record.parquet import FOLDER, SCHEMA, Table, first_step, parts, read_part, steps_of
 from megaopus.record.sinks import read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megaopus.build import Corpora
     from megaopus.config.run_config import RunConfig
     from megaopus.data.candidates import CandidateBuffer
+    from megaopus.data.run_data import RunData
     from megaopus.selection import Selection
     from megaopus.selection.replay import Evidence
     from megaopus.selection.selector import Redundancy
@@ -40,6 +42,9 @@ def run(run_dirs: Sequence[str], steps: str) -> int:
         raise DataError(f"--replay is about one run folder, {len(run_dirs)} are named")
     record = Record(Path(run_dirs[0]))
     wanted = _steps(steps, record)
+    named = [name for step in wanted for name in record.config(step).plugins]
+    for note in notes_on_missing(named, record.path):
+        print(f"note: {note}")
     counts = dict.fromkeys((IDENTICAL, DIFFERENT, NOT_ON_RECORD), 0)
     for step in wanted:
         outcome, text = record.replay(step)
@@ -79,7 +84,7 @@ class Record:
         """Step -> its row."""
         self.gone = ""
         """Why the corpus cannot be asked, if it was wanted and cannot."""
-        self._corpora: dict[Path, Corpora | None] = {}
+        self._data: dict[Path, RunData | None] = {}
         self._part: tuple[Path, Table, dict[int, slice]] | None = None
 
     def replay(self, step: int) -> tuple[str, str]:
@@ -104,7 +109,7 @@ class Record:
             if lack := self._lack(each):
                 return NOT_ON_RECORD, f"step {each}: {lack}" if each != step else lack
         rows, evidence = self.rows(step), self._evidence(made)
-        stream, proxy = self._streams(step, config)
+        stream, proxy = self._streams(step)
         ids = _tensor(rows["id"].to_numpy())
         candidates: Any = NamedCandidates(ids)
         if stream is not None:
@@ -112,7 +117,7 @@ class Record:
             if wrong := _other_candidates(rows, candidates):
                 return DIFFERENT, wrong
         else:
-            if any(guards.PAIRS in event for event in self.facts[made]["events"]):
+            if any(guards.PAIRS in str(event) for event in map(read_event, self.facts[made]["events"])):
                 raise NotOnRecord("tokens, which are in the corpus alone: there was an alarm on token pairs")
             selection = replace(selection, guards=replace(selection.guards, min_distinct=0.0))
         found = replay(
@@ -188,37 +193,35 @@ class Record:
             exposures=_column(rows, "exposures"),
             redundancy=_redundancy(rows),
             domains=_tensor(np.array(codes)),
-            doubt=next((event for event in facts["events"] if event.startswith(DOUBT)), None),
+            doubt=next((text for text in map(str, map(read_event, facts["events"])) if text.startswith(DOUBT)), None),
         )
 
     # -- the corpus ---------------------------------------------------------------------------------------------------
 
-    def corpora(self, step: int) -> Corpora | None:
-        """The corpora of the run at ``step``; None, and ``gone`` says why, where they are not what they were."""
-        from megaopus.build import Corpora
+    def data(self, step: int) -> RunData | None:
+        """What the run read at ``step``; None, and ``gone`` says why, where that is not what it was."""
+        from megaopus.data.run_data import RunData
 
         launch = self._launch(step)
-        if launch not in self._corpora:
-            self._corpora[launch] = None
+        if launch not in self._data:
+            self._data[launch] = None
             config = self.config(step)
             try:
-                opened = Corpora(config)
+                opened = RunData.open(config.data, config.data_needs())
                 if opened.pool.corpus.fingerprint == _json(launch / "environment.json").get("corpus"):
-                    self._corpora[launch] = opened
+                    self._data[launch] = opened
                 else:
                     self.gone = f"{config.data.path}: another corpus lies there now"
             except DataError as error:
                 self.gone = str(error)
-        return self._corpora[launch]
+        return self._data[launch]
 
-    def _streams(self, step: int, config: RunConfig) -> tuple[Callable[[int], CandidateBuffer] | None, Any]:
+    def _streams(self, step: int) -> tuple[Callable[[int], CandidateBuffer] | None, Any]:
         """(candidates by step, proxy by step), None each without the corpus."""
-        from megaopus.build import candidate_stream, proxy_stream
-
-        if (corpora := self.corpora(step)) is None:
+        if (data := self.data(step)) is None:
             return None, None
-        proxy = proxy_stream(config, corpora).at if config.selection.needs_proxy else None
-        return candidate_stream(config, corpora).at, proxy
+        proxy = data.proxy_batches()
+        return data.candidates().at, None if proxy is None else proxy.at
 
 
 def texts_of(run_dir: Path, sequences: Sequence[int]) -> list[tuple[str, str]]:
@@ -227,10 +230,10 @@ def texts_of(run_dir: Path, sequences: Sequence[int]) -> list[tuple[str, str]]:
     Raises DataError or ConfigError, which say why, where the corpus is not what the run read.
     """
     record = Record(run_dir)
-    corpora = record.corpora(max(record.facts, default=0))
-    if corpora is None:
+    data = record.data(max(record.facts, default=0))
+    if data is None:
         raise DataError(record.gone)
-    tokenizer, pool = corpora.pool.corpus.tokenizer(), corpora.pool
+    tokenizer, pool = data.pool.corpus.tokenizer(), data.pool
     texts = [tokenizer.decode(tokens, skip_special_tokens=False) for tokens in pool.tokens(sequences)[:, :-1].tolist()]
     return [(", ".join(pool.documents_of(n)), text) for n, text in zip(sequences, texts, strict=True)]
 

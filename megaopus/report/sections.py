@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaopus.errors import MegaopusError
-from megaopus.record.console import kind_of
+from megaopus.events import Event
 from megaopus.report.choice_summary import ChoiceSummary, Standout
 from megaopus.report.compare import Run
 
@@ -17,6 +17,9 @@ Texts = Callable[[Path, Sequence[int]], list[tuple[str, str]]]
 Name = Callable[[str], str]
 """A run's name -> the same as HTML, with its colour."""
 LONGEST = 600  # characters of a text that are shown
+MOST_SKIPPED = 50  # skipped updates of a run that are listed
+SKIPPED = "update.skipped"
+"""How the kinds of events begin that tell of an update that was not applied."""
 
 STYLE = """
 :root { color-scheme: light; }
@@ -124,21 +127,44 @@ def _document(found: Standout, documents: str, text: str) -> str:
 
 
 def events(runs: Mapping[str, Run], shown: Name) -> str:
-    """Fallbacks and skipped updates, one of each kind."""
-    kinds: dict[tuple[str, str], list[tuple[int, str]]] = {}
-    for name, each in runs.items():
-        happened = [(row.step, event) for row in each.selections for event in row.events]
-        happened += [
-            (record.step, "update skipped: a gradient was not finite") for record in each.steps if record.skipped
-        ]
-        for step, event in happened:
-            kinds.setdefault((name, kind_of(event)), []).append((step, event))
-    rows = [
-        [shown(name), str(len(found)), str(found[0][0]), html.escape(found[0][1])] for (name, _), found in kinds.items()
-    ]
+    """How often each kind of event came, and the first of it."""
+    rows = []
+    for name, run in runs.items():
+        kinds: dict[str, list[tuple[int, Event]]] = {}
+        for step, event in _happened(run):
+            kinds.setdefault(event.kind, []).append((step, event))
+        for kind, found in kinds.items():
+            step, first = found[0]
+            rows.append([shown(name), str(len(found)), str(step), html.escape(kind), html.escape(str(first))])
     if not rows:
-        return "<h2>Fallbacks</h2><p>None was recorded.</p>"
-    return f"<h2>Fallbacks</h2>{table(['run', 'times', 'first at step', 'first of its kind'], rows, (1, 2))}"
+        return "<h2>Events</h2><p>None was recorded.</p>"
+    return f"<h2>Events</h2>{table(['run', 'times', 'first at step', 'kind', 'first of its kind'], rows, (1, 2))}"
+
+
+def _happened(run: Run) -> list[tuple[int, Event]]:
+    """(step, event) of a run by step; a skipped update of which no event was recorded, as in version 0.1, has one."""
+    found = [(row.step, event) for row in run.selections for event in row.events] + run.events
+    told = {step for step, event in run.events if event.kind.startswith(SKIPPED)}
+    for record in run.steps:
+        if record.skip_reason is not None and record.step not in told:
+            found.append((record.step, Event(SKIPPED, f"update skipped: {record.skip_reason}")))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def skipped_updates(runs: Mapping[str, Run], shown: Name) -> str:
+    """Every update that was not applied, with its reason; of many, the first of each run."""
+    rows, hidden = [], 0
+    for name, run in runs.items():
+        skipped = [record for record in run.steps if record.skip_reason is not None]
+        hidden += max(0, len(skipped) - MOST_SKIPPED)
+        for record in skipped[:MOST_SKIPPED]:
+            numbers = [str(record.step), f"{record.loss:.4g}", f"{record.grad_norm:.4g}"]
+            rows.append([shown(name), *numbers, html.escape(str(record.skip_reason))])
+    if not rows:
+        return ""
+    more = f'<p class="quiet">{hidden} more are in metrics.jsonl.</p>' if hidden else ""
+    header = ["run", "step", "loss", "gradient norm", "reason"]
+    return f"<h2>Skipped updates</h2>{table(header, rows, (1, 2, 3))}{more}"
 
 
 def settings(runs: Mapping[str, Run]) -> str:

@@ -115,6 +115,6 @@ def spans(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
 
 def file_stamps(source: Source) -> list[Any]:
     """Names, sizes and ages of a source's files."""
-    if source.rows() is not None:
+    if source.by_prefix is not None:
         return [str(source.path)]
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for _, path in source.files()]

@@ -24,6 +24,7 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.gpt_forward import token_losses
 from megaopus.engine.megatron.scoring import MegatronScoringBackend
 from megaopus.errors import CheckpointError, DataError
+from megaopus.plugins import notes_on_missing
 from megaopus.score.base import Begin
 from megaopus.score.hub import FIRST, MEAN, PASS_TOKENS
 from megaopus.selection import directional_utilities, exact_utilities
@@ -253,6 +254,9 @@ def _one_process(state: dict[str, Any], folder: Path, device: str) -> RunConfig:
         raise CheckpointError(
             f"{folder}: a checkpoint of engine.name={config.engine.name}; score reads those of the megatron engine"
         )
+    if not config.optim.is_known():
+        missing = "; ".join(notes_on_missing(config.plugins, folder)) or "no plugin of it is named"
+        raise CheckpointError(f"{folder}: no optimizer {config.optim.name!r} here ({missing}): give --plugin MODULE")
     config.parallel = ParallelConfig(distributed_optimizer=config.parallel.distributed_optimizer)
     config.engine = replace(config.engine, device=device)
     config.model = replace(config.model, dropout=0.0)

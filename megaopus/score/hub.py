@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaopus.corpus_tools.sources import needed
+from megaopus.corpus_tools.readers.stored import needed
 from megaopus.data.corpus import Corpus
 from megaopus.data.scores import HIGHEST, LOWEST
 from megaopus.errors import DataError

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megaopus.corpus_tools.sources import Source, SourceReader, needed
+from megaopus.corpus_tools.readers.stored import needed
+from megaopus.corpus_tools.sources import Source, SourceReader
 from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.data.permutation import permute
 from megaopus.data.scores import HIGHEST

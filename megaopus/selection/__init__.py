@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from megaopus.selection.estimators.exact import exact_utilities
     from megaopus.selection.estimators.kronecker import KroneckerEstimator
     from megaopus.selection.operators.build import build_operator
-    from megaopus.selection.operators.rules import register_operator
+    from megaopus.selection.operators.registry import register_operator
     from megaopus.selection.selector import Selection, Selector
     from megaopus.selection.torch_backend import ModuleBackend
 
@@ -75,7 +75,7 @@ _MODULE_OF = {
     "build_operator": "operators.build",
     "directional_utilities": "estimators.directional",
     "exact_utilities": "estimators.exact",
-    "register_operator": "operators.rules",
+    "register_operator": "operators.registry",
 }
 
 

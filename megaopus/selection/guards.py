@@ -78,15 +78,21 @@ def token_signatures(batch: Batch) -> Tensor:
     return counter_rng.bits(0, counter_rng.bits(0, tokens + places).sum(dim=1))  # int64 sums wrap
 
 
+def as_many(batches: Sequence[Candidates]) -> list[Candidates]:
+    """Take the first of each, as many as the smallest has."""
+    count = min(len(each) for each in batches)
+    return [each.take(torch.arange(count)) for each in batches]
+
+
 def alarm_of_pairs(picks: Candidates, others: Sequence[Candidates], level: float) -> str | None:
     """What to say if ``picks`` repeat themselves: fewer different pairs of tokens than ``level`` times the others'.
 
     The least of the others counts, and as many sequences of each are compared. None too if batches are not tokens
     (n, T).
     """
-    count = min(len(each) for each in (picks, *others))
-    batches = [each.take(torch.arange(count)).batch() for each in (picks, *others)]
-    tokens = [next(tensors_of(batch)).cpu() for batch in batches]
+    first = as_many([picks, *others])
+    count = len(first[0])
+    tokens = [next(tensors_of(each.batch())).cpu() for each in first]
     if any(each.ndim != 2 or each.is_floating_point() for each in tokens):
         return None
     pairs = [(each[:, :-1].long() << 32) + each[:, 1:] for each in tokens]

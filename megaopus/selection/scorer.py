@@ -120,6 +120,19 @@ class Scorer:
         self._proxy_gradient.keep()
         return utilities.cpu(), gram
 
+    def foresee(self, candidates: Candidates, scored: Tensor, step: int) -> list[Candidates]:
+        """Say, to read ahead, whose tokens this rank needs to score the candidates at positions ``scored`` (n,)."""
+        if not len(scored):
+            return []
+        ranks, rank = self.backend.world_size, self.backend.rank
+        share = (len(scored) + -len(scored) % self.backend.multiple) // ranks
+        found = [candidates.take(scored[rank * share : (rank + 1) * share])]
+        if self.config.needs_proxy and step % self.config.proxy_every == 0:
+            batches = [self._proxy, self._pool if self.config.contrast else None]
+            for batch in (as_candidates(each(step), step) for each in batches if each is not None):
+                found.append(batch.take(torch.arange(len(batch)).tensor_split(ranks)[rank]))
+        return found
+
     def _proxy_average(self, step: int) -> tuple[Gradient, Tensor]:
         """(the average to score by, whether this step's gradient is not finite)."""
         if step % self.config.proxy_every and (average := self._proxy_gradient.last()) is not None:

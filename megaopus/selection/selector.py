@@ -14,6 +14,7 @@ from megaopus.selection import counter_rng, guards, sampler
 from megaopus.selection.backend import Batch, Candidates, Proxy, ScoringBackend, TextFeatures
 from megaopus.selection.candidates import as_candidates
 from megaopus.selection.config import BY_PROXY, SelectionConfig
+from megaopus.selection.foresight import foresee
 from megaopus.selection.prescreen import Prescreen
 from megaopus.selection.scorer import Scorer
 from megaopus.settings import problems
@@ -167,12 +168,9 @@ class Selector:
                 f"{config.needs_text_features} needs text features of the candidates: pass text_features="
                 " (backend.TextFeatures)"
             )
-        self.config = config
-        self.backend = backend
-        self.num_selected = num_selected
-        self.seed = seed
-        self._proxy = proxy
-        self._text_features = text_features
+        self.config, self.backend = config, backend
+        self.num_selected, self.seed = num_selected, seed
+        self._proxy, self._text_features = proxy, text_features
         self._scorer = Scorer(
             config, backend, proxy=proxy, pool=pool, wanted=wanted, text_features=text_features, seed=seed
         )
@@ -225,6 +223,27 @@ class Selector:
             seconds=time.perf_counter() - started,
         )
 
+    def foresee(self, candidates: Candidates, step: int) -> tuple[list[Candidates], Tensor]:
+        """Say whose tokens ``select`` will read on this rank at ``step``, the next one, and which (K,) it will pick.
+
+        For reading ahead: as far as known before any scoring; changes nothing, asks no other rank, decides nothing.
+        """
+        period, turn = divmod(step, self.config.score_every)
+        turn_of = slice(turn * self.num_selected, (turn + 1) * self.num_selected)
+        if turn and self._choice is not None and self._choice.period == period:
+            return [], self._choice.positions[turn_of].sort().values
+        ids, blind = candidates.ids.cpu(), self._exposed and self._text_features is None
+        times = self._exposure.times(self._signatures(candidates), ids) if self._exposed and not blind else None
+        sizes = self._num_chosen, self._num_scored(len(ids))
+        scored, picked, by_value = foresee(self.config, ids, step, times, self._prescreen, *sizes, self.seed)
+        reads = self._scorer.foresee(candidates, scored, step)
+        if blind:  # signatures are of tokens then
+            reads.append(candidates.take(picked[turn_of]) if len(picked) else candidates)
+        if self.config.guards.min_distinct > 0 and by_value:
+            picks = [candidates.take(picked)] if len(picked) else []
+            reads += guards.as_many([*picks, *self._others(candidates, ids, step)])
+        return reads, picked[turn_of].sort().values
+
     def check_due(self, selection: Selection) -> bool:
         """Whether the step is one of every ``check_every``, and all its picks were scored by the proxy."""
         every, utilities = self.config.check_every, selection.utilities
@@ -272,11 +291,9 @@ class Selector:
             self._prescreen.load_state_dict(state["prescreen"])
         self._choice = None
         if "choice" in state:
-            saved = state["choice"]
-            probabilities = torch.tensor(saved["probabilities"], dtype=torch.float64)
-            self._choice = _Choice(
-                **{**saved, "positions": torch.tensor(saved["positions"]), "probabilities": probabilities}
-            )
+            dtypes = {"positions": torch.int64, "probabilities": torch.float64}
+            tensors = {name: torch.tensor(state["choice"][name], dtype=dtype) for name, dtype in dtypes.items()}
+            self._choice = _Choice(**{**state["choice"], **tensors})
 
     # -- one buffer ---------------------------------------------------------------------------------------------------
 
@@ -448,11 +465,15 @@ class Selector:
             if share < levels.min_unique * usual:
                 return f"{share:.0%} of the picks are new in the window, {usual:.0%} of the candidates"
         if levels.min_distinct > 0:
-            others = [candidates.take(sampler.pick_uniform(buffer.ids, len(picked), self.seed, buffer.period))]
-            if self._proxy is not None:
-                others.append(as_candidates(self._proxy(buffer.step), buffer.step))
+            others = self._others(candidates, buffer.ids, buffer.step)
             return guards.alarm_of_pairs(candidates.take(picked), others, levels.min_distinct)
         return None
+
+    def _others(self, candidates: Candidates, ids: Tensor, step: int) -> list[Candidates]:
+        """Give what the picks' pairs of tokens are compared with: a uniform draw, and the proxy if there is one."""
+        drawn = sampler.pick_uniform(ids, self._num_chosen, self.seed, step // self.config.score_every)
+        proxy = [] if self._proxy is None else [as_candidates(self._proxy(step), step)]
+        return [candidates.take(drawn), *proxy]
 
     def _tell_uniform(self, utilities: Tensor, ratio: float, events: list[str]) -> None:
         """Say once that raw utilities are too small for the temperature."""

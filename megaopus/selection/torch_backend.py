@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient, Shard, UpdateOperator
 from megaopus.selection.candidates import map_tensors, tensors_of
 from megaopus.selection.estimators.ghost import GhostCapture
-from megaopus.selection.operators.build import factory_of, held_by, operator_of
+from megaopus.selection.operators.build import held_by, operator_of
+from megaopus.selection.operators.registry import factory_of
 
 Loss = Callable[[nn.Module, Batch], Tensor]  # (model, batch of n sequences) -> (n,) mean token loss of each
 

@@ -1,4 +1,4 @@
-"""Requests to stop, noticed between phases."""
+"""Notices requests to stop between phases."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ STOP_EXIT_CODE = 143
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1 instead of dying from them; use as a context. ``reason`` is None until one came."""
+    """Remembers SIGTERM and SIGUSR1 instead of dying from them; use as a context. ``reason`` is None until one came.
 
-    def __init__(self) -> None:
+    ``take`` False: signals stay with the program that the run is a part of, and ``reason`` is its to set.
+    """
+
+    def __init__(self, take: bool = True) -> None:
+        self._take = take
         self.reason: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+        # Python lets no other thread handle signals.
+        if self._take and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._note)
         return self

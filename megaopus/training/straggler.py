@@ -1,10 +1,15 @@
-"""Which rank holds the others up, and whether training waits for data."""
+"""Finds the rank that holds the others up, and the one that waits for data."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
 
+from megaopus.events import Event
+from megaopus.training.timers import STEP, Timers
+
+OWN_WORK = "own work"
+"""What ``Timers`` books a rank's passes under (``StepResult.own_s``)."""
 SLOW = 1.2
 """A rank's own work over the median of all, above which it is called slow."""
 WAIT = 0.1
@@ -12,33 +17,34 @@ WAIT = 0.1
 
 
 class StragglerDetector:
-    """Sums of seconds since the last report; ``gather`` hands every rank's value to every rank."""
+    """Compares the ranks every ``every`` updates by what their timers have booked since the last time.
+
+    ``gather`` hands every rank's value to every rank.
+    """
 
     def __init__(self, every: int, gather: Callable[[tuple[float, float]], list[tuple[float, float]]]):
         self._every, self._gather = every, gather
-        self._data_s = self._own_s = self._all_s = 0.0
+        self._before = (0.0, 0.0, 0.0)
         self._steps = 0
 
-    def step(self, done: int, data_s: float, own_s: float, all_s: float) -> list[str]:
-        """Take update number ``done`` (from 1) in: waiting for data, own work before other ranks are waited for, all.
-
-        Every ``every`` updates, collectively: what is out of the ordinary, in words. No line: nothing.
-        """
-        self._data_s += data_s
-        self._own_s += own_s
-        self._all_s += all_s
+    def check(self, timers: Timers) -> list[Event]:
+        """Say after an update, if it is time, what is out of the ordinary; collective then."""
         self._steps += 1
-        if done % self._every:
+        if (timers.step + 1) % self._every:
             return []
-        ranks, all_s, steps = self._gather((self._data_s, self._own_s)), self._all_s, self._steps
-        self._data_s = self._own_s = self._all_s = 0.0
-        self._steps = 0
-        lines = []
+        sums = timers.seconds("data"), timers.seconds(OWN_WORK), timers.seconds(*STEP)
+        data_s, own_s, all_s = (now - before for now, before in zip(sums, self._before, strict=True))
+        steps, self._before, self._steps = self._steps, sums, 0
+        ranks, events = self._gather((data_s, own_s)), []
         data, own = [rank[0] for rank in ranks], [rank[1] for rank in ranks]
         if max(data) > WAIT * all_s:
-            lines.append(f"rank {data.index(max(data))} waits for data {max(data) / all_s:.0%} of the time")
+            rank, share = data.index(max(data)), max(data) / all_s
+            events.append(
+                Event("data.wait", f"rank {rank} waits for data {share:.0%} of the time", rank=rank, share=share)
+            )
         median = statistics.median(own)
         if len(ranks) > 1 and max(own) > SLOW * median > 0:
-            work = f"{max(own) / steps:.3f} s of its own work an update, median {median / steps:.3f}"
-            lines.append(f"rank {own.index(max(own))} is slow: {work}")
-        return lines
+            rank, mine, usual = own.index(max(own)), max(own) / steps, median / steps
+            text = f"rank {rank} is slow: {mine:.3f} s of its own work an update, median {usual:.3f}"
+            events.append(Event("rank.slow", text, rank=rank, own_s=mine, median_s=usual))
+        return events

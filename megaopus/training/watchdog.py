@@ -1,4 +1,4 @@
-"""Who hangs, and where: a report from every rank when the job makes no progress."""
+"""Reports from every rank who hangs, and where, when the job makes no progress."""
 
 from __future__ import annotations
 
@@ -8,52 +8,39 @@ import os
 import socket
 import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, TextIO
 
 import torch.distributed as dist
 
 from megaopus.distributed.mesh import Mesh
+from megaopus.training.timers import Timers
 
 KEY = "megaopus/progress/{rank}"
 
 
 class HangWatchdog:
-    """A thread that speaks up once nothing has been entered for ``seconds``.
+    """Speaks up, in a thread, once the phase of ``timers`` has not changed for ``seconds``.
 
-    Each rank keeps its phase, and how long it has been in it, in the job's key-value store. A rank that sees no
+    Each rank keeps its phase in the job's key-value store. A rank that sees no
     progress prints its own phase and the stack of each of its threads, and what the others said last: one that is
     stopped or gone says nothing any more, and is named by the rest. It ends nothing; the time-out of collectives does.
     """
 
-    def __init__(self, mesh: Mesh, seconds: float, stream: TextIO | None = None):
+    def __init__(self, mesh: Mesh, timers: Timers, seconds: float, stream: TextIO | None = None):
+        self._timers = timers
         self._rank, self._ranks = mesh.rank, mesh.shape.world_size
         self._seconds = seconds
         self._interval = min(seconds / 10, 10.0)
         self._stream = stream if stream is not None else sys.stderr
         self._store: Any = dist.distributed_c10d._get_default_store() if self._ranks > 1 else None
-        self._phase, self._step, self._since = "start", 0, time.monotonic()
-        self._said = False
+        self._told = -1
+        """Changes of phase at which it spoke last."""
         self._end = threading.Event()
         # Two threads: where the rank that keeps the store is stopped, telling it anything waits.
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._run, self._tell)]
         for thread in self._threads:
             thread.start()
-
-    @contextmanager
-    def phase(self, name: str, step: int) -> Iterator[None]:
-        """What this rank does inside, in update ``step``."""
-        before = self._phase
-        self._enter(name, step)
-        try:
-            yield
-        finally:
-            self._enter(before, step)
-
-    def _enter(self, name: str, step: int) -> None:
-        self._phase, self._step, self._since, self._said = name, step, time.monotonic(), False
 
     def close(self) -> None:
         """End the threads."""
@@ -63,15 +50,16 @@ class HangWatchdog:
 
     def _run(self) -> None:
         while not self._end.wait(self._interval):
-            idle = time.monotonic() - self._since
-            if idle >= self._seconds and not self._said:
-                self._said = True
+            changes, idle = self._timers.changes, self._timers.clock() - self._timers.since
+            if idle >= self._seconds and changes != self._told:
+                self._told = changes
                 self._report(idle)
 
     def _tell(self) -> None:
         beat = 0
         while self._store is not None:
-            place = {"host": socket.gethostname(), "pid": os.getpid(), "phase": self._phase, "step": self._step}
+            place = {"host": socket.gethostname(), "pid": os.getpid()}
+            place |= {"phase": self._timers.phase, "step": self._timers.step}
             with suppress(Exception):  # the rank that keeps the store may be the one that is gone
                 self._store.set(KEY.format(rank=self._rank), json.dumps(place | {"beat": beat}))
             beat += 1
@@ -79,7 +67,7 @@ class HangWatchdog:
                 return
 
     def _report(self, idle: float) -> None:
-        here = f"rank {self._rank} in phase '{self._phase}' of update {self._step}"
+        here = f"rank {self._rank} in phase '{self._timers.phase}' of update {self._timers.step}"
         print(f"no progress for {idle:.0f} s: {here}; its stacks:", file=self._stream, flush=True)
         with suppress(Exception):  # a stream without a file cannot have them
             faulthandler.dump_traceback(self._stream, all_threads=True)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, everything, settings
+from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, everything, settings, train
+from tests.pool import Pool
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = str(ROOT / "launch" / "torchrun.sh")
 CHOSEN = [*SELECTIONS["directional"], *OPTIMIZERS["adamw"], "train.steps=40", "train.eval_every=20"]
 """Forty updates, with a checkpoint every four."""
-CUT_SECONDS = 18
+CUT_SECONDS = 30
 """How long a rank waits for another one here; the ranks of a busy machine may start that far apart."""
 
 
@@ -38,7 +38,6 @@ def updates(run_dir: Path) -> int:
 @pytest.fixture(scope="session")
 def straight(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    command = [TORCHRUN, "2", *overrides(tiny_corpus, run_dir)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    with Pool() as pool:
+        assert pool.run(2, train, overrides(tiny_corpus, run_dir)) == [0, 0]
     return everything(run_dir)

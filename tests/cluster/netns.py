@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.harness import free_ports
+from tests.pool import free_ports
 
 
 def missing() -> str | None:

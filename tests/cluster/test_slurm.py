@@ -16,6 +16,7 @@ from tests.cluster import slurm
 from tests.cluster.conftest import ROOT, environment, overrides, updates
 from tests.cluster.slurm import until
 from tests.exact.resume_runs import assert_same, everything
+from tests.forks import TIMEOUT_S as PATIENCE_S
 
 
 class Cluster:
@@ -46,7 +47,9 @@ class Cluster:
     def end(self, job: str) -> str:
         """Wait for it; its state then."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        return until(lambda: (state := self.field(job, "JobState")) in ended and state, 240, f"job {job} does not end")
+        return until(
+            lambda: (state := self.field(job, "JobState")) in ended and state, PATIENCE_S, f"job {job} does not end"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_a_preempted_job_saves_is_requeued_and_ends_as_the_straight_run(
     output = run_dir / "submissions" / "000" / "output.txt"
     settings = overrides(tiny_corpus, run_dir)
     job = cluster.job(cluster.submit(settings, "--tasks-per-node", "2"))
-    until(lambda: updates(run_dir) >= 6, 240, "no updates")
+    until(lambda: updates(run_dir) >= 6, PATIENCE_S, "no updates")
     # Held until Slurm preempts it (SIGCONT, SIGTERM), so that it is amid its forty updates then.
     cluster.call("scancel", "--signal=STOP", job)
     second = cluster.submit(settings, "--tasks-per-node", "2")
@@ -127,7 +130,7 @@ def test_which_ends_are_requeued(cluster: Cluster, tmp_path: Path) -> None:
     for name, (_, how, *_) in ENDS.items():
         if how is not None:
             ready = tmp_path / name.replace(" ", "_") / "ready"
-            until(ready.exists, 60, f"{name}: no start")
+            until(ready.exists, PATIENCE_S, f"{name}: no start")
             cluster.call("scancel", *how, jobs[name])
     for name, (_, _, state, starts, line) in ENDS.items():
         run_dir = tmp_path / name.replace(" ", "_")

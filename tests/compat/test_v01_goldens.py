@@ -16,10 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megaopus.data.keeping import kept_documents
-from megaopus.data.traits import ensure_traits, traits_folder
-from megaopus.engine.common import seed_dropout
-from megaopus.engine.forward import SampledLabels
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -30,16 +26,20 @@ from megaopus.data.config import FilterConfig
 from megaopus.data.corpus import Corpus
 from megaopus.data.mixture import parse_stages
 from megaopus.data.permutation import permute
+from megaopus.data.score_filter import kept_documents
 from megaopus.data.sequences import Sequences
+from megaopus.data.text_features import ensure_text_features, text_features_folder
 from megaopus.distributed.mesh import Mesh
+from megaopus.engine.batch_split import seed_dropout
+from megaopus.engine.gpt_forward import SampledLabels
 from megaopus.selection import (
     CountSketch,
     ModuleBackend,
     SelectionConfig,
     Selector,
     TensorCandidates,
+    counter_rng,
     guards,
-    noise,
     sampler,
 )
 from megaopus.selection.config import GuardConfig, PrescreenConfig
@@ -59,15 +59,15 @@ def close(found: Any, expected: list[str], rel: float = 1e-12) -> bool:
 
 @pytest.mark.parametrize("asked", GOLDEN["noise"]["keys"], ids=lambda asked: "-".join(map(str, asked["parts"])))
 def test_keys_of_noise(asked: dict[str, Any]) -> None:
-    assert noise.key(*asked["parts"]) == asked["key"]
+    assert counter_rng.key(*asked["parts"]) == asked["key"]
 
 
 def test_noise() -> None:
     golden = GOLDEN["noise"]
     counters = torch.tensor(golden["counters"])
-    assert noise.bits(golden["seed"], counters).tolist() == golden["bits"]
-    assert close(noise.uniform(golden["seed"], counters).tolist(), golden["uniform"])
-    assert close(noise.gumbel(golden["seed"], counters).tolist(), golden["gumbel"])
+    assert counter_rng.bits(golden["seed"], counters).tolist() == golden["bits"]
+    assert close(counter_rng.uniform(golden["seed"], counters).tolist(), golden["uniform"])
+    assert close(counter_rng.gumbel(golden["seed"], counters).tolist(), golden["gumbel"])
     assert guards.token_signatures(torch.tensor(golden["tokens"])).tolist() == golden["signatures"]
     assert CountSketch("weight", torch.arange(12), 5, 42)(torch.arange(24.0).view(2, 12)).tolist() == golden["sketch"]
 
@@ -160,7 +160,7 @@ def test_picks_of_selectors(name: str) -> None:
         proxy=lambda step: TensorCandidates(numbers(torch.arange(6) + 100 * step)),
         seed=SEED,
         wanted=lambda candidates: candidates.ids % 3 == 1,
-        traits=ToyTraits(),
+        text_features=ToyTraits(),
     )
     every, picked, scored = config.score_every, [], []
     for step in range(6):
@@ -209,9 +209,9 @@ def test_sequences_to_validate_on(corpus: Corpus) -> None:
 def test_traits_are_the_same_and_lie_where_they_lay(corpus: Corpus, tmp_path: Path) -> None:
     pool, proxy = Sequences(corpus, "pool", 32), Sequences(corpus, "proxy", 32, ["rivers"])
     (frozen_folder,) = (FIXTURE / "corpus.traits").iterdir()
-    assert traits_folder(pool, proxy, None) == frozen_folder
+    assert text_features_folder(pool, proxy, None) == frozen_folder
     assert frozen_folder.name == GOLDEN["data"]["traits_folder"]
-    again = ensure_traits(pool, proxy, str(tmp_path), Console(quiet=True))
+    again = ensure_text_features(pool, proxy, str(tmp_path), Console(quiet=True))
     assert {path.name for path in again.iterdir()} == {path.name for path in frozen_folder.iterdir()}
     for path in frozen_folder.iterdir():
         found, expected = np.load(again / path.name), np.load(path)

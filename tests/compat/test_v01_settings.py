@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
 from megaopus import settings
-from megaopus.__main__ import VERBS
+from megaopus.cli.main import verb_parser
 from megaopus.config.compose import compose
 from megaopus.config.parse import restored
 from megaopus.config.resume_policy import class_of
@@ -150,23 +148,10 @@ def test_a_folder_of_configs_of_ones_own(tmp_path: Path) -> None:
     assert {"[rivers]", "['ngrams', 'shape']"} & {str(now) for now, _ in differences(config).values()}
 
 
-class Parser(Exception):
-    """Carries the parser of a verb."""
-
-
 @pytest.mark.parametrize("verb", NAMES["options"])
 def test_a_verb_has_its_options(verb: str) -> None:
-    def seen(self: argparse.ArgumentParser, *args: Any) -> Any:
-        raise Parser(self)
-
-    with (
-        mock.patch.object(argparse.ArgumentParser, "parse_args", seen),
-        mock.patch.object(argparse.ArgumentParser, "parse_intermixed_args", seen),
-        pytest.raises(Parser) as found,
-    ):
-        VERBS[verb]([])
-    options = {text for action in found.value.args[0]._actions for text in action.option_strings}
-    assert set(NAMES["options"][verb]) <= options
+    actions = verb_parser(verb)._actions
+    assert set(NAMES["options"][verb]) <= {text for action in actions for text in action.option_strings}
     if verb == "score":
-        (methods,) = [action.choices for action in found.value.args[0]._actions if "--method" in action.option_strings]
-        assert set(NAMES["score_methods"]) <= set(methods)
+        (methods,) = [action.choices for action in actions if "--method" in action.option_strings]
+        assert set(NAMES["score_methods"]) <= set(methods or ())

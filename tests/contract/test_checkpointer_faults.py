@@ -23,8 +23,8 @@ from megaopus.checkpoint.checkpointer import (
     read_state,
 )
 from megaopus.checkpoint.config import CheckpointConfig
+from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.distributed.mesh import MeshShape
-from megaopus.engine.pending_save import PendingSave
 from megaopus.errors import CheckpointError
 
 STATE: dict[str, Any] = {"time_s": 1.0, "selector": {}, "guard": {}, "identity": {}, "config": {}}

@@ -29,6 +29,7 @@ def test_runs_pick_by_the_method_named(
     choice: str, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = [*CHOICES[choice], "selection.warmup_steps=2", "selection.rho=0.5"]
+    overrides.append("selection.score_micro_batch_size=null")
     assert train(settings(tiny_corpus, tmp_path / "run", *overrides)) == 0
     said = capsys.readouterr().out
     assert said.count("scoring micro-batch 8 (takes ") == (choice not in ("dsir", "importance", "domain_oracle"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from benchmarks.study import Results, summary_of
 from megaopus.__main__ import main
 from megaopus.corpus_tools.demo_corpus import build_demo_corpus
 from megaopus.report.compare import load_run
+from tests import forks
 
 LIMITS = {"docs": 600_000, "code": 200_000, "readmes": 120_000, "noise": 200_000}
 STEPS = 6
@@ -21,11 +24,21 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished demo: two real training processes."""
+    """The folder of a finished demo: two real training processes, whose imports are done beforehand."""
     out = tmp_path_factory.mktemp("demo")
     build_demo_corpus(out / "corpus", vocab_size=512, limits=LIMITS)
     arguments = ["demo", "--out", str(out), "--steps", str(STEPS)]
-    assert main(arguments) == 0
+    started = []
+
+    def forked(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        assert command[:2] == [sys.executable, "-m"]
+        started.append(command[2:4])
+        return forks.program(*command[2:])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", forked)
+        assert main(arguments) == 0
+    assert started == [["megaopus", "train"]] * 2
     return out
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +11,14 @@ import pytest
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
+from megaopus.training.timers import Timers
 from megaopus.training.watchdog import HangWatchdog
+from tests import forks
+from tests.cluster.slurm import until
 from tests.exact.resume_runs import settings
-from tests.harness import free_ports
+from tests.pool import free_ports
+
+TIMEOUT_S = 15.0
 
 
 @pytest.mark.parametrize("stopped", [1, 0])
@@ -24,26 +26,19 @@ def test_a_stopped_rank_is_named_and_the_others_end(stopped: int, tiny_corpus: P
     """Rank 0 keeps the store here: when it is stopped, the other cannot ask who is silent, but tells where it waits."""
     waiting = 1 - stopped
     (port,) = free_ports(1)
-    program = [sys.executable, "-m", "tests.faults", "SIGSTOP", "3", str(stopped), "train"]
-    program += settings(tiny_corpus, tmp_path, "engine.timeout_minutes=0.15")
+    command = ["tests.faults", "SIGSTOP", "3", str(stopped), "train"]
+    command += settings(tiny_corpus, tmp_path, f"engine.timeout_minutes={TIMEOUT_S / 60}")
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen(
-            program,
-            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
+        forks.Program(forks.main, *command, environment={**place, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
     ]
     try:
-        _, said = ranks[waiting].communicate(timeout=120)
+        ended = ranks[waiting].result()
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
-    assert ranks[waiting].returncode == 1
+    said = ended.stderr
+    assert ended.returncode == 1
     assert re.search(rf"no progress for \d+ s: rank {waiting} in phase '[a-z]+' of update [23]; its stacks:", said), (
         said
     )
@@ -55,17 +50,22 @@ def test_a_stopped_rank_is_named_and_the_others_end(stopped: int, tiny_corpus: P
 
 
 def test_a_rank_alone_tells_where_it_is() -> None:
-    mesh, stream = Mesh(ParallelConfig(), "cpu"), io.StringIO()
-    watch = HangWatchdog(mesh, 0.2, stream)
+    now = [0.0]
+    mesh, timers, stream = Mesh(ParallelConfig(), "cpu"), Timers(lambda: now[0]), io.StringIO()
+    watch = HangWatchdog(mesh, timers, 0.2, stream)
     try:
-        with watch.phase("score", 7):
-            time.sleep(0.6)
+        timers.step = 7
+        with timers("select"):
+            now[0] += 1
+            until(lambda: "no progress" in stream.getvalue(), forks.TIMEOUT_S, "nothing is said")
+        timers.step = 8
         for _ in range(10):  # progress
-            with watch.phase("train", 8):
+            with timers("train"):
+                now[0] += 0.1
                 time.sleep(0.05)
     finally:
         watch.close()
         mesh.close()
     said = stream.getvalue()
-    assert re.search(r"no progress for \d+ s: rank 0 in phase 'score' of update 7", said)
+    assert re.search(r"no progress for \d+ s: rank 0 in phase 'select' of update 7", said)
     assert said.count("no progress") == 1

@@ -20,7 +20,8 @@ from megaopus.errors import EngineError
 from megaopus.optim.config import OptimConfig
 from tests.exact.resume_runs import SELECTIONS, assert_same, choices, everything, rows, settings, train
 from tests.faults import Interrupted, at_step, interrupt
-from tests.harness import random_batch, run_ranks, state_of, tiny_engine
+from tests.harness import random_batch, state_of, tiny_engine
+from tests.pool import Pool
 
 CHOSEN = [*SELECTIONS["directional"], "train.spike_factor=5", "train.spike_window=8", "checkpoint.every=2"]
 
@@ -135,8 +136,8 @@ def on_two_ranks() -> list[tuple[bool, bool]]:
         mesh.close()
 
 
-def test_all_ranks_act_alike() -> None:
-    assert run_ranks(2, on_two_ranks) == [[(True, True), (False, False), (False, False), (False, False)]] * 2
+def test_all_ranks_act_alike(pool: Pool) -> None:
+    assert pool.run(2, on_two_ranks) == [[(True, True), (False, False), (False, False), (False, False)]] * 2
 
 
 def deepspeed_skips() -> list[str]:
@@ -164,7 +165,6 @@ def deepspeed_skips() -> list[str]:
     return wrong
 
 
-def test_deepspeed_skips_too() -> None:
-    """In processes of their own: DeepSpeed's stage 3 replaces torch's linear for good."""
+def test_deepspeed_skips_too(pool: Pool) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is an optional extra (megaopus[deepspeed])")
-    assert run_ranks(2, deepspeed_skips) == [[], []]
+    assert pool.run(2, deepspeed_skips) == [[], []]

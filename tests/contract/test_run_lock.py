@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from megaopus.__main__ import main
-from megaopus.checkpoint.lock import LOCK, run_lock
 from megaopus.errors import CheckpointError
+from megaopus.run_folder import LOCK, run_lock
 from tests.exact.resume_runs import settings, train
 
-HOLD = "import sys, pathlib; from megaopus.checkpoint.lock import run_lock\n"
+HOLD = "import sys, pathlib; from megaopus.run_folder import run_lock\n"
 HOLD += "with run_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); input()\n"
 
 

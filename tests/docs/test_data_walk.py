@@ -24,7 +24,7 @@ def commands() -> list[list[str]]:
     """Of the first block of the page, those that train a large model with a small one."""
     block = re.search(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert block is not None
-    lines = [line for line in block[1].splitlines() if not line.startswith("#")]
+    lines = [line for line in block[1].replace("\\\n", " ").splitlines() if not line.startswith("#")]
     return [shlex.split(line.replace("model=gpt2_small", SMALL).replace("2000000", "3000")) for line in lines]
 
 

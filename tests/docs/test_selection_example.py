@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaopus.selection import ModuleBackend, SelectionConfig
-from megaopus.selection.operators.maps import rules
+from megaopus.selection.operators import registry
 
 DOC = Path(__file__).parents[2] / "docs" / "selection.md"
 VOCAB, LENGTH, STEPS = 24, 17, 120
@@ -78,7 +78,7 @@ def test_the_ten_line_loop_picks_better_than_random() -> None:
 
 
 def test_the_example_of_another_optimizer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "_FACTORIES", dict(rules._FACTORIES))
+    monkeypatch.setattr(registry, "_REGISTERED", {})
     model = nn.Linear(3, 2)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="RMSprop"):

@@ -10,13 +10,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from pytorch_optimizer import Lion
 from torch import Tensor, nn
 
-from megaopus.optim.conda import Conda
-from megaopus.optim.namo import NAMO, NAMOD
-from megaopus.optim.sgd_sai import SGDSaI
-from megaopus.optim.sophia import SophiaG
+from megaopus.optim.base import CurvatureOptimizer
+from megaopus.optim.config import OptimConfig
+from megaopus.optim.registry import OPTIMIZERS, spec_of
 from megaopus.selection import ModuleBackend, TensorCandidates
 
 SEQ_LEN = 48
@@ -94,41 +92,32 @@ def buffer(count: int, seed: int) -> TensorCandidates:
     return TensorCandidates(torch.cat([docs, code, noise]))
 
 
-ALL_OPTIMIZERS = ("adamw", "muon", "sgd", "lion", "namo", "namo_d", "conda", "sophia_g", "sgd_sai")
+ALL_OPTIMIZERS = tuple(OPTIMIZERS)
 
 
 def make_optimizers(model: nn.Module, name: str) -> list[torch.optim.Optimizer]:
     """One for all parameters; or one for the matrices of the blocks, with AdamW for the rest."""
-    everything = list(model.parameters())
-    whole = {
-        "adamw": lambda: torch.optim.AdamW(everything, lr=3e-3, betas=(0.9, 0.95)),
-        "sgd": lambda: torch.optim.SGD(everything, lr=0.1, momentum=0.9),
-        "lion": lambda: Lion(everything, lr=3e-4, betas=(0.95, 0.98)),
-        "sophia_g": lambda: SophiaG(everything, lr=3e-3, rho=0.5),
-        "sgd_sai": lambda: SGDSaI(everything, lr=3e-3),
-    }
-    if name in whole:
-        return [whole[name]()]
-    matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
-    inside = {id(p) for p in matrices}
-    of_matrices = {
-        "muon": lambda: torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
-        "namo": lambda: NAMO(matrices, lr=0.02),
-        "namo_d": lambda: NAMOD(matrices, lr=0.02),
-        "conda": lambda: Conda(matrices, lr=0.01, projection_every=50),
-    }
-    rest = [p for p in everything if id(p) not in inside]
-    return [of_matrices[name](), torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95))]
+    spec, rest = spec_of(name), list(model.parameters())
+    if spec.matrices:
+        matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
+        inside = {id(p) for p in matrices}
+        return [*_made(name, matrices), *_made("adamw", [p for p in rest if id(p) not in inside])]
+    return _made(name, rest)
 
 
-def estimate_curvature(model: nn.Module, sophia: SophiaG, step: int) -> None:
+def _made(name: str, parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    spec, config = spec_of(name), OptimConfig(name=name, **spec_of(name).example)
+    return [spec.make([{"params": parameters, "weight_decay": 0.0}], config, config.own_settings(), None)]
+
+
+def estimate_curvature(model: nn.Module, optimizer: CurvatureOptimizer, step: int) -> None:
     """From gradients of labels drawn from the model's own distribution."""
     tokens = buffer(12, 10_000 + 7 * step).batch()
     logits = model(tokens[:, :-1])
     labels = torch.distributions.Categorical(logits=logits.detach()).sample()
     F.cross_entropy(logits.transpose(1, 2), labels).backward()
-    sophia.estimate(labels.numel())
-    sophia.zero_grad()
+    optimizer.estimate(labels.numel())
+    optimizer.zero_grad()
 
 
 def train(name: str, steps: int, batch_size: int = 12, make: Callable[[], ToyGPT] = ToyGPT) -> ModuleBackend:
@@ -138,7 +127,7 @@ def train(name: str, steps: int, batch_size: int = 12, make: Callable[[], ToyGPT
     optimizers = make_optimizers(model, name)
     for step in range(steps):
         for optimizer in optimizers:
-            if isinstance(optimizer, SophiaG) and step % 10 == 0:
+            if isinstance(optimizer, CurvatureOptimizer) and step % 10 == 0:
                 estimate_curvature(model, optimizer, step)
         loss = per_sequence_loss(model, buffer(batch_size, 10_000 + 7 * step).batch()).mean()
         loss.backward()

@@ -18,10 +18,15 @@ from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
 from megaopus.config.compose import compose
 from megaopus.config.run_config import RunConfig
+from megaopus.optim.registry import spec_of
+from megaopus.record.metrics import metrics_of
 from megaopus.record.parquet import FOLDER, parts, read_part
+from megaopus.record.types import StepRecord, ValidationRecord
+from megaopus.settings import written
+from tests import forks
 
 STEPS = 10
-TIMING = ("time_s", "step_s", "select_s")
+MEASURED = {each.name for kind in (StepRecord, ValidationRecord) for each in metrics_of(kind) if not each.reproducible}
 SELECTIONS = {
     "directional": [
         "selection=opus_exact",
@@ -33,6 +38,7 @@ SELECTIONS = {
         "selection=opus_boltzmann",
         "selection.estimator=countsketch",
         "selection.sketch_dim=512",
+        "selection.score_micro_batch_size=null",
         "selection.redundancy=0.5",
         "selection.warmup_steps=2",
     ],
@@ -42,6 +48,7 @@ SELECTIONS = {
         "selection.rho=0.25",
         "selection.proxy_every=3",
         "selection.prescreen.mode=predict",
+        "selection.score_micro_batch_size=null",
         "selection.prescreen.slice=32",
         "selection.prescreen.refit=16",
         "selection.prescreen.every=2",
@@ -59,17 +66,19 @@ SELECTIONS = {
     "high_ppl": ["selection=high_ppl"],
     "uniform": ["selection=uniform"],
 }
-OPTIMIZERS = {
-    "adamw": ["optim=adamw", "optim.lr=3e-3", "optim.warmup_steps=3"],
-    "muon": ["optim=muon", "optim.schedule=wsd", "optim.decay_steps=4"],
-    "sgd": ["optim=sgd"],
-    "lion": ["optim=lion", "optim.lr=1e-3"],
-    "namo": ["optim=namo"],
-    "namo_d": ["optim=namo_d"],
-    "conda": ["optim=conda", "optim.settings.projection_every=4"],
-    "sophia_g": ["optim=sophia_g", "optim.settings.curvature_every=4", "optim.settings.rho=20"],
-    "sgd_sai": ["optim=sgd_sai"],
-}
+
+
+def overrides_of(optimizer: str) -> list[str]:
+    """The command line of an optimizer's example; a schedule of each kind for those that take matrices and others."""
+    spec = spec_of(optimizer)
+    given = {key: value for key, value in spec.example.items() if key != "settings"}
+    given |= {f"settings.{key}": value for key, value in spec.example.get("settings", {}).items()}
+    schedule = {"schedule": "wsd", "decay_steps": 4} if spec.matrices else {"warmup_steps": 3}
+    values = {key: written(value) for key, value in (given | schedule).items()}
+    return [f"optim={optimizer}", *(f"optim.{key}={value}" for key, value in values.items())]
+
+
+OPTIMIZERS = {name: overrides_of(name) for name in ("adamw", "muon", "sgd")}
 
 
 def settings(corpus: Path, run_dir: Path, *more: str) -> list[str]:
@@ -88,6 +97,7 @@ def settings(corpus: Path, run_dir: Path, *more: str) -> list[str]:
         "train.eval_every=3",
         "train.eval_sequences=4",
         "selection.proxy_batch_size=4",
+        "selection.score_micro_batch_size=8",  # where none is set, finding one takes a third of such a run
         "checkpoint.every=4",
         *more,
     ]
@@ -108,7 +118,7 @@ def _composed(overrides: tuple[str, ...], world_size: int) -> RunConfig:
     return compose(list(overrides), world_size=world_size)
 
 
-def command(program: list[str], timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def command(program: list[str]) -> subprocess.CompletedProcess[str]:
     """``python -m <program>`` from the root of the sources, one thread a process."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.run(
@@ -117,14 +127,14 @@ def command(program: list[str], timeout_s: float = 300) -> subprocess.CompletedP
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=timeout_s,
+        timeout=forks.TIMEOUT_S,
     )
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file without what a clock decides."""
+    """The rows of a JSON-lines file without what a clock or the machine decides."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMING} for row in found]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
 
 
 def choices(run_dir: Path) -> dict[int, list[dict[str, Any]]]:

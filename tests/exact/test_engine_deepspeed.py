@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,24 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import ZERO_STAGES, EngineConfig
 from megaopus.engine.deepspeed.engine import DeepSpeedEngine
-from megaopus.engine.deepspeed.zero_muon import Matrix, ZeroMuon
+from megaopus.engine.deepspeed.flat_matrices import Matrix, over_flat_parts
 from megaopus.errors import EngineError
 from megaopus.optim.build import state_names
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.muon import Muon
+from megaopus.optim.registry import OPTIMIZERS
 from tests.exact.scoring_runs import select_each, trained
-from tests.exact.test_engine_layouts import OPTIMIZERS, assert_close, build, train
+from tests.exact.test_engine_layouts import assert_close, build, train
 from tests.exact.test_scoring_layouts import assert_same_picks
-from tests.harness import random_batch, run_ranks, save_engine, tiny_engine
+from tests.harness import example, random_batch, save_engine, tiny_engine
+from tests.pool import Jobs, Pool
 
 LAYOUTS = {
     "dp2": (2, ParallelConfig()),
     "tp2": (2, ParallelConfig(tp=2)),
     "dp2-tp2-sp": (4, ParallelConfig(tp=2, sequence_parallel=True)),
 }
-SERVED = ("adamw", "muon", "sgd", "lion")
+SERVED = tuple(name for name, spec in OPTIMIZERS.items() if spec.refusal_of_pieces() is None)
 SCORED = ("adamw", "muon", "sgd")
 TRAINED = [("gpt2", "adamw"), ("llama", "adamw"), ("llama", "muon"), ("gpt2", "sgd"), ("llama", "lion")]
 BOTH = [(("llama", "adamw"), 3), (("llama", "muon"), 1), (("llama", "muon"), 3)]
@@ -45,8 +48,9 @@ def zero(stage: int, **settings: Any) -> EngineConfig:
 # -- training and picks ----------------------------------------------------------------------------------------------
 
 
-def train_and_select(parallel: ParallelConfig) -> dict[tuple, Any]:
+def train_and_select(layout: str) -> dict[tuple, Any]:
     """Everything at one layout: ('train', (model, optimizer), stage) and ('select', optimizer, stage) -> results."""
+    parallel = LAYOUTS[layout][1]
     DeepSpeedEngine.persistence_threshold = SOME_KEPT_WHOLE
     mesh = Mesh(parallel, "cpu")
     try:
@@ -62,8 +66,8 @@ def train_and_select(parallel: ParallelConfig) -> dict[tuple, Any]:
         mesh.close()
 
 
-@pytest.fixture(scope="module")
-def one_process() -> dict:
+def megatron_alone(layout: str) -> dict[tuple, Any]:
+    """The same on one process of the megatron engine, without stages."""
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
         one = ParallelConfig()
@@ -73,16 +77,29 @@ def one_process() -> dict:
         mesh.close()
 
 
+@pytest.fixture(scope="module")
+def one_process(pool: Pool) -> Jobs[str]:
+    return pool.jobs({"one": 1}, megatron_alone).begin(["one"])
+
+
+@pytest.fixture(scope="module")
+def each_rank(pool: Pool, one_process: Jobs[str], selected: Callable[..., list[str]]) -> Jobs[str]:
+    """Layout -> what each rank found."""
+    sizes = {layout: size for layout, (size, _) in LAYOUTS.items()}
+    return pool.jobs(sizes, train_and_select).begin(selected("layout"))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_and_picks_are_those_of_one_megatron_process(layout: str, one_process: dict) -> None:
-    world_size, parallel = LAYOUTS[layout]
-    ranks = run_ranks(world_size, train_and_select, parallel, timeout_s=300)
+def test_training_and_picks_are_those_of_one_megatron_process(
+    layout: str, one_process: Jobs[str], each_rank: Jobs[str]
+) -> None:
+    (alone,), ranks = one_process["one"], each_rank[layout]
     for case in ranks[0]:
         if case[0] == "select":
-            assert_same_picks([rank[case] for rank in ranks], one_process[case[:-1]], case)
+            assert_same_picks([rank[case] for rank in ranks], alone[case[:-1]], case)
         else:
             for found in ranks:
-                assert_close(found[case], one_process[case[:-1]], case)
+                assert_close(found[case], alone[case[:-1]], case)
 
 
 # -- checkpoints, bad gradients, recomputation -----------------------------------------------------------------------
@@ -99,7 +116,7 @@ def states_of(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 
 def resumed(mesh: Mesh, optimizer: str, stage: int, folder: Path) -> bool:
     """Whether two updates after a restored checkpoint are to the last bit those after its save."""
-    first, second = (tiny_engine(mesh, optim=OPTIMIZERS[optimizer], engine=zero(stage)) for _ in range(2))
+    first, second = (tiny_engine(mesh, optim=example(optimizer), engine=zero(stage)) for _ in range(2))
     for step in range(2):
         first.train_step(random_batch(8, step))
     average = {name: value + 1 for name, value in first.optimizer.main_weights().items()}
@@ -119,7 +136,7 @@ def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def survives_a_bad_gradient(mesh: Mesh, stage: int) -> bool:
     """Whether a gradient that is not finite on one rank leaves weights and state of all ranks alone."""
-    engine = tiny_engine(mesh, optim=OPTIMIZERS["muon"], engine=zero(stage))
+    engine = tiny_engine(mesh, optim=example("muon"), engine=zero(stage))
     engine.train_step(random_batch(8, 0))
     before = weights_of(engine), states_of(engine)
     if mesh.rank == 1:
@@ -200,7 +217,7 @@ def properties(folder: Path) -> dict[tuple, bool]:
 
 def restored(mesh: Mesh, optimizer: str, stage: int, folder: Path, saved_by: str | None = None) -> bool:
     """Whether weights and state are those of another stage's checkpoint at another number of ranks."""
-    engine = tiny_engine(mesh, optim=OPTIMIZERS[optimizer], engine=zero(stage))
+    engine = tiny_engine(mesh, optim=example(optimizer), engine=zero(stage))
     groups = engine.load(folder / f"{saved_by or optimizer}{4 - stage}", ["average", "states"])
     found = {name: value + 1 for name, value in weights_of(engine).items()}
     return same_tensors(groups["average"], found) and same_tensors(groups["states"], states_of(engine))
@@ -214,7 +231,7 @@ def shares_matrices(mesh: Mesh, nesterov: bool) -> bool:
     whole = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     padding = torch.zeros(cuts[-1] - sum(p.numel() for p in whole))
     settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": nesterov}
-    plain, shared = Muon(whole, **settings), ZeroMuon(whole, **settings)
+    plain, shared = Muon(whole, **settings), over_flat_parts(Muon)(whole, **settings)
 
     def part() -> Tensor:
         """This rank's, of the weights."""
@@ -251,9 +268,9 @@ def on_three_ranks(folder: Path) -> dict[tuple, bool]:
         mesh.close()
 
 
-def test_resume_bad_gradients_recomputation_bf16_and_scoring(tmp_path: Path) -> None:
+def test_resume_bad_gradients_recomputation_bf16_and_scoring(pool: Pool, tmp_path: Path) -> None:
     for world_size, cases in ((2, properties), (3, on_three_ranks)):
-        for found in run_ranks(world_size, cases, tmp_path, timeout_s=300):
+        for found in pool.run(world_size, cases, tmp_path):
             assert [case for case, holds in found.items() if not holds] == []
 
 

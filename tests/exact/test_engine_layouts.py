@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,23 +15,10 @@ from megaopus.engine.config import EngineConfig
 from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.models.gpt import canonical_names, full_parameters
 from megaopus.optim.build import state_names
-from megaopus.optim.config import OptimConfig
+from megaopus.optim.registry import OPTIMIZERS
 from tests.exact import resume_runs
-from tests.harness import MODELS, random_batch, run_layouts, save_engine, tiny_engine
-
-OPTIMIZERS = {
-    # eps above rounding noise: at 1e-8, Adam's first steps turn the last bit of a tiny gradient into a full step
-    "adamw": OptimConfig(name="adamw", lr=3e-3, eps=1e-4, warmup_steps=2),
-    "muon": OptimConfig(name="muon", lr=3e-3, eps=1e-4, matrix_lr=0.02, matrix_weight_decay=0.1),
-    "namo": OptimConfig(name="namo", lr=3e-3, eps=1e-4, matrix_lr=0.02, matrix_weight_decay=0.1),
-    "namo_d": OptimConfig(name="namo_d", lr=3e-3, eps=1e-4, matrix_lr=0.02, settings={"clamp": 0.5}),
-    "conda": OptimConfig(name="conda", lr=3e-3, eps=1e-4, matrix_lr=0.02, settings={"projection_every": 3}),
-    "sophia_g": OptimConfig(name="sophia_g", lr=1e-3, settings={"rho": 20.0, "curvature_every": 3}),
-    "sgd_sai": OptimConfig(name="sgd_sai", lr=1e-2),
-    "lion": OptimConfig(name="lion", lr=1e-3),
-    "sgd": OptimConfig(name="sgd", lr=0.05, settings={"nesterov": True}),
-}
-
+from tests.harness import MODELS, example, random_batch, save_engine, tiny_engine
+from tests.pool import Jobs, Pool
 
 Case = tuple[str, str]
 """(model, optimizer)"""
@@ -40,7 +27,7 @@ STEPS = 4
 
 def build(mesh: Mesh, case: Case, parallel: ParallelConfig, engine: EngineConfig | None = None) -> MegatronEngine:
     model, optimizer = case
-    return tiny_engine(mesh, model=MODELS[model], optim=OPTIMIZERS[optimizer], parallel=parallel, engine=engine)
+    return tiny_engine(mesh, model=MODELS[model], optim=example(optimizer), parallel=parallel, engine=engine)
 
 
 def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str, dict[str, torch.Tensor]]:
@@ -145,21 +132,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-@pytest.fixture(scope="module")
-def one_process(folder: Path) -> dict:
-    """Every case on one process; what it gives when it goes on, under ("resumed", case)."""
+def train_alone(case: Case, folder: Path) -> dict:
+    """A case on one process; what it gives when it goes on, under ("resumed", case)."""
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
-        found = {}
-        for case in (*EVERY, *MORE, *DEEP):
-            built = build(mesh, case, ParallelConfig())
-            found[case] = train(built)
-            if case in RESUMED:
-                save(built, folder / "-".join(case))
-                found["resumed", case] = resume(build(mesh, case, ParallelConfig()), folder / "-".join(case))
+        built = build(mesh, case, ParallelConfig())
+        found: dict = {case: train(built)}
+        if case in RESUMED:
+            save(built, folder / "-".join(case))
+            found["resumed", case] = resume(build(mesh, case, ParallelConfig()), folder / "-".join(case))
         return found
     finally:
         mesh.close()
+
+
+@pytest.fixture(scope="module")
+def one_process(pool: Pool, folder: Path) -> Jobs[Case]:
+    """Case -> [what one process found]."""
+    return pool.jobs(dict.fromkeys((*EVERY, *MORE, *DEEP), 1), train_alone, folder)
 
 
 @pytest.fixture
@@ -170,24 +160,29 @@ def mesh() -> Iterator[Mesh]:
 
 
 @pytest.fixture(scope="module")
-def ranks(one_process: dict, folder: Path) -> dict[str, list[dict]]:
-    """Layout -> what each rank found."""
-    return run_layouts({layout: size for layout, (size, _, _) in LAYOUTS.items()}, train_layout, folder)
+def ranks(pool: Pool, one_process: Jobs[Case], folder: Path, selected: Callable[[str], list[str]]) -> Jobs[str]:
+    """Layout -> what each rank found; it reads checkpoints that one process wrote."""
+    layouts = selected("layout")
+    one_process.begin(case for layout in layouts for case in LAYOUTS[layout][2])
+    for layout in layouts:
+        for case in LAYOUTS[layout][2]:
+            assert one_process[case]
+    return pool.jobs({layout: size for layout, (size, _, _) in LAYOUTS.items()}, train_layout, folder).begin(layouts)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_process(layout: str, ranks: dict, one_process: dict) -> None:
+def test_layout_equals_one_process(layout: str, ranks: Jobs[str], one_process: Jobs[Case]) -> None:
     for found in ranks[layout]:
         for case in LAYOUTS[layout][2]:
-            assert_close(found[case], one_process[case], case)
+            assert_close(found[case], one_process[case][0][case], case)
 
 
 @pytest.mark.parametrize("layout", SAVED)
 def test_checkpoints_go_from_one_layout_to_another(
-    layout: str, ranks: dict, one_process: dict, folder: Path, mesh: Mesh
+    layout: str, ranks: Jobs[str], one_process: Jobs[Case], folder: Path, mesh: Mesh
 ) -> None:
     for case in SAVED[layout]:
-        expected = one_process["resumed", case]
+        expected = one_process[case][0]["resumed", case]
         for found in ranks[layout]:
             assert_close(found["resumed", case], expected, (case, "from one process"))
         alone = build(mesh, case, ParallelConfig())
@@ -195,8 +190,9 @@ def test_checkpoints_go_from_one_layout_to_another(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_checkpoint_is_the_same_at_every_layout(layout: str, ranks: dict, folder: Path) -> None:
+def test_a_checkpoint_is_the_same_at_every_layout(layout: str, ranks: Jobs[str], folder: Path) -> None:
     """Read and written again it is the same to the last bit: so whatever one layout wrote, any other goes on from."""
+    assert ranks[layout]
     cases = REWRITTEN & set(LAYOUTS[layout][2])
     assert cases
     for case in cases:
@@ -225,10 +221,10 @@ def assert_close(found: dict, expected: dict, case: object) -> None:
             assert error < 1e-5, f"{case} {kind} {name}: relative error {error:.1e}"
 
 
-def test_recompute_changes_nothing(one_process: dict, mesh: Mesh) -> None:
+def test_recompute_changes_nothing(mesh: Mesh) -> None:
     engine = EngineConfig(device="cpu", precision="fp32", recompute=True)
     found = train(build(mesh, ("gpt2", "adamw"), ParallelConfig(), engine))
-    for kind, tensors in one_process["gpt2", "adamw"].items():
+    for kind, tensors in train(build(mesh, ("gpt2", "adamw"), ParallelConfig())).items():
         assert all(torch.equal(value, found[kind][name]) for name, value in tensors.items()), kind
 
 

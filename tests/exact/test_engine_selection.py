@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from megaopus.selection.estimators.countsketch import CountSketchEstimator
 from megaopus.selection.estimators.directional import directional_utilities
 from megaopus.selection.estimators.exact import exact_utilities
 from tests.exact.estimators_toy import SEQ_LEN, VOCAB, buffer, proxy, spearman
-from tests.harness import MODELS, TINY, TokenCandidates, run_ranks, state_of, tiny_engine
+from tests.harness import MODELS, TINY, TokenCandidates, state_of, tiny_engine
+from tests.pool import Jobs, Pool
 
 OPTIMIZERS = {
     "adamw": OptimConfig(name="adamw", lr=3e-3, warmup_steps=5, schedule="constant"),
@@ -105,29 +107,33 @@ def select_and_train(mesh: Mesh, method: str, optimizer: str) -> list[tuple[list
     return picked
 
 
-def select_and_train_all() -> dict[tuple[str, str], list]:
+def select_and_train_case(case: tuple[str, str]) -> list[tuple[list[int], Tensor | None]]:
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
-        return {(m, o): select_and_train(mesh, m, o) for m in METHODS for o in OPTIMIZERS}
+        return select_and_train(mesh, *case)
     finally:
         mesh.close()
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> list[dict]:
-    return run_ranks(2, select_and_train_all, timeout_s=300)
+def two_ranks(pool: Pool, selected: Callable[..., list[tuple[str, str]]]) -> Jobs[tuple[str, str]]:
+    """(method, optimizer) -> what each of two ranks found."""
+    cases = dict.fromkeys(product(METHODS, OPTIMIZERS), 2)
+    return pool.jobs(cases, select_and_train_case).begin(selected("method", "optimizer"))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_pick_what_one_picks(method: str, optimizer: str, two_ranks: list[dict], mesh: Mesh) -> None:
+def test_two_ranks_pick_what_one_picks(
+    method: str, optimizer: str, two_ranks: Jobs[tuple[str, str]], mesh: Mesh
+) -> None:
     alone = select_and_train(mesh, method, optimizer)
     selecting = [utilities for _, utilities in alone if utilities is not None]
     assert len(selecting) == (7 if method == "high_ppl" else 6)  # the optimizer has no state before the first update
     assert len({tuple(ids) for ids, _ in alone}) == 7
-    for found in two_ranks:
-        assert [ids for ids, _ in found[method, optimizer]] == [ids for ids, _ in alone]
-        for (_, utilities), (_, expected) in zip(found[method, optimizer], alone, strict=True):
+    for found in two_ranks[method, optimizer]:
+        assert [ids for ids, _ in found] == [ids for ids, _ in alone]
+        for (_, utilities), (_, expected) in zip(found, alone, strict=True):
             if expected is not None:
                 torch.testing.assert_close(utilities, expected, rtol=1e-5, atol=1e-5 * float(expected.std()))
 

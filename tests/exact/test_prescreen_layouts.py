@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.selection import SelectionConfig, Selector
 from megaopus.selection.config import GuardConfig, PrescreenConfig
-from tests.harness import TokenCandidates, random_batch, run_layouts, tiny_engine
+from tests.harness import TokenCandidates, random_batch, tiny_engine
+from tests.pool import Jobs, Pool
 
 STEPS = 8
 GUARDS = GuardConfig(domain_floor=0.4, exposure_window=4)
@@ -95,18 +97,16 @@ def select(mesh: Mesh, parallel: ParallelConfig, name: str) -> list[tuple[list[i
 
 
 @pytest.fixture(scope="module")
-def one_process() -> dict[str, Any]:
-    return select_layout("one")
-
-
-@pytest.fixture(scope="module")
-def ranks() -> dict[str, list[dict[str, Any]]]:
-    return run_layouts({layout: size for layout, (size, _) in LAYOUTS.items()}, select_layout)
+def ranks(pool: Pool, selected: Callable[..., list[str]]) -> Jobs[str]:
+    """Layout -> what each rank found; "one": one process."""
+    sizes = {"one": 1, **{layout: size for layout, (size, _) in LAYOUTS.items()}}
+    return pool.jobs(sizes, select_layout).begin(["one", *selected("layout")])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_picks_are_those_of_one_process(layout: str, name: str, ranks: dict, one_process: dict) -> None:
+def test_picks_are_those_of_one_process(layout: str, name: str, ranks: Jobs[str]) -> None:
+    (one_process,) = ranks["one"]
     for rank in ranks[layout]:
         for found, expected in zip(rank[name], one_process[name], strict=True):
             assert found[0] == expected[0]

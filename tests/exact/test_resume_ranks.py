@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tests.exact.resume_runs import (
     train,
 )
 from tests.faults import Interrupted, at_step, interrupt
-from tests.harness import free_ports, run_ranks
+from tests.pool import Jobs, Pool, free_ports
 
 DROPOUT = [*SELECTIONS["directional"], *OPTIMIZERS["adamw"], "model.dropout=0.1"]
 SKETCH = [*SELECTIONS["countsketch"], *OPTIMIZERS["muon"]]
@@ -37,28 +37,42 @@ LAYOUTS = {
 FOUR_LAYERS = ["model.num_layers=4"]
 
 
-def on_two_ranks(corpus: Path, folder: Path, ports: list[int]) -> None:
-    """One rank of: straight, killed and resumed runs; the rest of the run that torchrun left; the other layouts."""
+RUNS = {
+    "dropout": DROPOUT,
+    "sketch": SKETCH,
+    "torchrun": DROPOUT,
+    **{layout: [*parallel, *FOUR_LAYERS] for layout, parallel in LAYOUTS.items()},
+}
+"""Name -> settings."""
 
-    def begin(name: str, *more: str) -> int:
-        os.environ["MASTER_PORT"] = str(ports.pop())  # a process group for itself
-        return train(settings(corpus, folder / name, *more))
 
-    for name, chosen, last in (("dropout", DROPOUT, 7), ("sketch", SKETCH, 5)):
-        assert begin(f"{name}_straight", *chosen) == 0
-        with at_step(last, interrupt), suppress(Interrupted):
-            begin(f"{name}_killed", *chosen)
-        assert begin(f"{name}_killed", *chosen) == 0
-    assert begin("torchrun", *DROPOUT) == 0
-    for layout, parallel in LAYOUTS.items():
-        assert begin(layout, *parallel, *FOUR_LAYERS) == 0
+def run_to_the_end(name: str, corpus: Path, folder: Path) -> int:
+    """One rank of a run, from where it stands."""
+    return train(settings(corpus, folder / name, *RUNS[name.removesuffix("_killed")]))
+
+
+def run_until_killed(name: str, corpus: Path, folder: Path, last: int) -> None:
+    with at_step(last, interrupt), suppress(Interrupted):
+        run_to_the_end(name, corpus, folder)
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every run of this file. Under torchrun, SIGTERM reaches rank 1 just before update 6."""
-    folder = tmp_path_factory.mktemp("ranks")
-    port, *ports = free_ports(13)  # torchrun, and twelve process groups
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every run of this file lies under its name."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def runs(pool: Pool, tiny_corpus: Path, folder: Path) -> Jobs[str]:
+    """Name -> exit status of each of two ranks of the run, from where it stands to the end."""
+    names = [*RUNS, "dropout_killed", "sketch_killed"]
+    return pool.jobs(dict.fromkeys(names, 2), run_to_the_end, tiny_corpus, folder)
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_corpus: Path, folder: Path) -> Path:
+    """A run under torchrun in which SIGTERM reached rank 1 just before update 6."""
+    (port,) = free_ports(1)
     launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m"]
     fault = ["tests.faults", "SIGTERM", "6", "1", "train"]
     stopped = command([*launch, *fault, *settings(tiny_corpus, folder / "torchrun", *DROPOUT)])
@@ -66,28 +80,47 @@ def folder(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "exitcode  : 143" in stopped.stderr
     assert "another rank was asked to stop: stopping after 7 updates" in stopped.stdout
     assert [path.name for path in complete_checkpoints(folder / "torchrun")] == ["step_00000004", "step_00000007"]
-    run_ranks(2, on_two_ranks, tiny_corpus, folder, ports, timeout_s=300)
-    return folder
+    return folder / "torchrun"
 
 
-@pytest.mark.parametrize("case", ["dropout", "sketch"])
-def test_killed_and_resumed_equals_straight_on_two_ranks(case: str, folder: Path) -> None:
-    assert_same(everything(folder / f"{case}_killed"), everything(folder / f"{case}_straight"))
+@pytest.mark.parametrize(("case", "last"), [("dropout", 7), ("sketch", 5)], ids=["dropout", "sketch"])
+def test_killed_and_resumed_equals_straight_on_two_ranks(
+    case: str, last: int, pool: Pool, runs: Jobs[str], folder: Path, tiny_corpus: Path
+) -> None:
+    runs.begin([case])
+    pool.run(2, run_until_killed, f"{case}_killed", tiny_corpus, folder, last)
+    assert len((folder / f"{case}_killed" / "selection.jsonl").read_text().splitlines()) == last
+    assert runs[f"{case}_killed"] == runs[case] == [0, 0]
+    assert_same(everything(folder / f"{case}_killed"), everything(folder / case))
 
 
-def test_sigterm_to_one_rank_under_torchrun_stops_all_and_the_run_goes_on(folder: Path) -> None:
-    assert_same(everything(folder / "torchrun"), everything(folder / "dropout_straight"))
+def test_sigterm_to_one_rank_under_torchrun_stops_all_and_the_run_goes_on(
+    stopped: Path, runs: Jobs[str], folder: Path
+) -> None:
+    assert runs["torchrun"] == runs["dropout"] == [0, 0]
+    assert_same(everything(stopped), everything(folder / "dropout"))
 
 
-def test_the_launch_script_names_torchrun(folder: Path) -> None:
-    script = (folder / "torchrun" / "launches" / "000" / "launch.sh").read_text()
+def test_the_launch_script_names_torchrun(stopped: Path) -> None:
+    script = (stopped / "launches" / "000" / "launch.sh").read_text()
     assert "torchrun --nproc-per-node 2 -m megaopus " in script
 
 
+@pytest.fixture(scope="module")
+def layouts(runs: Jobs[str], selected: Callable[..., list[str]]) -> Jobs[str]:
+    return runs.begin(selected("layout"))
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_corpus: Path, folder: Path) -> Path:
+    """The run of four layers on one process."""
+    assert train(settings(tiny_corpus, folder / "alone", *FOUR_LAYERS)) == 0
+    return folder / "alone"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_uniform_trains_alike_at_every_layout(layout: str, folder: Path, tiny_corpus: Path) -> None:
-    alone = folder / f"alone_{layout}"
-    assert train(settings(tiny_corpus, alone, *FOUR_LAYERS)) == 0
+def test_uniform_trains_alike_at_every_layout(layout: str, layouts: Jobs[str], folder: Path, alone: Path) -> None:
+    assert layouts[layout] == [0, 0]
     assert rows(folder / layout / "selection.jsonl") == rows(alone / "selection.jsonl")
     assert choices(folder / layout) == choices(alone)
     found, expected = (rows(path / "metrics.jsonl") for path in (folder / layout, alone))

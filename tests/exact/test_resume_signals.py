@@ -1,4 +1,7 @@
-"""A signal asks for a checkpoint and an orderly end; the run then goes on as if nothing had happened."""
+"""A signal asks for a checkpoint and an orderly end; the run then goes on as if nothing had happened.
+
+Runs that get a signal have a process of their own: in this one it would be meant for the tests.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from megaopus.checkpoint.checkpointer import complete_checkpoints
 from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.engine.megatron.scoring import MegatronScoringBackend
 from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
-from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, command, everything, settings, train
+from tests import forks
+from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, everything, settings, train
 from tests.faults import at_step
 
 CHOSEN = [*SELECTIONS["directional"], *OPTIMIZERS["adamw"]]
@@ -60,48 +64,61 @@ PHASES: dict[str, tuple[Callable[[], AbstractContextManager[None]], int]] = {
     "proxy gradient": (lambda: signal_in(MegatronScoringBackend, "gradient", 6), 7),
     "training": (lambda: signal_in(MegatronEngine, "train_step", 2), 3),
     "validating": (lambda: signal_in(MegatronEngine, "evaluate", 6), 6),
-    "saving": (lambda: signal_in(MegatronEngine, "saving", 4), 4),
+    "saving": (lambda: signal_in(MegatronEngine, "prepare_save", 4), 4),
     "SIGUSR1": (lambda: at_step(5, lambda: send(signal.SIGUSR1)), 6),
 }
 
 
+def train_with_a_signal(phase: str, overrides: list[str]) -> int:
+    with PHASES[phase][0]():
+        return train(overrides)
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_stop_saves_and_the_run_goes_on(phase: str, straight: dict, tiny_corpus: Path, tmp_path: Path) -> None:
-    stop, updates = PHASES[phase]
+    updates = PHASES[phase][1]
     overrides = settings(tiny_corpus, tmp_path, *CHOSEN)
-    with stop():
-        assert train(overrides) == STOP_EXIT_CODE == 143
+    stopped = forks.call(train_with_a_signal, phase, overrides)
+    assert stopped.returncode == STOP_EXIT_CODE == 143, stopped.stderr
     assert complete_checkpoints(tmp_path)[-1].name == f"step_{updates:08d}"
     assert len((tmp_path / "selection.jsonl").read_text().splitlines()) == updates
     assert train(overrides) == 0
     assert_same(everything(tmp_path), straight)
 
 
-def test_a_stop_before_the_first_update_saves_nothing(
-    straight: dict, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    overrides = settings(tiny_corpus, tmp_path, *CHOSEN)
+def train_with_a_signal_at_the_start(overrides: list[str]) -> int:
     original = build.build_trainer
 
     def signalled(*args: Any) -> Any:
         send()
         return original(*args)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "build_trainer", signalled)
-        assert train(overrides) == STOP_EXIT_CODE
+        return train(overrides)
+
+
+def test_a_stop_before_the_first_update_saves_nothing(straight: dict, tiny_corpus: Path, tmp_path: Path) -> None:
+    overrides = settings(tiny_corpus, tmp_path, *CHOSEN)
+    stopped = forks.call(train_with_a_signal_at_the_start, overrides)
+    assert stopped.returncode == STOP_EXIT_CODE, stopped.stderr
     assert complete_checkpoints(tmp_path) == []
     assert not (tmp_path / "metrics.jsonl").exists()
     assert train(overrides) == 0
     assert_same(everything(tmp_path), straight)
 
 
+def train_with_a_signal_at_the_end(overrides: list[str]) -> int:
+    with at_step(9, send):
+        return train(overrides)
+
+
 def test_a_stop_in_the_last_update_leaves_only_the_validation(
     straight: dict, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     overrides = settings(tiny_corpus, tmp_path, *CHOSEN)
-    with at_step(9, send):
-        assert train(overrides) == STOP_EXIT_CODE
+    stopped = forks.call(train_with_a_signal_at_the_end, overrides)
+    assert stopped.returncode == STOP_EXIT_CODE, stopped.stderr
     assert complete_checkpoints(tmp_path)[-1].name == "step_00000010"
     assert train(overrides) == 0
     assert_same(everything(tmp_path), straight)
@@ -109,7 +126,7 @@ def test_a_stop_in_the_last_update_leaves_only_the_validation(
 
 def test_the_command_exits_with_143(straight: dict, tiny_corpus: Path, tmp_path: Path) -> None:
     overrides = settings(tiny_corpus, tmp_path, *CHOSEN)
-    stopped = command(["tests.faults", "SIGTERM", "5", "0", "train", *overrides])
+    stopped = forks.program("tests.faults", "SIGTERM", "5", "0", "train", *overrides)
     assert stopped.returncode == 143, stopped.stderr
     assert "SIGTERM: stopping after 6 updates" in stopped.stdout
     assert train(overrides) == 0
@@ -127,9 +144,22 @@ def test_a_save_starts_no_process(tiny_corpus: Path, tmp_path: Path, monkeypatch
     assert len(complete_checkpoints(tmp_path)) == 1
 
 
-def test_handlers_are_put_back() -> None:
+def test_a_run_in_this_process_leaves_signals_to_the_tests(tiny_corpus: Path, tmp_path: Path) -> None:
+    before, inside = signal.getsignal(signal.SIGTERM), []
+    with at_step(1, lambda: inside.append(signal.getsignal(signal.SIGTERM))):
+        assert train(settings(tiny_corpus, tmp_path, "train.steps=2")) == 0
+    assert inside == [before]
+
+
+def handlers_before_and_after() -> int:
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
         send()
         assert stop.reason == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is before
+    return 0
+
+
+def test_handlers_are_put_back() -> None:
+    done = forks.call(handlers_before_and_after)
+    assert done.returncode == 0, done.stderr

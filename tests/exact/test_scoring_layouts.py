@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from tests.exact.scoring_runs import (
     CASES,
     COMMON,
     LAYOUTS,
-    OPTIMIZERS,
     SETTINGS,
     Picks,
     cases,
@@ -28,7 +28,8 @@ from tests.exact.scoring_runs import (
     select_each,
     trained,
 )
-from tests.harness import MODELS, random_batch, run_layouts, state_of, tiny_engine
+from tests.harness import MODELS, example, random_batch, state_of, tiny_engine
+from tests.pool import Jobs, Pool
 
 EVERY_SETTING = (("gpt2-4-layers", "adamw"), ("llama-4-layers", "muon"))
 PRODUCTS = {
@@ -65,29 +66,29 @@ def select_layout(layout: str) -> dict[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def one_process() -> dict:
-    return select_layout("one")
+def ranks(pool: Pool, selected: Callable[[str], list[str]]) -> Jobs[str]:
+    """Layout -> what each rank found; "one": one process."""
+    sizes = {"one": 1, **{layout: size for layout, (size, _) in LAYOUTS.items()}}
+    return pool.jobs(sizes, select_layout).begin(["one", *selected("layout")])
 
 
-@pytest.fixture(scope="module")
-def ranks(one_process: dict) -> dict[str, list[dict]]:
-    """Layout -> what each rank found."""
-    found = run_layouts({layout: size for layout, (size, _) in LAYOUTS.items()}, select_layout, timeout_s=600)
-    return {"one": [one_process], **found}
+@pytest.fixture
+def one_process(ranks: Jobs[str]) -> dict:
+    return ranks["one"][0]
 
 
 # -- picks and utilities ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_picks_and_utilities_are_those_of_one_process(layout: str, ranks: dict, one_process: dict) -> None:
+def test_picks_and_utilities_are_those_of_one_process(layout: str, ranks: Jobs[str], one_process: dict) -> None:
     for case in CASES:
         if case in ranks[layout][0]:
             assert_same_picks([found[case] for found in ranks[layout]], one_process[case], case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_proxy_loss_is_that_of_one_process(layout: str, ranks: dict, one_process: dict) -> None:
+def test_the_proxy_loss_is_that_of_one_process(layout: str, ranks: Jobs[str], one_process: dict) -> None:
     for found in ranks[layout]:
         assert found["proxy loss"] == pytest.approx(one_process["proxy loss"], rel=1e-6)
 
@@ -131,7 +132,7 @@ def select_and_go_on(mesh: Mesh, case: tuple[str, str], parallel: ParallelConfig
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_state_and_the_next_update_are_those_without_scoring(layout: str, ranks: dict) -> None:
+def test_weights_state_and_the_next_update_are_those_without_scoring(layout: str, ranks: Jobs[str]) -> None:
     traces = [found["traces", case] for found in ranks[layout] for case in EVERY_SETTING if case in found]
     assert traces
     assert not any(traces), traces
@@ -154,7 +155,7 @@ def select_with_dropout(mesh: Mesh, parallel: ParallelConfig) -> dict[str, bool]
 
 
 @pytest.mark.parametrize("layout", DROPOUT)
-def test_dropout_is_off_while_scoring(layout: str, ranks: dict) -> None:
+def test_dropout_is_off_while_scoring(layout: str, ranks: Jobs[str]) -> None:
     for found in ranks[layout]:
         assert found["dropout"] == dict.fromkeys((*SOME_SETTINGS, "trains otherwise"), True)
 
@@ -193,7 +194,7 @@ def count_passes(engine: Any) -> Counter[str]:
 
 
 @pytest.mark.parametrize("layout", RECOMPUTE)
-def test_recomputation_changes_no_utility(layout: str, ranks: dict) -> None:
+def test_recomputation_changes_no_utility(layout: str, ranks: Jobs[str]) -> None:
     """Gradients of weights take each layer's forward pass twice; passes that capture activations keep them."""
     for found in ranks[layout]:
         outcome = dict(found["recompute"])
@@ -207,7 +208,7 @@ def test_recomputation_changes_no_utility(layout: str, ranks: dict) -> None:
 
 def select_with_faults(mesh: Mesh, parallel: ParallelConfig) -> dict[str, Selection]:
     """Selections in which the last rank alone sees a fault: in the proxy gradient, in one candidate's loss, in all."""
-    engine = tiny_engine(mesh, model=MODELS["gpt2-4-layers"], optim=OPTIMIZERS["adamw"], parallel=parallel)
+    engine = tiny_engine(mesh, model=MODELS["gpt2-4-layers"], optim=example("adamw"), parallel=parallel)
     engine.train_step(random_batch(8, 0))
     real = engine.scoring_backend()
     gradient, losses = real.gradient, real.losses
@@ -243,7 +244,7 @@ def select_with_faults(mesh: Mesh, parallel: ParallelConfig) -> dict[str, Select
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in PRODUCTS])
-def test_a_fault_on_one_rank_is_every_rank_s(layout: str, ranks: dict) -> None:
+def test_a_fault_on_one_rank_is_every_rank_s(layout: str, ranks: Jobs[str]) -> None:
     share = 16 // (LAYOUTS[layout][0] // LAYOUTS[layout][1].model_ranks)
     for fault in ("gradient", "candidate", "all"):
         each = [found["faults"][fault] for found in ranks[layout]]

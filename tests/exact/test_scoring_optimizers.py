@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+from megaopus.optim.registry import OPTIMIZERS
 from tests.exact.scoring_runs import (
+    FIRST,
     LAYOUTS,
-    MORE_OPTIMIZERS,
     Picks,
     meshed,
     relative_error,
@@ -14,7 +17,7 @@ from tests.exact.scoring_runs import (
     select,
     trained,
 )
-from tests.harness import run_layouts
+from tests.pool import Jobs, Pool
 
 SETTINGS = {
     "directional": {"epsilon": 1.0},
@@ -25,32 +28,36 @@ TOLERANCE = {"lion": 1e-4, "sophia_g": 1e-3}
 """They divide by a momentum or curvature with nothing added to it: what nearly cancelled is rounding, enlarged; and
 Sophia's operator is 0 from where the update is clipped, on either side of which rounding may put an entry."""
 TRIED = ("tp2-sp", "pp2")
+OTHERS = [name for name in OPTIMIZERS if name not in FIRST]
 
 
-def select_layout(layout: str) -> dict[str, dict[str, Picks]]:
-    found = {}
+Case = tuple[str, str]
+"""(layout, optimizer)"""
+
+
+def select_case(case: Case) -> dict[str, Picks]:
+    """Setting -> picks, on one rank."""
+    layout, optimizer = case
     with meshed(layout) as (mesh, parallel):
-        for optimizer in MORE_OPTIMIZERS:
-            engine = trained(mesh, ("llama-4-layers", optimizer), parallel)
-            found[optimizer] = {name: select(engine, **settings) for name, settings in SETTINGS.items()}
-    return found
+        engine = trained(mesh, ("llama-4-layers", optimizer), parallel)
+        return {name: select(engine, **settings) for name, settings in SETTINGS.items()}
 
 
 @pytest.fixture(scope="module")
-def one_process() -> dict[str, dict[str, Picks]]:
-    return select_layout("one")
+def ranks(pool: Pool, selected: Callable[..., list[Case]]) -> Jobs[Case]:
+    """What each rank found, and under "one" for a layout one process."""
+    sizes = {"one": 1, **{layout: LAYOUTS[layout][0] for layout in TRIED}}
+    cases = {(layout, optimizer): size for layout, size in sizes.items() for optimizer in OTHERS}
+    chosen = selected("layout", "optimizer")
+    return pool.jobs(cases, select_case).begin([*(("one", optimizer) for _, optimizer in chosen), *chosen])
 
 
-@pytest.fixture(scope="module")
-def ranks(one_process: dict) -> dict[str, list[dict[str, dict[str, Picks]]]]:
-    return run_layouts({layout: LAYOUTS[layout][0] for layout in TRIED}, select_layout)
-
-
-@pytest.mark.parametrize("optimizer", MORE_OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OTHERS)
 @pytest.mark.parametrize("layout", TRIED)
-def test_picks_are_those_of_one_process(layout: str, optimizer: str, ranks: dict, one_process: dict) -> None:
-    for found in ranks[layout]:
-        for name, expected in one_process[optimizer].items():
+def test_picks_are_those_of_one_process(layout: str, optimizer: str, ranks: Jobs[Case]) -> None:
+    (one,) = ranks["one", optimizer]
+    for found in ranks[layout, optimizer]:
+        for name, expected in one.items():
             assert expected[0][1][0].std() > 0
-            assert relative_error(found[optimizer][name], expected) < TOLERANCE.get(optimizer, 1e-5), name
-            assert same_picks(found[optimizer][name], expected), name
+            assert relative_error(found[name], expected) < TOLERANCE.get(optimizer, 1e-5), name
+            assert same_picks(found[name], expected), name

@@ -27,8 +27,10 @@ from megaopus.selection.estimators.exact import exact_utilities
 from tests.exact import estimators_toy as toy
 from tests.exact.estimators_toy import spearman
 from tests.exact.test_engine_selection import OPTIMIZERS, build, text, wanted
-from tests.harness import run_layouts, save_engine
+from tests.harness import save_engine
+from tests.pool import Jobs, Pool
 
+pytestmark = pytest.mark.ranks  # every case: they share what was trained
 STEPS = 150
 LEAST = {"adamw": 0.94, "muon": 0.98}
 """Spearman with the oracle; measured at any layout: 0.971 to 0.977, and 0.999."""
@@ -189,10 +191,11 @@ def test_autocast_utilities_rank_as_the_oracle_s_and_kept_casts_would_not(monkey
 
 
 def score_layout(layout: str, folder: Path) -> dict[str, dict[str, Any]]:
-    """By optimizer what one rank finds at a layout, from the state that ``folder`` holds."""
-    mesh = Mesh(LAYOUTS[layout], "cpu")
+    """By optimizer what one rank finds at a layout ("one": one process), from the state that ``folder`` holds."""
+    parallel = ParallelConfig() if layout == "one" else LAYOUTS[layout]
+    mesh = Mesh(parallel, "cpu")
     try:
-        return score(mesh, LAYOUTS[layout], folder)
+        return score(mesh, parallel, folder)
     finally:
         mesh.close()
 
@@ -260,20 +263,23 @@ def watch(engine: MegatronEngine, backend: Any, seen: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(trained: dict[str, Trained], mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+def ranks(
+    pool: Pool,
+    trained: dict[str, Trained],
+    tmp_path_factory: pytest.TempPathFactory,
+    selected: Callable[..., list[str]],
+) -> Jobs[str]:
     """Layout -> what each rank found; "one": one process. All from the same state."""
     folder = tmp_path_factory.mktemp("bf16")
     for optimizer, each in trained.items():
         (folder / optimizer).mkdir()
         save_engine(each.bf16, folder / optimizer, {})
-    return {
-        "one": [score(mesh, ParallelConfig(), folder)],
-        **run_layouts(dict.fromkeys(LAYOUTS, 2), score_layout, folder),
-    }
+    sizes = {"one": 1, **dict.fromkeys(LAYOUTS, 2)}
+    return pool.jobs(sizes, score_layout, folder).begin(["one", *selected("layout")])
 
 
 @pytest.mark.parametrize("layout", ["one", *LAYOUTS])
-def test_main_weights_are_what_is_moved_and_everything_comes_back(layout: str, ranks: dict[str, list[dict]]) -> None:
+def test_main_weights_are_what_is_moved_and_everything_comes_back(layout: str, ranks: Jobs[str]) -> None:
     """Both sides from one gathering of the main weights; then model, main weights and optimizer state bit for bit."""
     for found in ranks[layout]:
         for seen in found.values():
@@ -283,7 +289,7 @@ def test_main_weights_are_what_is_moved_and_everything_comes_back(layout: str, r
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bf16_utilities_at_layouts(layout: str, ranks: dict[str, list[dict]], trained: dict[str, Trained]) -> None:
+def test_bf16_utilities_at_layouts(layout: str, ranks: Jobs[str], trained: dict[str, Trained]) -> None:
     (one,) = ranks["one"]
     for found in ranks[layout]:
         for optimizer, seen in found.items():

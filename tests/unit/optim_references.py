@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -13,7 +13,7 @@ Array = np.ndarray
 
 def newton_schulz(u: Array, steps: int = 5) -> Array:
     """Quintic iteration on the short side."""
-    x = (u.T if u.shape[0] > u.shape[1] else u) / np.linalg.norm(u)
+    x = (u.T if u.shape[0] > u.shape[1] else u) / (np.linalg.norm(u) + 1e-7)
     for _ in range(steps):
         a = x @ x.T
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
@@ -33,12 +33,28 @@ def newton_schulz_of(momentum: Array, other: Array, steps: int) -> Array:
     return y.T if tall else y
 
 
+REFERENCES: dict[str, type[Reference]] = {}
+"""Name in the registry of optimizers -> its reference."""
+MATRICES = [(7, 5), (5, 7), (6, 6), (33, 4), (1, 9)]
+
+
 @dataclass
 class Reference:
     """State of one weight. ``update``: what a step adds to ``w``, decay included, and the state after it.
 
-    ``frozen``: what a step would add for gradient ``g`` if nothing but the part linear in ``g`` followed it.
+    ``frozen``: what a step would add for gradient ``g`` if nothing but the part linear in ``g`` followed it. A subclass
+    names the optimizer that it is of, and where they are not the ones below: its settings and its constants for them,
+    a case more at another learning rate, shapes of weights beside matrices, and the size of gradients at which the
+    update is linear.
     """
+
+    optim: ClassVar[dict[str, Any]] = {"betas": [0.9, 0.95]}
+    also_at: ClassVar[float | None] = None
+    shapes: ClassVar[list[tuple[int, ...]]] = [*MATRICES, (6,)]
+    linear_up_to: ClassVar[float] = 1.0
+
+    def __init_subclass__(cls, of: str) -> None:
+        REFERENCES[of] = cls
 
     w: Array
     lr: float
@@ -46,13 +62,18 @@ class Reference:
     t: int = 0
     s: dict[str, Any] = field(default_factory=dict)
 
+    def longest_step(self) -> float | None:
+        """Learning rates that a bounded operator moves a weight by at most; None: nothing bounds it."""
+        return None
+
     def average(self, key: str, value: Any, weight: float) -> Any:
         self.s[key] = weight * self.s.get(key, np.zeros_like(value)) + (1 - weight) * value
         return self.s[key]
 
 
 @dataclass
-class Muon(Reference):
+class Muon(Reference, of="muon"):
+    shapes = MATRICES
     mu: float = 0.95
 
     def update(self, g: Array) -> None:
@@ -67,7 +88,9 @@ class Muon(Reference):
 
 
 @dataclass
-class Namo(Reference):
+class Namo(Reference, of="namo"):
+    shapes = MATRICES
+    also_at = 4.0  # where the step is clipped
     mu: float = 0.95
     mu2: float = 0.99
 
@@ -88,7 +111,9 @@ class Namo(Reference):
 
 
 @dataclass
-class NamoD(Reference):
+class NamoD(Reference, of="namo_d"):
+    shapes = MATRICES
+    optim: ClassVar = {"settings": {"clamp": 0.5}}
     mu: float = 0.95
     mu2: float = 0.99
     c: float = 0.5
@@ -113,10 +138,15 @@ class NamoD(Reference):
 
 
 @dataclass
-class SophiaG(Reference):
+class SophiaG(Reference, of="sophia_g"):
+    optim: ClassVar = {"betas": [0.9, 0.99]}
+    linear_up_to = 1e-7  # so small that no sign turns and nothing saturates on the way
     b1: float = 0.9
     b2: float = 0.99
     rho: float = 0.05
+
+    def longest_step(self) -> float:
+        return 1.0
 
     def estimate(self, g: Array, tokens: int) -> None:
         self.average("h", tokens * g**2, self.b2)
@@ -133,7 +163,8 @@ class SophiaG(Reference):
 
 
 @dataclass
-class SgdSai(Reference):
+class SgdSai(Reference, of="sgd_sai"):
+    shapes: ClassVar = [*Reference.shapes, (1,)]
     mu: float = 0.9
 
     def update(self, g: Array) -> None:
@@ -148,11 +179,16 @@ class SgdSai(Reference):
 
 
 @dataclass
-class Conda(Reference):
+class Conda(Reference, of="conda"):
+    shapes = MATRICES
+    optim: ClassVar = {"betas": [0.9, 0.99], "settings": {"projection_every": 3}}
     b1: float = 0.9
     b2: float = 0.99
     scale: float = 0.25
     every: int = 3
+
+    def longest_step(self) -> float:
+        return 2.3 * self.scale * max(self.w.shape) ** 0.5  # in its basis: each entry
 
     def update(self, g: Array) -> None:
         m = self.average("m", g, self.b1)
@@ -178,9 +214,13 @@ class Conda(Reference):
 
 
 @dataclass
-class Lion(Reference):
+class Lion(Reference, of="lion"):
+    optim: ClassVar = {"betas": [0.95, 0.98]}
     b1: float = 0.95
     b2: float = 0.98
+
+    def longest_step(self) -> float:
+        return 1.0
 
     def update(self, g: Array) -> None:
         c = self.b1 * self.s.get("m", np.zeros_like(g)) + (1 - self.b1) * g
@@ -193,9 +233,12 @@ class Lion(Reference):
 
 
 @dataclass
-class AdamW(Reference):
+class AdamW(Reference, of="adamw"):
     b1: float = 0.9
     b2: float = 0.95
+
+    def longest_step(self) -> float:
+        return 2.3  # sqrt(1 / (1 - b2)) (1 - b1) / (1 - b1^t) < 1
 
     def update(self, g: Array) -> None:
         self.t += 1
@@ -210,7 +253,7 @@ class AdamW(Reference):
 
 
 @dataclass
-class Sgd(Reference):
+class Sgd(Reference, of="sgd"):
     mu: float = 0.9
 
     def update(self, g: Array) -> None:

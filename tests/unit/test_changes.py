@@ -46,6 +46,7 @@ def test_every_setting_has_one_class() -> None:
         "run_dir",
         "resume",
         "resume_allow",
+        "plugins",
         "data.text_features_path",
         "data.validation_path",
         "selection.score_micro_batch_size",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megaopus import check
-from megaopus.__main__ import VERBS, main
+from megaopus.__main__ import main
+from megaopus.cli.check import show
+from megaopus.cli.main import verbs
 from megaopus.config.compose import compose, default_config_dir
 from megaopus.config.run_config import RunConfig
 from megaopus.corpus_tools.prepare import Source, prepare
@@ -28,8 +30,9 @@ from megaopus.models.flops import (
     padded_vocab,
     training_flops_per_token,
 )
-from megaopus.optim.registry import CATALOG
-from tests.harness import random_batch, run_ranks, tiny_engine
+from megaopus.optim.registry import OPTIMIZERS
+from megaopus.planning import estimate as check
+from tests.harness import random_batch, tiny_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT2 = ModelConfig(num_layers=2, hidden_size=32, num_heads=4)
@@ -83,9 +86,9 @@ def test_parameter_count_is_that_of_the_built_model(shape):
     assert built_parameters(ParallelConfig(), [SHAPES[shape]]) == [count_parameters(SHAPES[shape], 150, 24)]
 
 
-def test_parameters_per_rank_are_those_of_the_built_stages():
+def test_parameters_per_rank_are_those_of_the_built_stages(pool):
     models = [GPT2, LLAMA]
-    for rank, built in enumerate(run_ranks(4, built_parameters, ParallelConfig(tp=2, pp=2), models)):
+    for rank, built in enumerate(pool.run(4, built_parameters, ParallelConfig(tp=2, pp=2), models)):
         expected = [count_rank_parameters(model, 150, 24, tp=2, pp=2, stage=rank // 2) for model in models]
         assert built == expected, f"rank {rank}"
 
@@ -191,7 +194,7 @@ def test_memory_of_weights_gradients_and_optimizers():
     assert check.memory(config, 500, 2, "fp32", 0)["sketches"][0] == 4 * (32 // 2) * (4 * 4 + 1) * 100
 
 
-@pytest.mark.parametrize("name", CATALOG)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_memory_of_an_optimizer_is_what_its_state_takes(name):
     config = small()
     config.model, config.data.seq_len, config.optim.name = GPT2, 16, name
@@ -210,7 +213,7 @@ def test_memory_of_an_optimizer_is_what_its_state_takes(name):
 def printed(overrides, corpus, world_size=None):
     console = Console(file=io.StringIO(), width=200)
     overrides = [f"data.path={corpus}", *overrides]
-    check.run(compose(overrides, world_size=world_size), world_size, overrides, console=console)
+    show(compose(overrides, world_size=world_size), world_size, overrides, console=console)
     return console.file.getvalue()
 
 
@@ -261,7 +264,7 @@ def test_check_of_a_model_parallel_layout(corpus):
 
 def test_check_refuses_what_does_not_fit_the_ranks(corpus):
     with pytest.raises(ConfigError, match="3 ranks are not a multiple"):
-        check.run(compose([f"data.path={corpus}", "parallel=tp2", "data.seq_len=64"]), 3)
+        show(compose([f"data.path={corpus}", "parallel=tp2", "data.seq_len=64"]), 3)
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
@@ -285,7 +288,7 @@ def test_errors_are_one_message_and_exit_code_2(capsys, monkeypatch):
 
 
 def test_one_rank_of_each_node_speaks_and_all_fail(capsys, monkeypatch):
-    monkeypatch.setattr("megaopus.__main__.GRACE_SECONDS", 0)
+    monkeypatch.setattr("megaopus.cli.main.GRACE_SECONDS", 0)
     monkeypatch.setenv("WORLD_SIZE", "4")
     spoke = {}
     for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
@@ -308,7 +311,7 @@ def test_the_world_size_comes_from_the_environment(corpus, capsys, monkeypatch):
     assert "environment WORLD_SIZE = 'many'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", verbs())
 def test_each_verb_has_help_with_examples(verb, capsys):
     with pytest.raises(SystemExit) as caught:
         main([verb, "--help"])
@@ -318,15 +321,39 @@ def test_each_verb_has_help_with_examples(verb, capsys):
 
 def test_help_is_light():
     code = (
-        "import sys, megaopus.__main__ as m\n"
-        "for verb in m.VERBS:\n"
-        "    try: m.main([verb, '--help'])\n"
+        "import sys, megaopus.cli.main as m\n"
+        "for arguments in (['--help'], *([verb, '--help'] for verb in m.verbs())):\n"
+        "    try: m.main(arguments)\n"
         "    except SystemExit: pass\n"
         "heavy = {'torch', 'megatron', 'matplotlib', 'wandb'} & set(sys.modules)\n"
         "sys.exit(f'--help imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_verb_is_listed_with_what_it_does(capsys):
+    assert set(verbs()) >= {"check", "demo", "prepare", "proxy", "report", "score", "train"}
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = capsys.readouterr().out
+    for name in verbs():
+        assert re.search(rf"^  {name} +[A-Z].+\.$", listed, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "--world-size", "0"], "megaopus check: error: --world-size must be at least 1"),
+        (["report", "a", "--replay", "1", "--out", "b"], "megaopus report: error: --replay writes no page: leave"),
+        (["demo", "here"], "megaopus demo: error: unrecognized arguments: here"),
+    ],
+)
+def test_wrong_usage_ends_with_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_an_unknown_verb_names_the_verbs(capsys):

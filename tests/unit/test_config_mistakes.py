@@ -25,7 +25,11 @@ MISTAKES = {
     "++selection.temprature=1": ("selection.temprature = 1", "no such setting", "did you mean selection.temperature?"),
     "lr=0.1": ("lr = 0.1", "no such setting", "did you mean optim.lr?"),
     "modle=tiny": ("modle = 'tiny'", "no such setting", "did you mean model?"),
-    "quux.zork=1": ("quux.zork = 1", "no such setting", "settings there: run_dir, seed, resume, resume_allow, model"),
+    "quux.zork=1": (
+        "quux.zork = 1",
+        "no such setting",
+        "settings there: run_dir, seed, resume, resume_allow, plugins, model",
+    ),
     "optim.betas.zork=0.5": ("optim.betas.zork = 0.5", "no such setting", "did you mean optim.betas?"),
     "model=gtp2_small": (
         "model = 'gtp2_small'",
@@ -73,7 +77,7 @@ MISTAKES = {
     "optim.name=adam": (
         "optim.name = 'adam'",
         "unknown choice",
-        "did you mean adamw? use one of: sgd, adamw, lion, muon, namo",
+        "did you mean adamw? use one of: adamw, conda, lion, muon, namo",
     ),
     "selection.rho=0": ("selection.rho = 0.0", "must lie in (0, 1]", "0.5 picks half"),
     "resume_allow=[optim.rl]": ("resume_allow = 'optim.rl'", "no such setting", "did you mean optim.lr?"),
@@ -217,7 +221,7 @@ COMBINED = [
         1,
         "optim.name = 'conda'",
         "needs whole tensors",
-        "optim=adamw, sgd, lion or muon",
+        "one of optim=adamw, lion, muon, sgd, or engine.name=megatron",
     ),
     (
         "engine=deepspeed optim=sophia_g",

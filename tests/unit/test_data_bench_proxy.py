@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from megaopus.__main__ import main
+from megaopus.cli.proxy import show
 from megaopus.corpus_tools import benchmark_proxy, nearest_documents
 from megaopus.corpus_tools.benchmark_proxy import build, read_items
 from megaopus.corpus_tools.nearest_documents import Item
@@ -124,7 +125,9 @@ def test_the_nearest_become_the_proxy_and_leave_the_pool(
 ) -> None:
     asked = read_items([Source(items)], ["query", "choices"])
     console = Console(record=True, width=220, file=(tmp_path / "log").open("w"))
-    out = build(corpus, asked, tmp_path / "new", tokens=600, drop_overlap=drop, console=console)
+    built = build(corpus, asked, tmp_path / "new", tokens=600, drop_overlap=drop, console=console)
+    show(corpus, asked, built, console)
+    out = built.path
     made = Corpus.open(out, verify=True)
     proxy, pool = (np.flatnonzero(made.split_codes == code) for code in (1, 0))
     assert 0 < made.lengths[proxy].sum() <= 600
@@ -138,6 +141,7 @@ def test_the_nearest_become_the_proxy_and_leave_the_pool(
     np.testing.assert_array_equal(made.split_codes == 2, held_out)
     contents = [made.tokens[made.offsets[n] : made.offsets[n] + made.lengths[n]].tolist() for n in range(len(made))]
     chosen = [contents[n] for n in proxy]
+    assert sorted(built.found.documents[built.chosen]) == proxy.tolist()
     assert not any(contents[n] in chosen for n in pool)
     rows = [json.loads(line)["split"] for line in (out / ROWS).read_text().splitlines()]
     assert rows == [("pool", "proxy", "validation", "left_out")[code] for code in made.split_codes]
@@ -156,7 +160,7 @@ def test_a_killed_run_goes_on(corpus: Corpus, items: Path, tmp_path: Path, monke
     monkeypatch.setattr(benchmark_proxy, "CHUNK", 30)
     asked = read_items([Source(items)], ["query", "choices"])
     shared = build(corpus, asked, tmp_path / "whole", tokens=600, workers=2)
-    whole = Corpus.open(shared).fingerprint
+    whole = Corpus.open(shared.path).fingerprint
     digest, calls = nearest_documents._digest, []
 
     def interrupted(*args: object) -> int:
@@ -174,7 +178,7 @@ def test_a_killed_run_goes_on(corpus: Corpus, items: Path, tmp_path: Path, monke
     calls.clear()
     counted = lambda *args: calls.append(args) or digest(*args)  # noqa: E731
     monkeypatch.setattr(nearest_documents, "_digest", counted)
-    assert Corpus.open(build(corpus, asked, tmp_path / "new", tokens=600, workers=1)).fingerprint == whole
+    assert Corpus.open(build(corpus, asked, tmp_path / "new", tokens=600, workers=1).path).fingerprint == whole
     assert len(calls) == (corpus.split_codes != 2).sum() - 90
     assert not (tmp_path / ".new.work").exists()
 
@@ -196,7 +200,7 @@ def test_a_sentence_transformers_model_by_name(
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=Letters))
     asked = read_items([Source(items)], ["query", "choices"])
-    out = build(corpus, asked, tmp_path / "new", tokens=400, encoder="some/model")
+    out = build(corpus, asked, tmp_path / "new", tokens=400, encoder="some/model").path
     assert Corpus.open(out).manifest["provenance"]["proxy"]["encoder"] == "some/model"
     assert asked_for == ["some/model"]
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)

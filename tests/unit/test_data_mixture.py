@@ -39,9 +39,9 @@ CHANGING = stages(
 )
 
 
-@pytest.mark.parametrize("serves", [1, 4])
-def test_places_of_each_domain_are_counted_without_a_gap(serves: int) -> None:
-    mixed = Mixture(CHANGING, DOMAINS, 10, serves)
+@pytest.mark.parametrize("steps_per_buffer", [1, 4])
+def test_places_of_each_domain_are_counted_without_a_gap(steps_per_buffer: int) -> None:
+    mixed = Mixture(CHANGING, DOMAINS, 10, steps_per_buffer)
     seen = np.zeros(3, dtype=int)
     for buffer in range(40):
         assert mixed.drawn(buffer).tolist() == seen.tolist()

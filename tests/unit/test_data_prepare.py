@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import gzip
 import json
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from megaopus.__main__ import main
 from megaopus.corpus_tools import prepare as prepare_module
-from megaopus.corpus_tools.prepare import add_arguments, prepare, run
+from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Source, SourceReader
 from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import FILES, ROWS, SPLITS, Corpus
@@ -256,26 +255,21 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch
 
 def test_command_line(tmp_path, capsys):
     source = write_rows(tmp_path / "rows.jsonl", small_rows())
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    options = [
-        "--vocab-size",
-        "300",
-        "--target-domains",
-        "wanted",
-        "--proxy-fraction",
-        ".3",
-        "--validation-fraction",
-        ".2",
-    ]
-    out = run(parser.parse_args(["--source", str(source), "--out", str(tmp_path / "c"), *options]))
+    options = ["--vocab-size", "300", "--proxy-fraction", ".3", "--validation-fraction", ".2"]
+    out = tmp_path / "c"
+    command = ["prepare", "--source", str(source), "--out", str(out), *options]
+    assert main([*command, "--target-domains", "wanted"]) == 0
     counts = Corpus.open(out).manifest["counts"]
-    text = capsys.readouterr().out
+    text, notes = capsys.readouterr()
+    assert notes == ""
     assert f"fingerprint {Corpus.open(out).fingerprint[:16]}" in text
     assert f"{counts['wanted']['proxy']['documents']:,} / {counts['wanted']['proxy']['tokens']:,}" in text
+    assert main([*command, "--wanted", "wanted", "--overwrite"]) == 0
+    assert Corpus.open(out).manifest["counts"] == counts
+    assert "note: --wanted is now --target-domains" in capsys.readouterr().err
     shutil.rmtree(out)
-    with pytest.raises(DataError, match="no source given; name at least one with --source, or --data NAME"):
-        run(parser.parse_args(["--out", str(out)]))
+    assert main(["prepare", "--out", str(out)]) == 2
+    assert "no source given; name at least one with --source, or --data NAME" in capsys.readouterr().err
 
 
 def test_sources_of_a_data_config(tmp_path, capsys):

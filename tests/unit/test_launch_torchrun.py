@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import until
-from tests.harness import free_ports
+from tests.forks import TIMEOUT_S
+from tests.pool import free_ports
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,7 +77,7 @@ def save(number, frame):
 signal.signal(signal.SIGTERM, save)
 signal.signal(signal.SIGUSR1, save)
 (folder / f"ready{rank}").touch()
-time.sleep(120)
+time.sleep(3600)
 """
 
 
@@ -98,9 +99,11 @@ def test_a_signal_reaches_every_rank_which_has_stop_seconds_to_save(tmp_path):
     }
     try:
         for name, run in runs.items():
-            until(lambda name=name: len(list((tmp_path / name).glob("ready*"))) == 2, 120, f"{name} does not start")
+            until(
+                lambda name=name: len(list((tmp_path / name).glob("ready*"))) == 2, TIMEOUT_S, f"{name} does not start"
+            )
             run.send_signal(signal.SIGUSR1 if name == "USR1" else signal.SIGTERM)
-        assert all(run.wait(60) == 1 for run in runs.values())
+        assert all(run.wait(TIMEOUT_S) == 1 for run in runs.values())
     finally:
         for run in runs.values():
             run.kill()

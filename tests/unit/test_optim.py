@@ -151,7 +151,7 @@ def test_sampled_labels_follow_the_models_distribution(mesh: Mesh) -> None:
     positions, vocab = 20_000, 7
     logits = torch.tensor([3.0, 1.0, 0.0, -2.0, 2.0, -9.0, 0.5])
     sampled = SampledLabels(mesh, 1, 5)
-    chances = sampled.chances(torch.arange(2), positions)
+    chances = sampled.uniforms(torch.arange(2), positions)
     labels = sampled._draw(logits.expand(2, positions, vocab), chances)
     assert labels.shape == (2, positions)
     expected = logits.softmax(0).double()
@@ -159,9 +159,9 @@ def test_sampled_labels_follow_the_models_distribution(mesh: Mesh) -> None:
     deviation = (expected * (1 - expected) / labels.numel()).sqrt()
     assert ((found - expected).abs() <= 4 * deviation + 1e-6).all()
     assert not torch.equal(labels[0], labels[1])
-    again = SampledLabels(mesh, 1, 5).chances(torch.tensor([1]), positions)
+    again = SampledLabels(mesh, 1, 5).uniforms(torch.tensor([1]), positions)
     assert torch.equal(again[0], chances[1])  # of the sequence, whoever works on it
-    assert not torch.equal(SampledLabels(mesh, 1, 6).chances(torch.tensor([1]), positions), again)
+    assert not torch.equal(SampledLabels(mesh, 1, 6).uniforms(torch.tensor([1]), positions), again)
 
 
 def test_curvature_is_estimated_when_it_is_due_and_left_alone_when_it_is_not_finite(mesh: Mesh) -> None:

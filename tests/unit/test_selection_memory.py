@@ -18,7 +18,8 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.selection import SelectionConfig, Selector, TensorCandidates, memory, scorer
 from megaopus.selection.config import PASS_TOKENS, most_per_pass
-from tests.harness import random_batch, run_layouts, tiny_engine
+from tests.harness import random_batch, tiny_engine
+from tests.pool import Pool
 from tests.unit.test_selection_selector import UNGUARDED, make_backend, proxy
 
 CPU = torch.device("cpu")
@@ -326,8 +327,8 @@ def sizes(layout: str) -> list[tuple[int, bool]]:
     return found
 
 
-def test_ranks_agree_on_the_size_that_fits_on_all() -> None:
-    found = run_layouts(dict.fromkeys(LAYOUTS, 2), sizes)
-    for layout, ranks in found.items():
-        most = 4 if LAYOUTS[layout][0] == ParallelConfig() else 8
-        assert ranks == [[(most, True), (1, True)]] * 2, layout
+def test_ranks_agree_on_the_size_that_fits_on_all(pool: Pool) -> None:
+    found = pool.jobs(dict.fromkeys(LAYOUTS, 2), sizes).begin(LAYOUTS)
+    for layout, (parallel, _) in LAYOUTS.items():
+        most = 4 if parallel == ParallelConfig() else 8
+        assert found[layout] == [[(most, True), (1, True)]] * 2, layout

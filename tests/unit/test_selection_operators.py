@@ -231,7 +231,7 @@ def test_unknown_optimizers_are_refused_until_registered(monkeypatch: pytest.Mon
     optimizer = SignDescent([parameter], {"lr": 0.5})
     with pytest.raises(TypeError, match=r"SignDescent.*register_operator"):
         build_operator({"w": parameter}, [optimizer])
-    monkeypatch.setattr("megaopus.selection.operators.rules._FACTORIES", {})
+    monkeypatch.setattr("megaopus.selection.operators.registry._REGISTERED", {})
     register_operator("SignDescent", lambda group, state, parameter: Diagonal(torch.tensor(group["lr"])))
     operator = build_operator({"w": parameter}, [optimizer])
     assert operator.apply({"w": torch.ones(3)})["w"].tolist() == [0.5] * 3

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megaopus.selection import ModuleBackend, SelectionConfig, Selector
+from tests.pool import Pool
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "directional": {"proxy_ema": 0.9},
@@ -69,17 +68,17 @@ def run(group: dist.ProcessGroup | None) -> dict[str, Any]:
     return results | {"proxy losses": [selector.proxy_loss(4) for selector in proxies]}
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(run(dist.group.WORLD), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def worker() -> dict[str, Any]:
+    dist.init_process_group("gloo")
+    try:
+        return run(dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
 
 
-def test_two_ranks_select_what_one_process_selects(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+def test_two_ranks_select_what_one_process_selects(pool: Pool) -> None:
+    ranks = pool.run(2, worker)
     one = run(None)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     expected_losses = one.pop("proxy losses")
     assert len(set(expected_losses)) == 2
     for rank in ranks:

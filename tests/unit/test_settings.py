@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
 from megaopus.config.run_config import SETTINGS, RunConfig
 from megaopus.optim.base import LayoutOptimizer
-from megaopus.optim.registry import CATALOG
+from megaopus.optim.registry import OPTIMIZERS
 from megaopus.selection import SelectionConfig
 from megaopus.selection.config import PrescreenConfig
 from megaopus.settings import (
@@ -36,6 +37,12 @@ def _even(value: int) -> str | None:
     return "is odd" if value % 2 else None
 
 
+OWNERS = {
+    "x": SimpleNamespace(settings={"depth": Setting(default=2, min=1, doc="How deep.")}),
+    "y": SimpleNamespace(settings={}),
+}
+
+
 @dataclass(slots=True, kw_only=True)
 class Inner:
     RESUME: ClassVar[str] = FIXED
@@ -54,9 +61,7 @@ class Outer:
     size: int = setting(4, min=1, check=_even, doc="How large.", resume=HARMLESS)
     share: float = setting(0.5, above=0, max=1, doc="How much.", hint="a half is usual")
     rate: float | None = setting(None, above=0, doc="How fast; null: not at all.")
-    own: dict[str, Any] = setting(
-        {}, members={"x": {"depth": Setting(default=2, min=1, doc="How deep.")}, "y": {}}, doc="Of that alone."
-    )
+    own: dict[str, Any] = setting({}, members=OWNERS, doc="Of that alone.")
     inner: Inner = field(default_factory=Inner)
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
@@ -186,7 +191,7 @@ def sections_of(config: object) -> Iterator[object]:
 
 def test_every_setting_says_what_it_means_and_has_a_class() -> None:
     every = list(SETTINGS.values())
-    every += [entry for name in CATALOG for entry in member_entries(SETTINGS["optim.settings"], name).values()]
+    every += [entry for name in OPTIMIZERS for entry in member_entries(SETTINGS["optim.settings"], name).values()]
     assert len(every) > 120
     for entry in every:
         assert entry.resume in CLASSES, entry.key
@@ -204,14 +209,14 @@ def test_the_defaults_are_accepted() -> None:
     assert asdict(config) == asdict(RunConfig())
 
 
-@pytest.mark.parametrize("name", CATALOG)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_is_known_of_an_optimizer_is_what_its_class_has(name: str) -> None:
-    """The registry tells the names of its state without importing torch; the class, to those who hold one."""
+    """``Spec.shaped`` tells the names of its state to those who hold no optimizer."""
     import torch
 
     from megaopus.optim.config import OptimConfig
 
-    spec, weight = CATALOG[name], torch.nn.Parameter(torch.ones(2, 2))
+    spec, weight = OPTIMIZERS[name], torch.nn.Parameter(torch.ones(2, 2))
     group = {"params": [weight], "weight_decay": 0.0}
     optimizer = spec.make([group], OptimConfig(name=name), OptimConfig(name=name).own_settings(), None)
     if isinstance(optimizer, LayoutOptimizer):

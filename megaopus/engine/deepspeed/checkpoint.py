@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.deepspeed.zero_optimizer import Fragment, ZeroOptimizer
-from megaopus.engine.pending_save import PendingSave
 from megaopus.errors import EngineError
 from megaopus.selection.backend import Gradient
 

@@ -15,25 +15,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.distributed.collectives import gathered
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import Engine, StepResult
-from megaopus.engine.batch_split import data_parallel_share, padded_share, seed_dropout, training_share
+from megaopus.engine.batch_split import data_parallel_share, padded_share, seed_dropout
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.deepspeed import checkpoint
+from megaopus.engine.deepspeed.flat_matrices import ChainedOptimizer, over_flat_parts
 from megaopus.engine.deepspeed.scoring import DeepSpeedScoringBackend
-from megaopus.engine.deepspeed.zero_muon import ChainedOptimizer, ZeroMuon
 from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer, norm_limit
 from megaopus.engine.gpt_forward import token_losses
-from megaopus.engine.pending_save import PendingSave
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
 from megaopus.models.flops import padded_vocab
 from megaopus.models.gpt import build_gpt, initialize, transformer_config
 from megaopus.optim.build import torch_optimizers
 from megaopus.optim.config import OptimConfig
-from megaopus.optim.muon import make_muon
 from megaopus.selection.backend import Candidates, Gradient
 
 LARGEST_BUCKET = 500_000_000
@@ -65,7 +64,9 @@ class DeepSpeedEngine(Engine):
                 self.module.bfloat16()
             initialize(self.module, model, mesh, self._seed)
         _sum_partial_gradients(self.module, mesh)
-        optimizers = torch_optimizers(optim, self.module, mesh, {"muon": partial(make_muon, cls=ZeroMuon)})
+        spec = optim.spec()
+        make = partial(spec.make, cls=over_flat_parts(spec.by_matrix)) if spec.by_matrix is not None else None
+        optimizers = torch_optimizers(optim, self.module, mesh, make)
         together = ChainedOptimizer(optimizers)
         groups = {id(p): index for index, group in enumerate(together.param_groups) for p in group["params"]}
         group_of = {name: groups[id(p)] for name, p in self.module.named_parameters()}
@@ -79,6 +80,8 @@ class DeepSpeedEngine(Engine):
                 dist_init_required=False,
             )
         self.optimizer = ZeroOptimizer(zero, optimizers, self.module, group_of, mesh.dp_group)
+        self._reduce_gradients = self.deepspeed.allreduce_gradients
+        self.deepspeed.allreduce_gradients = self._finalize_gradients
 
     def _settings(self, stage: int) -> dict[str, Any]:
         """DeepSpeed's own configuration."""
@@ -101,13 +104,15 @@ class DeepSpeedEngine(Engine):
     # -- training and evaluation ------------------------------------------------------------------------------------
 
     def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:
-        share = training_share(len(batch), self.mesh, self.micro_batch_size)
+        share = self.training_rows(len(batch))
         if self._dropout:
             seed_dropout(self.mesh, self._seed, self.step)
         self.deepspeed.train()
         micro_batches = share.split(self.micro_batch_size)
         losses = []
+        self.work.reset()
         for number, rows in enumerate(micro_batches, 1):
+            self.work.start()
             self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
             with self.mesh.megatron():
                 losses_BS = token_losses(self.deepspeed, self._tokens(batch, rows))
@@ -121,7 +126,12 @@ class DeepSpeedEngine(Engine):
         if not applied and self.optimizer.sharded:
             self.optimizer.regather()  # as DeepSpeed does after an update
         self.step += 1
-        return StepResult(loss=loss, grad_norm=seen[0], lr=lr, applied=applied)
+        return StepResult(loss=loss, grad_norm=seen[0], lr=lr, applied=applied, own_s=self.work.seconds())
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """Reduce, as DeepSpeed does at the end of each backward pass; from there on this rank waits for others."""
+        self.work.stop()
+        self._reduce_gradients(*args, **kwargs)
 
     def evaluate(self, sequences: Candidates) -> Tensor:
         num = len(sequences)

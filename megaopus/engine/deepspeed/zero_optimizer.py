@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaopus.distributed.collectives import gathered
-from megaopus.engine.deepspeed.zero_muon import Matrix, ZeroMuon
+from megaopus.engine.deepspeed.flat_matrices import FlatMatrices, Matrix
 from megaopus.optim.build import ParameterState, counts_steps, set_step, state_names
 
 
@@ -71,7 +71,7 @@ class ZeroOptimizer:
         locate = self._locate_in_parameter if self.sharded else self._locate_in_group
         self.fragments = {name: locate(name, p) for name, p in self._parameters.items()}
         for optimizer in optimizers:
-            if isinstance(optimizer, ZeroMuon):
+            if isinstance(optimizer, FlatMatrices):
                 optimizer.place(self._matrices(optimizer), group)
 
     def _matrices(self, optimizer: torch.optim.Optimizer) -> list[Matrix]:

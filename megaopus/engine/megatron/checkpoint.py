@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.distributed.mesh import Mesh
-from megaopus.engine.pending_save import PendingSave
 from megaopus.errors import EngineError
 
 

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.engine.base import StepResult
-from megaopus.engine.batch_split import data_parallel_share, padded_share, seed_dropout, training_share
+from megaopus.engine.batch_split import data_parallel_share, padded_share, seed_dropout
 from megaopus.engine.gpt_forward import SampledLabels
 from megaopus.engine.megatron.checkpoint import (
     check_index,
@@ -22,7 +23,6 @@ from megaopus.engine.megatron.checkpoint import (
 )
 from megaopus.engine.megatron.passes import MegatronPasses
 from megaopus.engine.megatron.scoring import MegatronScoringBackend
-from megaopus.engine.pending_save import PendingSave
 from megaopus.errors import EngineError
 from megaopus.models.gpt import canonical_names
 from megaopus.selection.backend import Candidates, Gradient
@@ -37,7 +37,7 @@ class MegatronEngine(MegatronPasses):
     # -- training and evaluation ------------------------------------------------------------------------------------
 
     def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:
-        share = training_share(len(batch), self.mesh, self.micro_batch_size)
+        share = self.training_rows(len(batch))
         if self._dropout:
             seed_dropout(self.mesh, self._seed, self.step)
         if not self.ddp.training:
@@ -50,18 +50,14 @@ class MegatronEngine(MegatronPasses):
                 self.run_local(batch, share, self.micro_batch_size, self.seq_len, forward_only=False, sampled=sampled)
                 self.optimizer.take_curvature(len(batch) * self.seq_len)
             self._zero_gradients()
-            begun = self._now()
+            self.work.reset()
+            self.work.start()
             losses = self._run(batch, share, self.micro_batch_size, self.seq_len, forward_only=False)
             loss = float(losses.mean())
             lr = self.prepare_update()
             grad_norm, applied = self.optimizer.step(limit if math.isfinite(loss) else -math.inf)
         self.step += 1
-        own_s = self._seconds(begun, self._worked)
-        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, own_s=own_s)
-
-    def _seconds(self, begin: Any, end: Any) -> float:
-        """Between two moments that are both over."""
-        return end - begin if self.mesh.on_cpu else begin.elapsed_time(end) / 1000
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, own_s=self.work.seconds())
 
     def evaluate(self, sequences: Candidates) -> Tensor:
         num = len(sequences)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +40,6 @@ class MegatronPasses(Engine):
         mesh = self.mesh
         # The interleaved schedule takes micro-batches in groups of pp.
         self.micro_batch_group = parallel.pp if parallel.vpp > 1 else 1
-        self._worked: Any = None
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed, an option we do not set is deprecated
             config = transformer_config(model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute)
@@ -172,13 +170,5 @@ class MegatronPasses(Engine):
         return token_losses(model, tokens, self.mesh.shape.cp, self.mesh.cp_rank), sequence_losses
 
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
-        self._worked = self._now()
+        self.work.stop()
         self._reduce_gradients(*args, **kwargs)
-
-    def _now(self) -> Any:
-        """A moment of the device's work: time on the CPU, an event in the stream on CUDA."""
-        if self.mesh.on_cpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event

@@ -1,4 +1,4 @@
-"""P_t of all parameters: the linear map from a gradient to the optimizer's update, the optimizer's state frozen."""
+"""Builds P_t of all parameters: the linear map from a gradient to the optimizer's update, its state frozen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from megaopus.selection.backend import Gradient, Shard
 from megaopus.selection.operators.maps import Diagonal, ParameterOperator
-from megaopus.selection.operators.rules import factory_of, scalar
+from megaopus.selection.operators.registry import factory_of
+from megaopus.selection.operators.rule import scalar
 
 
 class OptimizerOperator:

@@ -1,4 +1,4 @@
-"""The demo: two runs of a small GPT from the same weights, uniform and opus, on text of this Python installation."""
+"""Compare selected with uniform batches on real text, in minutes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.table import Table
+
+from megaopus.cli.prepare import show_corpus
 from megaopus.errors import EngineError
 
 if TYPE_CHECKING:
     from megaopus.report.compare import Comparison, Run
 
+DESCRIPTION = (
+    "Train a small GPT twice on text found in this Python installation, with and without selection, and compare."
+)
+EXAMPLES = "  python -m megaopus demo"
 WANTED = "docs"
 LR_WARM_STEPS = 40
 STEPS = 800
@@ -27,16 +35,14 @@ ARMS = {"uniform": ("selection=uniform",), "opus": ("selection=opus", "selection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the ``demo`` verb."""
+    """Add where the demo goes, its seed, and how long it trains."""
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1234, help="of data order, weights and sampling (%(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="updates of each run (%(default)s)")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Build the corpus, train both arms, print the table, write report.html and summary.json."""
-    from rich.console import Console
-
     from megaopus.report.compare import compare, load_run
     from megaopus.report.page import write_report
     from megaopus.report.replay import texts_of
@@ -68,10 +74,11 @@ def run(args: argparse.Namespace) -> None:
     print_table(console, uniform, opus, comparison)
     minutes = (time.monotonic() - started) / 60
     console.print(f"\nreport: {report}\nsummary: {summary_path}\n{minutes:.1f} minutes in all", highlight=False)
+    return 0
 
 
-def train(run_dir: Path, steps: int, settings: Sequence[str], console: Any) -> None:
-    """A ``train`` process of its own; a finished run is not run again, a killed one goes on."""
+def train(run_dir: Path, steps: int, settings: Sequence[str], console: Console) -> None:
+    """Start a ``train`` process; a finished run is not run again, a killed one goes on."""
     from megaopus.checkpoint.checkpointer import complete_checkpoints
 
     done = complete_checkpoints(run_dir)
@@ -86,18 +93,18 @@ def train(run_dir: Path, steps: int, settings: Sequence[str], console: Any) -> N
         raise EngineError(f"{run_dir}: training ended with exit status {status}; its message is above")
 
 
-def ensure_corpus(path: Path, console: Any) -> Path:
-    """The demo corpus at ``path``, prepared if it is not there."""
+def ensure_corpus(path: Path, console: Console) -> Path:
+    """Prepare the demo corpus at ``path`` if it is not there; returns ``path``."""
     if not (path / "manifest.json").is_file():
         from megaopus.corpus_tools.demo_corpus import build_demo_corpus
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        build_demo_corpus(path, console=console)
+        show_corpus(build_demo_corpus(path, console=console), console)
     return path
 
 
 def summarise(uniform: Run, opus: Run, comparison: Comparison, args: argparse.Namespace) -> dict[str, Any]:
-    """The content of summary.json; ratios are null where opus never reaches uniform's final loss."""
+    """Make the content of summary.json; ratios are null where opus never reaches uniform's final loss."""
     return {
         "tokens_ratio": comparison.tokens_ratio,
         "time_ratio": comparison.time_ratio,
@@ -114,15 +121,13 @@ def summarise(uniform: Run, opus: Run, comparison: Comparison, args: argparse.Na
 
 
 def picked_share(run: Run) -> dict[str, float]:
-    """Mean share of each domain among the picks."""
+    """Average the share of each domain among the picks over the steps."""
     rows = run.selections
     return {domain: sum(row.share[domain] for row in rows) / len(rows) for domain in rows[0].share}
 
 
-def print_table(console: Any, uniform: Run, opus: Run, comparison: Comparison) -> None:
-    """The result as a table."""
-    from rich.table import Table
-
+def print_table(console: Console, uniform: Run, opus: Run, comparison: Comparison) -> None:
+    """Print the result as a table."""
     steps = uniform.steps
     tokens = steps[-1].tokens
     seconds = sum(row.step_s for row in steps)

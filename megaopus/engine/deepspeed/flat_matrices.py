@@ -1,4 +1,4 @@
-"""Muon where ZeRO keeps flat parts of the weights, and AdamW beside it.
+"""Runs Muon, and others of its kind, where ZeRO keeps flat parts of the weights, and AdamW beside it.
 
 DeepSpeed takes one optimizer and replaces the parameters of its groups by the flat parts that the rank owns.
 """
@@ -6,14 +6,13 @@ DeepSpeed takes one optimizer and replaces the parameters of its groups by the f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
-
-from megaopus.optim.muon import Muon
 
 
 class ChainedOptimizer(Optimizer):
@@ -46,11 +45,12 @@ class Matrix(NamedTuple):
     """Elements that each data-parallel rank owns."""
 
 
-class ZeroMuon(Muon):
-    """Muon over flat parts of matrices; momentum stays in parts, the update is that of the whole matrix.
+class FlatMatrices:
+    """Makes an optimizer by matrix (``Spec.by_matrix``) work on flat parts: state stays in parts, the update is whole.
 
-    Data-parallel ranks share the work: of as many matrices as there are ranks, each is sent the parts of one,
-    orthogonalises it and sends the parts of the result back.
+    To be mixed into its class (``over_flat_parts``), whose ``direction`` takes a whole matrix. Data-parallel ranks
+    share the work: of as many matrices as there are ranks, each is sent the parts of one, works out the direction and
+    sends the parts of the result back.
     """
 
     def place(self, matrices: Iterable[Matrix], dp_group: dist.ProcessGroup) -> None:
@@ -61,7 +61,7 @@ class ZeroMuon(Muon):
             self._matrices.setdefault(matrix.flat, []).append(matrix)
 
     def direction(self, update: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """As Muon's, of every matrix in the flat ``parameter``. Collective."""
+        """As the optimizer's own, of every matrix in the flat ``parameter``. Collective."""
         found = torch.zeros_like(update)
         matrices, size = self._matrices[parameter], dist.get_world_size(self._dp_group)
         for first in range(0, len(matrices), size):
@@ -78,8 +78,14 @@ class ZeroMuon(Muon):
         whole = update.new_empty(sum(own))
         dist.all_to_all_single(whole, torch.cat(parts), own, theirs, group=self._dp_group)
         if mine is not None:
-            whole = super().direction(whole.view(mine.shape), mine.parameter, group).reshape(-1)
+            whole = super().direction(whole.view(mine.shape), mine.parameter, group).reshape(-1)  # type: ignore[misc]
         back = update.new_empty(sum(theirs))
         dist.all_to_all_single(back, whole, theirs, own, group=self._dp_group)
         for matrix, part in zip(matrices, back.split(theirs), strict=False):
             found.narrow(0, matrix.offset, matrix.counts[rank]).copy_(part)
+
+
+@cache
+def over_flat_parts(optimizer: type) -> type:
+    """The class ``optimizer`` (``Spec.by_matrix``) for flat parts of matrices."""
+    return type(f"Flat{optimizer.__name__}", (FlatMatrices, optimizer), {})

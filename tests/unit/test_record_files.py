@@ -13,17 +13,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from megaopus.errors import ConfigError, DataError
+from megaopus.events import Event
 from megaopus.record import parquet as choices_module
 from megaopus.record.config import LoggingConfig
+from megaopus.record.metrics import metrics_of, read_record, write_record
 from megaopus.record.parquet import FOLDER, ChoiceSink, first_step, parts, pick_counts, read_part
 from megaopus.record.recorder import Recorder
-from megaopus.record.sinks import RUN_ID_FILE, JsonlSink
-from megaopus.record.types import Choices, SelectionRecord, StepRecord, ValidationRecord
+from megaopus.record.sinks import EVENTS_FILE, RUN_ID_FILE, JsonlSink
+from megaopus.record.types import NOT_RECORDED, Choices, SelectionRecord, StepRecord, ValidationRecord
 
-TIMING = ("time_s", "step_s", "select_s")
+MEASURED = {each.name for kind in (StepRecord, ValidationRecord) for each in metrics_of(kind) if not each.reproducible}
+SPIKE = Event("update.skipped.spike", "step 6: a spike", reason="a spike", ids=[6, 7])
+SLOW = Event("rank.slow", "rank 1 is slow", rank=1)
 
 
-def step_record(step: int, *, loss: float | None = None, skipped: bool = False) -> StepRecord:
+def step_record(step: int, *, loss: float | None = None, skip_reason: str | None = None) -> StepRecord:
     return StepRecord(
         step=step,
         tokens=(step + 1) * 64,
@@ -33,11 +37,11 @@ def step_record(step: int, *, loss: float | None = None, skipped: bool = False) 
         time_s=random.random() + step,
         step_s=random.random() + 1e-3,
         select_s=random.random() * 1e-3,
-        skipped=skipped,
+        skip_reason=skip_reason,
     )
 
 
-def selection_record(step: int, events: tuple[str, ...] = ()) -> SelectionRecord:
+def selection_record(step: int, events: tuple[Event, ...] = ()) -> SelectionRecord:
     return SelectionRecord(
         step=step,
         method="opus",
@@ -92,7 +96,7 @@ def rows(path: Path) -> list[dict]:
 
 
 def without_timing(path: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows(path)]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows(path)]
 
 
 def train(folder: Path, start: int, stop: int, every: int = 4) -> None:
@@ -101,7 +105,12 @@ def train(folder: Path, start: int, stop: int, every: int = 4) -> None:
     if start == 0:
         monitor.validation(validation_record(0))
     for step in range(start, stop):
-        monitor.step(step_record(step), selection_record(step))
+        spike = step == 6
+        monitor.step(
+            step_record(step, skip_reason="a spike" if spike else None),
+            selection_record(step),
+            [SPIKE] if spike else [],
+        )
         if (step + 1) % every == 0:
             monitor.validation(validation_record(step + 1))
             monitor.flush()  # as before a checkpoint
@@ -142,7 +151,7 @@ def test_a_killed_and_resumed_run_leaves_the_files_of_a_straight_one(
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train(straight, 0, 12)
     train(resumed, 0, killed_at)
-    for name in ("metrics.jsonl", "selection.jsonl"):
+    for name in ("metrics.jsonl", "selection.jsonl", EVENTS_FILE):
         with (resumed / name).open("a") as file:
             file.write('{"kind":"step","st')
     (resumed / FOLDER / ".part-00000008.tmp").write_bytes(b"PAR1 half")
@@ -152,6 +161,7 @@ def test_a_killed_and_resumed_run_leaves_the_files_of_a_straight_one(
     assert not list(resumed.rglob("*.tmp"))
     for name in ("metrics.jsonl", "selection.jsonl"):
         assert without_timing(resumed / name) == without_timing(straight / name)
+    assert rows(resumed / EVENTS_FILE) == [{"step": 6, "event": SPIKE.as_row()}]
     assert len(rows(straight / "metrics.jsonl")) == 12 + 4
 
 
@@ -213,9 +223,9 @@ def test_a_broken_line_stops_the_resume_and_changes_nothing(tmp_path: Path, line
 
 def test_only_the_writer_rank_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monitor = Recorder(LoggingConfig(every=1, wandb="offline"), tmp_path / "run", 10, False)
-    monitor.step(step_record(0), selection_record(0, ("fallback",)))
+    monitor.step(step_record(0), selection_record(0, (SLOW,)), [SPIKE])
     monitor.validation(validation_record(1))
-    monitor.event("event")
+    monitor.event(SLOW)
     monitor.note("note")
     monitor.close()
     assert capsys.readouterr().out == ""
@@ -230,6 +240,73 @@ def test_selection_file_can_be_switched_off(tmp_path: Path) -> None:
     monitor.close()
     assert [row["kind"] for row in rows(tmp_path / "metrics.jsonl")] == ["step", "step"]
     assert not (tmp_path / "selection.jsonl").exists()
+
+
+def test_events_are_facts_in_the_files_and_count_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the selection with it, the others apart; a sentence is an event of the kind that it is like."""
+    fallback = Event("selection.fallback", "picked uniformly", candidates=4)
+    seen: list[StepRecord] = []
+    monitor = Recorder(LoggingConfig(every=1), tmp_path, 10, True, meters=[lambda record: seen.append(record) or {}])
+    monitor.step(step_record(0), selection_record(0, (fallback,)), [fallback, SPIKE, "rank 3 waits 20%"])
+    monitor.close()
+    sentence = {"kind": "rank # waits #%", "text": "rank 3 waits 20%"}
+    assert rows(tmp_path / "selection.jsonl")[0]["events"] == [fallback.as_row()]
+    assert rows(tmp_path / EVENTS_FILE) == [{"step": 0, "event": row} for row in (SPIKE.as_row(), sentence)]
+    assert SPIKE.as_row()["ids"] == [6, 7]
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 3
+    assert "| 3 warnings |" in said
+    assert [record.step for record in seen] == [0]
+
+
+def test_events_are_kept_where_the_selection_is_not_recorded(tmp_path: Path) -> None:
+    fallback = Event("selection.fallback", "picked uniformly")
+    monitor = Recorder(LoggingConfig(selection=False), tmp_path, 10, True)
+    monitor.step(step_record(3), selection_record(3, (fallback,)), [SLOW])
+    monitor.close()
+    assert rows(tmp_path / EVENTS_FILE) == [{"step": 3, "event": row.as_row()} for row in (fallback, SLOW)]
+
+
+def test_meters_fill_the_record_in_order(tmp_path: Path) -> None:
+    monitor = Recorder(
+        LoggingConfig(),
+        tmp_path,
+        10,
+        True,
+        meters=[
+            lambda record: {"memory_resident": 100 + record.step},
+            lambda record: {"memory_estimate": 2 * (record.memory_resident or 0)},
+        ],
+    )
+    monitor.step(step_record(5), None)
+    monitor.close()
+    (row,) = rows(tmp_path / "metrics.jsonl")
+    assert (row["memory_resident"], row["memory_estimate"], row["memory_allocated"]) == (105, 210, None)
+
+
+def test_a_row_of_a_record_is_read_back_as_that_record() -> None:
+    step = step_record(3, skip_reason="a spike")
+    chosen = selection_record(4, (SPIKE,))
+    chosen.choices = None
+    for record in (step, chosen, validation_record(2)):
+        row = json.loads(json.dumps(write_record(record)))
+        assert read_record(type(record), row) == record
+        assert read_record(type(record), {**row, "of_a_newer_version": 1}) == record
+
+
+def test_rows_of_version_0_1_are_read() -> None:
+    """Without the metrics that came later; why an update was skipped is not in them; events are sentences."""
+    old = {"step": 3, "tokens": 8, "loss": "nan", "grad_norm": 1, "lr": 1, "time_s": 1, "step_s": 1, "select_s": 0}
+    applied, skipped = (read_record(StepRecord, {**old, "skipped": skipped}) for skipped in (False, True))
+    assert (applied.skip_reason, skipped.skip_reason, skipped.skipped) == (None, NOT_RECORDED, True)
+    assert math.isnan(applied.loss)
+    assert applied.memory_resident is None
+    row = {**selection_record(1).facts(), "events": ["alarm: 3 of 4", "alarm: 2 of 9"]}
+    assert [event.kind for event in read_record(SelectionRecord, row).events] == ["alarm: # of #"] * 2
+    with pytest.raises(ValueError, match="field 'tokens' is missing"):
+        read_record(StepRecord, {"step": 1})
+    with pytest.raises(ValueError, match="an event needs kind and text: 7"):
+        read_record(SelectionRecord, {**row, "events": [7]})
 
 
 def logged_of(steps: int) -> list[dict]:
@@ -393,7 +470,7 @@ def test_wandb_offline_run_continues_one_curve(tmp_path: Path, monkeypatch: pyte
     losses = {0: 3.7346190, 2: 3.5280917}
     for step, loss in losses.items():
         monitor = Recorder(LoggingConfig(wandb="offline"), tmp_path, 10, True, step, {"optim": {"beta": 0.9371}})
-        monitor.step(step_record(step, loss=loss), selection_record(step))
+        monitor.step(step_record(step, loss=loss), selection_record(step, (SLOW,)), [SPIKE])
         monitor.validation(validation_record(step + 1))
         monitor.close()
         time.sleep(1.1)  # offline pieces are named by the second
@@ -406,6 +483,9 @@ def test_wandb_offline_run_continues_one_curve(tmp_path: Path, monkeypatch: pyte
             b"selection/ess",
             b"selection/share/docs",
             b"selection/realised_fall",
+            b"selection/events",
+            b"events/rank.slow",
+            b"events/update.skipped.spike",
             b"0.1357924",
             b"validation/domain/noise",
             b"beta",

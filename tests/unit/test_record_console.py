@@ -5,7 +5,9 @@ import re
 
 import pytest
 
-from megaopus.record.console import Console, format_count, format_duration, format_lr, kind_of, progress
+from megaopus.events import Event
+from megaopus.record.console import Console, progress
+from megaopus.record.formatting import format_bytes, format_count, format_duration, format_lr
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
 
@@ -22,7 +24,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def record(step: int, *, loss: float = 3.0) -> StepRecord:
+def record(step: int, *, loss: float = 3.0, **more: int) -> StepRecord:
     return StepRecord(
         step=step,
         tokens=(step + 1) * 8192,
@@ -32,6 +34,7 @@ def record(step: int, *, loss: float = 3.0) -> StepRecord:
         time_s=0.2 * (step + 1),
         step_s=0.2,
         select_s=0.05,
+        **more,
     )
 
 
@@ -99,26 +102,63 @@ def test_warnings_first_of_each_kind_then_counted() -> None:
     stream = io.StringIO()
     console = Console(100, 2, stream, Clock())
     for step in range(4):
-        console.event(f"{step + 1} candidates with a non-finite utility: ids {step}, {step + 7}")
+        text = f"{step + 1} candidates with a non-finite utility: ids {step}, {step + 7}"
+        console.event(Event("selection.not_finite", text, ids=[step, step + 7]))
         if step == 1:
-            console.event("step 1: update skipped")
+            console.event(Event("update.skipped.spike", "step 1: update skipped"))
         console.step(record(step), chosen(step))
-    console.event("checkpoint slow")
+    console.event(Event("checkpoint.slow", "checkpoint slow"))
     console.close()
     warnings = [line for line in lines(stream) if line.startswith("WARNING")]
     assert warnings[0].startswith("WARNING 1 candidates with a non-finite utility: ids 0, 7")
     assert warnings[1].startswith("WARNING step 1: update skipped")
     assert warnings[2].startswith("WARNING checkpoint slow")
-    assert warnings[3:] == ["WARNING 4 times in all: # candidates with a non-finite utility: ids #"]
+    assert warnings[3:] == ["WARNING 4 times in all: selection.not_finite"]
     progress_lines = [line for line in lines(stream) if line.startswith("step")]
     assert "| 3 warnings |" in progress_lines[0]
     assert "| 5 warnings |" in progress_lines[1]
 
 
-def test_kinds_of_events_differ_by_words_only() -> None:
-    assert kind_of("step 31: 2 bad, ids 5, 9") == kind_of("step 7: 12 bad, ids 1, 2, 3")
-    assert kind_of("loss 1.5e-3") == kind_of("loss 2")
-    assert kind_of("no optimizer state") != kind_of("no proxy")
+def test_events_count_by_their_kind_whatever_they_say() -> None:
+    stream = io.StringIO()
+    console = Console(100, 2, stream, Clock())
+    for kind, text in (("a.b", "one"), ("a.c", "one"), ("a.b", "quite another thing")):
+        console.event(Event(kind, text))
+    console.close()
+    assert [line.split(" (")[0] for line in lines(stream)] == [
+        "WARNING one",
+        "WARNING one",
+        "WARNING 2 times in all: a.b",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("memory", "shown"),
+    [
+        ([{"memory_resident": 3 << 28, "memory_estimate": 11 << 27}, {"memory_resident": 5 << 28}], "mem 1.2G"),
+        (
+            [{"memory_resident": 5 << 28}, {"memory_resident": 3 << 28, "memory_estimate": 11 << 27}],
+            "1.2G of 1.4G est.",
+        ),
+        ([{"memory_allocated": 70 << 30, "memory_reserved": 75 << 30, "memory_resident": 9 << 30}] * 2, "mem 70.0G"),
+    ],
+)
+def test_the_peak_of_memory_stands_beside_its_estimate(memory: list[dict[str, int]], shown: str) -> None:
+    """Of the device where there is one, else of the process; the largest since the last line."""
+    stream = io.StringIO()
+    console = Console(100, 2, stream, Clock())
+    for step, peaks in enumerate(memory):
+        console.step(record(step, **peaks), None)
+    parts = [part for part in lines(stream)[0].split(" | ") if part.startswith("mem")]
+    assert len(parts) == 1
+    assert parts[0].endswith(shown)
+    assert "mem" not in line_of(record(0))
+
+
+def line_of(step: StepRecord) -> str:
+    stream = io.StringIO()
+    Console(100, 1, stream, Clock()).step(step, None)
+    return stream.getvalue()
 
 
 def test_validation_line() -> None:
@@ -134,7 +174,7 @@ def test_no_colour_codes_outside_a_terminal_and_no_wrapping_anywhere() -> None:
     for stream in (plain, terminal):
         console = Console(100, 1, stream, Clock())
         console.step(record(0), chosen(0))
-        console.event("fell back [to] uniform")
+        console.event(Event("selection.fallback", "fell back [to] uniform"))
         console.note("a note " * 40)
     assert "\x1b" not in plain.getvalue()
     assert "\x1b[1mstep 1/100" in terminal.getvalue()
@@ -155,6 +195,13 @@ def test_no_colour_codes_outside_a_terminal_and_no_wrapping_anywhere() -> None:
 )
 def test_counts(value: float, text: str) -> None:
     assert format_count(value) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0B"), (1023, "1023B"), (1 << 20, "1.0M"), (1288490189, "1.2G"), (139 << 30, "139G")]
+)
+def test_sizes(size: int, text: str) -> None:
+    assert format_bytes(size) == text
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,31 @@
-"""The verb ``score``: one number for each document, by a method that needs no training run."""
+"""Give every document of a corpus a score to filter by."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megaopus.corpus_tools.sources import Source
-from megaopus.data.corpus import Corpus
-from megaopus.data.scores import LOWEST, load_column
 from megaopus.errors import DataError
-from megaopus.score.base import Method, make_column
+from megaopus.plugins import require_plugins
 
+if TYPE_CHECKING:
+    from megaopus.data.corpus import Corpus
+    from megaopus.score.base import Method
+
+DESCRIPTION = (
+    "Write one score for each document of a corpus into a column beside it; data.filter keeps documents by it."
+)
+EXAMPLES = (
+    "  python -m megaopus score --corpus corpus --method dsir\n"
+    "  python -m megaopus score --corpus corpus --method utility --checkpoint runs/first --name useful\n"
+    "  python -m megaopus score --corpus corpus --method classifier --model HuggingFaceFW/fineweb-edu-classifier"
+)
 METHODS = ("dsir", "perplexity", "fasttext", "classifier", "utility")
 WINDOWS = ("first", "mean")
 _OPTIONS = {
@@ -41,7 +50,7 @@ _SHOWN_TOKENS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``python -m megaopus score``; those of one method say so."""
+    """Add the corpus, the method, and the options of each; those of one method say so."""
     add = parser.add_argument
     add(
         "--corpus",
@@ -76,11 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--proxy-sequences", type=int, metavar="N", help="utility: of the split proxy (default 64)")
     add("--estimator", choices=("directional", "exact"), help="utility: exact is in float64, for small models")
     add("--contrast", action="store_true", default=None, help="utility: of the proxy's gradient less the pool's")
+    add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers what --checkpoint needs")
     add("--device", choices=("auto", "cpu", "cuda"), help="where a model runs (default auto)")
 
 
 def method_of(corpus: Corpus, args: argparse.Namespace) -> Method:
-    """The method that the command line asks for; raises DataError for options that do not go together."""
+    """Make the method that the command line asks for; raises DataError for options that do not go together."""
+    from megaopus.corpus_tools.sources import Source
+
     given = {name for name in _OPTIONS if getattr(args, name) is not None}
     for name in sorted(given):
         if args.method not in _OPTIONS[name]:
@@ -130,8 +142,12 @@ def method_of(corpus: Corpus, args: argparse.Namespace) -> Method:
     return Utility(corpus, args.checkpoint, **run, **more)
 
 
-def run(args: argparse.Namespace) -> Path:
-    """Do what the command line asks for; returns the column's folder."""
+def run(args: argparse.Namespace) -> int:
+    """Score the documents, and show quantiles and extremes."""
+    from megaopus.data.corpus import Corpus
+    from megaopus.score.base import make_column
+
+    require_plugins(args.plugin)
     corpus, name, console = Corpus.open(args.corpus), args.name or args.method, Console()
     method = method_of(corpus, args)
     settings = ", ".join(f"{key} {value}" for key, value in method.about.items())
@@ -140,11 +156,15 @@ def run(args: argparse.Namespace) -> Path:
     show(corpus, name, console)
     keep = f"data.path={args.corpus} data.filter.column={name} data.filter.keep=0.3"
     console.print(f"{out}\ntrain on the best of them: {keep}", highlight=False, markup=False, soft_wrap=True)
-    return out
+    return 0
 
 
 def show(corpus: Corpus, name: str, console: Console) -> None:
-    """Quantiles of a column, overall and by domain; its best and worst documents of all splits."""
+    """Print quantiles of a column, overall and by domain, and its best and worst documents of all splits."""
+    import numpy as np
+
+    from megaopus.data.scores import LOWEST, load_column
+
     column = load_column(corpus, name)
     table = Table(title=f"quantiles of {escape(name)}", box=SIMPLE)
     for heading in ("domain", "documents", *(f"{q} %" for q in _QUANTILES), "no score"):

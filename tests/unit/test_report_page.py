@@ -9,23 +9,30 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megaopus.cli.main import verb_parser
+from megaopus.cli.report import write_page
 from megaopus.errors import DataError
+from megaopus.events import Event
+from megaopus.record.config import LoggingConfig
+from megaopus.record.metrics import read_record
 from megaopus.record.parquet import FOLDER, ChoiceSink
+from megaopus.record.recorder import Recorder
 from megaopus.record.sinks import JsonlSink
 from megaopus.record.types import Choices, SelectionRecord, StepRecord, ValidationRecord
 from megaopus.report import figures
 from megaopus.report.arms import find_arms
 from megaopus.report.choice_summary import QUANTILES, summarise_choices
 from megaopus.report.compare import aggregate, compare, load_run
-from megaopus.report.page import add_arguments, run, write_report
+from megaopus.report.page import write_report
 from megaopus.report.sections import Texts
 
+NOT_FINITE = Event("selection.not_finite", "<b>candidates</b> with a utility that is not finite", ids=[3])
 POOL = {"docs": 0.25, "source": 0.35, "readme": 0.25, "noise": 0.15}
 TOKENS = 16 * 256
 
@@ -96,7 +103,7 @@ def selection_record(step: int, chosen: bool, ramp: float, rng: random.Random) -
         ess=rng.uniform(24, 34) if chosen else 64.0,
         max_p_ratio=rng.uniform(5, 12) if chosen else 1.0,
         **(falls(step) if chosen and step % 10 == 0 else {}),
-        events=[f"{step} <b>candidates</b> with a utility that is not finite"] if chosen and step in (120, 150) else [],
+        events=[NOT_FINITE] if chosen and step in (120, 150) else [],
     )
 
 
@@ -139,10 +146,8 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def report(*arguments: object, texts: Texts | None = None) -> str:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    args = parser.parse_args([str(argument) for argument in arguments])
-    assert run(args, texts) == 0
+    args = verb_parser("report").parse_args([str(argument) for argument in arguments])
+    assert write_page(args, texts) == 0
     return Path(args.out).read_text()
 
 
@@ -169,7 +174,7 @@ def test_load_run_reads_back_what_was_written(folders: list[Path]) -> None:
     assert loaded.selections[0].falls == pytest.approx((0.04, 0.01, 0.02), rel=1e-3)
     assert loaded.selections[1].falls is None
     assert loaded.selections[0].picked == 32
-    assert loaded.selections[20].events == ["120 <b>candidates</b> with a utility that is not finite"]
+    assert loaded.selections[20].events == [NOT_FINITE]
 
 
 def test_load_run_restores_non_finite_numbers(tmp_path: Path) -> None:
@@ -206,6 +211,7 @@ STEP = (
         ({"metrics.jsonl": '{"kind":"other"}\n'}, "metrics.jsonl, line 1: kind 'other'"),
         ({"metrics.jsonl": STEP % 3 + STEP % 3}, "step 3 follows step 3"),
         ({"metrics.jsonl": STEP % 0, "selection.jsonl": '{"step":0}\n'}, "selection.jsonl, line 1: field 'method'"),
+        ({"metrics.jsonl": STEP % 0, "events.jsonl": '{"step":0}\n'}, "events.jsonl, line 1: no step and event"),
         ({"metrics.jsonl": STEP % 0, "config.yaml": "a: [1"}, "config.yaml: cannot be read"),
         ({"metrics.jsonl": STEP % 0, "environment.json": "[]"}, "environment.json: expected keys and values"),
     ],
@@ -240,12 +246,14 @@ def test_report_of_two_arms(folders: list[Path], tmp_path: Path) -> None:
     assert rows[2][4:] == [f"{found.overhead:.1%}", f"{found.tokens_ratio:.2f}", f"{found.time_ratio:.2f}"]
     assert ["selection.method", "uniform", "opus"] in rows
     assert ["packages.torch", "2.13.0"] in rows
-    assert ["opus", "2", "120", "120 &lt;b&gt;candidates&lt;/b&gt; with a utility that is not finite"] in rows
+    said = "&lt;b&gt;candidates&lt;/b&gt; with a utility that is not finite"
+    assert ["opus", "2", "120", "selection.not_finite", said] in rows
+    assert "Skipped updates" not in page
     assert "opus: median 0.015 realised, 0.04 predicted, 0.01 for a uniform draw" in page
     # 13 checks are finite; the outlier has rank 1 instead of 13, the rest one more: 1 - 6 (12^2 + 12) / (13 (13^2 - 1))
     assert "rank correlation of predicted and realised 0.57 over 13 checks" in page
     images = pictures(page)
-    assert len(images) == 10
+    assert len(images) == 11
     assert all(image.startswith(b"\x89PNG") and len(image) > 2_000 for image in images)
     assert not re.search(r"https?://|<script|<link|@import", page), "the page must stand alone"
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "page.html"]
@@ -260,11 +268,57 @@ def test_report_is_the_same_twice(folders: list[Path], tmp_path: Path) -> None:
 def test_report_of_one_run_beside_it_by_default(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "solo", "uniform", start=0, steps=60)
     assert len(summarise_choices(load_run(folder)).counts) == 1000  # 60 x 64 candidates
-    run(argparse.Namespace(runs=[str(folder)], out=None, start_step=None))
+    write_page(argparse.Namespace(runs=[str(folder)], out=None, start_step=None))
     page = (folder / "report.html").read_text()
     assert "baseline" not in cells(page)[0]
-    assert len(pictures(page)) == 7  # no utilities and no effective sample size where nothing was chosen by utility
+    assert len(pictures(page)) == 8  # no utilities and no effective sample size where nothing was chosen by utility
     assert "None was recorded" in page
+
+
+@pytest.mark.usefixtures("coarse")
+def test_report_says_why_each_update_was_skipped(tmp_path: Path) -> None:
+    """As recorded, of a run of this version; of one of version 0.1 that it was not."""
+    reasons = {3: "gradient not finite", 5: "gradient norm 71 above 9.2 (20 times the median)", 8: "loss < 0"}
+    new, old = tmp_path / "new", tmp_path / "old"
+    recorder = Recorder(LoggingConfig(), new, 10, True)
+    for step in range(10):
+        record = read_record(StepRecord, {**json.loads(STEP % step), "skip_reason": reasons.get(step)})
+        kind = "spike" if step == 5 else "gradient_not_finite"
+        events = [Event(f"update.skipped.{kind}", f"step {step} skipped")] if step in (3, 5) else []
+        recorder.step(record, None, [*events, Event("rank.slow", f"rank {step} is slow", rank=step)])
+    recorder.close()
+    old.mkdir()
+    skipped = STEP.replace("false", "true")
+    old.joinpath("metrics.jsonl").write_text(STEP % 0 + skipped % 1 + skipped % 2)
+    rows = cells(report(new, old, "--out", tmp_path / "page.html"))
+    assert [row for row in rows if len(row) == 5 and row[1].isdecimal()] == [
+        ["new", "10", "0", "rank.slow", "rank 0 is slow"],
+        ["new", "1", "3", "update.skipped.gradient_not_finite", "step 3 skipped"],
+        ["new", "1", "5", "update.skipped.spike", "step 5 skipped"],
+        ["new", "1", "8", "update.skipped", "update skipped: loss &lt; 0"],
+        ["old", "2", "1", "update.skipped", "update skipped: not recorded"],
+        ["new", "3", "1", "1", "gradient not finite"],
+        ["new", "5", "1", "1", "gradient norm 71 above 9.2 (20 times the median)"],
+        ["new", "8", "1", "1", "loss &lt; 0"],
+        ["old", "1", "1", "1", "not recorded"],
+        ["old", "2", "1", "1", "not recorded"],
+    ]
+
+
+def test_each_metric_that_is_to_be_drawn_has_a_panel(folders: list[Path]) -> None:
+    """Where some run has values of it; a step of a version that did not measure it is passed over."""
+    run = load_run(folders[0])
+    inks = figures.inks(find_arms({"a": run}), None)
+
+    def drawn(**peaks: int | None) -> list[str]:
+        steps = [replace(record, **peaks) if record.step > 180 else record for record in run.steps]
+        figure = figures.metrics_figure({"a": replace(run, steps=steps)}, inks, 100)
+        assert figure is not None
+        return [axis.get_title("left") for axis in figure.axes if axis.get_visible()]
+
+    assert drawn() == ["grad_norm"]
+    assert drawn(memory_resident=5 << 30) == ["grad_norm", "memory_resident"]
+    assert figures.metrics_figure({"a": replace(run, steps=[])}, inks, 100) is None
 
 
 @pytest.mark.usefixtures("coarse")
@@ -415,7 +469,7 @@ def test_the_page_opens_in_a_browser(folders: list[Path], tmp_path: Path) -> Non
     told = re.search(r"<title>(.*?)</title>", opened.stdout)
     assert told is not None, opened.stderr
     found = json.loads(told[1])
-    assert len(found["pictures"]) == 10
+    assert len(found["pictures"]) == 11
     assert all(complete and width > 500 and height > 100 for complete, width, height in found["pictures"])
     assert not found["wide"]
     console = [line for line in opened.stderr.splitlines() if "CONSOLE" in line]

@@ -1,0 +1,128 @@
+"""Show what a run would be, without training."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from megaopus.cli._settings import add_settings, composed
+from megaopus.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megaopus.config.run_config import RunConfig
+
+DESCRIPTION = (
+    "Compose and validate the settings of a run, open its data, and print layout, parameters, FLOPs, memory and\n"
+    "the launch command. Needs no GPU and writes nothing."
+)
+EXAMPLES = (
+    "  python -m megaopus check experiment=small_opus data.path=corpus\n"
+    "  python -m megaopus check model=gpt2_xl parallel=tp2 data.path=corpus --world-size 8"
+)
+LARGEST_TABLE = 16
+"""Ranks up to which the groups of the mesh are listed."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the settings of the run, and the ranks to lay it out on."""
+    add_settings(parser)
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks to lay the run out on (default: tp x cp x pp)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the run of these settings would be."""
+    if args.world_size is not None and args.world_size < 1:
+        raise argparse.ArgumentError(None, "--world-size must be at least 1")
+    show(composed(args, args.world_size), args.world_size, args.overrides, args.config_dir)
+    return 0
+
+
+def show(
+    config: RunConfig,
+    world_size: int | None = None,
+    overrides: Sequence[str] = (),
+    config_dir: Path | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print everything that follows from ``config`` on ``world_size`` ranks (None: tp x cp x pp, the fewest possible).
+
+    ``overrides`` and ``config_dir`` are repeated in the launch command. Raises ConfigError if the settings do not fit
+    the ranks, DataError if a corpus cannot be read.
+    """
+    from megaopus.config.run_config import differences
+    from megaopus.config.validation import validate
+    from megaopus.data.run_data import RunData
+    from megaopus.planning import estimate
+    from megaopus.planning.memory import precisions
+
+    console = console or Console()
+    world_size = world_size if world_size is not None else config.parallel.model_ranks
+    if problems := validate(config, world_size):
+        raise ConfigError(problems)
+    data = RunData.describe(config.data, config.data_needs())
+    vocab_size = estimate.vocabulary(config, data)
+    console.print(_two_columns("Derived", estimate.derived(config, world_size, data)))
+    if data.kept is not None:
+        console.print(_two_columns("Documents of the pool that the filter keeps", data.kept))
+    changed = {key: f"{value!r}  (default {default!r})" for key, (value, default) in differences(config).items()}
+    console.print(_two_columns("Settings that differ from the default", changed or {"none": ""}))
+    console.print(_mesh_table(config, world_size))
+    console.print(_two_columns("Parameters", estimate.parameter_rows(config, vocab_size)))
+    console.print(_two_columns("Cost", estimate.cost(config, vocab_size)))
+    for precision in precisions(config):
+        console.print(_memory_table(config, vocab_size, world_size, precision))
+    console.print("Start it with:")
+    command = estimate.launch_command(world_size, overrides, config_dir)
+    console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _mesh_table(config: RunConfig, world_size: int) -> Table:
+    from megaopus.planning.estimate import groups
+
+    parallel = config.parallel
+    tp, pp, cp = parallel.tp, parallel.pp, parallel.cp
+    table = Table(title=f"Mesh of {world_size} ranks", title_justify="left")
+    for heading in ("axis", "degree", "groups of ranks"):
+        table.add_column(heading, overflow="fold")
+    degrees = {"tp": tp, "cp": cp, "pp": pp, "dp": world_size // parallel.model_ranks}
+    listed = groups(world_size, tp, pp, cp) if world_size <= LARGEST_TABLE else None
+    for axis, degree in degrees.items():
+        text = " ".join(str(group) for group in listed[axis]) if listed else f"{world_size // degree} of {degree}"
+        table.add_row(axis, str(degree), text, end_section=axis == "dp")
+    return table
+
+
+def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _memory_table(config: RunConfig, vocab_size: int, world_size: int, precision: str) -> Table:
+    """Lay out the memory of the stage that needs most."""
+    from megaopus.planning.estimate import format_bytes
+    from megaopus.planning.memory import memory
+
+    stages = [memory(config, vocab_size, world_size, precision, stage) for stage in range(config.parallel.pp)]
+    totals = [sum(size for size, _ in rows.values()) for rows in stages]
+    stage = totals.index(max(totals))
+    where = f", stage {stage} (the largest)" if config.parallel.pp > 1 else ""
+    table = Table(title=f"Memory per rank in {precision}{where}", title_justify="left")
+    table.add_column("what", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("assumption", overflow="fold")
+    for name, (size, assumption) in stages[stage].items():
+        table.add_row(name, format_bytes(size), assumption)
+    table.add_section()
+    table.add_row("sum", format_bytes(totals[stage]), "without the framework's own memory and temporary buffers")
+    return table

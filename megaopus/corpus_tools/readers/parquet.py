@@ -1,0 +1,31 @@
+"""Reads parquet files, no more than a row group at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megaopus.corpus_tools.readers.registry import Reader, Row, register_reader
+from megaopus.corpus_tools.readers.stored import Stored, needed, no_text_field
+from megaopus.errors import DataError
+
+
+def _rows(stored: Stored) -> Iterator[Row]:
+    """Rows with those of the wanted columns that there are, or all."""
+    path, wanted = stored.path, stored.wanted
+    parquet = needed("pyarrow.parquet", str(path))
+    arrow = needed("pyarrow", str(path))
+    try:
+        stored.pass_bytes()
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if wanted is not None and stored.text_field not in names:
+            raise no_text_field(str(path), stored.text_field, names)
+        columns = None if wanted is None else [name for name in wanted if name in names]
+        batches = file.iter_batches(batch_size=1024, columns=columns)
+        for number, values in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            yield Row(number, f"{path} row {number}", values)
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error}); copy or write it again") from error
+
+
+register_reader("parquet", Reader(endings=(".parquet",), rows=_rows))

@@ -1,0 +1,74 @@
+"""Keeps what documents can be read from, by name: kinds of files by their ending, other things by a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megaopus.corpus_tools.readers.stored import Stored
+from megaopus.registry import Registry
+
+PACKED = (".gz", ".zst")
+
+
+class Row(NamedTuple):
+    """Holds one row of a table and where it stands."""
+
+    number: int
+    """Of its line or row, from 1."""
+    place: str
+    """For messages."""
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Reads one kind of source; its module registers it. Either ``rows`` or ``text`` is there.
+
+    Functions raise DataError, with the place and a remedy, for what cannot be read.
+    """
+
+    endings: tuple[str, ...] = ()
+    """Of the files that it reads, in lower case, such as ``.jsonl``."""
+    prefix: str = ""
+    """Of what it reads that is no file, such as ``hf:``; instead of ``endings``."""
+    rows: Callable[[Stored], Iterator[Row]] | None = None
+    """The rows of a table, in order."""
+    text: Callable[[Stored], str] | None = None
+    """All of a file that is one document."""
+    unit: str = "row"
+    """What its documents are numbered by in messages."""
+    packed: bool = False
+    """Its files may also be .gz or .zst (``Stored`` unpacks them)."""
+    name: Callable[[str], str] = lambda address: address
+    """Of a prefix's: address -> what is written of it, which must not depend on where it lies."""
+    domain: Callable[[str], str] = lambda address: address
+    """Of a prefix's: address -> domain of documents that name none."""
+
+
+READERS: Registry[Reader] = Registry("source", "megaopus.corpus_tools.readers")
+"""Name -> ``Reader``."""
+
+
+def register_reader(name: str, reader: Reader) -> Reader:
+    """Let sources be read by ``reader``. Raises ConfigError if the name is taken."""
+    return READERS.register(name, reader)
+
+
+def reader_of_file(path: Path) -> Reader | None:
+    """The reader of a file, by its last suffix, that of a packed file set aside; None: it has no known ending."""
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in PACKED]
+    ending = suffixes[-1] if suffixes else ""
+    return next((reader for reader in READERS.values() if ending in reader.endings), None)
+
+
+def reader_of_prefix(address: str) -> Reader | None:
+    """The reader of what is named by a prefix; None: it is a path."""
+    return next((r for r in READERS.values() if r.prefix and address.startswith(r.prefix)), None)
+
+
+def endings(*, packed: bool) -> list[str]:
+    """Endings of the files that may be packed, or of those that may not."""
+    return [ending for reader in READERS.values() if reader.packed is packed for ending in reader.endings]

@@ -1,0 +1,152 @@
+"""Reads stored bytes: hashed and counted as they pass, unpacked, and every fault named by its place."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from megaopus.errors import DataError
+
+
+class _Counted(io.RawIOBase):
+    """Shows what passes through a raw file."""
+
+    def __init__(self, raw: IO[bytes], on_bytes: Callable[[memoryview], None]):
+        self._raw, self._on_bytes = raw, on_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self._raw.readinto(buffer)  # type: ignore[attr-defined]
+        self._on_bytes(memoryview(buffer)[:count])
+        return count
+
+
+class Stored:
+    """Gives a reader what is to be read: a file, or what a prefix names."""
+
+    def __init__(
+        self, path: Path, text_field: str, wanted: list[str] | None, on_bytes: Callable[[memoryview], None]
+    ) -> None:
+        """``wanted``: fields that are asked for, None: all of them; ``on_bytes`` is given the bytes as stored."""
+        self.path = path
+        self.text_field = text_field
+        self.wanted = wanted
+        self._on_bytes = on_bytes
+
+    def content(self) -> bytes:
+        """All of the file, unpacked. Raises DataError."""
+        (content,) = self._read(whole=True)
+        return content
+
+    def lines(self) -> Iterator[bytes]:
+        """The file's lines, unpacked. Raises DataError."""
+        return self._read(whole=False)
+
+    def pass_bytes(self) -> None:
+        """Hash and count the file for a reader that does not read it from end to end. Raises OSError."""
+        with self.path.open("rb", buffering=0) as raw:
+            counted = _Counted(raw, self._on_bytes)
+            buffer = bytearray(1 << 20)
+            while counted.readinto(buffer):
+                pass
+
+    def _read(self, whole: bool) -> Iterator[bytes]:
+        """The file's lines, or all of it as one item; gzip and system errors become typed ones."""
+        path, line = self.path, 0
+        try:
+            with path.open("rb", buffering=0) as raw:
+                stream: IO[bytes] = io.BufferedReader(_Counted(raw, self._on_bytes), 1 << 20)
+                if path.suffix.lower() == ".gz":
+                    stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]
+                elif path.suffix.lower() == ".zst":
+                    stream = _unpacked(stream, path)
+                if whole:
+                    yield stream.read()
+                    return
+                for content in stream:
+                    line += 1
+                    yield content
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            place = f"after line {line}" if not whole else "at its start or end"
+            raise DataError(
+                f"{path}: damaged or truncated gzip {place} ({error}); copy or compress the file again"
+            ) from error
+        except _Truncated as error:
+            raise DataError(
+                f"{path}: damaged or truncated zstandard after line {line} ({error}); copy or compress the file again"
+            ) from error
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
+
+
+class _Truncated(Exception):
+    """A zstandard stream that ends early or is none."""
+
+
+def _unpacked(stream: IO[bytes], path: Path) -> IO[bytes]:
+    zstandard = needed("zstandard", str(path))
+
+    class Checked(io.RawIOBase):
+        """The unpacked bytes; the library's own reader takes a stream that was cut off for one that has ended."""
+
+        def __init__(self) -> None:
+            self._unpacker, self._left = zstandard.ZstdDecompressor().decompressobj(), b""
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            while not self._left:
+                if self._unpacker.eof:  # another frame may follow
+                    rest = self._unpacker.unused_data or stream.read(1)
+                    if not rest:
+                        return 0
+                    self._unpacker = zstandard.ZstdDecompressor().decompressobj()
+                else:
+                    rest = stream.read(1 << 16)
+                    if not rest:
+                        raise _Truncated("the file ends within a frame")
+                try:
+                    self._left = self._unpacker.decompress(rest)
+                except zstandard.ZstdError as error:
+                    raise _Truncated(str(error)) from error
+            count = min(len(buffer), len(self._left))
+            buffer[:count], self._left = self._left[:count], self._left[count:]
+            return count
+
+    return io.BufferedReader(Checked(), 1 << 16)
+
+
+def needed(module: str, what: str, extra: str = "data") -> Any:
+    """An optional package; raises DataError, naming ``what`` needs it and the ``extra`` with it, if there is none."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        raise DataError(f"{what}: needs {name}, which is not installed: pip install 'megaopus[{extra}]'") from error
+
+
+def decoded(content: bytes, place: str, first: bool) -> str:
+    """The text of UTF-8, whose mark is left out where it is the ``first`` of a file. Raises DataError."""
+    try:
+        return content.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{place}: not UTF-8 at byte {error.start} (0x{content[error.start]:02x}); convert the file to UTF-8"
+        ) from error
+
+
+def no_text_field(place: str, name: str, fields: Iterable[Any]) -> DataError:
+    """The error of a row or table that has no field for the text."""
+    found = ", ".join(sorted(map(str, fields))) or "none"
+    return DataError(
+        f"{place}: no field '{name}' (fields: {found}); rename the field that holds the document, or name it with"
+        " --text-field"
+    )

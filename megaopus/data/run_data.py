@@ -1,0 +1,167 @@
+"""Opens what a run reads, and counts it: ``check`` describes the very objects that the run draws from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megaopus.data.candidates import CandidateBuffer, CandidateStream, evaluation_buffers
+from megaopus.data.config import DataConfig
+from megaopus.data.corpus import Corpus
+from megaopus.data.mixture import parse_stages
+from megaopus.data.needs import DataNeeds
+from megaopus.data.read_ahead import TokenReader
+from megaopus.data.score_filter import kept_documents
+from megaopus.data.sequences import Sequences
+from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features
+from megaopus.distributed.collectives import on_rank_0
+from megaopus.distributed.mesh import Mesh
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDataSummary:
+    """Counts what a run reads."""
+
+    fingerprint: str
+    """The pool corpus's."""
+    vocab_size: int
+    """The pool corpus's tokenizer's."""
+    domains: list[str]
+    """Domains of the pool corpus."""
+    sequences: dict[str, int]
+    """Split -> sequences that the run draws from: pool (filtered), validation (every domain), and proxy if it is read.
+    """
+    validation: dict[str, int]
+    """Domain -> sequences that each validation runs through."""
+    headline: list[str]
+    """Domains whose mean is the headline validation loss."""
+    epochs: dict[str, float]
+    """Domain -> times that the run goes through its sequences of the pool; equal for all without weights."""
+    weighted: bool
+    """Whether domains are drawn by weight."""
+    kept: dict[str, str] | None
+    """What the filter keeps, in words; None: there is none."""
+
+
+class RunData:
+    """Holds the sequences that a run reads, opened once; no token is read before a batch asks for it.
+
+    ``describe`` and ``open`` share every line, so that what is told beforehand is what the run opens.
+    """
+
+    def __init__(self, data: DataConfig, needs: DataNeeds):
+        """Open the corpora; see ``open``."""
+        self._data, self._needs = data, needs
+        self._opened: dict[str, Corpus] = {}
+        pool = self._corpus(data.path)
+        self.pool = Sequences(pool, "pool", data.seq_len, kept=kept_documents(pool, data.filter))
+        """What candidates and contrast batches are drawn from."""
+        self.validation = Sequences(self._corpus(data.validation_path or data.path), "validation", data.seq_len)
+        """Every domain, wanted or not."""
+        if needs.reads_proxy:
+            _ = self.proxy  # a fault of it comes now
+
+    @classmethod
+    def open(cls, data: DataConfig, needs: DataNeeds) -> RunData:
+        """Open the corpora of a run.
+
+        Raises:
+            DataError: a corpus or score column cannot be read, or a split that is read has no sequence.
+        """
+        return cls(data, needs)
+
+    @classmethod
+    def describe(cls, data: DataConfig, needs: DataNeeds) -> RunDataSummary:
+        """Count what ``open`` opens; writes nothing. Raises DataError as ``open`` and ``candidates`` do."""
+        return cls.open(data, needs).summary()
+
+    @cached_property
+    def proxy(self) -> Sequences:
+        """Open, when first asked, what proxy batches are drawn from: the wanted domains. Raises DataError."""
+        data = self._data
+        return Sequences(self._corpus(data.proxy_path or data.path), "proxy", data.seq_len, data.target_domains or None)
+
+    def candidates(self, reader: TokenReader | None = None) -> CandidateStream:
+        """Draw the buffer of candidates of each step. Raises DataError for a weight of a domain without sequences.
+
+        ``reader``, here and below: reads the tokens of the buffers.
+        """
+        needs = self._needs
+        return CandidateStream(
+            self.pool,
+            needs.buffer_size,
+            needs.seed,
+            steps_per_buffer=needs.steps_per_buffer,
+            stages=parse_stages(self._data.weights),
+            reader=reader,
+        )
+
+    def proxy_batches(self, reader: TokenReader | None = None) -> CandidateStream | None:
+        """Draw the proxy batch of each step; None: the run takes none."""
+        if not self._needs.proxy:
+            return None
+        return CandidateStream(self.proxy, self._needs.proxy_batch_size, self._needs.seed, "proxy", reader=reader)
+
+    def contrast_batches(self, reader: TokenReader | None = None) -> CandidateStream | None:
+        """Draw the batches of the pool that proxy batches are compared with; None: the run takes none."""
+        if not self._needs.contrast:
+            return None
+        return CandidateStream(self.pool, self._needs.proxy_batch_size, self._needs.seed, "contrast", reader=reader)
+
+    def evaluation_buffers(self) -> dict[str, CandidateBuffer]:
+        """Choose the sequences of each domain that every validation runs through."""
+        return evaluation_buffers(self.validation, self._needs.eval_sequences)
+
+    def headline_domains(self) -> list[str]:
+        """Name the domains whose mean is the headline validation loss: the wanted ones, else every one."""
+        return self._data.target_domains or self.validation.domains
+
+    def in_wanted_domains(self, candidates: Any) -> Tensor:
+        """Say which of N candidates are of a wanted domain, (N,) bool; none where no domain is named."""
+        names = candidates.domain_names
+        return torch.tensor([names[index] in self._data.target_domains for index in candidates.domains])
+
+    def text_features(self, mesh: Mesh, console: Console) -> SequenceTextFeatures | None:
+        """Read the text features of the pool, computed by rank 0 if they are not there; None: the run reads none.
+
+        Collective. Raises DataError if their folder cannot be read or written.
+        """
+        if (blocks := self._needs.text_features) is None:
+            return None
+        folder = on_rank_0(mesh, lambda: self.ensure_text_features(console))
+        return SequenceTextFeatures(self.pool, folder, blocks)
+
+    def ensure_text_features(self, console: Console) -> Path:
+        """Compute the text features of the pool if they are not there; returns their folder. Raises DataError."""
+        return ensure_text_features(self.pool, self.proxy, self._data.text_features_path, console)
+
+    def summary(self) -> RunDataSummary:
+        """Count what is open. Raises DataError as ``candidates`` does."""
+        corpus, kept = self.pool.corpus, self.pool.kept
+        drawn = {"pool": self.pool, "validation": self.validation}
+        if self._needs.reads_proxy:
+            drawn["proxy"] = self.proxy
+        return RunDataSummary(
+            fingerprint=corpus.fingerprint,
+            vocab_size=corpus.vocab_size,
+            domains=list(corpus.domains),
+            sequences={split: len(sequences) for split, sequences in drawn.items()},
+            validation={domain: len(buffer) for domain, buffer in self.evaluation_buffers().items()},
+            headline=list(self.headline_domains()),
+            epochs=self.candidates().epochs(self._needs.steps),
+            weighted=bool(self._data.weights),
+            kept=None if kept is None else kept.told(corpus),
+        )
+
+    def _corpus(self, path: str) -> Corpus:
+        if path not in self._opened:
+            self._opened[path] = Corpus.open(path)
+        return self._opened[path]

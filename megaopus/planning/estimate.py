@@ -1,0 +1,215 @@
+"""Works out what a run would be: sizes, costs, memory and layout, without training, GPU or process group."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from megaopus.config.run_config import RunConfig
+from megaopus.data.run_data import RunDataSummary
+from megaopus.distributed.mesh import MeshShape
+from megaopus.models.flops import (
+    VOCAB_MULTIPLE,
+    count_parameters,
+    count_rank_parameters,
+    padded_vocab,
+    training_flops_per_token,
+)
+from megaopus.planning.memory import scoring_micro_batch
+from megaopus.selection.config import BY_LOSS, BY_TEXT_FEATURES, SKETCHES, SelectionConfig
+
+SCORING_COST = {
+    "directional": (2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
+    "adjoint": (1.0, "forward, input gradients, and a product of each layer's with the update on the proxy"),
+    "countsketch": (
+        1.0,
+        "forward, input gradients, and a product of each layer's with the carried-back proxy sketch",
+    ),
+    "kronecker": (2 / 3, "forward and input gradients; the sketches of activations not counted"),
+    "exact": (1.0, "forward and backward per candidate, in float64"),
+    **dict.fromkeys(BY_LOSS, (1 / 3, "one forward")),
+    **dict.fromkeys(BY_TEXT_FEATURES, (0.0, "traits alone, worked out beforehand")),
+    "domain_oracle": (0.0, "labels alone"),
+}
+"""FLOPs per scored token over FLOPs per trained token, and why."""
+GHOST_PASS = 2 / 3  # forward and input gradients
+GRAM_COST = {
+    "countsketch": (1.0, "forward, input gradients and each layer's gradient per sequence; sketching not counted"),
+    "kronecker": SCORING_COST["kronecker"],
+}
+"""The same of sketching every candidate for a Gram matrix."""
+CHOICE_BYTES = 17
+"""Of a row of choices/ with utilities or standing, compressed: 16.3 measured (24 with both, 6 with neither)."""
+
+
+def vocabulary(config: RunConfig, data: RunDataSummary) -> int:
+    """Say how large the model's vocabulary is before padding."""
+    return config.model.vocab_size or data.vocab_size
+
+
+def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str, data: RunDataSummary) -> str:
+    """Tell, in the line that a run prints before step 0, what follows from its settings and the machine."""
+    train = config.train
+    parameters = count_parameters(config.model, vocabulary(config, data), config.data.seq_len)
+    engine = config.engine.name
+    if engine == "deepspeed":
+        engine += f" (ZeRO stage {config.engine.zero_stage})"
+    parts = [
+        f"{shape.world_size} rank(s) on {device}: dp={shape.dp} tp={shape.tp} cp={shape.cp} pp={shape.pp}",
+        f"{parameters:,} parameters, {precision}, {config.optim.name}, {engine}",
+        f"{train.steps} steps of {train.global_batch_size} x {config.data.seq_len} tokens",
+        f"{config.selection.method} picks {train.global_batch_size} of {config.num_candidates()} candidates",
+        f"pool of {data.sequences['pool']:,} sequences ({data.fingerprint[:12]})",
+    ]
+    if data.kept is not None:
+        parts.append(f"filtered {next(iter(data.kept))}: {data.kept['all']}")
+    if data.weighted:
+        drawn = ", ".join(f"{name} {epochs:.2f}" for name, epochs in data.epochs.items())
+        parts.append(f"domains by weight; epochs of each by the last step: {drawn}")
+    return " | ".join(parts)
+
+
+def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[str, str]:
+    """Name -> value of what the settings imply."""
+    train, model, selection = config.train, config.model, config.selection
+    parallel = config.parallel
+    dp = world_size // parallel.model_ranks
+    tokens = train.global_batch_size * config.data.seq_len
+    vocab_size = vocabulary(config, data)
+    rows = {
+        "data-parallel ranks (dp)": f"{dp} = {world_size} ranks"
+        f" / (tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp})",
+        "micro-batches per step": f"{train.global_batch_size // (dp * train.micro_batch_size)} on each rank",
+        "vocabulary": f"{vocab_size:,}, padded to {padded_vocab(vocab_size):,} (a multiple of {VOCAB_MULTIPLE})",
+        "MLP width (ffn)": f"{model.derived_ffn():,}",
+        "head size": f"{model.derived_head_dim()}",
+        "candidates per step (N)": f"{config.num_candidates()}, of which {train.global_batch_size} are picked",
+        "update tokens": f"{tokens:,} per step, {tokens * train.steps:,} in all",
+        "corpus": f"{len(data.domains)} domains ({', '.join(data.domains)})",
+        "sequences": ", ".join(f"{split} {count:,}" for split, count in data.sequences.items()),
+        "each validation": _validation(data),
+        "epochs of candidates": _epochs(config, data),
+    }
+    if config.logging.selection:
+        rows["record of choices"] = _record(config)
+    if selection.prescreen.mode != "off" or selection.score_every > 1:
+        served = f" for {selection.score_every} steps" if selection.score_every > 1 else ""
+        rows["buffer"] = f"{config.buffer_size()} sequences{served}, {config.num_scored()} of them scored exactly"
+    if selection.needs_proxy:
+        share = selection.proxy_batch_size / train.global_batch_size
+        rows["proxy"] = f"{selection.proxy_batch_size} sequences per step, {share:.1%} of the update tokens"
+    if selection.method in BY_LOSS or (selection.needs_proxy and selection.estimator != "exact"):
+        how = "" if selection.score_micro_batch_size else " at most, found from free memory at the first scored step"
+        rows["scoring micro-batch"] = f"{scoring_micro_batch(config, world_size)} on each rank{how}"
+    return rows
+
+
+def _record(config: RunConfig) -> str:
+    """About how large choices/ becomes."""
+    every, kept = config.logging.selection_every, config.train.global_batch_size
+    whole = len(range(0, config.train.steps, every))
+    rows = whole * config.buffer_size() + (config.train.steps - whole) * kept
+    size = rows * CHOICE_BYTES
+    overlaps = 8 * config.buffer_size() * config.train.global_batch_size * config.selection.score_every
+    if config.selection.redundancy > 0 and overlaps <= config.logging.overlaps_mb * 1e6:
+        size += overlaps * len(range(0, config.train.steps, math.lcm(every, config.selection.score_every)))
+    of = "every step" if every == 1 else f"every {every}th step, picks of the others"
+    return f"about {format_bytes(size)}: {rows:,} rows, all candidates of {of} (logging.selection_every)"
+
+
+def _validation(data: RunDataSummary) -> str:
+    """Tell which sequences a validation runs through."""
+    each = ", ".join(f"{domain} {count:,}" for domain, count in data.validation.items())
+    headline = "every domain" if data.headline == list(data.validation) else ", ".join(data.headline)
+    return f"{sum(data.validation.values()):,} sequences ({each}), headline loss over {headline}"
+
+
+def _epochs(config: RunConfig, data: RunDataSummary) -> str:
+    steps, in_use = config.train.steps, config.selection.score_every
+    if data.weighted:
+        return ", ".join(f"{name} {epochs:.2f}" for name, epochs in data.epochs.items()) + f" in {steps:,} steps"
+    per_epoch = data.sequences["pool"] * in_use / config.buffer_size()
+    return f"{steps / per_epoch:.2f} in {steps:,} steps, one in {per_epoch:,.1f}"
+
+
+def scoring_overhead(config: RunConfig) -> float:
+    """FLOPs of selection over FLOPs of training, per step after the warm-up.
+
+    (N/K)(L_score/L_train) x cost of the estimator, plus a forward and backward of the proxy batch at full length (of
+    the pool's too for a contrast). Time differs: scoring has no optimizer step, and forwards alone keep no activations.
+    """
+    selection, train = config.selection, config.train
+    if selection.method == "uniform":
+        return 0.0
+    ratio = _scoring_cost(selection)[0]
+    length = (selection.score_length or config.data.seq_len) / config.data.seq_len
+    every = selection.score_every * (selection.prescreen.every if selection.prescreen.mode == "predict" else 1)
+    proxy = selection.proxy_batch_size / math.lcm(every, selection.proxy_every) if selection.needs_proxy else 0
+    return (config.num_scored() / every * ratio * length + proxy * (1 + selection.contrast)) / train.global_batch_size
+
+
+def _scoring_cost(selection: SelectionConfig) -> tuple[float, str]:
+    """FLOPs per scored token over FLOPs per trained token, and why; of the Gram matrix's sketches too."""
+    ratio, why = SCORING_COST[selection.estimator if selection.needs_proxy else selection.method]
+    if not selection.redundancy or selection.estimator == "exact":
+        return ratio, why
+    sketch, how = GRAM_COST[selection.derived_sketch()]
+    if selection.estimator in SKETCHES:
+        return sketch, how
+    if selection.estimator == "adjoint":  # from one pass
+        return ratio + sketch - GHOST_PASS, f"{why}; the same pass sketches the Gram matrix"
+    return ratio + sketch, f"{why}; then for the Gram matrix {how}"
+
+
+def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
+    """Name -> FLOPs of training and of selection, in words."""
+    flops = training_flops_per_token(config.model, vocab_size, config.data.seq_len)
+    tokens = config.train.global_batch_size * config.data.seq_len * config.train.steps
+    selecting = max(0, config.train.steps - config.selection.warmup_steps) / config.train.steps
+    total = flops * tokens * (1 + scoring_overhead(config) * selecting)
+    rows = {"training": f"{flops:.3e} FLOPs per token (forward and backward, attention included)"}
+    if config.selection.method == "uniform":
+        rows["selection"] = "none (uniform)"
+    else:
+        ratio, why = _scoring_cost(config.selection)
+        rows["scoring"] = f"{ratio:.2f} of a training token per scored token: {why}"
+        rows["expected overhead"] = f"{scoring_overhead(config):.1%} of the training FLOPs of a step, proxy included"
+        rows["steps that score"] = f"{selecting:.0%} (not in the warm-up of {config.selection.warmup_steps} steps)"
+    return rows | {"whole run": f"{total:.3e} FLOPs"}
+
+
+def parameter_rows(config: RunConfig, vocab_size: int) -> dict[str, str]:
+    """Count the parameters of the whole model and of each rank: name -> count, in words."""
+    model, seq_len, tp, pp = config.model, config.data.seq_len, config.parallel.tp, config.parallel.pp
+    rows = {"whole model": f"{count_parameters(model, vocab_size, seq_len):,}"}
+    for stage in range(pp):
+        count = count_rank_parameters(model, vocab_size, seq_len, tp=tp, pp=pp, stage=stage)
+        rows[f"each rank of stage {stage}"] = f"{count:,}  (tp = {tp})"
+    return rows if tp * pp > 1 else {"whole model, on every rank": rows["whole model"]}
+
+
+def launch_command(world_size: int, overrides: Sequence[str], config_dir: Path | None = None) -> str:
+    """The shell command that starts the run on one node."""
+    start = ["python"] if world_size == 1 else ["torchrun", "--nproc-per-node", str(world_size)]
+    folder = ["--config-dir", str(config_dir)] if config_dir is not None else []
+    return shlex.join([*start, "-m", "megaopus", "train", *folder, *overrides])
+
+
+def groups(world_size: int, tp: int, pp: int, cp: int = 1) -> dict[str, list[list[int]]]:
+    """Kind of parallelism -> the groups of ranks that work together in it."""
+    shape = MeshShape(world_size, tp, pp, cp)
+    places = {rank: shape.coordinates(rank)._asdict() for rank in range(world_size)}
+    result: dict[str, list[list[int]]] = {}
+    for name in places[0]:
+        members: dict[tuple[int, ...], list[int]] = {}
+        for rank, place in places.items():
+            members.setdefault(tuple(place[other] for other in place if other != name), []).append(rank)
+        result[name] = list(members.values())
+    return result
+
+
+def format_bytes(size: int) -> str:
+    """Write a size in MiB or GiB."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,175 @@
+"""Keeps a run's folder: config.yaml, environment.json, launch.sh, one of each a launch, and the lock of its job."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from megaopus import __version__
+from megaopus.errors import CheckpointError
+
+LOCK = "lock"
+LAUNCHES = "launches"
+PACKAGES = ("torch", "tokenizers", "numpy")
+"""Whose versions a run's environment.json tells beside our own and the engines'."""
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, made if it is missing and removed again if it is left empty.
+
+    The lock belongs to the process: however that ends, it is free. The file stays and says who had it last.
+
+    Raises:
+        CheckpointError: another job holds it (host and process are named), or the folder cannot be written.
+    """
+    path = run_dir / LOCK
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise CheckpointError(f"{run_dir}: the run folder cannot be written ({error}); set another run_dir") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{run_dir}: another job works in this folder ({_holder(descriptor)}): "
+                "wait for it, stop it, or set another run_dir (nothing was written)"
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f"WARNING {path}: cannot be locked ({error}): never start two jobs in {run_dir}", flush=True)
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        if job := os.environ.get("SLURM_JOB_ID"):
+            holder["slurm_job"] = job
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)
+        try:
+            yield
+        finally:
+            if {each.name for each in run_dir.iterdir()} == {LOCK}:  # a start that failed before it wrote anything
+                path.unlink()
+                with suppress(OSError):
+                    run_dir.rmdir()
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        found = json.loads(os.pread(descriptor, 4096, 0))
+        return ", ".join(f"{key} {value}" for key, value in found.items())
+    except (ValueError, AttributeError):
+        return "it does not say which"
+
+
+def write_run_folder(
+    run_dir: Path,
+    config_yaml: str,
+    *,
+    device: str,
+    world_size: int,
+    first_step: int,
+    corpus: str,
+    packages: Iterable[str] = (),
+) -> None:
+    """Write config.yaml, environment.json and launch.sh: what a launch runs with, where, and how it was started.
+
+    Each launch also keeps them under ``launches/NNN``, so that a resumed run still tells how it began.
+
+    Args:
+        run_dir: the folder, made if it is missing.
+        config_yaml: every setting.
+        device: cpu or cuda.
+        world_size: ranks of the launch.
+        first_step: the first that it takes.
+        corpus: the pool's fingerprint.
+        packages: further ones whose versions are told.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "world_size": world_size,
+        "packages": {"megaopus": __version__, **{name: _version(name) for name in (*PACKAGES, *packages)}},
+        "git": _git_revision(),
+        "arguments": sys.argv[1:],
+        "first_step": first_step,
+        "corpus": corpus,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    contents = {
+        "config.yaml": config_yaml,
+        "environment.json": json.dumps(environment, indent=1) + "\n",
+        "launch.sh": _launch_script(world_size),
+    }
+    try:
+        launches = run_dir / LAUNCHES
+        launches.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(path.name) for path in launches.iterdir() if path.name.isdecimal()), default=-1)
+        partial = launches / "partial"
+        partial.mkdir(exist_ok=True)
+        for name, text in contents.items():
+            _write(partial / name, text)
+        partial.rename(launches / f"{number:03d}")
+        for name, text in contents.items():
+            _write(run_dir / name, text)
+    except OSError as error:
+        raise CheckpointError(f"{run_dir}: the run folder cannot be written ({error}); set another run_dir") from error
+
+
+def _launch_script(world_size: int) -> str:
+    """Write a script that gives the command of this launch again, in the folder it was given in.
+
+    Who starts the ranks without torchrun says how in the environment: MEGAOPUS_LAUNCHER, a whole command.
+    """
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    program = "python"
+    if world_size > 1:
+        nodes = f"--nnodes {world_size // per_node} " if world_size > per_node else ""
+        program = f"torchrun {nodes}--nproc-per-node {per_node}"
+    command = os.environ.get("MEGAOPUS_LAUNCHER") or f"{program} -m megaopus {shlex.join(sys.argv[1:])}"
+    return f"#!/usr/bin/env bash\nset -euo pipefail\ncd {shlex.quote(os.getcwd())}\n{command}\n"
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git_revision() -> str | None:
+    """Ask git for the commit of these sources, with "+" if they have changes; None outside a checkout.
+
+    An installed copy may lie in another project's checkout, which does not track it.
+    """
+    here = Path(__file__).parent
+    try:
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, check=True)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")

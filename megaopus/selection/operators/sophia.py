@@ -1,0 +1,28 @@
+"""Derives P_t of Sophia-G."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from megaopus.selection.operators.maps import Adaptive, ParameterOperator
+from megaopus.selection.operators.registry import operator_of_class
+from megaopus.selection.operators.rule import saturated
+
+
+@operator_of_class("SophiaG")
+def sophia_g(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
+    """Sophia-G: lr (1 - b1) / (rho h + eps); where |b1 m| is above rho h + eps, and the update clipped therefore, 0.
+
+    0 too where h is 0: nothing is known of the curvature. Bounded by a gradient g: the denominator is at least
+    (1 - b1) |g|, so that no weight moves further than lr.
+    """
+    hessian = state.get("hessian")
+    if hessian is None or float(state["step"]) < 1:
+        return None
+    beta1 = group["betas"][0]
+    limit = hessian * group["rho"] + group["eps"]
+    free = (hessian > 0) & (state["exp_avg"].abs() * beta1 <= limit)
+    return Adaptive(lambda gradient: saturated(group["lr"], 1 - beta1, limit, gradient) * free)

@@ -1,0 +1,39 @@
+"""Imports what ranks and runs need, so that a process forked from one that did so starts at once.
+
+Without it a rank spends eight seconds of a CPU on imports. No thread may be started here: a fork has none of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import pkgutil
+import warnings
+
+import megaopus
+from megaopus.distributed.cpu import prepare_megatron
+
+prepare_megatron(on_cpu=True)  # before any other import of megatron-core
+UNUSED = ("megaopus.check", "megaopus.corpus_tools", "megaopus.demo", "megaopus.report", "megaopus.score")
+"""Rooms that a run does not need, and libraries with threads of their own behind them."""
+OURS = [
+    module.name
+    for module in pkgutil.walk_packages(megaopus.__path__, "megaopus.")
+    if not module.name.startswith(UNUSED)
+]
+OTHERS = (
+    "megatron.core.dist_checkpointing",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.transformer.attention",
+    "pytest",
+    "tests.faults",
+    "tests.harness",
+)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # "Apex is not installed"
+    for name in (*OURS, *OTHERS):
+        importlib.import_module(name)
+gc.freeze()  # else a fork's first collection copies every page
