@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,7 @@ def _recorded(path: Path) -> Iterator[None]:
     def step(self: Recorder, record: Any, selection: Any, events: Any = ()) -> None:
         if os.environ["RANK"] == "0":
             kept = {key: value for key, value in selection.facts().items() if key != "events"}
-            arrays = {key: value for key, value in asdict(selection.choices).items() if isinstance(value, np.ndarray)}
+            arrays = {name: np.asarray(selection.choices.values(name)) for name in selection.choices}
             digests = {key: hashlib.sha256(value.tobytes()).hexdigest() for key, value in arrays.items()}
             line = json.dumps({**kept, **digests, "loss": record.loss, "skipped": record.skipped, "lr": record.lr})
             with path.open("a") as stream:

@@ -37,6 +37,7 @@ from megaopus.record.recorder import Recorder
 from megaopus.record.sinks import read_rows
 from megaopus.record.types import StepRecord, ValidationRecord
 from megaopus.report.compare import Run, compare, load_run, paired_t_test
+from megaopus.selection import decide
 from megaopus.selection.prescreen import Prescreen
 from megaopus.training.signals import StopSignal
 
@@ -188,7 +189,7 @@ class StepCost:
 
     step: float
     prescreen: float
-    """Of them, in the prescreen: features looked up, standing, screening, learning."""
+    """Of them, in the prescreen: features looked up, scores, screening, learning."""
 
 
 def step_costs(
@@ -222,29 +223,34 @@ def step_costs(
 class _PrescreenWatch:
     """Adds up the time spent in the prescreen while it is entered."""
 
-    _WATCHED = ("doubt", "standing", "screen", "learn")
+    _WATCHED = (
+        (Prescreen, "distrust_reason"),
+        (Prescreen, "prescreen_score"),
+        (Prescreen, "learn"),
+        (decide, "screen"),
+    )
 
     def __init__(self, now: Callable[[], float]):
         self.seconds = 0.0
         self._now = now
         self._depth = 0
-        self._methods = {name: getattr(Prescreen, name) for name in self._WATCHED}
+        self._functions = {(owner, name): getattr(owner, name) for owner, name in self._WATCHED}
 
     def __enter__(self) -> _PrescreenWatch:
-        for name, method in self._methods.items():
-            setattr(Prescreen, name, self._timed(method))
+        for (owner, name), function in self._functions.items():
+            setattr(owner, name, self._timed(function))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, method in self._methods.items():
-            setattr(Prescreen, name, method)
+        for (owner, name), function in self._functions.items():
+            setattr(owner, name, function)
 
-    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
             began = self._now()
             self._depth += 1
             try:
-                return method(*arguments)
+                return function(*arguments)
             finally:
                 self._depth -= 1
                 if not self._depth:  # they call one another

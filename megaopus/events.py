@@ -6,12 +6,41 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+SELECTION_KINDS = {
+    "selection.alarm.repeats": "too few of the picks were new in the window: picked uniformly",
+    "selection.alarm.sample_size": "the effective sample size was too small: picked uniformly",
+    "selection.alarm.token_pairs": "the picks had too few different token pairs: picked uniformly",
+    "selection.cap_lifted": "too few candidates were within the exposure cap: it was lifted as far as it must be",
+    "selection.fallback.equal_utilities": "all utilities were equal: picked uniformly",
+    "selection.fallback.no_optimizer_state": "the optimizer had no state yet: picked uniformly",
+    "selection.fallback.proxy_not_finite": "the proxy gradient was not finite: picked uniformly",
+    "selection.fallback.too_few_finite": "too few utilities were finite: picked uniformly",
+    "selection.practically_uniform": "raw utilities were so small beside the temperature that draws were uniform",
+    "selection.prescreen_distrusted": "scores of the prescreen contradicted utilities: not used in this step",
+    "selection.utility_not_finite": "utilities of some candidates were not finite: these were not picked",
+}
+"""Kind -> what happened, of the selector's events."""
+_SENTENCES = {
+    r"alarm: \d+% of the picks are new in the window": "selection.alarm.repeats",
+    r"alarm: effective sample size": "selection.alarm.sample_size",
+    r"alarm: \d+ different token pairs": "selection.alarm.token_pairs",
+    r"fewer than \d+ candidates would be trained on": "selection.cap_lifted",
+    r"all utilities are equal": "selection.fallback.equal_utilities",
+    r"the optimizer has no state yet": "selection.fallback.no_optimizer_state",
+    r"the proxy gradient is not finite": "selection.fallback.proxy_not_finite",
+    r"only \d+ candidates have a finite utility": "selection.fallback.too_few_finite",
+    r"raw utilities spread": "selection.practically_uniform",
+    r"alarm: the predictor's correlation": "selection.prescreen_distrusted",
+    r"utility not finite": "selection.utility_not_finite",
+}
+"""How a sentence of version 0.1, which kept nothing else, begins -> its kind."""
+
 
 class Event:
     """Says what kind of thing happened, in words, and with which facts.
 
-    Nothing reads the words: consoles and reports count by ``kind``, replays read ``facts``. Kinds are dotted
-    (``selection.fallback``); docs/report.md lists them.
+    Nothing reads the words: consoles and reports count by ``kind``, replays read ``facts``. Kinds are dotted, and
+    ``SELECTION_KINDS`` (and docs/report.md) list those of the selector.
     """
 
     __slots__ = ("facts", "kind", "text")
@@ -51,5 +80,8 @@ def read_event(row: Event | str | Mapping[str, Any]) -> Event:
 
 
 def kind_of_sentence(text: str) -> str:
-    """Blank the numbers of ``text``: sentences that differ in numbers only are of one kind."""
+    """Name the kind that a sentence of version 0.1 speaks of; of any other, itself with its numbers blanked."""
+    for pattern, kind in _SENTENCES.items():
+        if re.match(pattern, text):
+            return kind
     return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?(\s*,\s*\d+)*", "#", text)

@@ -51,14 +51,18 @@ class Setting:
     max: float | None = None
     above: float | None = None
     below: float | None = None
-    choices: Collection[Any] = ()
-    """Looked at when they are asked for: a registry imports its entries then."""
+    choices: Collection[Any] | Callable[[], Collection[Any]] = ()
+    """Asked for when they are needed: a registry imports its entries then."""
     check: Callable[[Any], str | None] | None = None
     """Says what is wrong with a value, where range and choices cannot."""
     hint: str = ""
     """What to do about a value that is refused; empty: the default is named."""
     members: Mapping[str, HasSettings] | None = None
     """Of a dictionary: who says what it may hold, by the section's ``name``."""
+
+    def options(self) -> tuple[Any, ...]:
+        """The values that it may have; none: any within the range."""
+        return tuple(self.choices() if callable(self.choices) else self.choices)
 
     def bounds(self) -> str:
         """The range as mathematics writes it, ``>= 1`` or ``(0, 1]``; empty: any value."""
@@ -77,10 +81,11 @@ class Setting:
         if self.check is not None and (reason := self.check(value)):
             return reason, self._remedy()
         parts = value if isinstance(value, list | tuple) else [value]
-        if self.choices and (wrong := [part for part in parts if part not in self.choices]):
-            close = did_you_mean(str(wrong[0]), map(str, self.choices))
+        options = self.options()
+        if options and (wrong := [part for part in parts if part not in options]):
+            close = did_you_mean(str(wrong[0]), map(str, options))
             hint = f"; {self.hint}" if self.hint else ""
-            return "unknown choice", f"{close}use one of: {', '.join(map(str, self.choices))}{hint}"
+            return "unknown choice", f"{close}use one of: {', '.join(map(str, options))}{hint}"
         return None if all(map(self._inside, parts)) else (self._outside(), self._remedy())
 
     def _inside(self, value: Any) -> bool:

@@ -38,8 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shared(item: pytest.Item) -> str | None:
     """The file or folder whose module- or session-wide fixtures the case uses; None without any."""
     definitions = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
-    found = [each[-1] for each in definitions.values() if each[-1].scope != "function" and "/" in each[-1].baseid]
-    return min((definition.baseid for definition in found), default=None, key=len)
+    if not any(each[-1].scope != "function" and "/" in each[-1].baseid for each in definitions.values()):
+        return None
+    folder = item.path.parent
+    return str(folder if folder.name != "tests" and (folder / "conftest.py").exists() else item.path)
 
 
 @pytest.fixture(scope="session")

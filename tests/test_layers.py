@@ -28,7 +28,7 @@ MAY_IMPORT: Mapping[str, set[str] | None] = {
     "corpus_tools": {"data"},
     "models": {"distributed"},
     "optim": {"distributed"},
-    "record": {"distributed"},
+    "record": {"distributed", "selection.candidate_table"},
     "checkpoint": {"distributed"},
     "engine": {"checkpoint.pending_save", "distributed", "models", "optim", "selection"},
     "training": {"checkpoint", "data", "distributed", "engine.base", "record", "selection"},

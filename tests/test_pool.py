@@ -105,7 +105,8 @@ def fail_on_rank_1(how: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("raises", "rank 1 failed:\n.*fail_on_rank_1(.|\n)*ZeroDivisionError: of rank 1"), ("dies", "rank 1 died")],
+    [("raises", r"rank 1 failed:\n(.|\n)*ZeroDivisionError: of rank 1"), ("dies", "rank 1 died")],
+    ids=["raises", "dies"],
 )
 def test_the_rank_that_fails_is_named_and_the_others_do_not_keep_the_pool(how: str, message: str, pool: Pool) -> None:
     with pytest.raises(AssertionError, match=message):

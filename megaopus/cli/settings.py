@@ -94,7 +94,7 @@ def _parts(config_dir: Path | None = None) -> list[Part]:
 
 
 def _whole(parts: Iterable[Part]) -> Iterator[Part]:
-    """Each part, and then what its dictionaries may hold, by whose it is; this imports optimizers, and torch."""
+    """Each part, and then what its dictionaries may hold, by whose it is; this imports optimizers."""
     for part in parts:
         yield part
         for entry in part.entries:
@@ -127,9 +127,9 @@ def _named(name: str | None, config_dir: Path | None) -> list[Part]:
 
 def kind_of(entry: Entry) -> str:
     """The type of a setting in words, with its range or choices."""
-    if entry.known.choices:
+    if choices := entry.known.options():
         several = "some of" if typing.get_origin(entry.kind) is list else "one of"
-        return f"{several} {', '.join(map(str, entry.known.choices))}"
+        return f"{several} {', '.join(map(str, choices))}"
     options = typing.get_args(entry.kind) if isinstance(entry.kind, types.UnionType) else (entry.kind,)
     words = [_KINDS.get(option) or _container(option) for option in options if option is not types.NoneType]
     if bounds := entry.known.bounds():

@@ -14,7 +14,9 @@ from megaopus.models.flops import count_parameters, padded_vocab
 from megaopus.settings import did_you_mean
 
 EXACT_LIMIT = 5_000_000
-"""Most parameters the exact estimator is allowed: it makes one float64 gradient per candidate."""
+"""Most parameters that an estimator may have which needs a small model (exact: one float64 gradient a candidate)."""
+ANY_LAYOUT = {"estimator": "selection.estimator=directional", "method": "selection.method=opus"}
+"""What works with every model at every layout."""
 
 CORPUS_RULES = RuleBook()
 
@@ -147,19 +149,16 @@ def _vocabulary_parallel(config: RunConfig, world_size: int | None) -> Iterator[
         yield Problem("parallel.tp", tp, reason, "use a power of two")
 
 
-@CORPUS_RULES.reading("selection.estimator", "selection.method", "model", "data.path", "data.seq_len", "parallel")
-def _exact_estimator(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    if not config.selection.needs_proxy or config.selection.estimator != "exact":
+@CORPUS_RULES.reading("selection.estimator", "selection.method", "model", "data.path", "data.seq_len")
+def _small_model(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    if "small_model" not in (needs := config.selection.needs()):
         return
-    if config.parallel.model_ranks > 1:
-        reason = "one float64 gradient per candidate is taken of a whole model: it needs tp = pp = cp = 1"
-        remedy = "selection.estimator=adjoint or directional work at every layout"
-        yield Problem("selection.estimator", "exact", reason, remedy)
+    key, value, why = needs["small_model"]
     vocab_size = config.model.vocab_size or read_manifest(Path(config.data.path)).get("vocab_size")
     if not isinstance(vocab_size, int):
         return  # no readable corpus: another rule says so
     total = count_parameters(config.model, vocab_size, config.data.seq_len)
     if total > EXACT_LIMIT:
-        reason = f"makes one float64 gradient per candidate: {total:,} parameters are over the limit of {EXACT_LIMIT:,}"
-        remedy = "selection.estimator=directional (the same alignment from two forwards), or a smaller model"
-        yield Problem("selection.estimator", "exact", reason, remedy)
+        reason = f"{why}: {total:,} parameters are over the limit of {EXACT_LIMIT:,}"
+        how = " (the same alignment from two forwards)" if key == "estimator" else ""
+        yield Problem(f"selection.{key}", value, reason, f"{ANY_LAYOUT[key]}{how}, or a smaller model")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megaopus.config.aliases import current
-from megaopus.config.corpus_rules import CORPUS_RULES
+from megaopus.config.corpus_rules import ANY_LAYOUT, CORPUS_RULES
 from megaopus.config.resume_policy import class_of
 from megaopus.config.rulebook import RuleBook
 from megaopus.config.run_config import RunConfig, settings_of
@@ -245,3 +245,14 @@ def _domain_oracle(config: RunConfig, world_size: int | None) -> Iterator[Proble
         yield Problem(
             "selection.method", "domain_oracle", "takes the target domains", "name them: data.target_domains=[NAME]"
         )
+
+
+@RULES.reading("selection.estimator", "selection.method", "parallel")
+def _scoring_layout(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Method and estimator are given whole models and whole sequences where they need them."""
+    needs, parallel = config.selection.needs(), config.parallel
+    for need, degree in (("whole_model", parallel.model_ranks), ("whole_sequence", parallel.cp)):
+        if need in needs and degree > 1:
+            key, value, why = needs[need]
+            remedy = "selection.estimator=adjoint or directional work at every layout"
+            yield Problem(f"selection.{key}", value, why, remedy if key == "estimator" else f"use {ANY_LAYOUT[key]}")

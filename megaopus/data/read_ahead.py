@@ -6,6 +6,7 @@ import threading
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -57,8 +58,10 @@ class TokenReader:
         self._bytes: dict[int, int] = {}
         self._plans: dict[int, deque[Plan]] = {}
         self._pending: dict[int, deque[Reads]] = {}
-        self._turn = threading.Condition()
-        """Who holds it reads, plans or forgets: the thread or the loop."""
+        self._turn = threading.Lock()
+        """Who holds it reads, plans or forgets, the thread or the loop: for as long as a read takes."""
+        self._queue = threading.Condition()
+        """Who holds it, for moments only, changes ``_plans`` and ``_pending``. Taken after ``_turn``."""
         self._loop_waits = self._closed = False
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -69,21 +72,22 @@ class TokenReader:
         A plan for it that the thread has not looked at yet is dropped, as it may rest on what the step changes. Raises
         what the thread met.
         """
-        with self._loops_turn():
+        with self._loops_turn(), self._queue:
             self._step = step
             for by_step in (self._kept, self._bytes, self._pending, self._plans):
                 for old in [each for each in by_step if each < step or (each == step and by_step is self._plans)]:
                     del by_step[old]
 
     def ahead(self, step: int, plan: Plan) -> None:
-        """Read what ``plan`` says, in the thread, for this step or the next; the thread calls it too."""
+        """Read what ``plan`` says, in the thread, for this step or the next; the thread calls it too. Never waits."""
         if self._closed:
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
             self._thread.start()
-        with self._loops_turn():
+        with self._queue:
             self._plans.setdefault(step, deque()).append(plan)
+            self._queue.notify()
 
     def tokens(self, sequences: Sequences, numbers: np.ndarray, length: int | None = None) -> Tensor:
         """Give what ``Sequences.tokens`` gives: (n, length + 1) int64.
@@ -108,9 +112,8 @@ class TokenReader:
         self._closed = True
         if self._thread is None:
             return
-        if self._turn.acquire(timeout=self.patience_s):
-            self._turn.notify()
-            self._turn.release()
+        with self._queue:
+            self._queue.notify()
         self._thread.join(timeout=self.patience_s)
 
     # -- whoever's turn it is ----------------------------------------------------------------------------------------
@@ -123,7 +126,8 @@ class TokenReader:
             if self._error is not None:
                 raise self._error
             yield
-            self._turn.notify()
+        with self._queue:
+            self._queue.notify()
 
     def _rows(self, step: int | None, sequences: Sequences) -> dict[int, np.ndarray]:
         return self._kept.get(-1 if step is None else step, {}).get(sequences, {})
@@ -151,41 +155,61 @@ class TokenReader:
 
     def _run(self) -> None:
         while True:
-            with self._turn:
+            with self._queue:
                 while not self._closed and (self._loop_waits or not (self._plans or self._pending)):
-                    self._turn.wait()
-                if self._closed:
-                    return
-                step = min((*self._plans, *self._pending))
+                    self._queue.wait()
+            if self._closed:
+                return
+            with self._turn:
                 try:
-                    with _named(step):
-                        self._work(step)
+                    self._work()
                 except BaseException as error:
                     self._error = error
                     return
 
-    def _work(self, step: int) -> None:
-        """Look at one plan of ``step``, or read one chunk of what its plans said."""
-        if plans := self._plans.get(step):
-            chunks = self._pending.setdefault(step, deque())
-            for sequences, numbers in plans.popleft()():
-                chunks.extend((sequences, numbers[at : at + CHUNK]) for at in range(0, len(numbers), CHUNK))
-        elif chunks := self._pending.get(step, deque()):
-            sequences, numbers = chunks.popleft()
-            self._read_chunk(step, sequences, numbers.tolist())
-        for by_step in (self._plans, self._pending):
-            if not by_step.get(step, True):
-                del by_step[step]
+    def _work(self) -> None:
+        """Look at one plan, or read one chunk of what the plans said: of the earliest step that has any."""
+        with self._queue:
+            step = min((*self._plans, *self._pending), default=None)
+            plan = None if step is None else _pop(self._plans, step)
+            chunk = None if step is None or plan else _pop(self._pending, step)
+        with _named(step):
+            if step is not None and plan is not None:
+                found = [(sequences, part) for sequences, numbers in plan() for part in _chunks(numbers)]
+                with self._queue:
+                    if found:
+                        self._pending.setdefault(step, deque()).extend(found)
+            if step is not None and chunk is not None:
+                self._read_chunk(step, *chunk)
 
-    def _read_chunk(self, step: int, sequences: Sequences, numbers: list[int]) -> None:
-        now = self._rows(self._step, sequences)
+    def _read_chunk(self, step: int, sequences: Sequences, chunk: np.ndarray) -> None:
+        numbers, now = chunk.tolist(), self._rows(self._step, sequences)
         again = {number: now[number] for number in numbers if number in now} if step != self._step else {}
         self._keep(step, sequences, again)
         missing = [number for number in numbers if number not in again]
-        if not self._room(len(missing) * sequences.width() * sequences.corpus.tokens.itemsize):
-            del self._pending[step]
-            return
-        self._read(step, sequences, missing)
+        if self._room(len(missing) * sequences.width() * sequences.corpus.tokens.itemsize):
+            self._read(step, sequences, missing)
+        else:
+            with self._queue:
+                self._pending.pop(step, None)
+
+
+T = TypeVar("T")
+
+
+def _pop(queues: dict[int, deque[T]], step: int) -> T | None:
+    """Take the first of a step's queue, which goes when it is empty."""
+    queue = queues.get(step)
+    if queue is None:
+        return None
+    first = queue.popleft()
+    if not queue:
+        del queues[step]
+    return first
+
+
+def _chunks(numbers: np.ndarray) -> Iterator[np.ndarray]:
+    return (numbers[at : at + CHUNK] for at in range(0, len(numbers), CHUNK))
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class EngineScoringBackend(ModuleBackend):
     # -- what there is ----------------------------------------------------------------------------------------------
 
     @property
-    def coarse(self) -> bool:
+    def computes_in_16_bits(self) -> bool:
         return self._engine.bf16
 
     def parameters(self) -> dict[str, Tensor]:
@@ -145,7 +145,8 @@ class EngineScoringBackend(ModuleBackend):
                 # a tied output layer is called with the embedding's weight
                 name = EMBEDDING if module.weight is None else names[id(module.weight)]
                 use = collect["column" if column else "row"]
-                layer = GhostLayer(name, module, "linear", sequence_first=True, collect=use)
+                tied = name == EMBEDDING
+                layer = GhostLayer(name, module, "linear", sequence_first=True, collect=use, tied=tied)
             else:
                 continue
             layers.append(layer)
@@ -167,7 +168,7 @@ class EngineScoringBackend(ModuleBackend):
 
     # -- what crosses ranks -----------------------------------------------------------------------------------------
 
-    def sum_ranks(self, values: Tensor) -> None:
+    def _sum_everywhere(self, values: Tensor) -> None:
         """Over model-parallel ranks too: they have parts of the same candidates' numbers."""
         if self._mesh.shape.world_size > 1:
             dist.all_reduce(values)
@@ -179,25 +180,29 @@ class EngineScoringBackend(ModuleBackend):
         dist.broadcast(found, src=0)
         return found.cpu()
 
-    def sum_shards(self, values: Tensor) -> Tensor:
-        return _sum(values, self._mesh.tp_group, self._mesh.shape.tp)
+    def sum_over_model(self, values: dict[str, Tensor], axis: str) -> dict[str, Tensor]:
+        mesh, shape = self._mesh, self._mesh.shape
+        tensor, context, stages = (mesh.tp_group, shape.tp), (mesh.cp_group, shape.cp), (mesh.pp_group, shape.pp)
+        groups = {"matrix": [tensor], "gradient": [tensor, context], "stages": [stages]}[axis]
+        if axis == "gradient" and is_tied(self.module) and shape.pp > 1 and EMBEDDING in values:
+            return self._sum_tied(self._sum_each(values, groups))
+        return self._sum_each(values, groups)
 
-    def sum_stages(self, values: Tensor) -> Tensor:
-        return _sum(values, self._mesh.pp_group, self._mesh.shape.pp)
-
-    def sum_parts(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        shape = self._mesh.shape
-        if not values or shape.tp * shape.cp * shape.pp == 1:
+    def _sum_each(self, values: dict[str, Tensor], groups: list[tuple[Any, int]]) -> dict[str, Tensor]:
+        """Sum over each group of (ranks, how many) in turn, one message each."""
+        if not values or all(size == 1 for _, size in groups):
             return values
         stacked = torch.stack(list(values.values()))
-        stacked = _sum(_sum(stacked, self._mesh.tp_group, shape.tp), self._mesh.cp_group, shape.cp)
-        summed = dict(zip(values, stacked, strict=True))
-        if is_tied(self.module) and shape.pp > 1 and EMBEDDING in summed:
-            from megatron.core import parallel_state
+        for group, size in groups:
+            stacked = _sum(stacked, group, size)
+        return dict(zip(values, stacked, strict=True))
 
-            whole = _sum(summed[EMBEDDING], parallel_state.get_embedding_group(), 2)
-            summed[EMBEDDING] = whole if self._mesh.pp_rank == 0 else torch.zeros_like(whole)
-        return summed
+    def _sum_tied(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum the tied embedding over the stages that hold it, for the first of them to keep."""
+        from megatron.core import parallel_state
+
+        whole = _sum(values[EMBEDDING], parallel_state.get_embedding_group(), 2)
+        return values | {EMBEDDING: whole if self._mesh.pp_rank == 0 else torch.zeros_like(whole)}
 
 
 def _sum(values: Tensor, group: Any, size: int) -> Tensor:

@@ -18,30 +18,13 @@ from megaopus.models.flops import (
     training_flops_per_token,
 )
 from megaopus.planning.memory import scoring_micro_batch
-from megaopus.selection.config import BY_LOSS, BY_TEXT_FEATURES, SKETCHES, SelectionConfig
+from megaopus.selection.config import SelectionConfig
+from megaopus.selection.estimators.registry import ESTIMATORS, scoring_flops
+from megaopus.selection.methods.registry import METHODS, UNIFORM
+from megaopus.selection.registry import Flops
 
-SCORING_COST = {
-    "directional": (2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
-    "adjoint": (1.0, "forward, input gradients, and a product of each layer's with the update on the proxy"),
-    "countsketch": (
-        1.0,
-        "forward, input gradients, and a product of each layer's with the carried-back proxy sketch",
-    ),
-    "kronecker": (2 / 3, "forward and input gradients; the sketches of activations not counted"),
-    "exact": (1.0, "forward and backward per candidate, in float64"),
-    **dict.fromkeys(BY_LOSS, (1 / 3, "one forward")),
-    **dict.fromkeys(BY_TEXT_FEATURES, (0.0, "traits alone, worked out beforehand")),
-    "domain_oracle": (0.0, "labels alone"),
-}
-"""FLOPs per scored token over FLOPs per trained token, and why."""
-GHOST_PASS = 2 / 3  # forward and input gradients
-GRAM_COST = {
-    "countsketch": (1.0, "forward, input gradients and each layer's gradient per sequence; sketching not counted"),
-    "kronecker": SCORING_COST["kronecker"],
-}
-"""The same of sketching every candidate for a Gram matrix."""
 CHOICE_BYTES = 17
-"""Of a row of choices/ with utilities or standing, compressed: 16.3 measured (24 with both, 6 with neither)."""
+"""Of a row of choices/ with utilities or prescreen scores, compressed: 16.3 measured (24 with both, 6 with neither)."""
 
 
 def vocabulary(config: RunConfig, data: RunDataSummary) -> int:
@@ -100,10 +83,18 @@ def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[st
     if selection.needs_proxy:
         share = selection.proxy_batch_size / train.global_batch_size
         rows["proxy"] = f"{selection.proxy_batch_size} sequences per step, {share:.1%} of the update tokens"
-    if selection.method in BY_LOSS or (selection.needs_proxy and selection.estimator != "exact"):
+    if _in_micro_batches(selection):
         how = "" if selection.score_micro_batch_size else " at most, found from free memory at the first scored step"
         rows["scoring micro-batch"] = f"{scoring_micro_batch(config, world_size)} on each rank{how}"
     return rows
+
+
+def _in_micro_batches(selection: SelectionConfig) -> bool:
+    """Tell whether scoring passes take ``score_micro_batch_size`` candidates at a time."""
+    method = METHODS.get(selection.method)
+    if method is not None and method.by_estimator:
+        return ESTIMATORS.find(selection.estimator).micro_batches
+    return method is not None and method.micro_batches
 
 
 def _record(config: RunConfig) -> str:
@@ -141,7 +132,7 @@ def scoring_overhead(config: RunConfig) -> float:
     the pool's too for a contrast). Time differs: scoring has no optimizer step, and forwards alone keep no activations.
     """
     selection, train = config.selection, config.train
-    if selection.method == "uniform":
+    if selection.method == UNIFORM:
         return 0.0
     ratio = _scoring_cost(selection)[0]
     length = (selection.score_length or config.data.seq_len) / config.data.seq_len
@@ -150,17 +141,10 @@ def scoring_overhead(config: RunConfig) -> float:
     return (config.num_scored() / every * ratio * length + proxy * (1 + selection.contrast)) / train.global_batch_size
 
 
-def _scoring_cost(selection: SelectionConfig) -> tuple[float, str]:
-    """FLOPs per scored token over FLOPs per trained token, and why; of the Gram matrix's sketches too."""
-    ratio, why = SCORING_COST[selection.estimator if selection.needs_proxy else selection.method]
-    if not selection.redundancy or selection.estimator == "exact":
-        return ratio, why
-    sketch, how = GRAM_COST[selection.derived_sketch()]
-    if selection.estimator in SKETCHES:
-        return sketch, how
-    if selection.estimator == "adjoint":  # from one pass
-        return ratio + sketch - GHOST_PASS, f"{why}; the same pass sketches the Gram matrix"
-    return ratio + sketch, f"{why}; then for the Gram matrix {how}"
+def _scoring_cost(selection: SelectionConfig) -> Flops:
+    """Find FLOPs per scored token over FLOPs per trained token, and why; of the Gram matrix's sketches too."""
+    flops = METHODS.find(selection.method).flops
+    return flops or scoring_flops(selection.estimator, selection.gram, selection.redundancy > 0)
 
 
 def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
@@ -170,7 +154,7 @@ def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
     selecting = max(0, config.train.steps - config.selection.warmup_steps) / config.train.steps
     total = flops * tokens * (1 + scoring_overhead(config) * selecting)
     rows = {"training": f"{flops:.3e} FLOPs per token (forward and backward, attention included)"}
-    if config.selection.method == "uniform":
+    if config.selection.method == UNIFORM:
         rows["selection"] = "none (uniform)"
     else:
         ratio, why = _scoring_cost(config.selection)

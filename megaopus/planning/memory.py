@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from megaopus.config.run_config import RunConfig
 from megaopus.models.flops import Weight, count_rank_parameters, padded_vocab, stage_weights
-from megaopus.selection.config import SKETCHES, most_per_pass
+from megaopus.selection.config import most_per_pass
+from megaopus.selection.estimators.registry import Sizes, scoring_memory
+from megaopus.selection.methods.registry import METHODS
 
 
 def precisions(config: RunConfig, device: str | None = None) -> list[str]:
@@ -99,22 +101,14 @@ def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight])
         return {}
     average = selection.proxy_ema > 0
     rows = {"proxy gradient": (4 * count * (1 + average), "fp32, with its running average" if average else "fp32")}
-    if selection.estimator == "directional":
-        rows["direction"] = (8 * count, "fp32 direction and a copy of the weights to restore")
-    elif selection.estimator == "adjoint":
-        rows["update on the proxy"] = (4 * count, "fp32, P g_proxy of each matrix")
-    elif selection.estimator == "exact":
-        rows["exact gradients"] = (16 * count, "float64 weights and one candidate's gradient")
-    sketched = [weight for weight in weights if _is_sketched(weight, config)]
-    if selection.estimator in SKETCHES or (selection.redundancy and selection.estimator != "exact"):
-        if selection.derived_sketch() == "countsketch":
-            rows["hashes"] = (9 * sum(weight.numel for weight in sketched), "bucket and sign of each sketched weight")
-        # The alignment needs one micro-batch of one layer at a time, the Gram matrix all of this rank's candidates.
-        share = config.num_scored() // (world_size // config.parallel.model_ranks)
-        kept = share if selection.redundancy else min(share, scoring_micro_batch(config, world_size))
-        layers = len(sketched) if selection.redundancy else 1
-        size = 4 * kept * layers * selection.sketch_dim
-        rows["sketches"] = (size, f"fp32, {kept} candidates x {layers} matrices x {selection.sketch_dim}")
+    if METHODS.find(selection.method).by_estimator:
+        sizes = Sizes(
+            weights=count,
+            matrices=[weight.numel for weight in weights if _is_sketched(weight, config)],
+            candidates=config.num_scored() // (world_size // config.parallel.model_ranks),
+            micro_batch_size=scoring_micro_batch(config, world_size),
+        )
+        rows |= scoring_memory(selection, sizes)
     return rows
 
 

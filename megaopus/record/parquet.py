@@ -1,12 +1,12 @@
-"""Every candidate of every step as parquet files, a row each: written in parts, each whole before it has its name."""
+"""Keeps every candidate of every step in parquet files, a row each: in parts, each whole before it has its name."""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,30 +15,23 @@ import pyarrow.parquet as pq
 
 from megaopus.errors import DataError
 from megaopus.fs import sync
-from megaopus.record.types import Choices
+from megaopus.selection.candidate_table import COLUMNS, RENAMED, STEP, CandidateTable, Column, Lists, Masked
 
 Table = pa.Table
 FOLDER = "choices"
 PART_ROWS = 1 << 17
 """Rows after which a part is written; some 10 MB of memory. Ten overlaps count as a row."""
-SCHEMA = pa.schema(
-    [
-        pa.field("step", pa.int32(), nullable=False),
-        pa.field("id", pa.int64(), nullable=False),
-        pa.field("sequence", pa.int64(), nullable=False),
-        pa.field("domain", pa.dictionary(pa.int32(), pa.string()), nullable=False),
-        pa.field("utility", pa.float64()),
-        pa.field("standing", pa.float64()),
-        pa.field("exposures", pa.int32()),
-        pa.field("squared_norm", pa.float64()),
-        pa.field("overlaps", pa.list_(pa.float64())),
-        pa.field("picked", pa.bool_(), nullable=False),
-        pa.field("probability", pa.float32(), nullable=False),
-    ]
-)
-_DICTIONARY = ["step", "domain", "exposures"]
-_SPLIT = ["utility", "standing", "squared_norm", "probability"]
-"""Floats compress better with their bytes apart, all first ones, all second ones..."""
+_TYPES = {
+    "bool": pa.bool_(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+    "text": pa.dictionary(pa.int32(), pa.string()),
+    "list": pa.list_(pa.float64()),
+}
+SCHEMA = pa.schema([pa.field(each.name, _TYPES[each.dtype], nullable=each.nullable) for each in COLUMNS])
+_ENCODING = {"close": "DELTA_BINARY_PACKED", "bytes": "BYTE_STREAM_SPLIT"}
 
 
 class ChoiceSink:
@@ -55,17 +48,18 @@ class ChoiceSink:
         self._folder = folder
         self._every = every
         self._most = overlaps_mb * 1e6
-        self._waiting: list[tuple[int, Choices]] = []
+        self._waiting: list[tuple[int, CandidateTable]] = []
         self._rows = 0
 
-    def add(self, step: int, choices: Choices) -> None:
+    def add(self, step: int, choices: CandidateTable) -> None:
         """Take in a step's candidates; the arrays must not be changed afterwards."""
         if step % self._every:
-            choices = _picks(choices)
-        if choices.overlaps is not None and choices.overlaps.nbytes > self._most:
-            choices = replace(choices, chosen=None, overlaps=None)
+            choices = choices.picks()
+        overlaps = choices.get("overlaps")
+        if overlaps is not None and overlaps.values.nbytes > self._most:
+            choices, overlaps = choices.without("overlaps"), None
         self._waiting.append((step, choices))
-        self._rows += len(choices.ids) + (0 if choices.overlaps is None else choices.overlaps.size // 10)
+        self._rows += len(choices) + (0 if overlaps is None else len(overlaps.rows) * len(choices) // 10)
         if self._rows >= PART_ROWS:
             self.flush()
 
@@ -77,7 +71,7 @@ class ChoiceSink:
         if not self._waiting:
             return
         path = self._folder / f"part-{self._waiting[0][0]:08d}.parquet"
-        columns = {name: _column(name, self._waiting) for name in SCHEMA.names}
+        columns = {column.name: _column(column, self._waiting) for column in COLUMNS}
         _write(pa.table(columns, schema=SCHEMA), path)
         self._waiting, self._rows = [], 0
 
@@ -119,14 +113,45 @@ def first_step(path: Path) -> int:
 
 
 def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Rows of a part, all columns or some. Raises DataError if it cannot be read or lacks a column."""
+    """Rows of a part, all of ``COLUMNS`` or some, whatever version wrote it.
+
+    Columns have the names that they have now; others are left out, and a nullable one that is not there is null. Raises
+    DataError if the part cannot be read or lacks a column that is never null.
+    """
+    wanted = list(SCHEMA.names if columns is None else columns)
     try:
-        table = pq.read_table(path, columns=None if columns is None else list(columns))
-        if missing := set(columns or SCHEMA.names) - set(table.column_names):
-            raise DataError(f"{path}: no column {', '.join(sorted(missing))}; was it written by this version?")
+        there = {RENAMED.get(name, name): name for name in pq.read_schema(path).names}
+        missing = [name for name in wanted if name not in there]
+        if lacking := [name for name in missing if not SCHEMA.field(name).nullable]:
+            raise DataError(f"{path}: no column {', '.join(lacking)}; is it a part of a run's choices?")
+        table = pq.read_table(path, columns=[there[name] for name in wanted if name in there])
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read ({error}); restore it, or delete it to lose its steps") from error
-    return table
+    table = table.rename_columns([RENAMED.get(name, name) for name in table.column_names])
+    for name in missing:
+        table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
+    return table.select(wanted)
+
+
+def candidates_of(rows: pa.Table, domain_names: Sequence[str]) -> CandidateTable:
+    """The rows of one step as they were recorded; ``domain_names``: their domains, in the order of their numbers.
+
+    Raises DataError for overlaps that are not of its candidates. A name of no domain has the number -1.
+    """
+    columns: dict[str, Any] = {}
+    for column in COLUMNS:
+        values = rows[column.name]
+        if column.name == STEP or (column.nullable and values.null_count == len(values)):
+            continue
+        if column.dtype == "list":
+            columns[column.name] = _read_lists(rows, column.name)
+        elif column.dtype == "text":
+            columns[column.name] = _codes(values.to_pylist(), domain_names)
+        elif values.null_count:
+            columns[column.name] = Masked(values.to_numpy(), values.is_valid().to_numpy())
+        else:
+            columns[column.name] = values.to_numpy()
+    return CandidateTable(columns, domain_names)
 
 
 def read_step(folder: Path, step: int) -> pa.Table:
@@ -156,74 +181,60 @@ def steps_of(table: pa.Table) -> Iterator[tuple[int, slice]]:
             yield int(steps[start]), slice(start, end)
 
 
-def _picks(choices: Choices) -> Choices:
-    """The picked rows of ``choices`` alone, without overlaps: most of those are with rows that go."""
-    at = choices.picked
-
-    def some(values: np.ndarray | None) -> np.ndarray | None:
-        return None if values is None else values[at]
-
-    return Choices(
-        ids=choices.ids[at],
-        sequences=choices.sequences[at],
-        domains=choices.domains[at],
-        domain_names=choices.domain_names,
-        picked=at[at],
-        probabilities=choices.probabilities[at],
-        utilities=some(choices.utilities),
-        scored=some(choices.scored),
-        standing=some(choices.standing),
-        exposures=some(choices.exposures),
-        squared_norms=some(choices.squared_norms),
-    )
-
-
-def _column(name: str, waiting: Sequence[tuple[int, Choices]]) -> pa.Array:
+def _column(column: Column, waiting: Sequence[tuple[int, CandidateTable]]) -> pa.Array:
     """One column of a part."""
-    each = [choices for _, choices in waiting]
-    if name == "step":
+    tables, kind = [table for _, table in waiting], SCHEMA.field(column.name).type
+    if column.name == STEP:
         steps = np.array([step for step, _ in waiting], dtype=np.int32)
-        return pa.array(np.repeat(steps, [len(choices.ids) for choices in each]))
-    if name == "domain":
-        codes = pa.array(np.concatenate([choices.domains for choices in each]).astype(np.int32))
-        return pa.DictionaryArray.from_arrays(codes, pa.array(each[0].domain_names, pa.string()))
-    if name == "overlaps":
-        return pa.concat_arrays([_overlaps(choices) for choices in each])
-    required = {"id": "ids", "sequence": "sequences", "picked": "picked", "probability": "probabilities"}
-    if name in required:
-        values = np.concatenate([getattr(choices, required[name]) for choices in each])
-        return pa.array(values.astype(SCHEMA.field(name).type.to_pandas_dtype(), copy=False))
-    known = [_known(choices, name) for choices in each]
-    masks = np.concatenate([~there for _, there in known])
-    return pa.array(np.concatenate([values for values, _ in known]), SCHEMA.field(name).type, mask=masks)
+        return pa.array(np.repeat(steps, [len(table) for table in tables]))
+    if column.dtype == "list":
+        return pa.concat_arrays([_write_lists(table, column.name) for table in tables])
+    if column.dtype == "text":
+        codes = pa.array(np.concatenate([np.asarray(table[column.name]) for table in tables]).astype(np.int32))
+        return pa.DictionaryArray.from_arrays(codes, pa.array(tables[0].domain_names, pa.string()))
+    parts = [_values(column, table) for table in tables]
+    values = np.concatenate([each for each, _ in parts]).astype(kind.to_pandas_dtype(), copy=False)
+    mask = ~np.concatenate([known for _, known in parts]) if column.nullable else None
+    return pa.array(values, kind, mask=mask)
 
 
-def _known(choices: Choices, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(values (N,), which of them are there (N,) bool) of a column that may have none."""
-    values = {
-        "utility": choices.utilities,
-        "standing": choices.standing,
-        "exposures": choices.exposures,
-        "squared_norm": choices.squared_norms,
-    }[name]
+def _values(column: Column, table: CandidateTable) -> tuple[np.ndarray, np.ndarray]:
+    """(values (N,), which of them are there (N,) bool) of a column."""
+    values, every = table.get(column.name), np.ones(len(table), dtype=bool)
     if values is None:
-        dtype = SCHEMA.field(name).type.to_pandas_dtype()
-        return np.zeros(len(choices.ids), dtype=dtype), np.zeros(len(choices.ids), dtype=bool)
-    if name in ("utility", "squared_norm") and choices.scored is not None:
-        return values, choices.scored
-    return values, np.ones(len(values), dtype=bool)
+        return np.zeros(len(table), dtype=SCHEMA.field(column.name).type.to_pandas_dtype()), ~every
+    if isinstance(values, Masked):
+        return np.asarray(values.values), np.asarray(values.known)
+    return np.asarray(values), every
 
 
-def _overlaps(choices: Choices) -> pa.Array:
-    """A list (N,) for each that was chosen, null for the others."""
-    size, kind = len(choices.ids), SCHEMA.field("overlaps").type
-    if choices.chosen is None or choices.overlaps is None:
+def _write_lists(table: CandidateTable, name: str) -> pa.Array:
+    """A list (N,) for each row that has one, null for the others."""
+    size, kind = len(table), SCHEMA.field(name).type
+    lists = table.get(name)
+    if lists is None:
         return pa.nulls(size, kind)
+    rows = np.asarray(lists.rows)
     lengths = np.zeros(size, dtype=np.int32)
-    lengths[choices.chosen] = size
+    lengths[rows] = size
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    values = pa.array(choices.overlaps[np.argsort(choices.chosen)].reshape(-1))
+    values = pa.array(np.asarray(lists.values)[np.argsort(rows)].reshape(-1))
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, kind, mask=pa.array(lengths == 0))
+
+
+def _read_lists(rows: pa.Table, name: str) -> Lists:
+    there = np.flatnonzero(rows[name].is_valid().to_numpy())
+    lists = rows[name].combine_chunks().drop_null()
+    if set(lists.value_lengths().to_pylist()) != {len(rows)}:
+        step = rows[STEP][0].as_py()
+        raise DataError(f"{FOLDER}/, step {step}: {name} of another number of candidates; restore that part")
+    return Lists(there, lists.flatten().to_numpy().reshape(len(there), len(rows)))
+
+
+def _codes(names: Sequence[str], domain_names: Sequence[str]) -> np.ndarray:
+    """(N,) int64 number of each name; -1 for one of no domain."""
+    numbers = {name: number for number, name in enumerate(domain_names)}
+    return np.array([numbers.get(name, -1) for name in names], dtype=np.int64)
 
 
 def _write(table: pa.Table, path: Path) -> None:
@@ -235,12 +246,8 @@ def _write(table: pa.Table, path: Path) -> None:
             table,
             temporary,
             compression="zstd",
-            use_dictionary=_DICTIONARY,
-            column_encoding={
-                "id": "DELTA_BINARY_PACKED",
-                "sequence": "DELTA_BINARY_PACKED",
-                **dict.fromkeys(_SPLIT, "BYTE_STREAM_SPLIT"),
-            },
+            use_dictionary=[column.name for column in COLUMNS if column.packing == "repeats"],
+            column_encoding={each.name: _ENCODING[each.packing] for each in COLUMNS if each.packing in _ENCODING},
         )
         sync(temporary)
         os.replace(temporary, path)

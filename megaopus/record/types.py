@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from megaopus.events import Event, read_event
 from megaopus.record.formatting import format_bytes, format_count, format_lr
 from megaopus.record.metrics import last, mean, metric, values_of, write_record
+from megaopus.selection.candidate_table import CandidateTable
 
 NOT_RECORDED = "not recorded"
 """The reason of a skipped update in a row of version 0.1, which kept none."""
@@ -127,37 +126,6 @@ class StepRecord:
 
 
 @dataclass(slots=True, kw_only=True)
-class Choices:
-    """The candidates of one step, arrays (N,) in the order of the buffer; see ``megaopus.selection.Selection``."""
-
-    ids: np.ndarray
-    """int64."""
-    sequences: np.ndarray
-    """int64, their numbers in the pool."""
-    domains: np.ndarray
-    """int64, index into ``domain_names``."""
-    domain_names: list[str]
-    picked: np.ndarray
-    """bool."""
-    probabilities: np.ndarray
-    """float64, of the first draw."""
-    utilities: np.ndarray | None = None
-    """float64 as estimated, before standardising; None, as ``scored``, in a step that scores nothing."""
-    scored: np.ndarray | None = None
-    """bool, what ``utilities`` is about."""
-    standing: np.ndarray | None = None
-    """float64, what a prescreen picks or screens by; None where there is none."""
-    exposures: np.ndarray | None = None
-    """int64, times trained on in the window if picked now; None where not counted."""
-    squared_norms: np.ndarray | None = None
-    """float64 of the candidates' updates, nan where not scored; None, as ``overlaps``, without a redundancy term."""
-    chosen: np.ndarray | None = None
-    """int64 (P,), positions of those that the redundancy term was worked out for: what the buffer's steps pick."""
-    overlaps: np.ndarray | None = None
-    """float64 (P, N), inner products of their updates with every candidate's."""
-
-
-@dataclass(slots=True, kw_only=True)
 class SelectionRecord:
     """Records what was chosen in one step, and why."""
 
@@ -204,7 +172,7 @@ class SelectionRecord:
             wandb="selection/realised_fall",
         ),
     )
-    choices: Choices | None = None
+    choices: CandidateTable | None = None
     """Every candidate; None where it is not kept."""
 
     def __post_init__(self) -> None:

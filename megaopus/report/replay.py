@@ -1,4 +1,4 @@
-"""The record of a run beside what made it: picks made again from it (``report --replay``), and the text behind it."""
+"""Makes picks again from the record of a run (``report --replay``), and finds the text behind it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megaopus.errors import DataError
-from megaopus.events import read_event
+from megaopus.events import Event, read_event
 from megaopus.plugins import notes_on_missing
-from megaopus.record.parquet import FOLDER, SCHEMA, Table, first_step, parts, read_part, steps_of
+from megaopus.record.parquet import FOLDER, SCHEMA, Table, candidates_of, first_step, parts, read_part, steps_of
 from megaopus.record.sinks import read_rows
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from megaopus.config.run_config import RunConfig
     from megaopus.data.candidates import CandidateBuffer
     from megaopus.data.run_data import RunData
     from megaopus.selection import Selection
-    from megaopus.selection.replay import Evidence
-    from megaopus.selection.selector import Redundancy
 
 IDENTICAL, DIFFERENT, NOT_ON_RECORD = "identical", "DIFFERENT", "not on record"
 TOLERANCE = 1e-6
@@ -97,7 +93,8 @@ class Record:
             return NOT_ON_RECORD, f"the picks depend on {missing}"
 
     def _replay(self, step: int) -> tuple[str, str]:
-        from megaopus.selection import guards
+        import torch
+
         from megaopus.selection.replay import NamedCandidates, NotOnRecord, replay
 
         config = self.config(step)
@@ -108,21 +105,23 @@ class Record:
         for each in dict.fromkeys((made, step)):
             if lack := self._lack(each):
                 return NOT_ON_RECORD, f"step {each}: {lack}" if each != step else lack
-        rows, evidence = self.rows(step), self._evidence(made)
+        rows, events = self.rows(step), self._events(made)
         stream, proxy = self._streams(step)
-        ids = _tensor(rows["id"].to_numpy())
+        table = candidates_of(self.rows(made), list(self.facts[made]["pool_share"]))
+        ids = torch.from_numpy(rows["id"].to_numpy().copy())
         candidates: Any = NamedCandidates(ids)
         if stream is not None:
             candidates = stream(step)
             if wrong := _other_candidates(rows, candidates):
                 return DIFFERENT, wrong
         else:
-            if any(guards.PAIRS in str(event) for event in map(read_event, self.facts[made]["events"])):
+            if any(event.kind == "selection.alarm.token_pairs" for event in events):
                 raise NotOnRecord("tokens, which are in the corpus alone: there was an alarm on token pairs")
             selection = replace(selection, guards=replace(selection.guards, min_distinct=0.0))
         found = replay(
             selection,
-            evidence,
+            table,
+            events,
             candidates,
             step,
             num_selected=config.train.global_batch_size,
@@ -180,21 +179,12 @@ class Record:
             return f"its {had} candidates were sampled away, only picks were kept (logging.selection_every)"
         return ""
 
-    def _evidence(self, step: int) -> Evidence:
-        from megaopus.selection.prescreen import DOUBT
-        from megaopus.selection.replay import Evidence
-
-        rows, facts = self.rows(step), self.facts[step]
-        names = list(facts["pool_share"])
-        codes = [names.index(name) if name in names else -1 for name in rows["domain"].to_pylist()]
-        return Evidence(
-            utilities=_column(rows, "utility"),
-            standing=_column(rows, "standing"),
-            exposures=_column(rows, "exposures"),
-            redundancy=_redundancy(rows),
-            domains=_tensor(np.array(codes)),
-            doubt=next((text for text in map(str, map(read_event, facts["events"])) if text.startswith(DOUBT)), None),
-        )
+    def _events(self, step: int) -> list[Event]:
+        """What went another way in a step. Raises DataError for a row that is no event."""
+        try:
+            return [read_event(row) for row in self.facts[step]["events"]]
+        except (TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{self.path}/selection.jsonl, step {step}: {error}; restore it") from error
 
     # -- the corpus ---------------------------------------------------------------------------------------------------
 
@@ -283,36 +273,6 @@ def _differences(rows: Table, facts: dict[str, Any], found: Selection, *, scored
         if not np.isclose(float(facts[key]), value, rtol=TOLERANCE):
             said.append(f"{key} recorded {facts[key]}, made again {value}")
     return "; ".join(said)
-
-
-def _column(rows: Table, name: str) -> Tensor | None:
-    """(N,) of a column, nan where a float is null; None where all are."""
-    column = rows[name]
-    if column.null_count == len(column):
-        return None
-    values = column.to_numpy()
-    return _tensor(values if values.dtype.kind == "f" else values.astype(np.int64))
-
-
-def _redundancy(rows: Table) -> Redundancy | None:
-    """None where the step has no overlaps on record. Raises DataError for overlaps that are not of its candidates."""
-    from megaopus.selection.selector import Redundancy
-
-    chosen = np.flatnonzero(rows["overlaps"].is_valid().to_numpy())
-    if not len(chosen):
-        return None
-    lists = rows["overlaps"].combine_chunks().drop_null()
-    if set(lists.value_lengths().to_pylist()) != {len(rows)}:
-        step = rows["step"][0].as_py()
-        raise DataError(f"{FOLDER}/, step {step}: overlaps of another number of candidates; restore that part")
-    overlaps = lists.flatten().to_numpy().reshape(len(chosen), len(rows))
-    return Redundancy(_tensor(rows["squared_norm"].to_numpy()), _tensor(chosen), _tensor(overlaps))
-
-
-def _tensor(values: np.ndarray) -> Tensor:
-    import torch
-
-    return torch.from_numpy(values.copy())
 
 
 def _json(path: Path) -> dict[str, Any]:

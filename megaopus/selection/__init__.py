@@ -19,21 +19,29 @@ if TYPE_CHECKING:
         Proxy,
         ScoringBackend,
         Shard,
+        TextFeatures,
         UpdateOperator,
     )
+    from megaopus.selection.candidate_table import CandidateTable
     from megaopus.selection.candidates import TensorCandidates
+    from megaopus.selection.choice import Selection
     from megaopus.selection.estimators.adjoint import adjoint_utilities
     from megaopus.selection.estimators.countsketch import CountSketch, CountSketchEstimator
     from megaopus.selection.estimators.directional import directional_utilities
     from megaopus.selection.estimators.exact import exact_utilities
     from megaopus.selection.estimators.kronecker import KroneckerEstimator
+    from megaopus.selection.estimators.registry import Request, register_estimator
+    from megaopus.selection.methods.registry import register_method
     from megaopus.selection.operators.build import build_operator
     from megaopus.selection.operators.registry import register_operator
-    from megaopus.selection.selector import Selection, Selector
+    from megaopus.selection.samplers.registry import register_sampler
+    from megaopus.selection.scoring import Scores, ScoringStep
+    from megaopus.selection.selector import Selector
     from megaopus.selection.torch_backend import ModuleBackend
 
 __all__ = [
     "Batch",
+    "CandidateTable",
     "Candidates",
     "CountSketch",
     "CountSketchEstimator",
@@ -42,21 +50,29 @@ __all__ = [
     "KroneckerEstimator",
     "ModuleBackend",
     "Proxy",
+    "Request",
+    "Scores",
     "ScoringBackend",
+    "ScoringStep",
     "Selection",
     "SelectionConfig",
     "Selector",
     "Shard",
     "TensorCandidates",
+    "TextFeatures",
     "UpdateOperator",
     "adjoint_utilities",
     "build_operator",
     "directional_utilities",
     "exact_utilities",
+    "register_estimator",
+    "register_method",
     "register_operator",
+    "register_sampler",
 ]
 _MODULE_OF = {
     "Batch": "backend",
+    "CandidateTable": "candidate_table",
     "Candidates": "backend",
     "CountSketch": "estimators.countsketch",
     "CountSketchEstimator": "estimators.countsketch",
@@ -65,17 +81,24 @@ _MODULE_OF = {
     "KroneckerEstimator": "estimators.kronecker",
     "ModuleBackend": "torch_backend",
     "Proxy": "backend",
+    "Request": "estimators.registry",
+    "Scores": "scoring",
     "ScoringBackend": "backend",
-    "Selection": "selector",
+    "ScoringStep": "scoring",
+    "Selection": "choice",
     "Selector": "selector",
     "Shard": "backend",
     "TensorCandidates": "candidates",
+    "TextFeatures": "backend",
     "UpdateOperator": "backend",
     "adjoint_utilities": "estimators.adjoint",
     "build_operator": "operators.build",
     "directional_utilities": "estimators.directional",
     "exact_utilities": "estimators.exact",
+    "register_estimator": "estimators.registry",
+    "register_method": "methods.registry",
     "register_operator": "operators.registry",
+    "register_sampler": "samplers.registry",
 }
 
 

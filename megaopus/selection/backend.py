@@ -1,4 +1,4 @@
-"""What the selector needs to know about data, model and optimizer; module.py implements it for any nn.Module.
+"""States what the selector must know of data, model and optimizer; torch_backend.py answers for any nn.Module.
 
 Two kinds of ranks: data-parallel ones hold the same weights and each score a share of the candidates; model-parallel
 ones (tensor, pipeline, context) share one model, work on the same candidates and each know a part of every number.
@@ -48,7 +48,7 @@ class Shard:
 
 
 class TextFeatures(Protocol):
-    """What is known of candidates without a model, by their ids (n,)."""
+    """Tells what is known of candidates without a model, by their ids (n,)."""
 
     def features(self, ids: Tensor) -> Tensor:
         """(n, F) float32, entries of the order of 1."""
@@ -138,8 +138,8 @@ class ScoringBackend(Protocol):
         """Where the model computes."""
 
     @property
-    def coarse(self) -> bool:
-        """Whether forward passes see weights rounded to 16 bits."""
+    def computes_in_16_bits(self) -> bool:
+        """Whether forward passes see weights rounded to 16 bits, by autocast or as they are kept."""
 
     def parameters(self) -> dict[str, Tensor]:
         """The weights the optimizer updates (main weights under mixed precision), in a stable order."""
@@ -182,7 +182,7 @@ class ScoringBackend(Protocol):
         They are restored to the last bit after. Collective, and so is ``move``.
         """
 
-    def combine(self, parts: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
+    def sum_over_ranks(self, parts: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) float64 parts of this rank's candidates -> (N,) for the whole buffer, the same on every rank.
 
         One message: parts of one candidate are added over the model-parallel ranks, ``tally`` (k,) over all ranks.
@@ -192,20 +192,16 @@ class ScoringBackend(Protocol):
     def from_rank_0(self, values: Tensor) -> Tensor:
         """The first rank's values, on every rank; on the CPU."""
 
-    def sum_shards(self, values: Tensor) -> Tensor:
-        """Sum over the ranks among which matrices are split."""
+    def sum_over_model(self, values: dict[str, Tensor], axis: str) -> dict[str, Tensor]:
+        """Sum each of ``values`` (by parameter, or one by any name; all of one shape) over model-parallel ranks.
 
-    def sum_parts(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sum, by parameter, over all ranks that see parts of the same candidates' gradients of it.
-
-        A weight that several pipeline stages hold is summed over them and kept by the first (zero on the others).
+        ``axis``: over which. 'matrix': those among which matrices are split. 'gradient': all that see parts of the same
+        candidates' gradients of a parameter; a weight that several pipeline stages hold is summed over them and kept by
+        the first (zero on the others). 'stages': pipeline stages.
         """
 
     def gather_candidates(self, values: Tensor) -> Tensor:
         """Concatenate over the data-parallel ranks, in their order."""
-
-    def sum_stages(self, values: Tensor) -> Tensor:
-        """Sum over pipeline stages."""
 
 
 Proxy = Callable[[int], Candidates]  # step -> the proxy mini-batch of that step

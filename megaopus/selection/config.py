@@ -8,15 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from megaopus.selection.estimators import registry as estimators
+from megaopus.selection.methods import registry as methods
+from megaopus.selection.samplers import registry as samplers
 from megaopus.settings import FIXED, HARMLESS, TRAINING, renamed, setting
 
-METHODS = ("uniform", "opus", "greats", "high_ppl", "low_ppl", "mid_ppl", "dsir", "importance", "domain_oracle")
-BY_LOSS = ("high_ppl", "low_ppl", "mid_ppl")
-BY_TEXT_FEATURES = ("dsir", "importance")
-BY_PROXY = ("opus", "greats")
-ESTIMATORS = ("directional", "adjoint", "countsketch", "kronecker", "exact")
-SKETCHES = ("countsketch", "kronecker")
-SAMPLERS = ("top_k", "boltzmann")
 UTILITIES = ("standardised", "raw")
 SIDES = ("central", "one")
 WINDOWS = ("first", "random", "strided")
@@ -130,7 +126,7 @@ class SelectionConfig:
 
     method: str = setting(
         "uniform",
-        choices=METHODS,
+        choices=methods.names,
         doc="uniform: at random; opus: by utility for the proxy; greats: the same of raw gradients, greedily, less the "
         "overlap with what is picked; high_ppl, low_ppl, mid_ppl: by the candidate's own loss; dsir: by n-gram "
         "log-odds of proxy over pool; importance: by the log of how much likelier the proxy holds such text; "
@@ -146,14 +142,14 @@ class SelectionConfig:
     )
     estimator: str = setting(
         "directional",
-        choices=ESTIMATORS,
+        choices=estimators.names,
         doc="directional: two forwards along the optimizer's step on the proxy; adjoint: exact alignment of the "
         "matrices; countsketch: the paper's; kronecker: two-sided sketches; exact: per-sample gradients in float64 "
         "(oracle).",
     )
     sampler: str = setting(
         "top_k",
-        choices=SAMPLERS,
+        choices=samplers.names,
         doc="top_k: the K highest utilities; boltzmann: K draws without replacement, p ~ exp(utility / temperature).",
     )
     utilities: str = setting(
@@ -173,7 +169,7 @@ class SelectionConfig:
     )
     gram: str = setting(
         "countsketch",
-        choices=SKETCHES,
+        choices=estimators.sketch_names,
         doc="Sketches that stand in for the updates in the Gram matrix of directional and adjoint.",
     )
     warmup_steps: int = setting(
@@ -264,7 +260,7 @@ class SelectionConfig:
     @property
     def needs_proxy(self) -> bool:
         """Whether candidates are scored against a proxy batch."""
-        return self.method in BY_PROXY
+        return "proxy" in methods.needs(self.method)
 
     @property
     def needs_pool(self) -> bool:
@@ -286,29 +282,31 @@ class SelectionConfig:
         """The setting that needs traits of the candidates; empty: none."""
         if self.prescreen.mode != "off":
             return f"selection.prescreen.mode={self.prescreen.mode}"
-        if self.method in BY_TEXT_FEATURES:
+        if "text_features" in methods.needs(self.method):
             return f"selection.method={self.method}"
         if self.guards.domain_floor > 0:
             return "selection.guards.domain_floor"
         return "selection.guards.near_duplicates" if self.guards.near_duplicates else ""
 
+    def needs(self) -> dict[str, tuple[str, str, str]]:
+        """What method and estimator need (``registry.NEEDS``): need -> (setting, its value, the reason in words)."""
+        found = {need: ("method", self.method, why) for need, why in methods.needs(self.method).items()}
+        entry = estimators.ESTIMATORS.get(self.estimator)
+        if methods.by_estimator(self.method) and entry is not None:
+            found |= {need: ("estimator", self.estimator, why) for need, why in entry.needs.items()}
+        return found
+
     def derived_layers(self) -> str:
         """``layers`` with auto resolved for the estimator."""
-        if self.layers != "auto":
-            return self.layers
-        return "all" if self.estimator in ("directional", "exact") else "linear"
+        return estimators.ESTIMATORS.find(self.estimator).auto_layers if self.layers == "auto" else self.layers
 
     def ghost_layers(self) -> str:
         """The layers whose sketches are taken."""
         return "linear" if self.layers == "auto" else self.layers
 
-    def derived_sketch(self) -> str:
-        """The kind of sketch: the estimator's own, or the one chosen for the Gram matrix."""
-        return self.estimator if self.estimator in SKETCHES else self.gram
-
     def problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for settings that do not go together."""
-        if self.redundancy > 0 and self.method not in BY_PROXY:
+        if self.redundancy > 0 and not methods.by_estimator(self.method):
             yield "redundancy", f"method {self.method} has no Gram matrix", "set selection.redundancy=0"
         if self.check_every > 0 and not self.needs_proxy:
             yield "check_every", f"method {self.method} predicts nothing for a proxy", "set selection.check_every=0"

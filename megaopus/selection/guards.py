@@ -1,26 +1,24 @@
-"""What keeps selection from collapsing: a cap on exposures, a floor for each domain, and alarms."""
+"""Keeps selection from collapsing: by a cap on exposures, a floor for each domain, and alarms."""
 
 from __future__ import annotations
 
 import base64
 from array import array
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaopus.selection import counter_rng
-from megaopus.selection.backend import Batch, Candidates
-from megaopus.selection.candidates import tensors_of
-
-PAIRS = "different token pairs"
-"""What the alarm of ``alarm_of_pairs`` speaks of, and no other."""
+from megaopus.events import Event
+from megaopus.selection import counter_rng, sampler
+from megaopus.selection.backend import Batch, Candidates, Proxy
+from megaopus.selection.candidates import as_candidates, tensors_of
 
 
 class Exposure:
-    """How often each sequence was trained on over the last ``window`` steps.
+    """Counts how often each sequence was trained on over the last ``window`` steps.
 
     Sequences are told apart by a 64-bit signature of their tokens, so copies count as one.
     """
@@ -84,8 +82,8 @@ def as_many(batches: Sequence[Candidates]) -> list[Candidates]:
     return [each.take(torch.arange(count)) for each in batches]
 
 
-def alarm_of_pairs(picks: Candidates, others: Sequence[Candidates], level: float) -> str | None:
-    """What to say if ``picks`` repeat themselves: fewer different pairs of tokens than ``level`` times the others'.
+def alarm_of_pairs(picks: Candidates, others: Sequence[Candidates], level: float) -> Event | None:
+    """The alarm if ``picks`` repeat themselves: fewer different pairs of tokens than ``level`` times the others'.
 
     The least of the others counts, and as many sequences of each are compared. None too if batches are not tokens
     (n, T).
@@ -99,7 +97,36 @@ def alarm_of_pairs(picks: Candidates, others: Sequence[Candidates], level: float
     found, *elsewhere = (len(each.unique()) for each in pairs)
     if found >= level * min(elsewhere):
         return None
-    return f"{found} {PAIRS} in {count} picks, {min(elsewhere)} in as many sequences elsewhere"
+    text = f"{found} different token pairs in {count} picks, {min(elsewhere)} in as many sequences elsewhere"
+    return alarm("token_pairs", text, picks=found, elsewhere=min(elsewhere), sequences=count)
+
+
+def token_pair_check(
+    candidates: Candidates, proxy: Proxy | None, level: float, seed: int, step: int, period: int
+) -> Callable[[Tensor], Event | None]:
+    """Make what looks at the picks (n,) of a buffer: beside a uniform draw and, if there is one, the proxy batch.
+
+    ``period``: the number of the buffer, which ``step`` is the first to use.
+    """
+
+    def check(picked: Tensor) -> Event | None:
+        others = compared_with(candidates, proxy, len(picked), seed, step, period)
+        return alarm_of_pairs(candidates.take(picked), others, level)
+
+    return check
+
+
+def compared_with(
+    candidates: Candidates, proxy: Proxy | None, count: int, seed: int, step: int, period: int
+) -> list[Candidates]:
+    """Give what the token pairs of ``count`` picks are compared with: a uniform draw, and the proxy if there is one."""
+    drawn = candidates.take(sampler.pick_uniform(candidates.ids.cpu(), count, seed, period))
+    return [drawn] if proxy is None else [drawn, as_candidates(proxy(step), step)]
+
+
+def alarm(which: str, text: str, **facts: float) -> Event:
+    """The event of an alarm, which makes a step's picks uniform."""
+    return Event(f"selection.alarm.{which}", f"alarm: {text}; picked uniformly", **facts)
 
 
 def quotas(floor: float, domains: Tensor, usable: Tensor, count: int, seed: int, step: int) -> dict[int, int]:

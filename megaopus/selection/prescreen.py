@@ -1,4 +1,4 @@
-"""A linear predictor of utility, fitted to the utilities already paid for."""
+"""Predicts utility by a linear function, fitted to the utilities already paid for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaopus.events import Event
 from megaopus.selection import counter_rng, sampler
 from megaopus.selection.backend import TextFeatures
 from megaopus.selection.config import PrescreenConfig
@@ -24,14 +25,12 @@ _RIDGES = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 """Penalties to choose from; a predictor of noise wants the largest, whose predictions are next to nothing."""
 _FEWEST = 64
 """Scores below which it neither predicts nor is judged."""
-DOUBT = "alarm: the predictor's correlation"
-"""How the event begins by which a step says that its predictor was not trusted."""
 
 
 class Prescreen:
-    """Ridge regression of utilities' normal scores on a candidate's text_features, over a window of the latest scores.
+    """Regresses utilities' normal scores on candidates' text features (ridge), over a window of the latest scores.
 
-    Candidates stand by the sum of what it predicts and ``prior`` times the log of their importance.
+    A candidate's prescreen score is the sum of what it predicts and ``prior`` times the log of the importance.
     A function of what it has learnt, so it is the same on every rank that has seen the same scores.
     """
 
@@ -40,15 +39,15 @@ class Prescreen:
         self._text_features = text_features
         self._ids = torch.empty(0, dtype=torch.int64)
         self._utilities = torch.empty(0, dtype=torch.float64)
-        self._standing = torch.empty(0, dtype=torch.float64)  # at the time, before its score was known; nan: not yet
+        self._scores = torch.empty(0, dtype=torch.float64)  # at the time, before its score was known; nan: not yet
         self._uniform = torch.empty(0, dtype=torch.bool)
         self._steps = torch.empty(0, dtype=torch.int64)
         self._unfitted = 0  # scores since the last fit
         self._weights: Tensor | None = None  # (F + 1,), the intercept last
         self.correlation: float | None = None
-        """Rank correlation of standing with what uniform draws then scored, the latest of them; None while too few."""
+        """Rank correlation of prescreen scores with what uniform draws then scored, the latest; None while too few."""
 
-    def standing(self, ids: Tensor) -> Tensor | None:
+    def prescreen_score(self, ids: Tensor) -> Tensor | None:
         """(n,) float64 that candidates are screened and picked by; None before the first fit if there is no prior."""
         prior, weights = self._config.prior, self._weights
         if weights is None and prior == 0:
@@ -68,11 +67,11 @@ class Prescreen:
         """
         kept = utilities.isfinite()
         ids, utilities, uniform = ids[kept], utilities[kept], uniform[kept]
-        standing = self.standing(ids)
-        if standing is None:
-            standing = torch.full_like(utilities, torch.nan)
+        scores = self.prescreen_score(ids)
+        if scores is None:
+            scores = torch.full_like(utilities, torch.nan)
         steps = torch.full_like(ids, step)
-        new_of = {"_ids": ids, "_utilities": utilities, "_standing": standing, "_uniform": uniform, "_steps": steps}
+        new_of = {"_ids": ids, "_utilities": utilities, "_scores": scores, "_uniform": uniform, "_steps": steps}
         for name, new in new_of.items():
             setattr(self, name, torch.cat([getattr(self, name), new])[-self._config.window :])
         self._unfitted += len(ids)
@@ -85,37 +84,21 @@ class Prescreen:
         if len(judged) < _FEWEST:
             self.correlation = None
             return
-        pairs = [_normal_scores(values[judged], self._steps[judged]) for values in (self._standing, self._utilities)]
+        pairs = [_normal_scores(values[judged], self._steps[judged]) for values in (self._scores, self._utilities)]
         self.correlation = float(torch.corrcoef(torch.stack(pairs))[0, 1].nan_to_num())
 
     @property
     def _judged(self) -> Tensor:
-        return (self._uniform & self._standing.isfinite()).nonzero().flatten()[-_JUDGED:]
+        return (self._uniform & self._scores.isfinite()).nonzero().flatten()[-_JUDGED:]
 
-    def doubt(self) -> str | None:
-        """Why it is not to be trusted now, in words; None: nothing speaks against it."""
+    def distrust_reason(self) -> Event | None:
+        """Why it is not to be trusted now; None: nothing speaks against it."""
         r = self.correlation
         if r is None or r * len(self._judged) ** 0.5 > -_CHANCE:
             return None
         instead = "candidates screened" if self._config.mode == "cascade" else "picked"
-        return f"{DOUBT} with utilities is {r:.2f}; {instead} uniformly"
-
-    def screen(
-        self, ids: Tensor, allowed: Tensor, standing: Tensor | None, count: int, key: int
-    ) -> tuple[Tensor, Tensor]:
-        """(ascending positions to score exactly (count,), which of them are uniform draws (count,) bool).
-
-        ``allowed``: positions to take from. Without ``standing`` all are uniform draws, by noise keyed by ``key``.
-        """
-        drawn = count if standing is None else min(self._config.slice, count)
-        uniform = torch.zeros(len(ids), dtype=torch.bool)
-        uniform[allowed[sampler.pick_top_k(counter_rng.uniform(key, ids[allowed]), ids[allowed], drawn)]] = True
-        chosen = uniform.clone()
-        if standing is not None:
-            rest = allowed[~uniform[allowed]]
-            chosen[rest[sampler.pick_top_k(standing[rest], ids[rest], count - drawn)]] = True
-        scored = chosen.nonzero().flatten()
-        return scored, uniform[scored]
+        text = f"alarm: the predictor's correlation with utilities is {r:.2f}; {instead} uniformly"
+        return Event("selection.prescreen_distrusted", text, correlation=r)
 
     def _fit(self) -> None:
         """w = argmin |X w - y|^2 + ridge |w|^2 over the window, columns centred; y: normal scores.
@@ -144,11 +127,14 @@ class Prescreen:
         self._unfitted = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values; ``load_state_dict`` makes the predictor what it was, to the last bit."""
+        """Plain values; ``load_state_dict`` makes the predictor what it was, to the last bit.
+
+        'standing' is version 0.1's word for prescreen scores; checkpoints of either version are read by the other.
+        """
         return {
             "ids": self._ids.tolist(),
             "utilities": self._utilities.tolist(),
-            "standing": [None if value != value else value for value in self._standing.tolist()],
+            "standing": [None if value != value else value for value in self._scores.tolist()],
             "uniform": self._uniform.int().tolist(),
             "steps": self._steps.tolist(),
             "unfitted": self._unfitted,
@@ -157,16 +143,35 @@ class Prescreen:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``."""
-        standing = [torch.nan if value is None else value for value in state["standing"]]
+        scores = [torch.nan if value is None else value for value in state["standing"]]
         self._ids = torch.tensor(state["ids"], dtype=torch.int64)
         self._utilities = torch.tensor(state["utilities"], dtype=torch.float64)
-        self._standing = torch.tensor(standing, dtype=torch.float64)
+        self._scores = torch.tensor(scores, dtype=torch.float64)
         self._uniform = torch.tensor(state["uniform"], dtype=torch.bool)
         self._steps = torch.tensor(state["steps"], dtype=torch.int64)
         self._unfitted = int(state["unfitted"])
         weights = state["weights"]
         self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
         self._judge()
+
+
+def screen(
+    ids: Tensor, allowed: Tensor, scores: Tensor | None, count: int, uniform_count: int, key: int
+) -> tuple[Tensor, Tensor]:
+    """(ascending positions to score exactly (count,), which of them are uniform draws (count,) bool).
+
+    ``allowed``: positions to take from. ``scores``: (N,), the largest promise most; ``uniform_count`` are drawn
+    uniformly beside them, by noise keyed by ``key``, and all where ``scores`` is None.
+    """
+    drawn = count if scores is None else min(uniform_count, count)
+    uniform = torch.zeros(len(ids), dtype=torch.bool)
+    uniform[allowed[sampler.pick_top_k(counter_rng.uniform(key, ids[allowed]), ids[allowed], drawn)]] = True
+    chosen = uniform.clone()
+    if scores is not None:
+        rest = allowed[~uniform[allowed]]
+        chosen[rest[sampler.pick_top_k(scores[rest], ids[rest], count - drawn)]] = True
+    scored = chosen.nonzero().flatten()
+    return scored, uniform[scored]
 
 
 def _normal_scores(utilities: Tensor, steps: Tensor) -> Tensor:

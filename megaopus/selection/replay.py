@@ -1,39 +1,27 @@
-"""Picks made again from what was recorded of them: the selector itself, with the record in the model's place."""
+"""Makes picks again from what was recorded of them: the same decision, with the record in the model's place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaopus.selection import guards
-from megaopus.selection.backend import Batch, Candidates, Proxy, ScoringBackend, TextFeatures
+from megaopus.events import Event
+from megaopus.selection.backend import Batch, Candidates, Proxy
+from megaopus.selection.candidate_table import CandidateTable
 from megaopus.selection.candidates import as_candidates
+from megaopus.selection.choice import Selection
 from megaopus.selection.config import SelectionConfig
-from megaopus.selection.prescreen import Prescreen
-from megaopus.selection.selector import Redundancy, Selection, Selector
+from megaopus.selection.decide import Evidence, Key, counts_exposures, decide, draws_uniformly
+from megaopus.selection.guards import token_pair_check
+from megaopus.selection.scoring import Scores
 
 
 class NotOnRecord(Exception):
     """The picks depend on something that is not recorded; the message says on what."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What the picks of a buffer rest on, as ``Selection`` told it in the step that made them; (N,) tensors."""
-
-    utilities: Tensor | None
-    """nan where not scored."""
-    standing: Tensor | None
-    exposures: Tensor | None
-    redundancy: Redundancy | None = None
-    domains: Tensor
-    """int64 numbers of the domains, as ``TextFeatures.domains`` counts them."""
-    doubt: str | None = None
-    """The event that begins with ``prescreen.DOUBT``, if there was one."""
 
 
 class NamedCandidates:
@@ -56,7 +44,8 @@ class NamedCandidates:
 
 def replay(
     config: SelectionConfig,
-    evidence: Evidence,
+    table: CandidateTable,
+    events: Sequence[Event],
     candidates: Candidates | Batch,
     step: int,
     *,
@@ -64,134 +53,58 @@ def replay(
     seed: int,
     proxy: Proxy | None = None,
 ) -> Selection:
-    """The selection of ``step`` once more, by ``Selector`` with recorded utilities, standing and exposures.
+    """The selection of ``step`` once more, from recorded utilities, prescreen scores and exposures.
 
-    ``evidence``: of the step that made the picks, the first of the ``score_every`` that share the buffer.
+    ``table`` and ``events``: of the step that made the picks, the first of the ``score_every`` that share the buffer.
     ``candidates``: their tokens are looked at only by ``guards.min_distinct``, as those of ``proxy`` (step -> batch).
     Raises NotOnRecord where the picks depend on more.
     """
-    buffer = as_candidates(candidates, step // config.score_every)
-    selector = _Replay(config, evidence, buffer.ids.cpu(), num_selected=num_selected, seed=seed, proxy=proxy)
-    if turn := step % config.score_every:
-        selector.select(buffer, step - turn)
-    return selector.select(buffer, step)
+    period, turn = divmod(step, config.score_every)
+    buffer = as_candidates(candidates, period)
+    evidence = evidence_of(config, table, events, step - turn)
+    level = config.guards.min_distinct
+    check = token_pair_check(buffer, proxy, level, seed, step - turn, period)
+    choice = decide(replace(evidence, token_pair_alarm=check), config, Key(seed, step - turn), num_selected)
+    return choice.at(step, turn, evidence.ids, num_selected, served=turn > 0)
 
 
-class _Replay(Selector):
-    """A selector that reads where it would ask the model."""
-
-    def __init__(
-        self,
-        config: SelectionConfig,
-        evidence: Evidence,
-        ids: Tensor,
-        *,
-        num_selected: int,
-        seed: int,
-        proxy: Proxy | None,
-    ):
-        text_features = cast(TextFeatures, _TextFeatures(ids, evidence.domains))
-        super().__init__(
-            config,
-            cast(ScoringBackend, _OneRank()),
-            num_selected=num_selected,
-            proxy=proxy or _missing("the proxy's gradient"),
-            pool=_missing("the pool's gradient"),
-            wanted=_missing("which domains were wanted"),
-            seed=seed,
-            text_features=text_features,
-        )
-        self._proxy = proxy
-        self._scorer = cast(Any, _Scores(config, evidence, ids))
-        self._exposure = _Exposures(evidence.exposures)
-        if self._prescreen is not None:
-            self._prescreen = _Prescreen(config.prescreen, text_features)
-            self._prescreen.recorded = evidence
-
-    def _signatures(self, candidates: Candidates) -> Tensor:
-        return candidates.ids  # what they would be counted by is on record
+def evidence_of(config: SelectionConfig, table: CandidateTable, events: Sequence[Event], step: int) -> Evidence:
+    """What the picks of the buffer of ``step`` rest on, but for tokens. Raises NotOnRecord if exposures are missing."""
+    ids = _tensor(table["id"])
+    if draws_uniformly(config, step):
+        return Evidence(ids=ids)
+    exposures = table.get("exposures")
+    if exposures is None and counts_exposures(config):
+        raise NotOnRecord("how often each candidate was trained on, which this step did not record")
+    score = table.get("prescreen_score")
+    return Evidence(
+        ids=ids,
+        score=lambda positions: _scores(config, table, positions),
+        prescreen_score=None if score is None else _tensor(score),
+        distrust=next((event for event in events if event.kind == "selection.prescreen_distrusted"), None),
+        exposures=None if exposures is None else _tensor(exposures).long(),
+        domains=_tensor(table["domain"]),
+    )
 
 
-class _OneRank:
-    world_size = multiple = 1
-    rank = 0
-
-    def from_rank_0(self, values: Tensor) -> Tensor:
-        return values
-
-
-class _TextFeatures:
-    def __init__(self, ids: Tensor, domains: Tensor):
-        self._ids, self._domains = ids, domains
-
-    def domains(self, ids: Tensor) -> Tensor:
-        return self._domains[_positions(self._ids, ids)]
-
-
-class _Scores:
-    """In the scorer's place."""
-
-    def __init__(self, config: SelectionConfig, evidence: Evidence, ids: Tensor):
-        self._diverse, self._evidence, self._ids = config.redundancy > 0, evidence, ids
-
-    def score(self, buffer: Candidates, step: int, events: list[str]) -> tuple[Tensor | None, Tensor | None]:
-        utilities, redundancy = self._evidence.utilities, self._evidence.redundancy
-        if utilities is None:
-            return None, None
-        at = _positions(self._ids, buffer.ids.cpu())
-        if not self._diverse:
-            return utilities[at], None
-        if redundancy is None:
-            n = len(at)
-            raise NotOnRecord(f"inner products of {n} updates, which this step did not keep (logging.overlaps_mb)")
-        whole = torch.full((len(self._ids), len(self._ids)), torch.nan, dtype=torch.float64)
-        whole[:, redundancy.positions] = redundancy.overlaps.t()  # the other columns matter to other picks alone
-        whole.diagonal().copy_(redundancy.squared_norms)
-        return utilities[at], whole[at][:, at]
-
-    def told(self) -> list[str]:
-        return []
+def _scores(config: SelectionConfig, table: CandidateTable, positions: Tensor) -> Scores:
+    """In the model's place: what it said of the candidates at ``positions`` (n,)."""
+    utilities = table.values("utility")
+    if utilities is None:
+        return Scores(utilities=None)
+    found = _tensor(utilities)[positions]
+    if config.redundancy == 0:
+        return Scores(utilities=found)
+    norms, overlaps = table.values("squared_norm"), table.get("overlaps")
+    if norms is None or overlaps is None:
+        n = len(positions)
+        raise NotOnRecord(f"inner products of {n} updates, which this step did not keep (logging.overlaps_mb)")
+    whole = torch.full((len(table), len(table)), torch.nan, dtype=torch.float64)
+    whole[:, _tensor(overlaps.rows)] = _tensor(overlaps.values).t()  # the other columns matter to other picks alone
+    whole.diagonal().copy_(_tensor(norms))
+    return Scores(utilities=found, gram=whole[positions][:, positions])
 
 
-class _Exposures(guards.Exposure):
-    """Counts that are known already."""
-
-    def __init__(self, times: Tensor | None):
-        super().__init__(window=1)
-        self._times = times
-
-    def times(self, signatures: Tensor, ids: Tensor) -> Tensor:
-        if self._times is None:
-            raise NotOnRecord("how often each candidate was trained on, which this step did not record")
-        return self._times
-
-    def record(self, step: int, signatures: Tensor) -> None:
-        return
-
-
-class _Prescreen(Prescreen):
-    """What it said then, and how it screens by it."""
-
-    recorded: Evidence
-
-    def standing(self, ids: Tensor) -> Tensor | None:
-        return self.recorded.standing
-
-    def doubt(self) -> str | None:
-        return self.recorded.doubt
-
-    def learn(self, ids: Tensor, utilities: Tensor, uniform: Tensor, step: int) -> None:
-        return
-
-
-def _positions(ids: Tensor, some: Tensor) -> Tensor:
-    """Where each of ``some`` (n,) is in ``ids`` (N,), which do not repeat."""
-    order = torch.argsort(ids)
-    return order[torch.searchsorted(ids[order], some)]
-
-
-def _missing(what: str) -> Callable[[Any], Any]:
-    def absent(_: Any) -> Any:
-        raise NotOnRecord(what)
-
-    return absent
+def _tensor(values: Any) -> Tensor:
+    """A tensor of its own, of an array that may be read-only."""
+    return values if isinstance(values, Tensor) else torch.from_numpy(values.copy())

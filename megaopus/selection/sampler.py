@@ -1,11 +1,14 @@
-"""Which K of N candidates, given their utilities: float64 on the CPU and keyed by ids, so every rank picks the same."""
+"""Picks K of N candidates by utility: in float64 on the CPU and keyed by ids, so that every rank picks the same."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megaopus.selection import counter_rng
+from megaopus.selection.samplers.registry import SAMPLERS
 
 
 def standardise(utilities: Tensor) -> Tensor:
@@ -14,35 +17,44 @@ def standardise(utilities: Tensor) -> Tensor:
 
 
 def probabilities(utilities: Tensor, temperature: float) -> Tensor:
-    """(N,) softmax(utilities / temperature): the chance of each candidate at the first draw."""
+    """Return (N,) softmax(utilities / temperature): the chance of each candidate at the first draw."""
     return torch.softmax(utilities / temperature, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Says how picks follow from utilities in one step: by which sampler, and by which noise."""
+
+    sampler: str
+    """A name of ``samplers.registry``."""
+    temperature: float
+    seed: int
+    step: int
+
+    def __call__(self, utilities: Tensor, ids: Tensor, *purpose: int | str) -> Tensor:
+        """(n,) float64 of which the largest are picked; ``purpose`` names the noise."""
+        key = counter_rng.key(self.seed, *purpose[:1], self.step, *purpose[1:])
+        return SAMPLERS.find(self.sampler).draw(utilities, ids, self.temperature, key)
 
 
 def pick(
     utilities: Tensor,
     ids: Tensor,
     count: int,
-    temperature: float | None,
-    penalty: Tensor | None,
-    quotas: tuple[Tensor, dict[int, int]] | None,
-    seed: int,
-    step: int,
+    draws: Draws,
+    penalty: Tensor | None = None,
+    quotas: tuple[Tensor, dict[int, int]] | None = None,
 ) -> Tensor:
-    """(count,) positions: the largest utilities, or with ``temperature`` draws; with ``penalty`` one after another.
+    """(count,) positions, as ``draws`` has it; with ``penalty`` (n, n) one after another.
 
-    ``quotas``: ((N,) domains, picks that each gets at least): those come first, from the domain alone.
+    ``quotas``: ((n,) domains, picks that each gets at least): those come first, from the domain alone.
     """
 
     def draw(among: Tensor, count: int) -> Tensor:
         values, names = utilities[among], ids[among]
-        if penalty is not None:
-            overlap = penalty[among][:, among]
-            found = pick_diverse(values, overlap, names, count, temperature=temperature, seed=seed, step=step)
-        elif temperature is not None:
-            found = pick_boltzmann(values, names, count, temperature, seed, step)
-        else:
-            found = pick_top_k(values, names, count)
-        return among[found]
+        if penalty is None:
+            return among[pick_at_once(values, names, count, draws)]
+        return among[pick_diverse(values, penalty[among][:, among], names, count, draws)]
 
     left = torch.ones(len(ids), dtype=torch.bool)
     picked = []
@@ -65,39 +77,21 @@ def pick_top_k(utilities: Tensor, ids: Tensor, count: int) -> Tensor:
     return _largest(utilities, ids, count)
 
 
-def pick_boltzmann(utilities: Tensor, ids: Tensor, count: int, temperature: float, seed: int, step: int) -> Tensor:
-    """(count,) positions drawn one after another without replacement, p ~ exp(utility / temperature) among those left.
-
-    Done at once: the largest of utility / temperature + Gumbel noise are distributed as those draws (Yellott, 1977).
-    """
-    return _largest(
-        utilities / temperature + counter_rng.gumbel(counter_rng.key(seed, "boltzmann", step), ids), ids, count
-    )
+def pick_at_once(utilities: Tensor, ids: Tensor, count: int, draws: Draws) -> Tensor:
+    """(count,) positions, all by one noise."""
+    return _largest(draws(utilities, ids, draws.sampler), ids, count)
 
 
-def pick_diverse(
-    utilities: Tensor,
-    penalty: Tensor,
-    ids: Tensor,
-    count: int,
-    *,
-    temperature: float | None,
-    seed: int,
-    step: int,
-) -> Tensor:
+def pick_diverse(utilities: Tensor, penalty: Tensor, ids: Tensor, count: int, draws: Draws) -> Tensor:
     """(count,) positions picked one after another; each pick s lowers every other utility z by ``penalty[z, s]``.
 
-    ``penalty``: (N, N). With ``temperature`` None each pick is the largest utility, else a draw with
-    p ~ exp(utility / temperature) among those left, by noise of its own.
+    ``penalty``: (n, n). Every pick is a draw among those left, by noise of its own.
     """
     order = torch.argsort(ids)
     left, penalty, ids = utilities[order].clone(), penalty[order][:, order], ids[order]
     picked = []
-    for draw in range(count):
-        score = left
-        if temperature is not None:
-            score = left / temperature + counter_rng.gumbel(counter_rng.key(seed, "diverse", step, draw), ids)
-        best = int(torch.argmax(score))  # the first of equal scores: the smallest id
+    for pick in range(count):
+        best = int(torch.argmax(draws(left, ids, "diverse", pick)))  # the first of equal scores: the smallest id
         picked.append(best)
         left = left - penalty[:, best]
         left[picked] = -torch.inf

@@ -15,14 +15,15 @@ from torch.optim import Optimizer
 from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient, Shard, UpdateOperator
 from megaopus.selection.candidates import map_tensors, tensors_of
 from megaopus.selection.estimators.ghost import GhostCapture
+from megaopus.selection.old_names import OldBackendNames
 from megaopus.selection.operators.build import held_by, operator_of
 from megaopus.selection.operators.registry import factory_of
 
 Loss = Callable[[nn.Module, Batch], Tensor]  # (model, batch of n sequences) -> (n,) mean token loss of each
 
 
-class ModuleBackend:
-    """A module, its optimizer(s) and a per-sequence loss, as the estimators see them.
+class ModuleBackend(OldBackendNames):
+    """Shows a module, its optimizer(s) and a per-sequence loss to the estimators.
 
     ``group``: the data-parallel process group (every rank holds the same weights), or None for one process.
     ``micro_batch_size``: sequences per forward-backward pass of the proxy gradient, on each rank.
@@ -56,8 +57,8 @@ class ModuleBackend:
         return self.world_size
 
     @property
-    def coarse(self) -> bool:
-        """Whether weights are rounded to 16 bits: by autocast around the loop, or as they are."""
+    def computes_in_16_bits(self) -> bool:
+        """Whether forward passes see weights rounded to 16 bits: by autocast around the loop, or as they are kept."""
         return torch.is_autocast_enabled(self.device.type) or any(
             p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in self.module.parameters()
         )
@@ -137,14 +138,17 @@ class ModuleBackend:
     def ghost_layers(self) -> list[GhostLayer]:
         """Every nn.Linear and nn.Embedding whose weight is trained; a tied weight comes once per use."""
         names = {id(p): name for name, p in self.parameters().items()}
-        layers = []
+        found = []
         for module in self.module.modules():
             kind = (
                 "linear" if isinstance(module, nn.Linear) else "embedding" if isinstance(module, nn.Embedding) else None
             )
             if kind is not None and id(module.weight) in names:
-                layers.append(GhostLayer(names[id(module.weight)], module, kind))
-        return layers
+                found.append((names[id(module.weight)], module, kind))
+        kinds: dict[str, set[str]] = {}
+        for name, _, kind in found:
+            kinds.setdefault(name, set()).add(kind)
+        return [GhostLayer(name, module, kind, tied=len(kinds[name]) > 1) for name, module, kind in found]
 
     def ghost_pass(
         self,
@@ -202,19 +206,19 @@ class ModuleBackend:
                 for name, leaf, gradient in zip(names, leaves, found, strict=True)
             }
 
-    def combine(self, parts: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
-        """(n,) values of this rank's candidates -> (N,) of all, and ``tally`` (k,) summed over the ranks; one message.
+    def sum_over_ranks(self, parts: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather (n,) values of this rank's candidates to (N,) of all, and sum ``tally`` (k,); one message.
 
         Each rank fills its own place in a vector of zeros and the vectors are added: exact, and alike on every rank.
         """
         count = len(parts)
         vector = torch.cat([parts.new_zeros(self.world_size * count), tally.to(parts)])
         vector[self.rank * count : (self.rank + 1) * count] = parts
-        self.sum_ranks(vector)
+        self._sum_everywhere(vector)
         return vector[: self.world_size * count], vector[self.world_size * count :]
 
-    def sum_ranks(self, values: Tensor) -> None:
-        """Sum over all ranks, in place."""
+    def _sum_everywhere(self, values: Tensor) -> None:
+        """Sum over all ranks of the job, in place."""
         self.all_reduce([values])
 
     def from_rank_0(self, values: Tensor) -> Tensor:
@@ -225,12 +229,8 @@ class ModuleBackend:
         dist.broadcast(found, group=self.group, group_src=0)
         return found.cpu()
 
-    def sum_shards(self, values: Tensor) -> Tensor:
-        """No matrix is split over ranks."""
-        return values
-
-    def sum_parts(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A candidate's gradient is whole on the rank that scores it."""
+    def sum_over_model(self, values: dict[str, Tensor], axis: str) -> dict[str, Tensor]:
+        """Give ``values`` back: no matrix is split, and a candidate's gradient is whole on the rank that scores it."""
         return values
 
     def gather_candidates(self, values: Tensor) -> Tensor:
@@ -240,10 +240,6 @@ class ModuleBackend:
         parts = [torch.empty_like(values) for _ in range(self.world_size)]
         dist.all_gather(parts, values.contiguous(), group=self.group)
         return torch.cat(parts)
-
-    def sum_stages(self, values: Tensor) -> Tensor:
-        """One stage."""
-        return values
 
     def all_reduce(self, tensors: list[Tensor]) -> None:
         """Sum each tensor over the ranks, in place; one message per dtype."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from torch import Tensor
-
 from megaopus.data.candidates import CandidateBuffer
 from megaopus.engine.base import StepResult
-from megaopus.events import Event, read_event
-from megaopus.record.types import Choices, SelectionRecord, StepRecord
+from megaopus.events import Event
+from megaopus.record.types import SelectionRecord, StepRecord
 from megaopus.selection import Selection
+from megaopus.selection.candidate_table import CandidateTable
 
 
 def step_record(
@@ -55,33 +53,12 @@ def selection_record(
         pool_share=candidates.share(),
         ess=selection.ess,
         max_p_ratio=selection.max_p_ratio,
-        events=list(map(read_event, selection.events)),
+        events=selection.events,
         predicted_fall=None if realised_fall is None else selection.predicted_fall,
         uniform_fall=None if realised_fall is None else selection.uniform_fall,
         realised_fall=realised_fall,
-        choices=_choices(candidates, selection),
-    )
-
-
-def _choices(candidates: CandidateBuffer, selection: Selection) -> Choices:
-    def array(values: Tensor | None) -> np.ndarray | None:
-        return None if values is None else values.numpy()
-
-    redundancy = selection.redundancy
-    picked = np.zeros(len(candidates), dtype=bool)
-    picked[selection.indices.numpy()] = True
-    return Choices(
-        ids=candidates.ids.numpy(),
-        sequences=candidates.sequence_ids,
-        domains=candidates.domains,
-        domain_names=candidates.domain_names,
-        picked=picked,
-        probabilities=selection.probabilities.numpy(),
-        utilities=array(selection.utilities),
-        scored=array(selection.scored),
-        standing=array(selection.standing),
-        exposures=array(selection.exposures),
-        squared_norms=None if redundancy is None else redundancy.squared_norms.numpy(),
-        chosen=None if redundancy is None else redundancy.positions.numpy(),
-        overlaps=None if redundancy is None else redundancy.overlaps.numpy(),
+        choices=CandidateTable(
+            {**selection.columns, "sequence": candidates.sequence_ids, "domain": candidates.domains},
+            candidates.domain_names,
+        ),
     )

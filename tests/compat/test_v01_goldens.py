@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megaopus.build import build_engine
 from megaopus.config.compose import compose
-from megaopus.data.candidates import CandidateStream
+from megaopus.data.candidates import CandidateStream, evaluation_buffers
 from megaopus.data.config import FilterConfig
 from megaopus.data.corpus import Corpus
 from megaopus.data.mixture import parse_stages
@@ -80,9 +80,9 @@ def test_picks_of_the_samplers(draws: dict[str, Any]) -> None:
     key = {"seed": draws["seed"], "step": draws["step"]}
     found = {
         "uniform": sampler.pick_uniform(ids, 5, **key),
-        "boltzmann": sampler.pick_boltzmann(utilities, ids, 5, 0.9, **key),
-        "diverse": sampler.pick_diverse(utilities, penalty, ids, 5, temperature=0.9, **key),
-        "greedy": sampler.pick_diverse(utilities, penalty, ids, 5, temperature=None, **key),
+        "boltzmann": sampler.pick(utilities, ids, 5, sampler.Draws("boltzmann", 0.9, **key)),
+        "diverse": sampler.pick(utilities, ids, 5, sampler.Draws("boltzmann", 0.9, **key), penalty),
+        "greedy": sampler.pick(utilities, ids, 5, sampler.Draws("top_k", 0.9, **key), penalty),
     }
     assert {name: picks.tolist() for name, picks in found.items()} == {name: draws[name] for name in found}
     quotas = guards.quotas(0.7, domains, domains, 5, **key)
@@ -203,7 +203,9 @@ def test_orders_of_candidates(name: str, corpus: Corpus) -> None:
 def test_sequences_to_validate_on(corpus: Corpus) -> None:
     sequences = Sequences(corpus, "validation", 32)
     assert sequences.key == GOLDEN["data"]["validation_key"]
-    assert {name: part.ids.tolist() for name, part in sequences.fixed(4).items()} == GOLDEN["data"]["fixed"]
+    assert {name: part.ids.tolist() for name, part in evaluation_buffers(sequences, 4).items()} == GOLDEN["data"][
+        "fixed"
+    ]
 
 
 def test_traits_are_the_same_and_lie_where_they_lay(corpus: Corpus, tmp_path: Path) -> None:
@@ -269,7 +271,7 @@ def test_weights_before_the_first_update(name: str, tmp_path: Path) -> None:
             weights = {key: value.detach() for key, value in build_engine(config, mesh, 320).named_parameters()}
             seed_dropout(mesh, SEED, 5)
             assert torch.initial_seed() == golden["dropout"]
-            chances = SampledLabels(mesh, SEED, 5).chances(torch.tensor([0, 3]), 2)
+            chances = SampledLabels(mesh, SEED, 5).uniforms(torch.tensor([0, 3]), 2)
         finally:
             mesh.close()
     assert all(close(row, wanted) for row, wanted in zip(chances.tolist(), golden["chances"], strict=True))

@@ -34,7 +34,7 @@ from megaopus.selection import (
     register_operator,
 )
 from megaopus.selection.config import GuardConfig, PrescreenConfig
-from megaopus.selection.operators import Diagonal
+from megaopus.selection.operators import Diagonal, registry
 
 NAMES = [
     *("Batch", "Candidates", "CountSketch", "CountSketchEstimator", "GhostLayer", "Gradient", "KroneckerEstimator"),
@@ -352,7 +352,6 @@ def test_fields_of_a_selection() -> None:
     assert found.predicted_fall == pytest.approx(float(found.utilities[found.indices].mean()))
     assert found.uniform_fall == pytest.approx(float(found.utilities.mean()))
     assert (found.events, isinstance(found.notes, list), found.seconds > 0) == ([], True, True)
-    assert dataclasses.replace(found, standing=found.utilities).standing is found.utilities
 
 
 def test_fields_of_a_predictors_selection() -> None:
@@ -402,9 +401,7 @@ def test_functions_on_a_backend() -> None:
 
 def test_an_own_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule registered for a class, with the operator that docs/selection.md shows."""
-    from megaopus.selection import update_rules
-
-    monkeypatch.setattr(update_rules, "_FACTORIES", dict(update_rules._FACTORIES))
+    monkeypatch.setattr(registry, "_REGISTERED", {})
     register_operator("Rprop", lambda group, state, parameter: Diagonal(torch.tensor(group["lr"])))
     model = Model()
     backend = ModuleBackend(model, torch.optim.Rprop(model.parameters(), lr=LR), loss)

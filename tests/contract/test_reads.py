@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megaopus import build
 from megaopus.config.compose import compose
@@ -106,31 +106,31 @@ def idle(reader: TokenReader) -> None:
         with reader._turn:
             if not (reader._plans or reader._pending):
                 return
-            reader._turn.notify()
+        time.sleep(0.001)
 
 
 def expected(config: RunConfig, data: RunData, record: SelectionRecord) -> set[tuple[str, int]]:
     """What one process needs to score, to compare token pairs, and to train in this step."""
     step, selection, choices = record.step, config.selection, record.choices
     assert choices is not None
-    pool = {number for number, is_picked in zip(choices.sequences, choices.picked, strict=True) if is_picked}
-    scored = np.zeros(len(choices.ids), dtype=bool) if choices.scored is None else choices.scored
-    pool |= set(choices.sequences[scored])
+    sequences, utility = choices["sequence"], choices.get("utility")
+    scored = np.zeros(len(choices), dtype=bool) if utility is None else utility.known.numpy()
+    pool = {*sequences[choices["picked"].numpy()], *sequences[scored]}
     proxy: set[int] = set()
     proxies, contrasts = data.proxy_batches(), data.contrast_batches()
     period, first = step // selection.score_every, step % selection.score_every == 0
     if selection.method != "uniform" and not (selection.needs_text_features or record.method == "uniform"):
-        pool |= set(choices.sequences)  # signatures are of tokens then
-    if scored.any() and step % selection.proxy_every == 0:
+        pool |= set(sequences)  # signatures are of tokens then
+    if scored.any() and (step % selection.proxy_every == 0 or step == selection.warmup_steps):  # the first, or in turn
         assert proxies is not None
         proxy |= set(proxies.at(step).sequence_ids)
         if contrasts is not None:
             pool |= set(contrasts.at(step).sequence_ids)
     if record.method != "uniform" and first and proxies is not None:  # the alarm compares as many pairs of tokens
         chosen = PICKED * selection.score_every
-        several = sampler.pick_uniform(torch.from_numpy(choices.ids), chosen, config.seed, period)
+        several = sampler.pick_uniform(choices["id"], chosen, config.seed, period)
         count = min(chosen, PROXY)
-        pool |= set(choices.sequences[several[:count]])
+        pool |= set(sequences[several[:count]])
         proxy |= set(proxies.at(step).sequence_ids[:count])
     return {("pool", int(n)) for n in pool} | {("proxy", int(n)) for n in proxy}
 
@@ -159,9 +159,9 @@ def test_a_step_reads_what_it_uses_once(recipe: str, tiny_corpus: Path, tmp_path
         assert not needless, record.step
     assert log.in_all == sum(map(len, log.reads.values()))  # nothing is read past the reader
     if recipe == "default":
-        usual = [len(log.reads[record.step]) for record in log.records if record.choices.scored is None]
+        usual = [len(log.reads[record.step]) for record in log.records if record.choices.get("utility") is None]
         assert max(usual) < 32 == log.records[0].candidates
-    picks = {record.step: np.flatnonzero(record.choices.picked).tolist() for record in log.records}
+    picks = {record.step: np.flatnonzero(record.choices["picked"]).tolist() for record in log.records}
     known = {step: foreseen for step, foreseen in log.foreseen.items() if foreseen}
     assert known == {step: picks[step] for step in known}
     by_scores = {"cascade": {0, 1}, "exact": {0, 1}}  # what scores decide is not known ahead
@@ -184,5 +184,5 @@ def test_picks_do_not_depend_on_what_is_read_ahead(tiny_corpus: Path, tmp_path: 
     for one, other in zip(ahead, log.records, strict=True):
         assert one.choices is not None
         assert other.choices is not None
-        np.testing.assert_array_equal(one.choices.picked, other.choices.picked)
-        np.testing.assert_array_equal(one.choices.probabilities, other.choices.probabilities)
+        np.testing.assert_array_equal(one.choices["picked"], other.choices["picked"])
+        np.testing.assert_array_equal(one.choices["probability"], other.choices["probability"])

@@ -10,7 +10,7 @@ import pytest
 
 from megaopus.record import parquet as choices_module
 from megaopus.record.parquet import FOLDER, ChoiceSink, parts
-from megaopus.record.types import Choices
+from megaopus.selection.candidate_table import CandidateTable
 
 PAGE = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
 
@@ -28,17 +28,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sink = ChoiceSink(tmp_path / "runs" / "opus" / FOLDER)
     for step in range(990, 1010):
         utilities = np.arange(8.0)
-        choices = Choices(
-            ids=np.arange(8) + 8 * step,
-            sequences=np.arange(8) if step == 995 else 8 + (np.arange(8) + 8 * step) % 400,
-            domains=np.arange(8) // 4,
-            domain_names=["books", "code"],
-            picked=np.array([1, 1, 1, 0, 0, 0, 0, 1], dtype=bool),
-            probabilities=np.full(8, 1 / 8),
-            utilities=utilities if step % 2 else None,
-            scored=np.ones(8, dtype=bool) if step % 2 else None,
-        )
-        sink.add(step, choices)
+        columns = {
+            "id": np.arange(8) + 8 * step,
+            "sequence": np.arange(8) if step == 995 else 8 + (np.arange(8) + 8 * step) % 400,
+            "domain": np.arange(8) // 4,
+            "picked": np.array([1, 1, 1, 0, 0, 0, 0, 1], dtype=bool),
+            "probability": np.full(8, 1 / 8),
+        }
+        sink.add(step, CandidateTable(columns | ({"utility": utilities} if step % 2 else {}), ["books", "code"]))
     sink.flush()
     assert len(parts(tmp_path / "runs" / "opus" / FOLDER)) == 3
     return tmp_path

@@ -12,7 +12,9 @@ from torch import Tensor
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
-from megaopus.selection import SelectionConfig, Selector
+from megaopus.selection import Scores, SelectionConfig, Selector
+from megaopus.selection.estimators.registry import ESTIMATORS
+from megaopus.selection.methods.registry import METHODS
 from tests.harness import MODELS, example, random_batch, tiny_engine
 
 FIRST = ("adamw", "muon")
@@ -20,18 +22,19 @@ FIRST = ("adamw", "muon")
 CASES = tuple((model, optimizer) for model in ("gpt2-4-layers", "llama-4-layers") for optimizer in FIRST)
 COMMON: dict[str, Any] = {"method": "opus", "proxy_batch_size": 4, "score_micro_batch_size": 4, "sketch_dim": 256}
 SETTINGS: dict[str, dict[str, Any]] = {
-    # a whole step: the difference of two fp32 losses is then well above their rounding
-    "directional": {"redundancy": 0.5, "epsilon": 1.0},
     "directional-blocks": {"layers": r"layers\.[13]\.", "epsilon": 4.0, "score_length": 8, "proxy_ema": 0.0},
-    "adjoint": {"estimator": "adjoint", "layers": "all", "proxy_ema": 0.0},
-    "countsketch": {"estimator": "countsketch", "sampler": "boltzmann"},
-    "kronecker": {"estimator": "kronecker", "redundancy": 0.5},
-    "greats": {"method": "greats", "estimator": "adjoint", "utilities": "raw", "redundancy": 1.0, "proxy_ema": 0.0},
-    "high_ppl": {"method": "high_ppl"},
-    "low_ppl": {"method": "low_ppl"},
-    "mid_ppl": {"method": "mid_ppl"},
-    "domain_oracle": {"method": "domain_oracle"},
+    **{
+        entry.name: {"estimator": entry.name, **entry.example}
+        for entry in ESTIMATORS
+        if "whole_model" not in entry.needs
+    },
+    **{
+        entry.name: {"method": entry.name, **entry.example}
+        for entry in METHODS
+        if entry.name != COMMON["method"] and not entry.needs.keys() & {"whole_model", "text_features"}
+    },
 }
+"""Every estimator and method that works at more layouts than one process, by the settings of its entry."""
 LAYOUTS = {
     "dp2": (2, ParallelConfig()),
     "dp4": (4, ParallelConfig()),
@@ -85,9 +88,10 @@ class ShowingGram(Selector):
 
     gram: Tensor | None = None
 
-    def _score(self, *asked: Any) -> tuple[Tensor | None, Tensor | None]:
-        found, self.gram = super()._score(*asked)
-        return found, self.gram
+    def _score(self, *asked: Any) -> Scores:
+        found = super()._score(*asked)
+        self.gram = found.gram
+        return found
 
 
 def select(engine: Any, **settings: Any) -> Picks:
@@ -122,8 +126,16 @@ def proxy_loss(engine: Any) -> float:
     )
 
 
+def served(engine: Any, names: Iterable[str] = SETTINGS) -> list[str]:
+    """Those of the settings that work at the engine's layout."""
+    split = engine.mesh.shape.cp > 1
+    return [
+        name for name in names if not (split and "whole_sequence" in SelectionConfig(**COMMON | SETTINGS[name]).needs())
+    ]
+
+
 def select_each(engine: Any, names: Iterable[str] = SETTINGS) -> dict[str, Picks]:
-    return {name: select(engine, **SETTINGS[name]) for name in names}
+    return {name: select(engine, **SETTINGS[name]) for name in served(engine, names)}
 
 
 def select_all(layout: str) -> dict[tuple[str, str], dict[str, Picks]]:

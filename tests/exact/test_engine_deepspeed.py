@@ -188,7 +188,7 @@ def learns_in_bf16(mesh: Mesh, stage: int) -> bool:
         move(0.0)
         rounded = backend.losses(batch)
     same = torch.equal(rounded, before) and torch.equal(backend.losses(batch), before)
-    return losses[-1] < losses[0] - 0.05 and moved.mean() < before.mean() and same and backend.coarse
+    return losses[-1] < losses[0] - 0.05 and moved.mean() < before.mean() and same and backend.computes_in_16_bits
 
 
 def compare_bf16(mesh: Mesh) -> None:

@@ -24,9 +24,17 @@ from tests.exact.estimators_toy import ALL_OPTIMIZERS, buffer, proxy, spearman, 
 OPERATORS = [*((name, "paper") for name in ALL_OPTIMIZERS), ("muon", "full"), ("namo_d", "full")]
 
 
+class Trained(dict[str, ModuleBackend]):
+    """Optimizer -> a model after 150 steps, trained when it is first asked for."""
+
+    def __missing__(self, name: str) -> ModuleBackend:
+        self[name] = train(name, steps=150)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def trained() -> dict[str, ModuleBackend]:
-    return {name: train(name, steps=150) for name in ALL_OPTIMIZERS}
+def trained() -> Trained:
+    return Trained()
 
 
 @pytest.mark.parametrize(("optimizer", "muon_operator"), OPERATORS)

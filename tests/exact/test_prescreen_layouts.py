@@ -91,8 +91,8 @@ def select(mesh: Mesh, parallel: ParallelConfig, name: str) -> list[tuple[list[i
         candidates: TokenCandidates = random_batch(size, step // config.score_every)
         pick = selector.select(candidates, step)
         engine.train_step(candidates.take(pick.indices))
-        found.append((pick.picked_ids.tolist(), pick.utilities, pick.standing))
-    assert sum(standing is not None for _, _, standing in found) >= STEPS // config.score_every - 1
+        found.append((pick.picked_ids.tolist(), pick.utilities, pick.prescreen_score))
+    assert sum(score is not None for _, _, score in found) >= STEPS // config.score_every - 1
     return found
 
 

@@ -72,7 +72,9 @@ def assert_meaningful(run: dict, selection: str, optimizer: str) -> None:
     scored = [step for step, values in utilities.items() if set(values) != {None}]
     if selection in ("predict", "cascade"):
         assert None in utilities[scored[-1]]
-        assert any(methods[step] == "opus" and run["choices"][step][0]["standing"] is not None for step in scored)
+        assert any(
+            methods[step] == "opus" and run["choices"][step][0]["prescreen_score"] is not None for step in scored
+        )
     elif selection != "uniform":
         assert len(utilities[scored[-1]]) == 8
         assert None not in utilities[scored[-1]]

@@ -61,17 +61,25 @@ def mesh() -> Iterator[Mesh]:
     alone.close()
 
 
-@pytest.fixture(scope="module")
-def trained(mesh: Mesh) -> dict[str, Trained]:
-    found = {}
-    for optimizer in OPTIMIZERS:
-        engine = build(mesh, optimizer)
+class ByOptimizer(dict[str, Trained]):
+    """Optimizer -> what it trained, when it is first asked for."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def __missing__(self, optimizer: str) -> Trained:
+        engine = build(self.mesh, optimizer)
         losses = [engine.train_step(text(8, step)).loss for step in range(STEPS)]
         assert losses[-1] < losses[0] - 1
         backend = engine.scoring_backend()
         exact = exact_utilities(backend, text(192, 500), backend.operator(), backend.gradient(wanted(32, 3)))
-        found[optimizer] = Trained(engine, in_bf16(mesh, engine, optimizer), exact)
-    return found
+        self[optimizer] = Trained(engine, in_bf16(self.mesh, engine, optimizer), exact)
+        return self[optimizer]
+
+
+@pytest.fixture(scope="module")
+def trained(mesh: Mesh) -> ByOptimizer:
+    return ByOptimizer(mesh)
 
 
 def in_bf16(mesh: Mesh, engine: MegatronEngine, optimizer: str) -> MegatronEngine:
@@ -271,9 +279,9 @@ def ranks(
 ) -> Jobs[str]:
     """Layout -> what each rank found; "one": one process. All from the same state."""
     folder = tmp_path_factory.mktemp("bf16")
-    for optimizer, each in trained.items():
+    for optimizer in OPTIMIZERS:
         (folder / optimizer).mkdir()
-        save_engine(each.bf16, folder / optimizer, {})
+        save_engine(trained[optimizer].bf16, folder / optimizer, {})
     sizes = {"one": 1, **dict.fromkeys(LAYOUTS, 2)}
     return pool.jobs(sizes, score_layout, folder).begin(["one", *selected("layout")])
 

@@ -30,8 +30,10 @@ class Logged(Sequences):
         super().__init__(corpus, split, LENGTH)
         self.log: list[tuple[str, list[int]]] = []
         self.before: Callable[[], None] = lambda: None
+        self.entered = 0
 
     def read(self, ids: object, length: int | None = None) -> np.ndarray:
+        self.entered += 1
         self.before()
         self.log.append((threading.current_thread().name, list(ids)))  # type: ignore[call-overload]
         return super().read(ids, length)  # type: ignore[arg-type]
@@ -64,6 +66,12 @@ def wait_for(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def settled(reader: TokenReader) -> bool:
+    """Whether the thread has nothing to do."""
+    with reader._turn:
+        return not reader._plans and not reader._pending
 
 
 def numbers(*found: int) -> np.ndarray:
@@ -102,7 +110,7 @@ def test_what_is_read_ahead_is_not_waited_for(pool: Logged, readers: Callable) -
     reader.begin(0)
     reader.tokens(pool, numbers(7, 8))
     reader.ahead(1, lambda: [(pool, numbers(8, 9, 10)), (other, numbers(8))])
-    wait_for(lambda: 8 in other.numbers() and 10 in pool.numbers())
+    wait_for(lambda: settled(reader))
     reader.begin(1)
     waits.clear()
     found = reader.tokens(pool, numbers(10, 8, 9))
@@ -120,7 +128,7 @@ def test_the_loop_goes_first(pool: Logged, readers: Callable) -> None:
     pool.before = lambda: gate.acquire(timeout=20) and None if threading.current_thread().name == "read-ahead" else None
     many, wanted = np.arange(5 * CHUNK), numbers(5 * CHUNK - 1, 5 * CHUNK + 7)
     reader.ahead(0, lambda: [(pool, many)])
-    wait_for(lambda: not reader._plans)
+    wait_for(lambda: pool.entered == 1)
     threading.Timer(0.1, gate.release).start()  # the chunk that the thread is at
     reader.tokens(pool, wanted)
     assert len(pool.numbers("read-ahead")) <= CHUNK
@@ -137,12 +145,12 @@ def test_a_plan_that_comes_too_late_is_dropped(
     reader = readers()
     reader.begin(0)
     reader.ahead(1, lambda: [(pool, numbers(1))])
-    reader._work(1)
+    reader._work()
     reader.ahead(1, lambda: pytest.fail("looked at in step 1"))
     reader.ahead(2, lambda: [(pool, numbers(2))])
     reader.begin(1)
     while reader._plans or reader._pending:
-        reader._work(min((*reader._plans, *reader._pending)))
+        reader._work()
     assert pool.numbers() == [1, 2]
 
 
@@ -199,7 +207,7 @@ def test_memory_is_bounded(pool: Logged, readers: Callable) -> None:
     reader.begin(0)
     reader.tokens(pool, numbers(0, 1))
     reader.ahead(1, lambda: [(pool, numbers(4)), (pool, numbers(5)), (pool, numbers(6))])
-    wait_for(lambda: not reader._pending and not reader._plans)
+    wait_for(lambda: settled(reader))
     assert pool.numbers("read-ahead") == [4]
     found = [reader.tokens(pool, numbers(2, 3)) for _ in range(2)]
     assert torch.equal(found[0], found[1])
@@ -230,7 +238,7 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(
     reader, gate = readers(), threading.Event()
     pool.before = lambda: gate.wait(20) and None
     reader.ahead(0, lambda: [(pool, numbers(1))])
-    wait_for(lambda: not reader._plans)
+    wait_for(lambda: pool.entered == 1)
     began = time.monotonic()
     reader.close()
     assert time.monotonic() - began < 10

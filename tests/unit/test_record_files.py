@@ -20,7 +20,8 @@ from megaopus.record.metrics import metrics_of, read_record, write_record
 from megaopus.record.parquet import FOLDER, ChoiceSink, first_step, parts, pick_counts, read_part
 from megaopus.record.recorder import Recorder
 from megaopus.record.sinks import EVENTS_FILE, RUN_ID_FILE, JsonlSink
-from megaopus.record.types import NOT_RECORDED, Choices, SelectionRecord, StepRecord, ValidationRecord
+from megaopus.record.types import NOT_RECORDED, SelectionRecord, StepRecord, ValidationRecord
+from megaopus.selection.candidate_table import CandidateTable, Lists, Masked
 
 MEASURED = {each.name for kind in (StepRecord, ValidationRecord) for each in metrics_of(kind) if not each.reproducible}
 SPIKE = Event("update.skipped.spike", "step 6: a spike", reason="a spike", ids=[6, 7])
@@ -51,27 +52,28 @@ def selection_record(step: int, events: tuple[Event, ...] = ()) -> SelectionReco
         pool_share={"docs": 0.25, "noise": 0.75},
         ess=2.5,
         max_p_ratio=2.0,
-        events=list(events),
+        events=[Event("test", text) for text in events],
         realised_fall=0.1357924,
         choices=candidates_of(step),
     )
 
 
-def candidates_of(step: int) -> Choices:
-    return Choices(
-        ids=np.arange(4 * step, 4 * step + 4),
-        sequences=np.arange(4 * step, 4 * step + 4) % 10,
-        domains=np.array([0, 1, 1, 1]),
-        domain_names=["docs", "noise"],
-        picked=np.array([True, False, False, False]),
-        probabilities=np.array([0.5, 0.25, 0.25, 0.0]),
-        utilities=np.array([1e-5 / 3, np.nan, np.inf, np.nan]) if step % 2 else None,
-        scored=np.array([True, True, True, False]) if step % 2 else None,
-        exposures=np.array([1, 2, 1, 1]),
-        squared_norms=np.array([0.5, 2.0, np.inf, np.nan]) if step % 2 else None,
-        chosen=np.array([1, 0]) if step % 2 else None,
-        overlaps=np.array([[-0.1, 2.0, 0.3, np.nan], [0.5, -0.1, 0.7, np.nan]]) if step % 2 else None,
-    )
+def candidates_of(step: int) -> CandidateTable:
+    columns = {
+        "id": np.arange(4 * step, 4 * step + 4),
+        "sequence": np.arange(4 * step, 4 * step + 4) % 10,
+        "domain": np.array([0, 1, 1, 1]),
+        "picked": np.array([True, False, False, False]),
+        "probability": np.array([0.5, 0.25, 0.25, 0.0]),
+        "exposures": np.array([1, 2, 1, 1]),
+    }
+    if step % 2:
+        scored = np.array([True, True, True, False])
+        columns["utility"] = Masked(np.array([1e-5 / 3, np.nan, np.inf, np.nan]), scored)
+        columns["squared_norm"] = Masked(np.array([0.5, 2.0, np.inf, np.nan]), scored)
+        overlaps = np.array([[-0.1, 2.0, 0.3, np.nan], [0.5, -0.1, 0.7, np.nan]])
+        columns["overlaps"] = Lists(np.array([1, 0]), overlaps)
+    return CandidateTable(columns, ["docs", "noise"])
 
 
 def logged(folder: Path) -> list[dict]:
@@ -324,7 +326,7 @@ def logged_of(steps: int) -> list[dict]:
                     "sequence": (4 * step + at) % 10,
                     "domain": "docs" if at == 0 else "noise",
                     "utility": utilities[at],
-                    "standing": None,
+                    "prescreen_score": None,
                     "exposures": [1, 2, 1, 1][at],
                     "squared_norm": norms[at],
                     "overlaps": overlaps[at],
@@ -433,18 +435,16 @@ def test_sampling_bounds_the_log_and_keeps_every_pick(tmp_path: Path) -> None:
         rng = np.random.default_rng(0)
         for step in range(64):
             ids = rng.permutation(512) + 512 * step
-            choices = Choices(
-                ids=ids,
-                sequences=ids % 300,
-                domains=ids % 2,
-                domain_names=["a", "b"],
-                picked=np.arange(512) < 8,
-                probabilities=np.full(512, 1 / 512),
-                utilities=rng.normal(size=512),
-                scored=np.ones(512, dtype=bool),
-                exposures=np.ones(512, dtype=np.int64),
-            )
-            sink.add(step, choices)
+            columns = {
+                "id": ids,
+                "sequence": ids % 300,
+                "domain": ids % 2,
+                "picked": np.arange(512) < 8,
+                "probability": np.full(512, 1 / 512),
+                "utility": rng.normal(size=512),
+                "exposures": np.ones(512, dtype=np.int64),
+            }
+            sink.add(step, CandidateTable(columns, ["a", "b"]))
         sink.flush()
         size[every] = sum(path.stat().st_size for path in parts(tmp_path / str(every) / FOLDER))
     assert size[16] < size[1] / 8

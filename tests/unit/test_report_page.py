@@ -24,13 +24,14 @@ from megaopus.record.metrics import read_record
 from megaopus.record.parquet import FOLDER, ChoiceSink
 from megaopus.record.recorder import Recorder
 from megaopus.record.sinks import JsonlSink
-from megaopus.record.types import Choices, SelectionRecord, StepRecord, ValidationRecord
+from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 from megaopus.report import figures
 from megaopus.report.arms import find_arms
 from megaopus.report.choice_summary import QUANTILES, summarise_choices
 from megaopus.report.compare import aggregate, compare, load_run
 from megaopus.report.page import write_report
 from megaopus.report.sections import Texts
+from megaopus.selection.candidate_table import CandidateTable
 
 NOT_FINITE = Event("selection.not_finite", "<b>candidates</b> with a utility that is not finite", ids=[3])
 POOL = {"docs": 0.25, "source": 0.35, "readme": 0.25, "noise": 0.15}
@@ -107,23 +108,20 @@ def selection_record(step: int, chosen: bool, ramp: float, rng: random.Random) -
     )
 
 
-def candidates_of(step: int, chosen: bool) -> Choices:
+def candidates_of(step: int, chosen: bool) -> CandidateTable:
     """Sequences of a pool of 1000, the upper half by utility picked; number 700 stands out in step 140."""
     ids = np.arange(64 * step, 64 * step + 64)
     utilities = np.random.default_rng(step).normal(size=64) * 1e-3
     if step == 140:
         ids[5], utilities[5] = 700 + 1000 * 9, 1.0
-    return Choices(
-        ids=ids,
-        sequences=ids % 1000,
-        domains=ids % 4,
-        domain_names=list(POOL),
-        picked=utilities >= np.median(utilities) if chosen else np.arange(64) < 32,
-        probabilities=np.full(64, 1 / 64),
-        utilities=utilities if chosen else None,
-        scored=np.ones(64, dtype=bool) if chosen else None,
-        exposures=None,
-    )
+    columns = {
+        "id": ids,
+        "sequence": ids % 1000,
+        "domain": ids % 4,
+        "picked": utilities >= np.median(utilities) if chosen else np.arange(64) < 32,
+        "probability": np.full(64, 1 / 64),
+    }
+    return CandidateTable(columns | ({"utility": utilities} if chosen else {}), list(POOL))
 
 
 def falls(step: int) -> dict[str, float]:
@@ -381,10 +379,10 @@ def test_digest_of_choices(folders: list[Path]) -> None:
     assert deviations == sorted(deviations, reverse=True)
     assert len({each.sequence for each in found.best}) == len(found.best) == len(found.worst) == 5
     rows = [candidates_of(step, True) for step in range(100, 240)]
-    picks = np.concatenate([each.sequences[each.picked] for each in rows])
+    picks = np.concatenate([each["sequence"][each["picked"]] for each in rows])
     assert found.counts.tolist() == np.unique(picks, return_counts=True)[1].tolist()
     before = set(picks[: 32 * 120].tolist())  # of steps 100 to 219
-    last = rows[120].sequences[rows[120].picked]
+    last = rows[120].picks()["sequence"]
     assert dict(found.repeat_share)[220] == pytest.approx(sum(int(n) in before for n in last) / 32)
 
 

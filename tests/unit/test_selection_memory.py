@@ -20,7 +20,7 @@ from megaopus.selection import SelectionConfig, Selector, TensorCandidates, memo
 from megaopus.selection.config import PASS_TOKENS, most_per_pass
 from tests.harness import random_batch, tiny_engine
 from tests.pool import Pool
-from tests.unit.test_selection_selector import UNGUARDED, make_backend, proxy
+from tests.unit.selection_net import UNGUARDED, make_backend, proxy
 
 CPU = torch.device("cpu")
 COUNT = 32

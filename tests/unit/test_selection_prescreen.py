@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megaopus.selection import prescreen as prescreen_module
 from megaopus.selection.config import PrescreenConfig
-from megaopus.selection.prescreen import Prescreen, _normal_scores
+from megaopus.selection.prescreen import Prescreen, _normal_scores, screen
 
 
 class LinearTraits:
@@ -75,33 +75,33 @@ def test_weights_are_those_of_leaving_each_score_out(noise_traits: int, prior: f
     prescreen = Prescreen(PrescreenConfig(prior=prior), traits)  # type: ignore[arg-type]
     ids, unseen = torch.arange(80), torch.arange(3000, 3050)
     prescreen.learn(ids, traits.utilities(ids), torch.ones(80, dtype=torch.bool), 0)
-    torch.testing.assert_close(prescreen.standing(unseen), by_hand(traits, ids, unseen, prior))
+    torch.testing.assert_close(prescreen.prescreen_score(unseen), by_hand(traits, ids, unseen, prior))
 
 
 def test_predictions_begin_after_enough_scores_and_follow_utilities() -> None:
-    assert taught(7).standing(torch.arange(4)) is None
+    assert taught(7).prescreen_score(torch.arange(4)) is None
     prescreen = taught(40)
     unseen = torch.arange(2000, 3000)
-    pairs = torch.stack([prescreen.standing(unseen), TRAITS.utilities(unseen)])
+    pairs = torch.stack([prescreen.prescreen_score(unseen), TRAITS.utilities(unseen)])
     assert torch.corrcoef(pairs)[0, 1] > 0.95
     assert prescreen.correlation > 0.85
-    assert prescreen.doubt() is None
+    assert prescreen.distrust_reason() is None
 
 
 def test_its_prior_stands_from_the_start_and_is_not_unlearnt() -> None:
     prescreen = Prescreen(PrescreenConfig(prior=0.5), TRAITS)  # type: ignore[arg-type]
     unseen = torch.arange(2000, 3000)
     importance = 0.5 * TRAITS.importance(unseen)
-    assert torch.equal(prescreen.standing(unseen), importance)
+    assert torch.equal(prescreen.prescreen_score(unseen), importance)
     for step in range(128):
         ids = torch.arange(8) + 8 * step
         prescreen.learn(ids, TRAITS.noise[ids], torch.ones(8, dtype=torch.bool), step)
-    learnt = prescreen.standing(unseen) - importance
+    learnt = prescreen.prescreen_score(unseen) - importance
     assert 0 < learnt.std() < 0.2  # noise teaches next to nothing
     for step in range(128, 300):
         ids = torch.arange(8) + 8 * step
         prescreen.learn(ids, TRAITS.utilities(ids), torch.ones(8, dtype=torch.bool), step)
-    learnt, known = prescreen.standing(unseen) - importance, TRAITS.utilities(unseen, noise=0)
+    learnt, known = prescreen.prescreen_score(unseen) - importance, TRAITS.utilities(unseen, noise=0)
     assert learnt.max() == 0  # it only takes off
     assert (learnt < 0).double().mean() == pytest.approx(0.5, abs=0.05)
     assert torch.corrcoef(torch.stack([learnt, (known - known.median()).clamp_max(0)]))[0, 1] > 0.95
@@ -113,9 +113,9 @@ def test_a_predictor_that_errs_is_doubted_until_it_has_learnt_better() -> None:
         for step in range(40, 300):  # the world has turned over
             ids = torch.arange(8) + 8 * step
             prescreen.learn(ids, -TRAITS.utilities(ids), torch.ones(8, dtype=torch.bool), step)
-        assert (prescreen.doubt() is not None) == doubted
+        assert (prescreen.distrust_reason() is not None) == doubted
         if doubted:
-            assert "correlation with utilities is -0.9" in str(prescreen.doubt())
+            assert "correlation with utilities is -0.9" in str(prescreen.distrust_reason())
 
 
 def test_a_correlation_below_zero_by_chance_is_no_reason_for_doubt() -> None:
@@ -125,7 +125,7 @@ def test_a_correlation_below_zero_by_chance_is_no_reason_for_doubt() -> None:
         ids = torch.arange(256)
         noise = torch.randn(256, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         prescreen.learn(ids, noise, torch.ones(256, dtype=torch.bool), 0)
-        doubted += prescreen.doubt() is not None
+        doubted += prescreen.distrust_reason() is not None
     assert 3 <= doubted <= 18  # one in twenty
 
 
@@ -146,18 +146,17 @@ def test_the_window_forgets() -> None:
 
 
 def test_screening_takes_the_promising_and_a_uniform_slice() -> None:
-    prescreen = Prescreen(PrescreenConfig(mode="cascade", slice=4), TRAITS)  # type: ignore[arg-type]
     ids, allowed = torch.arange(64) + 500, torch.arange(0, 64, 2)
-    standing = -torch.arange(64).double()
-    scored, uniform = prescreen.screen(ids, allowed, standing, 12, key=1)
+    scores = -torch.arange(64).double()
+    scored, uniform = screen(ids, allowed, scores, 12, 4, key=1)
     assert len(scored) == 12
     assert int(uniform.sum()) == 4
     assert (scored % 2 == 0).all()
     assert scored.tolist() == sorted(set(scored.tolist()))
     left = [p for p in range(0, 64, 2) if p not in scored[uniform]]
     assert scored[~uniform].tolist() == left[:8]  # the most promising
-    assert not torch.equal(prescreen.screen(ids, allowed, standing, 12, key=2)[0], scored)
-    scored, uniform = prescreen.screen(ids, allowed, None, 12, key=1)
+    assert not torch.equal(screen(ids, allowed, scores, 12, 4, key=2)[0], scored)
+    scored, uniform = screen(ids, allowed, None, 12, 4, key=1)
     assert bool(uniform.all())
     assert len(scored) == 12
 
@@ -170,7 +169,7 @@ def test_state_goes_through_json_and_on_to_the_last_bit() -> None:
         ids = torch.arange(8) + 8 * step
         second.learn(ids, TRAITS.utilities(ids), torch.tensor([True, False] * 4), step)
     assert second.state_dict() == straight.state_dict()
-    assert torch.equal(second.standing(torch.arange(100)), straight.standing(torch.arange(100)))
+    assert torch.equal(second.prescreen_score(torch.arange(100)), straight.prescreen_score(torch.arange(100)))
 
 
 def test_levels_and_spreads_of_steps_do_not_matter() -> None:

@@ -60,7 +60,10 @@ def run(group: dist.ProcessGroup | None) -> dict[str, Any]:
         with pytest.raises(ValueError, match="15 candidates do not divide over 2 data-parallel ranks"):
             Selector(config, backend, num_selected=5, proxy=lambda _: bad_proxy, seed=3).select(batch(0, 15), 0)
     results: dict[str, Any] = {
-        name: [(s.method, s.picked_ids.tolist(), s.utilities, s.events, s.ess) for s in selections]
+        name: [
+            (s.method, s.picked_ids.tolist(), s.utilities, [str(event) for event in s.events], s.ess)
+            for s in selections
+        ]
         for name, selections in found.items()
     }
     sizes = (7, 1)  # uneven shares; none for the second rank

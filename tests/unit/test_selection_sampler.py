@@ -79,8 +79,8 @@ def test_picks_depend_on_ids_not_on_positions() -> None:
     for pick in (
         lambda u, g, i: sampler.pick_uniform(i, 9, 1, 2),
         lambda u, g, i: sampler.pick_top_k(u, i, 9),
-        lambda u, g, i: sampler.pick_boltzmann(u, i, 9, 0.9, 1, 2),
-        lambda u, g, i: sampler.pick_diverse(u, 0.1 * g, i, 9, temperature=0.9, seed=1, step=2),
+        lambda u, g, i: sampler.pick_at_once(u, i, 9, sampler.Draws("boltzmann", 0.9, 1, 2)),
+        lambda u, g, i: sampler.pick_diverse(u, 0.1 * g, i, 9, sampler.Draws("boltzmann", 0.9, 1, 2)),
     ):
         shuffled = ids[pick(utilities, gram, ids)]
         ordered = ids[order][pick(utilities[order], gram[order][:, order], ids[order])]
@@ -112,11 +112,12 @@ def test_boltzmann_is_successive_draws_without_replacement(one_by_one: bool) -> 
     expected = successive_draws(sampler.probabilities(utilities, 0.8), 2)
     steps, found = 5000, dict.fromkeys(expected, 0)
     for step in range(steps):
+        draws = sampler.Draws("boltzmann", 0.8, 5, step)
         if one_by_one:
             none = torch.zeros(4, 4, dtype=torch.float64)
-            picked = sampler.pick_diverse(utilities, none, ids, 2, temperature=0.8, seed=5, step=step)
+            picked = sampler.pick_diverse(utilities, none, ids, 2, draws)
         else:
-            picked = sampler.pick_boltzmann(utilities, ids, 2, 0.8, seed=5, step=step)
+            picked = sampler.pick_at_once(utilities, ids, 2, draws)
         found[tuple(picked.tolist())] += 1
     chi_square = sum((found[o] - steps * p) ** 2 / (steps * p) for o, p in expected.items())
     assert chi_square < 11 + 4 * (2 * 11) ** 0.5
@@ -133,7 +134,7 @@ def test_diverse_picks_follow_the_greedy_formula_and_avoid_duplicates() -> None:
     for _ in range(3):
         score = [float(utilities[z] - sum(gram[z, s] for s in picked)) if z not in picked else -1e9 for z in range(7)]
         picked.append(score.index(max(score)))
-    found = sampler.pick_diverse(utilities, gram, torch.arange(7), 3, temperature=None, seed=0, step=0)
+    found = sampler.pick_diverse(utilities, gram, torch.arange(7), 3, sampler.Draws("top_k", 0.9, 0, 0))
     assert found.tolist() == picked
     assert found[0] == 0
     assert 1 not in picked

@@ -34,9 +34,11 @@ def _refusals(
         served = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.refusal_of_pieces() is None)
         reason = f"{why}, of which ZeRO keeps flat pieces"
         yield Refusal("optim.name", optim.name, reason, f"one of optim={served}, {_OTHER}")
-    if engine.zero_stage == 3 and selection is not None and selection.needs_proxy and selection.estimator == "exact":
-        reason = "needs whole weights on every rank, and engine.zero_stage = 3 partitions them"
-        yield Refusal("selection.estimator", "exact", reason, "selection.estimator=directional, or engine.zero_stage=2")
+    if engine.zero_stage == 3 and selection is not None and "whole_weights" in (needs := selection.needs()):
+        key, value, why = needs["whole_weights"]
+        instead = "selection.estimator=directional" if key == "estimator" else "selection.method=opus"
+        reason = f"{why}, and engine.zero_stage = 3 partitions them"
+        yield Refusal(f"selection.{key}", value, reason, f"{instead}, or engine.zero_stage=2")
 
 
 def _memory(engine: EngineConfig, count: int, precision: str, shards: int, scores: bool) -> dict[str, tuple[int, str]]:

@@ -6,7 +6,8 @@ layer and step (P is self-adjoint for most optimizers).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from megaopus.selection.backend import (
 )
 from megaopus.selection.estimators.ghost import local_rows
 from megaopus.selection.estimators.layers import ghost_layers
+from megaopus.selection.estimators.registry import ESTIMATORS, Request, Sizes, Sketch, register_estimator
+
+if TYPE_CHECKING:
+    from megaopus.selection.config import SelectionConfig
 
 
 def adjoint_utilities(
@@ -69,3 +74,35 @@ def adjoint_consumer(
         parts[rows] += product.flatten(1).sum(1, dtype=torch.float64)
 
     return parts, consume
+
+
+def _memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
+    return {"update on the proxy": (4 * sizes.weights, "fp32, P g_proxy of each matrix")}
+
+
+@register_estimator(
+    "adjoint",
+    flops=(1.0, "forward, input gradients, and a product of each layer's with the update on the proxy"),
+    shared=2 / 3,  # forward and input gradients
+    needs={"hooks": "captures the activations of layers"},
+    memory=_memory,
+    example={"layers": "all", "proxy_ema": 0.0},
+)
+class Adjoint:
+    """Estimates by ``adjoint_utilities``; the sketches of a Gram matrix come from the same pass."""
+
+    def __init__(self, config: SelectionConfig):
+        self._layers = config.derived_layers()
+        self._gram = cast(Sketch, ESTIMATORS.find(config.gram).make(config)) if config.redundancy > 0 else None
+
+    def uses(self, backend: ScoringBackend, gradient: Gradient) -> list[GhostLayer]:
+        return ghost_layers(backend, self._layers)
+
+    def estimate(self, request: Request) -> tuple[Tensor, dict[str, Tensor] | None]:
+        given = (request.operator, request.proxy_gradient)
+        if self._gram is not None and request.keep_updates:
+            uses = ghost_layers(request.backend, self._layers)
+            parts, consume = adjoint_consumer(request.backend, len(request.candidates), *given, uses)
+            return parts, self._gram.sketches(request, extra_consumer=consume)
+        passes: dict[str, Any] = {"length": request.length, "micro_batch_size": request.micro_batch_size}
+        return adjoint_utilities(request.backend, request.candidates, *given, layers=self._layers, **passes), None

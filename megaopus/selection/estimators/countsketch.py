@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,12 @@ from megaopus.selection.backend import (
 from megaopus.selection.estimators.adjoint import adjoint_utilities
 from megaopus.selection.estimators.ghost import per_sample_gradient
 from megaopus.selection.estimators.layers import ghost_layers
+from megaopus.selection.estimators.registry import Sizes, register_estimator
+from megaopus.selection.estimators.sketches import SketchEstimator, sketch_memory
+from megaopus.selection.old_names import renamed_argument
+
+if TYPE_CHECKING:
+    from megaopus.selection.config import SelectionConfig
 
 _CHUNK_ELEMENTS = 1 << 25  # largest per-sample gradient held at once, in numbers (128 MB in fp32)
 
@@ -102,16 +111,19 @@ class CountSketchEstimator:
         length: int | None = None,
         micro_batch_size: int = 16,
         keep_sketches: bool = False,
+        extra_consumer: GhostConsumer | None = None,
         also: GhostConsumer | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """((n,) float64 parts of the alignments, sketches (n, m) by layer or None); of this rank's candidates.
 
         The inner products of the sketches, once summed over parts, estimate the Gram matrix <P g_z, P g_s>. Where only
         alignments are asked for, no candidate is sketched: <Pi P g_z, psi> = <g_z, P^T Pi^T psi> is adjoint scoring of
-        the proxy's sketch carried back, the same number without any per-sample gradient. ``also`` sees the same pass.
+        the proxy's sketch carried back, the same number without any per-sample gradient.
+        ``extra_consumer`` (once ``also``) sees the same pass.
         Raises RuntimeError naming any layer whose activations could not be captured.
         """
-        assert also is None or keep_sketches
+        extra_consumer = renamed_argument("also", also, "extra_consumer", extra_consumer)
+        assert extra_consumer is None or keep_sketches
         uses = self.layers(backend)
         proxy = self._proxy(backend, uses, proxy_gradient)
         if not keep_sketches:
@@ -134,8 +146,8 @@ class CountSketchEstimator:
 
         def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
             weight = proxy_gradient[layer.parameter]
-            if also is not None:
-                also(layer, rows, act_a, grad_b)
+            if extra_consumer is not None:
+                extra_consumer(layer, rows, act_a, grad_b)
             grad_b = grad_b.to(weight.dtype)
             for part in torch.arange(len(grad_b)).split(max(1, _CHUNK_ELEMENTS // weight.numel())):
                 span = slice(int(part[0]), int(part[-1]) + 1)
@@ -201,7 +213,23 @@ class CountSketchEstimator:
 
 def sum_proxies(backend: ScoringBackend, psi: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sketches of the proxy gradient's shards -> of the whole matrices; one message."""
-    if not psi:
-        return psi
-    whole = backend.sum_shards(torch.stack([value.flatten() for value in psi.values()]))
-    return {name: row.view_as(value) for (name, value), row in zip(psi.items(), whole, strict=True)}
+    return backend.sum_over_model(psi, "matrix") if psi else psi
+
+
+def _memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
+    hashes = (9 * sum(sizes.matrices), "bucket and sign of each sketched weight")
+    return {"hashes": hashes, **sketch_memory(config, sizes)}
+
+
+@register_estimator(
+    "countsketch",
+    flops=(1.0, "forward, input gradients, and a product of each layer's with the carried-back proxy sketch"),
+    gram=(1.0, "forward, input gradients and each layer's gradient per sequence; sketching not counted"),
+    sketches=True,
+    needs={"hooks": "captures the activations of layers"},
+    memory=_memory,
+    example={"sampler": "boltzmann"},
+)
+def _countsketch(config: SelectionConfig) -> SketchEstimator:
+    which = config.ghost_layers()
+    return SketchEstimator(config, CountSketchEstimator(config.sketch_dim, config.sketch_seed, which))

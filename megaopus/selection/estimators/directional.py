@@ -6,10 +6,17 @@ utility <P_t g_z, g_proxy>. Two forward passes measure it: no hooks, no per-samp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
 from torch import Tensor
 
 from megaopus.selection.backend import Candidates, Gradient, ScoringBackend, UpdateOperator
 from megaopus.selection.estimators.layers import parameter_names
+from megaopus.selection.estimators.registry import ESTIMATORS, Request, Sizes, Sketch, register_estimator
+
+if TYPE_CHECKING:
+    from megaopus.selection.config import SelectionConfig
 
 
 def directional_utilities(
@@ -34,7 +41,7 @@ def directional_utilities(
     names = parameter_names(backend, proxy_gradient, layers)
     update = operator.transposed().apply({name: proxy_gradient[name] for name in names})  # P^T g = -d
     if epsilon is None:
-        epsilon = 1.0 if backend.coarse else 0.25
+        epsilon = 1.0 if backend.computes_in_16_bits else 0.25
 
     def losses() -> Tensor:
         return backend.losses(candidates, length=length, micro_batch_size=micro_batch_size)
@@ -47,3 +54,42 @@ def directional_utilities(
             return (before - ahead) / epsilon
         move(epsilon)
         return (losses() - ahead) / (2 * epsilon)
+
+
+def _memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
+    return {"direction": (8 * sizes.weights, "fp32 direction and a copy of the weights to restore")}
+
+
+@register_estimator(
+    "directional",
+    flops=(2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
+    auto_layers="all",
+    needs={"fine_steps": "directional scoring would measure the rounding"},
+    memory=_memory,
+    # a whole step: the difference of two fp32 losses is then well above their rounding
+    example={"redundancy": 0.5, "epsilon": 1.0},
+)
+class Directional:
+    """Estimates by ``directional_utilities``."""
+
+    def __init__(self, config: SelectionConfig):
+        self._config = config
+        self._layers = config.derived_layers()
+        self._gram = cast(Sketch, ESTIMATORS.find(config.gram).make(config)) if config.redundancy > 0 else None
+
+    def uses(self, backend: ScoringBackend, gradient: Gradient) -> list[str]:
+        return parameter_names(backend, gradient, self._layers)
+
+    def estimate(self, request: Request) -> tuple[Tensor, dict[str, Tensor] | None]:
+        parts = directional_utilities(
+            request.backend,
+            request.candidates,
+            request.operator,
+            request.proxy_gradient,
+            layers=self._layers,
+            epsilon=self._config.epsilon,
+            sides=self._config.sides,
+            length=request.length,
+            micro_batch_size=request.micro_batch_size,
+        )
+        return parts, self._gram.sketches(request) if self._gram is not None and request.keep_updates else None

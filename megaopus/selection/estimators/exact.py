@@ -1,13 +1,19 @@
-"""The oracle: utilities from float64 per-sample gradients. One backward pass per candidate; meant for small models."""
+"""Estimates utilities from float64 per-sample gradients: the oracle, for small models."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megaopus.selection.backend import Candidates, Gradient, ScoringBackend, UpdateOperator
+from megaopus.selection.estimators.layers import parameter_names
+from megaopus.selection.estimators.registry import Request, Sizes, register_estimator
+
+if TYPE_CHECKING:
+    from megaopus.selection.config import SelectionConfig
 
 
 def exact_utilities(
@@ -47,3 +53,45 @@ def exact_estimate(
         if keep_updates:
             kept.append(update)
     return torch.stack(alignments), torch.stack(kept) if keep_updates else None
+
+
+def _memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
+    return {"exact gradients": (16 * sizes.weights, "float64 weights and one candidate's gradient")}
+
+
+_COST = (1.0, "forward and backward per candidate, in float64")
+
+
+@register_estimator(
+    "exact",
+    flops=_COST,
+    gram=_COST,
+    auto_layers="all",
+    micro_batches=False,
+    needs={
+        "whole_model": "one float64 gradient per candidate is taken of a whole model: it needs tp = pp = cp = 1",
+        "whole_weights": "needs whole weights on every rank",
+        "small_model": "makes one float64 gradient per candidate",
+    },
+    memory=_memory,
+)
+class Exact:
+    """Estimates by ``exact_estimate``."""
+
+    def __init__(self, config: SelectionConfig):
+        self._layers = config.derived_layers()
+
+    def uses(self, backend: ScoringBackend, gradient: Gradient) -> list[str]:
+        return parameter_names(backend, gradient, self._layers)
+
+    def estimate(self, request: Request) -> tuple[Tensor, dict[str, Tensor] | None]:
+        parts, updates = exact_estimate(
+            request.backend,
+            request.candidates,
+            request.operator,
+            request.proxy_gradient,
+            parameters=self.uses(request.backend, request.proxy_gradient),
+            length=request.length,
+            keep_updates=request.keep_updates,
+        )
+        return parts, None if updates is None else {"": updates}

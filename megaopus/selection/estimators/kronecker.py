@@ -7,6 +7,8 @@ factors, in the manner of Adafactor (Shazeer and Stern, 2018), which is not exac
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,12 @@ from megaopus.selection.backend import (
 from megaopus.selection.estimators.countsketch import hashes, spread_dim, sum_proxies, whole_coordinates
 from megaopus.selection.estimators.ghost import local_rows
 from megaopus.selection.estimators.layers import ghost_layers
+from megaopus.selection.estimators.registry import register_estimator
+from megaopus.selection.estimators.sketches import SketchEstimator, sketch_memory
+from megaopus.selection.old_names import renamed_argument
+
+if TYPE_CHECKING:
+    from megaopus.selection.config import SelectionConfig
 
 
 def sketch_shape(dim: int) -> tuple[int, int]:
@@ -51,12 +59,15 @@ class KroneckerEstimator:
         length: int | None = None,
         micro_batch_size: int = 16,
         keep_sketches: bool = False,
+        extra_consumer: GhostConsumer | None = None,
         also: GhostConsumer | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """((n,) float64 parts of the alignments, sketches (n, m) by layer or None); of this rank's candidates.
 
-        ``also`` sees the same pass. Raises RuntimeError naming any layer whose activations could not be captured.
+        ``extra_consumer`` (once ``also``) sees the same pass.
+        Raises RuntimeError naming any layer whose activations could not be captured.
         """
+        extra_consumer = renamed_argument("also", also, "extra_consumer", extra_consumer)
         uses = ghost_layers(backend, self._which)
         counted = {layer.parameter for layer in uses if layer.counted}
         folded, psi = {}, {}
@@ -71,8 +82,8 @@ class KroneckerEstimator:
         phi = {name: value.new_zeros(len(candidates), size) for name, value in psi.items() if keep_sketches}
 
         def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
-            if also is not None:
-                also(layer, rows, act_a, grad_b)
+            if extra_consumer is not None:
+                extra_consumer(layer, rows, act_a, grad_b)
             left, right = folded[layer.parameter]
             grad_b = grad_b.to(left.dtype)
             if layer.kind == "linear":
@@ -143,8 +154,25 @@ def rank_one(backend: ScoringBackend, name: str, factor: Tensor) -> tuple[Tensor
     counts = [factor.shape[1], factor.shape[0]]
     shard = backend.shards().get(name)
     if shard is not None:  # sums along the dimension that is split are parts
-        sums[1 - shard.dim] = backend.sum_shards(sums[1 - shard.dim])
+        sums[1 - shard.dim] = backend.sum_over_model({name: sums[1 - shard.dim]}, "matrix")[name]
         counts[1 - shard.dim] = shard.size
     rows, columns = sums[0] / counts[0], sums[1] / counts[1]
     mean = (columns if shard is not None and shard.dim == 0 else rows).mean()
     return (mean / rows).sqrt().to(factor.dtype), columns.rsqrt().to(factor.dtype)
+
+
+_COST = (2 / 3, "forward and input gradients; the sketches of activations not counted")
+
+
+@register_estimator(
+    "kronecker",
+    flops=_COST,
+    gram=_COST,
+    sketches=True,
+    needs={"hooks": "captures the activations of layers"},
+    memory=sketch_memory,
+    example={"redundancy": 0.5},
+)
+def _kronecker(config: SelectionConfig) -> SketchEstimator:
+    which = config.ghost_layers()
+    return SketchEstimator(config, KroneckerEstimator(config.sketch_dim, config.sketch_seed, which))

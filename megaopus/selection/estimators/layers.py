@@ -1,4 +1,4 @@
-"""Which parameters, and which uses of matrices, an estimator sums over."""
+"""Finds the parameters, and the uses of matrices, that an estimator sums over."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def parameter_names(backend: ScoringBackend, gradient: Gradient, which: str) -> 
 
 def require_some(backend: ScoringBackend, found: int, which: str) -> None:
     """Raise ValueError if no rank found anything of ``which``; a collective call."""
-    if not int(backend.sum_stages(torch.tensor([found], device=backend.device))):
+    everywhere = backend.sum_over_model({"": torch.tensor([found], device=backend.device)}, "stages")[""]
+    if not int(everywhere):
         raise ValueError(
             f"selection.layers={which} matches no trained matrix of this model: use linear, all, a regular expression"
             " found in parameter names, or estimator=directional with layers=all"

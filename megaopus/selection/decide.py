@@ -1,0 +1,304 @@
+"""Decides which of a buffer's N candidates are trained on: a pure function of what is known of them.
+
+A selector knows it from model and data, a replay from the record of a run; both call ``decide``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megaopus.events import Event
+from megaopus.selection import counter_rng, guards, sampler
+from megaopus.selection.candidate_table import Lists, Masked
+from megaopus.selection.choice import Choice
+from megaopus.selection.config import SelectionConfig
+from megaopus.selection.methods.registry import UNIFORM
+from megaopus.selection.prescreen import screen
+from megaopus.selection.scoring import Scores
+
+_UNIFORM_RATIO = 1.01  # largest probability over the uniform one below which a draw is uniform for all purposes
+_DEBT = 1e9  # standardised utilities are small beside it; those of one level still differ in float64
+
+
+class Key(NamedTuple):
+    """Names one buffer's random numbers: all are functions of it and of the candidates' ids."""
+
+    seed: int
+    step: int
+    """The first step that the buffer serves here."""
+
+
+def _no_scores(positions: Tensor) -> Scores:
+    raise AssertionError("nothing is scored in a step that draws uniformly")
+
+
+def _no_alarm(positions: Tensor) -> Event | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """Tells what is known of a buffer's N candidates, on the CPU and equal on every rank.
+
+    A step that draws uniformly (``draws_uniformly``) needs ``ids`` alone.
+    """
+
+    ids: Tensor
+    """(N,) int64."""
+    score: Callable[[Tensor], Scores] = _no_scores
+    """Positions (n,) -> the scores of those; called once at most."""
+    prescreen_score: Tensor | None = None
+    """(N,) float64, None where there is none yet."""
+    distrust: Event | None = None
+    """Why prescreen scores are not to be used."""
+    exposures: Tensor | None = None
+    """(N,) int64 how often each would have been trained on if it were picked now; needed if ``counts_exposures``."""
+    domains: Tensor | None = None
+    """(N,) int64 number of the domain; needed if there is a ``domain_floor``."""
+    token_pair_alarm: Callable[[Tensor], Event | None] = _no_alarm
+    """Positions of picks -> the alarm if they repeat themselves."""
+
+
+def draws_uniformly(config: SelectionConfig, step: int) -> bool:
+    """Whether the picks of ``step`` are uniform whatever is known: by method, or in a warm-up without a prior."""
+    return config.method == UNIFORM or not (_past_warmup(config, step) or config.has_prior)
+
+
+def picks_by_predictor(config: SelectionConfig, step: int) -> bool:
+    """Whether the picks of ``step`` depend on no utility: a prescreen's scores stand in their place."""
+    return config.prescreen.mode == "predict" or not _past_warmup(config, step)
+
+
+def counts_exposures(config: SelectionConfig) -> bool:
+    """Whether picks depend on how often a candidate was trained on."""
+    return config.method != UNIFORM and (config.guards.exposure_cap > 0 or config.guards.min_unique > 0)
+
+
+def num_scored(config: SelectionConfig, size: int) -> int:
+    """How many of a buffer of ``size`` are scored exactly."""
+    if config.prescreen.mode == "predict":
+        return min(config.prescreen.slice, size)
+    return size // config.screened
+
+
+def decide(evidence: Evidence, config: SelectionConfig, key: Key, num_selected: int) -> Choice:
+    """Choose ``num_selected`` candidates for each of the ``score_every`` steps that the buffer serves.
+
+    A function of its arguments alone, given that those of ``evidence`` are.
+    """
+    period, count = key.step // config.score_every, num_selected * config.score_every
+    buffer = _Buffer(evidence, config, key.seed, period, count, num_selected, [])
+    everyone = torch.arange(len(evidence.ids))
+    if draws_uniformly(config, key.step):
+        return buffer.told(_uniform(buffer, everyone))
+    allowed, over_cap = _within_cap(buffer)
+    past_warmup, prescreened = _past_warmup(config, key.step), config.prescreen.mode != "off"
+    use_predictor = picks_by_predictor(config, key.step)
+    scores_this_step = past_warmup and not (use_predictor and period % config.prescreen.every)
+    scored, uniform, scores = everyone, None, Scores(utilities=None)
+    if scores_this_step and prescreened:
+        promise = evidence.prescreen_score
+        trusted = None if evidence.distrust or promise is None else promise - over_cap
+        noise = counter_rng.key(key.seed, "slice", period)
+        total = num_scored(config, len(everyone))
+        scored, uniform = screen(evidence.ids, allowed, trusted, total, config.prescreen.slice, noise)
+    if scores_this_step:
+        scores = evidence.score(scored)
+    columns = _columns(buffer, scored, scores)
+    if evidence.distrust:
+        buffer.events.append(evidence.distrust)
+    values, gram = columns["utility"].values if "utility" in columns else None, scores.gram
+    if use_predictor:
+        values, gram = None if evidence.distrust else evidence.prescreen_score, None
+    if values is None:
+        choice = _uniform(buffer, allowed)
+    else:
+        choice = _pick(buffer, allowed, over_cap, values, None if gram is None else (scored, gram))
+    known = None
+    if uniform is not None and scores.utilities is not None:
+        known = torch.zeros(len(everyone), dtype=torch.bool).index_copy(0, scored, uniform)
+    return replace(buffer.told(choice), columns={**columns, **choice.columns}, uniform=known)
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    """What the parts of a decision have in common."""
+
+    evidence: Evidence
+    config: SelectionConfig
+    seed: int
+    period: int
+    count: int
+    """Picks from the buffer."""
+    num_selected: int
+    """Picks of a step."""
+    events: list[Event]
+
+    def told(self, choice: Choice) -> Choice:
+        """The choice with what happened on the way."""
+        return replace(choice, events=tuple(self.events))
+
+    def tell(self, kind: str, text: str, **facts: Any) -> None:
+        self.events.append(Event(f"selection.{kind}", text, **facts))
+
+
+def _past_warmup(config: SelectionConfig, step: int) -> bool:
+    return step >= config.warmup_steps
+
+
+def _columns(buffer: _Buffer, scored: Tensor, scores: Scores) -> dict[str, Any]:
+    """What is known of all candidates before any is picked; ``scores`` are of those at ``scored`` (n,)."""
+    evidence, size, ids = buffer.evidence, len(buffer.evidence.ids), buffer.evidence.ids
+    buffer.events.extend(scores.events)
+    columns: dict[str, Any] = {"prescreen_score": evidence.prescreen_score, "exposures": evidence.exposures}
+    columns = {name: values for name, values in columns.items() if values is not None}
+    if scores.utilities is None:
+        return columns
+    known = torch.zeros(size, dtype=torch.bool).index_fill(0, scored, True)
+    for name, values in {"utility": scores.utilities, **scores.columns}.items():
+        blank = torch.full((size,), torch.nan, dtype=values.dtype) if values.is_floating_point() else None
+        blank = torch.zeros(size, dtype=values.dtype) if blank is None else blank
+        columns[name] = Masked(blank.index_copy(0, scored, values), known)
+    finite = scores.utilities.isfinite()
+    if scores.gram is not None:
+        finite &= scores.gram.diagonal().isfinite()
+    if not bool(finite.all()):
+        bad = ids[scored][~finite].tolist()
+        buffer.tell("utility_not_finite", f"utility not finite: candidates {bad}", ids=bad)
+    return columns
+
+
+# -- picks -----------------------------------------------------------------------------------------------------------
+
+
+def _uniform(buffer: _Buffer, among: Tensor) -> Choice:
+    """Any of the candidates at ``among``, each as likely as the others."""
+    ids = buffer.evidence.ids
+    return Choice(
+        period=buffer.period,
+        positions=among[sampler.pick_uniform(ids[among], buffer.count, buffer.seed, buffer.period)],
+        method=UNIFORM,
+        ess=len(among),
+        max_p_ratio=len(ids) / len(among),
+        columns={"probability": torch.zeros(len(ids), dtype=torch.float64).index_fill(0, among, 1 / len(among))},
+    )
+
+
+def _pick(
+    buffer: _Buffer, allowed: Tensor, over_cap: Tensor, values: Tensor, gram: tuple[Tensor, Tensor] | None
+) -> Choice:
+    """By ``values`` (N,), uniformly where they tell nothing. ``gram``: (positions (n,), their (n, n) matrix)."""
+    config, ids, period, count = buffer.config, buffer.evidence.ids, buffer.period, buffer.count
+    usable = values.isfinite()
+    if gram is not None:
+        usable[gram[0]] &= gram[1].diagonal().isfinite()
+    among = allowed[usable[allowed]]
+    if len(among) < count:
+        text = f"only {len(among)} candidates have a finite utility, {count} are to be picked:"
+        text += " picked uniformly from the whole buffer"
+        buffer.tell("fallback.too_few_finite", text, finite=len(among), needed=count)
+        return _uniform(buffer, torch.arange(len(ids)))
+    if bool(values[among].max() == values[among].min()):
+        text = "all utilities are equal (so they are at a learning rate of 0): picked uniformly"
+        buffer.tell("fallback.equal_utilities", text)
+        return _uniform(buffer, among)
+    standardised = config.utilities == "standardised"
+    used = sampler.standardise(values[among]) if standardised else values[among]
+    penalty = None if gram is None else _penalty(buffer, among, *gram)
+    draws = sampler.Draws(config.sampler, config.temperature, buffer.seed, period)
+    picked = among[sampler.pick(used - over_cap[among], ids[among], count, draws, penalty, _quotas(buffer, among))]
+    columns = {} if gram is None else _redundancy(*gram, picked, len(ids))
+    p = sampler.probabilities(used, config.temperature)
+    ess, ratio = float(1 / p.square().sum()), float(p.max()) * len(ids)
+    if alarm := _alarm(buffer, picked, ess):
+        buffer.events.append(alarm)
+        uniform = _uniform(buffer, allowed)
+        return replace(uniform, columns={**uniform.columns, **columns})
+    _tell_uniform(buffer, values[among], ratio)
+    if config.score_every > 1:  # a fair mix in each step
+        turns = counter_rng.uniform(counter_rng.key(buffer.seed, "turns", period), ids[picked])
+        picked = picked[turns.argsort()]
+    columns["probability"] = torch.zeros(len(ids), dtype=torch.float64).index_copy(0, among, p)
+    return Choice(period=period, positions=picked, method=config.method, ess=ess, max_p_ratio=ratio, columns=columns)
+
+
+def _penalty(buffer: _Buffer, among: Tensor, scored: Tensor, gram: Tensor) -> Tensor:
+    """What each pick takes off the others at ``among`` (m,): (m, m)."""
+    config, size = buffer.config, len(buffer.evidence.ids)
+    rows = torch.full((size,), -1).index_copy(0, scored, torch.arange(len(scored)))[among]
+    overlap = gram[rows][:, rows]
+    standardised = config.utilities == "standardised"
+    scale = 1 / (buffer.num_selected * overlap.diagonal().mean()) if standardised else 1.0
+    return config.redundancy * scale * overlap
+
+
+def _quotas(buffer: _Buffer, among: Tensor) -> tuple[Tensor, dict[int, int]] | None:
+    """((m,) domains at ``among``, picks that each gets at least), None without a floor."""
+    floor, domains = buffer.config.guards.domain_floor, buffer.evidence.domains
+    if floor == 0:
+        return None
+    assert domains is not None  # a floor needs them
+    return domains[among], guards.quotas(floor, domains, domains[among], buffer.count, buffer.seed, buffer.period)
+
+
+def _redundancy(scored: Tensor, gram: Tensor, picked: Tensor, size: int) -> dict[str, Any]:
+    """Columns of ``gram`` (n, n) of the candidates at ``scored`` (n,), as the whole buffer of ``size`` sees it."""
+    rows = torch.full((size,), -1).index_copy(0, scored, torch.arange(len(scored)))[picked]
+    unknown = torch.full((len(picked), size), torch.nan, dtype=torch.float64)
+    norms = torch.full((size,), torch.nan, dtype=torch.float64).index_copy(0, scored, gram.diagonal())
+    known = torch.zeros(size, dtype=torch.bool).index_fill(0, scored, True)
+    return {
+        "squared_norm": Masked(norms, known),
+        "overlaps": Lists(picked, unknown.index_copy(1, scored, gram.t()[rows])),
+    }
+
+
+# -- guards ----------------------------------------------------------------------------------------------------------
+
+
+def _within_cap(buffer: _Buffer) -> tuple[Tensor, Tensor]:
+    """(positions within the exposure cap, (N,) what is off the utility of each above it).
+
+    The cap is lifted by as little as leaves enough candidates, those above it coming last.
+    """
+    config, times, size = buffer.config, buffer.evidence.exposures, len(buffer.evidence.ids)
+    cap, window = config.guards.exposure_cap, config.guards.exposure_window
+    if times is None or not cap:
+        return torch.arange(size), torch.zeros(size, dtype=torch.float64)
+    needed = buffer.count if config.prescreen.mode == "off" else max(buffer.count, num_scored(config, size))
+    lifted = max(cap, int(times.sort().values[needed - 1]))
+    if lifted > cap:
+        text = f"fewer than {needed} candidates would be trained on at most {cap} time(s) in"
+        text += f" {window} steps: cap lifted to {lifted} where it must be"
+        buffer.tell("cap_lifted", text, cap=lifted, needed=needed)
+    return (times <= lifted).nonzero().flatten(), _DEBT * (times - cap).clamp_min(0).double()
+
+
+def _alarm(buffer: _Buffer, picked: Tensor, ess: float) -> Event | None:
+    """What is wrong with the picks."""
+    levels, times = buffer.config.guards, buffer.evidence.exposures
+    if ess < levels.min_ess:
+        text = f"effective sample size {ess:.2f}, below {levels.min_ess:g}"
+        return guards.alarm("sample_size", text, ess=ess, level=levels.min_ess)
+    if levels.min_unique > 0 and times is not None:
+        new = (times == 1).double()
+        share, usual = float(new[picked].mean()), float(new.mean())
+        if share < levels.min_unique * usual:
+            text = f"{share:.0%} of the picks are new in the window, {usual:.0%} of the candidates"
+            return guards.alarm("repeats", text, share=share, usual=usual)
+    return buffer.evidence.token_pair_alarm(picked) if levels.min_distinct > 0 else None
+
+
+def _tell_uniform(buffer: _Buffer, utilities: Tensor, ratio: float) -> None:
+    """Say that raw utilities are too small for the temperature."""
+    config = buffer.config
+    if config.utilities == "raw" and config.sampler == "boltzmann" and ratio < _UNIFORM_RATIO:
+        spread = float(utilities.std(correction=0))
+        text = f"raw utilities spread {spread:.2g} against a temperature of {config.temperature:g}: the largest"
+        text += f" probability is {ratio:.5f}x uniform, so sampling is practically uniform (utilities=standardised)"
+        buffer.tell("practically_uniform", text, spread=spread, temperature=config.temperature, ratio=ratio)

@@ -1,0 +1,183 @@
+"""Names every estimator of utilities, with what the rest must know of it. Torch is imported when one is looked up.
+
+A new one is a file beside this that calls ``register_estimator``; so do other packages (docs/library.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from megaopus.selection.registry import Flops, Registry, origin_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megaopus.selection.backend import Candidates, GhostConsumer, Gradient, ScoringBackend, UpdateOperator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Asks for utilities: of which candidates, against which gradient, in what passes."""
+
+    backend: ScoringBackend
+    candidates: Candidates
+    """Those of this data-parallel rank."""
+    operator: UpdateOperator
+    proxy_gradient: Gradient
+    length: int | None
+    """Tokens of each candidate that are scored; None: all."""
+    micro_batch_size: int
+    keep_updates: bool
+    """Whether a redundancy term needs the candidates' updates, or sketches of them."""
+
+
+class Estimator(Protocol):
+    """Estimates utilities step after step; made once for each selector."""
+
+    def uses(self, backend: ScoringBackend, gradient: Gradient) -> Sequence[Any]:
+        """The parameters, or uses of matrices, on this rank that it sums over."""
+
+    def estimate(self, request: Request) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """((n,) float64 parts of <P g_z, g_proxy>, by layer rows (n, m) or None).
+
+        Both are of this rank's candidates and of its part of the model. The inner products of the rows make the Gram
+        matrix; None unless ``request.keep_updates``.
+        """
+
+
+class Sketch(Estimator, Protocol):
+    """An estimator whose sketches stand in for the updates of one that has none."""
+
+    def sketches(self, request: Request, extra_consumer: GhostConsumer | None = None) -> dict[str, Tensor]:
+        """By layer rows (n, m) as ``estimate`` gives; ``extra_consumer`` sees the same pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What memory is counted from."""
+
+    weights: int
+    """Of this rank."""
+    matrices: Sequence[int]
+    """Weights of each matrix that ghost estimators sum over."""
+    candidates: int
+    """Scored by each data-parallel rank in a step."""
+    micro_batch_size: int
+
+
+Memory = Callable[[Any, Sizes], Mapping[str, tuple[int, str]]]
+"""(SelectionConfig, sizes) -> what -> (bytes, the assumption behind it)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimatorEntry:
+    """What is known of an estimator before it is made."""
+
+    name: str
+    make: Callable[[Any], Estimator]
+    """SelectionConfig -> the estimator."""
+    flops: Flops
+    """Of utilities alone."""
+    gram: Flops | None
+    """Of utilities and what a redundancy term needs, together; None: it borrows the sketches that ``gram`` names."""
+    shared: float
+    """FLOPs, as in ``flops``, of the pass that it shares with sketches that it borrows."""
+    sketches: bool
+    """Whether it lends its sketches: its ``make`` gives a ``Sketch``."""
+    auto_layers: str
+    """What ``layers=auto`` means: all or linear."""
+    micro_batches: bool
+    """Whether it scores ``score_micro_batch_size`` candidates at a time."""
+    needs: Mapping[str, str]
+    """Need (``registry.NEEDS``) -> the reason for it, as a sentence goes on."""
+    memory: Memory
+    example: Mapping[str, Any]
+    """Settings with which tests compare it over layouts."""
+    origin: str
+
+
+ESTIMATORS: Registry[EstimatorEntry] = Registry("estimator", __name__.rpartition(".")[0])
+"""Every estimator."""
+Made = TypeVar("Made", bound=Callable[[Any], Any])
+
+
+def _nothing(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
+    return {}
+
+
+def register_estimator(
+    name: str,
+    *,
+    flops: tuple[float, str],
+    gram: tuple[float, str] | None = None,
+    shared: float = 0.0,
+    sketches: bool = False,
+    auto_layers: str = "linear",
+    micro_batches: bool = True,
+    needs: Mapping[str, str] | None = None,
+    memory: Memory = _nothing,
+    example: Mapping[str, Any] | None = None,
+) -> Callable[[Made], Made]:
+    """Decorate what makes an estimator from a SelectionConfig (a class will do), so that ``estimator`` can name it.
+
+    ``flops`` and ``gram``: (FLOPs per scored token over FLOPs per trained token, why). ``EstimatorEntry`` says what the
+    others mean. Raises ValueError for a name that is taken and for an unknown need.
+    """
+
+    def register(make: Made) -> Made:
+        entry = EstimatorEntry(
+            name=name,
+            make=make,
+            flops=Flops(*flops),
+            gram=None if gram is None else Flops(*gram),
+            shared=shared,
+            sketches=sketches,
+            auto_layers=auto_layers,
+            micro_batches=micro_batches,
+            needs=dict(needs or {}),
+            memory=memory,
+            example=dict(example or {}),
+            origin=origin_of(make),
+        )
+        ESTIMATORS.add(entry)
+        return make
+
+    return register
+
+
+def scoring_flops(name: str, gram: str, redundancy: bool) -> Flops:
+    """What estimator ``name`` costs, with its own or ``gram``'s sketches if there is a ``redundancy`` term."""
+    entry = ESTIMATORS.find(name)
+    if not redundancy:
+        return entry.flops
+    if entry.gram is not None:
+        return entry.gram
+    lent = ESTIMATORS.find(gram).gram
+    assert lent is not None  # who lends sketches has a cost for them
+    if entry.shared:
+        return Flops(
+            entry.flops.ratio + lent.ratio - entry.shared,
+            f"{entry.flops.why}; the same pass sketches the Gram matrix",
+        )
+    return Flops(entry.flops.ratio + lent.ratio, f"{entry.flops.why}; then for the Gram matrix {lent.why}")
+
+
+def scoring_memory(config: Any, sizes: Sizes) -> dict[str, tuple[int, str]]:
+    """What -> (bytes on a rank, the assumption behind it) of the estimator of a SelectionConfig."""
+    entry = ESTIMATORS.find(config.estimator)
+    rows = dict(entry.memory(config, sizes))
+    if config.redundancy and entry.gram is None:
+        rows |= ESTIMATORS.find(config.gram).memory(config, sizes)
+    return rows
+
+
+def names() -> tuple[str, ...]:
+    """Every estimator."""
+    return ESTIMATORS.names()
+
+
+def sketch_names() -> tuple[str, ...]:
+    """Those that lend their sketches to others."""
+    return tuple(entry.name for entry in ESTIMATORS if entry.sketches)

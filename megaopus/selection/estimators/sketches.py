@@ -1,0 +1,76 @@
+"""What the estimators by sketches share: their place in the registry, and what they take of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from megaopus.selection.backend import Candidates, GhostConsumer, GhostLayer, Gradient, ScoringBackend, UpdateOperator
+from megaopus.selection.estimators.layers import ghost_layers
+from megaopus.selection.estimators.registry import Request, Sizes
+
+if TYPE_CHECKING:
+    from megaopus.selection.config import SelectionConfig
+
+
+class _Sketching(Protocol):
+    """``CountSketchEstimator`` or one like it."""
+
+    def estimate(
+        self,
+        backend: ScoringBackend,
+        candidates: Candidates,
+        operator: UpdateOperator,
+        proxy_gradient: Gradient,
+        *,
+        length: int | None,
+        micro_batch_size: int,
+        keep_sketches: bool,
+        extra_consumer: GhostConsumer | None,
+    ) -> tuple[Tensor, dict[str, Tensor] | None]: ...
+
+
+class SketchEstimator:
+    """Estimates by the inner products of sketches, and lends them to estimators that have none."""
+
+    def __init__(self, config: SelectionConfig, sketch: _Sketching):
+        self._layers = config.ghost_layers()
+        self._sketch = sketch
+
+    def uses(self, backend: ScoringBackend, gradient: Gradient) -> list[GhostLayer]:
+        return ghost_layers(backend, self._layers)
+
+    def estimate(self, request: Request) -> tuple[Tensor, dict[str, Tensor] | None]:
+        return self._estimate(request, request.keep_updates, None)
+
+    def sketches(self, request: Request, extra_consumer: GhostConsumer | None = None) -> dict[str, Tensor]:
+        kept = self._estimate(request, True, extra_consumer)[1]
+        assert kept is not None
+        return kept
+
+    def _estimate(
+        self, request: Request, keep: bool, extra_consumer: GhostConsumer | None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        return self._sketch.estimate(
+            request.backend,
+            request.candidates,
+            request.operator,
+            request.proxy_gradient,
+            length=request.length,
+            micro_batch_size=request.micro_batch_size,
+            keep_sketches=keep,
+            extra_consumer=extra_consumer,
+        )
+
+
+def sketch_memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
+    """Count the sketches of candidates that are kept at once.
+
+    The alignment needs one micro-batch of one layer at a time, the Gram matrix all of this rank's candidates.
+    """
+    kept = sizes.candidates if config.redundancy else min(sizes.candidates, sizes.micro_batch_size)
+    layers = len(sizes.matrices) if config.redundancy else 1
+    size = 4 * kept * layers * config.sketch_dim
+    return {"sketches": (size, f"fp32, {kept} candidates x {layers} matrices x {config.sketch_dim}")}

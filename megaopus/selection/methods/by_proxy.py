@@ -1,0 +1,98 @@
+"""Methods that pick by what an update on a candidate would do to the loss of the proxy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaopus.events import Event
+from megaopus.selection.backend import Gradient
+from megaopus.selection.candidates import as_candidates
+from megaopus.selection.estimators.layers import require_some
+from megaopus.selection.estimators.registry import ESTIMATORS, Request
+from megaopus.selection.methods.registry import register_method
+from megaopus.selection.scoring import Scores, ScoringStep
+
+_NEEDS = {"proxy": "scores candidates against a proxy"}
+
+
+@register_method("opus", flops=None, needs=_NEEDS)
+def opus(step: ScoringStep) -> Scores:
+    """Score by how much the optimizer's step on a candidate lowers the proxy's loss (arXiv 2602.05400)."""
+    return _alignment(step, step.config.muon_operator)
+
+
+@register_method(
+    "greats",
+    flops=None,
+    needs=_NEEDS,
+    example={"estimator": "adjoint", "utilities": "raw", "redundancy": 1.0, "proxy_ema": 0.0},
+)
+def greats(step: ScoringStep) -> Scores:
+    """Score as ``opus`` does for a plain step along the gradient (GREATS, NeurIPS 2024)."""
+    entry, config = ESTIMATORS.find(step.config.estimator), step.config
+    if "fine_steps" in entry.needs and config.epsilon is None and step.backend.computes_in_16_bits:
+        raise ValueError(
+            "method greats scores along lr * gradient, a step too small for weights rounded to 16 bits, so that"
+            f" {entry.needs['fine_steps']}: use estimator=adjoint (or set epsilon)"
+        )
+    return _alignment(step, "raw")
+
+
+def _alignment(step: ScoringStep, operator_name: str) -> Scores:
+    """Utilities <P g_z, g_proxy> with P the operator of that name."""
+    config, backend, estimator = step.config, step.backend, step.estimator
+    assert estimator is not None  # the entry says that the method scores by one
+    operator = backend.operator(operator_name)
+    if operator is None:
+        text = "the optimizer has no state yet, so its step is not known: picked uniformly"
+        return Scores(utilities=None, events=(Event("selection.fallback.no_optimizer_state", text),))
+    average, bad = _average(step)
+    layers = config.derived_layers()
+    step.once("some layer is scored", lambda: require_some(backend, len(estimator.uses(backend, average)), layers))
+    if config.bounded:
+        operator = operator.bounded(average)
+    parts, rows = step.measured(
+        lambda passes: estimator.estimate(
+            Request(
+                backend=backend,
+                candidates=step.share,
+                operator=operator,
+                proxy_gradient=average,
+                keep_updates=config.redundancy > 0,
+                **passes,
+            )
+        )
+    )
+    # A stage or shard may be the only one to see a bad gradient: the word travels with the utilities.
+    utilities, count = backend.sum_over_ranks(parts, bad.double().view(1))
+    gram = None if rows is None else _gram(step, rows)
+    if bool(count > 0):
+        text = "the proxy gradient is not finite: picked uniformly, and the gradient was left out of its average"
+        return Scores(utilities=None, events=(Event("selection.fallback.proxy_not_finite", text),))
+    step.average.keep()
+    return Scores(utilities=utilities.cpu(), gram=gram)
+
+
+def _average(step: ScoringStep) -> tuple[Gradient, Tensor]:
+    """(the average to score by, whether this step's gradient is not finite)."""
+    if step.step % step.config.proxy_every and (average := step.average.last()) is not None:
+        return average, torch.zeros((), device=step.backend.device)
+    assert step.proxy is not None  # checked when the selector was made
+    gradient = step.backend.gradient(as_candidates(step.proxy(step.step), step.step))
+    if step.config.contrast:
+        assert step.pool is not None  # checked when the selector was made
+        other = step.backend.gradient(as_candidates(step.pool(step.step), step.step))
+        gradient = {name: value - other[name] for name, value in gradient.items()}
+    bad = torch.stack([~value.isfinite().all() for value in gradient.values()]).any()
+    return step.average.offer(gradient), bad
+
+
+def _gram(step: ScoringStep, rows: dict[str, Tensor]) -> Tensor:
+    """(n, n) float64 on the CPU: inner products of the candidates' updates, over every layer of every stage."""
+    backend, size = step.backend, len(step.buffer)
+    total = torch.zeros(size, size, dtype=torch.float64, device=backend.device)
+    for value in backend.sum_over_model(rows, "gradient").values():
+        whole = backend.gather_candidates(value).double()
+        total += whole @ whole.t()
+    return backend.sum_over_model({"": total}, "stages")[""].cpu()

@@ -1,0 +1,60 @@
+"""What a method of selection is given to score a buffer with, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from megaopus.events import Event
+from megaopus.selection.backend import Candidates, Proxy, ScoringBackend, TextFeatures
+from megaopus.selection.config import SelectionConfig
+from megaopus.selection.estimators.registry import Estimator
+from megaopus.selection.proxy import ProxyGradient
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What was found out of n candidates, on the CPU and equal on every rank."""
+
+    utilities: Tensor | None
+    """(n,) float64, the largest worth most; None: there is no way to tell, and ``events`` say why."""
+    gram: Tensor | None = None
+    """(n, n) float64 inner products of their updates, where there is a redundancy term."""
+    events: tuple[Event, ...] = ()
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """More numbers of them for the record: column (``candidate_table.COLUMNS``) -> (n,)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringStep:
+    """One buffer to be scored by all ranks together; each takes its ``share`` through its part of the model."""
+
+    config: SelectionConfig
+    backend: ScoringBackend
+    seed: int
+    step: int
+    buffer: Candidates
+    """Everyone that is scored, n candidates."""
+    share: Candidates
+    """Those that this data-parallel rank scores, cut to the window of ``score_window``."""
+    proxy: Proxy | None
+    pool: Proxy | None
+    wanted: Callable[[Candidates], Tensor] | None
+    text_features: TextFeatures | None
+    average: ProxyGradient
+    estimator: Estimator | None
+    """The one that ``config.estimator`` names, for methods that score by it."""
+    measured: Callable[[Callable[[Mapping[str, Any]], Any]], Any]
+    """``measured(run)`` is ``run({"length": ..., "micro_batch_size": ...})``; it finds the micro-batch size, if it is
+    not known, by running ``run`` at several."""
+    once: Callable[[str, Callable[[], None]], None]
+    """``once(name, check)`` runs ``check`` in the first step that asks for it."""
+
+    def sum_parts(self, parts: Tensor) -> Tensor:
+        """(n / ranks,) float64 parts of this rank's share -> (n,) for the buffer, on the CPU. Collective."""
+        return self.backend.sum_over_ranks(parts, parts.new_zeros(1))[0].cpu()
