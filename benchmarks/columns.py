@@ -12,7 +12,7 @@ from benchmarks.pools import prepare_texts
 from benchmarks.study import COMMON
 from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import SPLITS, TOKENIZER, Corpus
 from megaopus.data.scores import column_names

@@ -76,7 +76,7 @@ def settings(corpus: Path, run_dir: Path, more: list[str]) -> list[str]:
     return [
         f"data.path={corpus}",
         f"run_dir={run_dir}",
-        "data.wanted=[docs]",
+        "data.target_domains=[docs]",
         "data.seq_len=32",
         "engine=cpu",
         f"engine.timeout_minutes={TIMEOUT_MINUTES}",

@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks.common import machine, parser, start, write_results
 from benchmarks.pools import PASSAGE_WORDS, prepare_texts, read_texts, shuffled_blocks, shuffled_words, words_of
 from megaopus import build
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.corpus_tools.demo_corpus import DEMO_LIMITS, build_demo_sources
 from megaopus.corpus_tools.sources import SourceReader
 from megaopus.corpus_tools.split import SplitRule

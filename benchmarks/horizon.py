@@ -28,7 +28,7 @@ from benchmarks.pools import ensure_pool
 from benchmarks.quality import COMMON, OPTIMIZERS
 from benchmarks.study import silent_recorder
 from megaopus.build import build_trainer
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
 from megaopus.data.run_data import RunData
 from megaopus.distributed.config import ParallelConfig

@@ -31,7 +31,7 @@ from benchmarks.common import machine, parser, progress, start, write_results
 from benchmarks.study import Results, Task, refuse_other_corpora, run_of, silent_recorder, step_costs, task, train_all
 from megaopus.build import build_trainer
 from megaopus.cli.demo import WANTED, ensure_corpus
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.data.run_data import RunData
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
@@ -109,7 +109,7 @@ class Comparison:
         length = (f"train.steps={plan.steps}", f"train.eval_every={plan.eval_every}")
         more = (f"train.eval_sequences={plan.eval_sequences}", f"seed={seed}", f"data.path={self.corpus}")
         chosen = (f"optim={optimizer}", *tried.settings, f"optim.{tried.key}={rate}", *ARMS[arm])
-        return [*COMMON, *chosen, *length, *more, f"data.wanted=[{WANTED}]"]
+        return [*COMMON, *chosen, *length, *more, f"data.target_domains=[{WANTED}]"]
 
     def task(self, optimizer: str, rate: float, arm: str, seed: int) -> Task:
         title = f"{optimizer} {rate:g} {arm}, seed {seed}"

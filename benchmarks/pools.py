@@ -48,12 +48,12 @@ def ensure_pool(name: str, data: Path, folder: Path, console: Any = None) -> lis
         prepare_texts(
             held_out, lambda: _by_authors(data), _rule("other_books"), tokenizer=corpus / TOKENIZER, console=console
         )
-        return [f"data.path={corpus}", "data.wanted=[other_books]"] + [
+        return [f"data.path={corpus}", "data.target_domains=[other_books]"] + [
             f"data.{split}_path={held_out}" for split in ("proxy", "validation")
         ]
     parts = mixed if name == "mixed" else hard
     prepare_texts(corpus, lambda: parts(data), _rule(WANTED), console=console)
-    return [f"data.path={corpus}", f"data.wanted=[{WANTED}]"]
+    return [f"data.path={corpus}", f"data.target_domains=[{WANTED}]"]
 
 
 def _rule(wanted: str) -> SplitRule:

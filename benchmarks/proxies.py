@@ -40,7 +40,7 @@ from benchmarks.study import (
     task,
     train_all,
 )
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.corpus_tools import benchmark_proxy
 from megaopus.corpus_tools.sources import Source
 from megaopus.corpus_tools.split import SplitRule

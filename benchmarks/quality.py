@@ -46,7 +46,7 @@ from benchmarks.study import (
 )
 from megaopus.cli.demo import WANTED as DEMO_WANTED
 from megaopus.cli.demo import ensure_corpus
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.data.corpus import Corpus
 from megaopus.data.run_data import RunData
 from megaopus.report.compare import aggregate, compare
@@ -67,7 +67,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "high_ppl": ("selection=high_ppl",),
     "greats": ("selection=greats", SCORED),
     "cascade": ("selection=opus_cascade", SCORED),
-    "predict": ("selection=opus", SCORED, *UNKNOWING, "selection.prescreen.traits=[ngrams,domain,shape]"),
+    "predict": ("selection=opus", SCORED, *UNKNOWING, "selection.prescreen.text_features=[ngrams,domain,shape]"),
     "predict_dsir": ("selection=opus", SCORED, *UNKNOWING),
     "exact_8": ("selection=opus_exact", "selection.rho=0.125", SCORED),
     "exact_proxy32": ("selection=opus_exact", "selection.proxy_batch_size=32", SCORED),
@@ -330,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.data is None and set(pools) - {"demo"}:
         command.error("--data is needed for other pools than demo")
     places = {
-        pool: [f"data.path={ensure_corpus(args.corpus, console)}", f"data.wanted=[{DEMO_WANTED}]"]
+        pool: [f"data.path={ensure_corpus(args.corpus, console)}", f"data.target_domains=[{DEMO_WANTED}]"]
         if pool == "demo"
         else ensure_pool(pool, args.data, folder / "pools", console)
         for pool in pools

@@ -24,7 +24,9 @@ from rich.progress import Progress
 from benchmarks.common import CLOCKS, ROOT, interleaved
 from megaopus.build import build_trainer
 from megaopus.cli.demo import picked_share
-from megaopus.config import compose, differences
+from megaopus.config.aliases import former
+from megaopus.config.compose import compose
+from megaopus.config.run_config import differences
 from megaopus.data.corpus import Corpus
 from megaopus.data.run_data import RunData
 from megaopus.distributed.config import ParallelConfig
@@ -95,8 +97,8 @@ def task(title: str, path: str, overrides: Sequence[str], fields: Mapping[str, A
 
 @cache
 def _digest(overrides: tuple[str, ...]) -> str:
-    """Of the settings that are not at their defaults: a setting that is new leaves the rows of older runs valid."""
-    config = {name: value for name, (value, _) in differences(compose(list(overrides))).items()}
+    """Of the settings that differ from their defaults: a new one, or a new name, leaves older runs' rows valid."""
+    config = {former(name): value for name, (value, _) in differences(compose(list(overrides))).items()}
     for name in ("run_dir", *(f"data.{path}" for path in ("path", "proxy_path", "validation_path", "traits_path"))):
         config.pop(name, None)
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]

@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from megaopus.changes import Change, changes, check_identity, refuse_unallowed
 from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate, set_aside
-from megaopus.config import RunConfig, default_settings, to_yaml
+from megaopus.config.parse import to_yaml
+from megaopus.config.resume_policy import Change, changes, check_identity, refuse_unallowed
+from megaopus.config.run_config import RunConfig, default_settings
 from megaopus.data.corpus import Corpus
 from megaopus.data.mixture import continued_weights
 from megaopus.data.read_ahead import TokenReader

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megaopus.config import RunConfig
+from megaopus.config.run_config import RunConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.planning.memory import memory, precisions
 from megaopus.record.recorder import Meter

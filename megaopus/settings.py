@@ -16,9 +16,9 @@ import math
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from megaopus.errors import Problem
 
@@ -30,6 +30,13 @@ FIXED = "fixed"
 """A checkpoint means something else then: never, as far as its meaning changes."""
 
 Section = TypeVar("Section")
+
+
+class HasSettings(Protocol):
+    """Has settings of its own, such as an optimizer's."""
+
+    @property
+    def settings(self) -> Mapping[str, Setting]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +51,18 @@ class Setting:
     max: float | None = None
     above: float | None = None
     below: float | None = None
-    choices: tuple[Any, ...] = ()
+    choices: Collection[Any] | Callable[[], Collection[Any]] = ()
+    """Asked for when they are needed: a registry imports its entries then."""
     check: Callable[[Any], str | None] | None = None
     """Says what is wrong with a value, where range and choices cannot."""
     hint: str = ""
     """What to do about a value that is refused; empty: the default is named."""
-    members: Mapping[str, Mapping[str, Setting]] | None = None
-    """Of a dictionary: what it may hold, by the section's ``name``."""
+    members: Mapping[str, HasSettings] | None = None
+    """Of a dictionary: who says what it may hold, by the section's ``name``."""
+
+    def options(self) -> tuple[Any, ...]:
+        """The values that it may have; none: any within the range."""
+        return tuple(self.choices() if callable(self.choices) else self.choices)
 
     def bounds(self) -> str:
         """The range as mathematics writes it, ``>= 1`` or ``(0, 1]``; empty: any value."""
@@ -69,10 +81,11 @@ class Setting:
         if self.check is not None and (reason := self.check(value)):
             return reason, self._remedy()
         parts = value if isinstance(value, list | tuple) else [value]
-        if self.choices and (wrong := [part for part in parts if part not in self.choices]):
-            close = did_you_mean(str(wrong[0]), map(str, self.choices))
+        options = self.options()
+        if options and (wrong := [part for part in parts if part not in options]):
+            close = did_you_mean(str(wrong[0]), map(str, options))
             hint = f"; {self.hint}" if self.hint else ""
-            return "unknown choice", f"{close}use one of: {', '.join(map(str, self.choices))}{hint}"
+            return "unknown choice", f"{close}use one of: {', '.join(map(str, options))}{hint}"
         return None if all(map(self._inside, parts)) else (self._outside(), self._remedy())
 
     def _inside(self, value: Any) -> bool:
@@ -127,10 +140,20 @@ def entries(section: Any, prefix: str = "", resume: str = "") -> dict[str, Entry
     return found
 
 
+def sections(section: Any, key: str = "") -> dict[str, type]:
+    """A section and those in it by dotted key; its own key is the empty one."""
+    found = {key: section}
+    for name, kind in kinds(section).items():
+        if is_dataclass(kind):
+            found |= sections(kind, f"{key}.{name}" if key else name)
+    return found
+
+
 def member_entries(entry: Entry, owner: str) -> dict[str, Entry]:
     """What an open dictionary may hold where its section's ``name`` is ``owner``, by dotted key."""
     found: dict[str, Entry] = {}
-    for name, known in (entry.known.members or {}).get(owner, {}).items():
+    owners = entry.known.members or {}
+    for name, known in owners[owner].settings.items() if owner in owners else ():
         key = f"{entry.key}.{name}"
         found[key] = Entry(key, type(known.default), known, known.resume or entry.resume)
     return found
@@ -283,7 +306,9 @@ def renamed(**names: str) -> Callable[[type[Section]], type[Section]]:
         def __init__(self: Any, **values: Any) -> None:
             for old in [name for name in names if name in values]:
                 warn(cls, old, names[old])
-                values.setdefault(names[old], values.pop(old))
+                if names[old] in values:
+                    raise TypeError(f"{cls.__name__} got both {old} and {names[old]}, which are one")
+                values[names[old]] = values.pop(old)
             made(self, **values)
 
         cls.__init__ = __init__  # type: ignore[method-assign]

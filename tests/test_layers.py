@@ -33,9 +33,7 @@ MAY_IMPORT: Mapping[str, set[str] | None] = {
     "engine": {"checkpoint.pending_save", "distributed", "models", "optim", "selection"},
     "training": {"checkpoint", "data", "distributed", "engine.base", "record", "selection"},
     "meters": {"config", "distributed", "planning", "record", "training"},
-    "changes": set(),
-    "rules": {"changes", "models.flops", "config"},
-    "config": {"changes", "rules", "training.config", "engine.config", "data.needs"}
+    "config": {"models.flops", "training.config", "engine.config", "data.needs"}
     | {f"{room}.config" for room in LIBRARY},
     "run_folder": set(),
     "planning": {"config", "data", "distributed", "models", "selection"},

@@ -6,10 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from megaopus.config import RunConfig
+from megaopus.cli._notes import tell
 
-OVERRIDES = "settings in Hydra's syntax: GROUP=NAME picks a file of configs/GROUP/, SECTION.KEY=VALUE sets one value"
+if TYPE_CHECKING:
+    from megaopus.config.run_config import RunConfig
+
+OVERRIDES = (
+    "settings in Hydra's syntax: GROUP=NAME picks a file of configs/GROUP/, SECTION.KEY=VALUE sets one value; "
+    "'python -m megaopus settings' lists them all"
+)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +24,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def composed(args: argparse.Namespace, world_size: int | None) -> RunConfig:
-    """Compose the settings that a command line names, for ``world_size`` ranks. Raises ConfigError."""
-    from megaopus.config import compose
+    """Compose the settings that a command line names, for ``world_size`` ranks; tells who uses an old name the new one.
 
-    return compose(args.overrides, args.config_dir, world_size)
+    Raises ConfigError.
+    """
+    from megaopus.config.aliases import notes
+    from megaopus.config.compose import compose
+
+    tell(notes(args.overrides))
+    config = compose(args.overrides, args.config_dir, world_size)
+    tell(notes([], config.resume_allow))
+    return config

@@ -14,7 +14,7 @@ from megaopus.cli._settings import add_settings, composed
 from megaopus.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megaopus.config import RunConfig
+    from megaopus.config.run_config import RunConfig
 
 DESCRIPTION = (
     "Compose and validate the settings of a run, open its data, and print layout, parameters, FLOPs, memory and\n"
@@ -56,7 +56,8 @@ def show(
     ``overrides`` and ``config_dir`` are repeated in the launch command. Raises ConfigError if the settings do not fit
     the ranks, DataError if a corpus cannot be read.
     """
-    from megaopus.config import differences, validate
+    from megaopus.config.run_config import differences
+    from megaopus.config.validation import validate
     from megaopus.data.run_data import RunData
     from megaopus.planning import estimate
     from megaopus.planning.memory import precisions

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     runs = {}
     for name, overrides in ARMS.items():
         run_dir = args.out / f"{name}_seed{args.seed}"
-        settings = ["experiment=demo", f"data.path={corpus}", f"data.wanted=[{WANTED}]", f"seed={args.seed}"]
+        settings = ["experiment=demo", f"data.path={corpus}", f"data.target_domains=[{WANTED}]", f"seed={args.seed}"]
         settings += [f"train.steps={args.steps}", f"optim.warmup_steps={min(LR_WARM_STEPS, args.steps)}"]
         train(run_dir, args.steps, [*settings, *overrides], console)
         runs[name] = load_run(run_dir, name)

@@ -108,7 +108,7 @@ def _prepare_demo(args: argparse.Namespace, console: Console) -> Path:
 
 def _prepare(args: argparse.Namespace, console: Console) -> Path:
     """Prepare the sources; what the command line says comes before what the file of ``--data`` says."""
-    from megaopus.config import data_settings
+    from megaopus.config.compose import data_settings
     from megaopus.corpus_tools.prepare import prepare
     from megaopus.corpus_tools.sources import Fields, Source
     from megaopus.corpus_tools.split import SplitRule

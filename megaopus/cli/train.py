@@ -12,7 +12,7 @@ DESCRIPTION = (
     "Pre-train a GPT, choosing each batch as selection= says. The same command goes on where a killed run stopped."
 )
 EXAMPLES = (
-    "  python -m megaopus train experiment=small_opus data.path=corpus 'data.wanted=[docs]'\n"
+    "  python -m megaopus train experiment=small_opus data.path=corpus 'data.target_domains=[docs]'\n"
     "  torchrun --nproc-per-node 4 -m megaopus train data.path=corpus parallel=tp2_pp2\n"
     "  python -m megaopus train --config-dir my_configs experiment=mine run_dir=runs/mine"
 )

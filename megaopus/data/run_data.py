@@ -87,7 +87,7 @@ class RunData:
     def proxy(self) -> Sequences:
         """Open, when first asked, what proxy batches are drawn from: the wanted domains. Raises DataError."""
         data = self._data
-        return Sequences(self._corpus(data.proxy_path or data.path), "proxy", data.seq_len, data.wanted or None)
+        return Sequences(self._corpus(data.proxy_path or data.path), "proxy", data.seq_len, data.target_domains or None)
 
     def candidates(self, reader: TokenReader | None = None) -> CandidateStream:
         """Draw the buffer of candidates of each step. Raises DataError for a weight of a domain without sequences.
@@ -122,12 +122,12 @@ class RunData:
 
     def headline_domains(self) -> list[str]:
         """Name the domains whose mean is the headline validation loss: the wanted ones, else every one."""
-        return self._data.wanted or self.validation.domains
+        return self._data.target_domains or self.validation.domains
 
     def in_wanted_domains(self, candidates: Any) -> Tensor:
         """Say which of N candidates are of a wanted domain, (N,) bool; none where no domain is named."""
         names = candidates.domain_names
-        return torch.tensor([names[index] in self._data.wanted for index in candidates.domains])
+        return torch.tensor([names[index] in self._data.target_domains for index in candidates.domains])
 
     def text_features(self, mesh: Mesh, console: Console) -> SequenceTextFeatures | None:
         """Read the text features of the pool, computed by rank 0 if they are not there; None: the run reads none.
@@ -141,7 +141,7 @@ class RunData:
 
     def ensure_text_features(self, console: Console) -> Path:
         """Compute the text features of the pool if they are not there; returns their folder. Raises DataError."""
-        return ensure_text_features(self.pool, self.proxy, self._data.traits_path, console)
+        return ensure_text_features(self.pool, self.proxy, self._data.text_features_path, console)
 
     def summary(self) -> RunDataSummary:
         """Count what is open. Raises DataError as ``candidates`` does."""

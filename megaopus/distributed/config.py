@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
+
+from megaopus.settings import HARMLESS, setting
+
+_OFF = "1 switches this kind of parallelism off"
 
 
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
     """How ranks are arranged; data parallelism takes what is left: dp = world size / (tp x cp x pp)."""
 
-    tp: int = 1
-    """Tensor-parallel ranks."""
-    pp: int = 1
-    """Pipeline stages."""
-    cp: int = 1
-    """Context-parallel ranks: each holds a contiguous part of every sequence."""
-    vpp: int = 1
-    """Model chunks per pipeline stage (interleaved schedule)."""
-    sequence_parallel: bool = False
-    """Split norms and dropout over the tensor-parallel ranks too."""
-    distributed_optimizer: bool = False
-    """Shard AdamW's state (and fp32 main weights) over the data- and context-parallel ranks."""
+    RESUME: ClassVar[str] = HARMLESS
+
+    tp: int = setting(1, min=1, doc="Tensor-parallel ranks.", hint=_OFF)
+    pp: int = setting(1, min=1, doc="Pipeline stages.", hint=_OFF)
+    cp: int = setting(
+        1, min=1, doc="Context-parallel ranks: each holds a contiguous part of every sequence.", hint=_OFF
+    )
+    vpp: int = setting(1, min=1, doc="Model chunks per pipeline stage (interleaved schedule).", hint=_OFF)
+    sequence_parallel: bool = setting(False, doc="Split norms and dropout over the tensor-parallel ranks too.")
+    distributed_optimizer: bool = setting(
+        False, doc="Shard AdamW's state (and fp32 main weights) over the data- and context-parallel ranks."
+    )
 
     @property
     def model_ranks(self) -> int:
@@ -29,10 +34,7 @@ class ParallelConfig:
         return self.tp * self.cp * self.pp
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
-        """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
-        for key in ("tp", "pp", "cp", "vpp"):
-            if getattr(self, key) < 1:
-                yield key, "must be at least 1", "1 switches this kind of parallelism off"
+        """Yield ``(key, reason, remedy)`` for settings that do not go together."""
         if self.sequence_parallel and self.tp == 1:
             yield "sequence_parallel", "needs tp > 1", "set parallel.tp, or sequence_parallel=false"
         if self.vpp > 1 and self.pp == 1:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.engine.registry import ENGINES, EngineSpec, Refusal
 from megaopus.optim.config import OptimConfig
 from megaopus.selection.config import SelectionConfig
+from megaopus.settings import FIXED, HARMLESS, setting
 
 ZERO_STAGES = (1, 2, 3)
 DEVICES = ("auto", "cpu", "cuda")
@@ -19,27 +21,29 @@ PRECISIONS = ("auto", "fp32", "bf16")
 class EngineConfig:
     """The trainer under the loop."""
 
-    name: str = "megatron"
-    zero_stage: int = 1
-    """deepspeed: what data-parallel ranks share: 1 the optimizer's state, 2 gradients too, 3 weights too."""
-    device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
-    precision: str = "auto"
-    """auto: bf16 with fp32 main weights on cuda, fp32 on cpu."""
-    recompute: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
-    timeout_minutes: float = 10.0
-    """Longest wait in a collective before the job fails."""
+    RESUME: ClassVar[str] = HARMLESS
 
-    def problems(self) -> Iterator[tuple[str, str, str]]:
-        """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
-        for key, allowed in (("name", tuple(ENGINES)), ("device", DEVICES), ("precision", PRECISIONS)):
-            if getattr(self, key) not in allowed:
-                yield key, "unknown choice", f"use one of: {', '.join(allowed)}"
-        if self.zero_stage not in ZERO_STAGES:
-            yield "zero_stage", "unknown ZeRO stage", "use 1, 2 or 3; without sharding: engine.name=megatron"
-        if not self.timeout_minutes > 0:
-            yield "timeout_minutes", "must be positive", "10 is usual"
+    name: str = setting(
+        "megatron",
+        choices=ENGINES,
+        resume=FIXED,
+        doc="The library that trains (docs/engines.md).",
+        hint="or name its module in plugins",
+    )
+    zero_stage: int = setting(
+        1,
+        choices=ZERO_STAGES,
+        doc="deepspeed: what data-parallel ranks share: 1 the optimizer's state, 2 gradients too, 3 weights too.",
+        hint="without sharding: engine.name=megatron",
+    )
+    device: str = setting("auto", choices=DEVICES, doc="auto: cuda where there is one, else cpu.")
+    precision: str = setting(
+        "auto", choices=PRECISIONS, resume=FIXED, doc="auto: bf16 with fp32 main weights on cuda, fp32 on cpu."
+    )
+    recompute: bool = setting(
+        False, doc="Recompute each layer in the backward pass instead of keeping its activations."
+    )
+    timeout_minutes: float = setting(10.0, above=0, doc="Longest wait in a collective before the job fails.")
 
     def spec(self) -> EngineSpec:
         """What is known of the engine; KeyError for an unknown name."""

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from megaopus.config import RunConfig
+from megaopus.config.run_config import RunConfig
 from megaopus.data.run_data import RunDataSummary
 from megaopus.distributed.mesh import MeshShape
 from megaopus.models.flops import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megaopus.config import RunConfig
+from megaopus.config.run_config import RunConfig
 from megaopus.models.flops import Weight, count_rank_parameters, padded_vocab, stage_weights
 from megaopus.selection.config import most_per_pass
 from megaopus.selection.estimators.registry import Sizes, scoring_memory

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
+
+from megaopus.settings import HARMLESS, setting
 
 WANDB_MODES = ("off", "offline", "online")
 
@@ -12,24 +14,26 @@ WANDB_MODES = ("off", "offline", "online")
 class LoggingConfig:
     """Console lines, files in the run folder, and Weights & Biases."""
 
-    every: int = 10
-    """Steps between progress lines; metrics.jsonl has every step."""
-    selection: bool = True
-    """Record every choice: selection.jsonl, a line per step, and choices/, a row per candidate (docs/report.md)."""
-    selection_every: int = 1
-    """Steps from one that keeps all its candidates in choices/ to the next; the picks of every step are kept."""
-    overlaps_mb: float = 1.0
-    """With a redundancy term: megabytes a step up to which choices/ keeps the inner products it rests on; 0: never."""
-    wandb: str = "off"
-    wandb_project: str = "megaopus"
+    RESUME: ClassVar[str] = HARMLESS
 
-    def problems(self) -> Iterator[tuple[str, str, str]]:
-        """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
-        if self.every < 1:
-            yield "every", "must be at least 1", "10 is usual"
-        if self.selection_every < 1:
-            yield "selection_every", "must be at least 1", "1 keeps all candidates; selection=false records nothing"
-        if not 0 <= self.overlaps_mb < float("inf"):
-            yield "overlaps_mb", "must be 0 or more, and finite", "1 is usual; 0 keeps no inner products"
-        if self.wandb not in WANDB_MODES:
-            yield "wandb", "unknown choice", f"use one of: {', '.join(WANDB_MODES)}"
+    every: int = setting(10, min=1, doc="Steps between progress lines; metrics.jsonl has every step.")
+    selection: bool = setting(
+        True,
+        doc="Record every choice: selection.jsonl, a line per step, and choices/, a row per candidate "
+        "(docs/report.md).",
+    )
+    selection_every: int = setting(
+        1,
+        min=1,
+        doc="Steps from one that keeps all its candidates in choices/ to the next; the picks of every step are kept.",
+        hint="1 keeps all candidates; selection=false records nothing",
+    )
+    overlaps_mb: float = setting(
+        1.0,
+        min=0,
+        doc="With a redundancy term: megabytes a step up to which choices/ keeps the inner products it rests on; "
+        "0: never.",
+        hint="1 is usual; 0 keeps no inner products",
+    )
+    wandb: str = setting("off", choices=WANDB_MODES, doc="Send metrics to Weights & Biases, now or later.")
+    wandb_project: str = setting("megaopus", doc="Project in Weights & Biases.")

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from megaopus.config.aliases import renamed
 from megaopus.errors import DataError
 from megaopus.events import Event, read_event
 from megaopus.record.metrics import read_record
@@ -119,7 +120,7 @@ def load_run(path: str | Path, name: str | None = None) -> Run:
         validations=validations,
         selections=_load_selections(path / "selection.jsonl"),
         events=_load_events(path / EVENTS_FILE),
-        config=_load_mapping(path / "config.yaml", yaml.safe_load),
+        config=renamed(_load_mapping(path / "config.yaml", yaml.safe_load)),
         environment=_load_mapping(path / "environment.json", json.loads),
     )
 

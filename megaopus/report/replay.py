@@ -18,7 +18,7 @@ from megaopus.record.parquet import FOLDER, SCHEMA, Table, candidates_of, first_
 from megaopus.record.sinks import read_rows
 
 if TYPE_CHECKING:
-    from megaopus.config import RunConfig
+    from megaopus.config.run_config import RunConfig
     from megaopus.data.candidates import CandidateBuffer
     from megaopus.data.run_data import RunData
     from megaopus.selection import Selection
@@ -287,6 +287,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 @cache
 def _config(path: Path) -> RunConfig:
-    from megaopus.config import load
+    from megaopus.config.parse import load
 
     return load(path)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from megaopus.build import build_engine
 from megaopus.checkpoint.checkpointer import read_state, resolve
 from megaopus.checkpoint.manifest import verify
-from megaopus.config import RunConfig, restored
+from megaopus.config.parse import restored
+from megaopus.config.run_config import RunConfig
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
 from megaopus.data.corpus import Corpus
 from megaopus.data.scores import HIGHEST, LOWEST

@@ -1,4 +1,4 @@
-"""Settings of the selector. Standard library only."""
+"""Settings of the selector. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from megaopus.selection.estimators import registry as estimators
 from megaopus.selection.methods import registry as methods
 from megaopus.selection.samplers import registry as samplers
+from megaopus.settings import FIXED, HARMLESS, TRAINING, renamed, setting
 
 UTILITIES = ("standardised", "raw")
 SIDES = ("central", "one")
 WINDOWS = ("first", "random", "strided")
 MUON_OPERATORS = ("paper", "full")
 PRESCREENS = ("off", "cascade", "predict")
-TRAITS = ("ngrams", "domain", "likelihood", "shape")
+TEXT_FEATURES = ("ngrams", "domain", "likelihood", "shape")
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a scoring pass beyond which larger ones are hardly faster (CPU: docs/benchmarks.md; CUDA: not measured)."""
 
@@ -27,138 +29,231 @@ def most_per_pass(count: int, tokens: int, device: str) -> int:
     return 2 ** max(0, min(by_tokens, count.bit_length() - 1))
 
 
+_SEE = "see docs/selection.md"
+_OFF = "0 switches it off"
+
+
+def _named(value: list[str]) -> str | None:
+    return None if value else "none is named"
+
+
+@renamed(traits="text_features")
 @dataclass(slots=True, kw_only=True)
 class PrescreenConfig:
-    """An online predictor of utility from traits of a sequence that need no model (docs/selection.md)."""
+    """An online predictor of utility from features of a sequence's text that need no model (docs/selection.md)."""
 
-    mode: str = "off"
-    """cascade: it screens a larger buffer, the promising part is scored exactly; predict: it picks, and a small uniform
-    slice scored exactly keeps it trained."""
-    multiple: int = 4
-    """The buffer is this many times num_candidates."""
-    slice: int = 32
-    """Candidates drawn uniformly and scored exactly at a time, over all ranks."""
-    every: int = 8
-    """predict: steps from one such slice to the next; in between nothing is scored."""
-    window: int = 1024
-    """Scores that the predictor is fitted to, the latest."""
-    refit: int = 64
-    """New scores after which it is fitted again."""
-    prior: float = 1.0
-    """Weight of the log of a sequence's importance (as method importance) beside what is learnt. Utilities are about
-    one step and do not unlearn it: what text like the proxy's is worth shows in the long run (docs/decisions/007)."""
-    traits: list[str] = field(default_factory=lambda: list(TRAITS))
-    """What it sees. ngrams: hashed uni- and bigrams; domain; likelihood: of them under proxy and pool (DSIR's); shape:
-    shares of distinct n-grams."""
-
-    def problems(self) -> Iterator[tuple[str, str, str]]:
-        """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
-        if self.mode not in PRESCREENS:
-            yield "mode", "unknown choice", f"use one of: {', '.join(PRESCREENS)}"
-        for key in ("multiple", "slice", "every", "refit"):
-            if getattr(self, key) < 1:
-                yield key, "must be at least 1", "see docs/selection.md"
-        if self.prior < 0:
-            yield "prior", "must not be negative", "0 begins with nothing, 1 is usual"
-        if self.window < 64:
-            yield "window", "must be at least 64", "1024 is usual"
-        if not self.traits or set(self.traits) - set(TRAITS):
-            yield "traits", "unknown or empty", f"name some of: {', '.join(TRAITS)}"
+    mode: str = setting(
+        "off",
+        choices=PRESCREENS,
+        resume=FIXED,
+        doc="cascade: it screens a larger buffer, the promising part is scored exactly; predict: it picks, and a small "
+        "uniform slice scored exactly keeps it trained.",
+    )
+    multiple: int = setting(4, min=1, resume=FIXED, doc="The buffer is this many times num_candidates.", hint=_SEE)
+    slice: int = setting(
+        32, min=1, doc="Candidates drawn uniformly and scored exactly at a time, over all ranks.", hint=_SEE
+    )
+    every: int = setting(
+        8, min=1, doc="predict: steps from one such slice to the next; in between nothing is scored.", hint=_SEE
+    )
+    window: int = setting(1024, min=64, doc="Scores that the predictor is fitted to, the latest.")
+    refit: int = setting(64, min=1, doc="New scores after which it is fitted again.", hint=_SEE)
+    prior: float = setting(
+        1.0,
+        min=0,
+        doc="Weight of the log of a sequence's importance (as method importance) beside what is learnt. Utilities are "
+        "about one step and do not unlearn it: what text like the proxy's is worth shows in the long run "
+        "(docs/decisions/007).",
+        hint="0 begins with nothing, 1 is usual",
+    )
+    text_features: list[str] = setting(
+        list(TEXT_FEATURES),
+        choices=TEXT_FEATURES,
+        check=_named,
+        doc="What it sees. ngrams: hashed uni- and bigrams; domain; likelihood: of them under proxy and pool (DSIR's); "
+        "shape: shares of distinct n-grams.",
+    )
 
 
 @dataclass(slots=True, kw_only=True)
 class GuardConfig:
     """What keeps selection from repeating itself or collapsing (docs/selection.md)."""
 
-    exposure_cap: int = 1
-    """Times a sequence (and its exact copies) may be trained on within the window; 0: no cap."""
-    exposure_window: int = 1000
-    """Steps over which exposures are counted."""
-    near_duplicates: bool = False
-    """Count sequences that share most of their 8-grams as copies too."""
-    domain_floor: float = 0.0
-    """Fraction of its share of the buffer that each domain keeps among the picks."""
-    min_ess: float = 1.2
-    """Alarm when the effective sample size is below this many candidates."""
-    min_distinct: float = 0.5
-    """Alarm when the picks have fewer different token pairs than this times those of a uniform draw."""
-    min_unique: float = 0.5
-    """Alarm when the share of picks that are new in the window is below this times the candidates' share."""
+    exposure_cap: int = setting(
+        1,
+        min=0,
+        doc="Times a sequence (and its exact copies) may be trained on within the window; 0: no cap.",
+        hint="0 lifts the cap",
+    )
+    exposure_window: int = setting(1000, min=1, doc="Steps over which exposures are counted.")
+    near_duplicates: bool = setting(False, doc="Count sequences that share most of their 8-grams as copies too.")
+    domain_floor: float = setting(
+        0.0, min=0, max=1, doc="Fraction of its share of the buffer that each domain keeps among the picks.", hint=_OFF
+    )
+    min_ess: float = setting(
+        1.2, min=0, doc="Alarm when the effective sample size is below this many candidates.", hint=_OFF
+    )
+    min_distinct: float = setting(
+        0.5,
+        min=0,
+        max=1,
+        doc="Alarm when the picks have fewer different token pairs than this times those of a uniform draw.",
+        hint=_OFF,
+    )
+    min_unique: float = setting(
+        0.5,
+        min=0,
+        max=1,
+        doc="Alarm when the share of picks that are new in the window is below this times the candidates' share.",
+        hint=_OFF,
+    )
 
-    def problems(self) -> Iterator[tuple[str, str, str]]:
-        """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
-        if self.exposure_cap < 0:
-            yield "exposure_cap", "must not be negative", "0 lifts the cap"
-        if self.exposure_window < 1:
-            yield "exposure_window", "must be at least 1", "1000 is usual"
-        for key in ("domain_floor", "min_distinct", "min_unique"):
-            if not 0 <= getattr(self, key) <= 1:
-                yield key, "must lie in [0, 1]", "0 switches it off"
-        if self.min_ess < 0:
-            yield "min_ess", "must not be negative", "0 switches it off"
+
+def _expression(value: str) -> str | None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        return f"is no regular expression ({error})"
+    return None
 
 
+@renamed(needs_traits="needs_text_features")
 @dataclass(slots=True, kw_only=True)
 class SelectionConfig:
     """How the global batch is chosen from a buffer of candidates (symbols of arXiv 2602.05400 in brackets)."""
 
-    method: str = "uniform"
-    """uniform: at random; opus: by utility for the proxy; greats: the same of raw gradients, greedily, less the overlap
-    with what is picked; high_ppl, low_ppl, mid_ppl: by the candidate's own loss; dsir: by n-gram log-odds of proxy over
-    pool; importance: by the log of how much likelier the proxy holds such text; domain_oracle: the wanted domains."""
-    rho: float = 0.5
-    """Share of the buffer that is picked [rho]: num_candidates N = global_batch_size / rho."""
-    estimator: str = "directional"
-    """directional: two forwards along the optimizer's step on the proxy; adjoint: exact alignment of the matrices;
-    countsketch: the paper's; kronecker: two-sided sketches; exact: per-sample gradients in float64 (oracle)."""
-    sampler: str = "top_k"
-    """top_k: the K highest utilities; boltzmann: K draws without replacement, p ~ exp(utility / temperature)."""
-    utilities: str = "standardised"
-    """standardised: z-scored over the global buffer before any temperature; raw: as estimated (the paper's text)."""
-    temperature: float = 0.9
-    """Boltzmann temperature [tau], in units of the utilities."""
-    redundancy: float = 0.0
-    """Coefficient of the redundancy term; directional and adjoint take its Gram matrix from sketches (``gram``)."""
-    gram: str = "countsketch"
-    """Sketches that stand in for the updates in the Gram matrix of directional and adjoint: countsketch, kronecker."""
-    warmup_steps: int = 0
-    """Steps before utilities are used (the optimizer's state must mean something first): picked by the prescreen's
-    prior if there is one, else uniformly."""
-    score_length: int | None = None
-    """Tokens of each candidate that are scored [L_score]; null: all. The proxy is never cut."""
-    score_window: str = "first"
-    """Where those tokens lie: first; random (a run drawn per step and candidate); strided (evenly spread)."""
-    score_micro_batch_size: int | None = None
-    """Candidates per forward pass while scoring, on each rank; null: found from the free memory."""
-    proxy_batch_size: int = 32
-    """Proxy sequences drawn anew each step, over all ranks."""
-    contrast: bool = False
-    """Less the gradient of as many sequences of the pool: what helps the proxy more than it helps any text."""
-    proxy_ema: float = 0.5
-    """Decay of the running average of the proxy gradient; 0: this step's gradient alone."""
-    epsilon: float | None = None
-    """Finite-difference step of directional scoring in optimizer steps; null: 0.25, or 1 with 16-bit weights."""
-    sides: str = "central"
-    """central: (L(-e) - L(+e)) / 2e; one: (L(0) - L(+e)) / e."""
-    sketch_dim: int = 8192
-    """Length of each layer's CountSketch [m]."""
-    sketch_seed: int = 42
-    """Seed of the sketch's hashes."""
-    layers: str = "auto"
-    """What is summed over. linear: matrices used at least once as one; all: every parameter (ghost estimators: every
-    matrix and embedding); else a regular expression in names. auto: all for directional and exact, else linear."""
-    muon_operator: str = "paper"
-    """paper: the first Newton-Schulz factor S_1; full: the product S_5..S_1 at frozen momentum."""
-    bounded: bool = True
-    """Adam's second moment with the proxy gradient in it, which bounds the step that utilities are about; false: as it
-    stands (the paper), where an embedding row hardly ever seen can outweigh all others."""
-    check_every: int = 0
-    """Every that many steps, those chosen by the proxy compare the predicted fall of its loss with the real one (two
-    forward passes of the proxy batch); 0: never."""
-    proxy_every: int = 1
-    """Steps between two proxy gradients; the average stands in between."""
-    score_every: int = 1
-    """Steps that one scored buffer serves; it has that many times num_candidates."""
+    RESUME: ClassVar[str] = TRAINING
+
+    method: str = setting(
+        "uniform",
+        choices=methods.names,
+        doc="uniform: at random; opus: by utility for the proxy; greats: the same of raw gradients, greedily, less the "
+        "overlap with what is picked; high_ppl, low_ppl, mid_ppl: by the candidate's own loss; dsir: by n-gram "
+        "log-odds of proxy over pool; importance: by the log of how much likelier the proxy holds such text; "
+        "domain_oracle: the target domains.",
+    )
+    rho: float = setting(
+        0.5,
+        above=0,
+        max=1,
+        resume=FIXED,
+        doc="Share of the buffer that is picked [rho]: num_candidates N = global_batch_size / rho.",
+        hint="0.5 picks half of the candidates",
+    )
+    estimator: str = setting(
+        "directional",
+        choices=estimators.names,
+        doc="directional: two forwards along the optimizer's step on the proxy; adjoint: exact alignment of the "
+        "matrices; countsketch: the paper's; kronecker: two-sided sketches; exact: per-sample gradients in float64 "
+        "(oracle).",
+    )
+    sampler: str = setting(
+        "top_k",
+        choices=samplers.names,
+        doc="top_k: the K highest utilities; boltzmann: K draws without replacement, p ~ exp(utility / temperature).",
+    )
+    utilities: str = setting(
+        "standardised",
+        choices=UTILITIES,
+        doc="standardised: z-scored over the global buffer before any temperature; raw: as estimated (the paper's "
+        "text).",
+    )
+    temperature: float = setting(
+        0.9, above=0, doc="Boltzmann temperature [tau], in units of the utilities.", hint="0.9 is the paper's value"
+    )
+    redundancy: float = setting(
+        0.0,
+        min=0,
+        doc="Coefficient of the redundancy term; directional and adjoint take its Gram matrix from sketches (`gram`).",
+        hint="0 switches the redundancy term off",
+    )
+    gram: str = setting(
+        "countsketch",
+        choices=estimators.sketch_names,
+        doc="Sketches that stand in for the updates in the Gram matrix of directional and adjoint.",
+    )
+    warmup_steps: int = setting(
+        0,
+        min=0,
+        doc="Steps before utilities are used (the optimizer's state must mean something first): picked by the "
+        "prescreen's prior if there is one, else uniformly.",
+        hint="0 starts selecting as soon as the optimizer has state",
+    )
+    score_length: int | None = setting(
+        None,
+        min=1,
+        doc="Tokens of each candidate that are scored [L_score]; null: all. The proxy is never cut.",
+        hint="null scores whole sequences",
+    )
+    score_window: str = setting(
+        "first",
+        choices=WINDOWS,
+        doc="Where those tokens lie: first; random (a run drawn per step and candidate); strided (evenly spread).",
+    )
+    score_micro_batch_size: int | None = setting(
+        None,
+        min=1,
+        resume=HARMLESS,
+        doc="Candidates per forward pass while scoring, on each rank; null: found from the free memory.",
+        hint="null finds it from the free memory",
+    )
+    proxy_batch_size: int = setting(32, min=1, doc="Proxy sequences drawn anew each step, over all ranks.", hint=_SEE)
+    contrast: bool = setting(
+        False,
+        doc="Subtract the gradient of as many sequences of the pool: for what helps the proxy more than any text.",
+    )
+    proxy_ema: float = setting(
+        0.5,
+        min=0,
+        below=1,
+        doc="Decay of the running average of the proxy gradient; 0: this step's gradient alone.",
+        hint="0 uses each step's proxy gradient alone",
+    )
+    epsilon: float | None = setting(
+        None,
+        above=0,
+        doc="Finite-difference step of directional scoring in optimizer steps; null: 0.25, or 1 with 16-bit weights.",
+        hint="null chooses by precision; 1 is one optimizer step",
+    )
+    sides: str = setting("central", choices=SIDES, doc="central: (L(-e) - L(+e)) / 2e; one: (L(0) - L(+e)) / e.")
+    sketch_dim: int = setting(8192, min=1, doc="Length of each layer's CountSketch [m].", hint=_SEE)
+    sketch_seed: int = setting(42, doc="Seed of the sketch's hashes.")
+    layers: str = setting(
+        "auto",
+        check=_expression,
+        doc="What is summed over. linear: matrices used at least once as one; all: every parameter (ghost estimators: "
+        "every matrix and embedding); else a regular expression in names. auto: all for directional and exact, else "
+        "linear.",
+        hint="use auto, linear, all, or a valid expression",
+    )
+    muon_operator: str = setting(
+        "paper",
+        choices=MUON_OPERATORS,
+        doc="paper: the first Newton-Schulz factor S_1; full: the product S_5..S_1 at frozen momentum.",
+    )
+    bounded: bool = setting(
+        True,
+        doc="Adam's second moment with the proxy gradient in it, which bounds the step that utilities are about; "
+        "false: as it stands (the paper), where an embedding row hardly ever seen can outweigh all others.",
+    )
+    check_every: int = setting(
+        0,
+        min=0,
+        resume=HARMLESS,
+        doc="Every that many steps, those chosen by the proxy compare the predicted fall of its loss with the real one "
+        "(two forward passes of the proxy batch); 0: never.",
+        hint="0 switches the check off",
+    )
+    proxy_every: int = setting(
+        1, min=1, doc="Steps between two proxy gradients; the average stands in between.", hint=_SEE
+    )
+    score_every: int = setting(
+        1,
+        min=1,
+        resume=FIXED,
+        doc="Steps that one scored buffer serves; it has that many times num_candidates.",
+        hint=_SEE,
+    )
     prescreen: PrescreenConfig = field(default_factory=PrescreenConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
 
@@ -210,55 +305,14 @@ class SelectionConfig:
         return "linear" if self.layers == "auto" else self.layers
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
-        """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
-        choices = {
-            "method": methods.names(),
-            "estimator": estimators.names(),
-            "sampler": samplers.names(),
-            "utilities": UTILITIES,
-            "sides": SIDES,
-            "gram": estimators.sketch_names(),
-            "score_window": WINDOWS,
-            "muon_operator": MUON_OPERATORS,
-        }
-        for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                yield key, "unknown choice", f"use one of: {', '.join(allowed)}"
-        if not 0 < self.rho <= 1:
-            yield "rho", "must lie in (0, 1]", "0.5 picks half of the candidates"
-        if not self.temperature > 0:
-            yield "temperature", "must be positive", "0.9 is the paper's value"
-        if self.redundancy < 0:
-            yield "redundancy", "must not be negative", "0 switches the redundancy term off"
+        """Yield ``(key, reason, remedy)`` for settings that do not go together."""
         if self.redundancy > 0 and not methods.by_estimator(self.method):
             yield "redundancy", f"method {self.method} has no Gram matrix", "set selection.redundancy=0"
-        if self.check_every < 0:
-            yield "check_every", "must not be negative", "0 switches the check off"
         if self.check_every > 0 and not self.needs_proxy:
             yield "check_every", f"method {self.method} predicts nothing for a proxy", "set selection.check_every=0"
         if self.check_every > 0 and self.contrast:
             yield "check_every", "utilities are relative to the pool", "set selection.contrast=false"
         if self.check_every > 0 and self.prescreen.mode == "predict":
             yield "check_every", "picks are predicted, not scored", "use selection.prescreen.mode=cascade or off"
-        try:
-            re.compile(self.layers)
-        except re.error as error:
-            yield "layers", f"is no regular expression ({error})", "use auto, linear, all, or a valid expression"
-        if self.warmup_steps < 0:
-            yield "warmup_steps", "must not be negative", "0 starts selecting as soon as the optimizer has state"
-        if self.score_length is not None and self.score_length < 1:
-            yield "score_length", "must be at least 1", "null scores whole sequences"
-        if self.score_micro_batch_size is not None and self.score_micro_batch_size < 1:
-            yield "score_micro_batch_size", "must be at least 1", "null finds it from the free memory"
-        for key in ("proxy_batch_size", "sketch_dim", "proxy_every", "score_every"):
-            if getattr(self, key) < 1:
-                yield key, "must be at least 1", "see docs/selection.md"
-        if not 0 <= self.proxy_ema < 1:
-            yield "proxy_ema", "must lie in [0, 1)", "0 uses each step's proxy gradient alone"
-        if self.epsilon is not None and not self.epsilon > 0:
-            yield "epsilon", "must be positive", "null chooses by precision; 1 is one optimizer step"
-        for section in ("prescreen", "guards"):
-            for key, reason, remedy in getattr(self, section).problems():
-                yield f"{section}.{key}", reason, remedy
         if self.prescreen.mode in PRESCREENS[1:] and not self.needs_proxy:
             yield "prescreen.mode", f"method {self.method} has no utilities to predict", "use selection.method=opus"

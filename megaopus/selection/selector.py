@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from megaopus.selection.old_names import renamed_argument, with_new_names
 from megaopus.selection.prescreen import Prescreen
 from megaopus.selection.scorer import Scorer
 from megaopus.selection.scoring import Scores
+from megaopus.settings import problems
 
 __all__ = ["Redundancy", "Selection", "Selector"]
 
@@ -52,9 +52,8 @@ class Selector:
         traits: TextFeatures | None = None,
     ):
         text_features = renamed_argument("traits", traits, "text_features", text_features)
-        problems = [f"{key}={attrgetter(key)(config)!r}: {why} ({remedy})" for key, why, remedy in config.problems()]
-        if problems:
-            raise ValueError("selection settings: " + "; ".join(problems))
+        if wrong := [f"{each.key}={each.value!r}: {each.reason} ({each.remedy})" for each in problems(config)]:
+            raise ValueError("selection settings: " + "; ".join(wrong))
         if num_selected < 1:
             raise ValueError(f"num_selected={num_selected} must be at least 1")
         _check_given(config, proxy=proxy, pool=pool, wanted=wanted, text_features=text_features)

@@ -2,43 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
+
+from megaopus.settings import FIXED, HARMLESS, TRAINING, setting
+
+
+def _spike_factor(value: float) -> str | None:
+    return None if value == 0 or value > 1 else "must be above 1"
 
 
 @dataclass(slots=True, kw_only=True)
 class TrainConfig:
     """Steps, batches and validation of a run."""
 
-    steps: int = 100
-    """Steps in all; a resumed run goes on to this number."""
-    global_batch_size: int = 8
-    """Sequences per optimizer step over all ranks [K]."""
-    micro_batch_size: int = 8
-    """Sequences per forward pass on one rank."""
-    eval_every: int = 0
-    """Steps between validations; 0: only after the last step."""
-    eval_sequences: int = 64
-    """Sequences per domain and validation."""
+    RESUME: ClassVar[str] = TRAINING
 
-    spike_factor: float = 20.0
-    """An update whose gradient norm is above so many times the median of those before is skipped; 0: none is.
-
-    After three in a row, with ``optim.clip_grad``, such gradients are trained on, and the median starts anew."""
-    spike_window: int = 128
-    """Applied updates over which that median is taken; the rule begins after a quarter of them."""
-    max_skipped: int = 10
-    """Skipped updates in a row (spikes, or a loss or gradient that is not finite) after which the run stops."""
-
-    def problems(self) -> Iterator[tuple[str, str, str]]:
-        """Yield ``(key, reason, remedy)`` for each setting that cannot be used."""
-        for key in ("steps", "global_batch_size", "micro_batch_size", "eval_sequences"):
-            if getattr(self, key) < 1:
-                yield key, "must be at least 1", "see configs/run.yaml"
-        if self.spike_factor != 0 and self.spike_factor <= 1:
-            yield "spike_factor", "must be above 1", "20 leaves ordinary noise alone; 0 switches the rule off"
-        for key in ("spike_window", "max_skipped"):
-            if getattr(self, key) < 1:
-                yield key, "must be at least 1", "128 and 10 are usual"
-        if self.eval_every < 0:
-            yield "eval_every", "must not be negative", "0 validates only after the last step"
+    steps: int = setting(100, min=1, doc="Steps in all; a resumed run goes on to this number.")
+    global_batch_size: int = setting(8, min=1, resume=FIXED, doc="Sequences per optimizer step over all ranks [K].")
+    micro_batch_size: int = setting(8, min=1, resume=HARMLESS, doc="Sequences per forward pass on one rank.")
+    eval_every: int = setting(
+        0,
+        min=0,
+        resume=HARMLESS,
+        doc="Steps between validations; 0: only after the last step.",
+        hint="0 validates only after the last step",
+    )
+    eval_sequences: int = setting(64, min=1, resume=HARMLESS, doc="Sequences per domain and validation.")
+    spike_factor: float = setting(
+        20.0,
+        check=_spike_factor,
+        doc="An update whose gradient norm is above so many times the median of those before is skipped; 0: none is. "
+        "After three in a row, with `optim.clip_grad`, such gradients are trained on, and the median starts anew.",
+        hint="20 leaves ordinary noise alone; 0 switches the rule off",
+    )
+    spike_window: int = setting(
+        128, min=1, doc="Applied updates over which that median is taken; the rule begins after a quarter of them."
+    )
+    max_skipped: int = setting(
+        10,
+        min=1,
+        doc="Skipped updates in a row (spikes, or a loss or gradient that is not finite) after which the run stops.",
+    )

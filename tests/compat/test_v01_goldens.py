@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from megaopus.build import build_engine
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.data.candidates import CandidateStream, evaluation_buffers
 from megaopus.data.config import FilterConfig
 from megaopus.data.corpus import Corpus

@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
-from megaopus import changes
-from megaopus.__main__ import VERBS
-from megaopus.config import compose, differences, restored
+from megaopus import settings
+from megaopus.cli.main import verb_parser
+from megaopus.config.compose import compose
+from megaopus.config.parse import restored
+from megaopus.config.resume_policy import class_of
+from megaopus.config.run_config import differences
 from megaopus.errors import ConfigError
 from tests.compat.v01 import copied, frozen, inside
 
@@ -92,13 +93,13 @@ def test_the_words_of_a_setting_are_known(key: str) -> None:
     section = key.split(".")[0]
     for word in NAMES["words"][key]:
         config = restored(nested({key: word}), "here")
-        told = list(getattr(config, section).problems())
-        assert not [reason for _, reason, _ in told if "unknown" in reason], word
+        told = settings.problems(getattr(config, section))
+        assert not [problem for problem in told if "unknown" in problem.reason], word
 
 
 def test_classes_of_settings_are_as_they_were() -> None:
     """What may change on resume; an old name has the class of the new one."""
-    assert {key: changes.class_of(key) for key in NAMES["classes"]} == NAMES["classes"]
+    assert {key: class_of(key) for key in NAMES["classes"]} == NAMES["classes"]
 
 
 def test_choices_of_the_groups_are_there(tmp_path: Path) -> None:
@@ -147,23 +148,10 @@ def test_a_folder_of_configs_of_ones_own(tmp_path: Path) -> None:
     assert {"[rivers]", "['ngrams', 'shape']"} & {str(now) for now, _ in differences(config).values()}
 
 
-class Parser(Exception):
-    """Carries the parser of a verb."""
-
-
 @pytest.mark.parametrize("verb", NAMES["options"])
 def test_a_verb_has_its_options(verb: str) -> None:
-    def seen(self: argparse.ArgumentParser, *args: Any) -> Any:
-        raise Parser(self)
-
-    with (
-        mock.patch.object(argparse.ArgumentParser, "parse_args", seen),
-        mock.patch.object(argparse.ArgumentParser, "parse_intermixed_args", seen),
-        pytest.raises(Parser) as found,
-    ):
-        VERBS[verb]([])
-    options = {text for action in found.value.args[0]._actions for text in action.option_strings}
-    assert set(NAMES["options"][verb]) <= options
+    actions = verb_parser(verb)._actions
+    assert set(NAMES["options"][verb]) <= {text for action in actions for text in action.option_strings}
     if verb == "score":
-        (methods,) = [action.choices for action in found.value.args[0]._actions if "--method" in action.option_strings]
-        assert set(NAMES["score_methods"]) <= set(methods)
+        (methods,) = [action.choices for action in actions if "--method" in action.option_strings]
+        assert set(NAMES["score_methods"]) <= set(methods or ())

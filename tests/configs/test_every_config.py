@@ -2,7 +2,9 @@
 
 import pytest
 
-from megaopus.config import compose, default_config_dir, differences, load, to_yaml
+from megaopus.config.compose import compose, default_config_dir
+from megaopus.config.parse import load, to_yaml
+from megaopus.config.run_config import differences
 from megaopus.models.flops import count_parameters
 from tests.unit.config_corpus import write_manifest
 
@@ -25,7 +27,7 @@ def test_the_groups_are_those_of_the_settings():
 @pytest.mark.parametrize("choice", CHOICES)
 def test_each_choice_composes_and_comes_back_from_its_file(choice, corpus, tmp_path):
     group, name = choice.split("/")
-    overrides = [f"data.path={corpus}", "data.wanted=[docs]", f"{group}={name}"]
+    overrides = [f"data.path={corpus}", "data.target_domains=[docs]", f"{group}={name}"]
     config = compose(overrides, world_size=RANKS.get(choice, 1))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load(tmp_path / "config.yaml") == config

@@ -79,7 +79,7 @@ def test_a_finished_demo_is_not_trained_again(folder: Path, capfd: pytest.Captur
 
 def test_quality_rows(folder: Path, tmp_path: Path) -> None:
     """The demo's two runs stand in for every arm: the rows have the agreed keys and the comparison's arithmetic."""
-    place = [f"data.path={folder / 'corpus'}", "data.wanted=[docs]"]
+    place = [f"data.path={folder / 'corpus'}", "data.target_domains=[docs]"]
     jobs = quality.jobs_of(quality.FULL, ["demo", "mixed"])
     study = quality.Study(quality.FULL, jobs, {"demo": place, "mixed": place}, Results(tmp_path / "r"), tmp_path)
     runs = {name: load_run(folder / f"{name}_seed1234") for name in ("uniform", "opus")}

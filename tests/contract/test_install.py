@@ -67,7 +67,7 @@ def test_the_wheel_has_every_module_config_and_launch_file(place: Path) -> None:
 
 
 def test_a_demo_from_the_wheel(place: Path, tmp_path: Path) -> None:
-    code = "import megaopus; from megaopus.config import default_config_dir as d; print(megaopus.__file__, d())"
+    code = "import megaopus; from megaopus.config.compose import default_config_dir as d; print(megaopus.__file__, d())"
     where = python("-c", code, place=place, cwd=tmp_path).stdout.split()
     assert where == [str(place / "megaopus" / "__init__.py"), str(place / "megaopus" / "configs")]
     build_demo_corpus(tmp_path / "demo" / "corpus", vocab_size=512, limits=LIMITS)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from megaopus import build
-from megaopus.config import RunConfig, compose
+from megaopus.config.compose import compose
+from megaopus.config.run_config import RunConfig
 from megaopus.data.read_ahead import TokenReader
 from megaopus.data.run_data import RunData
 from megaopus.data.sequences import Sequences
@@ -136,7 +137,12 @@ def expected(config: RunConfig, data: RunData, record: SelectionRecord) -> set[t
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_step_reads_what_it_uses_once(recipe: str, tiny_corpus: Path, tmp_path: Path, mesh: Mesh, log: Log) -> None:
-    more = [*RECIPES[recipe], "selection.warmup_steps=2", "train.steps=9", f"data.traits_path={tmp_path / 'traits'}"]
+    more = [
+        *RECIPES[recipe],
+        "selection.warmup_steps=2",
+        "train.steps=9",
+        f"data.text_features_path={tmp_path / 'traits'}",
+    ]
     overrides = settings(tiny_corpus, tmp_path, *more)
     config = compose([each for each in overrides if not each.startswith("selection.proxy_batch_size")])
     config.selection.proxy_batch_size = PROXY
@@ -163,7 +169,12 @@ def test_a_step_reads_what_it_uses_once(recipe: str, tiny_corpus: Path, tmp_path
 
 
 def test_picks_do_not_depend_on_what_is_read_ahead(tiny_corpus: Path, tmp_path: Path, mesh: Mesh, log: Log) -> None:
-    more = [*RECIPES["default"], "selection.warmup_steps=2", "train.steps=5", f"data.traits_path={tmp_path / 'traits'}"]
+    more = [
+        *RECIPES["default"],
+        "selection.warmup_steps=2",
+        "train.steps=5",
+        f"data.text_features_path={tmp_path / 'traits'}",
+    ]
     config = compose(settings(tiny_corpus, tmp_path, *more))
     run(config, mesh, log, 5, idle)
     ahead, log.records = log.records, []

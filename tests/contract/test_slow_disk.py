@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megaopus import build
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.data.read_ahead import TokenReader
 from megaopus.data.run_data import RunData
 from megaopus.data.sequences import Sequences

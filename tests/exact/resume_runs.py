@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
-from megaopus.config import RunConfig, compose
+from megaopus.config.compose import compose
+from megaopus.config.run_config import RunConfig
 from megaopus.optim.registry import spec_of
 from megaopus.record.metrics import metrics_of
 from megaopus.record.parquet import FOLDER, parts, read_part
@@ -85,7 +86,7 @@ def settings(corpus: Path, run_dir: Path, *more: str) -> list[str]:
     return [
         f"data.path={corpus}",
         f"run_dir={run_dir}",
-        "data.wanted=[docs]",
+        "data.target_domains=[docs]",
         "data.seq_len=16",
         "engine=cpu",
         "model.num_layers=2",

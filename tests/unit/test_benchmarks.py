@@ -23,7 +23,7 @@ from rich.console import Console
 
 from benchmarks import columns, common, estimators, faults, filters, pools, quality, study, throughput
 from benchmarks.scoring import count_bytes
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import Corpus
 from megaopus.data.run_data import RunData
@@ -268,7 +268,7 @@ def test_a_study_refuses_to_go_on_with_other_texts(tiny_corpus: Path, tmp_path: 
     pools.prepare_texts(tmp_path / "corpus", lambda: texts, SplitRule(0.2, 0.2, ("docs",)), vocab_size=300)
     copy = shutil.copytree(tiny_corpus, tmp_path / "copy")
     first, same, other = (
-        study.task("arm", "arm/1", [f"data.path={path}", "data.wanted=[docs]", "data.seq_len=16"], {})
+        study.task("arm", "arm/1", [f"data.path={path}", "data.target_domains=[docs]", "data.seq_len=16"], {})
         for path in (tiny_corpus, copy, tmp_path / "corpus")
     )
     assert first.key == same.key == other.key

@@ -15,7 +15,8 @@ from rich.console import Console
 from megaopus.__main__ import main
 from megaopus.cli.check import show
 from megaopus.cli.main import verbs
-from megaopus.config import RunConfig, compose, default_config_dir
+from megaopus.config.compose import compose, default_config_dir
+from megaopus.config.run_config import RunConfig
 from megaopus.corpus_tools.prepare import Source, prepare
 from megaopus.corpus_tools.split import SplitRule
 from megaopus.distributed.config import ParallelConfig
@@ -218,7 +219,9 @@ def printed(overrides, corpus, world_size=None):
 
 
 def test_check_prints_what_a_run_would_be(corpus):
-    text = printed(["selection=opus_exact", "data.seq_len=64", "run_dir='runs/a, b'", "data.wanted=[docs]"], corpus, 4)
+    text = printed(
+        ["selection=opus_exact", "data.seq_len=64", "run_dir='runs/a, b'", "data.target_domains=[docs]"], corpus, 4
+    )
     for line in (
         "4 = 4 ranks / (tp 1 x cp 1 x pp 1)",
         "64, of which 32 are picked",
@@ -236,12 +239,12 @@ def test_check_prints_what_a_run_would_be(corpus):
     command = f"torchrun --nproc-per-node 4 -m megaopus train data.path={corpus} selection=opus_exact data.seq_len=64"
     assert command in text
     pasted = shlex.split(text.rstrip().rsplit("\n", 1)[1])  # what a shell makes of it
-    assert pasted[-2:] == ["run_dir='runs/a, b'", "data.wanted=[docs]"]
+    assert pasted[-2:] == ["run_dir='runs/a, b'", "data.target_domains=[docs]"]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (default_config_dir() / "selection").glob("*.yaml")))
 def test_every_selection_has_its_expected_cost(name, corpus):
-    text = printed([f"selection={name}", "data.seq_len=64", "data.wanted=[docs]"], corpus)
+    text = printed([f"selection={name}", "data.seq_len=64", "data.target_domains=[docs]"], corpus)
     expected = {
         "uniform": "none (uniform)",
         "dsir": "expected overhead │ 0.0%",

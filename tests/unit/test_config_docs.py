@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from megaopus.__main__ import main
-from megaopus.config import compose, default_config_dir
+from megaopus.config.compose import compose, default_config_dir
 from tests.unit.config_corpus import write_manifest
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "config.md").read_text()

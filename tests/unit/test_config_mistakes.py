@@ -2,7 +2,7 @@
 
 import pytest
 
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.errors import ConfigError
 from tests.unit.config_corpus import write_manifest
 
@@ -39,15 +39,19 @@ MISTAKES = {
     "model=gtp2": ("model = 'gtp2'", "no such choice", "did you mean model=gpt2"),
     "experiment=paper": ("experiment = 'paper'", "no such choice", "paper_gpt2_xl_muon"),
     "model={num_layers: 2}": ("model = {'num_layers': 2}", "no such choice", "choices: gpt2_large"),
-    "train.steps=abc": ("train.steps = 'abc'", "must be an integer, not str", "train.steps=8"),
-    "train.steps=1.5": ("train.steps = 1.5", "must be an integer, not float", "train.steps=8"),
-    "seed=true": ("seed = True", "must be an integer, not bool", "seed=8"),
-    "optim.lr=fast": ("optim.lr = 'fast'", "must be a finite number", "optim.lr=0.1"),
-    "optim.lr=nan": ("optim.lr = nan", "must be a finite number", "optim.lr=0.1"),
+    "train.steps=abc": ("train.steps = 'abc'", "must be an integer, not str", "train.steps=100"),
+    "train.steps=1.5": ("train.steps = 1.5", "must be an integer, not float", "train.steps=100"),
+    "seed=true": ("seed = True", "must be an integer, not bool", "seed=1234"),
+    "optim.lr=fast": ("optim.lr = 'fast'", "must be a finite number", "optim.lr=0.001"),
+    "optim.lr=nan": ("optim.lr = nan", "must be a finite number", "optim.lr=0.001"),
     "optim.betas=3": ("optim.betas = 3", "must be a list, not int", "optim.betas=[0.9,0.95]"),
     "optim.betas=[a,b]": ("optim.betas = ['a', 'b']", "each element must be a finite number", "optim.betas=[0.9,0.95]"),
-    "optim.betas=[0.9]": ("optim.betas = [0.9]", "two numbers", "[0.9, 0.95]"),
-    "data.wanted=docs": ("data.wanted = 'docs'", "must be a list, not str", "data.wanted=[a,b]"),
+    "optim.betas=[0.9]": ("optim.betas = [0.9]", "two numbers", "[0.9,0.95] is usual"),
+    "data.target_domains=docs": (
+        "data.target_domains = 'docs'",
+        "must be a list, not str",
+        "data.target_domains=[a,b]",
+    ),
     "engine.recompute=1": ("engine.recompute = 1", "must be true or false", "engine.recompute=true"),
     "logging.wandb=false": ("logging.wandb = False", "must be text, not bool", 'logging.wandb="text"'),
     "logging.wandb=null": ("logging.wandb = None", "must be text", 'logging.wandb="text"'),
@@ -62,11 +66,19 @@ MISTAKES = {
         "muon has no such setting",
         "did you mean momentum?",
     ),
-    "optim=muon optim.settings.ns_steps=2.5": ("optim.settings.ns_steps = 2.5", "must be a whole number", "5 is usual"),
-    "optim=sgd optim.settings.nesterov=1": ("optim.settings.nesterov = 1", "must be true or false", "False"),
+    "optim=muon optim.settings.ns_steps=2.5": (
+        "optim.settings.ns_steps = 2.5",
+        "must be an integer, not float",
+        "ns_steps=5",
+    ),
+    "optim=sgd optim.settings.nesterov=1": ("optim.settings.nesterov = 1", "must be true or false", "nesterov=false"),
     "optim=conda optim.settings.scale=0": ("optim.settings.scale = 0", "must be positive", "0.25 is usual"),
     "optim.settings.momentum=0.9": ("optim.settings.momentum = 0.9", "adamw has no such setting", "it has none"),
-    "optim.name=adam": ("optim.name = 'adam'", "unknown optimizer", "use one of: adamw, conda, lion, muon, namo"),
+    "optim.name=adam": (
+        "optim.name = 'adam'",
+        "unknown choice",
+        "did you mean adamw? use one of: adamw, conda, lion, muon, namo",
+    ),
     "selection.rho=0": ("selection.rho = 0.0", "must lie in (0, 1]", "0.5 picks half"),
     "resume_allow=[optim.rl]": ("resume_allow = 'optim.rl'", "no such setting", "did you mean optim.lr?"),
     "resume_allow=[seed]": ("resume_allow = 'seed'", "can never differ from the checkpoint's", "another run_dir"),
@@ -80,7 +92,11 @@ MISTAKES = {
     "checkpoint.every=2.5": ("checkpoint.every = 2.5", "must be an integer", "8"),
     "checkpoint.keep_every=-1": ("checkpoint.keep_every = -1", "must not be negative", "0 keeps the newest only"),
     "resume=atuo": ("resume = 'atuo'", "nor an existing checkpoint folder", "did you mean auto?"),
-    "data.wanted=[dosc]": ("data.wanted = 'dosc'", "no domain of that name", "did you mean docs? domains: docs, code"),
+    "data.target_domains=[dosc]": (
+        "data.target_domains = 'dosc'",
+        "no domain of that name",
+        "did you mean docs? domains: docs, code",
+    ),
     "data.proxy_path=nowhere": ("data.proxy_path = 'nowhere'", "no such folder", "python -m megaopus prepare"),
     "model.vocab_size=300": ("model.vocab_size = 300", "token ids up to 499", "at least 500, or null"),
     "model.max_positions=100": ("model.max_positions = 100", "shorter than data.seq_len = 256", "model.position=rope"),
@@ -92,7 +108,11 @@ MISTAKES = {
     "selection.prescreen=predict": ("selection.prescreen = 'predict'", "no such", "mean selection.prescreen.mode?"),
     "selection.prescreen.mode=on": ("selection.prescreen.mode = 'on'", "unknown choice", "off, cascade, predict"),
     "selection.prescreen.slices=4": ("selection.prescreen.slices = 4", "no such", "selection.prescreen.slice?"),
-    "selection.prescreen.traits=[words]": ("selection.prescreen.traits = ['words']", "unknown", "ngrams, domain"),
+    "selection.prescreen.text_features=[words]": (
+        "selection.prescreen.text_features = ['words']",
+        "unknown",
+        "ngrams, domain",
+    ),
     "selection.prescreen.window=8": ("selection.prescreen.window = 8", "at least 64", "1024 is usual"),
     "selection.guards.domain_floor=2": ("selection.guards.domain_floor = 2.0", "must lie in [0, 1]", "0 switches"),
     "selection.guards.exposure_cap=-1": ("selection.guards.exposure_cap = -1", "not be negative", "0 lifts the cap"),
@@ -219,7 +239,13 @@ COMBINED = [
         "engine.zero_stage",
         "engine.name=megatron",
     ),
-    ("engine=deepspeed engine.zero_stage=4", 1, "engine.zero_stage = 4", "unknown ZeRO stage", "1, 2 or 3"),
+    (
+        "engine=deepspeed engine.zero_stage=4",
+        1,
+        "engine.zero_stage = 4",
+        "unknown choice",
+        "1, 2, 3; without sharding: engine.name=megatron",
+    ),
     (
         "engine=deepspeed engine.zero_stage=3 selection=opus selection.estimator=exact",
         1,
@@ -303,7 +329,7 @@ def test_a_wanted_domain_must_fill_a_sequence_on_its_own(tmp_path):
     counts = {"big": {"pool": full, "validation": full}, "small": {"pool": full, "validation": short}}
     corpus = write_manifest(tmp_path / "corpus", counts=counts)
     compose([f"data.path={corpus}"])
-    error = problems(["data.wanted=[small]"], corpus)
+    error = problems(["data.target_domains=[small]"], corpus)
     assert "its split 'validation' fills no sequence of data.seq_len = 256 for small" in str(error)
     assert "use a data.seq_len below 200 (its longest)" in str(error)
 

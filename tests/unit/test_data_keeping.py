@@ -18,6 +18,7 @@ from megaopus.data.score_filter import gumbel, kept_documents
 from megaopus.data.scores import column_folder, load_column, write_column
 from megaopus.data.sequences import Sequences
 from megaopus.errors import DataError
+from megaopus.settings import problems
 
 POOL = SPLITS.index("pool")
 DOMAINS = ("books", "code")
@@ -64,7 +65,7 @@ def written(corpus: Corpus, name: str, values: np.ndarray, best: str) -> Path:
 
 def kept_by(corpus: Corpus, **settings: object) -> np.ndarray:
     config = FilterConfig(**settings)  # type: ignore[arg-type]
-    assert not list(config.problems())
+    assert not problems(config)
     kept = kept_documents(corpus, config)
     assert kept is not None
     assert not kept.documents[corpus.split_codes != POOL].any()
@@ -198,7 +199,7 @@ def test_columns_that_cannot_be_used(corpus: Corpus, place: Path, tmp_path: Path
     ],
 )
 def test_settings_that_do_not_go_together(settings: dict, key: str) -> None:
-    assert [problem[0] for problem in FilterConfig(**settings).problems()] == [key]
+    assert [problem.key for problem in problems(FilterConfig(**settings))] == [key]
 
 
 def test_a_filtered_run_is_resumed_with_the_same_filter_only(

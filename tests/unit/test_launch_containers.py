@@ -74,7 +74,7 @@ def test_the_pytorchjob_asks_for_as_many_gpus_as_it_starts_ranks():
 def test_the_pod_starts_a_node_of_torchrun_with_its_arguments_untouched(tmp_path):
     (container,) = JOB["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
     command = [text.replace("/opt/megaopus", str(ROOT)) for text in container["command"]]
-    settings = ["data.wanted=[docs]", "data.path=$(touch x) `touch x`"]
+    settings = ["data.target_domains=[docs]", "data.path=$(touch x) `touch x`"]
     given = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "MASTER_ADDR": "megaopus-master-0", "MASTER_PORT": "23456"}
     environment = {"PATH": os.environ["PATH"], "PYTHON": "/bin/echo", "DRY_RUN": "1", **given}
     done = subprocess.run(

@@ -17,7 +17,7 @@ BASIC = ["--gpus-per-node", "8", "--time", "24:00:00"]
 NASTY = [
     "data.path=$(touch pwned)`touch pwned`",
     "logging.wandb_project='a b'\"; touch pwned; \"",
-    "data.wanted=[a,b c]",
+    "data.target_domains=[a,b c]",
 ]
 
 
@@ -84,7 +84,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):
 
 def test_the_script_is_clean_shell(tmp_path):
     script = tmp_path / "job.sbatch"
-    script.write_text(submit(*BASIC, "--dry-run", "--", "run_dir=runs/first", "data.wanted=[a,b c]").stdout)
+    script.write_text(submit(*BASIC, "--dry-run", "--", "run_dir=runs/first", "data.target_domains=[a,b c]").stdout)
     checker = Path(sysconfig.get_path("scripts")) / "shellcheck"
     for path in (script, ROOT / "launch" / "torchrun.sh", ROOT / "docker" / "install.sh"):
         done = subprocess.run([checker, path], capture_output=True, text=True)

@@ -24,9 +24,11 @@ def launcher(*arguments, **environment):
 
 
 def test_launcher_on_one_node_and_on_many():
-    one = launcher("4", "model=tiny", "data.wanted=[docs]")
+    one = launcher("4", "model=tiny", "data.target_domains=[docs]")
     start = "py -m torch.distributed.run"
-    assert one.stdout.startswith(f"{start} --standalone --nproc-per-node 4 -m megaopus train model=tiny data.wanted=")
+    assert one.stdout.startswith(
+        f"{start} --standalone --nproc-per-node 4 -m megaopus train model=tiny data.target_domains="
+    )
     many = launcher("8", NNODES="2", NODE_RANK="1", MASTER_ADDR="node0", MASTER_PORT="29500")
     where = "--nnodes 2 --node-rank 1 --master-addr node0 --master-port 29500 --rdzv-conf timeout=600"
     assert many.stdout.strip() == f"{start} {where} --nproc-per-node 8 -m megaopus train"

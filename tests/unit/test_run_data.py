@@ -15,7 +15,7 @@ from rich.console import Console
 
 from megaopus import build
 from megaopus.cli.check import show
-from megaopus.config import compose
+from megaopus.config.compose import compose
 from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Fields, Source
 from megaopus.corpus_tools.split import SplitRule
@@ -59,13 +59,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 VARIANTS = {
     "plain": ["selection=opus"],
     "uniform": ["selection=uniform"],
-    "wanted nothing": ["selection=opus", "data.wanted=[]"],
+    "wanted nothing": ["selection=opus", "data.target_domains=[]"],
     "filtered": ["selection=opus", "data.filter.column=quality", "data.filter.keep=0.4"],
     "weighted": ["selection=opus", "data.weights=[[0,{docs:2,code:1}]]", "selection.score_every=2"],
     "filtered and weighted": ["data.filter={column: quality, at_least: 9}", "data.weights=[[0,{docs:2,code:1}]]"],
     "proxy elsewhere": ["selection=opus", "data.proxy_path=PLACE/other"],
     "validation elsewhere": ["selection=opus", "data.validation_path=PLACE/other"],
-    "text features": ["selection=dsir", "data.traits_path=NEW/features"],
+    "text features": ["selection=dsir", "data.text_features_path=NEW/features"],
 }
 
 
@@ -115,7 +115,7 @@ def test_check_prints_what_the_run_opens(
     counts = {split: [int(count.replace(",", ""))] for split, count in re.findall(r"(\w+) ([\d,]+)", row[1])}
     assert counts == opened.sequences
     each = ", ".join(f"{domain} {count}" for domain, count in opened.validated.items())
-    headline = ", ".join(config.data.wanted) or "every domain"
+    headline = ", ".join(config.data.target_domains) or "every domain"
     line = f"{opened.validated.total()} sequences ({each}), headline loss over {headline}"
     assert line in printed
     assert list(opened.validated) == list(DOMAINS)

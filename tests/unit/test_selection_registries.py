@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaopus.config import RunConfig
-from megaopus.planning import estimate as check
+from megaopus.config.run_config import RunConfig
+from megaopus.planning.estimate import scoring_overhead
 from megaopus.selection import Selector, register_estimator, register_method, register_sampler
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.estimators import registry as estimators
@@ -59,7 +59,7 @@ def test_an_estimator_from_outside_the_tree_selects_and_is_reckoned_with() -> No
     config = RunConfig()
     config.selection = SelectionConfig(method="opus", estimator="signs", rho=0.5, proxy_batch_size=8)
     config.train.global_batch_size = 16
-    assert check.scoring_overhead(config) == pytest.approx(2 * 2.0 + 0.5)
+    assert scoring_overhead(config) == pytest.approx(2 * 2.0 + 0.5)
     assert config.selection.needs()["whole_sequence"] == ("estimator", "signs", "is about whole texts")
 
 

@@ -1,0 +1,85 @@
+"""Says what may change between a checkpoint and the run that goes on from it: each setting has one of three classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
+from typing import Any, NamedTuple
+
+from megaopus.config.aliases import current, renamed
+from megaopus.config.run_config import RunConfig, flat
+from megaopus.errors import CheckpointError
+from megaopus.settings import HARMLESS, TRAINING, declared, kinds
+
+
+class Change(NamedTuple):
+    """A setting that is not what it was."""
+
+    key: str
+    saved: Any
+    now: Any
+
+
+def class_of(key: str) -> str:
+    """The class of a dotted setting; of one that is no more, its section's. Raises KeyError if neither is known."""
+    part: Any = RunConfig
+    resume = RunConfig.RESUME
+    for name in current(key).split("."):
+        kind = kinds(part).get(name)
+        if kind is None and part is RunConfig:
+            raise KeyError(key)
+        if not is_dataclass(kind):
+            return resume if kind is None else declared(part, name).resume or resume
+        part, resume = kind, getattr(kind, "RESUME", resume)
+    return resume
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Change]:
+    """What differs between two nested settings; one that only one of them names has its default in the other.
+
+    Where a run lies and how it resumes is left out. ``defaults``: dotted key -> value. Names are today's.
+    """
+    found = _differing({**defaults, **flat(renamed(saved))}, {**defaults, **flat(renamed(now))})
+    return [change for change in found if change.key not in _PLACES]
+
+
+_PLACES = ("run_dir", "resume", "resume_allow")
+
+
+def refuse_unallowed(found: Iterable[Change], allow: Iterable[str], checkpoint: object) -> None:
+    """Raise CheckpointError for settings of class ``training`` that changed and that ``allow`` does not name."""
+    allowed = set(map(current, allow))
+    wrong = [change for change in found if _named(change.key) == TRAINING and change.key not in allowed]
+    if wrong:
+        keys = ",".join([*sorted(allowed), *(change.key for change in wrong)])
+        raise CheckpointError(
+            f"{checkpoint} was made under other settings; these change what is trained on, or how:\n"
+            + _lines(wrong)
+            + f"\nSet them back, or allow them by name: 'resume_allow=[{keys}]' (nothing was written)"
+        )
+
+
+def _named(key: str) -> str:
+    """As ``class_of``; a setting that exists no more has no class to object with."""
+    try:
+        return class_of(key)
+    except KeyError:
+        return HARMLESS
+
+
+def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: object) -> None:
+    """Raise CheckpointError, naming every difference, unless a checkpoint belongs to a run with this identity."""
+    if wrong := _differing(flat(saved), flat(now)):
+        raise CheckpointError(
+            f"{checkpoint} belongs to another run; these differ:\n{_lines(wrong)}\n"
+            "Set them back, or start a new run with another run_dir (nothing was written)"
+        )
+
+
+def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [Change(key, before.get(key), after.get(key)) for key in keys]
+
+
+def _lines(found: Iterable[Change]) -> str:
+    return "\n".join(f"  {change.key}: saved {change.saved!r}, now {change.now!r}" for change in found)

@@ -1,0 +1,258 @@
+"""Says what must hold between the settings of different sections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megaopus.config.aliases import current
+from megaopus.config.corpus_rules import ANY_LAYOUT, CORPUS_RULES
+from megaopus.config.resume_policy import class_of
+from megaopus.config.rulebook import RuleBook
+from megaopus.config.run_config import RunConfig, settings_of
+from megaopus.errors import Problem
+from megaopus.settings import FIXED, TRAINING, did_you_mean, problems
+
+RESUME_WORDS = ("auto", "never", "required")
+ROUNDING = 0.05
+"""How far global_batch_size / rho may be from an integer: rho = 0.333 is meant as a third."""
+
+RULES = RuleBook()
+
+
+def validate(config: RunConfig, world_size: int | None, tainted: frozenset[str] = frozenset()) -> list[Problem]:
+    """Problems of each section and of the sections together; reads the corpora's manifests, writes nothing.
+
+    ``world_size`` None: the number of ranks is not known yet, what depends on it is not checked. ``tainted`` names
+    settings refused before: nothing is said about them, nor about what depends on them.
+    """
+    found = [problem for problem in problems(config) if problem.key not in tainted]
+    refused = tainted | {problem.key for problem in found}
+    for book in (RULES, CORPUS_RULES):
+        found += book.problems(config, world_size, refused)
+    return found
+
+
+# -- run folder ------------------------------------------------------------------------------------------------------
+
+
+@RULES.reading("run_dir")
+def _run_dir(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    path = Path(config.run_dir)
+    existing = next((place for place in (path, *path.parents) if place.exists()), None)
+    if existing is not None and not existing.is_dir():
+        yield Problem("run_dir", config.run_dir, f"{existing} is a file, not a folder", "name a new or a run's folder")
+
+
+@RULES.reading("resume")
+def _resume(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    if config.resume not in RESUME_WORDS and not Path(config.resume).is_dir():
+        hint = did_you_mean(config.resume, RESUME_WORDS)
+        reason = "neither auto, never, required nor an existing checkpoint folder"
+        yield Problem("resume", config.resume, reason, f"{hint}auto goes on from the newest checkpoint if there is one")
+
+
+@RULES.reading("resume_allow", "optim.name")
+def _resume_allow(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    known = settings_of(config.optim.name)
+    for key in map(current, config.resume_allow):
+        if key not in known:
+            near = did_you_mean(key, known).strip()
+            yield Problem("resume_allow", key, "no such setting", near or "'python -m megaopus settings' lists them")
+        elif class_of(key) != TRAINING:
+            fixed = class_of(key) == FIXED
+            reason = "can never differ from the checkpoint's" if fixed else "needs no permission to change"
+            yield Problem("resume_allow", key, reason, "another run_dir starts a new run" if fixed else "leave it out")
+
+
+# -- layout ----------------------------------------------------------------------------------------------------------
+
+
+@RULES.reading("parallel.tp", "model.num_heads", "model.num_kv_heads", "model.ffn_hidden_size", "model.hidden_size")
+def _tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    tp, model = config.parallel.tp, config.model
+    sizes = {
+        "num_heads": model.num_heads,
+        "num_kv_heads": model.derived_kv_heads(),
+        "ffn_hidden_size": model.derived_ffn(),
+    }
+    for key, size in sizes.items():
+        if size % tp and not (key == "num_kv_heads" and model.num_kv_heads is None):
+            reason = f"cannot be split over parallel.tp = {tp} ranks"
+            yield Problem(f"model.{key}", size, reason, f"use a multiple of {tp}, or a parallel.tp that divides {size}")
+
+
+def _length_problem(config: RunConfig, key: str, length: int) -> Iterator[Problem]:
+    """Context parallelism splits each sequence, sequence parallelism each of its parts."""
+    parallel = config.parallel
+    degrees = [f"parallel.cp = {parallel.cp}"] if parallel.cp > 1 else []
+    parts, off = parallel.cp, "parallel.cp=1"
+    if parallel.sequence_parallel:
+        degrees.append(f"parallel.tp = {parallel.tp} (sequence parallelism)")
+        parts, off = parts * parallel.tp, "parallel.sequence_parallel=false"
+    if length % parts:
+        remedy = f"use a multiple of {parts}, or {off}"
+        yield Problem(key, length, f"cannot be split over {' x '.join(degrees)} ranks", remedy)
+
+
+@RULES.reading("parallel", "data.seq_len")
+def _sequence_split(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    yield from _length_problem(config, "data.seq_len", config.data.seq_len)
+
+
+@RULES.reading("parallel", "selection.score_length", "selection.method")
+def _scored_split(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    length = config.selection.score_length
+    if config.selection.method != "uniform" and length is not None:
+        yield from _length_problem(config, "selection.score_length", length)
+
+
+@RULES.reading("parallel.pp", "parallel.vpp", "model.num_layers")
+def _pipeline_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    layers, pp, vpp = config.model.num_layers, config.parallel.pp, config.parallel.vpp
+    if layers % (pp * vpp):
+        where = f"parallel.pp = {pp} stages" + (f" x parallel.vpp = {vpp} chunks" if vpp > 1 else "")
+        product = "parallel.pp x parallel.vpp" if vpp > 1 else "parallel.pp"
+        remedy = f"use a multiple of {pp * vpp}, or a {product} that divides {layers}"
+        yield Problem("model.num_layers", layers, f"cannot be split over {where}", remedy)
+
+
+@RULES.reading("parallel")
+def _world_size(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    ranks = config.parallel.model_ranks
+    if world_size is not None and world_size % ranks:
+        reason = f"{world_size} ranks are not a multiple of tp x cp x pp = {ranks}"
+        remedy = f"launch a multiple of {ranks} processes, or change parallel.tp, parallel.cp and parallel.pp"
+        key = next(key for key in ("tp", "cp", "pp") if getattr(config.parallel, key) > 1)
+        yield Problem(f"parallel.{key}", getattr(config.parallel, key), reason, remedy)
+
+
+@RULES.reading("engine.name", "engine.zero_stage", "parallel", "optim", "selection.estimator", "selection.method")
+def _engine(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    for refusal in config.engine.refusals(config.parallel, config.optim, config.selection):
+        yield Problem(*refusal)
+
+
+def _dp(config: RunConfig, world_size: int | None) -> int:
+    """Data-parallel ranks; 1 while the world size is unknown or does not fit (another rule says so)."""
+    ranks = config.parallel.model_ranks
+    return world_size // ranks if world_size is not None and world_size % ranks == 0 else 1
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+@RULES.reading("train.global_batch_size", "train.micro_batch_size", "parallel")
+def _global_batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    total, micro, dp = config.train.global_batch_size, config.train.micro_batch_size, _dp(config, world_size)
+    if total % (dp * micro):
+        reason = f"not a multiple of dp x micro_batch_size = {dp} x {micro}"
+        remedy = f"use a multiple of {dp * micro}, for example {-(-total // (dp * micro)) * dp * micro}"
+        if total % dp == 0:
+            remedy += f", or a train.micro_batch_size that divides {total // dp}"
+        yield Problem("train.global_batch_size", total, reason, remedy)
+    elif config.parallel.vpp > 1 and total // (dp * micro) % config.parallel.pp:
+        pp = config.parallel.pp
+        reason = f"makes {total // (dp * micro)} micro-batches, with parallel.vpp a multiple of parallel.pp = {pp}"
+        reason += " is needed"
+        unit = dp * micro * pp
+        remedy = f"use a multiple of dp x micro_batch_size x pp = {unit}, for example {-(-total // unit) * unit}"
+        yield Problem("train.global_batch_size", total, reason, f"{remedy}, or a smaller train.micro_batch_size")
+
+
+@RULES.reading("train.global_batch_size", "selection.rho", "selection.method", "parallel")
+def _candidates(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    batch, rho, dp = config.train.global_batch_size, config.selection.rho, _dp(config, world_size)
+    exact, num = batch / rho, config.num_candidates()
+    if abs(exact - num) > ROUNDING:
+        low, high = int(exact), int(exact) + 1
+        reason = f"the buffer would hold global_batch_size / rho = {batch} / {rho:g} = {exact:.2f} candidates"
+        remedy = f"use {batch / high:.6g} ({high} candidates)"
+        remedy += f" or {batch / low:.6g} ({low} candidates)"
+        yield Problem("selection.rho", rho, reason, remedy)
+        return
+    if config.selection.method == "uniform":
+        return
+    if config.selection.prescreen.mode != "off":
+        return  # what does not divide is scored with a few more from the larger buffer
+    what = f"{'score_every x ' if config.selection.score_every > 1 else ''}global_batch_size / rho"
+    num = config.num_scored()
+    pp = config.parallel.pp if config.parallel.vpp > 1 else 1
+    if num % dp:
+        reason = f"{num} candidates ({what}) cannot be shared evenly by dp = {dp} ranks"
+        yield Problem("selection.rho", rho, reason, f"make {what} a multiple of {dp}")
+    elif num // dp % pp:
+        reason = f"{num // dp} candidates per dp rank are not a multiple of parallel.pp = {pp}, as parallel.vpp needs"
+        yield Problem("selection.rho", rho, reason, f"make {what} a multiple of {dp * pp}")
+
+
+@RULES.reading("selection.proxy_batch_size", "selection.method", "parallel")
+def _proxy_batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    proxy, dp, parallel = config.selection.proxy_batch_size, _dp(config, world_size), config.parallel
+    unit = dp * parallel.pp if parallel.vpp > 1 else dp
+    if config.selection.needs_proxy and proxy % unit:
+        remedy = f"use a multiple of {unit}, for example {-(-proxy // unit) * unit}"
+        reason = f"cannot be shared evenly by dp = {dp} ranks"
+        if parallel.vpp > 1:
+            reason += f" in micro-batches whose number is a multiple of parallel.pp = {parallel.pp} (parallel.vpp)"
+        yield Problem("selection.proxy_batch_size", proxy, reason, remedy)
+
+
+# -- lengths ---------------------------------------------------------------------------------------------------------
+
+
+@RULES.reading("optim.warmup_steps", "optim.decay_steps", "optim.schedule", "train.steps")
+def _schedule(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    steps, warmup, decay = config.train.steps, config.optim.warmup_steps, config.optim.decay_steps
+    remedy = f"use at most {steps}, or more train.steps"
+    if warmup > steps:
+        yield Problem("optim.warmup_steps", warmup, f"longer than train.steps = {steps}", remedy)
+    elif config.optim.schedule == "wsd" and warmup + decay > steps:
+        reason = f"warmup_steps + decay_steps = {warmup + decay} is longer than train.steps = {steps}"
+        yield Problem("optim.decay_steps", decay, reason, f"use at most {steps - warmup}, or more train.steps")
+
+
+@RULES.reading("selection.warmup_steps", "selection.method", "selection.prescreen", "train.steps")
+def _selection_warmup(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    steps, warmup = config.train.steps, config.selection.warmup_steps
+    if config.selection.method != "uniform" and not config.selection.has_prior and warmup > steps:
+        reason = f"longer than train.steps = {steps}: nothing would ever be selected"
+        yield Problem("selection.warmup_steps", warmup, reason, "use fewer, more train.steps, or selection=uniform")
+
+
+@RULES.reading("selection.score_length", "data.seq_len")
+def _score_length(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    length, seq_len = config.selection.score_length, config.data.seq_len
+    if length is not None and length > seq_len:
+        remedy = f"use at most {seq_len}, or null to score whole sequences"
+        yield Problem("selection.score_length", length, f"longer than data.seq_len = {seq_len}", remedy)
+
+
+@RULES.reading("model.max_positions", "model.position", "data.seq_len")
+def _max_positions(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    table, seq_len = config.model.max_positions, config.data.seq_len
+    if config.model.position == "learned" and table is not None and table < seq_len:
+        remedy = f"use at least {seq_len}, null, or model.position=rope"
+        yield Problem("model.max_positions", table, f"shorter than data.seq_len = {seq_len}", remedy)
+
+
+# -- selection -------------------------------------------------------------------------------------------------------
+
+
+@RULES.reading("selection.method", "data.target_domains")
+def _domain_oracle(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    if config.selection.method == "domain_oracle" and not config.data.target_domains:
+        yield Problem(
+            "selection.method", "domain_oracle", "takes the target domains", "name them: data.target_domains=[NAME]"
+        )
+
+
+@RULES.reading("selection.estimator", "selection.method", "parallel")
+def _scoring_layout(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Method and estimator are given whole models and whole sequences where they need them."""
+    needs, parallel = config.selection.needs(), config.parallel
+    for need, degree in (("whole_model", parallel.model_ranks), ("whole_sequence", parallel.cp)):
+        if need in needs and degree > 1:
+            key, value, why = needs[need]
+            remedy = "selection.estimator=adjoint or directional work at every layout"
+            yield Problem(f"selection.{key}", value, why, remedy if key == "estimator" else f"use {ANY_LAYOUT[key]}")

@@ -1,0 +1,142 @@
+"""Settings by their old names: in saved files, in checkpoints, on the command line, in YAML and in resume_allow."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megaopus.__main__ import main
+from megaopus.config.aliases import RENAMED, current, current_override, former, notes, renamed, with_old_names
+from megaopus.config.compose import compose
+from megaopus.config.parse import load, restored, to_yaml
+from megaopus.config.resume_policy import changes, refuse_unallowed
+from megaopus.config.run_config import SETTINGS, RunConfig, default_settings
+from megaopus.config.validation import validate
+from megaopus.errors import CheckpointError, ConfigError
+from tests.unit.config_corpus import write_manifest
+
+OLD = ["data.wanted=[docs]", "data.traits_path=here", "selection.prescreen.traits=[domain,shape]"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_manifest(tmp_path / "corpus")
+
+
+def as_before(config: RunConfig) -> dict:
+    """The settings as version 0.1 saved them."""
+    tree = asdict(config)
+    tree["data"]["wanted"] = tree["data"].pop("target_domains")
+    tree["data"]["traits_path"] = tree["data"].pop("text_features_path")
+    tree["selection"]["prescreen"]["traits"] = tree["selection"]["prescreen"].pop("text_features")
+    return tree
+
+
+def chosen() -> RunConfig:
+    config = RunConfig()
+    config.data.target_domains, config.data.text_features_path = ["docs"], "here"
+    config.selection.prescreen.text_features = ["domain", "shape"]
+    return config
+
+
+def test_the_table() -> None:
+    for old, new in RENAMED.items():
+        assert new in SETTINGS
+        assert old not in SETTINGS
+        assert (current(old), current(new), former(new), former(old)) == (new, new, old, old)
+    assert current("optim.lr") == former("optim.lr") == "optim.lr"
+
+
+def test_a_saved_config_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(as_before(chosen())))
+    assert load(path) == chosen()
+    assert "wanted" not in to_yaml(load(path))
+    assert restored(as_before(chosen()), "state.json") == chosen()
+
+
+def test_a_checkpoint_saved_under_old_names_has_not_changed() -> None:
+    now = chosen()
+    saved = as_before(now)
+    assert changes(saved, asdict(now), default_settings(now)) == []
+    assert "wanted" in saved["data"]  # what was saved is left alone
+    now.data.target_domains = ["code"]
+    found = changes(saved, asdict(now), default_settings(now))
+    assert found == [("data.target_domains", ["docs"], ["code"])]
+    with pytest.raises(CheckpointError, match=r"data\.target_domains: saved \['docs'\], now \['code'\]"):
+        refuse_unallowed(found, [], "step_00000001")
+    refuse_unallowed(found, ["data.wanted"], "step_00000001")
+    refuse_unallowed(found, ["data.target_domains"], "step_00000001")
+
+
+def test_the_command_line(corpus: Path) -> None:
+    config = compose([f"data.path={corpus}", *OLD, "resume_allow=[data.wanted]"])
+    assert (config.data.target_domains, config.data.text_features_path) == (["docs"], "here")
+    assert config.selection.prescreen.text_features == ["domain", "shape"]
+    assert compose([f"data.path={corpus}", "+data.wanted=[docs]"]).data.target_domains == ["docs"]
+    for problem in ("data.wanted=docs", "data.wanted=[dosc]", "~data.wanted"):
+        with pytest.raises(ConfigError) as caught:
+            compose([f"data.path={corpus}", problem])
+        assert [each.key for each in caught.value.problems] == ["data.target_domains"]
+    assert current_override("++data.wanted=[a=b]") == "++data.target_domains=[a=b]"
+    assert current_override("data.wantedd=[a]") == "data.wantedd=[a]"
+
+
+def test_the_command_line_tells_the_new_name_once(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    allowed = ["resume_allow=[data.wanted,selection.prescreen.traits]"]
+    assert main(["check", f"data.path={corpus}", "data.wanted=[docs]", "optim.lr=-1", *allowed]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "note: data.wanted is now data.target_domains"
+    assert notes(OLD, []) == [f"{old} is now {new}" for old, new in RENAMED.items()]
+    assert notes(["data.target_domains=[docs]"], ["data.wanted"]) == ["data.wanted is now data.target_domains"]
+    assert notes(["+data.wanted=[docs]"], ["data.wanted"]) == ["data.wanted is now data.target_domains"]
+
+
+def test_yaml_of_a_user(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    text = "# @package _global_\ndata:\n  wanted: [docs]\nrun_dir: runs/${data.wanted}\n"
+    (folder / "mine.yaml").write_text(
+        text.replace("${data.wanted}", "${data.wanted.0}x") + "resume_allow: [data.wanted]\n"
+    )
+    config = compose([f"data.path={corpus}", "experiment=mine"], folder.parent)
+    assert (config.data.target_domains, config.run_dir) == (["docs"], "runs/docsx")
+    assert config.resume_allow == ["data.wanted"]
+    assert validate(config, 1) == []
+    for name in ("data.target_domains", "data.wanted"):  # the command line wins over a file, whatever the names
+        config = compose([f"data.path={corpus}", "experiment=mine", f"{name}=[code]"], folder.parent)
+        assert (config.data.target_domains, config.run_dir) == (["code"], "runs/codex")
+
+
+def test_resume_allow_is_held_to_the_class_of_the_new_name(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match="needs no permission to change"):
+        compose([f"data.path={corpus}", "resume_allow=[data.traits_path]"])
+
+
+def test_of_both_names_the_new_one_counts() -> None:
+    tree = {"data": {"wanted": ["a"], "target_domains": ["b"]}, "model": 3, "selection": None}
+    assert renamed(tree) == {"data": {"target_domains": ["b"]}, "model": 3, "selection": None}
+    assert renamed({}) == with_old_names({}) == {}
+    assert renamed({"data": 3}) == {"data": 3}
+
+
+def test_prepare_takes_the_old_flag_with_a_note(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    lines = [f'{{"text": "Page {i} of it.", "domain": "{("a", "b")[i % 2]}"}}\n' for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    command = ["prepare", "--source", str(tmp_path / "rows.jsonl"), "--vocab-size", "300", "--proxy-fraction", "0.2"]
+    manifests = []
+    for place, flags in {"old": ["--wanted", "a"], "new": ["--target-domains", "a"]}.items():
+        assert main([*command, *flags, "--out", str(tmp_path / place)]) == 0
+        manifests.append((tmp_path / place / "manifest.json").read_text())
+        assert ("note: --wanted is now --target-domains" in capsys.readouterr().err) == (place == "old")
+    assert manifests[0] == manifests[1]
+    counts = yaml.safe_load(manifests[0])["counts"]
+    assert counts["a"]["proxy"]["documents"] > counts["b"]["proxy"]["documents"] == 0
+    with pytest.raises(SystemExit):
+        main(["prepare", "--help"])
+    told = capsys.readouterr().out
+    assert "--target-domains" in told
+    assert "--wanted" not in told
