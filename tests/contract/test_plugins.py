@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megaopus.__main__ import main
 from megaopus.config import compose, load
@@ -19,6 +21,7 @@ from megaopus.corpus_tools.readers.registry import READERS
 from megaopus.engine.registry import ENGINES
 from megaopus.errors import ConfigError
 from megaopus.optim.registry import OPTIMIZERS
+from megaopus.selection import build_operator
 from megaopus.selection.operators import registry as operators
 from tests.exact.resume_runs import settings
 from tests.unit.config_corpus import write_manifest
@@ -154,6 +157,21 @@ def test_a_corpus_is_prepared_from_a_source_of_theirs(
     assert main([*prepare, "--plugin", plugin]) == 0
     manifest = json.loads((place / "corpus" / "manifest.json").read_text())
     assert manifest["sources"][0]["documents"] == 60
+
+
+def test_the_module_of_the_page_works(place: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()
+    (place / "outside_page.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    corpus = write_manifest(place / "manifest")
+    config = compose([f"data.path={corpus}", "plugins=[outside_page]", "optim.name=rmsprop", "optim.lr=0.5"]).optim
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = config.spec().make([{"params": [weight]}], config, config.own_settings(), None)
+    assert build_operator({"w": weight}, [optimizer]) is None
+    weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert set(optimizer.state[weight]) == {"step", *config.spec().shaped}
+    factor = build_operator({"w": weight}, [optimizer]).diagonal("w")
+    torch.testing.assert_close(factor, torch.full((2, 3), 5.0))  # 0.5 / sqrt(0.01)
 
 
 def test_settings_of_their_optimizers_are_validated(place: Path, plugin: str) -> None:
