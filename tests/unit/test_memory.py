@@ -14,6 +14,8 @@ from tests.exact.resume_runs import settings, train
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 STEP = StepRecord(step=0, tokens=8, loss=1.0, grad_norm=1.0, lr=1.0, time_s=1.0, step_s=1.0, select_s=0.0)
+COUNTED_LATE = 4 << 20
+"""Bytes by which Linux's mark may fall short for a while: each processor counts some pages by itself."""
 PARTS = {"weights": (3 << 30, "fp32"), "activations": (5 << 30, "estimate")}
 REFUSED = "CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has a total capacity of ..."
 
@@ -21,7 +23,7 @@ REFUSED = "CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has a total c
 def test_the_peak_of_the_process_covers_what_it_held(tmp_path: Path) -> None:
     before = resident_peak()
     held = torch.ones(16 << 20)  # 64 MiB, every page written
-    assert resident_peak() >= max(before, held.numel() * 4)
+    assert resident_peak() >= max(before, held.numel() * 4) - COUNTED_LATE
     (tmp_path / "status").write_text("Name:\tpython\nVmPeak:\t   9000 kB\nVmHWM:\t    1234 kB\n")
     assert resident_peak(tmp_path / "status") == 1234 * 1024
     (tmp_path / "status").write_text("Name:\tpython\n")
@@ -32,7 +34,7 @@ def test_the_peak_of_the_process_covers_what_it_held(tmp_path: Path) -> None:
 def test_on_cpu_the_process_is_measured() -> None:
     found = PeakMemory(CPU, 100)(STEP)
     assert (found["memory_allocated"], found["memory_reserved"], found["memory_estimate"]) == (None, None, 100)
-    assert found["memory_resident"] == resident_peak()
+    assert found["memory_resident"] == pytest.approx(resident_peak(), abs=COUNTED_LATE)
 
 
 def test_on_cuda_each_step_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,9 +120,8 @@ def test_a_run_records_its_memory_and_explains_the_lack_of_it(
     steps = load_run(tmp_path / "run").steps
     assert [record.step for record in steps] == [0, 1, 2]
     peaks = [record.memory_resident or 0 for record in steps]
-    assert peaks == sorted(peaks)
-    assert peaks[0] > 1 << 26  # python and torch alone
-    assert resident_peak() >= peaks[-1]
+    assert min(peaks) > 1 << 26  # python and torch alone
+    assert resident_peak() >= max(peaks) - COUNTED_LATE
     assert {record.memory_estimate for record in steps} != {None}
     said = capsys.readouterr().out
     assert said.count(" | mem ") == said.count(" est. | ") == 3
