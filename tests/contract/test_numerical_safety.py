@@ -169,6 +169,7 @@ def deepspeed_skips() -> list[str]:
                 "skipped": not skipped.applied and math.isfinite(skipped.grad_norm) and held,
                 "applied": again.applied and moved,
                 "nothing of the skipped gradient is left": again.grad_norm == skipped.grad_norm,
+                "timed": min(skipped.own_s, again.own_s) > 0,
             }
             wrong += [f"stage {stage}: not {what}" for what, true in expected.items() if not true]
     finally:
