@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megaopus.checkpoint.checkpointer import complete_checkpoints
+from megaopus.monitor.choices import read_step
 from tests.compat.v01 import EXPECTED, FIXTURE, command, copied, jsonl, megaopus
 
 REL = 1e-6
@@ -70,7 +71,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def assert_as_expected(run: str, folder: Path) -> None:
-    """The steps after the stop are those of the straight run: picks, losses, validations, skipped updates."""
+    """The steps after the stop are the straight run's: picks, utilities, losses, validations, updates skipped."""
     expected = EXPECTED[run]
     metrics = jsonl(folder / "metrics.jsonl")
     losses = {row["step"]: row["loss"] for row in metrics if row["kind"] == "step"}
@@ -85,6 +86,12 @@ def assert_as_expected(run: str, folder: Path) -> None:
             assert found == pytest.approx(float.fromhex(loss), rel=REL), (step, name)
     assert [row["step"] for row in metrics if row.get("skipped")] == expected["skipped"]
     assert picks(folder) == expected["picked"]
+    for step, utilities in expected["utilities"].items():
+        found = [row["utility"] for row in read_step(folder / "choices", int(step)).to_pylist()]
+        assert [value is None for value in found] == [value is None for value in utilities]
+        wanted = [float.fromhex(value) for value in utilities if value is not None]
+        largest = max(map(abs, wanted), default=0.0)
+        assert [value for value in found if value is not None] == pytest.approx(wanted, abs=0.01 * largest)
     events = {str(row["step"]) for row in jsonl(folder / "selection.jsonl") if row["events"]}
     assert events == set(expected["events"])
 
