@@ -17,9 +17,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from megaopus.monitor.choices import read_step
 
 from megaopus.checkpoint.checkpointer import complete_checkpoints
-from megaopus.monitor.choices import read_step
 from tests.compat.v01 import EXPECTED, FIXTURE, command, copied, jsonl, megaopus
 
 REL = 1e-6

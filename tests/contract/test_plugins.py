@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from megaopus.__main__ import main
-from megaopus.config import compose, load
+from megaopus.config.compose import compose
+from megaopus.config.parse import load
 from megaopus.corpus_tools.readers.registry import READERS
 from megaopus.engine.registry import ENGINES
 from megaopus.errors import ConfigError
