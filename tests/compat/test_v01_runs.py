@@ -17,9 +17,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from megaopus.monitor.choices import read_step
 
 from megaopus.checkpoint.checkpointer import complete_checkpoints
+from megaopus.record.parquet import read_step
 from tests.compat.v01 import EXPECTED, FIXTURE, command, copied, jsonl, megaopus
 
 REL = 1e-6
@@ -97,7 +97,7 @@ def assert_as_expected(run: str, folder: Path) -> None:
     assert events == set(expected["events"])
 
 
-NOW: dict[str, str] = {}
+NOW: dict[str, str] = {"standing": "prescreen_score"}
 """Column or field of version 0.1 -> what later code calls it, where that is another name."""
 
 
