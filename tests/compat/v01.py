@@ -42,7 +42,8 @@ def copied(folder: Path, *runs: str) -> Path:
 @contextmanager
 def inside(folder: Path) -> Iterator[None]:
     """Work in ``folder``, as a local rank 0, which DeepSpeed asks for."""
-    with chdir(folder), mock.patch.dict(os.environ, LOCAL_RANK="0"):
+    with chdir(folder), mock.patch.dict(os.environ):
+        os.environ.pop("LOCAL_RANK", None)  # a process alone, as launch.sh starts it
         yield
 
 
