@@ -41,9 +41,9 @@ def copied(folder: Path, *runs: str) -> Path:
 
 @contextmanager
 def inside(folder: Path) -> Iterator[None]:
-    """Work in ``folder``, as a local rank 0, which DeepSpeed asks for."""
+    """Work in ``folder``, as a process alone, without what torchrun sets."""
     with chdir(folder), mock.patch.dict(os.environ):
-        os.environ.pop("LOCAL_RANK", None)  # a process alone, as launch.sh starts it
+        os.environ.pop("LOCAL_RANK", None)
         yield
 
 

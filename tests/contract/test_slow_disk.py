@@ -78,7 +78,7 @@ def overrides(tiny_corpus: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_slow_disk_is_seen(engine: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_disk_is_seen(engine: str, overrides: list[str]) -> None:
     if engine == "deepspeed":
         pytest.importorskip("deepspeed", reason="deepspeed is an optional extra (megaopus[deepspeed])")
     timers, said = slow_steps(engine, overrides, FORWARD_S)

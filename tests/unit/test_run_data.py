@@ -134,7 +134,7 @@ NEEDS = DataNeeds(seed=1, steps=3, buffer_size=8, proxy_batch_size=4, eval_seque
 
 
 def test_filters_and_weights_change_the_counts(place: Path) -> None:
-    data = DataConfig(path=str(place / "main"), seq_len=16, wanted=["docs"])
+    data = DataConfig(path=str(place / "main"), seq_len=16, target_domains=["docs"])
     plain = RunData.describe(data, NEEDS)
     whole = Sequences(Corpus.open(place / "main"), "validation", 16)
     assert plain.sequences == {"pool": len(RunData.open(data, NEEDS).pool), "validation": len(whole)}
@@ -152,7 +152,7 @@ def test_filters_and_weights_change_the_counts(place: Path) -> None:
 
 
 def test_streams_are_those_that_are_needed(place: Path) -> None:
-    data = DataConfig(path=str(place / "main"), seq_len=16, wanted=["docs"])
+    data = DataConfig(path=str(place / "main"), seq_len=16, target_domains=["docs"])
     opened = RunData.open(data, NEEDS)
     assert opened.proxy_batches() is opened.contrast_batches() is None
     opened = RunData.open(data, replace(NEEDS, proxy=True, contrast=True))

@@ -17,14 +17,15 @@ from megaopus.selection.config import SelectionConfig
 from megaopus.selection.estimators import registry as estimators
 from megaopus.selection.methods import registry as methods
 from megaopus.selection.samplers import registry as samplers
+from megaopus.settings import problems
 from tests.unit.selection_net import batch, make, make_backend
 
 DOC = (Path(__file__).parents[2] / "docs" / "selection.md").read_text()
 OUTSIDE = """
 from megaopus.selection import exact_utilities, register_estimator
 
-@register_estimator("signs", flops=(2.0, "twice what it takes"), needs={"whole_sequence": "is about whole texts"})
-class Signs:
+@register_estimator("twice", flops=(2.0, "twice what it takes"), needs={"whole_sequence": "is about whole texts"})
+class Twice:
     def __init__(self, config):
         pass
 
@@ -33,7 +34,7 @@ class Signs:
 
     def estimate(self, request):
         given = (request.backend, request.candidates, request.operator, request.proxy_gradient)
-        return exact_utilities(*given).sign(), None
+        return 2 * exact_utilities(*given), None
 """
 
 
@@ -45,28 +46,28 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     __import__("users_package")
     yield
     del sys.modules["users_package"]
-    estimators.ESTIMATORS.remove("signs")
+    estimators.ESTIMATORS.remove("twice")
 
 
 @pytest.mark.usefixtures("outside")
 def test_an_estimator_from_outside_the_tree_selects_and_is_reckoned_with() -> None:
     backend = make_backend()
-    found = make(backend, estimator="signs").select(batch(0), 0)
+    found = make(backend, estimator="twice").select(batch(0), 0)
     oracle = make(backend, estimator="exact").select(batch(0), 0)
     assert found.method == "opus"
-    assert torch.equal(found.utilities, oracle.utilities.sign())
-    assert "signs" in estimators.names()
+    assert torch.equal(found.utilities, 2 * oracle.utilities)
+    assert "twice" in estimators.names()
     config = RunConfig()
-    config.selection = SelectionConfig(method="opus", estimator="signs", rho=0.5, proxy_batch_size=8)
+    config.selection = SelectionConfig(method="opus", estimator="twice", rho=0.5, proxy_batch_size=8)
     config.train.global_batch_size = 16
     assert scoring_overhead(config) == pytest.approx(2 * 2.0 + 0.5)
-    assert config.selection.needs()["whole_sequence"] == ("estimator", "signs", "is about whole texts")
+    assert config.selection.needs()["whole_sequence"] == ("estimator", "twice", "is about whole texts")
 
 
 @pytest.mark.usefixtures("outside")
 def test_a_name_belongs_to_one() -> None:
-    with pytest.raises(ValueError, match=r"estimator 'signs' is taken, by users_package.Signs"):
-        register_estimator("signs", flops=(1.0, ""))(lambda config: None)
+    with pytest.raises(ValueError, match=r"estimator 'twice' is taken, by users_package.Twice"):
+        register_estimator("twice", flops=(1.0, ""))(lambda config: None)
     with pytest.raises(ValueError, match=r"estimator 'exact' is taken, by megaopus.selection.estimators.exact.Exact"):
         register_estimator("exact", flops=(1.0, ""))(lambda config: None)
     with pytest.raises(ValueError, match="method 'high_ppl' is taken"):
@@ -118,13 +119,13 @@ def test_every_method_has_a_cost(name: str) -> None:
     if entry.flops is not None:
         assert entry.flops.ratio >= 0
         assert entry.flops.why
-    assert not list(SelectionConfig(method=name, **entry.example).problems())
+    assert problems(SelectionConfig(method=name, **entry.example)) == []
 
 
 def test_unknown_names_are_refused_with_those_there_are() -> None:
     for key, names in (("method", methods.names()), ("estimator", estimators.names()), ("sampler", samplers.names())):
-        ((found, _, remedy),) = SelectionConfig(**{key: "nonsense"}).problems()
-        assert (found, remedy) == (key, f"use one of: {', '.join(names)}")
+        (found,) = problems(SelectionConfig(**{key: "nonsense"}))
+        assert (found.key, found.remedy) == (key, f"use one of: {', '.join(names)}")
     with pytest.raises(ValueError, match="unknown estimator 'nonsense': use one of"):
         estimators.ESTIMATORS.find("nonsense")
 
