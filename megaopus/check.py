@@ -260,7 +260,7 @@ def memory(
     model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
     weights = stage_weights(model, vocab_size, config.data.seq_len, pp=pp, stage=stage)
     count = count_rank_parameters(model, vocab_size, config.data.seq_len, tp=tp, pp=pp, stage=stage)
-    size, what = _optimizer_state(config, count, [weight for weight in weights if weight.matrix])
+    size, what = _optimizer_state(config, count, weights)
     # What only the update reads may be shared: the optimizer's state and, under bf16, the main weights.
     engine = config.engine.spec()
     shards = world_size // (tp * pp) if engine.shards_optimizer(config.parallel) else 1
@@ -312,17 +312,23 @@ def _in_flight(config: RunConfig, world_size: int, stage: int) -> int:
     return min(2 * ahead + (parallel.vpp - 1) * parallel.pp + 1, micro_batches * parallel.vpp)
 
 
-def _optimizer_state(config: RunConfig, count: int, matrices: list[Weight]) -> tuple[int, str]:
-    """(bytes, what they are) of ``count`` weights on a rank, unsharded over data-parallel ranks."""
-    spec, names = config.optim.spec(), ", ".join
+def _optimizer_state(config: RunConfig, count: int, weights: list[Weight]) -> tuple[int, str]:
+    """(bytes, what they are) of the state for a rank's ``count`` numbers, unsharded over data-parallel ranks.
+
+    ``weights``: those numbers as tensors, before tensor parallelism splits them.
+    """
+    spec, names, tp = config.optim.spec(), ", ".join, config.parallel.tp
     shaped = spec.state_under(config.optim.own_settings())
-    if not spec.matrices:
-        return 4 * len(shaped) * count, f"fp32 {names(shaped)}" if shaped else "none"
-    inside = sum(weight.numel // config.parallel.tp for weight in matrices)
+    matrices = [weight for weight in weights if (weight.matrix if spec.matrices else weight.columns)]
+    inside = sum(weight.numel // tp if weight.sharded else weight.numel for weight in matrices)
     extra = spec.extra_state or (lambda rows, columns: 0)
     more = sum(extra(weight.numel // weight.columns, weight.columns) for weight in matrices)
-    what = f"fp32 {names(shaped)} of block matrices, AdamW moments of the rest"
-    return 4 * (len(shaped) * inside + more) + 8 * (count - inside), what
+    if spec.matrices:
+        what = f"fp32 {names(shaped)} of block matrices, AdamW moments of the rest"
+        return 4 * (len(shaped) * inside + more) + 8 * (count - inside), what
+    if spec.factored:
+        return 4 * (len(shaped) * (count - inside) + more), f"fp32 {names(shaped)} of vectors, statistics of matrices"
+    return 4 * (len(shaped) * count + more), f"fp32 {names(shaped)}" if shaped else "none"
 
 
 def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight]) -> dict[str, tuple[int, str]]:

@@ -48,7 +48,9 @@ class EngineScoringBackend(ModuleBackend):
         )
         local = dict(engine.named_parameters())
         self._weights = {name: local[own] for own, name in canonical_names(engine.module)}
-        self._shards = dict(self._find_shards())
+        self._split = dict(self._find_shards())
+        dims = {name: len(self._shape(p)) for name, p in self._weights.items()}
+        self._shards = {name: shard for name, shard in self._split.items() if dims[name] == 2}
 
     # -- what there is ----------------------------------------------------------------------------------------------
 
@@ -65,14 +67,16 @@ class EngineScoringBackend(ModuleBackend):
         return self._shards
 
     def _find_shards(self) -> Iterator[tuple[str, Shard]]:
+        """Parts of matrices and of vectors; estimators ask for those of matrices alone, update rules for both."""
         size, rank = self._mesh.shape.tp, self._mesh.tp_rank
         for name, p in self._weights.items():
             shape = self._shape(p)
-            if size == 1 or len(shape) != 2 or not is_split(p):
+            if size == 1 or not is_split(p):
                 continue
             dim = p.partition_dim
             whole = torch.arange(shape[dim] * size, device=p.device)
-            index = part_of(whole.unsqueeze(1 - dim), p, rank, size).flatten()
+            along = whole.view([-1 if axis == dim else 1 for axis in range(len(shape))])
+            index = part_of(along, p, rank, size).flatten()
 
             def gather(part: Tensor, p: Tensor = p) -> Tensor:
                 return whole_of(part, p, self._mesh.tp_group)
@@ -91,7 +95,7 @@ class EngineScoringBackend(ModuleBackend):
             Held(names[each.name], self._weights[names[each.name]], each.optimizer, each.group, each.state)
             for each in self._engine.optimizer.states()
         )
-        return operator_of(held, muon_operator, self.shards())
+        return operator_of(held, muon_operator, self._split)
 
     def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
         """The training path without the update."""

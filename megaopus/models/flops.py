@@ -17,7 +17,7 @@ class Weight:
     matrix: bool = False
     """A matrix that every token is multiplied with."""
     columns: int = 0
-    """Of such a matrix."""
+    """Of any matrix, embeddings included; 0: a vector."""
 
 
 VOCAB_MULTIPLE = 128
@@ -66,13 +66,14 @@ def stage_weights(model: ModelConfig, vocab_size: int, seq_len: int, *, pp: int 
     table = padded_vocab(vocab_size) * hidden
     weights = [weight for _ in range(model.num_layers // pp) for weight in layer_weights(model)]
     if first:
-        weights.append(Weight("word_embeddings", table, sharded=True))
+        weights.append(Weight("word_embeddings", table, sharded=True, columns=hidden))
         if model.position == "learned":
-            weights.append(Weight("position_embeddings", (model.max_positions or seq_len) * hidden, sharded=False))
+            positions = (model.max_positions or seq_len) * hidden
+            weights.append(Weight("position_embeddings", positions, sharded=False, columns=hidden))
     if last:
         weights.append(_norm("final_norm", model))
         if not (model.tied and first):
-            weights.append(Weight("output_layer", table, sharded=True))
+            weights.append(Weight("output_layer", table, sharded=True, columns=hidden))
     return weights
 
 

@@ -58,14 +58,18 @@ class LayoutOptimizer(Optimizer):
         """The parameter's state, made of zeros first if there is none."""
         state = self.state[parameter]
         if not state:
-            state.update({name: torch.zeros_like(parameter) for name in self.shaped})
+            state.update({name: torch.zeros_like(parameter) for name in self.shaped_of(parameter)})
             state.update(self.new_whole(parameter))
             if self.counts:
                 state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, so that reading it waits for nothing
         return state
 
+    def shaped_of(self, parameter: Tensor) -> tuple[str, ...]:
+        """Those of ``shaped`` that this parameter has."""
+        return self.shaped
+
     def new_whole(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Zeros for each of ``whole``."""
+        """Zeros for each of ``whole`` that this parameter has."""
         return {}
 
     def part(self, whole: Tensor, parameter: Tensor) -> Tensor:

@@ -166,7 +166,8 @@ class MixedPrecisionOptimizer:
                 continue
             if is_loading:
                 _init_state(optimizer)
-            kept += [(state, {key: state.pop(key) for key in optimizer.whole}) for state in optimizer.state.values()]
+            for state in optimizer.state.values():
+                kept.append((state, {key: state.pop(key) for key in optimizer.whole if key in state}))
         try:
             return self.chained.sharded_state_dict(model_state, is_loading)
         finally:

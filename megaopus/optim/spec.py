@@ -33,6 +33,8 @@ class Spec:
     """Whether it keeps no state at all under these settings of its own; None: it always does."""
     extra_state: Callable[[int, int], int] | None = None
     """Numbers of state beyond ``shaped`` for a whole m x n matrix, held by every rank; None: a handful."""
+    factored: bool = False
+    """Vectors alone have ``shaped``; a matrix has ``extra_state`` in its place."""
     curvature: bool = False
     """It needs gradients of the loss on labels that the model samples (``settings.curvature_every``)."""
     elementwise: bool = False

@@ -36,7 +36,8 @@ class Candidates(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The part of a whole matrix that a rank holds: the rows (dim 0) or columns (dim 1) at ``index``."""
+    """The part of a whole matrix (of a vector, for update rules) that a rank holds: what is at ``index`` along ``dim``,
+    rows (dim 0) or columns (dim 1)."""
 
     dim: int
     index: Tensor

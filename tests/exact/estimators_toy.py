@@ -7,6 +7,7 @@ import inspect
 import pydoc_data.topics
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,12 @@ def buffer(count: int, seed: int) -> TensorCandidates:
 
 
 ALL_OPTIMIZERS = tuple(OPTIMIZERS)
+GENTLER: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 3e-3, "eps": 1e-8},
+    "lion": {"lr": 3e-4},
+    "sophia_g": {"lr": 3e-3, "betas": [0.965, 0.99], "settings": {"rho": 0.5}},
+}
+"""Settings for 150 steps where those of the registry's example, which are for a few, lead where nothing is learnt."""
 
 
 def make_optimizers(model: nn.Module, name: str) -> list[torch.optim.Optimizer]:
@@ -106,7 +113,7 @@ def make_optimizers(model: nn.Module, name: str) -> list[torch.optim.Optimizer]:
 
 
 def _made(name: str, parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
-    spec, config = spec_of(name), OptimConfig(name=name, **spec_of(name).example)
+    spec, config = spec_of(name), OptimConfig(name=name, **{**spec_of(name).example, **GENTLER.get(name, {})})
     return [spec.make([{"params": parameters, "weight_decay": 0.0}], config, config.own_settings(), None)]
 
 

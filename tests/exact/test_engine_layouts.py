@@ -32,15 +32,16 @@ def build(mesh: Mesh, case: Case, parallel: ParallelConfig, engine: EngineConfig
 def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str, dict[str, torch.Tensor]]:
     """Losses, gradient norms and validation losses of updates of eight sequences; whole weights, a gradient and state.
 
-    The state is what the update operator needs.
+    The state is what the update operator needs, and whatever is not of a parameter's shape.
     """
     results = [built.train_step(random_batch(8, step)) for step in range(first, last)]
     names = dict(canonical_names(built.module))
-    states = {names[s.name]: s.state[state_names(s.optimizer)[-1]] for s in built.optimizer.states()}
+    states, whole = states_of(built)
     weights = {names[own]: value for own, value in built.optimizer.main_weights().items()}
     return {
         "weights": full_parameters(built.module, built.mesh, weights),
         "state": full_parameters(built.module, built.mesh, states),
+        "state of another shape": whole,
         "gradient": full_parameters(built.module, built.mesh, built.mean_gradient(random_batch(8, 98))),
         "numbers": {
             "losses": torch.tensor([r.loss for r in results]),
@@ -48,6 +49,23 @@ def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str,
             "validation losses": built.evaluate(random_batch(5, 99)),
         },
     }
+
+
+def states_of(built: MegatronEngine) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """State of each parameter's shape (none: 1), and every other state over the stages, by whole-model name."""
+    names, weights = dict(canonical_names(built.module)), dict(built.module.named_parameters())
+    states, whole = {}, {}
+    for each in built.optimizer.states():
+        last = (state_names(each.optimizer) or ("",))[-1]
+        states[names[each.name]] = each.state.get(last, torch.ones_like(weights[each.name]))
+        others = getattr(each.optimizer, "whole", ())
+        whole |= {f"{names[each.name]} {key}": each.state[key] for key in others if key in each.state}
+    if (pp := built.mesh.shape.pp) > 1:
+        stages: list = [None] * pp
+        torch.distributed.all_gather_object(stages, whole, group=built.mesh.pp_group)
+        whole = {name: value for stage in reversed(stages) for name, value in stage.items()}
+    # the signs of singular vectors are anybody's
+    return states, {name: value for name, value in whole.items() if not name.endswith(" projection")}
 
 
 def save(built: MegatronEngine, folder: Path) -> None:
@@ -64,11 +82,13 @@ def resume(built: MegatronEngine, folder: Path) -> dict[str, dict[str, torch.Ten
 
 EVERY = [(m, o) for m in ("gpt2", "llama") for o in ("adamw", "muon")]
 MORE = [("llama", o) for o in OPTIMIZERS if o not in ("adamw", "muon")]
+BIASES = [("gpt2", o) for o, spec in OPTIMIZERS.items() if not (spec.elementwise or spec.matrices)]
+"""Vectors of which tensor-parallel ranks hold parts, under updates that may need the whole."""
 ADAMW = [("llama", "adamw"), ("gpt2", "adamw")]
 DEEP = [("llama-4-layers", "muon"), ("gpt2-4-layers", "adamw")]
 LAYOUTS = {
     "dp2": (2, ParallelConfig(), EVERY + MORE),
-    "tp2": (2, ParallelConfig(tp=2), EVERY + MORE),
+    "tp2": (2, ParallelConfig(tp=2), EVERY + MORE + BIASES),
     "tp2-sequence-parallel": (2, ParallelConfig(tp=2, sequence_parallel=True), EVERY),
     "pp2": (2, ParallelConfig(pp=2), EVERY + MORE),
     "pp2-vpp2": (2, ParallelConfig(pp=2, vpp=2), DEEP),
@@ -137,7 +157,7 @@ def one_process(folder: Path) -> dict:
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
         found = {}
-        for case in (*EVERY, *MORE, *DEEP):
+        for case in (*EVERY, *MORE, *BIASES, *DEEP):
             built = build(mesh, case, ParallelConfig())
             found[case] = train(built)
             if case in RESUMED:
