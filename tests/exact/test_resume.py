@@ -51,6 +51,11 @@ CASES = {
         ],
     ),
 }
+CASES |= {
+    f"directional-{name}": ("directional", name, 6, [])
+    for name in OPTIMIZERS
+    if name not in {optimizer for _, optimizer, _, _ in CASES.values()}
+}
 
 
 @pytest.mark.parametrize("case", CASES)
