@@ -39,6 +39,13 @@ def example(optimizer: str) -> OptimConfig:
     return OptimConfig(name=optimizer, **spec_of(optimizer).example)
 
 
+def gentle(optimizer: str) -> OptimConfig:
+    """The same by steps so small that rounding does not grow from update to update."""
+    config = example(optimizer)
+    config.lr /= 10
+    return config
+
+
 def tiny_engine(
     mesh: Mesh,
     *,

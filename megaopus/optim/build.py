@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -206,10 +207,22 @@ class MixedPrecisionOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state; learning rates, decays and betas stay those this optimizer was made with."""
         made_with = [[dict(group) for group in optimizer.param_groups] for optimizer in self.torch_optimizers]
+        if not self._sharded:
+            self._complete(state)
         self.chained.load_state_dict(state)
         for optimizer, groups in zip(self.torch_optimizers, made_with, strict=True):
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
                 group.update({key: value for key, value in settings.items() if key != "params"})
+
+    def _complete(self, state: dict[str, Any]) -> None:
+        """Give ``state`` an entry for every parameter, which megatron then gives its count of updates.
+
+        Reading drops the entries that held no state of the parameter's shape.
+        """
+        for each in [state] if len(self.chained.chained_optimizers) == 1 else state.values():
+            inner = each["optimizer"] if self._bf16 else each
+            for number in chain.from_iterable(group["params"] for group in inner["param_groups"]):
+                inner["state"].setdefault(number, {})
 
 
 def set_step(optimizers: Sequence[Optimizer], step: int, factor: float) -> float:

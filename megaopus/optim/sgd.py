@@ -32,6 +32,6 @@ register_optimizer(
         },
         stateless=lambda settings: settings["momentum"] == 0,
         elementwise=True,
-        example={"lr": 0.05, "settings": {"nesterov": True}},
+        example={"lr": 0.5, "settings": {"nesterov": True}},
     ),
 )

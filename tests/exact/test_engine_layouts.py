@@ -17,7 +17,7 @@ from megaopus.models.gpt import canonical_names, full_parameters
 from megaopus.optim.build import state_names
 from megaopus.optim.registry import OPTIMIZERS
 from tests.exact import resume_runs
-from tests.harness import MODELS, example, random_batch, save_engine, tiny_engine
+from tests.harness import MODELS, gentle, random_batch, save_engine, tiny_engine
 from tests.pool import Jobs, Pool
 
 Case = tuple[str, str]
@@ -27,7 +27,7 @@ STEPS = 4
 
 def build(mesh: Mesh, case: Case, parallel: ParallelConfig, engine: EngineConfig | None = None) -> MegatronEngine:
     model, optimizer = case
-    return tiny_engine(mesh, model=MODELS[model], optim=example(optimizer), parallel=parallel, engine=engine)
+    return tiny_engine(mesh, model=MODELS[model], optim=gentle(optimizer), parallel=parallel, engine=engine)
 
 
 def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str, dict[str, torch.Tensor]]:

@@ -44,6 +44,11 @@ CASES = {  # of the other optimizers: test_resume_optimizers.py
         ],
     ),
 }
+CASES |= {
+    f"directional-{name}": ("directional", name, 6, [])
+    for name in OPTIMIZERS
+    if name not in {optimizer for _, optimizer, _, _ in CASES.values()}
+}
 
 
 @pytest.mark.parametrize("case", CASES)

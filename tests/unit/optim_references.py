@@ -263,3 +263,33 @@ class Sgd(Reference, of="sgd"):
 
     def frozen(self, g: Array) -> Array:
         return -self.lr * (self.mu * self.s["m"] + g)
+
+
+@dataclass
+class Adafactor(Reference, of="adafactor"):
+    eps1: float = float(np.finfo(np.float32).eps)
+
+    def rate(self, t: int) -> float:
+        return max(1e-3, float(np.sqrt((self.w**2).mean()))) * min(self.lr, t**-0.5)
+
+    def root(self) -> Array:
+        if "v" in self.s:
+            return np.maximum(np.sqrt(self.s["v"]), self.eps1)
+        mean = max(float(self.s["r"].mean()), self.eps1)
+        return np.maximum(np.sqrt(np.outer(self.s["r"], self.s["c"]) / mean), self.eps1)
+
+    def update(self, g: Array) -> None:
+        self.t += 1
+        weight = self.t**-0.8
+        moments = {"v": g**2} if g.ndim == 1 else {"r": (g**2).mean(1), "c": (g**2).mean(0)}
+        for key, value in moments.items():
+            self.average(key, value, 1 - weight)
+        u, rate = g / self.root(), self.rate(self.t)
+        step = rate * u / max(1.0, float(np.sqrt((u**2).mean())))
+        self.w = (1 - self.lr * self.wd) * self.w - step
+
+    def frozen(self, g: Array) -> Array:
+        return -self.rate(self.t + 1) * g / self.root()
+
+    def longest_step(self) -> float:
+        return self.w.size**0.5 * max(1e-3, float(np.sqrt((self.w**2).mean())))
