@@ -32,7 +32,7 @@ MAY_IMPORT: Mapping[str, set[str] | None] = {
     "checkpoint": {"distributed"},
     "engine": {"checkpoint.pending_save", "distributed", "models", "optim", "selection"},
     "training": {"checkpoint", "data", "distributed", "engine.base", "record", "selection"},
-    "meters": {"config", "distributed", "planning", "record", "training"},
+    "meters": {"config", "distributed", "models.flops", "planning", "record", "training"},
     "config": {"models.flops", "training.config", "engine.config", "data.needs"}
     | {f"{room}.config" for room in LIBRARY},
     "run_folder": set(),

@@ -117,6 +117,29 @@ class StepRecord:
         ),
     )
 
+    tflops_per_second: float | None = field(
+        default=None,
+        metadata=metric(
+            "TFLOP/s",
+            "Training's model FLOPs over this step's time and the ranks.",
+            wandb="throughput/tflops_per_second",
+            console=mean("{:.3g} TFLOP/s".format),
+            plot=True,
+            reproducible=False,
+        ),
+    )
+    model_flops_utilisation: float | None = field(
+        default=None,
+        metadata=metric(
+            "",
+            "That over the GPU's dense bf16 peak; null where none is known.",
+            wandb="throughput/model_flops_utilisation",
+            console=mean("MFU {:.1%}".format),
+            plot=True,
+            reproducible=False,
+        ),
+    )
+
     def __post_init__(self) -> None:
         """Make ``skipped``, which readers of version 0.1's files know, and ``skip_reason`` say the same."""
         if self.skip_reason is not None:
