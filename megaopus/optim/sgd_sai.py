@@ -78,5 +78,5 @@ def make_sgd_sai(
 
 register_optimizer(
     "sgd_sai",
-    Spec(make=make_sgd_sai, shaped=SGDSaI.shaped, settings={"momentum": momentum(0.9)}, example={"lr": 1e-2}),
+    Spec(make=make_sgd_sai, shaped=SGDSaI.shaped, settings={"momentum": momentum(0.9)}, example={"lr": 5e-2}),
 )

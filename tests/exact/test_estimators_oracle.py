@@ -11,6 +11,8 @@ from megaopus.selection import (
     Gradient,
     KroneckerEstimator,
     ModuleBackend,
+    Request,
+    SelectionConfig,
     UpdateOperator,
     adjoint_utilities,
     directional_utilities,
@@ -19,6 +21,7 @@ from megaopus.selection import (
 from megaopus.selection.estimators.exact import exact_estimate
 from megaopus.selection.estimators.kronecker import rank_one
 from megaopus.selection.estimators.layers import ghost_layers
+from megaopus.selection.estimators.registry import ESTIMATORS
 from tests.exact.estimators_toy import ALL_OPTIMIZERS, buffer, proxy, spearman, train
 
 OPERATORS = [*((name, "paper") for name in ALL_OPTIMIZERS), ("muon", "full"), ("namo_d", "full")]
@@ -47,6 +50,28 @@ def test_directional_ranks_like_the_exact_full_alignment(trained, optimizer, muo
     assert spearman(central, exact) >= 0.99
     one_sided = directional_utilities(backend, candidates, operator, gradient, sides="one", epsilon=0.1)
     assert spearman(one_sided, exact) >= 0.99
+
+
+@pytest.mark.parametrize("name", ESTIMATORS.names())
+@pytest.mark.parametrize("redundancy", [0.0, 0.5])
+def test_every_estimator_ranks_like_the_exact_alignment_of_what_it_covers(trained, name, redundancy) -> None:
+    """And its updates, or sketches of them, have the inner products of the exact ones, about."""
+    backend, candidates = trained["adamw"], buffer(24, seed=4)
+    gradient, operator = backend.gradient(proxy(0)), backend.operator()
+    config = SelectionConfig(method="opus", estimator=name, redundancy=redundancy)
+    estimator = ESTIMATORS.find(name).make(config)
+    given = {"backend": backend, "candidates": candidates, "operator": operator, "proxy_gradient": gradient}
+    passes = {"length": None, "micro_batch_size": 10}
+    parts, rows = estimator.estimate(Request(**given, **passes, keep_updates=redundancy > 0))
+    covered = list(dict.fromkeys(getattr(use, "parameter", use) for use in estimator.uses(backend, gradient)))
+    assert spearman(parts, exact_utilities(*given.values(), parameters=covered)) > 0.8
+    assert (rows is not None) == (redundancy > 0)
+    if rows is not None:
+        linear = covered if name == "exact" else {layer.parameter for layer in ghost_layers(backend, "linear")}
+        _, updates = exact_estimate(*given.values(), parameters=linear, keep_updates=True)
+        flat = torch.cat(list(rows.values()), 1).double()
+        found, expected = ((values @ values.t()).flatten() for values in (flat, updates))
+        assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.8
 
 
 def test_directional_error_is_of_second_order_in_epsilon(trained) -> None:

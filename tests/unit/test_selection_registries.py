@@ -24,8 +24,8 @@ DOC = (Path(__file__).parents[2] / "docs" / "selection.md").read_text()
 OUTSIDE = """
 from megaopus.selection import exact_utilities, register_estimator
 
-@register_estimator("twice", flops=(2.0, "twice what it takes"), needs={"whole_sequence": "is about whole texts"})
-class Twice:
+@register_estimator("uphill", flops=(2.0, "twice what it takes"), needs={"whole_sequence": "is about whole texts"})
+class Uphill:
     def __init__(self, config):
         pass
 
@@ -34,7 +34,7 @@ class Twice:
 
     def estimate(self, request):
         given = (request.backend, request.candidates, request.operator, request.proxy_gradient)
-        return 2 * exact_utilities(*given), None
+        return -exact_utilities(*given), None
 """
 
 
@@ -46,28 +46,29 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     __import__("users_package")
     yield
     del sys.modules["users_package"]
-    estimators.ESTIMATORS.remove("twice")
+    estimators.ESTIMATORS.remove("uphill")
 
 
 @pytest.mark.usefixtures("outside")
 def test_an_estimator_from_outside_the_tree_selects_and_is_reckoned_with() -> None:
     backend = make_backend()
-    found = make(backend, estimator="twice").select(batch(0), 0)
+    found = make(backend, estimator="uphill").select(batch(0), 0)
     oracle = make(backend, estimator="exact").select(batch(0), 0)
     assert found.method == "opus"
-    assert torch.equal(found.utilities, 2 * oracle.utilities)
-    assert "twice" in estimators.names()
+    assert torch.equal(found.utilities, -oracle.utilities)
+    assert not set(found.picked_ids.tolist()) & set(oracle.picked_ids.tolist())
+    assert "uphill" in estimators.names()
     config = RunConfig()
-    config.selection = SelectionConfig(method="opus", estimator="twice", rho=0.5, proxy_batch_size=8)
+    config.selection = SelectionConfig(method="opus", estimator="uphill", rho=0.5, proxy_batch_size=8)
     config.train.global_batch_size = 16
     assert scoring_overhead(config) == pytest.approx(2 * 2.0 + 0.5)
-    assert config.selection.needs()["whole_sequence"] == ("estimator", "twice", "is about whole texts")
+    assert config.selection.needs()["whole_sequence"] == ("estimator", "uphill", "is about whole texts")
 
 
 @pytest.mark.usefixtures("outside")
 def test_a_name_belongs_to_one() -> None:
-    with pytest.raises(ValueError, match=r"estimator 'twice' is taken, by users_package.Twice"):
-        register_estimator("twice", flops=(1.0, ""))(lambda config: None)
+    with pytest.raises(ValueError, match=r"estimator 'uphill' is taken, by users_package.Uphill"):
+        register_estimator("uphill", flops=(1.0, ""))(lambda config: None)
     with pytest.raises(ValueError, match=r"estimator 'exact' is taken, by megaopus.selection.estimators.exact.Exact"):
         register_estimator("exact", flops=(1.0, ""))(lambda config: None)
     with pytest.raises(ValueError, match="method 'high_ppl' is taken"):
