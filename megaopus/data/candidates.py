@@ -119,6 +119,7 @@ class CandidateStream:
         self._steps_per_buffer = steps_per_buffer
         self._reader = reader
         self._key = f"{seed}/{purpose}/{sequences.key}"
+        self._latest: dict[int, CandidateBuffer] = {}
         self._mixture = None
         if stages:
             unknown = sorted({name for s in stages for name, w in s.weights.items() if w} - set(sequences.domains))
@@ -128,13 +129,21 @@ class CandidateStream:
             self._mixture = Mixture(stages, sequences.domains, num_candidates, steps_per_buffer)
 
     def at(self, step: int) -> CandidateBuffer:
-        """The buffer of ``step`` (from 0)."""
+        """Give the buffer of ``step`` (from 0). Any thread may ask."""
         assert step >= 0
+        buffer = step // self._steps_per_buffer
+        if (found := self._latest.get(buffer)) is None:
+            # Asked for several times in a step and once ahead of it; drawing takes milliseconds.
+            found = self._latest[buffer] = self._draw(buffer)
+            for old in list(self._latest)[:-2]:
+                self._latest.pop(old, None)
+        return found
+
+    def _draw(self, buffer: int) -> CandidateBuffer:
         n = len(self.sequences)
         if self._mixture is not None:
-            return self._mixed(self._mixture, step // self._steps_per_buffer, n)
-        first = step // self._steps_per_buffer * self.num_candidates
-        epochs, places = np.divmod(first + np.arange(self.num_candidates), n)
+            return self._mixed(self._mixture, buffer, n)
+        epochs, places = np.divmod(buffer * self.num_candidates + np.arange(self.num_candidates), n)
         numbers = np.empty_like(places)
         for epoch in range(epochs[0], epochs[-1] + 1):
             here = epochs == epoch

@@ -172,6 +172,15 @@ def test_a_buffer_is_a_function_of_seed_purpose_and_step(corpus, sequences):
     assert all(other != at(5) for other in others)
 
 
+def test_a_buffer_is_drawn_once_while_it_is_among_the_latest_two(sequences, monkeypatch):
+    stream, drawn, draw = CandidateStream(sequences, 5, 0, steps_per_buffer=2), [], CandidateStream._draw
+    expected = [CandidateStream(sequences, 5, 0).at(buffer).ids for buffer in range(33)]
+    monkeypatch.setattr(CandidateStream, "_draw", lambda self, buffer: drawn.append(buffer) or draw(self, buffer))
+    for step in (0, 1, 2, 0, 3, 64, 65, 2, 0):
+        np.testing.assert_array_equal(stream.at(step).ids, expected[step // 2])
+    assert drawn == [0, 1, 32, 0]
+
+
 def test_buffers_of_another_size_follow_the_same_run(sequences):
     small = [CandidateStream(sequences, 5, 0).at(step).ids for step in range(4)]
     assert torch.equal(torch.cat(small), CandidateStream(sequences, 20, 0).at(0).ids)
