@@ -137,7 +137,8 @@ def build_trainer(
 ) -> Trainer:
     """Build engine, selector and trainer of this rank over the opened ``data``; writes no more than text features."""
     timers = timers or Timers()
-    reader = TokenReader(partial(timers, "data"), pin=mesh.device.type == "cuda")
+    most_bytes = config.data.read_ahead_mb << 20
+    reader = TokenReader(partial(timers, "data"), pin=mesh.device.type == "cuda", most_bytes=most_bytes)
     engine = build_engine(config, mesh, data.pool.corpus.vocab_size)
     engine.work = WorkTimer(mesh.on_cpu, timers.clock, partial(timers.seconds, "data"))
     proxy, contrast = data.proxy_batches(reader), data.contrast_batches(reader)

@@ -125,4 +125,11 @@ class DataConfig:
     validation_path: str | None = setting(
         None, resume=HARMLESS, doc="Another prepared corpus to validate on; null: the split 'validation' of `path`."
     )
+    read_ahead_mb: int = setting(
+        256,
+        min=0,
+        resume=HARMLESS,
+        doc="Most MiB of tokens that each process keeps: of this step, and read ahead for the next; 0: none.",
+        hint="256 holds 30000 sequences of 2048 tokens, of two steps together",
+    )
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
