@@ -6,6 +6,7 @@ Names are loaded when first used, so that reading the settings (``SelectionConfi
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from megaopus.selection.config import SelectionConfig
@@ -102,7 +103,27 @@ _MODULE_OF = {
 }
 
 
+_MOVED = {
+    "adjoint": "estimators.adjoint",
+    "direction": "estimators.directional",
+    "exact": "estimators.exact",
+    "ghost": "estimators.ghost",
+    "kronecker": "estimators.kronecker",
+    "layers": "estimators.layers",
+    "module": "torch_backend",
+    "noise": "counter_rng",
+    "preconditioner": "operators.build",
+    "sketch": "estimators.countsketch",
+    "update_rules": "operators.rules",
+}
+"""Modules of version 0.1 -> where they are now."""
+
+
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"megaopus.selection.{_MODULE_OF[name]}"), name)
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name in _MOVED:
+        moved = f"{__name__}.{_MOVED[name]}"
+        warnings.warn(f"{__name__}.{name} is now {moved}", DeprecationWarning, stacklevel=2)
+        return importlib.import_module(moved)
     raise AttributeError(f"module 'megaopus.selection' has no attribute {name!r}")

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megaopus.selection.old_names import warn
+
 Batch = Any  # whatever the loss function takes: a tensor, or a tuple/dict of tensors, leading axis n
 Gradient = dict[str, Tensor]  # parameter name -> tensor of the parameter's shape
 
@@ -65,6 +67,13 @@ class TextFeatures(Protocol):
 
     def domains(self, ids: Tensor) -> Tensor:
         """(n,) int64 number of the domain."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Traits":
+        warn("backend.Traits", "backend.TextFeatures")
+        return TextFeatures
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class UpdateOperator(Protocol):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaopus.events import Event
+from megaopus.selection import candidate_table
 from megaopus.selection.candidate_table import Lists, Masked
-from megaopus.selection.old_names import warn
+from megaopus.selection.old_names import renamed_field
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class Redundancy:
     """(P, N) its columns there: inner products with every candidate's update."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@renamed_field("standing", "prescreen_score")
+@dataclass(frozen=True, slots=True)
 class Selection:
     """Says what one step picked, and why. Tensors are on the CPU and equal on every rank."""
 
@@ -37,9 +39,22 @@ class Selection:
     """(N,) int64 ids of the candidates."""
     picked_ids: Tensor
     """(K,) int64 ids at ``indices``."""
-    columns: Mapping[str, Any]
-    """What is known of each candidate, by the names of ``candidate_table.COLUMNS``; the properties below read it. A
-    step whose buffer was scored in an earlier one (``score_every``) has picks and probabilities alone."""
+    utilities: Tensor | None
+    """(N,) float64 as estimated (not standardised, without redundancy), nan where not scored; None in a step that
+    scores nothing: in warm-up, and where the buffer was scored in an earlier step (``score_every``)."""
+    scored: Tensor | None
+    """(N,) bool which of them ``utilities`` is about: a nan there is a utility that is not finite."""
+    prescreen_score: Tensor | None
+    """(N,) float64 of the prescreen, before it learnt from this step; None where there is none yet."""
+    exposures: Tensor | None
+    """(N,) int64 times that each would have been trained on in the window if it were picked now; None: not counted, or
+    counted in an earlier step (``score_every``)."""
+    redundancy: Redundancy | None
+    """What the redundancy term took off; None where there was none, as where nothing was scored."""
+    probabilities: Tensor
+    """(N,) float64 that add up to 1: softmax(utility as used / temperature) over the candidates that may be picked (0
+    for others), whatever the sampler: the chance of each at the first draw, before any redundancy term. 'uniform': the
+    same for each that may be picked. With ``score_every`` those of the buffer when its picks were made."""
     correlation: float | None
     """Rank correlation of prescreen scores with the utilities of uniform draws, the latest of them."""
     method: str
@@ -54,52 +69,25 @@ class Selection:
     """What was found out on the way and goes as it should: the micro-batch size, once."""
     seconds: float
     """Wall time of the selection."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """More numbers of each candidate, by name: what a method of scoring told (``Scores.columns``)."""
 
     @property
-    def utilities(self) -> Tensor | None:
-        """(N,) float64 as estimated (not standardised, without redundancy), nan where not scored.
+    def columns(self) -> dict[str, Any]:
+        """What is known of each candidate and kept on record, as a ``CandidateTable`` takes it.
 
-        None in a step that scores nothing: in warm-up, and where the buffer was scored in an earlier step.
+        The caller adds what it knows of the text. Numbers in ``more`` that are no column are left out.
         """
-        return self.columns["utility"].values if "utility" in self.columns else None
-
-    @property
-    def scored(self) -> Tensor | None:
-        """(N,) bool which of them ``utilities`` is about: a nan there is a utility that is not finite."""
-        return self.columns["utility"].known if "utility" in self.columns else None
-
-    @property
-    def prescreen_score(self) -> Tensor | None:
-        """(N,) float64 of the prescreen, before it learnt from this step; None where there is none yet."""
-        return self.columns.get("prescreen_score")
-
-    @property
-    def standing(self) -> Tensor | None:
-        """The old name of ``prescreen_score``."""
-        warn("Selection.standing", "Selection.prescreen_score")
-        return self.prescreen_score
-
-    @property
-    def exposures(self) -> Tensor | None:
-        """(N,) int64 times that each would have been trained on in the window if it were picked now.
-
-        None: not counted, or counted in an earlier step (``score_every``).
-        """
-        return self.columns.get("exposures")
-
-    @property
-    def redundancy(self) -> Redundancy | None:
-        """What the redundancy term took off; None where there was none, as where nothing was scored."""
-        return redundancy_of(self.columns)
-
-    @property
-    def probabilities(self) -> Tensor:
-        """(N,) float64 that add up to 1: softmax(utility as used / temperature) over the candidates that may be picked.
-
-        0 for others, whatever the sampler: the chance of each at the first draw, before any redundancy term. 'uniform':
-        the same for each that may be picked. With ``score_every`` those of the buffer when its picks were made.
-        """
-        return self.columns["probability"]
+        picked = torch.zeros(len(self.ids), dtype=torch.bool).index_fill(0, self.indices, True)
+        found: dict[str, Any] = {"id": self.ids, "picked": picked, "probability": self.probabilities}
+        if self.utilities is not None and self.scored is not None:
+            found["utility"] = Masked(self.utilities, self.scored)
+        if self.redundancy is not None and self.scored is not None:
+            found["squared_norm"] = Masked(self.redundancy.squared_norms, self.scored)
+            found["overlaps"] = Lists(self.redundancy.positions, self.redundancy.overlaps)
+        kept = {column.name for column in candidate_table.COLUMNS}
+        known = {"prescreen_score": self.prescreen_score, "exposures": self.exposures, **self.more}
+        return found | {name: values for name, values in known.items() if values is not None and name in kept}
 
     @property
     def predicted_fall(self) -> float:
@@ -128,55 +116,42 @@ class Choice:
     method: str
     ess: float
     max_p_ratio: float
-    columns: Mapping[str, Any]
-    """What is known of each candidate, by the names of ``candidate_table.COLUMNS``."""
-    events: tuple[Event, ...] = ()
+    probabilities: Tensor
+    """As the next ones of ``Selection``, but for ``uniform``."""
+    utilities: Tensor | None = None
+    scored: Tensor | None = None
+    prescreen_score: Tensor | None = None
+    exposures: Tensor | None = None
+    redundancy: Redundancy | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
     uniform: Tensor | None = None
-    """(N,) bool which of those scored were drawn uniformly by a prescreen, for it to be judged by; None: no prescreen
-    in use, or nothing was scored."""
+    """(N,) bool which of those scored a prescreen drew uniformly, for it to be judged by; None: it screened nobody, or
+    nothing was scored."""
+    events: tuple[Event, ...] = ()
 
-    def at(
-        self,
-        step: int,
-        turn: int,
-        ids: Tensor,
-        num_selected: int,
-        *,
-        served: bool = False,
-        events: list[Event] | None = None,
-        correlation: float | None = None,
-        notes: list[str] | None = None,
-        seconds: float = 0.0,
-    ) -> Selection:
-        """The selection of the buffer's ``turn``-th step; ``served``: an earlier one has told what was scored.
+    def at(self, step: int, turn: int, ids: Tensor, num_selected: int, *, served: bool = False) -> Selection:
+        """The selection of the buffer's ``turn``-th step; ``served``: an earlier one has told all but the picks.
 
-        ``events``: those to tell, the choice's own if not given.
+        What a selector knows beside the choice is blank: correlation, notes and seconds.
         """
         indices = self.positions[turn * num_selected : (turn + 1) * num_selected].sort().values
-        columns = {"probability": self.columns["probability"]} if served else dict(self.columns)
-        columns["id"] = ids
-        columns["picked"] = torch.zeros(len(ids), dtype=torch.bool).index_fill(0, indices, True)
         return Selection(
             step=step,
             indices=indices,
             ids=ids,
             picked_ids=ids[indices],
-            columns=columns,
-            correlation=correlation,
+            utilities=None if served else self.utilities,
+            scored=None if served else self.scored,
+            prescreen_score=None if served else self.prescreen_score,
+            exposures=None if served else self.exposures,
+            redundancy=None if served else self.redundancy,
+            probabilities=self.probabilities,
+            correlation=None,
             method=self.method,
             ess=self.ess,
             max_p_ratio=self.max_p_ratio,
-            events=list(self.events) if events is None else events,
-            notes=notes or [],
-            seconds=seconds,
+            events=[] if served else list(self.events),
+            notes=[],
+            seconds=0.0,
+            more={} if served else self.more,
         )
-
-
-def redundancy_of(columns: Mapping[str, Any]) -> Redundancy | None:
-    """The redundancy term's part of ``columns``; None where it has none."""
-    norms, overlaps = columns.get("squared_norm"), columns.get("overlaps")
-    if norms is None or overlaps is None:
-        return None
-    assert isinstance(norms, Masked)
-    assert isinstance(overlaps, Lists)
-    return Redundancy(norms.values, overlaps.rows, overlaps.values)

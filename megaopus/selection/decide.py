@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megaopus.events import Event
 from megaopus.selection import counter_rng, guards, sampler
-from megaopus.selection.candidate_table import Lists, Masked
-from megaopus.selection.choice import Choice
+from megaopus.selection.candidate_table import Masked
+from megaopus.selection.choice import Choice, Redundancy
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.methods.registry import UNIFORM
 from megaopus.selection.prescreen import screen
@@ -109,20 +109,24 @@ def decide(evidence: Evidence, config: SelectionConfig, key: Key, num_selected: 
         scored, uniform = screen(evidence.ids, allowed, trusted, total, config.prescreen.slice, noise)
     if scores_this_step:
         scores = evidence.score(scored)
-    columns = _columns(buffer, scored, scores)
+    values, gram = _everyone(buffer, scored, scores), scores.gram
+    told: dict[str, Any] = {
+        "utilities": values,
+        "scored": None if values is None else _where(len(everyone), scored),
+        "prescreen_score": evidence.prescreen_score,
+        "exposures": evidence.exposures,
+        "uniform": None if values is None or uniform is None else _where(len(everyone), scored[uniform]),
+        "more": {name: _spread(len(everyone), scored, numbers) for name, numbers in scores.columns.items()},
+    }
     if evidence.distrust:
         buffer.events.append(evidence.distrust)
-    values, gram = columns["utility"].values if "utility" in columns else None, scores.gram
     if use_predictor:
         values, gram = None if evidence.distrust else evidence.prescreen_score, None
     if values is None:
         choice = _uniform(buffer, allowed)
     else:
         choice = _pick(buffer, allowed, over_cap, values, None if gram is None else (scored, gram))
-    known = None
-    if uniform is not None and scores.utilities is not None:
-        known = torch.zeros(len(everyone), dtype=torch.bool).index_copy(0, scored, uniform)
-    return replace(buffer.told(choice), columns={**columns, **choice.columns}, uniform=known)
+    return replace(buffer.told(choice), **told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,26 +155,29 @@ def _past_warmup(config: SelectionConfig, step: int) -> bool:
     return step >= config.warmup_steps
 
 
-def _columns(buffer: _Buffer, scored: Tensor, scores: Scores) -> dict[str, Any]:
-    """What is known of all candidates before any is picked; ``scores`` are of those at ``scored`` (n,)."""
-    evidence, size, ids = buffer.evidence, len(buffer.evidence.ids), buffer.evidence.ids
+def _everyone(buffer: _Buffer, scored: Tensor, scores: Scores) -> Tensor | None:
+    """(N,) utilities, nan but for those at ``scored`` (n,); None if there are none. Says what went wrong with them."""
     buffer.events.extend(scores.events)
-    columns: dict[str, Any] = {"prescreen_score": evidence.prescreen_score, "exposures": evidence.exposures}
-    columns = {name: values for name, values in columns.items() if values is not None}
     if scores.utilities is None:
-        return columns
-    known = torch.zeros(size, dtype=torch.bool).index_fill(0, scored, True)
-    for name, values in {"utility": scores.utilities, **scores.columns}.items():
-        blank = torch.full((size,), torch.nan, dtype=values.dtype) if values.is_floating_point() else None
-        blank = torch.zeros(size, dtype=values.dtype) if blank is None else blank
-        columns[name] = Masked(blank.index_copy(0, scored, values), known)
+        return None
     finite = scores.utilities.isfinite()
     if scores.gram is not None:
         finite &= scores.gram.diagonal().isfinite()
     if not bool(finite.all()):
-        bad = ids[scored][~finite].tolist()
+        bad = buffer.evidence.ids[scored][~finite].tolist()
         buffer.tell("utility_not_finite", f"utility not finite: candidates {bad}", ids=bad)
-    return columns
+    blank = torch.full((len(buffer.evidence.ids),), torch.nan, dtype=torch.float64)
+    return blank.index_copy(0, scored, scores.utilities)
+
+
+def _where(size: int, positions: Tensor) -> Tensor:
+    """(size,) bool, True at ``positions``."""
+    return torch.zeros(size, dtype=torch.bool).index_fill(0, positions, True)
+
+
+def _spread(size: int, positions: Tensor, numbers: Tensor) -> Masked:
+    """``numbers`` (n,) of the candidates at ``positions``, as numbers of which those of others are not known."""
+    return Masked(numbers.new_zeros(size).index_copy(0, positions, numbers), _where(size, positions))
 
 
 # -- picks -----------------------------------------------------------------------------------------------------------
@@ -185,7 +192,7 @@ def _uniform(buffer: _Buffer, among: Tensor) -> Choice:
         method=UNIFORM,
         ess=len(among),
         max_p_ratio=len(ids) / len(among),
-        columns={"probability": torch.zeros(len(ids), dtype=torch.float64).index_fill(0, among, 1 / len(among))},
+        probabilities=torch.zeros(len(ids), dtype=torch.float64).index_fill(0, among, 1 / len(among)),
     )
 
 
@@ -212,19 +219,25 @@ def _pick(
     penalty = None if gram is None else _penalty(buffer, among, *gram)
     draws = sampler.Draws(config.sampler, config.temperature, buffer.seed, period)
     picked = among[sampler.pick(used - over_cap[among], ids[among], count, draws, penalty, _quotas(buffer, among))]
-    columns = {} if gram is None else _redundancy(*gram, picked, len(ids))
+    redundancy = None if gram is None else _redundancy(*gram, picked, len(ids))
     p = sampler.probabilities(used, config.temperature)
     ess, ratio = float(1 / p.square().sum()), float(p.max()) * len(ids)
     if alarm := _alarm(buffer, picked, ess):
         buffer.events.append(alarm)
-        uniform = _uniform(buffer, allowed)
-        return replace(uniform, columns={**uniform.columns, **columns})
+        return replace(_uniform(buffer, allowed), redundancy=redundancy)
     _tell_uniform(buffer, values[among], ratio)
     if config.score_every > 1:  # a fair mix in each step
         turns = counter_rng.uniform(counter_rng.key(buffer.seed, "turns", period), ids[picked])
         picked = picked[turns.argsort()]
-    columns["probability"] = torch.zeros(len(ids), dtype=torch.float64).index_copy(0, among, p)
-    return Choice(period=period, positions=picked, method=config.method, ess=ess, max_p_ratio=ratio, columns=columns)
+    return Choice(
+        period=period,
+        positions=picked,
+        method=config.method,
+        ess=ess,
+        max_p_ratio=ratio,
+        probabilities=torch.zeros(len(ids), dtype=torch.float64).index_copy(0, among, p),
+        redundancy=redundancy,
+    )
 
 
 def _penalty(buffer: _Buffer, among: Tensor, scored: Tensor, gram: Tensor) -> Tensor:
@@ -246,16 +259,15 @@ def _quotas(buffer: _Buffer, among: Tensor) -> tuple[Tensor, dict[int, int]] | N
     return domains[among], guards.quotas(floor, domains, domains[among], buffer.count, buffer.seed, buffer.period)
 
 
-def _redundancy(scored: Tensor, gram: Tensor, picked: Tensor, size: int) -> dict[str, Any]:
-    """Columns of ``gram`` (n, n) of the candidates at ``scored`` (n,), as the whole buffer of ``size`` sees it."""
+def _redundancy(scored: Tensor, gram: Tensor, picked: Tensor, size: int) -> Redundancy:
+    """``gram`` (n, n) of the candidates at ``scored`` (n,), as the whole buffer of ``size`` sees it."""
     rows = torch.full((size,), -1).index_copy(0, scored, torch.arange(len(scored)))[picked]
     unknown = torch.full((len(picked), size), torch.nan, dtype=torch.float64)
-    norms = torch.full((size,), torch.nan, dtype=torch.float64).index_copy(0, scored, gram.diagonal())
-    known = torch.zeros(size, dtype=torch.bool).index_fill(0, scored, True)
-    return {
-        "squared_norm": Masked(norms, known),
-        "overlaps": Lists(picked, unknown.index_copy(1, scored, gram.t()[rows])),
-    }
+    return Redundancy(
+        torch.full((size,), torch.nan, dtype=torch.float64).index_copy(0, scored, gram.diagonal()),
+        picked,
+        unknown.index_copy(1, scored, gram.t()[rows]),
+    )
 
 
 # -- guards ----------------------------------------------------------------------------------------------------------

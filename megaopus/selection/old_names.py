@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Value = TypeVar("Value")
+Class = TypeVar("Class", bound=type)
 RENAMED = {
     "coarse": "computes_in_16_bits",
     "combine": "sum_over_ranks",
@@ -34,6 +37,30 @@ def renamed_argument(old: str, old_value: Value | None, new: str, new_value: Val
         raise TypeError(f"{old}= is the old name of {new}=: give one of them")
     warnings.warn(f"{old}= is now {new}=; the old name goes in the next release", DeprecationWarning, stacklevel=4)
     return old_value
+
+
+def renamed_field(old: str, new: str) -> Callable[[Class], Class]:
+    """Decorate a dataclass whose field ``old`` is now ``new``: the old keyword and attribute go on."""
+
+    def decorate(cls: Class) -> Class:
+        made = cls.__init__  # type: ignore[misc]
+
+        @functools.wraps(made)
+        def init(self: Any, *given: Any, **named: Any) -> None:
+            if old in named:
+                warn(f"{cls.__name__}.{old}", f"{cls.__name__}.{new}")
+                named[new] = named.pop(old)
+            made(self, *given, **named)
+
+        def get(self: Any) -> Any:
+            warn(f"{cls.__name__}.{old}", f"{cls.__name__}.{new}")
+            return getattr(self, new)
+
+        cls.__init__ = init  # type: ignore[misc]
+        setattr(cls, old, property(get, doc=f"The old name of ``{new}``."))
+        return cls
+
+    return decorate
 
 
 class OldBackendNames:
@@ -111,6 +138,8 @@ class _Renamed:
             return self._backend.combine(parts, tally)
         if "sum_ranks" not in self._written:
             return self._backend.sum_over_ranks(parts, tally)
+        import torch
+
         count, first = len(parts), self._backend.rank * len(parts)
         vector = torch.cat([parts.new_zeros(self._backend.world_size * count), tally.to(parts)])
         vector[first : first + count] = parts
@@ -125,5 +154,7 @@ class _Renamed:
             return self._backend.sum_parts(values)
         if not values:
             return values
+        import torch
+
         whole = getattr(self._backend, old)(torch.stack(list(values.values())))
         return dict(zip(values, whole, strict=True))

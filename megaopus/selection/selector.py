@@ -90,19 +90,16 @@ class Selector:
             self._choice = self._decide(candidates, ids, step)
         choice = self._choice
         assert choice is not None
-        selection = choice.at(
-            step,
-            turn,
-            ids,
-            self.num_selected,
-            served=served,
-            events=[] if served else self._unsaid(choice.events),
-            correlation=None if self._prescreen is None else self._prescreen.correlation,
-            notes=self._scorer.drain_notes(),
-        )
+        selection = choice.at(step, turn, ids, self.num_selected, served=served)
         if counts_exposures(self.config):
             self._exposure.record(step, self._signatures(candidates.take(selection.indices)))
-        return replace(selection, seconds=time.perf_counter() - started)
+        return replace(
+            selection,
+            correlation=None if self._prescreen is None else self._prescreen.correlation,
+            events=self._unsaid(selection.events),
+            notes=self._scorer.drain_notes(),
+            seconds=time.perf_counter() - started,
+        )
 
     def foresee(self, candidates: Candidates, step: int) -> tuple[list[Candidates], Tensor]:
         """Say whose tokens ``select`` will read on this rank at ``step``, the next one, and which (K,) it will pick.
@@ -160,7 +157,7 @@ class Selector:
         if self._choice is not None and self.config.score_every > 1:
             choice = self._choice
             kept = {name: getattr(choice, name) for name in ("period", "method", "ess", "max_p_ratio")}
-            tensors = {"positions": choice.positions, "probabilities": choice.columns["probability"]}
+            tensors = {"positions": choice.positions, "probabilities": choice.probabilities}
             state["choice"] = {**kept, **{name: values.tolist() for name, values in tensors.items()}}
         return state
 
@@ -176,7 +173,7 @@ class Selector:
             saved = dict(state["choice"])
             probabilities = torch.tensor(saved.pop("probabilities"), dtype=torch.float64)
             positions = torch.tensor(saved.pop("positions"))
-            self._choice = Choice(**saved, positions=positions, columns={"probability": probabilities})
+            self._choice = Choice(**saved, positions=positions, probabilities=probabilities)
 
     # -- one buffer ---------------------------------------------------------------------------------------------------
 
@@ -192,8 +189,10 @@ class Selector:
         """The picks of the buffer that ``step`` is the first to use; the prescreen learns from its scores."""
         choice = decide(self._evidence(candidates, ids, step), self.config, Key(self.seed, step), self.num_selected)
         if self._prescreen is not None and choice.uniform is not None:
-            utilities, scored = choice.columns["utility"]
-            self._prescreen.learn(ids[scored], utilities[scored], choice.uniform[scored], step)
+            assert choice.utilities is not None
+            assert choice.scored is not None
+            scored = choice.scored
+            self._prescreen.learn(ids[scored], choice.utilities[scored], choice.uniform[scored], step)
         return choice
 
     def _evidence(self, candidates: Candidates, ids: Tensor, step: int) -> Evidence:

@@ -49,7 +49,7 @@ def test_the_same_arguments_give_the_same_choice(settings: dict[str, Any]) -> No
     known = evidence(prescreen_score=-VALUES, domains=IDS % 3)
     first, second = (decide(known, config(**settings), Key(3, 8), 4) for _ in range(2))
     assert torch.equal(first.positions, second.positions)
-    assert torch.equal(first.columns["probability"], second.columns["probability"])
+    assert torch.equal(first.probabilities, second.probabilities)
     assert len(first.positions.unique()) == 4 * config(**settings).score_every
 
 
@@ -63,30 +63,30 @@ def test_it_asks_for_scores_of_whom_it_screened_alone() -> None:
     assert int(choice.uniform.sum()) == 4
     best = sampler.pick_top_k(VALUES[positions], IDS[positions], 4)
     assert choice.positions.tolist() == torch.tensor(positions)[best].tolist()
-    assert choice.columns["utility"].known.nonzero().flatten().tolist() == positions
+    assert choice.scored.nonzero().flatten().tolist() == positions
     # in a warm-up nothing is scored, and the prescreen's scores pick
     asked.clear()
     warming = config(prescreen=PrescreenConfig(mode="cascade"), warmup_steps=5)
     choice = decide(evidence(asked, prescreen_score=VALUES), warming, Key(0, 4), 4)
     assert asked == []
     assert choice.positions.tolist() == sampler.pick_top_k(VALUES, IDS, 4).tolist()
-    assert "utility" not in choice.columns
+    assert choice.utilities is None
 
 
 def test_a_method_without_scores_needs_ids_alone() -> None:
     choice = decide(Evidence(ids=IDS), config(method="uniform"), Key(3, 7), 4)
     assert choice.positions.tolist() == sampler.pick_uniform(IDS, 4, 3, 7).tolist()
-    assert set(choice.columns) == {"probability"}
+    assert choice.utilities is choice.exposures is choice.prescreen_score is None
 
 
 def test_numbers_that_the_scores_bring_are_kept_where_they_were_scored() -> None:
     def score(positions: Tensor) -> Scores:
-        return Scores(utilities=VALUES[positions], columns={"exposures": positions})
+        return Scores(utilities=VALUES[positions], columns={"position": positions})
 
     known = evidence(score=score, prescreen_score=VALUES)
     choice = decide(known, config(prescreen=PrescreenConfig(mode="cascade")), Key(0, 0), 4)
-    values, where = choice.columns["exposures"]
-    assert torch.equal(where, choice.columns["utility"].known)
+    values, where = choice.more["position"]
+    assert torch.equal(where, choice.scored)
     assert torch.equal(values[where], where.nonzero().flatten())
     assert int(values[~where].abs().sum()) == 0
 

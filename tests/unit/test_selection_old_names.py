@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megaopus.selection import CountSketchEstimator, ModuleBackend, SelectionConfig, Selector, TensorCandidates
+import megaopus.selection
+from megaopus.selection import (
+    CountSketchEstimator,
+    ModuleBackend,
+    SelectionConfig,
+    Selector,
+    TensorCandidates,
+    TextFeatures,
+    backend,
+    counter_rng,
+)
 from megaopus.selection.config import PrescreenConfig
 from tests.unit.selection_net import K, N, batch, make, make_backend, proxy
 from tests.unit.test_selection_prescreen import LinearTraits
@@ -88,24 +99,24 @@ def test_members_that_a_subclass_overrides_are_not_passed_over(cls: type[ModuleB
 
 
 def test_members_of_a_module_backend_have_their_old_names() -> None:
-    backend, values = make_backend(), torch.arange(3.0)
+    ours, values = make_backend(), torch.arange(3.0)
     with pytest.warns(DeprecationWarning, match="coarse is now computes_in_16_bits"):
-        assert backend.coarse is backend.computes_in_16_bits is False
+        assert ours.coarse is ours.computes_in_16_bits is False
     with pytest.warns(DeprecationWarning, match="combine is now sum_over_ranks"):
-        parts, tally = backend.combine(values, values[:1])
+        parts, tally = ours.combine(values, values[:1])
     assert (parts.tolist(), tally.tolist()) == ([0, 1, 2], [0])
     for name in ("sum_shards", "sum_stages"):
         with pytest.warns(DeprecationWarning, match=f"{name} is now sum_over_model"):
-            assert getattr(backend, name)(values).tolist() == [0, 1, 2]
+            assert getattr(ours, name)(values).tolist() == [0, 1, 2]
     with pytest.warns(DeprecationWarning, match="sum_parts is now"):
-        assert backend.sum_parts({"a": values})["a"].tolist() == [0, 1, 2]
+        assert ours.sum_parts({"a": values})["a"].tolist() == [0, 1, 2]
     with pytest.warns(DeprecationWarning, match="sum_ranks is now sum_over_ranks"):
-        backend.sum_ranks(values)
+        ours.sum_ranks(values)
 
 
 def test_a_backend_by_the_new_names_is_taken_as_it_is(recwarn: pytest.WarningsRecorder) -> None:
-    backend = make_backend()
-    assert make(backend).backend is backend
+    ours = make_backend()
+    assert make(ours).backend is ours
     assert not [each for each in recwarn if issubclass(each.category, DeprecationWarning)]
 
 
@@ -125,9 +136,9 @@ def test_traits_are_text_features() -> None:
 
 
 def test_a_second_consumer_by_its_old_name() -> None:
-    backend, seen = make_backend(), []
+    scored, seen = make_backend(), []
     candidates = TensorCandidates(batch(0))
-    given = (backend, candidates, backend.operator(), backend.gradient(TensorCandidates(proxy(0))))
+    given = (scored, candidates, scored.operator(), scored.gradient(TensorCandidates(proxy(0))))
     with pytest.warns(DeprecationWarning, match="also= is now extra_consumer="):
         CountSketchEstimator(64, 0).estimate(*given, keep_sketches=True, also=lambda *factors: seen.append(factors))
     assert len(seen) == 2
@@ -143,3 +154,22 @@ def test_standing_is_the_prescreen_score() -> None:
         standing = selection.standing
     assert standing is selection.prescreen_score
     assert torch.equal(standing, features.importance(selection.ids))
+
+
+def test_a_selection_is_made_again_by_its_old_field() -> None:
+    selection = make().select(batch(0), 0)
+    with pytest.warns(DeprecationWarning, match=r"Selection\.standing is now Selection\.prescreen_score"):
+        changed = dataclasses.replace(selection, standing=selection.utilities)
+    assert changed.prescreen_score is selection.utilities
+    assert selection.prescreen_score is None
+
+
+def test_modules_that_moved_and_protocols_that_were_renamed() -> None:
+    with pytest.warns(DeprecationWarning, match=r"megaopus\.selection\.noise is now megaopus\.selection\.counter_rng"):
+        assert megaopus.selection.noise.key("a") == counter_rng.key("a")
+    with pytest.warns(DeprecationWarning, match=r"backend\.Traits is now backend\.TextFeatures"):
+        assert backend.Traits is TextFeatures
+    with pytest.warns(DeprecationWarning, match="needs_traits is now SelectionConfig.needs_text_features"):
+        assert SelectionConfig(method="dsir").needs_traits == "selection.method=dsir"
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = megaopus.selection.nonsense
