@@ -83,8 +83,9 @@ def resume(built: MegatronEngine, folder: Path) -> dict[str, dict[str, torch.Ten
 
 EVERY = [(m, o) for m in ("gpt2", "llama") for o in ("adamw", "muon")]
 MORE = [("llama", o) for o in OPTIMIZERS if o not in ("adamw", "muon")]
-BIASES = [("gpt2", o) for o, spec in OPTIMIZERS.items() if not (spec.elementwise or spec.matrices)]
-"""Vectors of which tensor-parallel ranks hold parts, under updates that may need the whole."""
+BIASES = [("gpt2", o) for o, spec in OPTIMIZERS.items() if not (spec.elementwise or spec.matrices) and o != "sophia_g"]
+"""Vectors of which tensor-parallel ranks hold parts, under updates that may need the whole. Keys' biases have no
+gradient but rounding, of which Sophia makes a whole step."""
 ADAMW = [("llama", "adamw"), ("gpt2", "adamw")]
 DEEP = [("llama-4-layers", "muon"), ("gpt2-4-layers", "adamw")]
 LAYOUTS = {

@@ -24,7 +24,7 @@ SETTINGS = {
     "adjoint": {"estimator": "adjoint", "layers": "all"},
     "countsketch": {"estimator": "countsketch", "redundancy": 0.5},
 }
-TOLERANCE = {"lion": 1e-4, "sophia_g": 1e-3}
+TOLERANCE = {"adafactor": 1e-4, "lion": 1e-4, "sophia_g": 1e-3}
 """They divide by a momentum or curvature with nothing added to it: what nearly cancelled is rounding, enlarged; and
 Sophia's operator is 0 from where the update is clipped, on either side of which rounding may put an entry."""
 TRIED = ("tp2-sp", "pp2")
