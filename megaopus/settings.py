@@ -150,7 +150,7 @@ def sections(section: Any, key: str = "") -> dict[str, type]:
 
 
 def member_entries(entry: Entry, owner: str) -> dict[str, Entry]:
-    """What an open dictionary may hold where its section's ``name`` is ``owner``, by dotted key."""
+    """Return what an open dictionary may hold where its section's ``name`` is ``owner``, by dotted key."""
     found: dict[str, Entry] = {}
     owners = entry.known.members or {}
     for name, known in owners[owner].settings.items() if owner in owners else ():
@@ -168,12 +168,12 @@ def kinds(section: Any) -> dict[str, Any]:
 
 @functools.cache
 def declared(section: Any, name: str) -> Setting:
-    """What is declared of one field."""
+    """Return what is declared of one field."""
     return next(each for each in fields(section) if each.name == name).metadata["setting"]
 
 
 def problems(section: Any, prefix: str = "") -> list[Problem]:
-    """What is wrong with the values of a section and of the sections in it, and between them; one problem a key."""
+    """Return what is wrong with the values of a section and of those in it, and between them; one problem a key."""
     found: dict[str, Problem] = {}
     related = True
     for name, kind in kinds(type(section)).items():  # type: ignore[arg-type]
@@ -270,7 +270,7 @@ def _fit(value: Any, kind: Any, entry: Entry) -> Any:
 
 
 def _example(kind: type, entry: Entry) -> str:
-    """How a value of the right type is written."""
+    """Return how a value of the right type is written."""
     if kind is bool:
         return f"write {entry.key}=true or {entry.key}=false"
     if kind is str:

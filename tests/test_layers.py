@@ -158,3 +158,24 @@ def test_what_is_too_long_is_seen():
     body = "    x = 1\n" * LONGEST_FUNCTION
     assert list(too_long(f"def f():\n{body}")) == [f"f has {LONGEST_FUNCTION + 1} lines, at most {LONGEST_FUNCTION}"]
     assert list(too_long("x = 1\n" * 501)) == ["501 lines, at most 500"]
+
+
+# -- docstrings ------------------------------------------------------------------------------------------------------
+
+QUESTIONS = {"How", "What", "When", "Where", "Whether", "Which", "Who", "Whose", "Why"}
+
+
+def half_sentences(source):
+    """First lines of docstrings that are a clause without its sentence."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    return [text.splitlines()[0] for text in texts if text and text.split()[0] in QUESTIONS]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_docstrings_are_sentences(file):
+    assert half_sentences(file.read_text()) == []
+
+
+def test_a_half_sentence_is_seen():
+    assert half_sentences('"""Say when."""\ndef f():\n    """What it is."""') == ["What it is."]

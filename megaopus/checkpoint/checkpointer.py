@@ -201,7 +201,7 @@ class Checkpointer:
         self._pending: _Pending | None = None
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after ``step`` updates. Collective if ``every`` is a time: rank 0's clock."""
+        """Return whether a checkpoint belongs after ``step`` updates. Collective if ``every`` is a time (rank 0's)."""
         config = self._config
         if seconds := config.every_seconds:
             late = self._mesh.rank == 0 and self._clock() - self._saved_at >= seconds
@@ -232,7 +232,7 @@ class Checkpointer:
 
     @property
     def writing(self) -> bool:
-        """Whether a save in the background is not finished yet."""
+        """Return whether a save in the background is not finished yet."""
         return self._pending is not None
 
     def poll(self) -> None:

@@ -1,4 +1,4 @@
-"""When checkpoints are written and how many are kept."""
+"""Says when checkpoints are written and how many are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint consists of: the size and sha256 of each file, themselves vouched for by the mark COMPLETE.
+"""Says what a checkpoint consists of: the size and sha256 of each file, themselves vouched for by the mark COMPLETE.
 
 They find damage, not malice: who can write a checkpoint can write its digests. What a file of somebody else's can do
 when it is read is the matter of ``engine.saving``.
@@ -47,7 +47,7 @@ def digest_of(text: str) -> str:
 
 
 def verify(folder: Path, mesh: Mesh) -> str | None:
-    """What is wrong with a complete checkpoint, naming each bad file; None: every byte is as it was written.
+    """Return what is wrong with a complete checkpoint, naming each bad file; None: every byte is as it was written.
 
     Collective, the same answer on every rank: each reads its share of the files.
     """

@@ -49,7 +49,7 @@ class PendingSave:
             self._error = error
 
     def done(self) -> bool:
-        """Whether this rank has written its part."""
+        """Return whether this rank has written its part."""
         return self._thread is None or not self._thread.is_alive()
 
     def error(self) -> BaseException | None:

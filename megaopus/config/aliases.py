@@ -35,7 +35,7 @@ def current_override(text: str) -> str:
 
 
 def notes(overrides: Iterable[str], resume_allow: Iterable[str] = ()) -> list[str]:
-    """What to tell a person who used old names on the command line."""
+    """Return what to tell a person who used old names on the command line."""
     keys = [text.partition("=")[0].lstrip("+~") for text in overrides]
     return [f"{key} is now {RENAMED[key]}" for key in dict.fromkeys([*keys, *resume_allow]) if key in RENAMED]
 

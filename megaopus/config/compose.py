@@ -102,7 +102,7 @@ def _groups(folders: list[Path]) -> dict[str, list[str]]:
 
 
 def _acceptable(text: str, groups: dict[str, list[str]], issues: Issues) -> bool:
-    """Whether Hydra may see this override; if not, why goes to ``issues``."""
+    """Return whether Hydra may see this override; if not, why goes to ``issues``."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -131,7 +131,7 @@ def _acceptable(text: str, groups: dict[str, list[str]], issues: Issues) -> bool
 
 
 def _is_setting(key: str) -> bool:
-    """Whether a setting has this key, or may, inside an open dictionary; what that holds, validation says."""
+    """Return whether a setting has this key, or may, inside an open dictionary; what that holds, validation says."""
     above = SETTINGS.get(key.rpartition(".")[0])
     return key in SETTINGS or (above is not None and above.known.members is not None)
 
@@ -149,7 +149,7 @@ def _acceptable_choice(group: str, value: object, choices: list[str], issues: Is
 def _compose_tree(
     folders: list[Path], groups: dict[str, list[str]], overrides: list[str], issues: Issues
 ) -> dict[str, Any]:
-    """What Hydra makes of the files and the accepted overrides, interpolations resolved, not yet typed."""
+    """Return what Hydra makes of the files and the accepted overrides, interpolations resolved, not yet typed."""
     import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir

@@ -35,7 +35,7 @@ def class_of(key: str) -> str:
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Change]:
-    """What differs between two nested settings; one that only one of them names has its default in the other.
+    """Return what differs between two nested settings; one that only one of them names has its default in the other.
 
     Where a run lies and how it resumes is left out. ``defaults``: dotted key -> value. Names are today's.
     """

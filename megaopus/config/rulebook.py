@@ -27,7 +27,7 @@ class RuleBook:
         return enter
 
     def problems(self, config: RunConfig, world_size: int | None, refused: Set[str]) -> Iterator[Problem]:
-        """What does not hold, by the rules that read none of the ``refused`` settings."""
+        """Return what does not hold, by the rules that read none of the ``refused`` settings."""
         for keys, rule in self._rules:
             if not any(key in keys or key.split(".", 1)[0] in keys for key in refused):
                 yield from rule(config, world_size)

@@ -69,7 +69,7 @@ class RunConfig:
         return self.num_candidates() * self.selection.score_every
 
     def data_needs(self) -> DataNeeds:
-        """What the run asks of its corpora, for ``RunData.open`` and ``RunData.describe``."""
+        """Return what the run asks of its corpora, for ``RunData.open`` and ``RunData.describe``."""
         selection = self.selection
         return DataNeeds(
             seed=self.seed,

@@ -54,7 +54,7 @@ class Chunk(NamedTuple):
 
 
 def chunk_files(folder: Path, number: int) -> Chunk:
-    """What chunk ``number`` is called."""
+    """Return what chunk ``number`` is called."""
     name = f"chunk-{number:06d}"
     return Chunk(folder / f"{name}.tokens", folder / f"{name}.npy", folder / f"{name}.rows")
 

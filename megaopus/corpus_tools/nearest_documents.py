@@ -1,4 +1,4 @@
-"""How near each document of a corpus is to benchmark items, chunk by chunk, by worker processes where there are cores.
+"""Says how near each document of a corpus is to benchmark items, chunk by chunk, by one process a core.
 
 A chunk's file appears when it is whole: a killed run loses no chunk that was finished.
 """
@@ -43,7 +43,7 @@ class Item(NamedTuple):
 
 @dataclass
 class Found:
-    """What was found of each candidate document, (n,) each, in the order of ``documents``."""
+    """Says what was found of each candidate document, (n,) each, in the order of ``documents``."""
 
     documents: np.ndarray
     """Numbers in the corpus: all of the pool and the old proxy."""

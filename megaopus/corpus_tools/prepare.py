@@ -128,7 +128,7 @@ def _checked(
 
 
 def _plan(sources: Sequence[Source], given: Tokenizer | None, vocab_size: int, eod_token: str, rule: SplitRule) -> str:
-    """What a run that goes on from another's chunks must have in common with it. Files are known by size and age."""
+    """Return what a run that goes on from another's chunks has in common with it. Files are known by size and age."""
     files = [
         [str(path), path.stat().st_size, path.stat().st_mtime_ns] for source in sources for _, path in source.files()
     ]

@@ -1,4 +1,4 @@
-"""How near documents are to a set of items: largest cosine similarity, and which words they share in a row."""
+"""Says how near documents are to a set of items: largest cosine similarity, and which words they share in a row."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """What a source's rows call things. Plain text files have none of it."""
+    """Says what a source's rows call things. Plain text files have none of it."""
 
     text: str = "text"
     id: str = "id"
@@ -79,13 +79,13 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What is written of it, which does not depend on where it lies: of a file, its name without folders."""
+        """Return what is written of it, which does not depend on where it lies: of a file, its name without folders."""
         reader = self.by_prefix
         return self.path.resolve().name if reader is None else reader.name(str(self.path))
 
     @property
     def unit(self) -> str:
-        """What its documents are numbered by in messages."""
+        """Return what its documents are numbered by in messages."""
         reader = self.by_prefix or reader_of_file(self.path)
         return "line" if reader is None else reader.unit
 

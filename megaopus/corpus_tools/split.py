@@ -21,7 +21,7 @@ _MOST_DOMAINS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class SplitRule:
-    """Which share of the documents goes where; a document's place depends on its text and the seed alone."""
+    """Says which share of the documents goes where; a document's place depends on its text and the seed alone."""
 
     proxy_fraction: float = 0.01
     """Share of the wanted domains' documents that become the proxy."""
@@ -46,7 +46,7 @@ class SplitRule:
 
 @dataclass(slots=True)
 class SourceTotals:
-    """What was read of one source."""
+    """Says what was read of one source."""
 
     name: str
     sha256: str
@@ -78,7 +78,7 @@ class Scan:
 
     @classmethod
     def load(cls, path: Path) -> Scan:
-        """What ``save`` wrote."""
+        """Return what ``save`` wrote."""
         with np.load(path, allow_pickle=False) as held:
             meta = json.loads(str(held["meta"]))
             codes = held["domain_codes"], held["split_codes"]

@@ -52,7 +52,7 @@ class CandidateBuffer:
 
     @property
     def reads(self) -> Reads:
-        """What a ``TokenReader`` is told to have the tokens read ahead."""
+        """Return what a ``TokenReader`` is told to have the tokens read ahead."""
         return self._sequences, self.sequence_ids
 
     def batch(self, length: int | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the tokens of a run come from."""
+"""Says where the tokens of a run come from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ORDERS = ("auto", "highest", "lowest")
 
 @dataclass(slots=True, kw_only=True)
 class PrepareConfig:
-    """What `prepare --data NAME` reads of configs/data/NAME.yaml; training does not."""
+    """Says what `prepare --data NAME` reads of configs/data/NAME.yaml; training does not."""
 
     RESUME: ClassVar[str] = HARMLESS
 
@@ -30,7 +30,7 @@ class PrepareConfig:
 
 @dataclass(slots=True, kw_only=True)
 class FilterConfig:
-    """Which documents of the pool are trained on, by a score of each (docs/data.md)."""
+    """Says which documents of the pool are trained on, by a score of each (docs/data.md)."""
 
     RESUME: ClassVar[str] = FIXED
 

@@ -119,7 +119,7 @@ def work_folder(out: Path, plan: str, console: Console) -> Iterator[Path]:
 
 
 def _siblings(out: Path) -> tuple[Path, Path]:
-    """Where a new folder grows, and where the old one waits during an overwrite."""
+    """Return where a new folder grows, and where the old one waits during an overwrite."""
     return out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
 
 

@@ -74,7 +74,7 @@ def continued_weights(before: Sequence[Any], now: list[Any], step: int) -> list[
 
 
 class Mixture:
-    """Which domain each place of a stream of buffers is given to, and how many it was given before."""
+    """Says which domain each place of a stream of buffers is given to, and how many it was given before."""
 
     def __init__(self, stages: Sequence[Stage], domains: Sequence[str], per_buffer: int, steps_per_buffer: int = 1):
         """Args:

@@ -1,4 +1,4 @@
-"""Which documents of the pool a filter by scores keeps (``DataConfig.filter``)."""
+"""Says which documents of the pool a filter by scores keeps (``DataConfig.filter``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POOL = SPLITS.index("pool")
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a filter keeps of a corpus's pool."""
+    """Says what a filter keeps of a corpus's pool."""
 
     documents: np.ndarray
     """(D,) bool; False outside the pool."""

@@ -34,7 +34,7 @@ class Column:
 
 
 def column_folder(corpus: Path, name: str) -> Path:
-    """Where column ``name`` of the corpus at ``corpus`` lies. Raises DataError for what cannot be a folder's name."""
+    """Return where column ``name`` of the corpus at ``corpus`` lies. Raises DataError for what is no folder's name."""
     if not _NAME.fullmatch(name):
         raise DataError(f"column name {name!r}: use letters, digits, '_', '-' and '.' (not in the first place)")
     place = corpus.absolute()

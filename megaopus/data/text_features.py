@@ -1,4 +1,4 @@
-"""What can be said of every sequence without a model, computed once and memory-mapped."""
+"""Says what can be said of every sequence without a model, computed once and memory-mapped."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SequenceTextFeatures:
 
     @property
     def domain_names(self) -> list[str]:
-        """What ``domains`` counts."""
+        """Return what ``domains`` counts."""
         return self._pool.domains
 
     def features(self, ids: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class SequenceTextFeatures:
 
 
 def text_features_folder(pool: Sequences, proxy: Sequences, parent: str | None) -> Path:
-    """Where the traits of ``pool`` lie; another proxy, seq_len or corpus has another place."""
+    """Return where the traits of ``pool`` lie; another proxy, seq_len or corpus has another place."""
     stands_for = json.dumps([VERSION, BUCKETS, SKETCH_DIM, SHINGLE, pool.key, proxy.key])
     digest = hashlib.sha256(stands_for.encode()).hexdigest()[:16]
     path = pool.corpus.path

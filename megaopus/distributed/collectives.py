@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def on_rank_0(mesh: Mesh, action: Callable[[], T]) -> T:
-    """What ``action()`` returns on rank 0, on every rank; a MegaopusError raised there is raised on every rank.
+    """Return what ``action()`` returns on rank 0, on every rank; a MegaopusError raised there is raised on every rank.
 
     For what depends on files: ranks on other nodes may see them later, or not at all. The result is pickled.
     """

@@ -13,7 +13,7 @@ _OFF = "1 switches this kind of parallelism off"
 
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
-    """How ranks are arranged; data parallelism takes what is left: dp = world size / (tp x cp x pp)."""
+    """Says how ranks are arranged; data parallelism takes what is left: dp = world size / (tp x cp x pp)."""
 
     RESUME: ClassVar[str] = HARMLESS
 

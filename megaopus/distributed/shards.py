@@ -1,4 +1,4 @@
-"""How tensor-parallel ranks share a parameter, read off the marks that megatron leaves on it."""
+"""Says how tensor-parallel ranks share a parameter, read off the marks that megatron leaves on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megaopus.distributed.collectives import gathered
 
 
 def is_split(parameter: Tensor) -> bool:
-    """Whether tensor-parallel ranks hold parts of the parameter; else each holds all of it."""
+    """Return whether tensor-parallel ranks hold parts of the parameter; else each holds all of it."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 

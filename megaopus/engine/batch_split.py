@@ -1,4 +1,4 @@
-"""What the engines share: who works on which sequences, and where dropout draws from."""
+"""Says what the engines share: who works on which sequences, and where dropout draws from."""
 
 from __future__ import annotations
 

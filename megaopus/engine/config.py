@@ -1,4 +1,4 @@
-"""Where and in what precision the model runs."""
+"""Says where and in what precision the model runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class EngineConfig:
     timeout_minutes: float = setting(10.0, above=0, doc="Longest wait in a collective before the job fails.")
 
     def spec(self) -> EngineSpec:
-        """What is known of the engine; KeyError for an unknown name."""
+        """Return what is known of the engine; KeyError for an unknown name."""
         return ENGINES[self.name]
 
     def refusals(

@@ -31,7 +31,7 @@ from megaopus.selection.operators.build import Held, operator_of
 
 
 class EngineScoringBackend(ModuleBackend):
-    """What both engines' backends share: ``ScoringBackend`` over an engine's GPT, main weights and mesh.
+    """Says what both engines' backends share: ``ScoringBackend`` over an engine's GPT, main weights and mesh.
 
     Parameters have whole-model names.
     """
@@ -157,7 +157,7 @@ class EngineScoringBackend(ModuleBackend):
         return layers
 
     def _collectors(self) -> dict[str, Any]:
-        """How a and b of each kind of layer are put together where tensor-parallel ranks share the sequence."""
+        """Return how a and b of each kind of layer are put together where tensor-parallel ranks share the sequence."""
         if not model_chunks(self.module)[0].config.sequence_parallel:
             return dict.fromkeys(("column", "row", "embedding"))
         return {

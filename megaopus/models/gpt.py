@@ -166,7 +166,7 @@ def canonical_names(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def is_tied(module: nn.Module) -> bool:
-    """Whether the output layer is the embedding (on another pipeline stage, a copy of it)."""
+    """Return whether the output layer is the embedding (on another pipeline stage, a copy of it)."""
     return bool(model_chunks(module)[0].share_embeddings_and_output_weights)
 
 

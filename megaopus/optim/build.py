@@ -21,7 +21,7 @@ from megaopus.optim.spec import Groups, Spec
 
 
 class ParameterState(NamedTuple):
-    """What an optimizer knows of one local parameter."""
+    """Says what an optimizer knows of one local parameter."""
 
     name: str
     """As in ``module.named_parameters()``."""

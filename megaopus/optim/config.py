@@ -61,11 +61,11 @@ class OptimConfig:
     min_lr_ratio: float = setting(0.1, min=0, max=1, doc="Last learning rate over the peak.")
 
     def spec(self) -> Spec:
-        """What is known of the optimizer; KeyError for an unknown name."""
+        """Return what is known of the optimizer; KeyError for an unknown name."""
         return spec_of(self.name)
 
     def is_known(self) -> bool:
-        """Whether an optimizer of this name is registered here."""
+        """Return whether an optimizer of this name is registered here."""
         return self.name in OPTIMIZERS
 
     def own_settings(self) -> dict[str, Any]:

@@ -19,5 +19,5 @@ def register_optimizer(name: str, spec: Spec) -> Spec:
 
 
 def spec_of(name: str) -> Spec:
-    """What is known of an optimizer; KeyError for an unknown name."""
+    """Return what is known of an optimizer; KeyError for an unknown name."""
     return OPTIMIZERS[name]

@@ -59,7 +59,7 @@ class Spec:
         return () if self.stateless is not None and self.stateless(settings) else self.shaped
 
     def refusal_of_pieces(self) -> str | None:
-        """Why it cannot be given flat pieces of tensors, as ZeRO keeps them; None: it can."""
+        """Return why it cannot be given flat pieces of tensors, as ZeRO keeps them; None: it can."""
         return None if self.elementwise or self.by_matrix is not None else self.whole_because
 
 

@@ -101,7 +101,7 @@ def _optimizer_state(config: RunConfig, count: int, weights: list[Weight]) -> tu
 
 
 def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight]) -> dict[str, tuple[int, str]]:
-    """What scoring adds on a rank that holds ``weights``."""
+    """Return what scoring adds on a rank that holds ``weights``."""
     selection, count = config.selection, sum(weight.numel for weight in weights)
     if not selection.needs_proxy:
         return {}

@@ -49,7 +49,7 @@ def find_arms(runs: Mapping[str, Run]) -> list[Arm]:
 
 
 def _shared(names: Sequence[str]) -> str:
-    """What the names of an arm's runs have in common, without the word that counts them."""
+    """Return what the names of an arm's runs have in common, without the word that counts them."""
     if len(names) == 1:
         return names[0]
     start = _common_start(names)

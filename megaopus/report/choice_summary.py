@@ -1,4 +1,4 @@
-"""What a page tells of a run's choices: how utilities were spread, what stood out, how often text came again."""
+"""Says what a page tells of a run's choices: how utilities were spread, what stood out, how often text came again."""
 
 from __future__ import annotations
 

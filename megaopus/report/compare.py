@@ -259,7 +259,7 @@ def stretch_curve(run: Run, start_step: int, window: int, start: ValidationRecor
 
 
 def compare(uniform: Run, arm: Run, start_step: int = 0, window: int = 3) -> Comparison:
-    """How much sooner ``arm`` reaches the loss at which ``uniform`` ends, after ``start_step`` common updates.
+    """Return how much sooner ``arm`` reaches the loss at which ``uniform`` ends, after ``start_step`` common updates.
 
     Both losses are trailing means over ``window`` validation points of the stretch and linear between them. Both
     curves begin with the validation at ``start_step``, taken from the other arm where one has none (they share the

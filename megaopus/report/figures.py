@@ -43,7 +43,7 @@ def to_png(figure: Figure) -> str:
 
 
 class Ink(NamedTuple):
-    """How a run is drawn; the runs of an arm alike."""
+    """Says how a run is drawn; the runs of an arm alike."""
 
     colour: str
     label: str
@@ -79,7 +79,7 @@ def _legend_above(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
 
 
 def _handles(axes: Sequence[Axes]) -> dict[str, Any]:
-    """What a legend shows, once for each label: the runs of an arm share theirs."""
+    """Return what a legend shows, once for each label: the runs of an arm share theirs."""
     handles: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):

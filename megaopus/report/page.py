@@ -74,7 +74,7 @@ def _checked(rows: Sequence[SelectionRecord]) -> list[SelectionRecord]:
 
 
 def _agreement(rows: Sequence[SelectionRecord]) -> str:
-    """How well falls were predicted, in words; medians and ranks, which outliers do not rule."""
+    """Return how well falls were predicted, in words; medians and ranks, which outliers do not rule."""
     predicted, uniform, realised = zip(*(row.falls for row in rows if row.falls is not None), strict=True)
     middle = [statistics.median(values) for values in (realised, predicted, uniform)]
     text = "median {:.2g} realised, {:.2g} predicted, {:.2g} for a uniform draw".format(*middle)

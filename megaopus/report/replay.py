@@ -68,7 +68,7 @@ def _steps(text: str, record: Record) -> list[int]:
 
 
 class Record:
-    """What a run folder says of its choices."""
+    """Says what a run folder says of its choices."""
 
     def __init__(self, path: Path):
         """Raises DataError where there is no record."""
@@ -171,7 +171,7 @@ class Record:
         return table.slice(rows.start, rows.stop - rows.start)
 
     def _lack(self, step: int) -> str:
-        """What of a step's candidates is not in the log, in words."""
+        """Return what of a step's candidates is not in the log, in words."""
         kept, had = len(self.rows(step)), self.facts[step]["candidates"]
         if kept == 0:
             return f"{FOLDER}/ has no row of it: the run was killed before they were written, or they were deleted"
@@ -180,7 +180,7 @@ class Record:
         return ""
 
     def _events(self, step: int) -> list[Event]:
-        """What went another way in a step. Raises DataError for a row that is no event."""
+        """Return what went another way in a step. Raises DataError for a row that is no event."""
         try:
             return [read_event(row) for row in self.facts[step]["events"]]
         except (TypeError, ValueError, AttributeError) as error:
@@ -189,7 +189,7 @@ class Record:
     # -- the corpus ---------------------------------------------------------------------------------------------------
 
     def data(self, step: int) -> RunData | None:
-        """What the run read at ``step``; None, and ``gone`` says why, where that is not what it was."""
+        """Return what the run read at ``step``; None, and ``gone`` says why, where that is not what it was."""
         from megaopus.data.run_data import RunData
 
         launch = self._launch(step)
@@ -229,7 +229,7 @@ def texts_of(run_dir: Path, sequences: Sequence[int]) -> list[tuple[str, str]]:
 
 
 def _other_candidates(rows: Table, buffer: CandidateBuffer) -> str:
-    """How the candidates in the log are not those of the stream, in words."""
+    """Return how the candidates in the log are not those of the stream, in words."""
     names = np.array(buffer.domain_names)[buffer.domains]
     for what, here, there in (
         ("id", rows["id"].to_numpy(), buffer.ids.numpy()),
@@ -248,7 +248,7 @@ def _other_candidates(rows: Table, buffer: CandidateBuffer) -> str:
 
 
 def _differences(rows: Table, facts: dict[str, Any], found: Selection, *, scored: bool) -> str:
-    """How the picks made again are not those recorded, in words; ``scored``: the step scored its own buffer."""
+    """Return how the picks made again are not those recorded, in words; ``scored``: the step scored its own buffer."""
     ids = rows["id"].to_numpy()
     here, there = (set(ids[at].tolist()) for at in (rows["picked"].to_numpy(), found.indices.numpy()))
     said = []

@@ -72,7 +72,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def repeats(summaries: Mapping[str, ChoiceSummary], shown: Name) -> str:
-    """How often sequences were trained on."""
+    """Return how often sequences were trained on."""
     body = []
     for name, found in summaries.items():
         counts, total = found.counts, len(found.counts)
@@ -127,7 +127,7 @@ def _document(found: Standout, documents: str, text: str) -> str:
 
 
 def events(runs: Mapping[str, Run], shown: Name) -> str:
-    """How often each kind of event came, and the first of it."""
+    """Return how often each kind of event came, and the first of it."""
     rows = []
     for name, run in runs.items():
         kinds: dict[str, list[tuple[int, Event]]] = {}
@@ -168,7 +168,7 @@ def skipped_updates(runs: Mapping[str, Run], shown: Name) -> str:
 
 
 def settings(runs: Mapping[str, Run]) -> str:
-    """Where the runs differ, and all settings folded away."""
+    """Return where the runs differ, and all settings folded away."""
     flat = {name: flatten(each.config) for name, each in runs.items()}
     missing = [name for name, settings in flat.items() if not settings]
     text = f"<p>No config.yaml in: {html.escape(', '.join(missing))}.</p>" if missing else ""
@@ -190,7 +190,7 @@ def settings(runs: Mapping[str, Run]) -> str:
 
 
 def environment(runs: Mapping[str, Run]) -> str:
-    """Where and from what the runs were made."""
+    """Return where and from what the runs were made."""
     flat = {name: flatten(each.environment) for name, each in runs.items()}
     keys = list(dict.fromkeys(key for facts in flat.values() for key in facts))
     if not keys:

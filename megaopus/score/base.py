@@ -1,4 +1,4 @@
-"""What a way of scoring documents is, and how a column is made with it: chunk by chunk, whole or not at all."""
+"""Says what a way of scoring documents is, and how a column is made with it: chunk by chunk, whole or not at all."""
 
 from __future__ import annotations
 

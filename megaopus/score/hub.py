@@ -23,7 +23,7 @@ PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 class _HubModel:
-    """What both have in common: loading, cutting a document into windows, passes over windows of like length."""
+    """Says what both have in common: loading, cutting a document into windows, passes over windows of like length."""
 
     batch_tokens = 1 << 15
     chunk_tokens = 1 << 18

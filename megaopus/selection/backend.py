@@ -145,11 +145,11 @@ class ScoringBackend(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Return where the model computes."""
 
     @property
     def computes_in_16_bits(self) -> bool:
-        """Whether forward passes see weights rounded to 16 bits, by autocast or as they are kept."""
+        """Return whether forward passes see weights rounded to 16 bits, by autocast or as they are kept."""
 
     def parameters(self) -> dict[str, Tensor]:
         """The weights the optimizer updates (main weights under mixed precision), in a stable order."""

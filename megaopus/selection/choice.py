@@ -74,7 +74,7 @@ class Selection:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """What is known of each candidate and kept on record, as a ``CandidateTable`` takes it.
+        """Return what is known of each candidate and kept on record, as a ``CandidateTable`` takes it.
 
         The caller adds what it knows of the text. Numbers in ``more`` that are no column are left out.
         """

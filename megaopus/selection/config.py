@@ -77,7 +77,7 @@ class PrescreenConfig:
 
 @dataclass(slots=True, kw_only=True)
 class GuardConfig:
-    """What keeps selection from repeating itself or collapsing (docs/selection.md)."""
+    """Says what keeps selection from repeating itself or collapsing (docs/selection.md)."""
 
     exposure_cap: int = setting(
         1,
@@ -120,7 +120,7 @@ def _expression(value: str) -> str | None:
 @renamed(needs_traits="needs_text_features")
 @dataclass(slots=True, kw_only=True)
 class SelectionConfig:
-    """How the global batch is chosen from a buffer of candidates (symbols of arXiv 2602.05400 in brackets)."""
+    """Says how the global batch is chosen from a buffer of candidates (symbols of arXiv 2602.05400 in brackets)."""
 
     RESUME: ClassVar[str] = TRAINING
 
@@ -259,17 +259,17 @@ class SelectionConfig:
 
     @property
     def needs_proxy(self) -> bool:
-        """Whether candidates are scored against a proxy batch."""
+        """Return whether candidates are scored against a proxy batch."""
         return "proxy" in methods.needs(self.method)
 
     @property
     def needs_pool(self) -> bool:
-        """Whether utilities are relative to a batch of the pool."""
+        """Return whether utilities are relative to a batch of the pool."""
         return self.needs_proxy and self.contrast
 
     @property
     def has_prior(self) -> bool:
-        """Whether there is something to pick by before there are utilities."""
+        """Return whether there is something to pick by before there are utilities."""
         return self.prescreen.mode != "off" and self.prescreen.prior > 0
 
     @property
@@ -289,7 +289,7 @@ class SelectionConfig:
         return "selection.guards.near_duplicates" if self.guards.near_duplicates else ""
 
     def needs(self) -> dict[str, tuple[str, str, str]]:
-        """What method and estimator need (``registry.NEEDS``): need -> (setting, its value, the reason in words)."""
+        """Return what method and estimator need (``registry.NEEDS``): need -> (setting, its value, why)."""
         found = {need: ("method", self.method, why) for need, why in methods.needs(self.method).items()}
         entry = estimators.ESTIMATORS.get(self.estimator)
         if methods.by_estimator(self.method) and entry is not None:

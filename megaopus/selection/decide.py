@@ -65,22 +65,22 @@ class Evidence:
 
 
 def draws_uniformly(config: SelectionConfig, step: int) -> bool:
-    """Whether the picks of ``step`` are uniform whatever is known: by method, or in a warm-up without a prior."""
+    """Return whether picks of ``step`` are uniform whatever is known: by method, or in a warm-up without a prior."""
     return config.method == UNIFORM or not (_past_warmup(config, step) or config.has_prior)
 
 
 def picks_by_predictor(config: SelectionConfig, step: int) -> bool:
-    """Whether the picks of ``step`` depend on no utility: a prescreen's scores stand in their place."""
+    """Return whether the picks of ``step`` depend on no utility: a prescreen's scores stand in their place."""
     return config.prescreen.mode == "predict" or not _past_warmup(config, step)
 
 
 def counts_exposures(config: SelectionConfig) -> bool:
-    """Whether picks depend on how often a candidate was trained on."""
+    """Return whether picks depend on how often a candidate was trained on."""
     return config.method != UNIFORM and (config.guards.exposure_cap > 0 or config.guards.min_unique > 0)
 
 
 def num_scored(config: SelectionConfig, size: int) -> int:
-    """How many of a buffer of ``size`` are scored exactly."""
+    """Return how many of a buffer of ``size`` are scored exactly."""
     if config.prescreen.mode == "predict":
         return min(config.prescreen.slice, size)
     return size // config.screened
@@ -131,7 +131,7 @@ def decide(evidence: Evidence, config: SelectionConfig, key: Key, num_selected: 
 
 @dataclass(frozen=True, slots=True)
 class _Buffer:
-    """What the parts of a decision have in common."""
+    """Says what the parts of a decision have in common."""
 
     evidence: Evidence
     config: SelectionConfig
@@ -241,7 +241,7 @@ def _pick(
 
 
 def _penalty(buffer: _Buffer, among: Tensor, scored: Tensor, gram: Tensor) -> Tensor:
-    """What each pick takes off the others at ``among`` (m,): (m, m)."""
+    """Return what each pick takes off the others at ``among`` (m,): (m, m)."""
     config, size = buffer.config, len(buffer.evidence.ids)
     rows = torch.full((size,), -1).index_copy(0, scored, torch.arange(len(scored)))[among]
     overlap = gram[rows][:, rows]
@@ -292,7 +292,7 @@ def _within_cap(buffer: _Buffer) -> tuple[Tensor, Tensor]:
 
 
 def _alarm(buffer: _Buffer, picked: Tensor, ess: float) -> Event | None:
-    """What is wrong with the picks."""
+    """Return what is wrong with the picks."""
     levels, times = buffer.config.guards, buffer.evidence.exposures
     if ess < levels.min_ess:
         text = f"effective sample size {ess:.2f}, below {levels.min_ess:g}"

@@ -1,4 +1,4 @@
-"""What passes take and what is free: the scoring micro-batch is found by running it, not by a formula."""
+"""Says what passes take and what is free: the scoring micro-batch is found by running it, not by a formula."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def with_new_names(backend: Any) -> Any:
 
 
 def _is_written(backend: Any, name: str) -> bool:
-    """Whether the backend has a member of that name other than those of ``OldBackendNames``."""
+    """Return whether the backend has a member of that name other than those of ``OldBackendNames``."""
     found = inspect.getattr_static(backend, name, None)
     return found is not None and found is not vars(OldBackendNames)[name]
 

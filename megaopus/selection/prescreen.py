@@ -92,7 +92,7 @@ class Prescreen:
         return (self._uniform & self._scores.isfinite()).nonzero().flatten()[-_JUDGED:]
 
     def distrust_reason(self) -> Event | None:
-        """Why it is not to be trusted now; None: nothing speaks against it."""
+        """Return why it is not to be trusted now; None: nothing speaks against it."""
         r = self.correlation
         if r is None or r * len(self._judged) ** 0.5 > -_CHANCE:
             return None

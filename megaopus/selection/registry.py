@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 
 class Flops(NamedTuple):
-    """What scoring costs, beside training on the same tokens."""
+    """Says what scoring costs, beside training on the same tokens."""
 
     ratio: float
     """FLOPs per scored token over FLOPs per trained token."""

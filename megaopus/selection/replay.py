@@ -69,7 +69,7 @@ def replay(
 
 
 def evidence_of(config: SelectionConfig, table: CandidateTable, events: Sequence[Event], step: int) -> Evidence:
-    """What the picks of the buffer of ``step`` rest on, but for tokens. Raises NotOnRecord if exposures are missing."""
+    """Return what the picks of a buffer rest on, but for tokens. Raises NotOnRecord if exposures are missing."""
     ids = _tensor(table["id"])
     if draws_uniformly(config, step):
         return Evidence(ids=ids)

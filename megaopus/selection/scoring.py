@@ -1,4 +1,4 @@
-"""What a method of selection is given to score a buffer with, and what it answers."""
+"""Says what a method of selection is given to score a buffer with, and what it answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What was found out of n candidates, on the CPU and equal on every rank."""
+    """Says what was found out of n candidates, on the CPU and equal on every rank."""
 
     utilities: Tensor | None
     """(n,) float64, the largest worth most; None: there is no way to tell, and ``events`` say why."""

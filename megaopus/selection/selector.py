@@ -124,7 +124,7 @@ class Selector:
         return reads, picked[turn_of].sort().values
 
     def check_due(self, selection: Selection) -> bool:
-        """Whether the step is one of every ``check_every``, and all its picks were scored by the proxy."""
+        """Return whether the step is one of every ``check_every``, and all its picks were scored by the proxy."""
         every, utilities = self.config.check_every, selection.utilities
         if every == 0 or selection.step % every or "proxy" not in needs(selection.method) or utilities is None:
             return False

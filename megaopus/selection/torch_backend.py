@@ -58,7 +58,7 @@ class ModuleBackend(OldBackendNames):
 
     @property
     def computes_in_16_bits(self) -> bool:
-        """Whether forward passes see weights rounded to 16 bits: by autocast around the loop, or as they are kept."""
+        """Return whether passes see weights rounded to 16 bits: by autocast around the loop, or as they are kept."""
         return torch.is_autocast_enabled(self.device.type) or any(
             p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in self.module.parameters()
         )
@@ -292,7 +292,7 @@ class ModuleBackend(OldBackendNames):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Return where the model computes."""
         return next(self.module.parameters()).device
 
 

@@ -74,7 +74,7 @@ class SpikeGuard:
 
     @property
     def exhausted(self) -> bool:
-        """Whether so many updates were skipped in a row that the run should stop."""
+        """Return whether so many updates were skipped in a row that the run should stop."""
         return self.skipped >= self._max_skipped
 
     def give_up(self, updates: int, checkpoint: Path | None) -> EngineError:

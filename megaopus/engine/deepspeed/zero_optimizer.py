@@ -1,4 +1,4 @@
-"""Where DeepSpeed's ZeRO stages keep each parameter's fp32 weights and optimizer state.
+"""Says where DeepSpeed's ZeRO stages keep each parameter's fp32 weights and optimizer state.
 
 Every data-parallel rank owns, of each parameter, one run of its flattened elements (possibly none). Stages 1 and 2 (and
 the optimizer that DeepSpeed takes for stage 1 under bf16) cut the concatenation of a group's parameters into equal
@@ -75,7 +75,7 @@ class ZeroOptimizer:
                 optimizer.place(self._matrices(optimizer), group)
 
     def _matrices(self, optimizer: torch.optim.Optimizer) -> list[Matrix]:
-        """Where the parameters of ``optimizer`` lie; collective."""
+        """Return where the parameters of ``optimizer`` lie; collective."""
         names = [name for name, (holder, _) in self._held.items() if holder is optimizer]
         fragments = [self.fragments[name] for name in names]
         numels = torch.tensor([f.numel for f in fragments], device=fragments[0].flat.device)
@@ -107,7 +107,7 @@ class ZeroOptimizer:
         return found
 
     def keys(self, name: str) -> tuple[str, ...]:
-        """What the optimizer keeps of the size of the parameter."""
+        """Return what the optimizer keeps of the size of the parameter."""
         return state_names(self._held[name][0])
 
     def shape(self, name: str) -> torch.Size:

@@ -161,7 +161,7 @@ class MegatronPasses(Engine):
         length = tokens.shape[1] - 1
 
         def sequence_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
-            """What megatron's schedule minimises, and what it hands back: this rank's part of each sequence's mean."""
+            """Return what megatron's schedule minimises, and hands back: this rank's part of each sequence's mean."""
             # Both are parts that add up over cp; the schedule multiplies the first by the cp that DDP will divide by.
             return losses_BS.sum() / (len(tokens) * length), losses_BS.detach().double().sum(dim=1) / length
 

@@ -56,7 +56,7 @@ class Sketch(Estimator, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What memory is counted from."""
+    """Says what memory is counted from."""
 
     weights: int
     """Of this rank."""
@@ -73,7 +73,7 @@ Memory = Callable[[Any, Sizes], Mapping[str, tuple[int, str]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EstimatorEntry:
-    """What is known of an estimator before it is made."""
+    """Says what is known of an estimator before it is made."""
 
     name: str
     make: Callable[[Any], Estimator]
@@ -148,7 +148,7 @@ def register_estimator(
 
 
 def scoring_flops(name: str, gram: str, redundancy: bool) -> Flops:
-    """What estimator ``name`` costs, with its own or ``gram``'s sketches if there is a ``redundancy`` term."""
+    """Return what estimator ``name`` costs, with its own or ``gram``'s sketches if there is a ``redundancy`` term."""
     entry = ESTIMATORS.find(name)
     if not redundancy:
         return entry.flops
@@ -165,7 +165,7 @@ def scoring_flops(name: str, gram: str, redundancy: bool) -> Flops:
 
 
 def scoring_memory(config: Any, sizes: Sizes) -> dict[str, tuple[int, str]]:
-    """What -> (bytes on a rank, the assumption behind it) of the estimator of a SelectionConfig."""
+    """Return what takes memory -> (bytes on a rank, the assumption behind it), of a SelectionConfig's estimator."""
     entry = ESTIMATORS.find(config.estimator)
     rows = dict(entry.memory(config, sizes))
     if config.redundancy and entry.gram is None:

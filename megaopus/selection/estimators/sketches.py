@@ -1,4 +1,4 @@
-"""What the estimators by sketches share: their place in the registry, and what they take of memory."""
+"""Says what the estimators by sketches share: their place in the registry, and what they take of memory."""
 
 from __future__ import annotations
 

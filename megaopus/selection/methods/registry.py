@@ -17,7 +17,7 @@ Score = Callable[[Any], Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodEntry:
-    """What is known of a method before it scores."""
+    """Says what is known of a method before it scores."""
 
     name: str
     score: Score
@@ -33,7 +33,7 @@ class MethodEntry:
 
     @property
     def by_estimator(self) -> bool:
-        """Whether it scores by an estimator of utilities."""
+        """Return whether it scores by an estimator of utilities."""
         return self.flops is None
 
 
@@ -82,12 +82,12 @@ def names() -> tuple[str, ...]:
 
 
 def by_estimator(name: str) -> bool:
-    """Whether a method scores by an estimator of utilities; False for 'uniform' and for an unknown one."""
+    """Return whether a method scores by an estimator of utilities; False for 'uniform' and for an unknown one."""
     entry = METHODS.get(name)
     return entry is not None and entry.by_estimator
 
 
 def needs(name: str) -> Mapping[str, str]:
-    """What a method needs, and why; nothing for 'uniform' and for an unknown one."""
+    """Return what a method needs, and why; nothing for 'uniform' and for an unknown one."""
     entry = METHODS.get(name)
     return {} if entry is None else entry.needs

@@ -24,7 +24,7 @@ Noise must be a function of (key, id) alone (``counter_rng``), so that every ran
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerEntry:
-    """What is known of a sampler."""
+    """Says what is known of a sampler."""
 
     name: str
     draw: Draw
