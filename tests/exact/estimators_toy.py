@@ -96,7 +96,10 @@ def buffer(count: int, seed: int) -> TensorCandidates:
 ALL_OPTIMIZERS = tuple(OPTIMIZERS)
 GENTLER: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 3e-3, "eps": 1e-8},
+    "adafactor": {"lr": 3e-3},
     "lion": {"lr": 3e-4},
+    "sgd": {"lr": 0.1},
+    "sgd_sai": {"lr": 3e-3},
     "sophia_g": {"lr": 3e-3, "betas": [0.965, 0.99], "settings": {"rho": 0.5}},
 }
 """Settings for 150 steps where those of the registry's example, which are for a few, lead where nothing is learnt."""
