@@ -213,6 +213,8 @@ class MixedPrecisionOptimizer:
         for optimizer, groups in zip(self.torch_optimizers, made_with, strict=True):
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
                 group.update({key: value for key, value in settings.items() if key != "params"})
+            for parameter in [parameter for parameter, kept in optimizer.state.items() if not kept]:
+                del optimizer.state[parameter]
 
     def _complete(self, state: dict[str, Any]) -> None:
         """Give ``state`` an entry for every parameter, which megatron then gives its count of updates.

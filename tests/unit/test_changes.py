@@ -49,6 +49,7 @@ def test_every_setting_has_one_class() -> None:
         "plugins",
         "data.text_features_path",
         "data.validation_path",
+        "data.read_ahead_mb",
         "selection.score_micro_batch_size",
         "selection.check_every",
         "train.micro_batch_size",

@@ -77,7 +77,7 @@ MISTAKES = {
     "optim.name=adam": (
         "optim.name = 'adam'",
         "unknown choice",
-        "did you mean adamw? use one of: adamw, conda, lion, muon, namo",
+        "did you mean adamw? use one of: adafactor, adamw, conda, lion, muon, namo",
     ),
     "selection.rho=0": ("selection.rho = 0.0", "must lie in (0, 1]", "0.5 picks half"),
     "resume_allow=[optim.rl]": ("resume_allow = 'optim.rl'", "no such setting", "did you mean optim.lr?"),
