@@ -114,7 +114,7 @@ _MOVED = {
     "noise": "counter_rng",
     "preconditioner": "operators.build",
     "sketch": "estimators.countsketch",
-    "update_rules": "operators.rules",
+    "update_rules": "operators.registry",
 }
 """Modules of version 0.1 -> where they are now."""
 

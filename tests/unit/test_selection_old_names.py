@@ -173,3 +173,9 @@ def test_modules_that_moved_and_protocols_that_were_renamed() -> None:
         assert SelectionConfig(method="dsir").needs_traits == "selection.method=dsir"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = megaopus.selection.nonsense
+
+
+def test_every_module_of_version_0_1_is_found() -> None:
+    for name in megaopus.selection._MOVED:
+        with pytest.warns(DeprecationWarning, match=f"megaopus.selection.{name} is now"):
+            assert getattr(megaopus.selection, name).__name__.startswith("megaopus.selection.")
