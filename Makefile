@@ -22,12 +22,8 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 demo: setup
 	$(BIN)/python -m megaopus demo --out runs/demo
 
-# What one process can do runs WORKERS at a time; then what needs a pool of ranks, which is as much at a time itself.
 test: setup
-	@status=0; \
-	$(PYTEST) $(BESIDE) -m 'not ranks' || status=$$?; \
-	$(PYTEST) -m ranks || status=$$?; \
-	exit $$status
+	$(PYTEST) $(BESIDE)
 
 # Two minutes: a small run from text to report, and what is quick.
 test-fast: setup

@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, metavar="FILE", help="the picture (png)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    with Pool() as pool:
+    with Pool(pinned=False) as pool:
         found = {title: pool.run(2, trace, parallel) for title, parallel in LAYOUTS.items()}
     draw(found, args.file)
     print(args.file)

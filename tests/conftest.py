@@ -1,7 +1,8 @@
-"""What several test files need: a corpus, a pool of ranks; and which cases run in which of the two passes."""
+"""What several test files need: a corpus, a pool of ranks; in which order cases run, and which worker they go to."""
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import logging
@@ -20,7 +21,7 @@ from megaopus.corpus_tools.split import SplitRule
 from megaopus.training.signals import StopSignal
 from tests.pool import Pool
 
-FIRST = ("cluster", "contract", "exact")
+FIRST = ("cluster", "exact", "contract")
 """Folders whose cases take longest, and are begun first."""
 
 
@@ -33,6 +34,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if (group := shared(item)) is not None:
             item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: FIRST.index(item.path.parent.name) if item.path.parent.name in FIRST else len(FIRST))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what the imports made out of garbage collections, which would look at millions of objects each time."""
+    if getattr(session.config.option, "loadgroup", False):
+        grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+        lost = [item.nodeid for item in grouped if "@" not in item.nodeid]
+        assert not lost, f"this xdist does not group cases under this pytest: {lost[0]}"
+    gc.collect()
+    gc.freeze()
 
 
 def shared(item: pytest.Item) -> str | None:

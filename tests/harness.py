@@ -54,10 +54,13 @@ def tiny_engine(
     parallel: ParallelConfig | None = None,
     engine: EngineConfig | None = None,
     seq_len: int = 16,
-    micro_batch_size: int = 2,
+    micro_batch_size: int | None = None,
     vocab_size: int = 128,
 ) -> Any:
-    """A two-layer GPT on ``mesh``; the engine is the one that ``engine`` names."""
+    """A two-layer GPT on ``mesh``; the engine is the one that ``engine`` names.
+
+    A micro-batch is such that the usual batch of eight is always several: two sequences, four without data parallelism.
+    """
     engine = engine or EngineConfig(device="cpu", precision="fp32")
     return engine.spec().load_class()(
         mesh,
@@ -67,7 +70,7 @@ def tiny_engine(
         parallel=parallel or ParallelConfig(),
         vocab_size=vocab_size,
         seq_len=seq_len,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=micro_batch_size or (2 if mesh.shape.dp > 1 else 4),
         total_steps=100,
         seed=0,
     )

@@ -1,13 +1,13 @@
-"""A pool of gloo ranks: as many at a time as it has places, each forked with its imports done, for one job."""
+"""A pool of gloo ranks, forked with their imports done: a job at a time on each core."""
 
 from __future__ import annotations
 
 import faulthandler
 import os
 import pickle
+import queue
 import random
 import socket
-import threading
 import time
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -22,18 +22,28 @@ import torch
 from tests import forks
 
 K = TypeVar("K", bound=Hashable)
-RANKS = 4
 _candidates = iter(random.Random(os.getpid()).sample(range(12_000, 30_000), 10_000))
 """Ports below those that outgoing connections are given: nobody takes one before it is used."""
 
 
 class Pool:
-    """Run functions on gloo ranks. A rank lives as long as its job, so that no job finds anything of one before it."""
+    """Run functions on gloo ranks. A rank lives as long as its job, so that no job finds anything of one before it.
 
-    def __init__(self, ranks: int = RANKS):
-        self._ranks = self._free = ranks
-        self._freed = threading.Condition()
-        self._threads = ThreadPoolExecutor(ranks)
+    The ranks of a job share a core, and there are as many jobs at a time as cores: small ranks talk more than they
+    compute, and a message to another core takes twice as long. A worker of xdist has one core for its jobs. Without
+    ``pinned`` a job has all cores, alone.
+    """
+
+    def __init__(self, pinned: bool = True):
+        known = hasattr(os, "sched_getaffinity")  # not on macOS
+        cores = sorted(os.sched_getaffinity(0)) if known else []
+        if pinned and cores and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
+            cores = [cores[int(worker.removeprefix("gw")) % len(cores)]]
+        places = [{core} for core in cores] or [set()]
+        self._free: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+        for place in places if pinned else [set(cores)]:
+            self._free.put(place)
+        self._threads = ThreadPoolExecutor(len(places) if pinned else 1)
         self._closed = False
 
     def run(
@@ -49,8 +59,7 @@ class Pool:
     def submit(
         self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = forks.TIMEOUT_S
     ) -> Future[list[Any]]:
-        """The same without waiting: it starts when there are places for all its ranks."""
-        assert world_size <= self._ranks
+        """The same without waiting: it starts when there is a core for it."""
         environment = dict(os.environ)
         return self._threads.submit(self._job, world_size, environment, function, args, timeout_s)
 
@@ -74,7 +83,7 @@ class Pool:
         args: tuple[Any, ...],
         timeout_s: float,
     ) -> list[Any]:
-        with self._places(world_size):
+        with self._place() as cores:
             (port,) = free_ports(1)
             pipes, processes = {}, []
             try:
@@ -83,7 +92,7 @@ class Pool:
                     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
                     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
                     rank_s = {**environment, **place}
-                    processes.append(forks.start(_rank, sender, timeout_s, function, args, environment=rank_s))
+                    processes.append(forks.start(_rank, sender, cores, timeout_s, function, args, environment=rank_s))
                     sender.close()
                     pipes[receiver] = rank
                 return self._results(pipes, time.monotonic() + timeout_s)
@@ -93,16 +102,12 @@ class Pool:
                     process.join()
 
     @contextmanager
-    def _places(self, count: int) -> Iterator[None]:
-        with self._freed:
-            self._freed.wait_for(lambda: self._free >= count)
-            self._free -= count
+    def _place(self) -> Iterator[set[int]]:
+        place = self._free.get()
         try:
-            yield
+            yield place
         finally:
-            with self._freed:
-                self._free += count
-                self._freed.notify_all()
+            self._free.put(place)
 
     def _results(self, pipes: dict[Connection, int], deadline: float) -> list[Any]:
         """Of each rank; the first error that arrives is the cause of the others."""
@@ -145,7 +150,9 @@ def _receive(rank: int, pipe: Any) -> Any:
     return value
 
 
-def _rank(pipe: Any, timeout_s: float, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(pipe: Any, cores: set[int], timeout_s: float, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    if cores:
+        os.sched_setaffinity(0, cores)
     faulthandler.dump_traceback_later(0.9 * timeout_s)
     torch.set_num_threads(1)
     try:

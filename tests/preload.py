@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib
 import pkgutil
+import sys
 import warnings
 
 import megaopus
@@ -22,18 +23,33 @@ OURS = [
     if not module.name.startswith(UNUSED)
 ]
 OTHERS = (
-    "megatron.core.dist_checkpointing",
+    "hydra",
+    "hydra._internal.hydra",
+    "hydra.core.override_parser.overrides_visitor",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.distributed",
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
     "megatron.core.transformer.attention",
+    "pandas",  # by pyarrow's first array
     "pytest",
     "tests.faults",
     "tests.harness",
+    "torch._dynamo",  # by the first optimizer
 )
+DEEPSPEED = (
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
+"""What it imports when an engine is made."""
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # "Apex is not installed"
     for name in (*OURS, *OTHERS):
+        importlib.import_module(name)
+    sys.modules["megaopus.engine.deepspeed.engine"].import_deepspeed(on_cpu=True)
+    for name in DEEPSPEED:
         importlib.import_module(name)
 gc.freeze()  # else a fork's first collection copies every page

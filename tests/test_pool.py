@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 from tests import forks
-from tests.pool import RANKS, Pool, free_ports
+from tests.pool import Pool, free_ports
+
+RANKS = 4
 
 
 def sum_of_ranks(factor: int) -> tuple[int, float]:

@@ -8,6 +8,7 @@ never entered.
 from __future__ import annotations
 
 import ctypes
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,9 +111,10 @@ def prepare_megatron(on_cpu: bool) -> None:
             import megatron.core.parallel_state  # noqa: F401
 
             return
-        from megatron.core import jit
+        with _nothing_compiled(), _not_imported("wandb"):  # two of six seconds, and a run on CPU needs neither
+            from megatron.core import jit
 
-        jit.disable_jit_fuser()  # must precede every other megatron import
+            jit.disable_jit_fuser()
         from megatron.core.tensor_parallel import random as megatron_random
 
         if not isinstance(megatron_random._CUDA_RNG_STATE_TRACKER, _cpu_tracker(megatron_random)):
@@ -121,6 +123,30 @@ def prepare_megatron(on_cpu: bool) -> None:
             # Activation recomputation saves and restores the device's random state through these.
             megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
             megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Make torch.compile give back what it gets: megatron-core's functions are decorated with it when imported."""
+    before = torch.compile
+    torch.compile = lambda model=None, **options: model  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = before
+
+
+@contextmanager
+def _not_imported(name: str) -> Iterator[None]:
+    """Let a package be missing for those that try to import it, unless it is there already."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def keep_freed_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,22 +22,35 @@ from tests.pool import free_ports
 TIMEOUT_S = 15.0
 
 
-@pytest.mark.parametrize("stopped", [1, 0])
-def test_a_stopped_rank_is_named_and_the_others_end(stopped: int, tiny_corpus: Path, tmp_path: Path) -> None:
-    """Rank 0 keeps the store here: when it is stopped, the other cannot ask who is silent, but tells where it waits."""
-    waiting = 1 - stopped
+@pytest.fixture(scope="module")
+def hung(
+    tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], list[int]]
+) -> Iterator[dict[int, list[forks.Program]]]:
+    """The rank that is stopped -> both ranks of a run, all of them started: each waits for most of its time."""
+    runs = {stopped: start(tiny_corpus, tmp_path_factory.mktemp("hung"), stopped) for stopped in selected("stopped")}
+    try:
+        yield runs
+    finally:
+        for run in runs.values():
+            for rank in run:
+                rank.kill()
+
+
+def start(corpus: Path, run_dir: Path, stopped: int) -> list[forks.Program]:
     (port,) = free_ports(1)
     command = ["tests.faults", "SIGSTOP", "3", str(stopped), "train"]
-    command += settings(tiny_corpus, tmp_path, f"engine.timeout_minutes={TIMEOUT_S / 60}")
+    command += settings(corpus, run_dir, f"engine.timeout_minutes={TIMEOUT_S / 60}")
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [
+    return [
         forks.Program(forks.main, *command, environment={**place, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
     ]
-    try:
-        ended = ranks[waiting].result()
-    finally:
-        for rank in ranks:
-            rank.kill()
+
+
+@pytest.mark.parametrize("stopped", [1, 0])
+def test_a_stopped_rank_is_named_and_the_others_end(stopped: int, hung: dict[int, list[forks.Program]]) -> None:
+    """Rank 0 keeps the store here: when it is stopped, the other cannot ask who is silent, but tells where it waits."""
+    waiting = 1 - stopped
+    ended = hung[stopped][waiting].result()
     said = ended.stderr
     assert ended.returncode == 1
     assert re.search(rf"no progress for \d+ s: rank {waiting} in phase '[a-z]+' of update [23]; its stacks:", said), (
@@ -44,7 +58,7 @@ def test_a_stopped_rank_is_named_and_the_others_end(stopped: int, tiny_corpus: P
     )
     assert re.search(r'File ".*", line \d+ in run$', said, re.MULTILINE), said
     if stopped == 1:
-        place = rf"host .*, pid {ranks[1].pid}, phase '.*' of update \d"
+        place = rf"host .*, pid {hung[stopped][1].pid}, phase '.*' of update \d"
         assert re.search(rf"rank 0 says of rank 1: {place}; SILENT: stopped, cut off or gone", said), said
     assert re.search("(?i)time.?d? ?out", said)  # gloo's own words, when engine.timeout_minutes are over
 

@@ -1,4 +1,6 @@
-"""A package from outside the tree registers an optimizer, its operator, an engine and a data source, and all are used.
+"""A package from outside the tree registers an optimizer, its operator, an estimator, an engine and a data source.
+
+All are used, on every rank.
 
 What a run folder names is imported for nobody who only reads it.
 """
@@ -23,8 +25,10 @@ from megaopus.engine.registry import ENGINES
 from megaopus.errors import ConfigError
 from megaopus.optim.registry import OPTIMIZERS
 from megaopus.selection import build_operator
+from megaopus.selection.estimators.registry import ESTIMATORS
 from megaopus.selection.operators import registry as operators
-from tests.exact.resume_runs import settings
+from tests.exact.resume_runs import choices, rows, settings, train
+from tests.pool import Pool
 from tests.unit.config_corpus import write_manifest
 
 PLUGIN = '''
@@ -36,7 +40,7 @@ from megaopus.corpus_tools.readers.registry import Reader, Row, register_reader
 from megaopus.engine.registry import ENGINES, register_engine
 from megaopus.optim.registry import register_optimizer
 from megaopus.optim.spec import Spec
-from megaopus.selection import register_operator
+from megaopus.selection import register_estimator, register_operator
 from megaopus.selection.operators.maps import Diagonal
 from megaopus.settings import Setting
 
@@ -60,6 +64,23 @@ class Heavyball(torch.optim.Optimizer):
 
 def heavyball(group, state, parameter):
     return Diagonal(torch.tensor(group["lr"])) if "ball" in state else None
+
+
+@register_estimator("of_one_matrix", flops=(1.0, "forward and backward per candidate"), micro_batches=False)
+class OfOneMatrix:
+    """The alignment of the first matrix alone, from gradients of one candidate at a time."""
+
+    def __init__(self, config):
+        pass
+
+    def uses(self, backend, gradient):
+        return [next(name for name, weight in backend.parameters().items() if weight.ndim == 2)]
+
+    def estimate(self, request):
+        (name,) = self.uses(request.backend, request.proxy_gradient)
+        gradients = request.backend.exact_gradients(request.candidates.batch(request.length))
+        updates = [request.operator.apply({name: each[name]})[name].flatten() for each in gradients]
+        return torch.stack(updates) @ request.proxy_gradient[name].double().flatten(), None
 
 
 def rows(stored):
@@ -86,6 +107,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for registry in (OPTIMIZERS, READERS, ENGINES):
         monkeypatch.setattr(registry, "_entries", dict(registry))
     monkeypatch.setattr(operators, "_REGISTERED", {})
+    monkeypatch.setattr(ESTIMATORS, "_entries", {entry.name: entry for entry in ESTIMATORS})
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     before = set(sys.modules)
@@ -110,6 +132,7 @@ def run_of(corpus: Path, run_dir: Path, plugin: str) -> list[str]:
         "optim.lr=0.05",
         "optim.settings.beta=0.25",
         "selection=opus_exact",
+        "selection.estimator=of_one_matrix",
         "selection.warmup_steps=1",
         "train.steps=3",
     )
@@ -133,6 +156,7 @@ def test_a_run_trains_and_selects_with_them_and_its_folder_is_read_without(
     for registry, name in ((OPTIMIZERS, "heavyball"), (ENGINES, "twin"), (READERS, "csv")):
         entries = {known: entry for known, entry in registry.items() if known != name}
         monkeypatch.setattr(registry, "_entries", entries)
+    ESTIMATORS.remove("of_one_matrix")
     (place / f"{plugin}.py").write_text("raise SystemExit('imported for a reader')")
     config = load(run / "config.yaml")
     assert (config.plugins, config.optim.name, config.optim.settings) == ([plugin], "heavyball", {"beta": 0.25})
@@ -146,6 +170,24 @@ def test_a_run_trains_and_selects_with_them_and_its_folder_is_read_without(
     assert "no optimizer 'heavyball' here" in said
     assert f"names the plugin {plugin}" in said
     assert plugin not in sys.modules
+
+
+def train_on_a_rank(place: Path, overrides: list[str]) -> int:
+    sys.path.insert(0, str(place))
+    return train(overrides)
+
+
+def test_every_rank_has_them(tiny_corpus: Path, place: Path, plugin: str, pool: Pool) -> None:
+    """Two ranks and one record the same picks by the plugin's estimator, trained by its optimizer."""
+    assert train(run_of(tiny_corpus, place / "one", plugin)) == 0
+    assert pool.run(2, train_on_a_rank, place, run_of(tiny_corpus, place / "two", plugin)) == [0, 0]
+    assert [row["method"] for row in rows(place / "two" / "selection.jsonl")] == ["uniform", "opus", "opus"]
+    assert picks(place / "two") == picks(place / "one")
+
+
+def picks(run_dir: Path) -> dict[int, list[int]]:
+    """The candidates picked in each step."""
+    return {step: [row["id"] for row in found if row["picked"]] for step, found in choices(run_dir).items()}
 
 
 def test_a_corpus_is_prepared_from_a_source_of_theirs(

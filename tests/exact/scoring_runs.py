@@ -20,7 +20,7 @@ from tests.harness import MODELS, example, random_batch, tiny_engine
 FIRST = ("adamw", "muon")
 """Compared at every layout; the others in test_scoring_optimizers.py, at fewer."""
 CASES = tuple((model, optimizer) for model in ("gpt2-4-layers", "llama-4-layers") for optimizer in FIRST)
-COMMON: dict[str, Any] = {"method": "opus", "proxy_batch_size": 4, "score_micro_batch_size": 4, "sketch_dim": 256}
+COMMON: dict[str, Any] = {"method": "opus", "proxy_batch_size": 4, "score_micro_batch_size": 8, "sketch_dim": 256}
 SETTINGS: dict[str, dict[str, Any]] = {
     "directional-blocks": {"layers": r"layers\.[13]\.", "epsilon": 4.0, "score_length": 8, "proxy_ema": 0.0},
     **{

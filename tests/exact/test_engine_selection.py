@@ -68,6 +68,7 @@ def build(
         optim=OPTIMIZERS[optimizer],
         engine=EngineConfig(device="cpu", precision=precision),
         parallel=parallel,
+        micro_batch_size=2,  # at every layout: in 16 bits other micro-batches have other sums
         seq_len=SEQ_LEN,
         vocab_size=VOCAB,
     )

@@ -101,6 +101,7 @@ def test_sigterm_to_one_rank_under_torchrun_stops_all_and_the_run_goes_on(
     assert_same(everything(stopped), everything(folder / "dropout"))
 
 
+@pytest.mark.ranks  # as is the other test of that run, which takes long
 def test_the_launch_script_names_torchrun(stopped: Path) -> None:
     script = (stopped / "launches" / "000" / "launch.sh").read_text()
     assert "torchrun --nproc-per-node 2 -m megaopus " in script

@@ -37,7 +37,7 @@ TINY = estimators.Plan(
     model=ModelConfig(num_layers=2, hidden_size=32, num_heads=4),
     seq_len=32,
     train_steps=15,
-    micro_batch_size=4,
+    micro_batch_size=8,
     num_candidates=16,
     proxy_batch_size=8,
     exact_timed=2,
