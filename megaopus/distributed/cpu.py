@@ -129,7 +129,7 @@ def prepare_megatron(on_cpu: bool) -> None:
 def _nothing_compiled() -> Iterator[None]:
     """Make torch.compile give back what it gets: megatron-core's functions are decorated with it when imported."""
     before = torch.compile
-    torch.compile = lambda model=None, **options: model  # type: ignore[assignment]
+    torch.compile = lambda model=None, **options: model or (lambda decorated: decorated)  # type: ignore[assignment]
     try:
         yield
     finally:
