@@ -3,7 +3,7 @@
     steps: int = setting(100, min=1, doc="Updates in all.")
 
 Errors with remedy and did-you-mean, the class of a change when a run goes on, the verb ``settings`` and
-docs/settings.md follow from that line. A section is a dataclass of such lines; where it has ``problems()``, that yields
+docs/settings.md follow from that line. A section is a dataclass of such lines; where it has ``conflicts()``, that yields
 ``(key, reason, remedy)`` for what does not hold between them.
 """
 
@@ -186,7 +186,7 @@ def problems(section: Any, prefix: str = "") -> list[Problem]:
             found |= {problem.key: problem for problem in _refused(entry, value, getattr(section, "name", ""))}
         except Misfit as misfit:
             found[key], related = Problem(key, value, *misfit.args), False
-    for name, reason, remedy in section.problems() if related and hasattr(section, "problems") else ():
+    for name, reason, remedy in section.conflicts() if related and hasattr(section, "conflicts") else ():
         found.setdefault(f"{prefix}{name}", Problem(f"{prefix}{name}", value_at(section, name), reason, remedy))
     return list(found.values())
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megaopus.errors import DataError
+from megaopus.plugins import require_plugins
 
 if TYPE_CHECKING:
     from megaopus.corpus_tools.benchmark_proxy import ProxyCorpus
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, metavar="N", help="processes that search (default: one a core; with a model, this one)")
     add("--out", required=True, metavar="FOLDER", help="corpus folder to make; it shares the token file where it can")
     add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
+    add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers sources of your own")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from megaopus.corpus_tools.sources import Source
     from megaopus.data.corpus import Corpus
 
+    require_plugins(args.plugin)
     fields = [name.strip() for name in args.item_fields.split(",") if name.strip()]
     items = read_items([Source.parse(argument) for argument in args.items], fields)
     if args.workers is not None and args.workers < 1:

@@ -62,7 +62,7 @@ class FilterConfig:
     per_domain: bool = setting(False, doc="Take the fraction `keep` of every domain's tokens by itself.")
     seed: int = setting(0, doc="Seed of the draw.")
 
-    def problems(self) -> Iterator[tuple[str, str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for settings that do not go together."""
         given = [name for name in ("keep", "at_least", "at_most", "temperature") if getattr(self, name) is not None]
         if self.column is None:

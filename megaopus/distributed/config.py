@@ -33,7 +33,7 @@ class ParallelConfig:
         """Ranks that work on one sequence together: the world size is a multiple of it."""
         return self.tp * self.cp * self.pp
 
-    def problems(self) -> Iterator[tuple[str, str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for settings that do not go together."""
         if self.sequence_parallel and self.tp == 1:
             yield "sequence_parallel", "needs tp > 1", "set parallel.tp, or sequence_parallel=false"

@@ -76,7 +76,7 @@ class ModelConfig:
             return -(-8 * self.hidden_size // (3 * 64)) * 64
         return 4 * self.hidden_size
 
-    def problems(self) -> Iterator[tuple[str, str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for settings that do not go together."""
         if self.num_heads < 1 or (self.num_kv_heads or 1) < 1:
             return

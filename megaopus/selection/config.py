@@ -11,7 +11,7 @@ from typing import ClassVar
 from megaopus.selection.estimators import registry as estimators
 from megaopus.selection.methods import registry as methods
 from megaopus.selection.samplers import registry as samplers
-from megaopus.settings import FIXED, HARMLESS, TRAINING, renamed, setting
+from megaopus.settings import FIXED, HARMLESS, TRAINING, problems, renamed, setting
 
 UTILITIES = ("standardised", "raw")
 SIDES = ("central", "one")
@@ -305,6 +305,10 @@ class SelectionConfig:
         return "linear" if self.layers == "auto" else self.layers
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Yield ``(key, reason, remedy)`` for each setting that cannot be used, alone or beside the others."""
+        return ((each.key, each.reason, each.remedy) for each in problems(self))
+
+    def conflicts(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for settings that do not go together."""
         if self.redundancy > 0 and not methods.by_estimator(self.method):
             yield "redundancy", f"method {self.method} has no Gram matrix", "set selection.redundancy=0"

@@ -371,6 +371,11 @@ def test_settings_by_their_old_names() -> None:
     config.prescreen.traits = ["likelihood"]
     assert config.prescreen.traits == ["likelihood"]
     assert not list(config.problems())
+    refused = {key: reason for key, reason, _ in SelectionConfig(rho=2.0, method="best", check_every=-1).problems()}
+    assert refused.keys() == {"rho", "method", "check_every"}
+    assert refused["rho"] == "must lie in (0, 1]"
+    (clash,) = SelectionConfig(method="high_ppl", check_every=5).problems()
+    assert clash[1] == "method high_ppl predicts nothing for a proxy"
     assert dataclasses.replace(config, redundancy=0.5).redundancy == 0.5
     assert (config.needs_proxy, config.needs_pool, config.needs_traits) == (False, False, "")
     with pytest.raises(ValueError, match=r"prescreen.text_features=\['unknown'\]"):

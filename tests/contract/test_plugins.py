@@ -200,6 +200,9 @@ def test_a_corpus_is_prepared_from_a_source_of_theirs(
     assert main([*prepare, "--plugin", plugin]) == 0
     manifest = json.loads((place / "corpus" / "manifest.json").read_text())
     assert manifest["sources"][0]["documents"] == 60
+    (place / "items.csv").write_text("text\nRow 5 says\n")
+    proxy = ["proxy", "--corpus", str(place / "corpus"), "--items", str(place / "items.csv"), "--item-fields", "text"]
+    assert main([*proxy, "--tokens", "100", "--out", str(place / "nearer"), "--plugin", plugin]) == 0
 
 
 def test_the_module_of_the_page_works(place: Path) -> None:

@@ -64,7 +64,7 @@ class Outer:
     own: dict[str, Any] = setting({}, members=OWNERS, doc="Of that alone.")
     inner: Inner = field(default_factory=Inner)
 
-    def problems(self) -> Iterator[tuple[str, str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str, str]]:
         if self.size > 8 * self.share:
             yield "size", "larger than 8 shares", "a smaller one"
 
