@@ -3,8 +3,8 @@
     steps: int = setting(100, min=1, doc="Updates in all.")
 
 Errors with remedy and did-you-mean, the class of a change when a run goes on, the verb ``settings`` and
-docs/settings.md follow from that line. A section is a dataclass of such lines; where it has ``conflicts()``, that yields
-``(key, reason, remedy)`` for what does not hold between them.
+docs/settings.md follow from that line. A section is a dataclass of such lines; where it has ``conflicts()``, that
+yields ``(key, reason, remedy)`` for what does not hold between them.
 """
 
 from __future__ import annotations
