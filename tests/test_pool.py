@@ -88,13 +88,16 @@ def test_nothing_of_a_job_is_left_for_the_next(pool: Pool) -> None:
     assert not before[0]["groups"]
 
 
-def imported() -> list[str]:
-    return sorted(sys.modules)
+def imported() -> tuple[list[str], str]:
+    return sorted(sys.modules), torch.compile.__name__
 
 
 def test_imports_are_done_before_a_job_begins(pool: Pool) -> None:
-    (found,) = pool.run(1, imported)
+    """Without what megatron-core would import on CPU for nothing, and with torch.compile as it was."""
+    ((found, compiler),) = pool.run(1, imported)
     assert {"megaopus.build", "megatron.core.models.gpt", "megatron.core.optimizer", "tests.harness"} <= set(found)
+    assert "wandb" not in found
+    assert compiler == "compile"
 
 
 def fail_on_rank_1(how: str) -> None:
