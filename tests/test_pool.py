@@ -141,12 +141,14 @@ def say(word: str) -> int:
     return 3
 
 
+@pytest.mark.slow
 def test_a_program_s_words_and_exit_status_are_kept(capfd: pytest.CaptureFixture[str]) -> None:
     done = forks.call(say, "a word")
     assert (done.returncode, done.stdout, done.stderr) == (3, "a word\n", "to stderr\n")
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_module_is_run_as_the_main_program(tmp_path: Path) -> None:
     done = forks.program("megaopus", "--version")
     assert (done.returncode, done.stderr) == (0, "")
@@ -156,6 +158,7 @@ def test_a_module_is_run_as_the_main_program(tmp_path: Path) -> None:
     assert "nothing" in missing.stderr
 
 
+@pytest.mark.slow
 def test_a_program_that_does_not_end_is_killed() -> None:
     program = forks.Program(time.sleep, 3600)  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="no end in 1 s"):

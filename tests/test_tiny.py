@@ -91,6 +91,7 @@ def test_what_was_selected_is_of_the_wanted_domain_more_often(straight: Path) ->
     assert sum(picked for picked, _ in shares) > 1.1 * sum(there for _, there in shares)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(straight: Path, corpus: Path, tmp_path: Path) -> None:
     with at_step(33, interrupt), pytest.raises(Interrupted):
         main(command(corpus, tmp_path / "run"))

@@ -81,6 +81,7 @@ def rows(output: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["optimizer"], row["estimator"]): row for row in json.loads(output.read_text())}
 
 
+@pytest.mark.slow
 def test_one_row_per_optimizer_and_estimator(rows: dict) -> None:
     assert list(rows) == [(optimizer, name) for optimizer in ("adamw", "muon") for name in NAMES]
     for row in rows.values():
@@ -91,6 +92,7 @@ def test_one_row_per_optimizer_and_estimator(rows: dict) -> None:
         assert row["peak_mb"] is None or row["peak_mb"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_fidelity_is_measured_against_the_oracle(rows: dict, optimizer: str) -> None:
     assert rows[optimizer, "exact"]["spearman"] == pytest.approx(1)
@@ -99,6 +101,7 @@ def test_fidelity_is_measured_against_the_oracle(rows: dict, optimizer: str) -> 
     assert rows[optimizer, "high_ppl"]["spearman"] < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_countsketch_is_unbiased(rows: dict, optimizer: str) -> None:
     for name in ("countsketch_8192", "countsketch_1024"):
@@ -106,6 +109,7 @@ def test_countsketch_is_unbiased(rows: dict, optimizer: str) -> None:
         assert 0 < rows[optimizer, name]["bias_z"] < rows[optimizer, name]["bias_z_limit"]
 
 
+@pytest.mark.slow
 def test_floors_are_shares_of_a_training_step(rows: dict) -> None:
     floors = {name: rows["adamw", name]["floor"] for name in NAMES}
     assert floors["directional"] == floors["directional_one_sided"] == pytest.approx(2 / 3)
@@ -116,6 +120,7 @@ def test_floors_are_shares_of_a_training_step(rows: dict) -> None:
     assert 2 / 3 < floors["kronecker_8192"] < 1
 
 
+@pytest.mark.slow
 def test_machine_is_recorded_beside_the_rows(output: Path) -> None:
     about = json.loads(output.with_suffix(".machine.json").read_text())
     assert about["threads"] == 1
@@ -128,6 +133,7 @@ def test_machine_is_recorded_beside_the_rows(output: Path) -> None:
     assert sorted(path.name for path in output.parent.iterdir()) == ["rows.json", "rows.machine.json"]
 
 
+@pytest.mark.slow
 def test_throughput_rows(tiny_corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "throughput.json"
     plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=2, steps=2)
@@ -140,6 +146,7 @@ def test_throughput_rows(tiny_corpus: Path, tmp_path: Path) -> None:
     assert row["loss"] < math.log(384)
 
 
+@pytest.mark.slow
 def test_throughput_refuses_to_compare_different_work(tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=2, steps=2)
     monkeypatch.setattr(throughput.ReferenceGPT, "copy_weights", lambda self, source: None)
@@ -147,6 +154,7 @@ def test_throughput_refuses_to_compare_different_work(tiny_corpus: Path, monkeyp
         throughput.main(["--corpus", str(tiny_corpus), "--threads", "1"], plan)
 
 
+@pytest.mark.slow
 def test_a_model_that_did_not_learn_is_refused(tiny_corpus: Path) -> None:
     plan = estimators.Plan(
         model=TINY.model,
@@ -242,6 +250,7 @@ def test_changed_texts_of_the_pools_keep_what_they_should() -> None:
     assert all(abs(places[a] - places[b]) <= max(1, pools.NEAR * places[a]) for a, b in changed)
 
 
+@pytest.mark.slow
 def test_filters_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On text in which foreign words and repetition are easily seen, at a size at which no model learns anything."""
     words = {"books": "abcdefgh", "french_novels": "uvwxyz", "tldr_pages": "mnop"}
@@ -289,6 +298,7 @@ SMALL = [text for text in columns.REFERENCE if not text.startswith("optim.warmup
 SMALL += ["train.steps=2", "optim.warmup_steps=0", "data.seq_len=32", "model.hidden_size=48"]
 
 
+@pytest.mark.slow
 def test_columns_of_the_quality_study_are_made_once(tiny_corpus: Path, tmp_path: Path) -> None:
     place = tmp_path / "corpus"
     place.symlink_to(tiny_corpus)
@@ -313,6 +323,7 @@ sys.exit(None if (ran.codes, ran.fired, ran.first, ran.last) == ([143], True, 0,
 """
 
 
+@pytest.mark.slow
 def test_a_start_under_faults_leaves_a_line_an_update(tiny_corpus: Path, tmp_path: Path) -> None:
     """The bad updates are skipped, and the signal stops it. In a process of its own: it forks."""
     command = [sys.executable, "-c", UNDER_FAULTS, str(tiny_corpus), str(tmp_path / "run")]

@@ -156,6 +156,7 @@ def test_the_nearest_become_the_proxy_and_leave_the_pool(
     Sequences(made, "pool", 16)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(corpus: Corpus, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_proxy, "CHUNK", 30)
     asked = read_items([Source(items)], ["query", "choices"])

@@ -34,6 +34,7 @@ def rows(folder):
     }
 
 
+@pytest.mark.slow
 def test_building_twice_gives_one_fingerprint(tmp_path):
     first, second = (
         Corpus.open(build_demo_corpus(tmp_path / name, vocab_size=512, limits=TINY), verify=name == "one")
@@ -66,6 +67,7 @@ def test_what_other_packages_brought_along_is_left_out(monkeypatch):
     assert list(demo_text.distributions()) == sorted({*demo_text.ROOTS, "sub-package", "needed"})
 
 
+@pytest.mark.slow
 def test_each_domain_fills_its_limit(rows):
     for domain, limit in TINY.items():
         size = sum(len(row["text"]) for row in rows[domain])

@@ -107,6 +107,7 @@ def test_bad_settings(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_documents_of_odd_sizes(tmp_path):
     """One letter, and a document many times as long as a batch or chunk of text: whole, in order, in their domains."""
     giant = "".join(f"{i * 7919 % 10007} " for i in range(250_000))

@@ -130,6 +130,7 @@ def test_permutation_is_one_to_one_and_depends_on_its_key(n):
         assert (image != np.arange(n)).any()
 
 
+@pytest.mark.slow
 def test_permutation_spreads_evenly():
     n, keys = 12, 6000
     counts = np.zeros((n, n))

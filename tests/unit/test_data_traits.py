@@ -53,6 +53,7 @@ def counted(sequences: Sequences, rows: Iterable[int] | None = None) -> tuple[Co
     return uni, bi
 
 
+@pytest.mark.slow
 def test_log_odds_are_those_of_a_plain_count(pool: Sequences, proxy: Sequences, folder: Path) -> None:
     found = SequenceTextFeatures(pool, folder).log_odds(torch.arange(len(pool)))
     target, whole = counted(proxy), counted(pool)
@@ -88,6 +89,7 @@ def described(sequences: Sequences, row: int, others: list[tuple[Counter[int], C
     return [*found, len(set(uni)) / len(uni), len(set(bi)) / len(bi)]
 
 
+@pytest.mark.slow
 def test_importance_is_a_classifier_s_log_odds_and_no_text_is_described_by_its_own_counts(
     pool: Sequences, proxy: Sequences, folder: Path
 ) -> None:

@@ -134,6 +134,7 @@ def install(sources, *arguments, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", ["cpu", "cuda"])
 def test_the_install_steps_of_the_images_run(image, sources, tmp_path):
     pins = tmp_path / "constraint.txt"

@@ -16,6 +16,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.slow
 def test_tokens_are_neither_said_nor_written(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

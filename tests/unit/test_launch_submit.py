@@ -220,6 +220,7 @@ def test_times_are_slurms(text, limit, tmp_path):
     assert f"the time limit ({limit} s)" in done.stderr
 
 
+@pytest.mark.slow
 def test_check_refuses_settings_before_anything_is_written(tmp_path):
     done = submit(*BASIC, "--check", "--dry-run", "--", RUN, "modle=tiny", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 2

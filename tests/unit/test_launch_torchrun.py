@@ -91,6 +91,7 @@ def start(folder, seconds, **environment):
     return subprocess.Popen(command, env=variables, cwd=folder, stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_every_rank_which_has_stop_seconds_to_save(tmp_path):
     runs = {
         "TERM": start(tmp_path / "TERM", 1),
@@ -111,6 +112,7 @@ def test_a_signal_reaches_every_rank_which_has_stop_seconds_to_save(tmp_path):
     assert saved == {"TERM0": "SIGTERM", "TERM1": "SIGTERM", "USR10": "SIGUSR1", "USR11": "SIGUSR1"}
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_come_ends_the_others_and_none_trains_alone(tmp_path):
     done = launcher(
         "1", f"run_dir={tmp_path}/run", DRY_RUN="0", PYTHON=sys.executable, **two_nodes(0, JOIN_SECONDS="1")

@@ -257,6 +257,7 @@ def test_report_of_two_arms(folders: list[Path], tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "page.html"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("coarse")
 def test_report_is_the_same_twice(folders: list[Path], tmp_path: Path) -> None:
     assert report(*folders, "--out", tmp_path / "a.html") == report(*folders, "--out", tmp_path / "b.html")
@@ -386,6 +387,7 @@ def test_digest_of_choices(folders: list[Path]) -> None:
     assert dict(found.repeat_share)[220] == pytest.approx(sum(int(n) in before for n in last) / 32)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("coarse")
 def test_a_page_shows_repeats_and_the_text_that_stood_out(folders: list[Path], tmp_path: Path) -> None:
     asked: list[int] = []

@@ -235,6 +235,7 @@ def test_peaks_of_estimates_are_those_of_torchs_allocator(case: str, monkeypatch
     assert memory.peak_bytes(partial(run, 4), CPU) == pytest.approx(max(held), rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SETTINGS)
 def test_the_size_found_keeps_a_selectors_passes_within_half_of_the_free_memory(
     case: str, monkeypatch: pytest.MonkeyPatch

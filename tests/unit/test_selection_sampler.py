@@ -37,6 +37,7 @@ def test_uniform_noise_has_the_right_moments_and_no_correlation() -> None:
         assert abs(torch.corrcoef(torch.stack([x, other]))[0, 1]) < 4 / count**0.5
 
 
+@pytest.mark.slow
 def test_noise_of_one_id_over_many_steps_is_uniform() -> None:
     x = torch.cat(
         [counter_rng.uniform(counter_rng.key(1, "uniform", step), torch.tensor([17])) for step in range(20_000)]
