@@ -1,4 +1,4 @@
-"""What a checkpoint costs a training run: written while it waits, and written in the background.
+"""Measures what a checkpoint costs a training run: written while it waits, and written in the background.
 
 One process, a GPT of 4 layers and width 512 (13.8M parameters) with AdamW, a checkpoint every few updates. Rows
 {mode, checkpoint_mb, step_s, stall_s, in_flight_step_s, in_flight_steps, lost_s, write_s}:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their command line, one engine on one process, fair timing, memory peaks, output files."""
+"""Holds what the benchmarks share: command line, one engine on one process, fair timing, memory peaks, files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What studies of many training runs share: rows of finished runs, training in processes, seconds of a step."""
+"""Holds what studies of many training runs share: rows of finished runs, training in processes, seconds of a step."""
 
 from __future__ import annotations
 

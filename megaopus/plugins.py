@@ -1,4 +1,4 @@
-"""Imports modules of users that register optimizers, operators, estimators, engines or data sources of their own.
+"""Imports modules of users that register optimizers, operators, estimators, methods, samplers, engines or data sources.
 
 Named by ``plugins`` on the command line or in a file of settings that is composed, or installed with an entry point of
 the group ``megaopus.plugins``. What somebody else's run folder names is never imported: code would run for reading it.

@@ -306,9 +306,7 @@ def renamed(**names: str) -> Callable[[type[Section]], type[Section]]:
         def __init__(self: Any, **values: Any) -> None:
             for old in [name for name in names if name in values]:
                 warn(cls, old, names[old])
-                if names[old] in values:
-                    raise TypeError(f"{cls.__name__} got both {old} and {names[old]}, which are one")
-                values[names[old]] = values.pop(old)
+                values[names[old]] = values.pop(old)  # dataclasses.replace gives the new name as well
             made(self, **values)
 
         cls.__init__ = __init__  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""What several test files need: a corpus, a pool of ranks; in which order cases run, and which worker they go to."""
+"""Gives test files a corpus and a pool of ranks; orders the cases and sends them to workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that have every import done when they start: each is forked from a server that made them once."""
+"""Starts processes that have every import done: each is forked from a server that made them once."""
 
 from __future__ import annotations
 
@@ -106,12 +106,12 @@ def _say(said: list[Path], function: Callable[..., int | None], args: tuple[Any,
 
 
 def call(function: Callable[..., int | None], *args: Any) -> subprocess.CompletedProcess[str]:
-    """What a program that is ``sys.exit(function(*args))`` gives."""
+    """Give what a program that is ``sys.exit(function(*args))`` gives."""
     return Program(function, *args).result()
 
 
 def program(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What ``python -m module arguments`` from the root of the sources gives, its imports done beforehand."""
+    """Give what ``python -m module arguments`` from the root of the sources gives, its imports done beforehand."""
     return call(main, module, *arguments)
 
 

@@ -1,4 +1,4 @@
-"""A pool of gloo ranks, forked with their imports done: a job at a time on each core."""
+"""Runs jobs on gloo ranks that are forked with their imports done, one job at a time on each core."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import megaopus
 from megaopus.distributed.cpu import prepare_megatron
 
 prepare_megatron(on_cpu=True)  # before any other import of megatron-core
-UNUSED = ("megaopus.check", "megaopus.corpus_tools", "megaopus.demo", "megaopus.report", "megaopus.score")
+UNUSED = ("megaopus.cli.check", "megaopus.cli.demo", "megaopus.corpus_tools", "megaopus.report", "megaopus.score")
 """Rooms that a run does not need, and libraries with threads of their own behind them."""
 OURS = [
     module.name

@@ -199,7 +199,7 @@ def place(fault: Fault, package: Path) -> None:
 
 
 def tests_of(fault: Fault, tree: Path) -> list[str]:
-    """What pytest is told to run. Raises LookupError if no test has one of the names."""
+    """Say what pytest is told to run. Raises LookupError if no test has one of the names."""
     found = []
     for name in fault.tests:
         function, bracket, case = name.partition("[")

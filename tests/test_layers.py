@@ -1,4 +1,4 @@
-"""Who may import whom, that nobody imports in circles, and how long files and functions may be."""
+"""Holds the package to who may import whom, to no circles, and to short files and functions."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def room(file: Path) -> str:
 
 
 def breaches(name: str, source: str) -> list[str]:
-    """What a file of room ``name`` imports against the tables above."""
+    """List what a file of room ``name`` imports against the tables above."""
     allowed, found = MAY_IMPORT[name], []
     for module in sorted(imported(source)):
         root, *rest = module.split(".")

@@ -1,4 +1,4 @@
-"""Runs one verb of the command line: each file of this folder that has no underscore before its name is one.
+"""Runs one verb of the command line: each file beside this one without an underscore before its name is one.
 
 A verb's file has a docstring, whose first line the list of verbs shows, ``DESCRIPTION``, ``EXAMPLES``,
 ``add_arguments(parser)`` and ``run(args)``, which returns the exit code (None: 0). What takes time to import it imports

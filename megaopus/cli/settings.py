@@ -71,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print what the command line asks for. Raises ConfigError for a name that nothing has."""
     if args.markdown:
+        if args.name or args.plugin or args.config_dir:
+            raise ConfigError([Problem("--markdown", "", "lists what is shipped, all of it", "leave the rest out")])
         print(markdown(), end="")
         return
     require_plugins(args.plugin)

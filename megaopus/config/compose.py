@@ -66,8 +66,8 @@ def _composed(overrides: list[str], config_dir: Path | None, issues: Issues) -> 
     config = typed(tree, f"a file under {' or '.join(map(str, folders))}", issues)
     config.plugins, problems = import_plugins(config.plugins)  # so that what they register may be named
     for problem in problems:
-        taints = ("optim.name", "engine.name", "selection.estimator")  # may be what it would have registered
-        issues.add(problem.key, problem.value, problem.reason, problem.remedy, taints)
+        chosen = ("optim.name", "engine.name", "selection.estimator", "selection.method", "selection.sampler")
+        issues.add(problem.key, problem.value, problem.reason, problem.remedy, chosen)  # may be what it registers
     return config
 
 

@@ -41,8 +41,8 @@ class RunConfig:
     )
     plugins: list[str] = setting(
         [],
-        doc="Modules of yours that register optimizers, operators, estimators, engines or data sources "
-        "(docs/plugins.md).",
+        doc="Modules of yours that register optimizers, operators, estimators, methods, samplers, engines or data "
+        "sources (docs/plugins.md).",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

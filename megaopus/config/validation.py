@@ -239,12 +239,13 @@ def _max_positions(config: RunConfig, world_size: int | None) -> Iterator[Proble
 # -- selection -------------------------------------------------------------------------------------------------------
 
 
-@RULES.reading("selection.method", "data.target_domains")
-def _domain_oracle(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    if config.selection.method == "domain_oracle" and not config.data.target_domains:
-        yield Problem(
-            "selection.method", "domain_oracle", "takes the target domains", "name them: data.target_domains=[NAME]"
-        )
+@RULES.reading("selection.estimator", "selection.method", "data.target_domains")
+def _target_domains(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Method and estimator are told the target domains where they need them."""
+    needs = config.selection.needs()
+    if "wanted" in needs and not config.data.target_domains:
+        key, value, why = needs["wanted"]
+        yield Problem(f"selection.{key}", value, why, "name them: data.target_domains=[NAME]")
 
 
 @RULES.reading("selection.estimator", "selection.method", "parallel")

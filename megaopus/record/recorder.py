@@ -102,11 +102,6 @@ class Recorder:
         if self._console is not None:
             self._choices.flush()
 
-    def event(self, event: Event | str) -> None:
-        """Warn of something between steps: the first of its kind is shown, the rest counted; no file has it."""
-        if self._console is not None:
-            self._console.event(read_event(event))
-
     def note(self, text: str) -> None:
         """Print a line of information."""
         if self._console is not None:

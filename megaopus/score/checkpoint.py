@@ -26,9 +26,10 @@ from megaopus.engine.megatron.scoring import MegatronScoringBackend
 from megaopus.errors import CheckpointError, DataError
 from megaopus.plugins import notes_on_missing
 from megaopus.score.base import Begin
-from megaopus.score.hub import FIRST, MEAN, PASS_TOKENS
+from megaopus.score.hub import FIRST, MEAN
 from megaopus.selection import directional_utilities, exact_utilities
 from megaopus.selection.backend import Candidates, Gradient, UpdateOperator
+from megaopus.selection.config import PASS_TOKENS
 
 PROXY_SEQUENCES = 64
 

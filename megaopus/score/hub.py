@@ -16,10 +16,10 @@ from megaopus.data.corpus import Corpus
 from megaopus.data.scores import HIGHEST, LOWEST
 from megaopus.errors import DataError
 from megaopus.score.base import Begin
+from megaopus.selection.config import PASS_TOKENS
 
 FIRST, MEAN = "first", "mean"
-PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens of a forward pass."""
+"""Windows of a document that count."""
 
 
 class _HubModel:

@@ -23,8 +23,9 @@ _TEXTS = 256
 class Dsir:
     """Log-likelihood of a document's hashed n-grams under the target less that under the pool, nats a token.
 
-    As ``data.traits`` has it of sequences (Xie et al. 2023, arXiv 2302.03169): means over the document's unigrams and
-    over its bigrams, added, so that length does not count; the end-of-document token is left out, all else counts.
+    As ``data.text_features`` has it of sequences (Xie et al. 2023, arXiv 2302.03169): means over the document's
+    unigrams and over its bigrams, added, so that length does not count; the end-of-document token is left out, all
+    else counts.
     """
 
     best = HIGHEST

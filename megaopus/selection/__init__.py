@@ -116,7 +116,7 @@ _MOVED = {
     "sketch": "estimators.countsketch",
     "update_rules": "operators.registry",
 }
-"""Modules of version 0.1 -> where they are now."""
+"""Modules of version 0.1 -> where they are now; served as attributes (``from megaopus.selection import noise``)."""
 
 
 def __getattr__(name: str) -> Any:

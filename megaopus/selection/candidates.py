@@ -1,4 +1,4 @@
-"""Candidates from plain tensors."""
+"""Makes candidates of plain tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of the selector. Needs the standard library only."""
+"""Declares the settings of the selector. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class SelectionConfig:
         doc="uniform: at random; opus: by utility for the proxy; greats: the same of raw gradients, greedily, less the "
         "overlap with what is picked; high_ppl, low_ppl, mid_ppl: by the candidate's own loss; dsir: by n-gram "
         "log-odds of proxy over pool; importance: by the log of how much likelier the proxy holds such text; "
-        "domain_oracle: the target domains.",
+        "grad_norm: by the norm of the candidate's own gradient; domain_oracle: the target domains.",
     )
     rho: float = setting(
         0.5,
@@ -279,7 +279,7 @@ class SelectionConfig:
 
     @property
     def needs_text_features(self) -> str:
-        """The setting that needs traits of the candidates; empty: none."""
+        """Name the setting that needs text features of the candidates; empty: none."""
         if self.prescreen.mode != "off":
             return f"selection.prescreen.mode={self.prescreen.mode}"
         if "text_features" in methods.needs(self.method):

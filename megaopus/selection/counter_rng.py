@@ -1,4 +1,4 @@
-"""Random numbers as a function of their key: no generator state, the same on every rank, device and layout."""
+"""Draws random numbers as a function of their key: no generator state, the same on every rank, device and layout."""
 
 from __future__ import annotations
 

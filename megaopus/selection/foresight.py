@@ -1,6 +1,6 @@
 """Says before a step which candidates it will score and pick, as far as that needs no model: what can be read ahead.
 
-A hint: no choice depends on it, and where it is wrong only time is lost. test_selection_foresight.py compares it with
+A hint: no choice depends on it, and where it is wrong only time is lost. tests/contract/test_reads.py compares it with
 what is chosen.
 """
 

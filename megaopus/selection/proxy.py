@@ -1,4 +1,4 @@
-"""The proxy gradient averaged over steps."""
+"""Averages the proxy gradient over steps."""
 
 from __future__ import annotations
 

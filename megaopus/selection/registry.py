@@ -28,7 +28,8 @@ NEEDS = {
     "small_model": "a model of a few million parameters",
     "fine_steps": "weights that one optimizer step changes by more than they are rounded",
 }
-"""Everything that an entry can need; what the settings cannot give is refused before a run, for the entry's reason."""
+"""Everything that an entry can need. What the settings cannot give is refused before a run, for the entry's reason;
+``hooks`` is for the reader, ``fine_steps`` is looked at when a method scores."""
 
 
 class Named(Protocol):

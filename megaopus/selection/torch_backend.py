@@ -1,4 +1,4 @@
-"""``ScoringBackend`` for any nn.Module trained by torch optimizers, alone or data-parallel."""
+"""Implements ``ScoringBackend`` for any nn.Module trained by torch optimizers, alone or data-parallel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Length and batches of training."""
+"""Declares the length and batches of training."""
 
 from __future__ import annotations
 

@@ -377,6 +377,7 @@ def test_settings_by_their_old_names() -> None:
     (clash,) = SelectionConfig(method="high_ppl", check_every=5).problems()
     assert clash[1] == "method high_ppl predicts nothing for a proxy"
     assert dataclasses.replace(config, redundancy=0.5).redundancy == 0.5
+    assert dataclasses.replace(config.prescreen, traits=["ngrams"]).text_features == ["ngrams"]
     assert (config.needs_proxy, config.needs_pool, config.needs_traits) == (False, False, "")
     with pytest.raises(ValueError, match=r"prescreen.text_features=\['unknown'\]"):
         selector_of(SelectionConfig(prescreen=PrescreenConfig(traits=["unknown"])), module_backend())

@@ -26,6 +26,7 @@ from megaopus.errors import ConfigError
 from megaopus.optim.registry import OPTIMIZERS
 from megaopus.selection import build_operator
 from megaopus.selection.estimators.registry import ESTIMATORS
+from megaopus.selection.methods.registry import METHODS
 from megaopus.selection.operators import registry as operators
 from tests.exact.resume_runs import choices, rows, settings, train
 from tests.pool import Pool
@@ -226,6 +227,18 @@ def test_settings_of_their_optimizers_are_validated(place: Path, plugin: str) ->
         compose([f"data.path={corpus}", f"plugins=[{plugin}]", "optim.name=heavyball", "optim.settings.beta=1"])
 
 
+def test_target_domains_that_their_methods_need_are_asked_for(place: Path) -> None:
+    (place / "outside_method.py").write_text(
+        "from megaopus.selection import register_method\n"
+        "@register_method('theirs', flops=(0.0, 'labels alone'), needs={'wanted': 'is told what is good'})\n"
+        "def theirs(step): ..."
+    )
+    corpus = write_manifest(place / "manifest")
+    with pytest.raises(ConfigError, match=r"selection\.method = 'theirs': is told what is good\n +-> name them: data"):
+        compose([f"data.path={corpus}", "plugins=[outside_method]", "selection.method=theirs"])
+    METHODS.remove("theirs")
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -243,8 +256,9 @@ def test_what_cannot_be_imported_is_one_problem(place: Path, source: str | None,
     if source is not None:
         (place / "outside_other.py").write_text(source)
     corpus = write_manifest(place / "manifest")
+    theirs = [f"{key}=theirs" for key in ("optim.name", "engine.name", "selection.method", "selection.sampler")]
     with pytest.raises(ConfigError, match=said):
-        compose([f"data.path={corpus}", "plugins=[outside_other]", "optim.name=theirs", "engine.name=theirs"])
+        compose([f"data.path={corpus}", "plugins=[outside_other]", *theirs])
 
 
 def test_installed_entry_points_are_plugins(place: Path, plugin: str) -> None:

@@ -227,7 +227,6 @@ def test_only_the_writer_rank_writes_and_prints(tmp_path: Path, capsys: pytest.C
     monitor = Recorder(LoggingConfig(every=1, wandb="offline"), tmp_path / "run", 10, False)
     monitor.step(step_record(0), selection_record(0, (SLOW,)), [SPIKE])
     monitor.validation(validation_record(1))
-    monitor.event(SLOW)
     monitor.note("note")
     monitor.close()
     assert capsys.readouterr().out == ""

@@ -1,4 +1,4 @@
-"""The method that picks by the norm of each candidate's own gradient: what would move the weights most.
+"""Picks by the norm of each candidate's own gradient: what would move the weights most.
 
 The control of importance sampling (Katharopoulos and Fleuret, "Not all samples are created equal", ICML 2018). No
 gradient of a candidate is formed where its factors are smaller: |sum_t b_t a_t^T|^2 = sum_ts (a_t . a_s)(b_t . b_s).

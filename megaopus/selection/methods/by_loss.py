@@ -1,4 +1,4 @@
-"""Methods that pick by the candidates' own losses."""
+"""Picks by the candidates' own losses."""
 
 from __future__ import annotations
 

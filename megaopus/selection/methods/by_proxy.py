@@ -1,4 +1,4 @@
-"""Methods that pick by what an update on a candidate would do to the loss of the proxy."""
+"""Picks by what an update on a candidate would do to the loss of the proxy."""
 
 from __future__ import annotations
 

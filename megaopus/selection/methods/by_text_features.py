@@ -1,4 +1,4 @@
-"""Methods that pick by numbers of the candidates' text, without a model."""
+"""Picks by numbers of the candidates' text, without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The method that is told what is wanted."""
+"""Picks what it is told is wanted."""
 
 from __future__ import annotations
 

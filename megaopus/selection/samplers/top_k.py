@@ -1,4 +1,4 @@
-"""The highest utilities."""
+"""Takes the highest utilities."""
 
 from __future__ import annotations
 
