@@ -94,7 +94,7 @@ def measure(engine: MegatronEngine, folder: Path, background: bool, saves: int, 
 
 
 def row(times: Times, mode: str, saves: int, engine: MegatronEngine, checkpoint: Path) -> dict[str, Any]:
-    """What one mode's times come to."""
+    """Return what one mode's times come to."""
     quiet = statistics.median(times.quiet)
     slower = sum(each - quiet for each in times.in_flight) / saves
     stall = statistics.median(times.stall)

@@ -146,7 +146,7 @@ def _high_water_bytes() -> int:
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Where and with what the numbers were taken."""
+    """Return where and with what the numbers were taken."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

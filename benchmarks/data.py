@@ -1,4 +1,4 @@
-"""How fast does ``prepare`` make a corpus, against the tokenizer alone on the same cores, and in how much memory?
+"""Measures how fast ``prepare`` makes a corpus, against the tokenizer alone on the same cores, and in how much memory?
 
 Text of the demo corpus, over and over under other document ids, in one JSON-lines file; a small one and one ten times
 as large. Tokenizer given (trained beforehand, as for the demo). Every measurement is a process of its own, in turns.

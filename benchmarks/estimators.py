@@ -346,7 +346,7 @@ def largest_z(errors: Tensor) -> float:
 
 @cache
 def chance_z(seeds: int, candidates: int, trials: int = 2000) -> float:
-    """What ``largest_z`` of unbiased, independent normal errors exceeds in 1 of 100 trials (simulated, fixed seed)."""
+    """Return what ``largest_z`` of unbiased, independent normal errors exceeds in 1 of 100 trials (simulated)."""
     generator = torch.Generator().manual_seed(0)
     found = [largest_z(torch.randn(seeds, candidates, generator=generator)) for _ in range(trials)]
     return float(torch.tensor(found).quantile(0.99))

@@ -204,7 +204,7 @@ def batches(run_dir: Path) -> dict[int, dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the rows come to; NaN and spikes count once an episode."""
+    """Return what the rows come to; NaN and spikes count once an episode."""
     episodes = {row["episode"]: row for row in rows}
     weather = 3 * len(episodes)
     good = [row for row in rows if row["handled"] and row["finished"] and row["same"] and not row["wrong_ids"]]

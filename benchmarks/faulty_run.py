@@ -51,7 +51,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Ran:
-    """What became of a start."""
+    """Says what became of a start."""
 
     codes: list[int]
     """Exit status of each rank; minus the signal for one that was killed."""

@@ -1,4 +1,4 @@
-"""Which static score tells clean text from contaminated text?
+"""Compares how well static scores tell clean text from contaminated text.
 
 Passages of books (of the demo's documentation without --data) are held out; a part of them is contaminated: their words
 in any order; blocks of 12 words in any order; a passage of 50 words over and over; and beside them passages of foreign
@@ -66,7 +66,7 @@ TRAIN = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything."""
+    """Says how much of everything."""
 
     steps: int
     train_characters: int

@@ -1,4 +1,4 @@
-"""What does a utility say about text that the model is then trained on for a while?
+"""Compares utilities with what training on the text for a while then does.
 
 Trains from random weights, uniformly and on one kind of text only (the picks of DSIR), and halts at a few steps. There
 every domain of the pool is asked two things. How useful is it, by the mean utility of its sequences: of the proxy

@@ -1,4 +1,4 @@
-"""How do the optimizers compare on the demo corpus, and what does selection add to each?
+"""Compares the optimizers on the demo corpus, and what selection adds to each.
 
 Uniform selection at three learning rates on one seed; the best of them on all seeds; then with selection, against its
 own uniform runs: the default recipe, and exact utilities of every candidate. Equal update tokens, cosine schedule,
@@ -81,7 +81,7 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how often."""
+    """Says how long and how often."""
 
     steps: int
     eval_every: int

@@ -88,7 +88,7 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how often."""
+    """Says how long and how often."""
 
     steps: int
     eval_every: int

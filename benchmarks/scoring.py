@@ -134,7 +134,7 @@ def overhead(plan: Plan, corpus: Corpus, clock: str, bar: Progress) -> dict[str,
 
 
 def pass_sizes(plan: Plan, clock: str, bar: Progress) -> list[dict[str, Any]]:
-    """How fast the same 8192 tokens are scored by small and by large passes, taking turns."""
+    """Return how fast the same 8192 tokens are scored by small and by large passes, taking turns."""
     shape = {"vocab_size": 2048, "seq_len": 128}
     optim = OptimConfig(name="adamw", lr=1e-3, schedule="constant")
     with single_engine(plan.cost.model, optim, micro_batch_size=8, total_steps=10, **shape) as engine:

@@ -170,7 +170,7 @@ def _trained(each: Task, folder: Path, threads: int) -> dict[str, Any]:
 
 
 def summary_of(run: Run) -> dict[str, Any]:
-    """What the study keeps of a run: its validations, and what selection did."""
+    """Return what the study keeps of a run: its validations, and what selection did."""
     picked = pick_counts(run.path)
     return {
         "tokens_per_step": run.steps[0].tokens,
@@ -195,7 +195,7 @@ class StepCost:
 def step_costs(
     runs: Mapping[str, Sequence[str]], folder: Path, repeats: int, clock: str, bar: Progress, title: str
 ) -> dict[str, StepCost]:
-    """What a step of each of ``runs`` (name -> settings) costs; they take turns in this process."""
+    """Return what a step of each of ``runs`` (name -> settings) costs; they take turns in this process."""
     mesh = Mesh(ParallelConfig())
     spent: dict[str, list[float]] = {name: [] for name in runs}
 

@@ -54,7 +54,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, how often; ``steps`` updates make one timing."""
+    """Says what is measured, how often; ``steps`` updates make one timing."""
 
     shapes: tuple[Shape, ...] = (Shape(4, 128, 4, 128, 16), Shape(4, 256, 4, 256, 8), Shape(4, 512, 8, 256, 8))
     repeats: int = 15

@@ -1,4 +1,4 @@
-"""Who works when while a buffer is scored: a picture with one line per rank, for dp=2, tp=2 and pp=2.
+"""Draws who works when while a buffer is scored: a picture with one line per rank, for dp=2, tp=2 and pp=2.
 
 Each bar is one pass of a micro-batch through a rank's part of the model: of the proxy gradient, then of the candidates
 under the weights moved forwards and backwards. Writes FILE (png).

@@ -35,7 +35,7 @@ MAX_SIGNAL_SECONDS = 65535
 
 
 class SubmitError(Exception):
-    """What is wrong, where, and what to do."""
+    """Says what is wrong, where, and what to do."""
 
 
 def seconds(text: str) -> int:

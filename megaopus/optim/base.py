@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from megaopus.distributed.shards import group_size, is_split, part_of
 
 
-class LayoutOptimizer(Optimizer):
+class LayoutOptimizer(Optimizer, ABC):
     """Updates a weight that tensor-parallel ranks share as one rank would update the whole.
 
     Its state is made of tensors alone: ``shaped`` names those of the local parameter's shape, split as it is; ``whole``
@@ -50,9 +51,9 @@ class LayoutOptimizer(Optimizer):
                     self.update(parameter, parameter.grad, state, group)
         return result
 
+    @abstractmethod
     def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """Change one parameter and its state; ``step`` already counts this update."""
-        raise NotImplementedError
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The parameter's state, made of zeros first if there is none."""
@@ -88,6 +89,6 @@ class LayoutOptimizer(Optimizer):
 class CurvatureOptimizer(LayoutOptimizer):
     """Steps by an estimate of the curvature, which gradients on labels that the model samples give it."""
 
+    @abstractmethod
     def estimate(self, tokens: int) -> None:
         """Take the gradients there are, of the mean loss of ``tokens`` sampled labels, into the estimate."""
-        raise NotImplementedError

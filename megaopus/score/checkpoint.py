@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class WindowBackend(MegatronScoringBackend):
         return found
 
 
-class _OfCheckpoint:
+class _OfCheckpoint(ABC):
     batch_tokens = 1 << 15
     chunk_tokens = 1 << 18
 
@@ -159,12 +160,13 @@ class _OfCheckpoint:
             np.add.at(totals[1], owners, windows.counts)
         return np.divide(totals[0], totals[1], out=np.full(len(documents), np.nan), where=totals[1] > 0)
 
+    @abstractmethod
     def _values(self, windows: Windows) -> Tensor:
         """(n,) of each window."""
-        raise NotImplementedError
 
     def finish(self, folder: Path, work: Path) -> None:
-        """Nothing but the column."""
+        """Leave nothing but the column."""
+        return None
 
     def close(self) -> None:
         """End the process group."""

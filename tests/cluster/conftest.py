@@ -25,7 +25,7 @@ def overrides(corpus: Path, run_dir: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """What a launcher starts from: this python, one thread a rank."""
+    """Return what a launcher starts from: this python, one thread a rank."""
     return {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 
 

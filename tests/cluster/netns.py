@@ -16,7 +16,7 @@ from tests.pool import free_ports
 
 
 def missing() -> str | None:
-    """Why there can be no namespaces here, or None."""
+    """Return why there can be no namespaces here, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if not shutil.which("ip"):

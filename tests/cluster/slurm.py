@@ -61,7 +61,7 @@ PartitionName=high Nodes={host} PriorityTier=10 PreemptMode=OFF State=UP
 
 
 def missing() -> str | None:
-    """Why no Slurm can run here, or None."""
+    """Return why no Slurm can run here, or None."""
     if os.geteuid() != 0:
         return "a Slurm for the test needs root: its daemons start processes for users"
     if absent := [name for name in PROGRAMS if not shutil.which(name, path=_path())]:

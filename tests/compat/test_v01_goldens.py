@@ -50,7 +50,7 @@ SEED = 1234
 
 
 def close(found: Any, expected: list[str], rel: float = 1e-12) -> bool:
-    """Whether numbers equal those written by ``float.hex``."""
+    """Return whether numbers equal those written by ``float.hex``."""
     return list(found) == pytest.approx([float.fromhex(value) for value in expected], rel=rel)
 
 

@@ -98,7 +98,7 @@ def test_the_words_of_a_setting_are_known(key: str) -> None:
 
 
 def test_classes_of_settings_are_as_they_were() -> None:
-    """What may change on resume; an old name has the class of the new one."""
+    """Return what may change on resume; an old name has the class of the new one."""
     assert {key: class_of(key) for key in NAMES["classes"]} == NAMES["classes"]
 
 

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: the frozen files of version 0.1, and a place to use them in.
+"""Holds what the tests of this folder share: the frozen files of version 0.1, and a place to use them in.
 
 ``tests/fixtures/v01`` was made by the code of commit 9551056 (``tests/fixtures/make_v01.py``) and is never made anew: a
 change that it does not pass takes something away from users.

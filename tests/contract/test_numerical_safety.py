@@ -152,7 +152,7 @@ def test_all_ranks_act_alike(pool: Pool) -> None:
 
 
 def deepspeed_skips() -> list[str]:
-    """What is wrong, on this rank, with a step above the limit and the one after it, at every stage."""
+    """Return what is wrong, on this rank, with a step above the limit and the one after it, at every stage."""
     wrong: list[str] = []
     mesh = Mesh(ParallelConfig(), "cpu")
     try:

@@ -1,4 +1,4 @@
-"""What a rank reads in a step is what it scores, compares and trains on, each sequence once; foresight is right."""
+"""A rank reads in a step just what it scores, compares and trains on, each sequence once; foresight is right."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ RECIPES = {
 
 
 class Log:
-    """Who was foreseen, chosen and read, by step."""
+    """Says who was foreseen, chosen and read, by step."""
 
     def __init__(self) -> None:
         self.reads: dict[int, list[tuple[str, int]]] = defaultdict(list)
@@ -110,7 +110,7 @@ def idle(reader: TokenReader) -> None:
 
 
 def expected(config: RunConfig, data: RunData, record: SelectionRecord) -> set[tuple[str, int]]:
-    """What one process needs to score, to compare token pairs, and to train in this step."""
+    """Return what one process needs to score, to compare token pairs, and to train in this step."""
     step, selection, choices = record.step, config.selection, record.choices
     assert choices is not None
     sequences, utility = choices["sequence"], choices.get("utility")

@@ -89,7 +89,7 @@ def test_a_slow_disk_is_seen(engine: str, overrides: list[str]) -> None:
 
 
 def on_a_rank(overrides: list[str]) -> list[str]:
-    """What is said where rank 1 takes twice as long for its passes."""
+    """Return what is said where rank 1 takes twice as long for its passes."""
     return slow_steps("deepspeed", overrides, FORWARD_S * (1 + int(os.environ["RANK"])))[1]
 
 

@@ -22,7 +22,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    """What the example registers, for one test."""
+    """Return what the example registers, for one test."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
     exec(code, {"__name__": "example"})
     yield

@@ -11,7 +11,7 @@ NAMED = re.compile(r"`(?:(tests/[\w/]+|test_\w+)(\.py))?(?:::)?(test_\w+)?`")
 
 
 def missing(page: str) -> list[str]:
-    """What a page names and is not there: ``tests/FOLDER/FILE.py``, ``FILE.py::NAME``, or ``NAME`` alone."""
+    """Return what a page names and is not there: ``tests/FOLDER/FILE.py``, ``FILE.py::NAME``, or ``NAME`` alone."""
     found = []
     for match in NAMED.finditer(page):
         file, _, name = match.groups()

@@ -158,7 +158,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def everything(run_dir: Path) -> dict[str, Any]:
-    """What the newest checkpoint and the records of a run hold, times and places left out."""
+    """Return what the newest checkpoint and the records of a run hold, times and places left out."""
     folder = complete_checkpoints(run_dir)[-1]
     state = json.loads((folder / "state.json").read_text())
     for key in ("time_s", "config"):

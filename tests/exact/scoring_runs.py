@@ -118,7 +118,7 @@ def select(engine: Any, **settings: Any) -> Picks:
 
 
 def proxy_loss(engine: Any) -> float:
-    """What the check of predictions measures."""
+    """Return what the check of predictions measures."""
     config = SelectionConfig(**COMMON)
     backend = engine.scoring_backend()
     return Selector(config, backend, num_selected=6, proxy=lambda step: random_batch(4, 700 + step), seed=7).proxy_loss(

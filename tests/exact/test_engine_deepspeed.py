@@ -115,7 +115,7 @@ def states_of(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 
 
 def resumed(mesh: Mesh, optimizer: str, stage: int, folder: Path) -> bool:
-    """Whether two updates after a restored checkpoint are to the last bit those after its save."""
+    """Return whether two updates after a restored checkpoint are to the last bit those after its save."""
     first, second = (tiny_engine(mesh, optim=example(optimizer), engine=zero(stage)) for _ in range(2))
     for step in range(2):
         first.train_step(random_batch(8, step))
@@ -135,7 +135,7 @@ def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def survives_a_bad_gradient(mesh: Mesh, stage: int) -> bool:
-    """Whether a gradient that is not finite on one rank leaves weights and state of all ranks alone."""
+    """Return whether a gradient that is not finite on one rank leaves weights and state of all ranks alone."""
     engine = tiny_engine(mesh, optim=example("muon"), engine=zero(stage))
     engine.train_step(random_batch(8, 0))
     before = weights_of(engine), states_of(engine)
@@ -158,7 +158,7 @@ def recomputes_alike(mesh: Mesh, stage: int) -> bool:
 
 
 def scores_without_trace(mesh: Mesh, stage: int) -> bool:
-    """Whether the next updates are to the last bit the same with and without every kind of scoring before them."""
+    """Return whether the next updates are to the last bit the same with and without scoring of every kind first."""
     ends = []
     for scores in (False, True):
         engine = tiny_engine(mesh, engine=zero(stage))
@@ -176,7 +176,7 @@ def scores_without_trace(mesh: Mesh, stage: int) -> bool:
 
 
 def learns_in_bf16(mesh: Mesh, stage: int) -> bool:
-    """Whether the loss falls, weights are the main weights rounded, and moved ones come back to the last bit."""
+    """Return whether the loss falls, weights are the main weights rounded, and moved ones come back to the last bit."""
     engine = tiny_engine(mesh, engine=zero(stage, precision="bf16"))
     losses = [engine.train_step(random_batch(8, 0)).loss for _ in range(8)]
     backend, batch = engine.scoring_backend(), random_batch(4, 1)
@@ -216,7 +216,7 @@ def properties(folder: Path) -> dict[tuple, bool]:
 
 
 def restored(mesh: Mesh, optimizer: str, stage: int, folder: Path, saved_by: str | None = None) -> bool:
-    """Whether weights and state are those of another stage's checkpoint at another number of ranks."""
+    """Return whether weights and state are those of another stage's checkpoint at another number of ranks."""
     engine = tiny_engine(mesh, optim=example(optimizer), engine=zero(stage))
     groups = engine.load(folder / f"{saved_by or optimizer}{4 - stage}", ["average", "states"])
     found = {name: value + 1 for name, value in weights_of(engine).items()}
@@ -224,7 +224,7 @@ def restored(mesh: Mesh, optimizer: str, stage: int, folder: Path, saved_by: str
 
 
 def shares_matrices(mesh: Mesh, nesterov: bool) -> bool:
-    """Whether flat parts, empty and with padding too, are updated as the whole matrices that they are parts of."""
+    """Return whether flat parts, empty and padded ones too, are updated as the whole matrices they are parts of."""
     shapes = [torch.Size(shape) for shape in ((8, 12), (12, 8), (6, 6), (3, 40), (40, 3))]
     cuts = [0, 100, 100, 472]  # 468 elements over three ranks
     generator = torch.Generator().manual_seed(0)

@@ -67,7 +67,7 @@ def test_killed_and_resumed_equals_straight(case: str, tiny_corpus: Path, tmp_pa
 
 
 def assert_meaningful(run: dict, selection: str, optimizer: str) -> None:
-    """What the comparison is about is there: utilities that select, optimizer state, the averaged proxy gradient."""
+    """Check that the comparison has what it is about: utilities that select, optimizer state, an average."""
     assert len(run["selection"]) == STEPS
     assert list(run["choices"]) == list(range(STEPS))
     assert all(sum(row["picked"] for row in rows) == 4 for rows in run["choices"].values())

@@ -52,7 +52,7 @@ CASES = tuple(SETTINGS)
 
 
 def state_parts(case: str) -> tuple[str, ...]:
-    """What the names of the optimizer's state have in them."""
+    """Return what the names of the optimizer's state have in them."""
     spec = OPTIMIZERS[optimizer_of(case)]
     shaped = spec.state_under({**spec.defaults(), **SETTINGS[case].get("settings", {})})
     return (*(f"{name}." for name in shaped), *MORE_STATE.get(optimizer_of(case), ()))
@@ -78,7 +78,7 @@ def build(case: str, mesh: Mesh) -> tuple[Any, Selector]:
 
 
 def train(engine: Any, selector: Selector, last: int) -> list[Any]:
-    """What is picked by which utilities, and what comes of each update, until ``last`` are done."""
+    """Return what is picked by which utilities, and what comes of each update, until ``last`` are done."""
     found = []
     while engine.step < last:
         candidates = random_batch(8, engine.step)
@@ -96,7 +96,7 @@ def written(engine: Any, folder: Path, groups: dict[str, Any] | None = None) -> 
 
 
 def same(found: Any, expected: Any) -> bool:
-    """Whether equal to the last bit."""
+    """Return whether equal to the last bit."""
     if isinstance(expected, torch.Tensor):
         return torch.equal(found, expected)
     return plain(found) == plain(expected)

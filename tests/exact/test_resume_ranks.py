@@ -58,7 +58,7 @@ def run_until_killed(name: str, corpus: Path, folder: Path, last: int) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where every run of this file lies under its name."""
+    """Return where every run of this file lies under its name."""
     return tmp_path_factory.mktemp("ranks")
 
 

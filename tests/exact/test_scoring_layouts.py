@@ -48,7 +48,7 @@ RECOMPUTE = ("one", "pp2", "pp2-vpp2")
 
 
 def select_layout(layout: str) -> dict[Any, Any]:
-    """What one rank finds at one layout: picks by case, and the outcome of each check below by its name."""
+    """Return what one rank finds at one layout: picks by case, and the outcome of each check below by its name."""
     found: dict[Any, Any] = {}
     with meshed(layout) as (mesh, parallel):
         for case in cases(parallel):
@@ -95,7 +95,7 @@ def test_the_proxy_loss_is_that_of_one_process(layout: str, ranks: Jobs[str], on
 
 
 def assert_same_picks(ranks: list[dict[str, Picks]], expected: dict[str, Picks], case: object) -> None:
-    """What ``select_each`` returned on each rank against what it returned on one process."""
+    """Return what ``select_each`` returned on each rank against what it returned on one process."""
     for name in ranks[0]:
         for found in ranks:
             error = relative_error(found[name], expected[name])
@@ -143,7 +143,7 @@ def test_weights_state_and_the_next_update_are_those_without_scoring(layout: str
 
 
 def select_with_dropout(mesh: Mesh, parallel: ParallelConfig) -> dict[str, bool]:
-    """Whether a model with dropout picks to the last bit as one of the same weights without, and trains otherwise."""
+    """Return whether a model with dropout picks to the last bit as one without, and trains otherwise."""
     plain = trained(mesh, EVERY_SETTING[0], parallel)
     dropping = trained(mesh, EVERY_SETTING[0], parallel, dropout=0.5)
     dropping.module.load_state_dict(plain.module.state_dict())
@@ -162,7 +162,7 @@ def test_dropout_is_off_while_scoring(layout: str, ranks: Jobs[str]) -> None:
 
 
 def select_with_recompute(mesh: Mesh, parallel: ParallelConfig) -> dict[str, Any]:
-    """Whether each estimator picks to the last bit as without recomputation; "passes": how many more it takes."""
+    """Return whether each estimator picks to the last bit as without recomputation; "passes": how many more."""
     found: list[dict[str, Picks]] = []
     passes: list[Counter[str]] = []
     for recompute in (False, True):

@@ -45,7 +45,7 @@ def select_case(case: Case) -> dict[str, Picks]:
 
 @pytest.fixture(scope="module")
 def ranks(pool: Pool, selected: Callable[..., list[Case]]) -> Jobs[Case]:
-    """What each rank found, and under "one" for a layout one process."""
+    """Return what each rank found, and under "one" for a layout one process."""
     sizes = {"one": 1, **{layout: LAYOUTS[layout][0] for layout in TRIED}}
     cases = {(layout, optimizer): size for layout, size in sizes.items() for optimizer in OTHERS}
     chosen = selected("layout", "optimizer")

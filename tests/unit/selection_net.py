@@ -58,5 +58,5 @@ def make(backend: ModuleBackend | None = None, *, seed: int = 0, proxy_of=proxy,
 
 
 def sentences(selection: Selection) -> list[str]:
-    """What happened, in words."""
+    """Return what happened, in words."""
     return [str(event) for event in selection.events]

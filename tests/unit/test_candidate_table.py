@@ -114,7 +114,7 @@ def test_a_part_of_version_0_1_has_todays_names(tmp_path: Path) -> None:
 
 
 def test_columns_come_and_go(tmp_path: Path) -> None:
-    """What may be null reads as null where it is missing, what nobody knows is left out, and the rest must be there."""
+    """Nullable columns read as null where they are missing, unknown ones are left out, the rest must be there."""
 
     def later(table: pa.Table) -> pa.Table:
         table = table.drop_columns(["exposures", "overlaps"])

@@ -1,4 +1,4 @@
-"""What compose makes of good settings, and that a written configuration comes back exactly."""
+"""Tests what compose makes of good settings, and that a written configuration comes back exactly."""
 
 import subprocess
 import sys

@@ -109,7 +109,7 @@ def test_images_take_in_exactly_what_the_dockerfiles_copy():
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """What an image gets, and a python of its own that sees this one's packages: nothing is downloaded again."""
+    """Return what an image gets, and a python of its own that sees this one's packages: nothing is downloaded again."""
     folder = tmp_path_factory.mktemp("image")
     for name in [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]:
         (folder / "src" / name).parent.mkdir(parents=True, exist_ok=True)

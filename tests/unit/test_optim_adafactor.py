@@ -61,7 +61,7 @@ def take(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, 
 
 
 def moved_by(make: Any, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the next step would add to each weight; transformers' history of updates left out."""
+    """Return what the next step would add to each weight; transformers' history of updates left out."""
     parameters, optimizer = trained(make)
     for state in optimizer.state.values():
         if "exp_avg" in state:

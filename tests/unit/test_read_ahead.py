@@ -69,7 +69,7 @@ def wait_for(true: Callable[[], bool]) -> None:
 
 
 def settled(reader: TokenReader) -> bool:
-    """Whether the thread has nothing to do."""
+    """Return whether the thread has nothing to do."""
     with reader._turn:
         return not reader._plans and not reader._pending
 

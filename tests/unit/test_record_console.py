@@ -1,4 +1,4 @@
-"""What a person reads: one line every few steps, each kind of warning once, no colour codes in files."""
+"""A person reads one line every few steps, each kind of warning once, no colour codes in files."""
 
 import io
 import re

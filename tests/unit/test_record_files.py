@@ -311,7 +311,7 @@ def test_rows_of_version_0_1_are_read() -> None:
 
 
 def logged_of(steps: int) -> list[dict]:
-    """What the log of a run must hold."""
+    """Return what the log of a run must hold."""
     found = []
     for step in range(steps):
         utilities = [1e-5 / 3, "nan", math.inf, None] if step % 2 else [None] * 4

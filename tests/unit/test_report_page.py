@@ -305,7 +305,7 @@ def test_report_says_why_each_update_was_skipped(tmp_path: Path) -> None:
 
 
 def test_each_metric_that_is_to_be_drawn_has_a_panel(folders: list[Path]) -> None:
-    """Where some run has values of it; a step of a version that did not measure it is passed over."""
+    """Return where some run has values of it; a step of a version that did not measure it is passed over."""
     run = load_run(folders[0])
     inks = figures.inks(find_arms({"a": run}), None)
 

@@ -1,4 +1,4 @@
-"""What check tells of a run's data is what the run opens, draws from and validates on."""
+"""The verb check tells of a run's data what the run opens, draws from and validates on."""
 
 from __future__ import annotations
 

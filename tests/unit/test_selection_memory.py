@@ -211,7 +211,7 @@ def make(**settings: Any) -> Selector:
 
 
 def estimate_of(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """What a selector with ``settings`` runs at its first step, given a micro-batch size."""
+    """Return what a selector with ``settings`` runs at its first step, given a micro-batch size."""
     seen: list[Callable[[int], None]] = []
 
     def keep(run: Callable[[int], None], *rest: Any) -> tuple[int, str]:

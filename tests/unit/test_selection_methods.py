@@ -1,4 +1,4 @@
-"""What candidates are scored by: each method, the part of them that is scored, and whether predictions come true."""
+"""Tests what candidates are scored by: each method, the part of them scored, and whether predictions come true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users wrote for version 0.1 goes on working, with a warning that says the new name."""
+"""Code that users wrote for version 0.1 goes on working, with a warning that says the new name."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def trained(make, names=tuple(SHAPES), steps: int = 3):
 
 
 def updates(parameters: dict[str, Tensor], optimizer, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the optimizer's next step would add to each weight, given a gradient; nothing is changed."""
+    """Return what the optimizer's next step would add to each weight, given a gradient; nothing is changed."""
     before = {name: p.detach().clone() for name, p in parameters.items()}
     state = copy.deepcopy(optimizer.state_dict())
     for name, p in parameters.items():

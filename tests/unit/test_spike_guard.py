@@ -1,4 +1,4 @@
-"""Which updates are skipped, by the stated rule."""
+"""Updates are skipped by the stated rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megaopus.training.spike_guard import SpikeGuard
 
 
 def outcome(norm: float, guard: SpikeGuard, loss: float = 1.0) -> StepResult:
-    """What an engine makes of a gradient of this norm."""
+    """Return what an engine makes of a gradient of this norm."""
     applied = math.isfinite(loss) and math.isfinite(norm) and norm <= guard.limit()
     return StepResult(loss=loss, grad_norm=norm, lr=1.0, applied=applied)
 
