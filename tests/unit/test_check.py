@@ -123,6 +123,7 @@ def test_overhead_follows_the_cost_model():
     config.selection.estimator = "countsketch"
     assert check.scoring_overhead(config) == pytest.approx(4 * 0.25 + 0.5)
     assert check.scoring_overhead(small(method="high_ppl")) == pytest.approx(2 / 3)
+    assert check.scoring_overhead(small(method="high_ppl", score_length=512)) == pytest.approx(2 / 3)  # of 256
     # a Gram matrix takes a pass of its own, or shares adjoint's: forward, input gradients, Q, per-sequence gradients
     config = small(method="opus", rho=0.25, score_length=64, proxy_batch_size=8, redundancy=1.0)
     assert check.scoring_overhead(config) == pytest.approx(2 / 3 + 1 + 0.5)
