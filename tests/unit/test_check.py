@@ -219,6 +219,13 @@ def printed(overrides, corpus, world_size=None):
     return console.file.getvalue()
 
 
+def test_a_length_beyond_the_sequence_scores_all_of_it_and_check_says_so(corpus):
+    text = printed(["selection=opus_paper", "data.seq_len=64", "data.target_domains=[docs]"], corpus, 1)
+    assert "64 of 64 of each candidate, whole sequences (score_length = 512)" in text
+    text = printed(["selection=opus_paper", "data.seq_len=1024", "data.target_domains=[docs]"], corpus, 1)
+    assert "512 of 1024 of each candidate" in text
+
+
 def test_check_prints_what_a_run_would_be(corpus):
     text = printed(
         ["selection=opus_exact", "data.seq_len=64", "run_dir='runs/a, b'", "data.target_domains=[docs]"], corpus, 4
