@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", metavar="COLUMN", help="of the column (default: the method); it lies in FOLDER.scores/COLUMN")
     add("--overwrite", action="store_true", help="replace a column of that name")
     add(
-        "--target", metavar="PATH", help="dsir: documents to be like, as --source of prepare (default: the split proxy)"
+        "--target",
+        metavar="PATH",
+        help="dsir (DSIR-like): documents to be like, as --source of prepare (default: the split proxy)",
     )
     add("--checkpoint", type=Path, metavar="FOLDER", help="perplexity, utility: a run, or one of its checkpoints")
     add(

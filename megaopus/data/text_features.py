@@ -81,7 +81,9 @@ class SequenceTextFeatures:
     def log_odds(self, ids: Tensor) -> Tensor:
         """(n,) float64: log-likelihood of hashed n-grams under the proxy less that under the pool, nats a token.
 
-        The importance weight of DSIR (Xie et al. 2023, arXiv 2302.03169): means over unigrams and over bigrams, added.
+        DSIR-like: the importance weight of Xie et al. (2023, arXiv 2302.03169) for n-grams of tokens, a table for each
+        order, and means over unigrams and over bigrams, added. Their package ``data-selection`` sums over lower-cased
+        words and pairs of them in one table, and ranks otherwise.
         """
         return torch.from_numpy(np.array(self._log_odds[self._rows(ids)], dtype=np.float64))
 

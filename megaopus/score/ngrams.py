@@ -1,4 +1,4 @@
-"""DSIR's importance weights of documents: hashed n-grams of a target against those of the pool."""
+"""Scores documents as DSIR does: hashed n-grams of a target against those of the pool."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TEXTS = 256
 class Dsir:
     """Log-likelihood of a document's hashed n-grams under the target less that under the pool, nats a token.
 
-    As ``data.text_features`` has it of sequences (Xie et al. 2023, arXiv 2302.03169): means over the document's
+    DSIR-like, as ``data.text_features`` has it of sequences (and says what the published package does): means over the document's
     unigrams and over its bigrams, added, so that length does not count; the end-of-document token is left out, all
     else counts.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megaopus.score.base import make_column, spans
 from megaopus.score.hub import Classifier, HubPerplexity
 from megaopus.score.ngrams import Dsir
 from megaopus.score.quality import FastText
+from megaopus.selection import SelectionConfig
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,17 @@ def dsir_by_hand(corpus: Corpus, target: list[np.ndarray], documents: np.ndarray
 
 def tokens_of(corpus: Corpus, number: int) -> np.ndarray:
     return corpus.tokens[corpus.offsets[number] :][: corpus.lengths[number] - 1]
+
+
+def test_what_is_no_dsir_to_the_letter_is_called_dsir_like() -> None:
+    """By the formula that the plain loops here and in test_data_traits.py hold."""
+    (method,) = (each for each in fields(SelectionConfig) if each.name == "method")
+    places = [str(method.metadata), str(Dsir.__doc__), str(text_features.SequenceTextFeatures.log_odds.__doc__)]
+    root = Path(__file__).resolve().parents[2]
+    places += [
+        (root / name).read_text() for name in ("docs/selection.md", "docs/data.md", "configs/selection/dsir.yaml")
+    ]
+    assert all("DSIR-like" in text for text in places)
 
 
 def test_dsir_is_what_a_plain_loop_finds(corpus: Corpus, tmp_path: Path) -> None:

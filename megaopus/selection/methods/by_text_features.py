@@ -10,7 +10,7 @@ _COST = (0.0, "text features alone, worked out beforehand")
 
 @register_method("dsir", flops=_COST, needs={"text_features": "scores by n-grams of proxy and pool"})
 def dsir(step: ScoringStep) -> Scores:
-    """Score by the log-odds of proxy over pool under their n-grams (DSIR, arXiv 2302.03169)."""
+    """Score by the log-odds of proxy over pool under their tokens' n-grams (DSIR-like, arXiv 2302.03169)."""
     assert step.text_features is not None  # checked when the selector was made
     return Scores(utilities=step.text_features.log_odds(step.buffer.ids))
 
