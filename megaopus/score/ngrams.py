@@ -23,9 +23,9 @@ _TEXTS = 256
 class Dsir:
     """Log-likelihood of a document's hashed n-grams under the target less that under the pool, nats a token.
 
-    DSIR-like, as ``data.text_features`` has it of sequences (and says what the published package does): means over the document's
-    unigrams and over its bigrams, added, so that length does not count; the end-of-document token is left out, all
-    else counts.
+    DSIR-like, as ``data.text_features`` has it of sequences (and says what the published package does): means over the
+    document's unigrams and over its bigrams, added, so that length does not count; the end-of-document token is left
+    out, all else counts.
     """
 
     best = HIGHEST

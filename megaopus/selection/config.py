@@ -129,8 +129,8 @@ class SelectionConfig:
         choices=methods.names,
         doc="uniform: at random; opus: by utility for the proxy; greats: the same of raw gradients, greedily, less the "
         "overlap with what is picked; high_ppl, low_ppl, mid_ppl: by the candidate's own loss; dsir: DSIR-like, "
-        "by log-odds of tokens' n-grams in proxy over pool; importance: by the log of how much likelier the proxy holds such text; "
-        "grad_norm: by the norm of the candidate's own gradient; domain_oracle: the target domains.",
+        "by log-odds of tokens' n-grams in proxy over pool; importance: by the log of how much likelier the proxy "
+        "holds such text; grad_norm: by the norm of the candidate's own gradient; domain_oracle: the target domains.",
     )
     rho: float = setting(
         0.5,
