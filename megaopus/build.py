@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -29,6 +30,7 @@ from megaopus.planning.estimate import start_line
 from megaopus.record.recorder import Recorder
 from megaopus.run_folder import run_lock, write_run_folder
 from megaopus.selection import Selector
+from megaopus.selection.methods.registry import UNIFORM
 from megaopus.training.memory import out_of_memory_explained
 from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
 from megaopus.training.spike_guard import SpikeGuard
@@ -94,6 +96,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
         resume_step=checkpoint.step if checkpoint is not None and checkpoint.own else 0,
         wandb_config=trainer.config,
         meters=step_meters(config, mesh, _vocab_size(config)),
+        selects=config.selection.method != UNIFORM,
     )
     try:
         if checkpoint is not None:
@@ -108,6 +111,8 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
     finally:
         trainer.reader.close()
         monitor.close()
+    following = f"python -m megaopus report {shlex.quote(config.run_dir)}"
+    monitor.closing(trainer.checkpointer.last(), "the same command again" if reason else following, reason)
     return 0 if reason is None else STOP_EXIT_CODE
 
 

@@ -84,4 +84,4 @@ def kind_of_sentence(text: str) -> str:
     for pattern, kind in _SENTENCES.items():
         if re.match(pattern, text):
             return kind
-    return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?(\s*,\s*\d+)*", "#", text)
+    return re.sub(r"(?:(?<!\w)-)?\d+(\.\d+)?(e[-+]?\d+)?(\s*,\s*\d+)*", "#", text)

@@ -43,7 +43,7 @@ def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str,
         f"{shape.world_size} rank(s) on {device}: dp={shape.dp} tp={shape.tp} cp={shape.cp} pp={shape.pp}",
         f"{parameters:,} parameters, {precision}, {config.optim.name}, {engine}",
         f"{train.steps} steps of {train.global_batch_size} x {config.data.seq_len} tokens",
-        f"{config.selection.method} picks {train.global_batch_size} of {config.num_candidates()} candidates",
+        _picks(config),
         f"pool of {data.sequences['pool']:,} sequences ({data.fingerprint[:12]})",
     ]
     if data.kept is not None:
@@ -52,6 +52,18 @@ def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str,
         drawn = ", ".join(f"{name} {epochs:.2f}" for name, epochs in data.epochs.items())
         parts.append(f"domains by weight; epochs of each by the last step: {drawn}")
     return " | ".join(parts)
+
+
+def _picks(config: RunConfig) -> str:
+    """Tell how many are picked of the buffer that a step's line counts, and how many of it a model scores."""
+    count, size, selection = config.train.global_batch_size, config.buffer_size(), config.selection
+    text = f"{selection.method} picks {count} of {size} candidates"
+    if selection.score_every > 1:
+        text += f" in each of the {selection.score_every} steps that share them"
+    if (scored := config.num_scored()) < size and selection.method != UNIFORM:
+        every, predicts = selection.prescreen.every, selection.prescreen.mode == "predict"
+        text += f" ({scored} scored by the model" + (f" every {every} steps)" if predicts and every > 1 else ")")
+    return text
 
 
 def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[str, str]:

@@ -34,12 +34,13 @@ class Recorder:
         resume_step: int = 0,
         wandb_config: dict[str, Any] | None = None,
         meters: Iterable[Meter] = (),
+        selects: bool = True,
     ):
         """``resume_step``: updates already done; rows of later ones, left by a killed run, are dropped.
 
         ``wandb_config``: the run's settings as plain values, shown beside its curves. ``meters``: called on each step's
-        record, in order; what they find is put into it. Raises DataError for a broken file of an earlier run,
-        ConfigError if wandb is asked for but not installed.
+        record, in order; what they find is put into it. ``selects``: as of Console. Raises DataError for a broken file
+        of an earlier run, ConfigError if wandb is asked for but not installed.
         """
         self._console: Console | None = None
         self._wandb: WandbSink | None = None
@@ -48,7 +49,7 @@ class Recorder:
         run_dir = Path(run_dir)
         if config.wandb != "off":
             self._wandb = WandbSink(config.wandb_project, config.wandb, run_dir, run_dir.name, wandb_config)
-        self._console = Console(total_steps, config.every)
+        self._console = Console(total_steps, config.every, selects=selects)
         self._meters = list(meters)
         self._metrics = JsonlSink(run_dir / "metrics.jsonl")
         self._selection = JsonlSink(run_dir / "selection.jsonl")
@@ -106,6 +107,11 @@ class Recorder:
         """Print a line of information."""
         if self._console is not None:
             self._console.note(text)
+
+    def closing(self, saved: Path | None, following: str, stopped: str | None = None) -> None:
+        """Print the last line of a run that ends as it should; arguments as of Console."""
+        if self._console is not None:
+            self._console.closing(saved, following, stopped)
 
     def close(self) -> None:
         """Close the files, end the W&B run and sum the warnings up; may be called twice."""
