@@ -26,6 +26,7 @@ from megaopus.engine.base import Engine
 from megaopus.engine.registry import ENGINES
 from megaopus.engine.work_timer import WorkTimer
 from megaopus.meters import rank_memory, step_meters
+from megaopus.models.flops import count_parameters
 from megaopus.planning.estimate import start_line
 from megaopus.record.recorder import Recorder
 from megaopus.run_folder import run_lock, write_run_folder
@@ -133,6 +134,7 @@ def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint 
         world_size=mesh.shape.world_size,
         first_step=0 if checkpoint is None else checkpoint.step,
         corpus=corpus,
+        parameters=count_parameters(config.model, _vocab_size(config), config.data.seq_len),
         packages=[spec.package for spec in ENGINES.values()],
     )
 

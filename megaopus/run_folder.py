@@ -83,6 +83,7 @@ def write_run_folder(
     world_size: int,
     first_step: int,
     corpus: str,
+    parameters: int,
     packages: Iterable[str] = (),
 ) -> None:
     """Write config.yaml, environment.json and launch.sh: what a launch runs with, where, and how it was started.
@@ -96,6 +97,7 @@ def write_run_folder(
         world_size: ranks of the launch.
         first_step: the first that it takes.
         corpus: the pool's fingerprint.
+        parameters: of the whole model.
         packages: further ones whose versions are told.
 
     Raises:
@@ -111,6 +113,7 @@ def write_run_folder(
         "arguments": sys.argv[1:],
         "first_step": first_step,
         "corpus": corpus,
+        "parameters": parameters,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     contents = {

@@ -58,7 +58,13 @@ class StepRecord:
         )
     )
     lr: float = field(
-        metadata=metric("", "Learning rate.", wandb="train/lr", console=last(lambda value: f"lr {format_lr(value)}"))
+        metadata=metric(
+            "",
+            "Learning rate.",
+            wandb="train/lr",
+            console=last(lambda value: f"lr {format_lr(value)}"),
+            plot=True,
+        )
     )
     time_s: float = field(
         metadata=metric(
@@ -70,7 +76,12 @@ class StepRecord:
     )
     step_s: float = field(
         metadata=metric(
-            "s", "Time of this step, selection included.", wandb="train/step_s", console=_token_rate, reproducible=False
+            "s",
+            "Time of this step, selection included.",
+            wandb="train/step_s",
+            console=_token_rate,
+            plot=True,
+            reproducible=False,
         )
     )
     select_s: float = field(

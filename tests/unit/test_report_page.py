@@ -28,7 +28,7 @@ from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 from megaopus.report import figures
 from megaopus.report.arms import find_arms
 from megaopus.report.choice_summary import QUANTILES, summarise_choices
-from megaopus.report.compare import aggregate, compare, load_run
+from megaopus.report.compare import SEED_NOISE, aggregate, compare, load_run, stretch_curve, validation_at
 from megaopus.report.page import write_report
 from megaopus.report.sections import Texts
 from megaopus.selection.candidate_table import CandidateTable
@@ -82,8 +82,11 @@ def write_run(path: Path, method: str, *, start: int = 100, steps: int = 240, pa
     selection.close()
     choices.flush()
     settings = f"run_dir: {path}\nseed: {seed}\nselection:\n  method: {method}\n  rho: 0.5\n"
+    settings += "model:\n  num_layers: 4\n  hidden_size: 128\noptim:\n  name: adamw\n"
     path.joinpath("config.yaml").write_text(settings)
-    path.joinpath("environment.json").write_text(json.dumps({"commit": "abc1234", "packages": {"torch": "2.13.0"}}))
+    facts = {"git": "abc12345678900", "packages": {"torch": "2.13.0"}, "started": "2026-11-29T09:13:58+00:00"}
+    facts["parameters"] = 1_071_872
+    path.joinpath("environment.json").write_text(json.dumps(facts))
     return path
 
 
@@ -160,7 +163,7 @@ def pictures(page: str) -> list[bytes]:
 
 def test_load_run_reads_back_what_was_written(folders: list[Path]) -> None:
     loaded = load_run(folders[1])
-    assert (loaded.name, loaded.config["selection"]["method"], loaded.environment["commit"]) == (
+    assert (loaded.name, loaded.config["selection"]["method"], loaded.environment["git"]) == (
         "opus",
         "opus",
         "abc1234",
@@ -237,7 +240,9 @@ def test_report_of_two_arms(folders: list[Path], tmp_path: Path) -> None:
     found = compare(load_run(folders[0]), load_run(folders[1]), start_step=100)
     assert found.tokens_ratio is not None
     assert found.time_ratio is not None
-    rows = cells(page)
+    origins, rows = cells(page)[1:3], cells(page)[3:]
+    model = "1.07M parameters, 4 layers of 128, adamw"
+    assert origins[0] == ["uniform", str(folders[0]), model, "983,040", "2026-11-29 09:13:58", "abc1234567"]
     assert rows[1][0] == "uniform"
     assert rows[1][5:] == ["baseline", "baseline"]
     assert rows[2][:2] == ["opus", f"{found.final_loss:.4f}"]
@@ -315,8 +320,8 @@ def test_each_metric_that_is_to_be_drawn_has_a_panel(folders: list[Path]) -> Non
         assert figure is not None
         return [axis.get_title("left") for axis in figure.axes if axis.get_visible()]
 
-    assert drawn() == ["grad_norm"]
-    assert drawn(memory_resident=5 << 30) == ["grad_norm", "memory_resident"]
+    assert drawn() == ["grad_norm", "lr", "step_s"]
+    assert drawn(memory_resident=5 << 30) == ["grad_norm", "lr", "step_s", "memory_resident"]
     assert figures.metrics_figure({"a": replace(run, steps=[])}, inks, 100) is None
 
 
@@ -330,6 +335,42 @@ def test_report_says_why_runs_are_not_compared(folders: list[Path], tmp_path: Pa
     assert "no validation after step 100" in page
     assert "No config.yaml in: young" in page
     assert "not reached" not in page
+
+
+@pytest.mark.usefixtures("coarse")
+def test_one_seed_claims_no_difference_that_another_seed_would_make(folders: list[Path], tmp_path: Path) -> None:
+    """It is neither a win of .003 nor a loss of it."""
+    near = write_run(tmp_path / "near", "opus", pace=1.02, seed=3)
+    found = compare(load_run(folders[0]), load_run(near), start_step=100)
+    assert 0 < found.uniform_final_loss - found.final_loss < SEED_NOISE
+    assert found.tokens_ratio is not None
+    page = report(folders[0], near, "--out", tmp_path / "page.html")
+    assert f"No difference measurable with one seed: near ends at {found.final_loss:.3f}, uniform at" in page
+    assert "reaches" not in page
+    assert next(row for row in cells(page)[4:] if row[0] == "near")[5:] == ["not measurable", "not measurable"]
+
+
+def test_losses_are_drawn_as_measured_and_the_baseline_in_front(folders: list[Path]) -> None:
+    runs = {each.name: load_run(each) for each in folders}
+    inks, found = figures.inks(find_arms(runs), "uniform"), compare(runs["uniform"], runs["opus"], 100)
+    curves = {name: stretch_curve(run, 100, 3, validation_at(run, 100)) for name, run in runs.items()}
+    (axis,) = figures.loss_figure(curves, inks, {"opus": found}, "tokens", "uniform").axes
+    lines = {str(line.get_label()): line for line in axis.lines}
+    for name, run in runs.items():
+        assert list(lines[name].get_ydata()) == [record.loss for record in run.validations]
+    assert lines["uniform"].get_zorder() > lines["opus"].get_zorder()
+    assert lines["uniform"].get_linestyle() == "--"
+
+
+def test_a_folder_of_runs_is_told_to_be_one(folders: list[Path]) -> None:
+    with pytest.raises(DataError, match=rf"there are runs in it, name those: {folders[1]} {folders[0]}$"):
+        load_run(folders[0].parent)
+
+
+def test_a_page_that_cannot_be_written_is_one_line(folders: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file/page.html: the page cannot be written \(.*\); name another file"):
+        report(folders[0], "--out", tmp_path / "file" / "page.html")
 
 
 @pytest.mark.usefixtures("coarse")
@@ -435,7 +476,7 @@ def test_seeds_of_an_arm_are_compared_with_a_p_value(tmp_path: Path) -> None:
     (row,) = [row for row in rows if row[:2] == ["opus", "3"]]
     assert row[2] == f"{found.final_loss:.4f} ± {found.final_loss_std:.4f}"
     assert row[5] == f"{found.p_value:.2g}"
-    assert [row[-1] for row in rows if row[0].startswith("uniform_seed")][:3] == ["baseline"] * 3
+    assert [row[-1] for row in rows if row[0].startswith("uniform_seed")][3:6] == ["baseline"] * 3
     assert ["selection.method", "uniform", "opus"] in rows
 
 
