@@ -40,6 +40,7 @@ MAY_IMPORT: Mapping[str, set[str] | None] = {
     "score": {"build", "checkpoint", "config", "corpus_tools", "data", "distributed", "engine", "selection"},
     "report": {"config", "data", "record", "selection"},
     "build": ANY,
+    "side_by_side": {"build", "config", "data", "distributed", "record", "training"},
     "cli": ANY,
     "__main__": {"cli.main"},
 }

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,6 +146,23 @@ def _within(path: Path) -> str:
         return ""
     more = f" and {len(runs) - MOST_SUGGESTED} more" if len(runs) > MOST_SUGGESTED else ""
     return f"; there are runs in it, name those: {' '.join(map(str, runs[:MOST_SUGGESTED]))}{more}"
+
+
+def with_step_seconds(run: Run, seconds: float) -> Run:
+    """Give ``run`` as it would be had each of its steps taken ``seconds``, the same part of them for selection."""
+    recorded = sum(record.step_s for record in run.steps) / len(run.steps)
+    steps = [
+        replace(
+            record,
+            time_s=(record.step + 1) * seconds,
+            step_s=seconds,
+            select_s=record.select_s * seconds / recorded,
+        )
+        for record in run.steps
+    ]
+    return replace(
+        run, steps=steps, validations=[replace(record, time_s=record.step * seconds) for record in run.validations]
+    )
 
 
 def _record(kind: type[Record], row: dict[str, Any], path: Path, line: int) -> Record:

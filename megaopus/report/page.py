@@ -61,14 +61,17 @@ def write_report(
         raise ValueError("no runs to report on")
     if start_step is None:
         start_step = max((each.steps[0].step for each in runs.values() if each.steps), default=0)
-    page = _Page(runs, start_step, comparisons, list(notes), texts)
     out = Path(out)
-    text = page.render(title)
     temporary = out.with_name(out.name + ".tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, out)
+        temporary.touch()  # what cannot be written is told before the pictures are drawn
+        try:
+            text = _Page(runs, start_step, comparisons, list(notes), texts).render(title)
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, out)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
             f"{out}: the page cannot be written ({error.strerror}); name another file with --out"

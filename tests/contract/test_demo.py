@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from benchmarks import quality
 from benchmarks.study import Results, summary_of
+from megaopus import side_by_side
 from megaopus.__main__ import main
 from megaopus.corpus_tools.demo_corpus import build_demo_corpus
 from megaopus.report.compare import load_run
@@ -20,6 +22,15 @@ from tests import forks
 
 LIMITS = {"docs": 600_000, "code": 200_000, "readmes": 120_000, "noise": 200_000}
 STEPS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_turns() -> Iterator[None]:
+    """Steps are timed over a few updates."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("SETTLED", 2), ("TURN", 1), ("ROUNDS", 2)):
+            patch.setattr(side_by_side, name, value)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +60,9 @@ def test_summary(folder: Path) -> None:
     assert summary["uniform.final_loss"] > 0
     assert summary["opus.final_loss"] > 0
     assert summary["overhead"] > 0
+    if summary["tokens_ratio"] is not None:
+        cost = summary["step_s"]["opus"] / summary["step_s"]["uniform"]
+        assert summary["time_ratio"] == pytest.approx(summary["tokens_ratio"] * cost), "as measured in turns"
     assert set(summary["picked_share"]["opus"]) == {"docs", "code", "readmes", "noise"}
     assert sum(summary["picked_share"]["opus"].values()) == pytest.approx(1)
 
