@@ -35,6 +35,7 @@ from megaopus.selection.methods.registry import UNIFORM
 from megaopus.training.memory import out_of_memory_explained
 from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
 from megaopus.training.spike_guard import SpikeGuard
+from megaopus.training.step_profiler import StepProfiler
 from megaopus.training.straggler import StragglerDetector
 from megaopus.training.timers import Timers
 from megaopus.training.trainer import Trainer
@@ -111,6 +112,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
         reason = trainer.run(monitor)
     finally:
         trainer.reader.close()
+        trainer.profiler.close()
         monitor.close()
     following = f"python -m megaopus report {shlex.quote(config.run_dir)}"
     monitor.closing(trainer.checkpointer.last(), "the same command again" if reason else following, reason)
@@ -181,6 +183,7 @@ def build_trainer(
         total_steps=config.train.steps,
         tokens_per_step=config.train.global_batch_size * config.data.seq_len,
         eval_every=config.train.eval_every,
+        profiler=StepProfiler(config.logging.profile_steps, Path(config.run_dir), mesh.rank),
     )
 
 

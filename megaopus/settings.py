@@ -259,7 +259,7 @@ def _fit(value: Any, kind: Any, entry: Entry) -> Any:
         return dict(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     fits = {
-        int: whole,
+        int: whole or (isinstance(value, float) and value.is_integer()),  # 30e9 is how a count is written
         float: whole or (isinstance(value, float) and math.isfinite(value)),
         bool: isinstance(value, bool),
         str: whole or isinstance(value, str),

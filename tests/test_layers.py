@@ -52,6 +52,7 @@ ONLY_IN = {
     "hydra": {"config"},
     "omegaconf": {"config"},
     "wandb": {"record"},
+    "tensorboard": {"record"},
     "tokenizers": {"data", "corpus_tools"},
     "matplotlib": {"report"},
     "pyarrow": {"data", "corpus_tools", "record", "report"},

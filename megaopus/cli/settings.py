@@ -39,7 +39,7 @@ RESUME = {
     "fixed": "never changes on resume",
 }
 _KINDS = {int: "integer", float: "number", bool: "true or false", str: "text"}
-_LISTS = {float: "list of numbers", str: "list of text", Any: "list"}
+_LISTS = {int: "list of whole numbers", float: "list of numbers", str: "list of text", Any: "list"}
 _PREAMBLE = """\
 # Settings
 

@@ -103,6 +103,11 @@ class Engine(ABC):
         """Give the optimizer the learning rate and momentum of the coming update; returns the learning rate."""
         return self.optimizer.set_step(self.step, lr_factor(self._optim_config, self.step, self._total_steps))
 
+    def matrix_lr(self) -> float | None:
+        """Return the last update's learning rate of the blocks' matrices; None without an optimizer of their own."""
+        optimizers = self.optimizer.torch_optimizers
+        return float(optimizers[0].param_groups[0]["lr"]) if len(optimizers) > 1 else None
+
     def training_rows(self, count: int) -> Tensor:
         """Say which rows of a global batch of ``count`` sequences this rank trains on: (count / dp,) int64.
 

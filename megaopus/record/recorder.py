@@ -1,4 +1,4 @@
-"""Takes what the training loop tells of a run: writes it to files, prints it, sends it to Weights & Biases."""
+"""Takes what the training loop tells of a run: writes it to files, prints it, sends it to W&B and TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megaopus.record.config import LoggingConfig
 from megaopus.record.console import Console
 from megaopus.record.metrics import write_record
 from megaopus.record.parquet import FOLDER, ChoiceSink
-from megaopus.record.sinks import EVENTS_FILE, JsonlSink, WandbSink, read_rows
+from megaopus.record.sinks import EVENTS_FILE, JsonlSink, TensorBoardSink, WandbSink, read_rows
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
 Meter = Callable[[StepRecord], Mapping[str, Any]]
@@ -20,7 +20,7 @@ Meter = Callable[[StepRecord], Mapping[str, Any]]
 
 
 class Recorder:
-    """Writes metrics.jsonl, selection.jsonl, events.jsonl and choices/, prints, and feeds Weights & Biases.
+    """Writes metrics.jsonl, selection.jsonl, events.jsonl and choices/, prints, and feeds W&B and TensorBoard.
 
     On the writer rank only; on every other rank all methods do nothing.
     """
@@ -40,15 +40,17 @@ class Recorder:
 
         ``wandb_config``: the run's settings as plain values, shown beside its curves. ``meters``: called on each step's
         record, in order; what they find is put into it. ``selects``: as of Console. Raises DataError for a broken file
-        of an earlier run, ConfigError if wandb is asked for but not installed.
+        of an earlier run, ConfigError if W&B or TensorBoard is asked for and not installed.
         """
         self._console: Console | None = None
-        self._wandb: WandbSink | None = None
+        self._trackers: list[WandbSink | TensorBoardSink] = []
         if not is_writer:
             return
         run_dir = Path(run_dir)
         if config.wandb != "off":
-            self._wandb = WandbSink(config.wandb_project, config.wandb, run_dir, run_dir.name, wandb_config)
+            self._trackers.append(WandbSink(config.wandb_project, config.wandb, run_dir, run_dir.name, wandb_config))
+        if config.tensorboard:
+            self._trackers.append(TensorBoardSink(run_dir, resume_step))
         self._console = Console(total_steps, config.every, selects=selects)
         self._meters = list(meters)
         self._metrics = JsonlSink(run_dir / "metrics.jsonl")
@@ -84,8 +86,8 @@ class Recorder:
         for event in (*chosen, *others):
             self._console.event(event)
         self._console.step(record, selection)
-        if self._wandb is not None:
-            self._wandb.step(record, selection, [*chosen, *others])
+        for tracker in self._trackers:
+            tracker.step(record, selection, [*chosen, *others])
 
     def validation(self, record: ValidationRecord) -> None:
         """Record one validation; a second one after the same update is shown but not written again."""
@@ -95,8 +97,8 @@ class Recorder:
             self._metrics.write({"kind": "validation", **write_record(record)})
             self._validated = record.step
         self._console.validation(record)
-        if self._wandb is not None:
-            self._wandb.validation(record)
+        for tracker in self._trackers:
+            tracker.validation(record)
 
     def flush(self) -> None:
         """Put everything on disk: a checkpoint is about to say that these steps need not be taken again."""
@@ -114,7 +116,7 @@ class Recorder:
             self._console.closing(saved, following, stopped)
 
     def close(self) -> None:
-        """Close the files, end the W&B run and sum the warnings up; may be called twice."""
+        """Close the files, end what W&B and TensorBoard are told and sum the warnings up; may be called twice."""
         if self._console is None:
             return
         self._metrics.close()
@@ -122,9 +124,8 @@ class Recorder:
         self._events.close()
         self._choices.flush()
         self._console.close()
-        if self._wandb is not None:
-            self._wandb.close()
-            self._wandb = None
+        while self._trackers:
+            self._trackers.pop().close()
 
 
 def _last_validation(path: Path) -> int | None:

@@ -170,6 +170,49 @@ class WandbSink:
         self._run.finish()
 
 
+class TensorBoardSink:
+    """Writes the same numbers, by the same names, as TensorBoard's scalars, over the step."""
+
+    FOLDER = "tensorboard"
+
+    def __init__(self, run_dir: Path, resume_step: int):
+        """Start, or go on after ``resume_step`` updates: what an earlier process wrote of later ones is not shown.
+
+        Raises ConfigError without the package.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            reason, remedy = "the package tensorboard is not installed", "pip install 'megaopus[tensorboard]'"
+            raise ConfigError([Problem("logging.tensorboard", True, reason, remedy)]) from error
+        # opened with the first number, so that a run that is refused leaves nothing
+        self._open = lambda: SummaryWriter(str(run_dir / self.FOLDER), purge_step=resume_step or None)
+        self._writer: Any = None
+
+    def step(self, record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event]) -> None:
+        """Write the numbers of one optimizer step, and how many events there were."""
+        row = wandb_row(record) | ({} if selection is None else wandb_row(selection))
+        self._write(row | {"events": len(events)}, record.step)
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Write one validation, each domain on its own."""
+        row = wandb_row(record)
+        self._write({name: value for name, value in row.items() if name.startswith("validation/")}, record.step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, row: dict[str, Any], step: int) -> None:
+        if self._writer is None:
+            self._writer = self._open()
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+
 def _run_id(run_dir: Path) -> str:
     path = run_dir / RUN_ID_FILE
     if path.exists():

@@ -87,6 +87,15 @@ class StepRecord:
     select_s: float = field(
         metadata=metric("s", "Part of that spent choosing the batch.", wandb="selection/select_s", reproducible=False)
     )
+    matrix_lr: float | None = field(
+        default=None,
+        metadata=metric(
+            "",
+            "That of the blocks' matrices, where they have an optimizer of their own; else null.",
+            wandb="train/matrix_lr",
+            plot=True,
+        ),
+    )
     skipped: bool = field(default=False, metadata=metric("", "The update was not applied.", wandb="train/skipped"))
     skip_reason: str | None = field(default=None, metadata=metric("", "Why the update was not applied; null: it was."))
     memory_allocated: int | None = field(

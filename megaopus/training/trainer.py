@@ -16,6 +16,7 @@ from megaopus.record.types import ValidationRecord
 from megaopus.selection import Selector
 from megaopus.training.records import selection_record, step_record
 from megaopus.training.spike_guard import SpikeGuard
+from megaopus.training.step_profiler import StepProfiler
 from megaopus.training.straggler import OWN_WORK, StragglerDetector
 from megaopus.training.timers import Timers
 
@@ -43,6 +44,7 @@ class Trainer:
     total_steps: int
     tokens_per_step: int
     eval_every: int
+    profiler: StepProfiler
     time_s: float = 0.0
     updated: bool = False
     """Some update has been applied. Until then the run is what it was at the start, and there is nothing to save."""
@@ -66,7 +68,8 @@ class Trainer:
                 reason = self._validate(recorder)
             if reason or step >= self.total_steps or (reason := self.stop_requested()):
                 break
-            self.update(recorder)
+            with self.profiler.step(step):
+                self.update(recorder)
             if self.guard.exhausted:
                 self.checkpointer.finish()
                 raise self.guard.give_up(self.engine.step, self.checkpointer.last())
@@ -106,6 +109,7 @@ class Trainer:
         for note in selection.notes:
             recorder.note(note)
         times = {"time_s": self.time_s, "step_s": step_s, "select_s": timers.seconds("select") - select_s}
+        times["matrix_lr"] = self.engine.matrix_lr()
         recorder.step(
             step_record(result, skipped, step=step, tokens=(step + 1) * self.tokens_per_step, **times),
             selection_record(candidates, picked, selection, realised_fall),
