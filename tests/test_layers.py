@@ -97,7 +97,7 @@ def breaches(name: str, source: str) -> list[str]:
             kept
         ]:
             found.append(f"{kept} is not for {name}")
-        elif name == "selection" and root not in sys.stdlib_module_names | {"torch", "megaopus"}:
+        elif name == "selection" and root not in sys.stdlib_module_names | {"torch", "megaopus", "yaml"}:
             found.append(f"selection needs torch and the standard library only, not {module}")
     return found
 

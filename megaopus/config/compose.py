@@ -14,18 +14,17 @@ from megaopus.config.run_config import SETTINGS, RunConfig, flat, settings_under
 from megaopus.config.validation import validate
 from megaopus.data.config import DataConfig
 from megaopus.errors import ConfigError, Problem
+from megaopus.fs import PACKAGE, shipped_configs
 from megaopus.plugins import import_plugins
 
 
 def default_config_dir() -> Path:
-    """The shipped configs: beside the package in a checkout, inside it when installed."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "configs", package / "configs"):
-        if (folder / "run.yaml").is_file():
-            return folder
+    """Find the shipped configs. Raises ConfigError if they are not there."""
+    if (folder := shipped_configs()) is not None:
+        return folder
     reason = "no run.yaml there, nor in configs/ inside the installed package"
     remedy = "install megaopus from a checkout (pip install -e .)"
-    raise ConfigError([Problem("configs", str(package.parent / "configs"), reason, remedy)])
+    raise ConfigError([Problem("configs", str(PACKAGE.parent / "configs"), reason, remedy)])
 
 
 def compose(overrides: list[str], config_dir: Path | None = None, world_size: int | None = None) -> RunConfig:

@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megaopus.selection.estimators import registry as estimators
 from megaopus.selection.methods import registry as methods
+from megaopus.selection.presets import read_preset
 from megaopus.selection.samplers import registry as samplers
 from megaopus.settings import FIXED, HARMLESS, TRAINING, problems, renamed, setting
 
@@ -256,6 +257,26 @@ class SelectionConfig:
     )
     prescreen: PrescreenConfig = field(default_factory=PrescreenConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> SelectionConfig:
+        """Make the settings of a shipped recipe, as the command line's ``selection=NAME`` does.
+
+        ``settings``: instead of the recipe's own; those of ``prescreen`` and ``guards`` as dictionaries, which change
+        what they name. Raises ValueError for an unknown recipe or setting, and for a value that cannot be used.
+        """
+        tree = read_preset(name)
+        for key, value in settings.items():
+            tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+        sections = {"prescreen": PrescreenConfig, "guards": GuardConfig}
+        try:
+            made = {key: sections[key](**value) if key in sections else value for key, value in tree.items()}
+            config = cls(**made)
+        except TypeError as error:
+            raise ValueError(f"selection settings: {error}") from None
+        if wrong := [f"{each.key}={each.value!r}: {each.reason} ({each.remedy})" for each in problems(config)]:
+            raise ValueError("selection settings: " + "; ".join(wrong))
+        return config
 
     @property
     def needs_proxy(self) -> bool:

@@ -266,7 +266,10 @@ class Selector:
 
 
 def _check_given(config: SelectionConfig, **given: Any) -> None:
-    """Raise ValueError if something is missing that the settings need."""
+    """Raise ValueError if something is missing that the settings need, TypeError if it is no function."""
+    for name, value in given.items():
+        if name in ("proxy", "pool") and value is not None and not callable(value):
+            raise TypeError(f"{name}= must be a function of the step, such as lambda step: batch, not {type(value)}")
     if config.needs_proxy and given["proxy"] is None:
         raise ValueError(
             f"method {config.method!r} scores candidates against a proxy: pass proxy=, a function of the step"

@@ -27,9 +27,11 @@ class ModuleBackend(OldBackendNames):
 
     ``group``: the data-parallel process group (every rank holds the same weights), or None for one process.
     ``micro_batch_size``: sequences per forward-backward pass of the proxy gradient, on each rank.
+    ``example``: a batch on which the loss is tried at once, so that one of another shape is refused here.
     DistributedDataParallel is unwrapped, so that no scoring pass touches its gradient reduction. A compiled module
     stays compiled where only losses are needed, and runs eagerly where activations are captured.
-    Raises TypeError for an optimizer whose update rule is not known (``register_operator``).
+    Raises TypeError for an optimizer whose update rule is not known (``register_operator``), ValueError for one that
+    holds none of the model's trained parameters and for a loss that gives no number for each sequence of ``example``.
     """
 
     def __init__(
@@ -40,16 +42,30 @@ class ModuleBackend(OldBackendNames):
         *,
         group: dist.ProcessGroup | None = None,
         micro_batch_size: int = 16,
+        example: Batch | None = None,
     ):
         self.model, self.module = _unwrap(model)
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         for each in self.optimizers:
             factory_of(each)
+        self._refuse_foreign()
         self.loss = loss
         self.group = group
         self.micro_batch_size = micro_batch_size
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
+        if example is not None:
+            with self.scoring(), torch.no_grad():
+                self._losses(self.model, example)
+
+    def _refuse_foreign(self) -> None:
+        """Raise ValueError if the optimizers train nothing of the model, as those made for another copy of it."""
+        held = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        if held and not self.parameters():
+            raise ValueError(
+                f"none of the {len(held)} parameters that the optimizer holds is a trained one of this model: make the"
+                " optimizer from this model's parameters(), after it was moved, wrapped or copied"
+            )
 
     @property
     def multiple(self) -> int:
