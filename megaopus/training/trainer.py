@@ -109,9 +109,9 @@ class Trainer:
         for note in selection.notes:
             recorder.note(note)
         times = {"time_s": self.time_s, "step_s": step_s, "select_s": timers.seconds("select") - select_s}
-        times["matrix_lr"] = self.engine.matrix_lr()
+        tokens = (step + 1) * self.tokens_per_step
         recorder.step(
-            step_record(result, skipped, step=step, tokens=(step + 1) * self.tokens_per_step, **times),
+            step_record(result, skipped, step=step, tokens=tokens, matrix_lr=self.engine.matrix_lr(), **times),
             selection_record(candidates, picked, selection, realised_fall),
             [*skipped, *self.stragglers.check(timers)],
         )
