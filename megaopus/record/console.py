@@ -16,6 +16,7 @@ from rich.text import Text
 from megaopus.events import Event
 from megaopus.record.formatting import format_count, format_duration, format_share
 from megaopus.record.metrics import progress_parts
+from megaopus.record.quiet import quiet
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
 PLAIN_PROGRESS_SECONDS = 5.0
@@ -35,7 +36,7 @@ class Console:
         """``clock`` gives seconds; the ETA counts everything that passes on it, validation and saving included."""
         self._total_steps = total_steps
         self._every = every
-        self._stream = stream if stream is not None else sys.stdout
+        self._stream = quiet(stream if stream is not None else sys.stdout)
         self._rich = RichConsole(file=self._stream, highlight=False) if self._stream.isatty() else None
         self._clock = clock
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_LINES + 1)
