@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 from megaopus.__main__ import main
+from megaopus.distributed.launcher import without_launcher
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "v01"
 
@@ -42,8 +43,7 @@ def copied(folder: Path, *runs: str) -> Path:
 @contextmanager
 def inside(folder: Path) -> Iterator[None]:
     """Work in ``folder``, as a process alone, without what torchrun sets."""
-    with chdir(folder), mock.patch.dict(os.environ):
-        os.environ.pop("LOCAL_RANK", None)
+    with chdir(folder), mock.patch.dict(os.environ, without_launcher(os.environ), clear=True):
         yield
 
 
