@@ -12,11 +12,21 @@ from megaopus.record.config import LoggingConfig
 from megaopus.record.console import Console
 from megaopus.record.metrics import write_record
 from megaopus.record.parquet import FOLDER, ChoiceSink
-from megaopus.record.sinks import EVENTS_FILE, JsonlSink, WandbSink, read_rows
+from megaopus.record.sinks import (
+    EVENTS_FILE,
+    METRICS_FILE,
+    RUN_ID_FILE,
+    SELECTION_FILE,
+    JsonlSink,
+    WandbSink,
+    read_rows,
+)
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
 Meter = Callable[[StepRecord], Mapping[str, Any]]
 """Works out further metrics of a step, by name, from its record so far."""
+RECORD = (METRICS_FILE, SELECTION_FILE, EVENTS_FILE, FOLDER, RUN_ID_FILE)
+"""What a record consists of, in the run folder."""
 
 
 class Recorder:
@@ -50,15 +60,15 @@ class Recorder:
             self._wandb = WandbSink(config.wandb_project, config.wandb, run_dir, run_dir.name, wandb_config)
         self._console = Console(total_steps, config.every)
         self._meters = list(meters)
-        self._metrics = JsonlSink(run_dir / "metrics.jsonl")
-        self._selection = JsonlSink(run_dir / "selection.jsonl")
+        self._metrics = JsonlSink(run_dir / METRICS_FILE)
+        self._selection = JsonlSink(run_dir / SELECTION_FILE)
         self._events = JsonlSink(run_dir / EVENTS_FILE)
         self._choices = ChoiceSink(run_dir / FOLDER, config.selection_every, config.overlaps_mb)
         for sink in (self._metrics, self._selection, self._events, self._choices):
             for message in sink.truncate_after(resume_step):
                 self._console.note(message)
         # A run killed between validation and the next update validates at that step again: one row is enough.
-        self._validated = _last_validation(self._metrics.path)
+        self._validated = last_validation(self._metrics.path)
         self._write_selection = config.selection
 
     def step(self, record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event | str] = ()) -> None:
@@ -121,7 +131,8 @@ class Recorder:
             self._wandb = None
 
 
-def _last_validation(path: Path) -> int | None:
+def last_validation(path: Path) -> int | None:
+    """Read after how many updates a run was last validated, from its metrics.jsonl; None: never."""
     if not path.exists():
         return None
     return max((row["step"] for _, _, row in read_rows(path) if row.get("kind") == "validation"), default=None)
