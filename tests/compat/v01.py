@@ -31,6 +31,11 @@ EXPECTED = frozen("expected.json")
 """Run -> what it does when nothing stops it."""
 
 
+MOVED = {"checkpoint.every": (0, "15m")}
+"""Setting -> its default in version 0.1 and now; such a change is told when a run of then goes on."""
+TOLD_OF_MOVED = ", ".join(f"{key} {then!r} -> {now!r}" for key, (then, now) in MOVED.items())
+
+
 def copied(folder: Path, *runs: str) -> Path:
     """Copy the fixture's corpus, with what lies beside it, and some of its runs into ``folder``, which it returns."""
     for place in FIXTURE.glob("corpus*"):
