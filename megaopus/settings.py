@@ -13,6 +13,7 @@ import copy
 import difflib
 import functools
 import math
+import re
 import types
 import typing
 import warnings
@@ -55,6 +56,8 @@ class Setting:
     """Asked for when they are needed: a registry imports its entries then."""
     check: Callable[[Any], str | None] | None = None
     """Says what is wrong with a value, where range and choices cannot."""
+    schemes: Collection[str] | None = None
+    """Of a path: the addresses (``s3``, say) that it may be besides a path of this machine; None: it is no path."""
     hint: str = ""
     """What to do about a value that is refused; empty: the default is named."""
     members: Mapping[str, HasSettings] | None = None
@@ -81,6 +84,9 @@ class Setting:
         if self.check is not None and (reason := self.check(value)):
             return reason, self._remedy()
         parts = value if isinstance(value, list | tuple) else [value]
+        for part in parts if self.schemes is not None else ():
+            if found := address_refusal(str(part), self.schemes or ()):
+                return found
         options = self.options()
         if options and (wrong := [part for part in parts if part not in options]):
             close = did_you_mean(str(wrong[0]), map(str, options))
@@ -104,6 +110,20 @@ class Setting:
 
     def _remedy(self) -> str:
         return self.hint or f"{written(self.default)} is {'usual' if self.default is not None else 'the default'}"
+
+
+def address_refusal(path: str, schemes: Collection[str] = ()) -> tuple[str, str] | None:
+    """(reason, remedy) if a path is an address of another scheme than ``schemes``; None for paths of this machine."""
+    found = _ADDRESS.match(path)
+    if found is None or found[1].lower() in schemes:
+        return None
+    if found[1].lower() == "file":
+        return "is an address, where a path is asked for", f"name {path[found.end() :]}"
+    reason = f"is an address ({found[0]}), and only paths of this machine's file system can be used here"
+    return reason, "copy it here and back, or mount it, and name that path"
+
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def setting(default: Any, *, doc: str, **declared: Any) -> Any:

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from megaopus.cli._paths import local_path
 from megaopus.cli.prepare import show_corpus
+from megaopus.distributed.launcher import without_launcher
 from megaopus.errors import EngineError
+from megaopus.training.signals import STOP_EXIT_CODE
 
 if TYPE_CHECKING:
     from megaopus.report.compare import Comparison, Run
@@ -36,7 +39,9 @@ ARMS = {"uniform": ("selection=uniform",), "opus": ("selection=opus", "selection
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add where the demo goes, its seed, and how long it trains."""
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=local_path, default=Path("runs/demo"), metavar="FOLDER", help="default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of data order, weights and sampling (%(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="updates of each run (%(default)s)")
 
@@ -47,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     from megaopus.report.page import write_report
     from megaopus.report.replay import texts_of
 
+    if args.steps < 1:
+        raise argparse.ArgumentError(None, "--steps must be at least 1")
     console = Console()
     started = time.monotonic()
     corpus = ensure_corpus(args.out / "corpus", console)
@@ -97,8 +104,9 @@ def train(run_dir: Path, steps: int, settings: Sequence[str], console: Console) 
     arguments = [*settings, f"run_dir={run_dir}"]
     line = f"\n$ python -m megaopus train {shlex.join(arguments)}"
     console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    status = subprocess.run([sys.executable, "-m", "megaopus", "train", *arguments], env=environment).returncode
+    status = call([sys.executable, "-m", "megaopus", "train", *arguments])
+    if status == STOP_EXIT_CODE:
+        raise EngineError(f"{run_dir}: stopped and saved; the same command goes on")
     if status:
         raise EngineError(f"{run_dir}: training ended with exit status {status}; its message is above")
 
@@ -112,6 +120,19 @@ def step_seconds(arms: Mapping[str, Sequence[str]]) -> dict[str, float]:
 
 def _each(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items())
+
+
+def call(command: Sequence[str]) -> int:
+    """Run a process alone, as if no launcher had started this one, and return its exit status.
+
+    It has time to save: Ctrl-C in this process is a request to stop to it, which a terminal has made to it as well.
+    """
+    with subprocess.Popen(command, env=without_launcher(os.environ)) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                process.terminate()
 
 
 def ensure_corpus(path: Path, console: Console) -> Path:

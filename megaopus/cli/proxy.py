@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megaopus.cli._paths import local_path
 from megaopus.errors import DataError
 from megaopus.plugins import require_plugins
 
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from megaopus.corpus_tools.nearest_documents import HASHED, OVERLAP_WORDS
 
     add = parser.add_argument
-    add("--corpus", required=True, metavar="FOLDER", help="prepared corpus to take documents from")
+    add("--corpus", required=True, type=local_path, metavar="FOLDER", help="prepared corpus to take documents from")
     add(
         "--items",
         required=True,
@@ -53,7 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"leave out documents sharing {OVERLAP_WORDS} words in a row with an item",
     )
     add("--workers", type=int, metavar="N", help="processes that search (default: one a core; with a model, this one)")
-    add("--out", required=True, metavar="FOLDER", help="corpus folder to make; it shares the token file where it can")
+    add(
+        "--out",
+        required=True,
+        type=local_path,
+        metavar="FOLDER",
+        help="corpus folder to make; it shares the token file where it can",
+    )
     add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
     add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers sources of your own")
 

@@ -81,7 +81,7 @@ class Engine(ABC):
         """Times ``StepResult.own_s``; the loop puts one in that knows its clock and its waits for data."""
         self.micro_batch_size = micro_batch_size
         self.seq_len = seq_len
-        self.bf16 = engine.precision == "bf16" or (engine.precision == "auto" and not mesh.on_cpu)
+        self.bf16 = engine.is_bf16(mesh.on_cpu)
         self._optim_config = optim
         self._total_steps = total_steps
         self._seed = seed

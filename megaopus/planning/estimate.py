@@ -17,14 +17,12 @@ from megaopus.models.flops import (
     padded_vocab,
     training_flops_per_token,
 )
-from megaopus.planning.memory import scoring_micro_batch
+from megaopus.planning.disk import choice_rows, disk_use
+from megaopus.planning.memory import precisions, scoring_micro_batch
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.estimators.registry import ESTIMATORS, scoring_flops
 from megaopus.selection.methods.registry import METHODS, UNIFORM
 from megaopus.selection.registry import Flops
-
-CHOICE_BYTES = 17
-"""Of a row of choices/ with utilities or prescreen scores, compressed: 16.3 measured (24 with both, 6 with neither)."""
 
 
 def vocabulary(config: RunConfig, data: RunDataSummary) -> int:
@@ -89,6 +87,7 @@ def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[st
     }
     if config.logging.selection:
         rows["record of choices"] = _record(config)
+    rows["checkpoints"] = _checkpoints(config, vocab_size)
     if selection.prescreen.mode != "off" or selection.score_every > 1:
         served = f" for {selection.score_every} steps" if selection.score_every > 1 else ""
         rows["buffer"] = f"{config.buffer_size()} sequences{served}, {config.num_scored()} of them scored exactly"
@@ -111,15 +110,16 @@ def _in_micro_batches(selection: SelectionConfig) -> bool:
 
 def _record(config: RunConfig) -> str:
     """About how large choices/ becomes."""
-    every, kept = config.logging.selection_every, config.train.global_batch_size
-    whole = len(range(0, config.train.steps, every))
-    rows = whole * config.buffer_size() + (config.train.steps - whole) * kept
-    size = rows * CHOICE_BYTES
-    overlaps = 8 * config.buffer_size() * config.train.global_batch_size * config.selection.score_every
-    if config.selection.redundancy > 0 and overlaps <= config.logging.overlaps_mb * 1e6:
-        size += overlaps * len(range(0, config.train.steps, math.lcm(every, config.selection.score_every)))
+    every, (rows, size) = config.logging.selection_every, choice_rows(config)
     of = "every step" if every == 1 else f"every {every}th step, picks of the others"
     return f"about {format_bytes(size)}: {rows:,} rows, all candidates of {of} (logging.selection_every)"
+
+
+def _checkpoints(config: RunConfig, vocab_size: int) -> str:
+    """Say how large checkpoints are, and how many lie there at a time."""
+    use = disk_use(config, vocab_size, precisions(config)[-1])
+    size = format_bytes(use.checkpoint)
+    return f"about {size} each, at most {use.most} at a time: {format_bytes(use.most * use.checkpoint)}"
 
 
 def _validation(data: RunDataSummary) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar
 
 from megaopus.settings import HARMLESS, setting
 
 WANDB_MODES = ("off", "offline", "online")
+WANDB_REMEDY = "pip install 'megaopus[wandb]'"
 
 
 def _span(value: list[int]) -> str | None:
@@ -49,3 +52,8 @@ class LoggingConfig:
     tensorboard: bool = setting(False, doc="Write the same numbers for TensorBoard, in tensorboard/ of the run folder.")
     wandb: str = setting("off", choices=WANDB_MODES, doc="Send metrics to Weights & Biases, now or later.")
     wandb_project: str = setting("megaopus", doc="Project in Weights & Biases.")
+
+    def conflicts(self) -> Iterator[tuple[str, str, str]]:
+        """Yield ``(key, reason, remedy)`` for what is not installed."""
+        if self.wandb in WANDB_MODES[1:] and find_spec("wandb") is None:
+            yield "wandb", "the package wandb is not installed", WANDB_REMEDY

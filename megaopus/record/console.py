@@ -17,6 +17,7 @@ from rich.text import Text
 from megaopus.events import Event
 from megaopus.record.formatting import format_count, format_duration, format_share
 from megaopus.record.metrics import progress_parts
+from megaopus.record.quiet import quiet
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
 PLAIN_PROGRESS_SECONDS = 5.0
@@ -49,7 +50,7 @@ class Console:
         """
         self._total_steps = total_steps
         self._every = every
-        self._stream = stream if stream is not None else sys.stdout
+        self._stream = quiet(stream if stream is not None else sys.stdout)
         self._rich = RichConsole(file=self._stream, highlight=False) if self._stream.isatty() else None
         self._clock = clock
         self._began = clock()
@@ -149,18 +150,17 @@ class Console:
                 self._write([(f"WARNING {count} times in all, first: {self._first[kind]}", "yellow")])
         self._events.clear()
 
-    def closing(self, saved: Path | None, following: str, stopped: str | None) -> None:
+    def closing(self, saved: Path | None, following: str) -> None:
         """Print the last line: how far the run came and how long it took, its loss, where it lies, what comes next.
 
-        ``saved``: the last checkpoint; ``following``: the next command; ``stopped``: why, if before the last step.
+        ``saved``: the last checkpoint; ``following``: the next command.
         """
-        how = f"stopped ({stopped})" if stopped else "done"
-        parts = [(f"{how}: {self._done} of {self._total_steps} steps", "bold")]
+        parts = [(f"done: {self._done} of {self._total_steps} steps", "bold")]
         parts.append((f"{format_duration(self._clock() - self._began)} in this process", ""))
         if self._loss is not None:
             parts.append((f"last validation loss {self._loss:.4f}", "bold cyan"))
         parts.append((f"saved in {saved}" if saved else "nothing saved, for no update was made", ""))
-        parts.append((f"{'to go on' if stopped else 'next'}: {following}", "green"))
+        parts.append((f"next: {following}", "green"))
         self._write(parts)
 
     def _write(self, parts: list[tuple[str, str]]) -> None:

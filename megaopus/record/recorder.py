@@ -12,11 +12,22 @@ from megaopus.record.config import LoggingConfig
 from megaopus.record.console import Console
 from megaopus.record.metrics import write_record
 from megaopus.record.parquet import FOLDER, ChoiceSink
-from megaopus.record.sinks import EVENTS_FILE, JsonlSink, TensorBoardSink, WandbSink, read_rows
+from megaopus.record.sinks import (
+    EVENTS_FILE,
+    METRICS_FILE,
+    RUN_ID_FILE,
+    SELECTION_FILE,
+    JsonlSink,
+    TensorBoardSink,
+    WandbSink,
+    read_rows,
+)
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
 Meter = Callable[[StepRecord], Mapping[str, Any]]
 """Works out further metrics of a step, by name, from its record so far."""
+RECORD = (METRICS_FILE, SELECTION_FILE, EVENTS_FILE, FOLDER, RUN_ID_FILE, TensorBoardSink.FOLDER)
+"""What a record consists of, in the run folder."""
 
 
 class Recorder:
@@ -53,15 +64,15 @@ class Recorder:
             self._trackers.append(TensorBoardSink(run_dir, resume_step))
         self._console = Console(total_steps, config.every, selects=selects)
         self._meters = list(meters)
-        self._metrics = JsonlSink(run_dir / "metrics.jsonl")
-        self._selection = JsonlSink(run_dir / "selection.jsonl")
+        self._metrics = JsonlSink(run_dir / METRICS_FILE)
+        self._selection = JsonlSink(run_dir / SELECTION_FILE)
         self._events = JsonlSink(run_dir / EVENTS_FILE)
         self._choices = ChoiceSink(run_dir / FOLDER, config.selection_every, config.overlaps_mb)
         for sink in (self._metrics, self._selection, self._events, self._choices):
             for message in sink.truncate_after(resume_step):
                 self._console.note(message)
         # A run killed between validation and the next update validates at that step again: one row is enough.
-        self._validated = _last_validation(self._metrics.path)
+        self._validated = last_validation(self._metrics.path)
         self._write_selection = config.selection
 
     def step(self, record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event | str] = ()) -> None:
@@ -110,10 +121,10 @@ class Recorder:
         if self._console is not None:
             self._console.note(text)
 
-    def closing(self, saved: Path | None, following: str, stopped: str | None = None) -> None:
+    def closing(self, saved: Path | None, following: str) -> None:
         """Print the last line of a run that ends as it should; arguments as of Console."""
         if self._console is not None:
-            self._console.closing(saved, following, stopped)
+            self._console.closing(saved, following)
 
     def close(self) -> None:
         """Close the files, end what W&B and TensorBoard are told and sum the warnings up; may be called twice."""
@@ -128,7 +139,8 @@ class Recorder:
             self._trackers.pop().close()
 
 
-def _last_validation(path: Path) -> int | None:
+def last_validation(path: Path) -> int | None:
+    """Read after how many updates a run was last validated, from its metrics.jsonl; None: never."""
     if not path.exists():
         return None
     return max((row["step"] for _, _, row in read_rows(path) if row.get("kind") == "validation"), default=None)

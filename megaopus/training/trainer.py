@@ -15,6 +15,7 @@ from megaopus.record.recorder import Recorder
 from megaopus.record.types import ValidationRecord
 from megaopus.selection import Selector
 from megaopus.training.records import selection_record, step_record
+from megaopus.training.signals import time_to_save
 from megaopus.training.spike_guard import SpikeGuard
 from megaopus.training.step_profiler import StepProfiler
 from megaopus.training.straggler import OWN_WORK, StragglerDetector
@@ -77,8 +78,11 @@ class Trainer:
             if self.checkpointer.due(self.engine.step):
                 self._save(recorder, wait=False)
         if reason:
-            recorder.note(f"{reason}: stopping after {self.engine.step} updates")
+            recorder.note(f"{reason}: stopping after {self.engine.step} updates{time_to_save()}")
         self._save(recorder, wait=True)
+        if reason:
+            saved = self.checkpointer.last() if self.updated else None
+            recorder.note(f"saved {saved}: the same command goes on" if saved else "no update made: nothing to save")
         return reason
 
     def update(self, recorder: Recorder) -> None:

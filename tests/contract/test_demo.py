@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from benchmarks import quality
 from benchmarks.study import Results, summary_of
 from megaopus import side_by_side
 from megaopus.__main__ import main
+from megaopus.cli import demo
 from megaopus.corpus_tools.demo_corpus import build_demo_corpus
 from megaopus.report.compare import load_run
 from tests import forks
@@ -41,13 +41,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["demo", "--out", str(out), "--steps", str(STEPS)]
     started = []
 
-    def forked(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    def forked(command: list[str]) -> int:
         assert command[:2] == [sys.executable, "-m"]
         started.append(command[2:4])
-        return forks.program(*command[2:])
+        return forks.program(*command[2:]).returncode
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "run", forked)
+        patch.setattr(demo, "call", forked)
         assert main(arguments) == 0
     assert started == [["megaopus", "train"]] * 2
     return out

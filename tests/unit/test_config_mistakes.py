@@ -89,7 +89,7 @@ MISTAKES = {
         "15m every 15 minutes",
     ),
     "checkpoint.every=0m": ("checkpoint.every = '0m'", "nor a time of nothing", "200 is every 200 steps"),
-    "checkpoint.every=2.5": ("checkpoint.every = 2.5", "must be an integer", "8"),
+    "checkpoint.every=2.5": ("checkpoint.every = 2.5", "must be an integer", "15m"),
     "checkpoint.keep_every=-1": ("checkpoint.keep_every = -1", "must not be negative", "0 keeps the newest only"),
     "resume=atuo": ("resume = 'atuo'", "nor an existing checkpoint folder", "did you mean auto?"),
     "data.target_domains=[dosc]": (

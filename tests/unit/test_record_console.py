@@ -158,13 +158,12 @@ def test_the_last_line_says_where_the_run_lies_and_what_comes_next() -> None:
     console = Console(3, 1, stream, clock)
     console.step(record(0), None)
     clock.now = 130
-    console.closing(None, "the same command again", "SIGTERM")
+    console.closing(None, "another command")
     console.validation(ValidationRecord(step=3, tokens=24576, time_s=0.6, loss=3.25, domains={"docs": 3.25}))
-    console.closing(Path("runs/a/checkpoints/step_00000003"), "python -m megaopus report runs/a", None)
+    console.closing(Path("runs/a/checkpoints/step_00000003"), "python -m megaopus report runs/a")
     stopped, _, done = lines(stream)[2:]
     assert stopped == (
-        "stopped (SIGTERM): 1 of 3 steps | 2m10s in this process | nothing saved, for no update was made | "
-        "to go on: the same command again"
+        "done: 1 of 3 steps | 2m10s in this process | nothing saved, for no update was made | next: another command"
     )
     assert done == (
         "done: 3 of 3 steps | 2m10s in this process | last validation loss 3.2500 | "

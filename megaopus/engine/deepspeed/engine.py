@@ -222,7 +222,6 @@ def import_deepspeed(on_cpu: bool) -> Any:
     """The deepspeed package, told to leave a GPU alone if ``on_cpu``. Raises EngineError if it is not installed."""
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for torchrun's word, from a process alone too
     try:
         import deepspeed
     except ImportError as error:
