@@ -65,7 +65,7 @@ class Engine(ABC):
         Args:
             mesh: this rank's place among the others.
             model, optim, engine, parallel: the sections of the run's settings.
-            vocab_size: token ids of the tokenizer, before padding.
+            vocab_size: token ids of the model, before padding: the softmax has no more.
             seq_len: positions of a training sequence.
             micro_batch_size: sequences of a forward pass on one rank.
             total_steps: updates of the whole run, over which the learning rate is scheduled.

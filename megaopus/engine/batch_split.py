@@ -36,10 +36,14 @@ def padded_share(num: int, mesh: Mesh, unit: int) -> Tensor:
 
 
 def seed_dropout(mesh: Mesh, seed: int, step: int) -> None:
-    """Dropout's random states as a function of (seed, step, dp and cp rank): nothing of them needs saving."""
+    """Set dropout's random states, a function of (seed, step, pp, dp and cp rank): nothing of them needs saving.
+
+    Tensor-parallel ranks share the default one, and have one each (megatron's tracker) for what is theirs alone: heads,
+    and under sequence parallelism positions.
+    """
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    part = mesh.dp_rank * mesh.shape.cp + mesh.cp_rank
+    part = (mesh.pp_rank * mesh.shape.dp + mesh.dp_rank) * mesh.shape.cp + mesh.cp_rank
     digest = hashlib.sha256(f"{seed}:dropout:{step}:{part}".encode()).digest()
     with mesh.megatron():
         model_parallel_cuda_manual_seed(int.from_bytes(digest[:4], "big"))

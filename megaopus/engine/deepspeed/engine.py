@@ -29,7 +29,6 @@ from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer, norm_limit
 from megaopus.engine.gpt_forward import token_losses
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
-from megaopus.models.flops import padded_vocab
 from megaopus.models.gpt import build_gpt, initialize, transformer_config
 from megaopus.optim.build import torch_optimizers
 from megaopus.optim.config import OptimConfig
@@ -58,7 +57,7 @@ class DeepSpeedEngine(Engine):
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed
             config = transformer_config(model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute)
-            size = {"vocab_size": padded_vocab(vocab_size), "max_positions": model.max_positions or self.seq_len}
+            size = {"vocab_size": vocab_size, "max_positions": model.max_positions or self.seq_len}
             self.module = build_gpt(model, config, mesh, **size)
             if self.bf16:
                 self.module.bfloat16()

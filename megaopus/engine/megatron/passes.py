@@ -16,7 +16,6 @@ from megaopus.engine.base import Engine
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.gpt_forward import SampledLabels, token_losses
 from megaopus.models.config import ModelConfig
-from megaopus.models.flops import padded_vocab
 from megaopus.models.gpt import build_gpt, initialize, transformer_config
 from megaopus.optim.build import MixedPrecisionOptimizer
 from megaopus.optim.config import OptimConfig
@@ -43,7 +42,7 @@ class MegatronPasses(Engine):
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed, an option we do not set is deprecated
             config = transformer_config(model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute)
-            size = {"vocab_size": padded_vocab(vocab_size), "max_positions": model.max_positions or self.seq_len}
+            size = {"vocab_size": vocab_size, "max_positions": model.max_positions or self.seq_len}
             self.chunks = [build_gpt(model, config, mesh, chunk=chunk, **size) for chunk in range(parallel.vpp)]
             self.module = self.chunks[0] if len(self.chunks) == 1 else nn.ModuleList(self.chunks)
             if self.bf16:
