@@ -118,8 +118,8 @@ FAULTS = (
     ),
     Fault(
         "Muon's operator takes the momentum's weight without Nesterov",
-        (("scale = (1 - (mu**2 if group[", "scale = (1 - (mu if group["),),
-        ("test_full_muon_operator_reproduces_the_update_along_its_momentum",),
+        (("kappa = (1 - (mu**2 if group[", "kappa = (1 - (mu if group["),),
+        ("test_the_operator_is_the_derivative_of_the_optimizers_own_step",),
     ),
     Fault(
         "directional scoring measures uphill",

@@ -50,10 +50,11 @@ class TensorCandidates:
 
 
 class Windowed:
-    """``candidates`` of which ``batch(length)`` gives another stretch than the first.
+    """``candidates`` of which ``batch(length)`` gives another run of neighbouring positions than the first.
 
-    ``window``: 'random', a run of positions whose start is drawn from (seed, step, id); 'strided', every
-    (whole length / length)-th position. Positions are those along axis 1.
+    ``window`` says where a run starts: 'random', drawn from (seed, step, id); 'strided', a function of the id that
+    spreads the runs of ids that follow one another evenly over the sequence. Positions are those along axis 1; what
+    comes after one in a run comes after it in the sequence, so that labels shifted by the loss are true.
     """
 
     def __init__(self, candidates: Candidates, window: str, seed: int, step: int):
@@ -85,13 +86,13 @@ class Windowed:
     def _cut(self, tensor: Tensor, width: int) -> Tensor:
         if tensor.ndim < 2 or width >= tensor.shape[1]:
             return tensor
-        steps = torch.arange(width)
+        ids = self.ids.cpu()
         if self._window == "strided":
-            positions = (steps * tensor.shape[1] // width).expand(len(tensor), width)
+            where = counter_rng.spread(ids)
         else:
-            drawn = counter_rng.uniform(counter_rng.key(self._seed, "window", self._step), self.ids.cpu())
-            start = (drawn * (tensor.shape[1] - width + 1)).long()
-            positions = start.unsqueeze(1) + steps
+            where = counter_rng.uniform(counter_rng.key(self._seed, "window", self._step), ids)
+        start = (where * (tensor.shape[1] - width + 1)).long()
+        positions = start.unsqueeze(1) + torch.arange(width)
         rows = torch.arange(len(tensor)).unsqueeze(1)
         return tensor[rows.to(tensor.device), positions.to(tensor.device)]
 

@@ -189,7 +189,8 @@ class SelectionConfig:
     score_window: str = setting(
         "first",
         choices=WINDOWS,
-        doc="Where those tokens lie: first; random (a run drawn per step and candidate); strided (evenly spread).",
+        doc="Where those tokens, a run of neighbours, begin: first; random (drawn per step and candidate); strided "
+        "(spread evenly over the sequence from one candidate to the next).",
     )
     score_micro_batch_size: int | None = setting(
         None,

@@ -52,6 +52,11 @@ def uniform(seed: int, counters: Tensor) -> Tensor:
     return (_logical_shift(bits(seed, counters), 12).to(torch.float64) + 0.5) * 2.0**-52
 
 
+def spread(counters: Tensor) -> Tensor:
+    """float64 in [0, 1), one per counter, without noise: counters in a row lie evenly spread (a Weyl sequence)."""
+    return _logical_shift(counters.to(torch.int64) * _signed(_GAMMA), 12).to(torch.float64) * 2.0**-52
+
+
 def gumbel(seed: int, counters: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, one per counter."""
     return -torch.log(-torch.log(uniform(seed, counters)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import pydoc_data.topics
@@ -100,6 +101,7 @@ GENTLER: dict[str, dict[str, Any]] = {
     "lion": {"lr": 3e-4},
     "sgd": {"lr": 0.1},
     "sgd_sai": {"lr": 3e-3},
+    "conda": {"settings": {"projection_every": 40}},
     "sophia_g": {"lr": 3e-3, "betas": [0.965, 0.99], "settings": {"rho": 0.5}},
 }
 """Settings for 150 steps where those of the registry's example, which are for a few, lead where nothing is learnt."""
@@ -150,6 +152,38 @@ def train(name: str, steps: int, batch_size: int = 12, make: Callable[[], ToyGPT
 def proxy(step: int) -> TensorCandidates:
     """32 sequences of documentation."""
     return TensorCandidates(windows(text("docs"), 32, 5_000 + step))
+
+
+def real_falls(
+    backend: ModuleBackend, name: str, candidates: TensorCandidates, others: Tensor, wanted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(n,) float64 twice: K times the fall of the mean loss of ``wanted`` (m, T) in the step that optimizer ``name``
+    itself takes, in float64, on a batch of each candidate and ``others`` (K - 1, T); and the fall's linear part."""
+    model, count = copy.deepcopy(backend.module).double(), 1 + len(others)
+    weights, optimizers = list(model.parameters()), make_optimizers(model, name)
+    start = [weight.detach().clone() for weight in weights]
+    before = per_sequence_loss(model, wanted).mean()
+    slopes = torch.autograd.grad(before, weights)
+    shared = torch.autograd.grad(per_sequence_loss(model, others).sum() / count, weights)
+    falls = []
+    for sequence in candidates.batch():
+        own = torch.autograd.grad(per_sequence_loss(model, sequence[None]).sum() / count, weights)
+        for weight, first, rest in zip(weights, own, shared, strict=True):
+            weight.grad = first + rest
+        with torch.no_grad():
+            for optimizer, trained in zip(optimizers, backend.optimizers, strict=True):
+                optimizer.load_state_dict(trained.state_dict())
+                optimizer.step()
+            linear = sum((s * (old - new)).sum() for s, old, new in zip(slopes, start, weights, strict=True))
+            falls.append(torch.stack([before.detach() - per_sequence_loss(model, wanted).mean(), linear]))
+            torch._foreach_copy_(weights, start)
+    real, linear = torch.stack(falls, 1) * count
+    return real, linear
+
+
+def slope(x: Tensor, y: Tensor) -> float:
+    """Of the least-squares line through (N,) ``y`` over ``x``."""
+    return float((x - x.mean()) @ (y - y.mean()) / (x - x.mean()).square().sum())
 
 
 def spearman(x: Tensor, y: Tensor) -> float:

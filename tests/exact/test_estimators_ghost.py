@@ -177,6 +177,6 @@ def test_sketching_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     backend = train("muon", steps=2)
     candidates, gradient, operator = buffer(6, seed=0), backend.gradient(proxy(0)), backend.operator()
     whole, _ = CountSketchEstimator(512, 0, "all").estimate(backend, candidates, operator, gradient)
-    monkeypatch.setattr("megaopus.selection.estimators.countsketch._CHUNK_ELEMENTS", 5000)
+    monkeypatch.setattr("megaopus.selection.estimators.ghost._GRADIENT_ELEMENTS", 5000)
     chunked, _ = CountSketchEstimator(512, 0, "all").estimate(backend, candidates, operator, gradient)
     torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-4 * float(whole.std()))

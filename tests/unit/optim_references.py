@@ -1,4 +1,4 @@
-"""Each optimizer's published update in float64, in plain numpy, and the same with all but the gradient frozen."""
+"""Each optimizer's published update in float64, in plain numpy, and how to hold its state for a derivative."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
+
+from megaopus.optim.conda import rotate
 
 Array = np.ndarray
 
@@ -20,17 +23,21 @@ def newton_schulz(u: Array, steps: int = 5) -> Array:
     return x.T if u.shape[0] > u.shape[1] else x
 
 
-def newton_schulz_of(momentum: Array, other: Array, steps: int) -> Array:
-    """The same polynomial in ``momentum``'s Gram matrices, frozen, applied to ``other`` over ``momentum``'s norm."""
+def first_factor(momentum: Array, other: Array) -> Array:
+    """The polynomial S_1 in ``momentum``'s Gram matrix, applied to ``other``, over ``momentum``'s norm."""
     tall = momentum.shape[0] > momentum.shape[1]
     x, y = (v.T if tall else v for v in (momentum, other))
     norm = np.linalg.norm(x)
-    x, y = x / norm, y / norm
-    for _ in range(steps):
-        a = x @ x.T
-        factor = 3.4445 * np.eye(len(a)) - 4.7750 * a + 2.0315 * a @ a
-        x, y = factor @ x, factor @ y
-    return y.T if tall else y
+    a = (x / norm) @ (x / norm).T
+    found = (3.4445 * np.eye(len(a)) - 4.7750 * a + 2.0315 * a @ a) @ y / norm
+    return found.T if tall else found
+
+
+def hold_average(state: dict[str, Tensor], key: str, value: Tensor, beta: float) -> None:
+    """Change an average so that ``value`` brings it, corrected for its start, to where it stood."""
+    step = float(state["step"])
+    target = state[key] * ((1 - beta ** (step + 1)) / (1 - beta**step))
+    state[key].copy_((target - (1 - beta) * value) / beta)
 
 
 REFERENCES: dict[str, type[Reference]] = {}
@@ -42,16 +49,13 @@ MATRICES = [(7, 5), (5, 7), (6, 6), (33, 4), (1, 9)]
 class Reference:
     """State of one weight. ``update``: what a step adds to ``w``, decay included, and the state after it.
 
-    ``frozen``: what a step would add for gradient ``g`` if nothing but the part linear in ``g`` followed it. A subclass
-    names the optimizer that it is of, and where they are not the ones below: its settings and its constants for them,
-    a case more at another learning rate, shapes of weights beside matrices, and the size of gradients at which the
-    update is linear.
+    A subclass names the optimizer that it is of, and where they are not the ones below: its settings and its constants
+    for them, a case more at another learning rate, and shapes of weights beside matrices.
     """
 
     optim: ClassVar[dict[str, Any]] = {"betas": [0.9, 0.95]}
     also_at: ClassVar[float | None] = None
     shapes: ClassVar[list[tuple[int, ...]]] = [*MATRICES, (6,)]
-    linear_up_to: ClassVar[float] = 1.0
 
     def __init_subclass__(cls, of: str) -> None:
         REFERENCES[of] = cls
@@ -65,6 +69,19 @@ class Reference:
     def longest_step(self) -> float | None:
         """Learning rates that a bounded operator moves a weight by at most; None: nothing bounds it."""
         return None
+
+    def stated(self, g: Array) -> Array | None:
+        """P_t g by its formula (docs/optimizers.md), where the default P_t is not the derivative of the step."""
+        return None
+
+    @staticmethod
+    def hold(state: dict[str, Tensor], group: dict[str, Any], gradient: Tensor) -> None:
+        """Change an optimizer's ``state`` so that an update by ``gradient`` leaves what P_t freezes where it stood."""
+
+    @staticmethod
+    def near(state: dict[str, Tensor]) -> tuple[Tensor | float, Tensor | float]:
+        """(gradient at which P_t is the derivative of the step, size of steps from there for a finite difference)."""
+        return 0.0, 1.0
 
     def average(self, key: str, value: Any, weight: float) -> Any:
         self.s[key] = weight * self.s.get(key, np.zeros_like(value)) + (1 - weight) * value
@@ -81,10 +98,13 @@ class Muon(Reference, of="muon"):
         scale = math.sqrt(max(1, g.shape[0] / g.shape[1]))
         self.w = (1 - self.lr * self.wd) * self.w - self.lr * scale * newton_schulz(u)
 
-    def frozen(self, g: Array) -> Array:
+    def stated(self, g: Array) -> Array:
         scale = math.sqrt(max(1, g.shape[0] / g.shape[1]))
-        u = (1 - self.mu**2) * g + self.mu**2 * self.s["m"]
-        return -self.lr * scale * newton_schulz_of(self.s["m"], u, 5)
+        return self.lr * scale * (1 - self.mu**2) * first_factor(self.s["m"], g)
+
+    @staticmethod
+    def near(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return state["momentum_buffer"], 1e-6 * state["momentum_buffer"].norm()
 
 
 @dataclass
@@ -103,11 +123,16 @@ class Namo(Reference, of="namo"):
         scale = min(0.2 * math.sqrt(max(g.shape)) * a, 1)
         self.w = (1 - a * self.wd) * self.w - scale * newton_schulz(u)
 
-    def frozen(self, g: Array) -> Array:
+    def stated(self, g: Array) -> Array:
         bias = math.sqrt(1 - self.mu2**self.t) / (1 - self.mu ** (self.t + 1))
         a = self.lr * bias * np.linalg.norm(self.s["m"]) / (math.sqrt(self.s["v"]) + 1e-8)
-        u = (1 - self.mu**2) * g + self.mu**2 * self.s["m"]
-        return -min(0.2 * math.sqrt(max(g.shape)) * a, 1) * newton_schulz_of(self.s["m"], u, 5)
+        return min(0.2 * math.sqrt(max(g.shape)) * a, 1) * (1 - self.mu**2) * first_factor(self.s["m"], g)
+
+    near = Muon.near
+
+    @staticmethod
+    def hold(state: dict[str, Tensor], group: dict[str, Any], gradient: Tensor) -> None:
+        hold_average(state, "v_squared", gradient.square().sum(), group["mu2"])
 
 
 @dataclass
@@ -131,16 +156,20 @@ class NamoD(Reference, of="namo_d"):
         scales, a = self.scales(np.linalg.norm(u, axis=0), self.t, self.t)
         self.w = (1 - a * self.wd) * self.w - newton_schulz(u) * scales
 
-    def frozen(self, g: Array) -> Array:
+    def stated(self, g: Array) -> Array:
         scales, _ = self.scales(np.linalg.norm(self.s["m"], axis=0), self.t, self.t + 1)
-        u = (1 - self.mu**2) * g + self.mu**2 * self.s["m"]
-        return -newton_schulz_of(self.s["m"], u, 5) * scales
+        return (1 - self.mu**2) * first_factor(self.s["m"], g) * scales
+
+    near = Muon.near
+
+    @staticmethod
+    def hold(state: dict[str, Tensor], group: dict[str, Any], gradient: Tensor) -> None:
+        hold_average(state, "V", gradient.square().sum(0), group["mu2"])
 
 
 @dataclass
 class SophiaG(Reference, of="sophia_g"):
     optim: ClassVar = {"betas": [0.9, 0.99]}
-    linear_up_to = 1e-7  # so small that no sign turns and nothing saturates on the way
     b1: float = 0.9
     b2: float = 0.99
     rho: float = 0.05
@@ -158,8 +187,9 @@ class SophiaG(Reference, of="sophia_g"):
     def step(self, m: Array) -> Array:
         return np.sign(m) * np.minimum(np.abs(m) / (self.rho * self.s["h"] + 1e-15), 1)
 
-    def frozen(self, g: Array) -> Array:
-        return -self.lr * self.step(self.b1 * self.s["m"] + (1 - self.b1) * g)
+    @staticmethod
+    def near(state: dict[str, Tensor]) -> tuple[float, Tensor]:
+        return 0.0, 1e-4 * state["exp_avg"].abs()  # so small that no sign turns and nothing saturates on the way
 
 
 @dataclass
@@ -173,9 +203,6 @@ class SgdSai(Reference, of="sgd_sai"):
             self.s["gsnr"] = 1.0 if flat else np.linalg.norm(g) / (g.std(ddof=1) + 1e-8)
         m = self.average("m", g, self.mu)
         self.w = (1 - self.lr * self.wd) * self.w - self.lr * self.s.get("gsnr", 0.0) * m
-
-    def frozen(self, g: Array) -> Array:
-        return -self.lr * self.s["gsnr"] * (self.mu * self.s["m"] + (1 - self.mu) * g)
 
 
 @dataclass
@@ -207,10 +234,13 @@ class Conda(Reference, of="conda"):
     def back(self, x: Array) -> Array:
         return self.s["q"] @ x if x.shape[0] <= x.shape[1] else x @ self.s["q"].T
 
-    def frozen(self, g: Array) -> Array:
-        second = np.sqrt(self.s["v"] / (1 - self.b2**self.t)) + 1e-8
-        m = self.b1 * self.s["m"] + (1 - self.b1) * g
-        return -self.lr * self.scale / (1 - self.b1 ** (self.t + 1)) * self.back(self.rotated(m) / second)
+    @staticmethod
+    def near(state: dict[str, Tensor]) -> tuple[float, Tensor]:
+        return 0.0, state["exp_avg_sq"].mean().sqrt()
+
+    @staticmethod
+    def hold(state: dict[str, Tensor], group: dict[str, Any], gradient: Tensor) -> None:
+        hold_average(state, "exp_avg_sq", rotate(gradient, state["projection"]).square(), group["betas"][1])
 
 
 @dataclass
@@ -227,9 +257,12 @@ class Lion(Reference, of="lion"):
         self.w = (1 - self.lr * self.wd) * self.w - self.lr * np.sign(c)
         self.average("m", g, self.b2)
 
-    def frozen(self, g: Array) -> Array:
-        c = self.b1 * self.s["m"]
-        return -self.lr * (c + (1 - self.b1) * g) / np.abs(c)
+    def stated(self, g: Array) -> Array:
+        return self.lr * (1 - self.b1) * g / np.abs(self.b1 * self.s["m"])
+
+    @staticmethod
+    def near(state: dict[str, Tensor]) -> tuple[float, Tensor]:
+        return 0.0, 1e-4 * state["exp_avg"].abs()  # so small that no sign turns
 
 
 @dataclass
@@ -246,10 +279,13 @@ class AdamW(Reference, of="adamw"):
         step = m / (1 - self.b1**self.t) / (np.sqrt(v / (1 - self.b2**self.t)) + 1e-8)
         self.w = (1 - self.lr * self.wd) * self.w - self.lr * step
 
-    def frozen(self, g: Array) -> Array:
-        second = np.sqrt(self.s["v"] / (1 - self.b2**self.t)) + 1e-8
-        m = self.b1 * self.s["m"] + (1 - self.b1) * g
-        return -self.lr / (1 - self.b1 ** (self.t + 1)) * m / second
+    @staticmethod
+    def near(state: dict[str, Tensor]) -> tuple[float, Tensor]:
+        return 0.0, state["exp_avg_sq"].sqrt()
+
+    @staticmethod
+    def hold(state: dict[str, Tensor], group: dict[str, Any], gradient: Tensor) -> None:
+        hold_average(state, "exp_avg_sq", gradient.square(), group["betas"][1])
 
 
 @dataclass
@@ -260,9 +296,6 @@ class Sgd(Reference, of="sgd"):
         g = g + self.wd * self.w
         self.s["m"] = self.mu * self.s.get("m", 0) + g
         self.w = self.w - self.lr * self.s["m"]
-
-    def frozen(self, g: Array) -> Array:
-        return -self.lr * (self.mu * self.s["m"] + g)
 
 
 @dataclass
@@ -288,8 +321,21 @@ class Adafactor(Reference, of="adafactor"):
         step = rate * u / max(1.0, float(np.sqrt((u**2).mean())))
         self.w = (1 - self.lr * self.wd) * self.w - step
 
-    def frozen(self, g: Array) -> Array:
-        return -self.rate(self.t + 1) * g / self.root()
+    @staticmethod
+    def near(state: dict[str, Tensor]) -> tuple[float, Tensor]:
+        return 0.0, 0.01 * next(state[key] for key in ("row_var", "variance") if key in state).mean().sqrt()
+
+    @staticmethod
+    def hold(state: dict[str, Tensor], group: dict[str, Any], gradient: Tensor) -> None:
+        weight = (float(state["step"]) + 1) ** group["beta2_decay"]
+        square = gradient.square()
+        means = (
+            {"row_var": square.mean(-1, keepdim=True), "col_var": square.mean(-2, keepdim=True)}
+            if square.ndim > 1
+            else {"variance": square}
+        )
+        for key, mean in means.items():
+            state[key].sub_(weight * mean).div_(1 - weight)
 
     def longest_step(self) -> float:
         return self.w.size**0.5 * max(1e-3, float(np.sqrt((self.w**2).mean())))

@@ -71,11 +71,16 @@ def test_greats_is_greedy_by_raw_gradients_less_their_overlap() -> None:
 def test_windows_lie_where_they_should_and_only_scoring_sees_them() -> None:
     tokens = torch.arange(20).expand(N, 20) + 100 * torch.arange(N).unsqueeze(1)
     inner = TensorCandidates({"tokens": tokens, "weight": torch.ones(N)}, torch.arange(N) + 50)
-    strided = Windowed(inner, "strided", 1, 0).batch(5)["tokens"]
-    assert torch.equal(strided, tokens[:, ::4])
+    for window in ("random", "strided"):  # runs of neighbours, so that the label of each token is the next one
+        found = Windowed(inner, window, 1, 0).batch(5)["tokens"]
+        assert torch.equal(found - found[:, :1], torch.arange(5).expand(N, 5))
+    starts = (found[:, 0] - tokens[:, 0]).sort().values  # strided: each of N equal stretches has about its share
+    assert (starts - 16 * (torch.arange(N) + 0.5) / N).abs().max() < 2
+    strided = Windowed(inner, "strided", 9, 3)
+    assert torch.equal(strided.batch(5)["tokens"], found)  # whatever the step
+    assert torch.equal(strided.take(torch.tensor([7, 2])).batch(5)["tokens"], found[[7, 2]])
     random = Windowed(inner, "random", 1, 0)
     found = random.batch(5)["tokens"]
-    assert torch.equal(found - found[:, :1], torch.arange(5).expand(N, 5))
     starts = found[:, 0] - tokens[:, 0]
     assert len(set(starts.tolist())) > 3
     assert starts.min() >= 0

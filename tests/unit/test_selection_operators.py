@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megaopus.selection import build_operator, register_operator
 from megaopus.selection.operators.maps import Diagonal
+from tests.unit.optim_references import newton_schulz
 
 SHAPES = {"wide": (4, 7), "tall": (9, 3), "vector": (6,)}
 SGD_SETTINGS = [
@@ -124,19 +125,21 @@ MUON_SETTINGS = [{}, {"nesterov": False}, {"adjust_lr_fn": "match_rms_adamw"}, {
 
 
 @pytest.mark.parametrize("settings", MUON_SETTINGS)
-def test_full_muon_operator_reproduces_the_update_along_its_momentum(settings) -> None:
+def test_full_muon_operator_is_the_derivative_of_the_iteration_at_its_momentum(settings) -> None:
+    """torch's class, which iterates in bfloat16, too coarsely to take differences of its own steps."""
     make = lambda p: torch.optim.Muon(p, lr=0.02, weight_decay=0.0, **settings)  # noqa: E731
     parameters, optimizer = trained(make, names=("wide", "tall"))
-    operator = build_operator(parameters, [optimizer], "full")
-    # with g equal to the momentum M, the update is the iteration applied to M: P M / kappa
-    momentum = {name: optimizer.state[p]["momentum_buffer"].clone() for name, p in parameters.items()}
-    applied, moved = operator.apply(momentum), updates(parameters, optimizer, momentum)
-    group = optimizer.param_groups[0]
-    kappa = 1 - group["momentum"] ** (2 if group["nesterov"] else 1)
-    for name in parameters:
-        assert operator.diagonal(name) is None
-        error = (applied[name] / kappa + moved[name]).norm() / moved[name].norm()
-        assert error < 0.02  # torch iterates in bfloat16
+    operator, group = build_operator(parameters, [optimizer], "full"), optimizer.param_groups[0]
+    for name, p in parameters.items():
+        momentum, g = optimizer.state[p]["momentum_buffer"].numpy(), torch.randn_like(p).detach().numpy()
+        rows, columns = momentum.shape
+        matched = group["adjust_lr_fn"] == "match_rms_adamw"
+        scale = 0.2 * max(rows, columns) ** 0.5 if matched else max(1, rows / columns) ** 0.5
+        kappa, h = 1 - group["momentum"] ** (2 if group["nesterov"] else 1), 1e-6
+        ahead, back = (newton_schulz(momentum + sign * h * g, group["ns_steps"]) for sign in (1, -1))
+        expected = torch.tensor(0.02 * scale * kappa * (ahead - back) / (2 * h))
+        found = operator.apply({name: torch.tensor(g)})[name]
+        assert (found - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_paper_muon_operator_is_the_first_factor_at_the_scale_of_the_momentum() -> None:
@@ -166,7 +169,7 @@ ALL = {
 
 @pytest.mark.parametrize("muon_operator", ["paper", "full"])
 @pytest.mark.parametrize("kind", sorted(ALL))
-def test_operators_are_linear_self_adjoint_and_positive(kind, muon_operator) -> None:
+def test_operators_are_linear_and_all_but_a_full_muon_self_adjoint_and_positive(kind, muon_operator) -> None:
     generator = torch.Generator().manual_seed(3)
     parameters = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
     optimizers = ALL[kind](list(parameters.values()))
@@ -180,8 +183,9 @@ def test_operators_are_linear_self_adjoint_and_positive(kind, muon_operator) -> 
     pg, ph = operator.apply(g), operator.apply(h)
     both = operator.apply({name: 2 * g[name] - h[name] for name in g})
     for name in parameters:
-        assert (pg[name] * h[name]).sum().item() == pytest.approx((g[name] * ph[name]).sum().item(), rel=1e-6)
-        assert (pg[name] * g[name]).sum() > 0
+        if (kind, muon_operator) != ("hybrid", "full") or name == "vector":
+            assert (pg[name] * h[name]).sum().item() == pytest.approx((g[name] * ph[name]).sum().item(), rel=1e-6)
+            assert (pg[name] * g[name]).sum() > 0
         torch.testing.assert_close(both[name], 2 * pg[name] - ph[name])
         stacked = operator.apply({name: torch.stack([g[name], h[name]])})[name]  # a leading batch axis
         torch.testing.assert_close(stacked, torch.stack([pg[name], ph[name]]))

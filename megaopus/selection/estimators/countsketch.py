@@ -18,7 +18,7 @@ from megaopus.selection.backend import (
     UpdateOperator,
 )
 from megaopus.selection.estimators.adjoint import adjoint_utilities
-from megaopus.selection.estimators.ghost import per_sample_gradient
+from megaopus.selection.estimators.ghost import per_sample_gradient, spans
 from megaopus.selection.estimators.layers import ghost_layers
 from megaopus.selection.estimators.registry import Sizes, register_estimator
 from megaopus.selection.estimators.sketches import SketchEstimator, sketch_memory
@@ -26,8 +26,6 @@ from megaopus.selection.old_names import renamed_argument
 
 if TYPE_CHECKING:
     from megaopus.selection.config import SelectionConfig
-
-_CHUNK_ELEMENTS = 1 << 25  # largest per-sample gradient held at once, in numbers (128 MB in fp32)
 
 
 class CountSketch:
@@ -149,8 +147,7 @@ class CountSketchEstimator:
             if extra_consumer is not None:
                 extra_consumer(layer, rows, act_a, grad_b)
             grad_b = grad_b.to(weight.dtype)
-            for part in torch.arange(len(grad_b)).split(max(1, _CHUNK_ELEMENTS // weight.numel())):
-                span = slice(int(part[0]), int(part[-1]) + 1)
+            for span in spans(len(grad_b), weight.numel()):
                 sketch = self._sketch(backend, layer, weight, operator, act_a[span], grad_b[span])
                 where = slice(rows.start + span.start, rows.start + span.stop)
                 # linear in the sketch: parts of it, by shard or by use, give parts of the alignment

@@ -8,7 +8,7 @@ Shape suffixes: N sequences, T positions, I inputs, O outputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from megaopus.selection.backend import GhostConsumer, GhostLayer
+
+_GRADIENT_ELEMENTS = 1 << 25  # largest per-sample gradient held at once, in numbers (128 MB in fp32)
 
 
 class GhostCapture:
@@ -133,6 +135,12 @@ def local_rows(layer: GhostLayer, num_rows: int, ids_NT: Tensor) -> tuple[Tensor
     if padding is not None:
         mine_NT &= ids_NT != padding
     return rows_NT.clamp(0, num_rows - 1), mine_NT
+
+
+def spans(count: int, size: int) -> Iterator[slice]:
+    """Cut ``count`` sequences into as many as have their gradients of a matrix of ``size`` weights held at once."""
+    step = max(1, _GRADIENT_ELEMENTS // size)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def per_sample_gradient(layer: GhostLayer, shape: torch.Size, act_a: Tensor, grad_b: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 C1 (sum_t b_t a_t^T) C2^T = sum_t (C1 b_t)(C2 a_t)^T: neither a per-sample gradient nor a scatter of its size. P is
 folded into C1 and C2 once per step: Muon's S as it is; AdamW's diagonal as the outer product of its row and column
-factors, in the manner of Adafactor (Shazeer and Stern, 2018), which is not exact.
+factors, in the manner of Adafactor (Shazeer and Stern, 2018), which is not exact. Where P is neither, candidates'
+gradients are made, mapped by P, and sketched.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megaopus.selection.backend import (
     UpdateOperator,
 )
 from megaopus.selection.estimators.countsketch import hashes, spread_dim, sum_proxies, whole_coordinates
-from megaopus.selection.estimators.ghost import local_rows
+from megaopus.selection.estimators.ghost import local_rows, per_sample_gradient, spans
 from megaopus.selection.estimators.layers import ghost_layers
 from megaopus.selection.estimators.registry import register_estimator
 from megaopus.selection.estimators.sketches import SketchEstimator, sketch_memory
@@ -84,17 +85,27 @@ class KroneckerEstimator:
         def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
             if extra_consumer is not None:
                 extra_consumer(layer, rows, act_a, grad_b)
-            left, right = folded[layer.parameter]
-            grad_b = grad_b.to(left.dtype)
+            name, weight = layer.parameter, proxy_gradient[layer.parameter]
+            grad_b = grad_b.to(weight.dtype)
+            if (fold := folded[name]) is None:
+                left, right = self._sketches(backend, name, weight, None)
+                for span in spans(len(grad_b), weight.numel()):
+                    gradient = per_sample_gradient(layer, weight.shape, act_a[span], grad_b[span])
+                    update = operator.apply({name: gradient})[name]
+                    add(name, slice(rows.start + span.start, rows.start + span.stop), left @ update @ right.t())
+                return
+            left, right = fold
             if layer.kind == "linear":
                 of_rows, of_columns = grad_b @ left.t(), act_a.to(left.dtype) @ right.t()
             else:
                 index, mine = local_rows(layer, left.shape[1], act_a)
                 of_rows, of_columns = left.t()[index] * mine.unsqueeze(-1), grad_b @ right.t()
-            sketch = torch.bmm(of_rows.transpose(1, 2), of_columns).flatten(1)
-            parts[rows] += (sketch * psi[layer.parameter].flatten()).sum(1, dtype=torch.float64)
+            add(name, rows, torch.bmm(of_rows.transpose(1, 2), of_columns))
+
+        def add(name: str, rows: slice, sketch: Tensor) -> None:
+            parts[rows] += (sketch * psi[name]).flatten(1).sum(1, dtype=torch.float64)
             if keep_sketches:
-                phi[layer.parameter][rows] += sketch
+                phi[name][rows] += sketch.flatten(1)
 
         with torch.no_grad():
             backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
@@ -118,8 +129,8 @@ class KroneckerEstimator:
 
     def _fold(
         self, backend: ScoringBackend, name: str, weight: Tensor, operator: UpdateOperator
-    ) -> tuple[Tensor, Tensor]:
-        """(C1 L, C2 R^T): sketches of the rows and columns of P g = L g R from those of g."""
+    ) -> tuple[Tensor, Tensor] | None:
+        """(C1 L, C2 R^T): sketches of the rows and columns of P g = L g R from those of g; None for another P."""
         factor = operator.diagonal(name)
         if factor is not None:
             left, right = self._sketches(backend, name, weight, None)
@@ -129,10 +140,7 @@ class KroneckerEstimator:
             return left * of_rows, right * of_columns
         sides = operator.sides(name)
         if sides is None:
-            raise ValueError(
-                f"the kronecker estimator cannot fold the optimizer's update of {name} into its sketches:"
-                " use estimator=countsketch, adjoint or directional"
-            )
+            return None
         left, right = self._sketches(backend, name, weight, spread_dim(sides))
         of_left, of_right = sides
         if of_left is not None:

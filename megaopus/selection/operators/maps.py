@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import grad
 
 from megaopus.selection.backend import Shard
 
@@ -188,3 +189,50 @@ class Rotated:
 
     def _mixes_ranks(self) -> bool:
         return self.shard is not None and self.shard.dim == (0 if self.left else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Derivative:
+    """The derivative of ``update`` at ``point``, times ``factor``; ``adjoint``: its adjoint.
+
+    ``update`` maps a whole matrix to one of its shape, in any floating-point precision; ``point`` is whole, and
+    ``factor`` a scalar. ``shard``: the part of the parameter that this rank holds. Worked out in the precision of what
+    it is applied to, fp32 at least.
+    """
+
+    update: Callable[[Tensor], Tensor]
+    point: Tensor
+    factor: Tensor
+    shard: Shard | None = None
+    adjoint: bool = False
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        given = gradient if self.shard is None else self.shard.gather(gradient)
+        given = given.to(torch.promote_types(gradient.dtype, torch.float32)) * self.factor
+        batched = given.ndim > self.point.ndim
+        flat = given.flatten(0, given.ndim - self.point.ndim - 1) if batched else given
+        with torch.enable_grad():
+            point = self.point.to(given.dtype).detach().requires_grad_()
+            value = self.update(point)
+            if self.adjoint:
+                (found,) = grad(value, point, flat, is_grads_batched=batched)
+            else:  # backward through the backward pass, which is linear in what it is given
+                along = torch.zeros_like(value, requires_grad=True)
+                (back,) = grad(value, point, along, create_graph=True)
+                (found,) = grad(back, along, flat, is_grads_batched=batched)
+        found = found.view_as(given)
+        if self.shard is not None:
+            found = found.index_select(self.shard.dim - point.ndim, self.shard.index)
+        return found.to(gradient.dtype)
+
+    def diagonal(self) -> None:
+        return None
+
+    def sides(self) -> None:
+        return None
+
+    def bounded(self, gradient: Tensor) -> Derivative:
+        return self
+
+    def transposed(self) -> Derivative:
+        return replace(self, adjoint=not self.adjoint)

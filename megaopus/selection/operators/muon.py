@@ -2,96 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaopus.selection.operators.maps import OneSided, ParameterOperator
+from megaopus.selection.operators.maps import Derivative, OneSided, ParameterOperator
 from megaopus.selection.operators.registry import operator_of_class
 from megaopus.selection.operators.rule import whole
+
+Scale = Callable[[Tensor], Tensor | float]
+"""The whole of U -> what multiplies its orthogonalised form: a number, or one for each column."""
 
 
 @operator_of_class("Muon")
 def muon(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
-    """Muon: lr s kappa S / ||M||_F, M the momentum buffer, S = S_k .. S_1, S_j = aI + bA_j + cA_j^2, A_j = X_j X_j^T.
-
-    X_1 = M / ||M||_F, X_(j+1) = S_j X_j, on the short side of the matrix. kappa is the weight of the new gradient in
-    the update: 1 - mu^2 with Nesterov, else 1 - mu. s is the optimizer's scale for the shape. ``muon_operator`` 'paper'
-    keeps S_1; 'full' takes every factor of the Newton-Schulz iteration. A matrix without momentum does not move: 0.
-    """
-    found = _newton_schulz(group, state)
-    if found is None:
-        return None
-    matrix, rows, columns = found
-    return _one_sided(group, matrix * (group["lr"] * _muon_shape_scale(group, rows, columns)), rows <= columns)
+    """Muon: s = lr times the optimizer's scale for the shape, the same whatever the gradient."""
+    return _operator(group, state, lambda update: group["lr"] * _muon_shape_scale(group, *update.shape))
 
 
 @operator_of_class("NAMO")
 def namo(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
-    """NAMO: Muon's with min(0.2 a sqrt(max(m, n)), 1) for lr s; a as the optimizer's with ||M|| for ||U||, frozen.
+    """NAMO: s = min(0.2 a sqrt(max(m, n)), 1), a as the optimizer's, its v frozen.
 
     As for Adam, v after t - 1 steps is corrected for as many, momentum for t.
     """
-    found = _newton_schulz(group, state)
-    if found is None:
-        return None
-    matrix, rows, columns = found
-    rate = _namo_rate(group, state, whole(group, state["momentum_buffer"]).norm(), state["v_squared"])
-    scale = (0.2 * max(rows, columns) ** 0.5 * rate).clamp(max=1).float()
-    return _one_sided(group, matrix * scale, rows <= columns)
+
+    def scale(update: Tensor) -> Tensor:
+        rate = _namo_rate(group, state, update.norm(), state["v_squared"][0])
+        return (0.2 * max(update.shape) ** 0.5 * rate).clamp(max=1)
+
+    return _operator(group, state, scale)
 
 
 @operator_of_class("NAMOD")
 def namo_d(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
-    """NAMO-D: S / ||M||_F kappa, then columns times min(0.2 sqrt(max(m, n)) e s_j, 1), s_j clamped, all frozen.
+    """NAMO-D: column j times s_j = min(0.2 sqrt(max(m, n)) e s_j, 1), s_j clamped, its V frozen.
 
     Not self-adjoint where m > n: S then mixes the columns that are scaled.
     """
-    found = _newton_schulz(group, state)
-    if found is None:
+
+    def scale(update: Tensor) -> Tensor:
+        rate_N = _namo_rate(group, state, update.norm(dim=0), state["V"])
+        mean = rate_N.mean()
+        rate_N = rate_N.clamp(group["clamp"] * mean, mean / group["clamp"])
+        return (0.2 * max(update.shape) ** 0.5 * rate_N).clamp(max=1)
+
+    return _operator(group, state, scale)
+
+
+def _operator(group: Mapping[str, Any], state: Mapping[str, Any], scale: Scale) -> ParameterOperator | None:
+    """P_t where the step on a gradient is scale(U) NS(U), U = kappa g + ... of the momentum M and the gradient g.
+
+    kappa is 1 - mu^2 with Nesterov, else 1 - mu. ``muon_operator`` 'full': kappa times the derivative of the step
+    (without weight decay) at U = M, where a gradient that equals the momentum leads, whatever mu is; not self-adjoint,
+    for NS begins by dividing by a norm. 'paper': kappa scale(M) S_1 g / ||M||_F with S_1 = aI + bA + cA^2 the first
+    factor of the Newton-Schulz iteration, A = X X^T, X = M / ||M||_F, on the short side of the matrix. A matrix without
+    momentum does not move: 0.
+    """
+    if state.get("momentum_buffer") is None or ("step" in state and float(state["step"]) < 1):
         return None
-    matrix, rows, columns = found
-    rate_N = _namo_rate(group, state, whole(group, state["momentum_buffer"]).norm(dim=0), state["V"])
-    mean = rate_N.mean()
-    rate_N = rate_N.clamp(group["clamp"] * mean, mean / group["clamp"])
-    scale_N = (0.2 * max(rows, columns) ** 0.5 * rate_N).clamp(max=1)
-    return _one_sided(group, matrix, rows <= columns, scale_N.float())
+    momentum, mu, shard = whole(group, state["momentum_buffer"]), group["momentum"], group.get("shard")
+    momentum = momentum.to(torch.promote_types(momentum.dtype, torch.float32))
+    length = momentum.norm()
+    kappa = (1 - (mu**2 if group["nesterov"] else mu)) * (length > 0)
+    if group["muon_operator"] == "full":
+        return Derivative(lambda update: scale(update) * _newton_schulz(update, group), momentum, kappa, shard)
+    left, norm = momentum.shape[0] <= momentum.shape[1], length.clamp(min=group.get("eps") or 1e-30)
+    x = (momentum if left else momentum.t()) / norm
+    a, b, c = group["ns_coefficients"]
+    gram = x @ x.t()
+    first = a * torch.eye(len(x), dtype=x.dtype, device=x.device) + b * gram + c * (gram @ gram)
+    first = (first + first.t()) * (0.5 * kappa / norm)  # symmetric but for rounding, which is averaged out
+    scales = scale(momentum)
+    if isinstance(scales, Tensor) and scales.ndim:
+        return OneSided(first, left, shard, scales)
+    return OneSided(first * scales, left, shard)
+
+
+def _newton_schulz(update: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """NS(U) as the optimizer has it: X <- aX + (bA + cA^2)X, A = X X^T, from U / (||U||_F + eps), on the short side."""
+    a, b, c = group["ns_coefficients"]
+    tall = update.shape[0] > update.shape[1]
+    x = (update.t() if tall else update) / (update.norm() + group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.t()
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.t() if tall else x
 
 
 def _namo_rate(group: Mapping[str, Any], state: Mapping[str, Any], norm: Tensor, second: Tensor) -> Tensor:
     step = float(state["step"])
     correction = (1 - group["mu2"] ** step) ** 0.5 / (1 - group["momentum"] ** (step + 1))
-    return group["lr"] * correction * norm / (second.sqrt() + group["scale_eps"])
-
-
-def _newton_schulz(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Tensor, int, int] | None:
-    """(kappa S / ||M||_F, rows, columns) of the whole momentum M; zero where M is, None where there is none."""
-    if state.get("momentum_buffer") is None or ("step" in state and float(state["step"]) < 1):
-        return None
-    momentum = whole(group, state["momentum_buffer"])
-    rows, columns = momentum.shape
-    x = momentum.float() if rows <= columns else momentum.float().t()
-    length = x.norm()
-    norm = length.clamp(min=group.get("eps") or 1e-30)
-    x = x / norm
-    a, b, c = group["ns_coefficients"]
-    identity = torch.eye(len(x), device=x.device)
-    product = identity
-    for _ in range(group["ns_steps"] if group["muon_operator"] == "full" else 1):
-        gram = x @ x.t()
-        factor = a * identity + b * gram + c * (gram @ gram)
-        product = factor @ product
-        x = factor @ x
-    mu = group["momentum"]
-    scale = (1 - (mu**2 if group["nesterov"] else mu)) * (length > 0) / norm
-    # every S_j is a polynomial in the same Gram matrix, so the product is symmetric; rounding is averaged out
-    return (product + product.t()) * (0.5 * scale), rows, columns
-
-
-def _one_sided(group: Mapping[str, Any], matrix: Tensor, left: bool, columns: Tensor | None = None) -> OneSided:
-    return OneSided(matrix, left, group.get("shard"), columns)
+    return group["lr"] * correction * norm / (second.to(norm.dtype).sqrt() + group["scale_eps"])
 
 
 def _muon_shape_scale(group: Mapping[str, Any], rows: int, columns: int) -> float:
