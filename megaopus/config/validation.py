@@ -212,12 +212,34 @@ def _schedule(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         yield Problem("optim.decay_steps", decay, reason, f"use at most {steps - warmup}, or more train.steps")
 
 
-@RULES.reading("selection.warmup_steps", "selection.method", "selection.prescreen", "train.steps")
-def _selection_warmup(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    steps, warmup = config.train.steps, config.selection.warmup_steps
-    if config.selection.method != "uniform" and not config.selection.has_prior and warmup > steps:
-        reason = f"longer than train.steps = {steps}: nothing would ever be selected"
+@RULES.reading(
+    "selection.warmup_steps", "selection.method", "selection.prescreen", "selection.score_every", "train.steps"
+)
+def _first_scores(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    steps, selection = config.train.steps, config.selection
+    warmup, predicts = selection.warmup_steps, selection.prescreen.mode == "predict"
+    every = selection.score_every * (selection.prescreen.every if predicts else 1)
+    first = -(-warmup // every) * every
+    if selection.method != "uniform" and not selection.has_prior and first >= steps:
+        reason = f"the first scores are those of step {first}, train.steps = {steps}: nothing would ever be selected"
         yield Problem("selection.warmup_steps", warmup, reason, "use fewer, more train.steps, or selection=uniform")
+
+
+@RULES.reading("selection.method", "selection.prescreen", "selection.score_every", "optim", "train.steps")
+def _scores_with_state(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Scores of the first step alone are taken before the optimizer has any state."""
+    steps, selection, optim = config.train.steps, config.selection, config.optim
+    stateless = not optim.spec().state_under(optim.own_settings())
+    if selection.method != "opus" or selection.has_prior or selection.warmup_steps > 0 or stateless:
+        return
+    predicts = selection.prescreen.mode == "predict"
+    if selection.score_every * (selection.prescreen.every if predicts else 1) >= steps:
+        key, value = "score_every", selection.score_every
+        if value < steps:
+            key, value = "prescreen.every", selection.prescreen.every
+        reason = f"with train.steps = {steps} scores are taken in step 0 alone, when {optim.name} has no state yet:"
+        reason += " nothing would ever be selected"
+        yield Problem(f"selection.{key}", value, reason, "use fewer, more train.steps, or selection=uniform")
 
 
 @RULES.reading("selection.score_length", "data.seq_len")

@@ -182,9 +182,9 @@ class SelectionConfig:
     )
     score_length: int | None = setting(
         None,
-        min=1,
+        min=2,
         doc="Tokens of each candidate that are scored [L_score]; null: all. The proxy is never cut.",
-        hint="null scores whole sequences",
+        hint="one token predicts no other; null scores whole sequences",
     )
     score_window: str = setting(
         "first",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaopus.events import Event
 from megaopus.selection.backend import Candidates, Proxy, ScoringBackend, TextFeatures
 from megaopus.selection.candidates import Windowed, as_candidates, tensors_of
 from megaopus.selection.config import SelectionConfig, most_per_pass
@@ -45,6 +46,7 @@ class Scorer:
             entry = ESTIMATORS.find(config.estimator)
             self._estimator, self._sized = entry.make(config), entry.micro_batches
         self._checked: set[str] = set()
+        self._stateless = 0  # scorings that found no state of the optimizer
         self.micro_batch_size = config.score_micro_batch_size or 1
         self._sized_for: str | None = None
         self._notes: list[str] = []
@@ -85,7 +87,7 @@ class Scorer:
             self._find_size(share, lambda: run(self._passes()))
             return run(self._passes())
 
-        return self._method.score(
+        found = self._method.score(
             ScoringStep(
                 config=self.config,
                 backend=self.backend,
@@ -100,6 +102,18 @@ class Scorer:
                 **self._given,
             )
         )
+        return replace(found, events=tuple(map(self._if_again, found.events)))
+
+    def _if_again(self, event: Event) -> Event:
+        """``event``, or another where an optimizer has no state for the second time: others have stepped by then."""
+        if event.kind != "selection.fallback.no_optimizer_state":
+            return event
+        self._stateless += 1
+        if self._stateless == 1:
+            return event
+        text = f"the optimizer has no state at the {self._stateless}th scoring either: it takes no step (is it the one"
+        text += " that trains, unwrapped?): picked uniformly"
+        return Event("selection.fallback.optimizer_never_steps", text, scorings=self._stateless)
 
     def foresee(self, candidates: Candidates, scored: Tensor, step: int) -> list[Candidates]:
         """Say, to read ahead, whose tokens this rank needs to score the candidates at positions ``scored`` (n,)."""

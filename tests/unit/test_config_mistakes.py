@@ -176,6 +176,18 @@ COMBINED = [
         "directional",
     ),
     ("selection=opus_exact selection.warmup_steps=1001", 1, "selection.warmup_steps", "nothing would ever", "fewer"),
+    (
+        "selection=opus_exact selection.warmup_steps=1000",
+        1,
+        "selection.warmup_steps",
+        "step 1000, train.steps",
+        "fewer",
+    ),
+    (
+        "selection=opus_exact selection.warmup_steps=0 selection.score_every=1000",
+        *(1, "selection.score_every = 1000", "in step 0 alone, when adamw has no state yet", "use fewer"),
+    ),
+    ("selection=opus_exact selection.score_length=1", 1, "selection.score_length = 1", "at least 2", "predicts no"),
     ("optim.schedule=wsd optim.warmup_steps=600 optim.decay_steps=600", 1, "optim.decay_steps = 600", "1200", "400"),
     (
         "parallel.tp=2 parallel.sequence_parallel=true data.seq_len=255",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megaopus.events import Event
-from megaopus.selection.backend import Gradient
+from megaopus.selection.backend import Gradient, UpdateOperator
 from megaopus.selection.candidates import as_candidates
 from megaopus.selection.estimators.layers import require_some
 from megaopus.selection.estimators.registry import ESTIMATORS, Request
@@ -71,7 +71,38 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
         text = "the proxy gradient is not finite: picked uniformly, and the gradient was left out of its average"
         return Scores(utilities=None, events=(Event("selection.fallback.proxy_not_finite", text),))
     step.average.keep()
-    return Scores(utilities=utilities.cpu(), gram=gram)
+    utilities = utilities.cpu()
+    return Scores(utilities=utilities, gram=gram, events=_why_equal(step, utilities, operator, average))
+
+
+def _why_equal(step: ScoringStep, utilities: Tensor, operator: UpdateOperator, gradient: Gradient) -> tuple[Event, ...]:
+    """Say why utilities (n,) tell no candidate from another, where they do not; collective then."""
+    finite = utilities[utilities.isfinite()]
+    if len(finite) and bool(finite.min() < finite.max()):
+        return ()
+    backend = step.backend
+    rates = [float(group["lr"]) for each in getattr(backend, "optimizers", ()) for group in each.param_groups]
+    losses = step.sum_parts(step.measured(lambda passes: backend.losses(step.share, **passes)))
+    if events := step.lost_labels(losses):
+        return events
+    # A pipeline stage may hold weights that have no gradient: what counts is that nowhere is any.
+    found = torch.stack([_any(gradient), _any(operator.apply(gradient))]).double()
+    has_gradient, has_step = (backend.sum_over_ranks(found[:0], found)[1] > 0).tolist()
+    if rates and not any(rates):
+        text = "the learning rate is 0, so that no update changes anything: picked uniformly"
+        return (Event("selection.fallback.learning_rate_zero", text),)
+    if not has_gradient:
+        text = "the proxy gradient is 0 everywhere (are its labels masked?): picked uniformly"
+        return (Event("selection.fallback.proxy_gradient_zero", text),)
+    if not has_step:
+        text = "the optimizer's state makes a step of 0 of the proxy gradient (has it taken one with a gradient yet?):"
+        return (Event("selection.fallback.step_zero", f"{text} picked uniformly"),)
+    return ()
+
+
+def _any(gradient: Gradient) -> Tensor:
+    """() bool: whether a number of it is not 0."""
+    return torch.stack([value.any() for value in gradient.values()]).any()
 
 
 def _average(step: ScoringStep) -> tuple[Gradient, Tensor]:
