@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,8 @@ from megaopus.events import Event
 from megaopus.selection.backend import Gradient
 from megaopus.selection.candidates import as_candidates
 from megaopus.selection.estimators.layers import require_some
-from megaopus.selection.estimators.registry import ESTIMATORS, Request
+from megaopus.selection.estimators.registry import ESTIMATORS, Refining, Request
+from megaopus.selection.estimators.step_size import DROWNED
 from megaopus.selection.methods.registry import register_method
 from megaopus.selection.scoring import Scores, ScoringStep
 
@@ -52,18 +56,20 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
     step.once("some layer is scored", lambda: require_some(backend, len(estimator.uses(backend, average)), layers))
     if config.bounded:
         operator = operator.bounded(average)
-    parts, rows = step.measured(
-        lambda passes: estimator.estimate(
-            Request(
-                backend=backend,
-                candidates=step.share,
-                operator=operator,
-                proxy_gradient=average,
-                keep_updates=config.redundancy > 0,
-                **passes,
-            )
+
+    def request(passes: Mapping[str, Any]) -> Request:
+        return Request(
+            backend=backend,
+            candidates=step.share,
+            operator=operator,
+            proxy_gradient=average,
+            keep_updates=config.redundancy > 0,
+            **passes,
         )
-    )
+
+    parts, rows = step.measured(lambda passes: estimator.estimate(request(passes)))
+    if isinstance(estimator, Refining):
+        parts = step.measured(lambda passes: estimator.refine(request(passes), parts, step.step))
     # A stage or shard may be the only one to see a bad gradient: the word travels with the utilities.
     utilities, count = backend.sum_over_ranks(parts, bad.double().view(1))
     gram = None if rows is None else _gram(step, rows)
@@ -71,7 +77,17 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
         text = "the proxy gradient is not finite: picked uniformly, and the gradient was left out of its average"
         return Scores(utilities=None, events=(Event("selection.fallback.proxy_not_finite", text),))
     step.average.keep()
-    return Scores(utilities=utilities.cpu(), gram=gram)
+    precision = estimator.signal_to_rounding(utilities) if isinstance(estimator, Refining) else None
+    events = _drowned(precision)
+    return Scores(utilities=utilities.cpu(), gram=gram, signal_to_rounding=precision, events=events)
+
+
+def _drowned(precision: float | None) -> tuple[Event, ...]:
+    if precision is None or precision >= DROWNED:
+        return ()
+    text = f"utilities spread by only {precision:.2g} times what rounding makes of them, so that picks are noise to a"
+    text += " good part: use estimator=adjoint, which takes no difference of losses, or more tokens (score_length)"
+    return (Event("selection.rounding", text, signal_to_rounding=precision, level=DROWNED),)
 
 
 def _average(step: ScoringStep) -> tuple[Gradient, Tensor]:
