@@ -23,9 +23,11 @@ DROWNED = 5.0
 """Signal over rounding below which ranks are noise to a good part: Spearman with the oracle was .97 there."""
 _TOLERANCE = 0.2
 """Share of the differences that may change when the step is halved, before other steps are tried."""
-_WORSE = 1.5
-"""A step whose share is that many times the best one's ends the search: halving doubles the share of rounding."""
-_MOST_HALVINGS = 12
+_RISE = 1.5
+"""Growth of that share by which rounding is known: each halving doubles its part."""
+_RISES_DOWN = 3
+"""In a row, after which smaller steps are no better; one would be chance where the loss turns several times."""
+_MOST_LEVELS = 12
 _LARGEST_POWER = 64
 
 
@@ -44,15 +46,18 @@ def step_size(backend: ScoringBackend, direction: Gradient, gradient: Gradient, 
     ``gradient``: of the proxy's loss. A power of two, since ranks and layouts round the change to other last bits; the
     same on every rank. 1 where there is no change to go by. Collective.
     """
-    change = abs(_predicted_change(backend, direction, gradient))
+    change = abs(predicted_change(backend, direction, gradient))
     if not 0 < change < math.inf:
         return 1.0
     power = round(math.log2(NATS[backend.computes_in_16_bits] / change)) + level
     return 2.0 ** max(-_LARGEST_POWER, min(_LARGEST_POWER, power))
 
 
-def _predicted_change(backend: ScoringBackend, direction: Gradient, gradient: Gradient) -> float:
-    """<direction, gradient> over the whole model, rank 0's on every rank."""
+def predicted_change(backend: ScoringBackend, direction: Gradient, gradient: Gradient) -> float:
+    """<direction, gradient> over the whole model, each weight once: by how much a loss changes along it, in nats.
+
+    Rank 0's on every rank. Collective.
+    """
     counts: Callable[[str], bool] = getattr(backend, "counts", lambda name: True)  # version 0.1 had no such method
     products = [(direction[name] * gradient[name]).sum(dtype=torch.float64) for name in direction if counts(name)]
     start = torch.zeros(1, dtype=torch.float64, device=backend.device)
@@ -83,11 +88,12 @@ def judge(differences: Callable[[int], Tensor], sides: str, *, search: bool) -> 
 
     if not math.isfinite(share(0)):
         return None
-    for way in (-1, 1) if search else ():
-        level, latest = 0, shares[0][0]
-        while shares[best()][0] > _TOLERANCE and latest <= _WORSE * shares[best()][0] and abs(level) < _MOST_HALVINGS:
-            level += way
+    for way, most in ((-1, _RISES_DOWN), (1, 1)) if search else ():
+        level, rises, latest = 0, 0, shares[0][0]
+        while shares[best()][0] > _TOLERANCE and rises < most and abs(level) < _MOST_LEVELS:
+            level, before = level + way, latest
             latest = share(level)
+            rises = rises + 1 if latest > _RISE * before else 0
     # each loss is rounded by itself: variances 5/2 of one loss's against the 1/2 of a central difference, 6 against 2
     return Judgement(best(), shares[best()][1] / (5.0 if sides == "central" else 3.0) ** 0.5)
 
