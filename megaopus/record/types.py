@@ -191,6 +191,14 @@ class SelectionRecord:
     max_p_ratio: float = field(
         metadata=metric("", "Largest probability over the uniform one.", wandb="selection/max_p_ratio")
     )
+    signal_to_rounding: float | None = field(
+        default=None,
+        metadata=metric(
+            "",
+            "Spread of the utilities over the error of each; null: not measured.",
+            wandb="selection/signal_to_rounding",
+        ),
+    )
     events: list[Event] = field(
         default_factory=list,
         metadata=metric("", "What went another way than asked; see [events](#events).", wandb="selection/events"),

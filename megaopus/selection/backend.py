@@ -151,6 +151,12 @@ class ScoringBackend(Protocol):
     def computes_in_16_bits(self) -> bool:
         """Return whether forward passes see weights rounded to 16 bits, by autocast or as they are kept."""
 
+    def counts(self, name: str) -> bool:
+        """Return whether, of the ranks that hold the same numbers of a weight, this is the one to count them.
+
+        Data-parallel ranks all count.
+        """
+
     def parameters(self) -> dict[str, Tensor]:
         """The weights the optimizer updates (main weights under mixed precision), in a stable order."""
 

@@ -14,7 +14,7 @@ from megaopus.events import Event
 from megaopus.selection.backend import Candidates, Proxy, ScoringBackend, TextFeatures
 from megaopus.selection.candidates import Windowed, as_candidates, tensors_of
 from megaopus.selection.config import SelectionConfig, most_per_pass
-from megaopus.selection.estimators.registry import ESTIMATORS
+from megaopus.selection.estimators.registry import ESTIMATORS, Refining
 from megaopus.selection.memory import find_micro_batch_size
 from megaopus.selection.methods.registry import METHODS, UNIFORM
 from megaopus.selection.proxy import ProxyGradient
@@ -57,10 +57,13 @@ class Scorer:
         return notes
 
     def state_dict(self) -> dict[str, Any]:
-        """The running proxy gradient (``ProxyGradient.state_dict``) and the micro-batch size found; empty before."""
+        """The running proxy gradient (``ProxyGradient.state_dict``), the micro-batch size found and the estimator's
+        state; empty before."""
         state = self._average.state_dict()
         if self._sized_for is not None:
             state |= {"micro_batch_size": self.micro_batch_size, "sized_for": self._sized_for}
+        if isinstance(self._estimator, Refining) and (found := self._estimator.state_dict()):
+            state["estimator"] = found
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -69,6 +72,8 @@ class Scorer:
         A micro-batch size found under other settings, or on another number of data-parallel ranks, is found anew.
         """
         self._average.load_state_dict(state)
+        if isinstance(self._estimator, Refining):
+            self._estimator.load_state_dict(state.get("estimator", {}))
         if self.config.score_micro_batch_size is None:
             self.micro_batch_size, self._sized_for = state.get("micro_batch_size", 1), state.get("sized_for")
 

@@ -255,7 +255,11 @@ class Selector:
         """``events`` without those that go on as they were said before."""
         found = []
         for event in events:
-            going_on = {"selection.cap_lifted": event.facts.get("cap"), "selection.practically_uniform": ""}
+            going_on = {
+                "selection.cap_lifted": event.facts.get("cap"),
+                "selection.practically_uniform": "",
+                "selection.rounding": "",
+            }
             if event.kind in going_on:
                 name = f"{event.kind} {going_on[event.kind]}"
                 if name in self._said:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import itemgetter
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient, Shard, UpdateOperator
 from megaopus.selection.candidates import map_tensors, tensors_of
@@ -54,6 +56,7 @@ class ModuleBackend(OldBackendNames):
         self.micro_batch_size = micro_batch_size
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
+        self._saw_16_bits: bool | None = None
         if example is not None:
             with self.scoring(), torch.no_grad():
                 self._losses(self.model, example)
@@ -74,10 +77,21 @@ class ModuleBackend(OldBackendNames):
 
     @property
     def computes_in_16_bits(self) -> bool:
-        """Return whether passes see weights rounded to 16 bits: by autocast around the loop, or as they are kept."""
-        return torch.is_autocast_enabled(self.device.type) or any(
-            p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in self.module.parameters()
-        )
+        """Return whether passes see weights rounded to 16 bits: by autocast, or as they are kept.
+
+        Autocast around the loop is seen at once, that inside the model's forward or the loss in the first pass.
+        """
+        low = (p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in self.module.parameters())
+        return torch.is_autocast_enabled(self.device.type) or bool(self._saw_16_bits) or any(low)
+
+    @property
+    def unobserved(self) -> bool:
+        """Return whether no pass was made that shows what the model computes in."""
+        return self._saw_16_bits is None
+
+    def counts(self, name: str) -> bool:
+        """Every rank has a model of its own."""
+        return True
 
     def parameters(self) -> dict[str, Tensor]:
         """The trainable weights that an optimizer holds, in the module's order; a tied weight appears once."""
@@ -293,14 +307,23 @@ class ModuleBackend(OldBackendNames):
 
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
         batch = self._place(batch)
-        losses = self.loss(model, batch)
         count = len(next(tensors_of(batch)))
+        if self._saw_16_bits is None and count:
+            self._observe(map_tensors(batch, itemgetter(slice(0, 1))))
+        losses = self.loss(model, batch)
         if losses.shape != (count,):
             raise ValueError(
                 f"the per-sequence loss returned shape {tuple(losses.shape)} for {count} sequences:"
                 f" it must return ({count},), the mean token loss of each"
             )
         return losses
+
+    def _observe(self, sequence: Batch) -> None:
+        """Find out by a pass of one sequence whether anything is computed in 16 bits."""
+        # Code first met inside a dispatch mode is never compiled after, unless compilation is off there.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _Results() as results:
+            self.loss(self.module, sequence)
+        self._saw_16_bits = results.low
 
     def _place(self, batch: Batch) -> Batch:
         device = self.device
@@ -310,6 +333,17 @@ class ModuleBackend(OldBackendNames):
     def device(self) -> torch.device:
         """Return where the model computes."""
         return next(self.module.parameters()).device
+
+
+class _Results(TorchDispatchMode):
+    """Context manager: ``low`` is whether an operation inside made floating-point numbers of 16 bits."""
+
+    low = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        self.low |= any(each.dtype in (torch.bfloat16, torch.float16) for each in tensors_of(result))
+        return result
 
 
 class _LossModule(nn.Module):

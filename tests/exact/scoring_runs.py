@@ -14,6 +14,7 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.selection import Scores, SelectionConfig, Selector
 from megaopus.selection.estimators.registry import ESTIMATORS
+from megaopus.selection.estimators.step_size import predicted_change, step_size
 from megaopus.selection.methods.registry import METHODS
 from tests.harness import MODELS, example, random_batch, tiny_engine
 
@@ -124,6 +125,14 @@ def proxy_loss(engine: Any) -> float:
     return Selector(config, backend, num_selected=6, proxy=lambda step: random_batch(4, 700 + step), seed=7).proxy_loss(
         2
     )
+
+
+def step_of_differences(engine: Any) -> tuple[float, float]:
+    """(the change of the proxy's loss that an optimizer step predicts, the step that directional scoring takes)."""
+    backend = engine.scoring_backend()
+    gradient = backend.gradient(random_batch(4, 702))
+    direction = backend.operator().bounded(gradient).transposed().apply(gradient)
+    return predicted_change(backend, direction, gradient), step_size(backend, direction, gradient)
 
 
 def served(engine: Any, names: Iterable[str] = SETTINGS) -> list[str]:

@@ -27,6 +27,7 @@ from tests.exact.scoring_runs import (
     select,
     select_each,
     served,
+    step_of_differences,
     trained,
 )
 from tests.harness import MODELS, example, random_batch, state_of, tiny_engine
@@ -56,7 +57,8 @@ def select_layout(layout: str) -> dict[Any, Any]:
                 found[case], found["traces", case] = select_and_go_on(mesh, case, parallel)
             elif layout in CROSSED:
                 found[case] = select_each(trained(mesh, case, parallel), SOME_SETTINGS)
-        found["proxy loss"] = proxy_loss(trained(mesh, EVERY_SETTING[0], parallel))
+        engine = trained(mesh, EVERY_SETTING[0], parallel)
+        found["proxy loss"], found["step"] = proxy_loss(engine), step_of_differences(engine)
         if layout not in PRODUCTS:
             found["faults"] = select_with_faults(mesh, parallel)
         if layout in DROPOUT:
@@ -92,6 +94,15 @@ def test_picks_and_utilities_are_those_of_one_process(layout: str, ranks: Jobs[s
 def test_the_proxy_loss_is_that_of_one_process(layout: str, ranks: Jobs[str], one_process: dict) -> None:
     for found in ranks[layout]:
         assert found["proxy loss"] == pytest.approx(one_process["proxy loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_step_of_differences_is_that_of_one_process(layout: str, ranks: Jobs[str], one_process: dict) -> None:
+    """Each weight counts once, whoever holds it: split, replicated or tied between stages."""
+    change, epsilon = one_process["step"]
+    assert change > 0
+    for found in ranks[layout]:
+        assert found["step"] == (pytest.approx(change, rel=1e-4), epsilon)
 
 
 def assert_same_picks(ranks: list[dict[str, Picks]], expected: dict[str, Picks], case: object) -> None:

@@ -92,9 +92,10 @@ class Everywhere(ModuleBackend):
 
 @pytest.mark.parametrize(("cls", "factor"), [(Scaled, 2), (Everywhere, 3)])
 def test_members_that_a_subclass_overrides_are_not_passed_over(cls: type[ModuleBackend], factor: int) -> None:
-    expected = make(make_backend(), proxy_ema=0.0).select(batch(0), 0)
+    settings = {"proxy_ema": 0.0, "epsilon": 0.25}
+    expected = make(make_backend(), **settings).select(batch(0), 0)
     with pytest.warns(DeprecationWarning, match=f"{cls.__name__}\\."):
-        found = make(make_backend(cls=cls), proxy_ema=0.0).select(batch(0), 0)
+        found = make(make_backend(cls=cls), **settings).select(batch(0), 0)
     torch.testing.assert_close(found.utilities, factor * expected.utilities)
 
 

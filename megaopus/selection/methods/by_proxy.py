@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,8 @@ from megaopus.events import Event
 from megaopus.selection.backend import Gradient, UpdateOperator
 from megaopus.selection.candidates import as_candidates
 from megaopus.selection.estimators.layers import require_some
-from megaopus.selection.estimators.registry import ESTIMATORS, Request
+from megaopus.selection.estimators.registry import ESTIMATORS, Refining, Request
+from megaopus.selection.estimators.step_size import DROWNED
 from megaopus.selection.methods.registry import register_method
 from megaopus.selection.scoring import Scores, ScoringStep
 
@@ -52,18 +56,20 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
     step.once("some layer is scored", lambda: require_some(backend, len(estimator.uses(backend, average)), layers))
     if config.bounded:
         operator = operator.bounded(average)
-    parts, rows = step.measured(
-        lambda passes: estimator.estimate(
-            Request(
-                backend=backend,
-                candidates=step.share,
-                operator=operator,
-                proxy_gradient=average,
-                keep_updates=config.redundancy > 0,
-                **passes,
-            )
+
+    def request(passes: Mapping[str, Any]) -> Request:
+        return Request(
+            backend=backend,
+            candidates=step.share,
+            operator=operator,
+            proxy_gradient=average,
+            keep_updates=config.redundancy > 0,
+            **passes,
         )
-    )
+
+    parts, rows = step.measured(lambda passes: estimator.estimate(request(passes)))
+    if isinstance(estimator, Refining):
+        parts = step.measured(lambda passes: estimator.refine(request(passes), parts, step.step))
     # A stage or shard may be the only one to see a bad gradient: the word travels with the utilities.
     utilities, count = backend.sum_over_ranks(parts, bad.double().view(1))
     gram = None if rows is None else _gram(step, rows)
@@ -72,7 +78,9 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
         return Scores(utilities=None, events=(Event("selection.fallback.proxy_not_finite", text),))
     step.average.keep()
     utilities = utilities.cpu()
-    return Scores(utilities=utilities, gram=gram, events=_why_equal(step, utilities, operator, average))
+    precision = estimator.signal_to_rounding(utilities) if isinstance(estimator, Refining) else None
+    events = _why_equal(step, utilities, operator, average) or _drowned(precision)
+    return Scores(utilities=utilities, gram=gram, signal_to_rounding=precision, events=events)
 
 
 def _why_equal(step: ScoringStep, utilities: Tensor, operator: UpdateOperator, gradient: Gradient) -> tuple[Event, ...]:
@@ -103,6 +111,14 @@ def _why_equal(step: ScoringStep, utilities: Tensor, operator: UpdateOperator, g
 def _any(gradient: Gradient) -> Tensor:
     """() bool: whether a number of it is not 0."""
     return torch.stack([value.any() for value in gradient.values()]).any()
+
+
+def _drowned(precision: float | None) -> tuple[Event, ...]:
+    if precision is None or precision >= DROWNED:
+        return ()
+    text = f"utilities spread by only {precision:.2g} times what rounding makes of them, so that picks are noise to a"
+    text += " good part: use estimator=adjoint, which takes no difference of losses, or more tokens (score_length)"
+    return (Event("selection.rounding", text, signal_to_rounding=precision, level=DROWNED),)
 
 
 def _average(step: ScoringStep) -> tuple[Gradient, Tensor]:
