@@ -128,10 +128,9 @@ class Engine(ABC):
 
     @abstractmethod
     def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
-        """Mean gradient of a global batch, dropout off, by whole-model name; fp32, the same on every dp rank.
+        """Mean gradient of a batch of any size, dropout off, by whole-model name; fp32, the same on every dp rank.
 
-        ``length``: positions of each sequence from its start; None: all. Raises ValueError if ``batch`` cannot be split
-        evenly over the dp ranks.
+        ``length``: positions of each sequence from its start; None: all.
         """
 
     @abstractmethod

@@ -8,31 +8,25 @@ import torch
 from torch import Tensor
 
 from megaopus.distributed.mesh import Mesh
+from megaopus.selection.candidates import even_share
 
 
-def data_parallel_share(num: int, mesh: Mesh) -> Tensor:
-    """(num / dp,) rows of a global batch of ``num`` sequences that this data-parallel rank works on.
+def training_share(num: int, mesh: Mesh, micro_batch_size: int) -> Tensor:
+    """(num / dp,) rows of a global batch of ``num`` sequences that this data-parallel rank trains on.
 
-    Raises ValueError if they cannot be split evenly.
+    Raises ValueError if they cannot be split evenly, or do not fall into micro-batches.
     """
     dp = mesh.shape.dp
     if num % dp:
         raise ValueError(f"{num} sequences cannot be split evenly over {dp} data-parallel ranks")
-    return torch.arange(num).view(dp, -1)[mesh.dp_rank]
-
-
-def training_share(num: int, mesh: Mesh, micro_batch_size: int) -> Tensor:
-    """As ``data_parallel_share``; raises ValueError if it does not fall into micro-batches either."""
-    share = data_parallel_share(num, mesh)
-    if len(share) % micro_batch_size:
-        raise ValueError(f"{len(share)} sequences per rank are not a multiple of {micro_batch_size} per micro-batch")
-    return share
+    if num // dp % micro_batch_size:
+        raise ValueError(f"{num // dp} sequences per rank are not a multiple of {micro_batch_size} per micro-batch")
+    return even_share(num, dp, mesh.dp_rank)[0]
 
 
 def padded_share(num: int, mesh: Mesh, unit: int) -> Tensor:
     """This rank's rows of ``num`` sequences filled up, with copies of the last, to a multiple of dp x ``unit``."""
-    multiple = mesh.shape.dp * unit
-    return data_parallel_share(-(-num // multiple) * multiple, mesh).clamp(max=num - 1)
+    return even_share(num, mesh.shape.dp, mesh.dp_rank, unit)[0]
 
 
 def seed_dropout(mesh: Mesh, seed: int, step: int) -> None:

@@ -141,7 +141,7 @@ class ScoringBackend(Protocol):
 
     @property
     def multiple(self) -> int:
-        """Candidates are scored in multiples of this many at a time."""
+        """Candidates are scored in multiples of this many at a time, over all ranks; copies fill the last one up."""
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaopus.events import Event
 from megaopus.selection.backend import Candidates, Proxy, ScoringBackend, TextFeatures
-from megaopus.selection.candidates import Windowed, as_candidates, tensors_of
+from megaopus.selection.candidates import Windowed, as_candidates, even_share, tensors_of
 from megaopus.selection.config import SelectionConfig, most_per_pass
 from megaopus.selection.estimators.registry import ESTIMATORS, Refining
 from megaopus.selection.memory import find_micro_batch_size
@@ -80,11 +80,10 @@ class Scorer:
     def score(self, buffer: Candidates, step: int) -> Scores:
         """Scores of the whole buffer of n candidates, on the CPU and the same on every rank.
 
-        Each data-parallel rank scores its contiguous n / ranks of the buffer.
+        Each data-parallel rank scores its contiguous share of the buffer (``even_share``).
         """
         assert self._method is not None  # nothing is scored by method uniform
-        count = len(buffer) // self.backend.world_size
-        share = buffer.take(torch.arange(count) + self.backend.rank * count)
+        share = buffer.take(self._rows(len(buffer)))
         if self.config.score_window != "first":
             share = Windowed(share, self.config.score_window, self._seed, step)
 
@@ -107,6 +106,7 @@ class Scorer:
                 **self._given,
             )
         )
+        found = _first(found, len(buffer))
         return replace(found, events=tuple(map(self._if_again, found.events)))
 
     def _if_again(self, event: Event) -> Event:
@@ -124,14 +124,17 @@ class Scorer:
         """Say, to read ahead, whose tokens this rank needs to score the candidates at positions ``scored`` (n,)."""
         if not len(scored) or self._method is None or not (self._method.by_estimator or self._method.micro_batches):
             return []
-        ranks, rank = self.backend.world_size, self.backend.rank
-        share = (len(scored) + -len(scored) % self.backend.multiple) // ranks
-        found = [candidates.take(scored[rank * share : (rank + 1) * share])]
+        found = [candidates.take(scored[self._rows(len(scored))])]
         if self.config.needs_proxy and step % self.config.proxy_every == 0:
             batches = [self._given["proxy"], self._given["pool"] if self.config.contrast else None]
             for batch in (as_candidates(each(step), step) for each in batches if each is not None):
-                found.append(batch.take(torch.arange(len(batch)).tensor_split(ranks)[rank]))
+                found.append(batch.take(self._rows(len(batch))))
         return found
+
+    def _rows(self, count: int) -> Tensor:
+        """Of ``count`` sequences those that this data-parallel rank works on (m,)."""
+        backend = self.backend
+        return even_share(count, backend.world_size, backend.rank, backend.multiple // backend.world_size)[0]
 
     def _once(self, name: str, check: Callable[[], None]) -> None:
         if name not in self._checked:
@@ -163,6 +166,16 @@ class Scorer:
         votes = torch.zeros(64, dtype=torch.float64, device=self.backend.device)
         votes[value] = 1
         return int(self.backend.sum_over_ranks(votes[:0], votes)[1].nonzero()[0])
+
+
+def _first(scores: Scores, count: int) -> Scores:
+    """Leave out the copies with which the shares were filled up."""
+    return replace(
+        scores,
+        utilities=None if scores.utilities is None else scores.utilities[:count],
+        gram=None if scores.gram is None else scores.gram[:count, :count],
+        columns={name: values[:count] for name, values in scores.columns.items()},
+    )
 
 
 def _settings(config: SelectionConfig) -> str:

@@ -43,7 +43,8 @@ class ScoringStep:
     buffer: Candidates
     """Everyone that is scored, n candidates."""
     share: Candidates
-    """Those that this data-parallel rank scores, cut to the window of ``score_window``."""
+    """The m that this data-parallel rank scores, cut to the window of ``score_window``; m is the same on every rank:
+    where n does not divide, the last ranks have copies of the last candidate at the end."""
     proxy: Proxy | None
     pool: Proxy | None
     wanted: Callable[[Candidates], Tensor] | None
@@ -69,5 +70,5 @@ class ScoringStep:
         return (Event("selection.fallback.no_scored_label", text, score_length=self.config.score_length),)
 
     def sum_parts(self, parts: Tensor) -> Tensor:
-        """(n / ranks,) float64 parts of this rank's share -> (n,) for the buffer, on the CPU. Collective."""
-        return self.backend.sum_over_ranks(parts, parts.new_zeros(1))[0].cpu()
+        """(m,) float64 parts of this rank's share -> (n,) for the buffer, on the CPU. Collective."""
+        return self.backend.sum_over_ranks(parts, parts.new_zeros(1))[0][: len(self.buffer)].cpu()

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient, Shard, UpdateOperator
-from megaopus.selection.candidates import map_tensors, tensors_of
+from megaopus.selection.candidates import even_share, map_tensors, tensors_of
 from megaopus.selection.estimators.ghost import GhostCapture
 from megaopus.selection.old_names import OldBackendNames
 from megaopus.selection.operators.build import held_by, operator_of
@@ -72,7 +72,7 @@ class ModuleBackend(OldBackendNames):
 
     @property
     def multiple(self) -> int:
-        """Every rank scores as many as the others."""
+        """Every rank scores as many as the others, in any number."""
         return self.world_size
 
     @property
@@ -117,12 +117,13 @@ class ModuleBackend(OldBackendNames):
     def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
         """Gradient of the mean loss over the whole proxy batch, the same on every rank; no ``p.grad`` is touched.
 
-        Each rank takes a contiguous share; every sequence has the same weight even where the shares differ in size.
+        Each rank takes a contiguous share; every sequence has the same weight even where a rank has fewer, or none.
         """
         parameters = self.parameters()
         tensors = list(parameters.values())
         total = [torch.zeros_like(tensor) for tensor in tensors]
-        share = torch.arange(len(proxy)).tensor_split(self.world_size)[self.rank]
+        rows, weights = even_share(len(proxy), self.world_size, self.rank)
+        share = rows[weights > 0]
         with self.scoring(), torch.enable_grad():
             for chunk in share.split(self.micro_batch_size) if len(share) else ():
                 losses = self._losses(self.model, proxy.take(chunk).batch(length))

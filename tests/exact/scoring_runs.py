@@ -95,21 +95,21 @@ class ShowingGram(Selector):
         return found
 
 
-def select(engine: Any, **settings: Any) -> Picks:
+def select(engine: Any, candidates: int = 16, proxies: int = 4, **settings: Any) -> Picks:
     """Step 2 of a selector of its own, and step 3 where the proxy gradient's average goes on from one to the next."""
     config = SelectionConfig(**{**COMMON, **settings})
     selector = ShowingGram(
         config,
         engine.scoring_backend(),
         num_selected=6,
-        proxy=lambda step: random_batch(4, 700 + step),
+        proxy=lambda step: random_batch(proxies, 700 + step),
         seed=7,
         wanted=lambda buffer: buffer.ids % 3 == 0,
     )
     steps = (2, 3) if config.needs_proxy and config.proxy_ema > 0 else (2,)
     found: Picks = []
     for step in steps:
-        selection = selector.select(random_batch(16, step), step)
+        selection = selector.select(random_batch(candidates, step), step)
         assert selection.method == config.method
         assert not selection.events
         values = [value for value in (selection.utilities, selector.gram) if value is not None]
@@ -118,13 +118,19 @@ def select(engine: Any, **settings: Any) -> Picks:
     return found
 
 
-def proxy_loss(engine: Any) -> float:
-    """Return what the check of predictions measures."""
-    config = SelectionConfig(**COMMON)
-    backend = engine.scoring_backend()
-    return Selector(config, backend, num_selected=6, proxy=lambda step: random_batch(4, 700 + step), seed=7).proxy_loss(
-        2
-    )
+def select_uneven(engine: Any) -> dict[str, Picks]:
+    """Numbers of candidates and proxy sequences that divide over no ranks; some ranks have none of the latter."""
+    sizes = {"directional": 3, "adjoint": 1, "mid_ppl": 3}
+    return {name: select(engine, 13, proxies, **SETTINGS[name]) for name, proxies in sizes.items()}
+
+
+def proxy_loss(engine: Any) -> list[float]:
+    """Return what the check of predictions measures, of four proxy sequences and of one."""
+    config, backend = SelectionConfig(**COMMON), engine.scoring_backend()
+    return [
+        Selector(config, backend, num_selected=6, proxy=lambda step: random_batch(size, step), seed=7).proxy_loss(2)
+        for size in (4, 1)
+    ]
 
 
 def step_of_differences(engine: Any) -> tuple[float, float]:

@@ -26,6 +26,7 @@ from tests.exact.scoring_runs import (
     same_picks,
     select,
     select_each,
+    select_uneven,
     served,
     step_of_differences,
     trained,
@@ -45,6 +46,8 @@ CROSSED = ("one", "dp2", "tp2", "pp2", "cp2", "dp2-distributed-optimizer")
 """Where the other two cases are compared as well, by some settings."""
 DROPOUT = ("one", "tp2", "pp2", "cp2")
 ESTIMATORS = [name for name, settings in SETTINGS.items() if "method" not in settings]
+UNEVEN = tuple(name for name, (size, each) in LAYOUTS.items() if size > each.model_ranks or each.vpp > 1)
+"""Where not any number can be shared evenly: among data-parallel ranks, in micro-batches of virtual stages."""
 RECOMPUTE = ("one", "pp2", "pp2-vpp2")
 
 
@@ -59,6 +62,8 @@ def select_layout(layout: str) -> dict[Any, Any]:
                 found[case] = select_each(trained(mesh, case, parallel), SOME_SETTINGS)
         engine = trained(mesh, EVERY_SETTING[0], parallel)
         found["proxy loss"], found["step"] = proxy_loss(engine), step_of_differences(engine)
+        if layout in ("one", *UNEVEN):
+            found["uneven"] = select_uneven(engine)
         if layout not in PRODUCTS:
             found["faults"] = select_with_faults(mesh, parallel)
         if layout in DROPOUT:
@@ -88,6 +93,13 @@ def test_picks_and_utilities_are_those_of_one_process(layout: str, ranks: Jobs[s
     for case in CASES:
         if case in ranks[layout][0]:
             assert_same_picks([found[case] for found in ranks[layout]], one_process[case], case)
+
+
+@pytest.mark.parametrize("layout", UNEVEN)
+def test_candidates_and_proxies_that_do_not_divide_over_the_ranks(
+    layout: str, ranks: Jobs[str], one_process: dict
+) -> None:
+    assert_same_picks([found["uneven"] for found in ranks[layout]], one_process["uneven"], "uneven")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -140,6 +140,6 @@ def _gram(step: ScoringStep, rows: dict[str, Tensor]) -> Tensor:
     backend, size = step.backend, len(step.buffer)
     total = torch.zeros(size, size, dtype=torch.float64, device=backend.device)
     for value in backend.sum_over_model(rows, "gradient").values():
-        whole = backend.gather_candidates(value).double()
+        whole = backend.gather_candidates(value)[:size].double()
         total += whole @ whole.t()
     return backend.sum_over_model({"": total}, "stages")[""].cpu()
