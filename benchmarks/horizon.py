@@ -69,7 +69,7 @@ class State:
 def utilities(trainer: Trainer, data: RunData, overrides: Sequence[str], contrast: bool) -> dict[str, float]:
     """Mean utility of each domain among ``CANDIDATES`` of the pool, z-scored."""
     more = (f"selection.contrast={str(contrast).lower()}", f"selection.proxy_batch_size={PROXY}")
-    once = ("selection.proxy_ema=0", "selection.warmup_steps=0", "selection.guards.exposure_cap=0")
+    once = ("selection.proxy_half_life=0", "selection.warmup_steps=0", "selection.guards.exposure_cap=0")
     config = compose([*overrides, "selection=opus_exact", *more, *once]).selection
     proxy, others = (
         CandidateStream(sequences, PROXY, 1, f"horizon {name}").at

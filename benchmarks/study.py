@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from benchmarks.common import CLOCKS, ROOT, interleaved
 from megaopus.cli.demo import picked_share
-from megaopus.config.aliases import former
+from megaopus.config.aliases import former_settings
 from megaopus.config.compose import compose
 from megaopus.config.run_config import differences
 from megaopus.data.corpus import Corpus
@@ -94,7 +94,8 @@ def task(title: str, path: str, overrides: Sequence[str], fields: Mapping[str, A
 @cache
 def _digest(overrides: tuple[str, ...]) -> str:
     """Of the settings that differ from their defaults: a new one, or a new name, leaves older runs' rows valid."""
-    config = {former(name): value for name, (value, _) in differences(compose(list(overrides))).items()}
+    composed = compose(list(overrides))
+    config = former_settings({name: value for name, (value, _) in differences(composed).items()}, composed)
     for name in ("run_dir", *(f"data.{path}" for path in ("path", "proxy_path", "validation_path", "traits_path"))):
         config.pop(name, None)
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]

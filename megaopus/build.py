@@ -14,7 +14,7 @@ from rich.console import Console as RichConsole
 
 from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate, set_aside, temporary_checkpoints
 from megaopus.config.parse import to_yaml
-from megaopus.config.resume_policy import Change, changes, check_identity, refuse_unallowed
+from megaopus.config.resume_policy import Change, changes, check_identity, continued_half_life, refuse_unallowed
 from megaopus.config.run_config import RunConfig, default_settings
 from megaopus.data.corpus import Corpus
 from megaopus.data.mixture import continued_weights
@@ -81,6 +81,9 @@ def _locked(run_dir: Path, mesh: Mesh) -> Iterator[None]:
 def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> int:
     run_dir = Path(config.run_dir)
     checkpoint = locate(config.resume, run_dir, mesh)
+    decay, told = None, ""
+    if checkpoint is not None and checkpoint.own:
+        decay, told = continued_half_life(checkpoint.state["config"], config)
     if checkpoint is not None:
         before = checkpoint.state["config"].get("data", {}).get("weights", [])
         config.data.weights = continued_weights(before, config.data.weights, checkpoint.step)
@@ -95,6 +98,8 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
     vocab_size = _vocab_size(config)
     tight = on_rank_0(mesh, lambda: _check_room(config, vocab_size, identity["precision"], checkpoint))
     trainer = build_trainer(config, mesh, data, stop, timers)
+    if decay is not None:
+        trainer.config["selection"]["proxy_ema"] = decay
     if checkpoint is not None:
         trainer.restore(checkpoint)
     old_record = on_rank_0(mesh, lambda: _begin(config, run_dir, mesh, checkpoint, identity["corpus"]))
@@ -111,7 +116,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
     try:
         if old_record is not None:
             monitor.note(f"{run_dir} has no checkpoint of its own: the record that lay there is now in {old_record}")
-        for line in [*_resumed(checkpoint, changed), *tight]:
+        for line in [*_resumed(checkpoint, changed), *filter(None, [told]), *tight]:
             monitor.note(line)
         monitor.note(start_line(config, mesh.shape, mesh.device.type, identity["precision"], data.summary()))
         reason = trainer.run(monitor)

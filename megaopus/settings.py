@@ -313,6 +313,44 @@ def did_you_mean(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str:
     return f"did you mean {close[0]}? " if close else ""
 
 
+def replaced(
+    old: str, new: str, to_new: Callable[[Any, Any], Any], to_old: Callable[[Any], Any]
+) -> Callable[[type[Section]], type[Section]]:
+    """Keep a section's setting that is now measured otherwise: keyword and attribute ``old`` warn of ``new``.
+
+    ``to_new(section, value)``: what the old value is now, beside the section's other settings; ``to_old(section)``.
+    """
+
+    def warn(cls: type) -> None:
+        warnings.warn(f"{cls.__name__}.{old} is now {cls.__name__}.{new}", DeprecationWarning, stacklevel=3)
+
+    def decorate(cls: type[Section]) -> type[Section]:
+        made = cls.__init__
+
+        @functools.wraps(made)
+        def __init__(self: Any, **values: Any) -> None:
+            given = old in values
+            value = values.pop(old, None)
+            made(self, **values)  # dataclasses.replace gives the new name as well
+            if given:
+                warn(cls)
+                setattr(self, new, to_new(self, value))
+
+        def get(self: Any) -> Any:
+            warn(cls)
+            return to_old(self)
+
+        def put(self: Any, value: Any) -> None:
+            warn(cls)
+            setattr(self, new, to_new(self, value))
+
+        cls.__init__ = __init__  # type: ignore[method-assign]
+        setattr(cls, old, property(get, put))
+        return cls
+
+    return decorate
+
+
 def renamed(**names: str) -> Callable[[type[Section]], type[Section]]:
     """Keep old names (old=new) of a section's settings for one release: keyword and attribute warn of the new one."""
 

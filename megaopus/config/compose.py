@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from megaopus.config.aliases import current_override, with_old_names
+from megaopus.config.aliases import CONVERTED, current_override, with_old_names, without_presets
 from megaopus.config.length import set_steps
 from megaopus.config.parse import Issues, typed
 from megaopus.config.run_config import SETTINGS, RunConfig, flat, settings_under
@@ -134,7 +134,7 @@ def _acceptable(text: str, groups: dict[str, list[str]], issues: Issues) -> bool
 def _is_setting(key: str) -> bool:
     """Return whether a setting has this key, or may, inside an open dictionary; what that holds, validation says."""
     above = SETTINGS.get(key.rpartition(".")[0])
-    return key in SETTINGS or (above is not None and above.known.members is not None)
+    return key in SETTINGS or key in CONVERTED or (above is not None and above.known.members is not None)
 
 
 def _acceptable_choice(group: str, value: object, choices: list[str], issues: Issues) -> bool:
@@ -173,7 +173,8 @@ def _compose_tree(
     tree = OmegaConf.create(with_old_names(raw))
     while True:
         try:
-            return typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+            resolved = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+            return without_presets(resolved, [text.lstrip("+").partition("=")[0] for text in overrides])
         except OmegaConfBaseException as error:
             if not error.full_key:
                 raise

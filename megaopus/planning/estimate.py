@@ -92,8 +92,11 @@ def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[st
         served = f" for {selection.score_every} steps" if selection.score_every > 1 else ""
         rows["buffer"] = f"{config.buffer_size()} sequences{served}, {config.num_scored()} of them scored exactly"
     if selection.needs_proxy:
-        share = selection.proxy_batch_size / train.global_batch_size
-        rows["proxy"] = f"{selection.proxy_batch_size} sequences per step, {share:.1%} of the update tokens"
+        period, weight = selection.proxy_period, selection.proxy_decay
+        share = selection.proxy_batch_size / period / train.global_batch_size
+        when = "per step" if period == 1 else f"every {period} steps"
+        averaged = f"; its gradient's weight halves in {selection.proxy_half_life:.4g} steps" if weight else ""
+        rows["proxy"] = f"{selection.proxy_batch_size} sequences {when}, {share:.1%} of the update tokens{averaged}"
     if _in_micro_batches(selection):
         how = "" if selection.score_micro_batch_size else " at most, found from free memory at the first scored step"
         rows["scoring micro-batch"] = f"{scoring_micro_batch(config, world_size)} on each rank{how}"
@@ -149,7 +152,7 @@ def scoring_overhead(config: RunConfig) -> float:
     ratio = _scoring_cost(selection)[0]
     length = (selection.score_length or config.data.seq_len) / config.data.seq_len
     every = selection.score_every * (selection.prescreen.every if selection.prescreen.mode == "predict" else 1)
-    proxy = selection.proxy_batch_size / math.lcm(every, selection.proxy_every) if selection.needs_proxy else 0
+    proxy = selection.proxy_batch_size / selection.proxy_period if selection.needs_proxy else 0
     return (config.num_scored() / every * ratio * length + proxy * (1 + selection.contrast)) / train.global_batch_size
 
 

@@ -105,7 +105,7 @@ def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight])
     selection, count = config.selection, sum(weight.numel for weight in weights)
     if not selection.needs_proxy:
         return {}
-    average = selection.proxy_ema > 0
+    average = selection.proxy_half_life > 0
     rows = {"proxy gradient": (4 * count * (1 + average), "fp32, with its running average" if average else "fp32")}
     if METHODS.find(selection.method).by_estimator:
         sizes = Sizes(

@@ -40,7 +40,7 @@ class Scorer:
         self._seed = seed
         self._given: dict[str, Any] = {"proxy": proxy, "pool": pool, "wanted": wanted, "text_features": text_features}
         self._method = None if config.method == UNIFORM else METHODS.find(config.method)
-        self._average = ProxyGradient(config.proxy_ema, kept=config.proxy_every > 1)
+        self._average = ProxyGradient(config.proxy_decay, kept=config.proxy_every > 1)
         self._estimator, self._sized = None, self._method is not None
         if self._method is not None and self._method.by_estimator:
             entry = ESTIMATORS.find(config.estimator)
@@ -181,4 +181,5 @@ def _first(scores: Scores, count: int) -> Scores:
 def _settings(config: SelectionConfig) -> str:
     """The settings that passes may depend on, in the words of version 0.1, so that its checkpoints keep their size."""
     # a check measures no candidates
-    return repr(replace(config, check_every=0)).replace("text_features=[", "traits=[")
+    words = repr(replace(config, check_every=0)).replace("text_features=[", "traits=[")
+    return words.replace(f"proxy_half_life={config.proxy_half_life!r}", f"proxy_ema={config.proxy_decay!r}")

@@ -32,7 +32,7 @@ SELECTIONS = {
     "directional": [
         "selection=opus_exact",
         "selection.warmup_steps=2",
-        "selection.proxy_ema=0.9",
+        "selection.proxy_half_life=7.0",
         "selection.check_every=2",
     ],
     "countsketch": [

@@ -23,7 +23,7 @@ FIRST = ("adamw", "muon")
 CASES = tuple((model, optimizer) for model in ("gpt2-4-layers", "llama-4-layers") for optimizer in FIRST)
 COMMON: dict[str, Any] = {"method": "opus", "proxy_batch_size": 4, "score_micro_batch_size": 8, "sketch_dim": 256}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "directional-blocks": {"layers": r"layers\.[13]\.", "epsilon": 4.0, "score_length": 8, "proxy_ema": 0.0},
+    "directional-blocks": {"layers": r"layers\.[13]\.", "epsilon": 4.0, "score_length": 8, "proxy_half_life": 0.0},
     **{
         entry.name: {"estimator": entry.name, **entry.example}
         for entry in ESTIMATORS
@@ -106,7 +106,7 @@ def select(engine: Any, candidates: int = 16, proxies: int = 4, **settings: Any)
         seed=7,
         wanted=lambda buffer: buffer.ids % 3 == 0,
     )
-    steps = (2, 3) if config.needs_proxy and config.proxy_ema > 0 else (2,)
+    steps = (2, 3) if config.needs_proxy and config.proxy_half_life > 0 else (2,)
     found: Picks = []
     for step in steps:
         selection = selector.select(random_batch(candidates, step), step)

@@ -260,7 +260,7 @@ def select_with_faults(mesh: Mesh, parallel: ParallelConfig) -> dict[str, Select
         backend = engine.scoring_backend()
         for name, function in patch.items():
             setattr(backend, name, function)
-        config = SelectionConfig(**COMMON, proxy_ema=0.9)
+        config = SelectionConfig(**COMMON, proxy_half_life=7.0)
         selector = Selector(config, backend, num_selected=6, proxy=lambda step: random_batch(4, 700 + step), seed=7)
         results[fault] = selector.select(random_batch(16, 2), 2)
         assert ("average" in selector.state_dict()) == (fault != "gradient")

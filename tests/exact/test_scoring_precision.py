@@ -255,7 +255,7 @@ def score(mesh: Mesh, parallel: ParallelConfig, folder: Path) -> dict[str, dict[
         seen: dict[str, Any] = {"moves": []}
         watch(engine, backend, seen)
         before = [tensor.clone() for tensor in held(engine)]
-        config = SelectionConfig(method="opus", proxy_ema=0.0, score_micro_batch_size=16)
+        config = SelectionConfig(method="opus", proxy_half_life=0.0, score_micro_batch_size=16)
         choose = Selector(config, backend, num_selected=8, proxy=lambda step: wanted(32, 3), seed=7)
         seen["utilities"] = choose.select(text(96, 500), STEPS).utilities
         seen["judged moves"], seen["asked"] = len(seen["moves"]), 0

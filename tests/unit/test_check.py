@@ -188,7 +188,7 @@ def test_memory_of_weights_gradients_and_optimizers():
     config = small()
     config.engine.recompute = True
     assert memory(config, 500, 1, "fp32", 0)["activations"][0] < plain
-    config = small(method="opus", proxy_ema=0.0)
+    config = small(method="opus", proxy_half_life=0.0)
     assert memory(config, 500, 1, "fp32", 0)["direction"][0] == 8 * count
     assert memory(config, 500, 1, "fp32", 0)["proxy gradient"][0] == 4 * count
     config = small(method="opus", estimator="countsketch", redundancy=1.0, sketch_dim=100)
@@ -301,11 +301,23 @@ def test_one_rank_of_each_node_speaks_and_all_fail(capsys, monkeypatch):
     assert spoke == {0: True, 1: False, 2: True, 3: False}
 
 
+def test_the_paper_experiment_passes_at_any_dp_that_divides_its_batch(corpus, capsys):
+    short = ["experiment=paper_gpt2_xl_muon", f"data.path={corpus}", "data.seq_len=64", "selection.score_length=64"]
+    for dp in (1, 2, 4, 8, 16, 32):
+        compose(short, world_size=dp)
+    assert main(["check", *short, "--world-size", "32"]) == 0
+    assert "32 = 32 ranks" in capsys.readouterr().out
+    for ranks, remedy in ((6, "launch 4 or 8 processes"), (33, "launch 32 processes")):
+        assert main(["check", *short, "--world-size", str(ranks)]) == 2
+        assert "1 problem" in (said := capsys.readouterr().err)
+        assert f"train.global_batch_size = 32: cannot be shared evenly by dp = {ranks} ranks\n    -> {remedy}" in said
+
+
 def test_the_world_size_comes_from_the_environment(corpus, capsys, monkeypatch):
     for name, value in launched(3).items():
         monkeypatch.setenv(name, value)
     assert main(["train", f"data.path={corpus}", "data.seq_len=64"]) == 2
-    assert "dp x micro_batch_size = 3 x 8" in capsys.readouterr().err
+    assert "evenly by dp = 3 ranks" in capsys.readouterr().err
 
 
 def launched(size, **more):

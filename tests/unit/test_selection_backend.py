@@ -60,7 +60,7 @@ def test_scoring_changes_nothing(estimator: str) -> None:
     backend = ready()
     model = backend.module
     model.norm.eval()  # a module frozen on purpose stays so
-    config = SelectionConfig(method="opus", estimator=estimator, sketch_dim=64, proxy_ema=0.0)
+    config = SelectionConfig(method="opus", estimator=estimator, sketch_dim=64, proxy_half_life=0.0)
     before = {
         "weights": copy.deepcopy(model.state_dict()),
         "gradients": [p.grad.clone() for p in model.parameters()],

@@ -14,7 +14,7 @@ from megaopus.selection import ModuleBackend, SelectionConfig, Selector
 from tests.pool import Pool
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "directional": {"proxy_ema": 0.9},
+    "directional": {"proxy_half_life": 7.0},
     "boltzmann": {"sampler": "boltzmann"},
     "countsketch": {"estimator": "countsketch", "redundancy": 0.5, "sketch_dim": 512},
     "exact": {"estimator": "exact", "redundancy": 0.5},

@@ -42,7 +42,7 @@ def test_contrast_takes_off_what_helps_any_text(estimator: str) -> None:
     torch.manual_seed(0)
     model = Net().double()
     backend = ModuleBackend(model, torch.optim.SGD(model.parameters(), lr=1e-2), loss)
-    config = {"method": "opus", "estimator": estimator, "layers": "linear", "epsilon": 1e-4, "proxy_ema": 0.0}
+    config = {"method": "opus", "estimator": estimator, "layers": "linear", "epsilon": 1e-4, "proxy_half_life": 0.0}
     x, parts = batch(0).double(), {"proxy": proxy(0).double(), "pool": batch(5, 6).double()}
 
     def utilities(contrast: bool, **batches: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def test_a_bad_proxy_gradient_is_not_averaged_in() -> None:
     def sometimes_bad(step: int) -> Tensor:
         return proxy(step) * torch.nan if step == 1 else proxy(step)
 
-    selector, clean = make(backend, proxy_ema=0.9, proxy_of=sometimes_bad), make(backend, proxy_ema=0.9)
+    selector, clean = make(backend, proxy_half_life=7.0, proxy_of=sometimes_bad), make(backend, proxy_half_life=7.0)
     selector.select(batch(0), 0)
     clean.select(batch(0), 0)
     bad = selector.select(batch(1), 1)
@@ -226,15 +226,18 @@ def test_a_bad_proxy_gradient_is_not_averaged_in() -> None:
     assert selector.state_dict()["count"] == 2
 
 
-def test_the_running_proxy_gradient_is_a_weighted_mean() -> None:
-    backend = make_backend()
-    selector = make(backend, proxy_ema=0.75)
-    for step in range(3):
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_proxy_gradient_s_weight_halves_in_training_steps(every: int) -> None:
+    backend, half_life = make_backend(), 2.5
+    selector = make(backend, proxy_half_life=half_life, proxy_every=every)
+    for step in range(7):
         selector.select(batch(step), step)
-    gradients = [backend.gradient(TensorCandidates(proxy(step)))["b.weight"] for step in range(3)]
-    expected = sum(g * 0.25 * 0.75 ** (2 - i) for i, g in enumerate(gradients))
-    torch.testing.assert_close(selector.state_dict()["average"]["b.weight"], expected)
-    first = make(backend, proxy_ema=0.75).select(batch(0), 0).utilities  # one gradient: no bias towards zero
+    taken = range(0, 7, every)
+    gradients = torch.stack([backend.gradient(TensorCandidates(proxy(step)))["b.weight"] for step in taken])
+    weights = torch.tensor([0.5 ** ((taken[-1] - step) / half_life) for step in taken])
+    expected = torch.einsum("n...,n->...", gradients, weights / weights.sum())
+    torch.testing.assert_close(selector._scorer._average.last()["b.weight"], expected)
+    first = make(backend, proxy_half_life=0.5).select(batch(0), 0).utilities  # one gradient: no bias towards zero
     torch.testing.assert_close(first, make(backend).select(batch(0), 0).utilities, rtol=1e-3, atol=1e-6)
 
 
@@ -248,7 +251,7 @@ def run(selector: Selector, steps: range) -> list[Selection]:
 
 
 def test_resume_is_bitwise() -> None:
-    settings = {"proxy_ema": 0.9, "sampler": "boltzmann", "warmup_steps": 2}
+    settings = {"proxy_half_life": 7.0, "sampler": "boltzmann", "warmup_steps": 2}
     straight = make(make_backend(), **settings)
     expected = run(straight, range(8))
 
@@ -269,13 +272,13 @@ def test_resume_is_bitwise() -> None:
 
 
 def test_no_average_means_no_state() -> None:
-    selector = make(proxy_ema=0.0, score_micro_batch_size=4)
+    selector = make(proxy_half_life=0.0, score_micro_batch_size=4)
     selector.select(batch(0), 0)
     assert selector.state_dict().keys() == {"estimator"}
 
 
 def test_a_state_of_another_model_is_refused() -> None:
-    selector = make(proxy_ema=0.5)
+    selector = make(proxy_half_life=1.0)
     selector.load_state_dict({"count": 1, "average": {"c.weight": torch.ones(2)}})
     with pytest.raises(ValueError, match=r"other parameters than the model's.*c\.weight"):
         selector.select(batch(0), 0)
