@@ -317,6 +317,11 @@ def draw(study: Study, rows: list[dict[str, Any]], folder: Path) -> None:
         pyplot.close(figure)
 
 
+def _plan(quick: bool, asked: Sequence[str]) -> Plan:
+    plan = QUICK if quick else FULL
+    return replace(plan, arms=(*plan.arms, *(arm for arm in asked if arm in HALF_LIVES)))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     command = parser(__doc__)
@@ -334,8 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = command.parse_args(arguments)
     console = Console()
     start(args, console)
-    plan = QUICK if args.quick else FULL
-    plan = replace(plan, arms=(*plan.arms, *(arm for arm in args.arms or () if arm in HALF_LIVES)))
+    plan = _plan(args.quick, args.arms or ())
     folder = args.folder or Path("runs/quality_quick" if args.quick else "runs/quality")
     pools = args.pools or plan.pools
     if args.data is None and set(pools) - {"demo"}:

@@ -154,9 +154,9 @@ def _taken(corpus: Corpus, made: ProxyCorpus) -> dict[str, str]:
         f" {summary['most_documents_of_an_item']:,} documents at most",
     }
     why = {
-        "min_tokens": f"shorter than {limits['min_tokens']} tokens (--min-tokens)",
-        "per_item": f"{limits['per_item']} of their item taken (--per-item)",
-        "per_near_duplicate": f"near-duplicates of {limits['per_near_duplicate']} taken (--per-near-duplicate)",
+        "min_tokens": f"under {limits['min_tokens']} tokens (--min-tokens)",
+        "per_item": f"beyond {limits['per_item']} of an item (--per-item)",
+        "per_near_duplicate": "near-duplicates (--per-near-duplicate)",
     }
     rows |= {f"passed over: {why[name]}": f"{count:,}" for name, count in passed_over.items() if limits[name]}
     return rows

@@ -56,7 +56,7 @@ class Limits:
     """Documents that share most of their words (``near_duplicates``); the others leave the pool too, as copies do."""
 
 
-USUAL = Limits(min_tokens=128, per_item=10, per_near_duplicate=1)
+USUAL = Limits(min_tokens=256, per_item=10, per_near_duplicate=1)
 """What the verb takes where nothing else is said."""
 
 
@@ -171,8 +171,10 @@ def assign(corpus: Corpus, found: Found, tokens: int, limits: Limits, drop_overl
     order = order[first]
     chosen, alike, passed_over = _within(limits, corpus, found, order, tokens)
     if not len(chosen):
-        short = f" (--min-tokens {limits.min_tokens})" if limits.min_tokens else ""
-        raise DataError(f"no document fits a proxy of {tokens:,} tokens{short}; use more --tokens")
+        long, shorter = "", ""
+        if limits.min_tokens:
+            long, shorter = f" of documents of at least {limits.min_tokens}", ", or fewer --min-tokens"
+        raise DataError(f"no document fits a proxy of {tokens:,} tokens{long}; use more --tokens{shorter}")
     splits = corpus.split_codes.copy()
     splits[found.documents] = POOL
     splits[found.documents[~usable]] = LEFT_OUT

@@ -23,7 +23,7 @@ class NearDuplicates:
         self._met: dict[tuple[int, ...], list[int]] = {}
 
     def count(self, text: str) -> int:
-        """How many remembered texts share most of their words with ``text``; 0 for a text without words."""
+        """Count the remembered texts that share most of their words with ``text``; 0 for a text without words."""
         words = distinct_words(text)
         known = {number for band in _bands(words) for number in self._met.get(band, ())}
         return sum(_similarity(words, self._words[number]) >= ALIKE for number in known)

@@ -14,7 +14,6 @@ from rich.console import Console
 from megaopus.errors import DataError
 from megaopus.fs import sync
 
-
 _REFUSED = "cannot be written"
 
 

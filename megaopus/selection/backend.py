@@ -30,7 +30,7 @@ class Candidates(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, indices: Tensor) -> Candidates:
-        """The candidates at ``indices`` (n,), in that order."""
+        """The candidates at ``indices`` (n,), in that order; an index may repeat, to fill a rank's share up."""
 
     def batch(self, length: int | None = None) -> Batch:
         """Their tokens as the loss function takes them; the first ``length`` positions only, if given."""

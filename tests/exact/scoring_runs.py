@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -127,10 +128,8 @@ def select_uneven(engine: Any) -> dict[str, Picks]:
 def proxy_loss(engine: Any) -> list[float]:
     """Return what the check of predictions measures, of four proxy sequences and of one."""
     config, backend = SelectionConfig(**COMMON), engine.scoring_backend()
-    return [
-        Selector(config, backend, num_selected=6, proxy=lambda step: random_batch(size, step), seed=7).proxy_loss(2)
-        for size in (4, 1)
-    ]
+    proxies = [partial(random_batch, size) for size in (4, 1)]
+    return [Selector(config, backend, num_selected=6, proxy=proxy, seed=7).proxy_loss(2) for proxy in proxies]
 
 
 def step_of_differences(engine: Any) -> tuple[float, float]:

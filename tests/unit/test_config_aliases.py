@@ -144,8 +144,8 @@ def test_a_decay_a_gradient_becomes_a_half_life_in_steps(corpus: Path, tmp_path:
     assert half_life(*predicting, old, "selection.proxy_half_life=7") == 7
     mine = tmp_path / "mine" / "experiment"
     mine.mkdir(parents=True)
-    text = "# @package _global_\ndefaults: [{override /selection: opus}]\nselection: {proxy_ema: 0.8, prescreen: {every: 16}}"
-    (mine / "mine.yaml").write_text(text + "\nrun_dir: runs/${selection.proxy_ema}\n")
+    text = "# @package _global_\ndefaults: [{override /selection: opus}]\nrun_dir: runs/${selection.proxy_ema}\n"
+    (mine / "mine.yaml").write_text(text + "selection: {proxy_ema: 0.8, prescreen: {every: 16}}\n")
     assert half_life("experiment=mine", folder=mine.parent) == pytest.approx(EIGHTY)
     assert half_life("experiment=mine", "selection.proxy_half_life=7", folder=mine.parent) == 7
     assert compose([f"data.path={corpus}", "experiment=mine"], mine.parent).run_dir == "runs/0.8"
