@@ -48,7 +48,7 @@ def disk_use(config: RunConfig, vocab_size: int, precision: str, first_step: int
 def checkpoint_bytes(config: RunConfig, vocab_size: int, precision: str) -> int:
     """Bytes of a checkpoint's tensors, which are those of the whole model at every layout."""
     state, _ = memory(replace(config, parallel=ParallelConfig()), vocab_size, 1, precision, 0)["optimizer state"]
-    average = config.selection.needs_proxy and config.selection.proxy_ema > 0
+    average = config.selection.needs_proxy and config.selection.proxy_half_life > 0
     copies = precision == "bf16" and config.engine.name == "megatron"  # beside the main weights
     width = 4 + 4 * average + 2 * copies
     return width * count_parameters(config.model, vocab_size, config.data.seq_len) + state

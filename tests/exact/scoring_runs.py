@@ -122,7 +122,8 @@ def select(engine: Any, candidates: int = 16, proxies: int = 4, **settings: Any)
 def select_uneven(engine: Any) -> dict[str, Picks]:
     """Numbers of candidates and proxy sequences that divide over no ranks; some ranks have none of the latter."""
     sizes = {"directional": 3, "adjoint": 1, "mid_ppl": 3}
-    return {name: select(engine, 13, proxies, **SETTINGS[name]) for name, proxies in sizes.items()}
+    found = {name: select(engine, 13, proxies, **SETTINGS[name]) for name, proxies in sizes.items()}
+    return found | {"step size": select(engine, 13, 3)}
 
 
 def proxy_loss(engine: Any) -> list[float]:

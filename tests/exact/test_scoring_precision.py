@@ -164,7 +164,7 @@ def test_a_step_that_drowns_in_bf16_is_told_and_adjoint_takes_no_difference(trai
         found = adjoint_utilities(backend, text(96, 500), operator, gradient, layers="all")
         assert spearman(found, exact) >= 0.99  # measured: 0.999
         assert spearman(utilities(backend, epsilon=1.0), exact) < 0.75
-        ours, theirs = (selector_of(engine, text, proxy_ema=0.0, epsilon=epsilon) for epsilon in (None, 1.0))
+        ours, theirs = (selector_of(engine, text, proxy_half_life=0.0, epsilon=epsilon) for epsilon in (None, 1.0))
         first, second = (theirs.select(text(64, 500), step) for step in (STEPS, STEPS + 1))
         (event,) = first.events
         assert (event.kind, event.facts["level"]) == ("selection.rounding", 5)

@@ -290,7 +290,14 @@ def test_near_duplicates_are_those_that_share_most_words() -> None:
     assert known.count("") == known.count("?!") == 0
 
 
-def test_command_line(corpus: Corpus, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(
+    corpus: Corpus,
+    items: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     options = ["--corpus", str(corpus.path), "--items", str(items), "--tokens", "600", "--out", str(tmp_path / "new")]
     assert main(["proxy", *options, "--per-item", "-1"]) == 2
     assert "--per-item -1: must not be negative; 0 is no limit" in capsys.readouterr().err
@@ -298,11 +305,13 @@ def test_command_line(corpus: Corpus, items: Path, tmp_path: Path, capsys: pytes
     said = capsys.readouterr().out
     assert "shares of tokens" in said
     assert re.search(r"passed over: under 20 tokens \(--min-tokens\) +│ +\d+ ", said)
-    assert re.search(r"passed over: beyond 3 of an item \(--per-item\) +│ +[1-9]\d* ", said)
-    assert re.search(r"passed over: near-duplicates \(--per-near-duplicate\) +│ +\d+ ", said)
-    told = Corpus.open(tmp_path / "new").manifest["provenance"]["proxy"]
+    assert re.search(r"passed over: beyond 3 of an item \(--per-item\) +│ +\d+ ", said)
+    assert re.search(r"passed over: near-duplicates \(--per-near-duplicate\) +│ +[1-9]\d* ", said)
+    made = Corpus.open(tmp_path / "new")
+    told = made.manifest["provenance"]["proxy"]
     assert told["limits"] == {"min_tokens": 20, "per_item": 3, "per_near_duplicate": USUAL.per_near_duplicate}
-    assert (told["documents"], told["most_documents_of_an_item"], told["items_with_documents"]) == (6, 3, 2)
-    assert told["passed_over"]["per_item"] > 0
+    assert told["documents"] == (made.split_codes == 1).sum()
+    assert 1 <= told["most_documents_of_an_item"] <= 3
+    assert f"{told['passed_over']['per_near_duplicate']:,}" in said
     assert main(["proxy", *options]) == 2
     assert "already holds a corpus" in capsys.readouterr().err

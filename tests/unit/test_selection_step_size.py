@@ -128,7 +128,9 @@ def waves(steps: range, state: dict | None = None, **settings: object) -> tuple[
     """Utilities of ``steps``, no update in between; the proxy lies OFF off its maximum."""
     model = Waves()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    config = SelectionConfig(method="opus", proxy_ema=0.0, score_micro_batch_size=64, guards=UNGUARDED, **settings)
+    config = SelectionConfig(
+        method="opus", proxy_half_life=0.0, score_micro_batch_size=64, guards=UNGUARDED, **settings
+    )
     at = torch.full((4, 4), (math.pi / 2 - OFF) / 4)
     backend = ModuleBackend(model, optimizer, lambda module, x: module(x))
     selector = Selector(config, backend, num_selected=4, proxy=lambda step: at, seed=0)
@@ -189,7 +191,7 @@ def test_signal_over_rounding_is_known_after_the_first_judgement() -> None:
 
 
 def test_a_selection_tells_its_precision_where_it_scores_by_differences() -> None:
-    selection = make(proxy_ema=0.0).select(batch(0), 0)
+    selection = make(proxy_half_life=0.0).select(batch(0), 0)
     assert selection.signal_to_rounding is not None
     assert selection.signal_to_rounding > 100
     assert make(estimator="adjoint").select(batch(0), 0).signal_to_rounding is None

@@ -135,7 +135,8 @@ class Directional:
         def differences(level: int) -> Tensor:
             if level not in own:
                 own[level] = self._differences(request, update, first * 2.0**level)
-            return backend.from_rank_0(backend.sum_over_ranks(own[level], own[level].new_zeros(1))[0].cpu())
+            whole = backend.sum_over_ranks(own[level], own[level].new_zeros(1))[0][: request.total]
+            return backend.from_rank_0(whole.cpu())
 
         found = judge(differences, self._config.sides, search=self._config.epsilon is None)
         if found is None:

@@ -31,6 +31,8 @@ class Request:
     micro_batch_size: int
     keep_updates: bool
     """Whether a redundancy term needs the candidates' updates, or sketches of them."""
+    total: int | None = None
+    """Candidates of all ranks; what ``sum_over_ranks`` gives beyond is of copies that fill shares up. None: no more."""
 
 
 class Estimator(Protocol):

@@ -64,6 +64,7 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
             operator=operator,
             proxy_gradient=average,
             keep_updates=config.redundancy > 0,
+            total=len(step.buffer),
             **passes,
         )
 
@@ -77,7 +78,7 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
         text = "the proxy gradient is not finite: picked uniformly, and the gradient was left out of its average"
         return Scores(utilities=None, events=(Event("selection.fallback.proxy_not_finite", text),))
     step.average.keep()
-    utilities = utilities.cpu()
+    utilities = utilities.cpu()[: len(step.buffer)]
     precision = estimator.signal_to_rounding(utilities) if isinstance(estimator, Refining) else None
     events = _why_equal(step, utilities, operator, average) or _drowned(precision)
     return Scores(utilities=utilities, gram=gram, signal_to_rounding=precision, events=events)
