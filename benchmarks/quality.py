@@ -58,11 +58,15 @@ FILTERS = {
     for column in ("dsir", "fasttext", "perplexity", "utility")
 }  # a quarter of the tokens, about as many as are wanted in the pool 'mixed'
 UNKNOWING = ("selection.prescreen.prior=0",)  # what is promising is learnt from utilities alone
+GUARDED = (
+    *("selection.guards.exposure_cap=1", "selection.guards.min_ess=1.2", "selection.guards.min_distinct=0.5"),
+    *("selection.guards.min_unique=0.5", "selection.score_length=null"),
+)  # as opus_paper was when its runs were made
 ARMS: dict[str, tuple[str, ...]] = {
     "uniform": ("selection=uniform",),
     "dsir": ("selection=dsir",),
     "exact": ("selection=opus_exact", SCORED),
-    "published": ("selection=opus_paper",),
+    "published_guarded": ("selection=opus_paper", *GUARDED),
     "importance": ("selection=importance",),
     "opus": ("selection=opus", SCORED),
     "high_ppl": ("selection=high_ppl",),
@@ -87,7 +91,7 @@ HALF_LIVES: dict[str, tuple[str, ...]] = {
 """As predict_dsir, whose is 99 steps; trained only where --arms names them. Without the prior, under which picks hardly
 depend on utilities."""
 ARMS |= HALF_LIVES
-MAIN = ("uniform", "dsir", "importance", "opus", "exact", "published")
+MAIN = ("uniform", "dsir", "importance", "opus", "exact", "published_guarded")
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": ("optim=adamw", "optim.lr=2e-3"),
     "muon": ("optim=muon", "optim.lr=8e-3", "optim.matrix_lr=0.01"),

@@ -70,6 +70,10 @@ class RunConfig:
             return self.selection.prescreen.slice
         return self.num_candidates() * self.selection.score_every
 
+    def scored_length(self) -> int:
+        """Tokens of each candidate that are scored: ``score_length``, as far as sequences go."""
+        return min(self.selection.score_length or self.data.seq_len, self.data.seq_len)
+
     def data_needs(self) -> DataNeeds:
         """Return what the run asks of its corpora, for ``RunData.open`` and ``RunData.describe``."""
         selection = self.selection

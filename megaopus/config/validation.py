@@ -103,10 +103,10 @@ def _sequence_split(config: RunConfig, world_size: int | None) -> Iterator[Probl
     yield from _length_problem(config, "data.seq_len", config.data.seq_len)
 
 
-@RULES.reading("parallel", "selection.score_length", "selection.method")
+@RULES.reading("parallel", "selection.score_length", "selection.method", "data.seq_len")
 def _scored_split(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    length = config.selection.score_length
-    if config.selection.method != "uniform" and length is not None:
+    length = config.scored_length()
+    if config.selection.method != "uniform" and length < config.data.seq_len:
         yield from _length_problem(config, "selection.score_length", length)
 
 
@@ -219,14 +219,6 @@ def _scores_with_state(config: RunConfig, world_size: int | None) -> Iterator[Pr
         reason = f"with train.steps = {steps} scores are taken in step 0 alone, when {optim.name} has no state yet:"
         reason += " nothing would ever be selected"
         yield Problem(f"selection.{key}", value, reason, "use fewer, more train.steps, or selection=uniform")
-
-
-@RULES.reading("selection.score_length", "data.seq_len")
-def _score_length(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    length, seq_len = config.selection.score_length, config.data.seq_len
-    if length is not None and length > seq_len:
-        remedy = f"use at most {seq_len}, or null to score whole sequences"
-        yield Problem("selection.score_length", length, f"longer than data.seq_len = {seq_len}", remedy)
 
 
 @RULES.reading("model.max_positions", "model.position", "data.seq_len")

@@ -96,6 +96,9 @@ def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[st
         when = "per step" if period == 1 else f"every {period} steps"
         averaged = f"; its gradient's weight halves in {selection.proxy_half_life:.4g} steps" if weight else ""
         rows["proxy"] = f"{selection.proxy_batch_size} sequences {when}, {share:.1%} of the update tokens{averaged}"
+    if selection.method != UNIFORM and (asked := selection.score_length) is not None:
+        whole = f", whole sequences (score_length = {asked})" if asked > config.data.seq_len else ""
+        rows["scored tokens"] = f"{config.scored_length()} of {config.data.seq_len} of each candidate{whole}"
     if _in_micro_batches(selection):
         how = "" if selection.score_micro_batch_size else " at most, found from free memory at the first scored step"
         rows["scoring micro-batch"] = f"{scoring_micro_batch(config, world_size)} on each rank{how}"
@@ -149,7 +152,7 @@ def scoring_overhead(config: RunConfig) -> float:
     if selection.method == UNIFORM:
         return 0.0
     ratio = _scoring_cost(selection)[0]
-    length = (selection.score_length or config.data.seq_len) / config.data.seq_len
+    length = config.scored_length() / config.data.seq_len
     every = selection.score_every * (selection.prescreen.every if selection.prescreen.mode == "predict" else 1)
     proxy = selection.proxy_batch_size / selection.proxy_period if selection.needs_proxy else 0
     return (config.num_scored() / every * ratio * length + proxy * (1 + selection.contrast)) / train.global_batch_size

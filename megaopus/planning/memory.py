@@ -130,7 +130,7 @@ def _is_sketched(weight: Weight, config: RunConfig) -> bool:
 def scoring_micro_batch(config: RunConfig, world_size: int) -> int:
     """Candidates of a scoring pass on each rank: as set, or the most that may be found."""
     share = _scored_share(config, world_size)
-    length = config.selection.score_length or config.data.seq_len
+    length = config.scored_length()
     device = "cpu" if config.engine.device == "cpu" else "cuda"
     return config.selection.score_micro_batch_size or most_per_pass(share, length, device)
 

@@ -202,7 +202,8 @@ class SelectionConfig:
     score_length: int | None = setting(
         None,
         min=2,
-        doc="Tokens of each candidate that are scored [L_score]; null: all. The proxy is never cut.",
+        doc="Tokens of each candidate that are scored [L_score]; null, or more than there are: all. The proxy is never "
+        "cut.",
         hint="one token predicts no other; null scores whole sequences",
     )
     score_window: str = setting(

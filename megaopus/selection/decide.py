@@ -21,8 +21,9 @@ from megaopus.selection.methods.registry import UNIFORM
 from megaopus.selection.prescreen import screen
 from megaopus.selection.samplers.registry import SAMPLERS
 from megaopus.selection.scoring import Scores
+from megaopus.selection.uniformity import share_by_utility
 
-_UNIFORM_RATIO = 1.01  # largest probability over the uniform one below which a draw is uniform for all purposes
+_UNIFORM_SHARE = 0.1  # of picks that utilities decide, below which a draw is uniform for all purposes
 
 
 class Key(NamedTuple):
@@ -235,7 +236,7 @@ def _pick(
     if alarm := _alarm(buffer, picked, drawn_from):
         buffer.events.append(alarm)
         return replace(_uniform(buffer, allowed), redundancy=redundancy)
-    _tell_uniform(buffer, values[among], ratio)
+    _tell_uniform(buffer, used, ids[among], draws, penalty, ratio)
     if config.score_every > 1:  # a fair mix in each step
         turns = counter_rng.uniform(counter_rng.key(buffer.seed, "turns", period), ids[picked])
         picked = picked[turns.argsort()]
@@ -332,11 +333,17 @@ def _alarm(buffer: _Buffer, picked: Tensor, ess: float) -> Event | None:
     return buffer.evidence.token_pair_alarm(picked) if levels.min_distinct > 0 else None
 
 
-def _tell_uniform(buffer: _Buffer, utilities: Tensor, ratio: float) -> None:
+def _tell_uniform(
+    buffer: _Buffer, utilities: Tensor, ids: Tensor, draws: sampler.Draws, penalty: Tensor | None, ratio: float
+) -> None:
     """Say that raw utilities are too small for the temperature."""
     config = buffer.config
-    if config.utilities == "raw" and config.sampler == "boltzmann" and ratio < _UNIFORM_RATIO:
+    if config.utilities != "raw" or config.sampler != "boltzmann":
+        return
+    share = share_by_utility(utilities, ids, buffer.count, draws, penalty)
+    if share < _UNIFORM_SHARE:
         spread = float(utilities.std(correction=0))
-        text = f"raw utilities spread {spread:.2g} against a temperature of {config.temperature:g}: the largest"
-        text += f" probability is {ratio:.5f}x uniform, so sampling is practically uniform (utilities=standardised)"
-        buffer.tell("practically_uniform", text, spread=spread, temperature=config.temperature, ratio=ratio)
+        text = f"raw utilities spread {spread:.2g} against a temperature of {config.temperature:g}: they decide"
+        text += f" {share:.0%} of the picks, so sampling is practically uniform (utilities=standardised)"
+        facts = {"spread": spread, "temperature": config.temperature, "ratio": ratio, "share": share}
+        buffer.tell("practically_uniform", text, **facts)

@@ -108,6 +108,17 @@ def test_the_paper_experiment_is_the_same_on_any_number_of_ranks(tiny_corpus, tm
         assert losses == pytest.approx(found[0][1], rel=1e-5)
 
 
+def test_the_papers_selection_is_the_line_in_the_docs(corpus):
+    text = (CONFIGS.parent / "docs" / "selection.md").read_text()
+    line = text.split("The paper as published (`selection=opus_paper`): `")[1].split("`")[0].split()
+    paper = compose([f"data.path={corpus}", "selection=opus_paper"])
+    assert paper.selection == compose([f"data.path={corpus}", *(f"selection.{setting}" for setting in line)]).selection
+    guards = paper.selection.guards
+    assert not any((guards.exposure_cap, guards.domain_floor, guards.min_ess, guards.min_distinct, guards.min_unique))
+    assert paper.selection.score_length == 512
+    assert (paper.data.seq_len, paper.scored_length()) == (256, 256)
+
+
 def test_the_two_small_experiments_differ_in_the_selection_alone(corpus):
     opus = compose([f"data.path={corpus}", "experiment=small_opus", "run_dir=runs/x"])
     uniform = compose([f"data.path={corpus}", "experiment=small_uniform", "run_dir=runs/x"])

@@ -123,6 +123,7 @@ def test_overhead_follows_the_cost_model():
     config.selection.estimator = "countsketch"
     assert check.scoring_overhead(config) == pytest.approx(4 * 0.25 + 0.5)
     assert check.scoring_overhead(small(method="high_ppl")) == pytest.approx(2 / 3)
+    assert check.scoring_overhead(small(method="high_ppl", score_length=512)) == pytest.approx(2 / 3)  # of 256
     # a Gram matrix takes a pass of its own, or shares adjoint's: forward, input gradients, Q, per-sequence gradients
     config = small(method="opus", rho=0.25, score_length=64, proxy_batch_size=8, redundancy=1.0)
     assert check.scoring_overhead(config) == pytest.approx(2 / 3 + 1 + 0.5)
@@ -216,6 +217,13 @@ def printed(overrides, corpus, world_size=None):
     overrides = [f"data.path={corpus}", *overrides]
     show(compose(overrides, world_size=world_size), world_size, overrides, console=console)
     return console.file.getvalue()
+
+
+def test_a_length_beyond_the_sequence_scores_all_of_it_and_check_says_so(corpus):
+    text = printed(["selection=opus_paper", "data.seq_len=64", "data.target_domains=[docs]"], corpus, 1)
+    assert "64 of 64 of each candidate, whole sequences (score_length = 512)" in text
+    text = printed(["selection=opus_paper", "data.seq_len=1024", "data.target_domains=[docs]"], corpus, 1)
+    assert "512 of 1024 of each candidate" in text
 
 
 def test_check_prints_what_a_run_would_be(corpus):

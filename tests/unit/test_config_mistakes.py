@@ -100,7 +100,6 @@ MISTAKES = {
     "data.proxy_path=nowhere": ("data.proxy_path = 'nowhere'", "no such folder", "python -m megaopus prepare"),
     "model.vocab_size=300": ("model.vocab_size = 300", "token ids up to 499", "at least 500, or null"),
     "model.max_positions=100": ("model.max_positions = 100", "shorter than data.seq_len = 256", "model.position=rope"),
-    "selection.score_length=257": ("selection.score_length = 257", "longer than data.seq_len = 256", "at most 256"),
     "optim.warmup_steps=1001": ("optim.warmup_steps = 1001", "longer than train.steps = 1000", "at most 1000"),
     "train.micro_batch_size=6": (
         "train.global_batch_size = 32",

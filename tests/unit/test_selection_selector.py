@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from megaopus.selection import ModuleBackend, Selection, SelectionConfig, Selector, TensorCandidates
-from tests.unit.selection_net import K, N, Net, batch, loss, make, make_backend, proxy, sentences, train_step
+from megaopus.selection.decide import Evidence, Key, decide
+from megaopus.selection.scoring import Scores
+from tests.unit.selection_net import UNGUARDED, K, N, Net, batch, loss, make, make_backend, proxy, sentences, train_step
 
 
 def test_top_k_picks_the_largest_utilities_and_reports_them() -> None:
@@ -284,6 +286,28 @@ def test_a_state_of_another_model_is_refused() -> None:
         selector.select(batch(0), 0)
 
 
+@pytest.mark.parametrize(("spread", "told"), [(0.05, True), (0.9, False)])
+def test_the_event_of_uniform_draws_goes_by_the_picks_and_not_by_the_largest_probability(
+    spread: float, told: bool
+) -> None:
+    """Two raw utilities lie apart in 64, as in real runs; the share of picks against draws of another generator."""
+    utilities = spread * torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    utilities[:2] = torch.tensor([0.7, -0.7])
+    config = SelectionConfig(method="high_ppl", sampler="boltzmann", utilities="raw", temperature=0.9, guards=UNGUARDED)
+    evidence = Evidence(ids=torch.arange(64), score=lambda positions: Scores(utilities=utilities))
+    choices = [decide(evidence, config, Key(0, step), 32) for step in range(40)]
+    assert choices[0].max_p_ratio > 1.8
+    shares = [event.facts["share"] for choice in choices for event in choice.events]
+    assert (len(shares) == 40) if told else not shares
+    torch.manual_seed(1)
+    noise = torch.distributions.Gumbel(0.0, 1.0).sample((4000, 64)).double()
+    pairs = zip((noise + utilities / 0.9).topk(32)[1].tolist(), noise.topk(32)[1].tolist(), strict=True)
+    changed = [len(set(picked) - set(blind)) for picked, blind in pairs]
+    assert (sum(changed) / 4000 / 32 < 0.1) == told
+    if told:
+        assert sum(shares) / 40 == pytest.approx(sum(changed) / 4000 / 32, abs=0.01)
+
+
 def test_raw_utilities_at_the_papers_temperature_are_practically_uniform() -> None:
     backend = make_backend()
     backend.optimizers[0].param_groups[0]["lr"] = 1e-4  # utilities of a real run are of this order
@@ -292,7 +316,7 @@ def test_raw_utilities_at_the_papers_temperature_are_practically_uniform() -> No
     assert first.method == "opus"
     assert first.max_p_ratio < 1.01
     assert first.ess > 0.999 * N
-    assert "practically uniform" in sentences(first)[0]
+    assert "they decide 0% of the picks, so sampling is practically uniform" in sentences(first)[0]
     assert not second.events  # said once
     standardised = make(backend, sampler="boltzmann", temperature=0.9).select(batch(0), 0)
     assert standardised.max_p_ratio > 2
