@@ -26,7 +26,6 @@ from rich.table import Table
 from benchmarks.common import machine, parser, progress, start, write_results
 from benchmarks.pools import ensure_pool
 from benchmarks.quality import COMMON, OPTIMIZERS
-from benchmarks.study import silent_recorder
 from megaopus.build import build_trainer
 from megaopus.config.compose import compose
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
@@ -34,6 +33,7 @@ from megaopus.data.run_data import RunData
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.selection import Selector
+from megaopus.side_by_side import silent_recorder
 from megaopus.training.signals import StopSignal
 from megaopus.training.trainer import Trainer
 
@@ -69,7 +69,7 @@ class State:
 def utilities(trainer: Trainer, data: RunData, overrides: Sequence[str], contrast: bool) -> dict[str, float]:
     """Mean utility of each domain among ``CANDIDATES`` of the pool, z-scored."""
     more = (f"selection.contrast={str(contrast).lower()}", f"selection.proxy_batch_size={PROXY}")
-    once = ("selection.proxy_ema=0", "selection.warmup_steps=0", "selection.guards.exposure_cap=0")
+    once = ("selection.proxy_half_life=0", "selection.warmup_steps=0", "selection.guards.exposure_cap=0")
     config = compose([*overrides, "selection=opus_exact", *more, *once]).selection
     proxy, others = (
         CandidateStream(sequences, PROXY, 1, f"horizon {name}").at

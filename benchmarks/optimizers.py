@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import machine, parser, progress, start, write_results
-from benchmarks.study import Results, Task, refuse_other_corpora, run_of, silent_recorder, step_costs, task, train_all
+from benchmarks.study import Results, Task, refuse_other_corpora, run_of, step_costs, task, train_all
 from megaopus.build import build_trainer
 from megaopus.cli.demo import WANTED, ensure_corpus
 from megaopus.config.compose import compose
@@ -37,6 +37,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.report.compare import aggregate, compare
+from megaopus.side_by_side import silent_recorder
 from megaopus.training.signals import StopSignal
 
 COMMON = (

@@ -17,7 +17,8 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,13 @@ ARMS: dict[str, tuple[str, ...]] = {
     "filter_utility": ("selection=uniform", *FILTERS["utility"]),
     "filter_dsir_opus": ("selection=opus", SCORED, *FILTERS["dsir"]),
 }
+HALF_LIVES: dict[str, tuple[str, ...]] = {
+    f"half_life_{steps}": ("selection=opus", SCORED, *UNKNOWING, f"selection.proxy_half_life={steps}")
+    for steps in (16, 50, 300)
+}
+"""As predict_dsir, whose is 99 steps; trained only where --arms names them. Without the prior, under which picks hardly
+depend on utilities."""
+ARMS |= HALF_LIVES
 MAIN = ("uniform", "dsir", "importance", "opus", "exact", "published_guarded")
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": ("optim=adamw", "optim.lr=2e-3"),
@@ -107,7 +115,9 @@ class Plan:
     """On the pool 'mixed' too, and there the main ones with Muon."""
 
 
-FULL = Plan(600, 30, 32, (1, 2, 3), (1, 2, 3, 4, 5), 5, POOLS, MAIN, tuple(a for a in ARMS if a not in MAIN))
+FULL = Plan(
+    600, 30, 32, (1, 2, 3), (1, 2, 3, 4, 5), 5, POOLS, MAIN, tuple(a for a in ARMS if a not in {*MAIN, *HALF_LIVES})
+)
 QUICK = Plan(60, 10, 8, (1,), (1,), 2, ("demo",), ("uniform", "dsir", "opus"), ())
 PROBES = ("exact_8", "exact_proxy32", "exact_contrast")
 """What exact scoring lacks: leads, with one seed each (docs/decisions/007)."""
@@ -281,7 +291,7 @@ def draw(study: Study, rows: list[dict[str, Any]], folder: Path) -> None:
     runs = study.done()
     folder.mkdir(parents=True, exist_ok=True)
     order = [*range(0, 20, 2), *range(1, 20, 2)]  # the light half of the map last
-    colours = {arm: colormaps["tab20"](index) for arm, index in zip(ARMS, order, strict=True)}
+    colours = {arm: colormaps["tab20"](index) for arm, index in zip(ARMS, cycle(order), strict=False)}
     for (pool, optimizer), here in _groups(rows).items():
         finals = {row["arm"]: row["final_loss"] for row in here}
         figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
@@ -311,6 +321,11 @@ def draw(study: Study, rows: list[dict[str, Any]], folder: Path) -> None:
         pyplot.close(figure)
 
 
+def _plan(quick: bool, asked: Sequence[str]) -> Plan:
+    plan = QUICK if quick else FULL
+    return replace(plan, arms=(*plan.arms, *(arm for arm in asked if arm in HALF_LIVES)))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     command = parser(__doc__)
@@ -328,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = command.parse_args(arguments)
     console = Console()
     start(args, console)
-    plan = QUICK if args.quick else FULL
+    plan = _plan(args.quick, args.arms or ())
     folder = args.folder or Path("runs/quality_quick" if args.quick else "runs/quality")
     pools = args.pools or plan.pools
     if args.data is None and set(pools) - {"demo"}:

@@ -22,24 +22,20 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.common import CLOCKS, ROOT, interleaved
-from megaopus.build import build_trainer
 from megaopus.cli.demo import picked_share
-from megaopus.config.aliases import former
+from megaopus.config.aliases import former_settings
 from megaopus.config.compose import compose
 from megaopus.config.run_config import differences
 from megaopus.data.corpus import Corpus
-from megaopus.data.run_data import RunData
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.record.config import LoggingConfig
 from megaopus.record.parquet import pick_counts
-from megaopus.record.recorder import Recorder
 from megaopus.record.sinks import read_rows
 from megaopus.record.types import StepRecord, ValidationRecord
 from megaopus.report.compare import Run, compare, load_run, paired_t_test
 from megaopus.selection import decide
 from megaopus.selection.prescreen import Prescreen
-from megaopus.training.signals import StopSignal
+from megaopus.side_by_side import TURN, settled_steps
 
 SCORED = "selection.score_length=64"
 """A quarter of a sequence."""
@@ -98,7 +94,8 @@ def task(title: str, path: str, overrides: Sequence[str], fields: Mapping[str, A
 @cache
 def _digest(overrides: tuple[str, ...]) -> str:
     """Of the settings that differ from their defaults: a new one, or a new name, leaves older runs' rows valid."""
-    config = {former(name): value for name, (value, _) in differences(compose(list(overrides))).items()}
+    composed = compose(list(overrides))
+    config = former_settings({name: value for name, (value, _) in differences(composed).items()}, composed)
     for name in ("run_dir", *(f"data.{path}" for path in ("path", "proxy_path", "validation_path", "traits_path"))):
         config.pop(name, None)
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
@@ -208,14 +205,16 @@ def step_costs(
         return run
 
     try:
-        steps = {name: _steps(overrides, folder, mesh) for name, overrides in runs.items()}
+        steps = {
+            name: settled_steps([*overrides, f"run_dir={folder / 'timing'}"], mesh) for name, overrides in runs.items()
+        }
         with _PrescreenWatch(CLOCKS[clock]) as watch:
             passes = {name: watched(name, several, watch) for name, several in steps.items()}
             seconds = interleaved(passes, repeats, clock, bar, title)
     finally:
         mesh.close()
     return {
-        name: StepCost(statistics.median(values) / _TURN, statistics.median(spent[name][1:]) / _TURN)
+        name: StepCost(statistics.median(values) / TURN, statistics.median(spent[name][1:]) / TURN)
         for name, values in seconds.items()
     }
 
@@ -257,30 +256,6 @@ class _PrescreenWatch:
                     self.seconds += self._now() - began
 
         return timed
-
-
-def _steps(overrides: Sequence[str], folder: Path, mesh: Mesh) -> Callable[[], None]:
-    """A run taken to where every cost has set in, and its next few steps as one pass; writes nothing."""
-    config = compose([*overrides, "selection.warmup_steps=1", f"run_dir={folder / 'timing'}"])
-    trainer = build_trainer(config, mesh, RunData.open(config.data, config.data_needs()), StopSignal())
-    nobody = silent_recorder()
-    for _ in range(_SETTLED):
-        trainer.update(nobody)
-
-    def several() -> None:
-        for _ in range(_TURN):
-            trainer.update(nobody)
-
-    return several
-
-
-_SETTLED = 65  # updates after which the predictor has its first 64 scores
-_TURN = 32  # a multiple of every period of the arms
-
-
-def silent_recorder() -> Recorder:
-    """Make a recorder that writes and says nothing."""
-    return Recorder(LoggingConfig(), "", 0, is_writer=False)
 
 
 def run_of(row: dict[str, Any]) -> Run:

@@ -118,6 +118,8 @@ def run_folder(overrides: list[str]) -> Path:
             found = value
     if not found:
         raise SubmitError("run_dir=FOLDER is missing: the script, the output and the checkpoints go there")
+    if "://" in found:
+        raise SubmitError(f"run_dir={found}: is an address, and a run's folder lies in the file system of its nodes")
     folder = Path(os.path.abspath(found))
     if not PATH.fullmatch(found) or not PATH.fullmatch(str(folder)):
         raise SubmitError(f"run_dir={folder}: use letters, digits and . _ / + : @ = - in its path")

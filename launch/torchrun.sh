@@ -63,6 +63,8 @@ if [[ ${NNODES:-1} -gt 1 ]] && ! getent ahosts "$MASTER_ADDR" > /dev/null; then
   fail "MASTER_ADDR=$MASTER_ADDR does not resolve on $(hostname): name the first node as this one knows it"
 fi
 # torchrun passes SIGTERM on by itself, but dies of SIGUSR1, and kills ranks that still save after 30 s.
-export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+# It would take SIGHUP also where that is ignored, as under nohup.
+[[ -n $(trap -p HUP) ]] || PET_SIGNALS_TO_HANDLE+=,SIGHUP
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_SECONDS:-600}
 exec "${command[@]}"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 
-from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate, set_aside
+from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate, set_aside, temporary_checkpoints
 from megaopus.config.parse import to_yaml
-from megaopus.config.resume_policy import Change, changes, check_identity, refuse_unallowed
+from megaopus.config.resume_policy import Change, changes, check_identity, continued_half_life, refuse_unallowed
 from megaopus.config.run_config import RunConfig, default_settings
 from megaopus.data.corpus import Corpus
 from megaopus.data.mixture import continued_weights
@@ -24,14 +25,22 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import Engine
 from megaopus.engine.registry import ENGINES
 from megaopus.engine.work_timer import WorkTimer
+from megaopus.errors import CheckpointError, MegaopusError
+from megaopus.fs import free_bytes
 from megaopus.meters import rank_memory, step_meters
+from megaopus.models.flops import count_parameters
+from megaopus.planning.disk import checkpoint_bytes, disk_use
 from megaopus.planning.estimate import start_line
-from megaopus.record.recorder import Recorder
-from megaopus.run_folder import run_lock, write_run_folder
+from megaopus.record.console import Console
+from megaopus.record.recorder import RECORD, Recorder, last_validation
+from megaopus.record.sinks import METRICS_FILE
+from megaopus.run_folder import run_lock, set_record_aside, write_run_folder
 from megaopus.selection import Selector
+from megaopus.selection.methods.registry import UNIFORM
 from megaopus.training.memory import out_of_memory_explained
 from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
 from megaopus.training.spike_guard import SpikeGuard
+from megaopus.training.step_profiler import StepProfiler
 from megaopus.training.straggler import StragglerDetector
 from megaopus.training.timers import Timers
 from megaopus.training.trainer import Trainer
@@ -72,43 +81,68 @@ def _locked(run_dir: Path, mesh: Mesh) -> Iterator[None]:
 def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> int:
     run_dir = Path(config.run_dir)
     checkpoint = locate(config.resume, run_dir, mesh)
-    changed: list[Change] = []
+    decay, told = None, ""
+    if checkpoint is not None and checkpoint.own:
+        decay, told = continued_half_life(checkpoint.state["config"], config)
     if checkpoint is not None:
         before = checkpoint.state["config"].get("data", {}).get("weights", [])
         config.data.weights = continued_weights(before, config.data.weights, checkpoint.step)
     data = RunData.open(config.data, config.data_needs())
+    identity = _identity(config, data, bf16=config.engine.is_bf16(mesh.on_cpu))
+    changed = [] if checkpoint is None else _allowed_changes(config, identity, checkpoint)
+    if checkpoint is not None and on_rank_0(mesh, lambda: _is_finished(config, checkpoint)):
+        if mesh.rank == 0:
+            done = f"{run_dir} is finished: {checkpoint.folder} has all {checkpoint.step} updates; nothing to do"
+            Console(1, 1).note(f"{done} ('train.steps=N resume_allow=[train.steps]' goes on to N)")
+        return 0
+    vocab_size = _vocab_size(config)
+    tight = on_rank_0(mesh, lambda: _check_room(config, vocab_size, identity["precision"], checkpoint))
     trainer = build_trainer(config, mesh, data, stop, timers)
+    if decay is not None:
+        trainer.config["selection"]["proxy_ema"] = decay
     if checkpoint is not None:
-        check_identity(checkpoint.state["identity"], trainer.identity, checkpoint.folder)
-        changed = changes(checkpoint.state["config"], trainer.config, default_settings(config))
-        if checkpoint.own:  # a new run that begins at another's checkpoint is meant to be different
-            refuse_unallowed(changed, config.resume_allow, checkpoint.folder)
         trainer.restore(checkpoint)
-    on_rank_0(mesh, lambda: _begin(config, run_dir, mesh, checkpoint, trainer.identity["corpus"]))
+    old_record = on_rank_0(mesh, lambda: _begin(config, run_dir, mesh, checkpoint, identity["corpus"]))
     monitor = Recorder(
         config.logging,
         run_dir,
         config.train.steps,
         is_writer=mesh.rank == 0,
-        # Rows in a folder without checkpoints of its own are of a launch that begins again.
         resume_step=checkpoint.step if checkpoint is not None and checkpoint.own else 0,
         wandb_config=trainer.config,
-        meters=step_meters(config, mesh, _vocab_size(config)),
+        meters=step_meters(config, mesh, vocab_size),
+        selects=config.selection.method != UNIFORM,
     )
     try:
-        if checkpoint is not None:
-            for problem in checkpoint.damaged:
-                monitor.note(f"WARNING checkpoint passed over for an older one: {problem}")
-            monitor.note(f"resumed from {checkpoint.folder} after {checkpoint.step} steps")
-            if changed:
-                lines = ", ".join(f"{key} {saved!r} -> {now!r}" for key, saved, now in changed)
-                monitor.note(f"settings changed since that checkpoint: {lines}")
-        monitor.note(start_line(config, mesh.shape, mesh.device.type, trainer.identity["precision"], data.summary()))
+        if old_record is not None:
+            monitor.note(f"{run_dir} has no checkpoint of its own: the record that lay there is now in {old_record}")
+        for line in [*_resumed(checkpoint, changed), *filter(None, [told]), *tight]:
+            monitor.note(line)
+        monitor.note(start_line(config, mesh.shape, mesh.device.type, identity["precision"], data.summary()))
         reason = trainer.run(monitor)
+    except BaseException:
+        with suppress(MegaopusError):  # what went wrong first is what is told
+            monitor.close()
+        raise
     finally:
         trainer.reader.close()
-        monitor.close()
+        trainer.profiler.close()
+    monitor.close()
+    if reason is None:
+        monitor.closing(trainer.checkpointer.last(), f"python -m megaopus report {shlex.quote(config.run_dir)}")
     return 0 if reason is None else STOP_EXIT_CODE
+
+
+def _resumed(checkpoint: Checkpoint | None, changed: Sequence[Change]) -> Iterator[str]:
+    """Yield the lines that tell where the run goes on from."""
+    if checkpoint is None:
+        return
+    for problem in checkpoint.damaged:
+        yield f"WARNING checkpoint passed over for an older one: {problem}"
+    yield f"resumed from {checkpoint.folder} after {checkpoint.step} steps"
+    if changed:
+        lines = ", ".join(f"{key} {saved!r} -> {now!r}" for key, saved, now in changed)
+        yield f"settings changed since that checkpoint: {lines}"
 
 
 def _vocab_size(config: RunConfig) -> int:
@@ -116,11 +150,49 @@ def _vocab_size(config: RunConfig) -> int:
     return config.model.vocab_size or Corpus.open(config.data.path).vocab_size
 
 
-def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint | None, corpus: str) -> None:
-    """Write, on rank 0, for the first time: nothing can be refused any more."""
+def _allowed_changes(config: RunConfig, identity: dict[str, Any], checkpoint: Checkpoint) -> list[Change]:
+    """List the settings that are not the checkpoint's. Raises CheckpointError for what must not differ."""
+    check_identity(checkpoint.state["identity"], identity, checkpoint.folder)
+    changed = changes(checkpoint.state["config"], asdict(config), default_settings(config))
+    if checkpoint.own:  # a new run that begins at another's checkpoint is meant to be different
+        refuse_unallowed(changed, config.resume_allow, checkpoint.folder)
+    return changed
+
+
+def _is_finished(config: RunConfig, checkpoint: Checkpoint) -> bool:
+    """Say whether a run has made all its updates and the validation after them."""
+    if not checkpoint.own or checkpoint.step < config.train.steps:
+        return False
+    return last_validation(Path(config.run_dir) / METRICS_FILE) == checkpoint.step
+
+
+def _check_room(config: RunConfig, vocab_size: int, precision: str, checkpoint: Checkpoint | None) -> list[str]:
+    """Return a warning if what the run may write does not fit its disk. Raises CheckpointError if that is sure."""
+    run_dir, first = Path(config.run_dir), 0 if checkpoint is None else checkpoint.step
+    there = len(temporary_checkpoints(run_dir, config.checkpoint.keep_every))
+    use, free = disk_use(config, vocab_size, precision, first, there), free_bytes(run_dir)
+    needed = {count: count * use.checkpoint + use.record for count in (use.sure, use.most)}
+    if needed[use.most] <= free:
+        return []
+    count = use.sure if needed[use.sure] > free else use.most
+    text = (
+        f"{run_dir}: {needed[count]:,} bytes are needed, {free:,} are free: about {use.record:,} for the record, "
+        f"{use.checkpoint:,} for each of {count} more checkpoint(s)"
+    )
+    remedy = "free some, set another run_dir, or a smaller checkpoint.keep"
+    if needed[use.sure] > free:
+        raise CheckpointError(f"{text}; {remedy} (nothing was written)")
+    return [f"WARNING {text}; {remedy}"]
+
+
+def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint | None, corpus: str) -> Path | None:
+    """Write, on rank 0, for the first time: nothing can be refused any more. Says where an old record was moved to."""
+    old_record = None
     if checkpoint is not None and checkpoint.own:
         for folder in checkpoint.passed_over:
             set_aside(folder)
+    else:  # the rows that are there are of a run whose checkpoints are gone
+        old_record = set_record_aside(run_dir, RECORD)
     write_run_folder(
         run_dir,
         to_yaml(config),
@@ -128,8 +200,10 @@ def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint 
         world_size=mesh.shape.world_size,
         first_step=0 if checkpoint is None else checkpoint.step,
         corpus=corpus,
+        parameters=count_parameters(config.model, _vocab_size(config), config.data.seq_len),
         packages=[spec.package for spec in ENGINES.values()],
     )
+    return old_record
 
 
 def build_trainer(
@@ -140,6 +214,8 @@ def build_trainer(
     most_bytes = config.data.read_ahead_mb << 20
     reader = TokenReader(partial(timers, "data"), pin=mesh.device.type == "cuda", most_bytes=most_bytes)
     engine = build_engine(config, mesh, data.pool.corpus.vocab_size)
+    identity = _identity(config, data, bf16=engine.bf16)
+    size = checkpoint_bytes(config, config.model.vocab_size or data.pool.corpus.vocab_size, identity["precision"])
     engine.work = WorkTimer(mesh.on_cpu, timers.clock, partial(timers.seconds, "data"))
     proxy, contrast = data.proxy_batches(reader), data.contrast_batches(reader)
     selector = Selector(
@@ -150,14 +226,14 @@ def build_trainer(
         pool=None if contrast is None else contrast.at,
         seed=config.seed,
         wanted=data.in_wanted_domains,
-        text_features=data.text_features(mesh, Console()),
+        text_features=data.text_features(mesh, RichConsole()),
     )
     return Trainer(
         engine=engine,
         stream=data.candidates(reader),
         reader=reader,
         selector=selector,
-        checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh),
+        checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh, size=size),
         validation=data.evaluation_buffers(),
         wanted=data.headline_domains(),
         guard=SpikeGuard(
@@ -169,11 +245,12 @@ def build_trainer(
         stragglers=StragglerDetector(config.logging.every, mesh.gather_objects),
         timers=timers,
         stop_requested=lambda: _agreed(mesh, stop),
-        identity=_identity(config, data, bf16=engine.bf16),
+        identity=identity,
         config=asdict(config),
         total_steps=config.train.steps,
         tokens_per_step=config.train.global_batch_size * config.data.seq_len,
         eval_every=config.train.eval_every,
+        profiler=StepProfiler(config.logging.profile_steps, Path(config.run_dir), mesh.rank),
     )
 
 

@@ -12,12 +12,19 @@ SELECTION_KINDS = {
     "selection.alarm.token_pairs": "the picks had too few different token pairs: picked uniformly",
     "selection.cap_lifted": "too few candidates were within the exposure cap: it was lifted as far as it must be",
     "selection.fallback.equal_utilities": "all utilities were equal: picked uniformly",
+    "selection.fallback.learning_rate_zero": "the learning rate was 0: picked uniformly",
     "selection.fallback.no_optimizer_state": "the optimizer had no state yet: picked uniformly",
+    "selection.fallback.no_scored_label": "no candidate had a loss in what was scored of it: picked uniformly",
+    "selection.fallback.optimizer_never_steps": "the optimizer had no state for the second time: picked uniformly",
+    "selection.fallback.proxy_gradient_zero": "the proxy gradient was 0: picked uniformly",
     "selection.fallback.proxy_not_finite": "the proxy gradient was not finite: picked uniformly",
+    "selection.fallback.step_zero": "the optimizer's step on the proxy was 0: picked uniformly",
     "selection.fallback.too_few_finite": "too few utilities were finite: picked uniformly",
     "selection.practically_uniform": "raw utilities decided less than a tenth of the picks: draws were uniform",
     "selection.prescreen_distrusted": "scores of the prescreen contradicted utilities: not used in this step",
+    "selection.rounding": "utilities hardly stood out from the rounding of the losses that they are differences of",
     "selection.utility_not_finite": "utilities of some candidates were not finite: these were not picked",
+    "selection.utility_outlying": "utilities of some candidates were far from all others: they moved no other pick",
 }
 """Kind -> what happened, of the selector's events."""
 _SENTENCES = {
@@ -84,4 +91,4 @@ def kind_of_sentence(text: str) -> str:
     for pattern, kind in _SENTENCES.items():
         if re.match(pattern, text):
             return kind
-    return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?(\s*,\s*\d+)*", "#", text)
+    return re.sub(r"(?:(?<!\w)-)?\d+(\.\d+)?(e[-+]?\d+)?(\s*,\s*\d+)*", "#", text)

@@ -1,9 +1,19 @@
-"""Files that outlive a power failure."""
+"""Files that outlive a power failure, the room that there is for them, and where the shipped ones are."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped_configs() -> Path | None:
+    """Find the shipped configs: beside the package in a checkout, inside it when installed; None if neither."""
+    folders = (PACKAGE.parent / "configs", PACKAGE / "configs")
+    return next((folder for folder in folders if (folder / "run.yaml").is_file()), None)
 
 
 def sync(path: Path) -> None:
@@ -13,3 +23,24 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that can still be written where ``path`` is, or would be if it were made."""
+    path = path.absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+def disk_full(error: BaseException | None, path: Path, needed: int, there: int = 0) -> str:
+    """Say what was needed and what is free, for a message, where an error means that the disk of ``path`` is full.
+
+    Empty for other errors. Some libraries have an error without a number for it, and what does not fit is taken for it.
+    ``there``: bytes that a try to write left, and that another would remove.
+    """
+    numbers, free = set(), free_bytes(path) + there
+    while error is not None:
+        numbers.add(getattr(error, "errno", None))
+        error = error.__cause__ or error.__context__
+    if numbers & {errno.ENOSPC, errno.EDQUOT} or (numbers == {None} and free < needed):
+        return f"; the disk is full: {needed:,} bytes are needed, {free:,} are free"
+    return ""

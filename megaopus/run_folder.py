@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -19,16 +20,21 @@ from pathlib import Path
 
 from megaopus import __version__
 from megaopus.errors import CheckpointError
+from megaopus.fs import disk_full
 
 LOCK = "lock"
 LAUNCHES = "launches"
+OLD_RECORDS = "old_records"
+_SMALL_BYTES = 1 << 16
+"""More than the files of a launch take."""
+_OF_A_LAUNCH = ("config.yaml", "environment.json", "launch.sh", LAUNCHES)
 PACKAGES = ("torch", "tokenizers", "numpy")
 """Whose versions a run's environment.json tells beside our own and the engines'."""
 
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of a run folder, made if it is missing and removed again if it is left empty.
+    """Hold the lock of a run folder, made if it is missing, and removed again, with its parents, if it is left empty.
 
     The lock belongs to the process: however that ends, it is free. The file stays and says who had it last.
 
@@ -36,11 +42,12 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         CheckpointError: another job holds it (host and process are named), or the folder cannot be written.
     """
     path = run_dir / LOCK
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise CheckpointError(f"{run_dir}: the run folder cannot be written ({error}); set another run_dir") from error
+        raise CheckpointError(_unwritable(run_dir, error)) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,20 +58,62 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             ) from None
         except OSError as error:  # a file system without locks
             print(f"WARNING {path}: cannot be locked ({error}): never start two jobs in {run_dir}", flush=True)
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        if job := os.environ.get("SLURM_JOB_ID"):
-            holder["slurm_job"] = job
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)
         try:
+            _sign(descriptor, run_dir)
             yield
         finally:
             if {each.name for each in run_dir.iterdir()} == {LOCK}:  # a start that failed before it wrote anything
                 path.unlink()
                 with suppress(OSError):
-                    run_dir.rmdir()
+                    for folder in made:
+                        folder.rmdir()
     finally:
         os.close(descriptor)
+
+
+def _sign(descriptor: int, run_dir: Path) -> None:
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    if job := os.environ.get("SLURM_JOB_ID"):
+        holder["slurm_job"] = job
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)
+    except OSError as error:
+        raise CheckpointError(_unwritable(run_dir, error)) from error
+
+
+def set_record_aside(run_dir: Path, record: Iterable[str]) -> Path | None:
+    """Move what an earlier run left into ``old_records/TIME`` of its folder, every file under the name that it has.
+
+    ``record``: names in the folder; the files of its launches go with them, so that it is still the record of a run.
+
+    Returns:
+        where it is now; None: nothing of that name is there.
+
+    Raises:
+        CheckpointError: it cannot be moved.
+    """
+    found = [name for name in record if (run_dir / name).exists()]
+    if not found:
+        return None
+    stem = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    place = run_dir / OLD_RECORDS / stem
+    try:
+        for again in itertools.count(1):
+            try:
+                place.mkdir(parents=True)
+                break
+            except FileExistsError:
+                place = run_dir / OLD_RECORDS / f"{stem}_{again}"
+        for name in (*found, *_OF_A_LAUNCH):
+            with suppress(FileNotFoundError):
+                (run_dir / name).rename(place / name)
+    except OSError as error:
+        raise CheckpointError(
+            f"{run_dir}: holds the record of a run without checkpoints, which cannot be moved to {place} ({error}); "
+            "move it away, or set another run_dir"
+        ) from error
+    return place
 
 
 def _holder(descriptor: int) -> str:
@@ -83,6 +132,7 @@ def write_run_folder(
     world_size: int,
     first_step: int,
     corpus: str,
+    parameters: int,
     packages: Iterable[str] = (),
 ) -> None:
     """Write config.yaml, environment.json and launch.sh: what a launch runs with, where, and how it was started.
@@ -96,6 +146,7 @@ def write_run_folder(
         world_size: ranks of the launch.
         first_step: the first that it takes.
         corpus: the pool's fingerprint.
+        parameters: of the whole model.
         packages: further ones whose versions are told.
 
     Raises:
@@ -111,6 +162,7 @@ def write_run_folder(
         "arguments": sys.argv[1:],
         "first_step": first_step,
         "corpus": corpus,
+        "parameters": parameters,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     contents = {
@@ -130,7 +182,12 @@ def write_run_folder(
         for name, text in contents.items():
             _write(run_dir / name, text)
     except OSError as error:
-        raise CheckpointError(f"{run_dir}: the run folder cannot be written ({error}); set another run_dir") from error
+        raise CheckpointError(_unwritable(run_dir, error)) from error
+
+
+def _unwritable(run_dir: Path, error: OSError) -> str:
+    room = disk_full(error, run_dir, _SMALL_BYTES)
+    return f"{run_dir}: the run folder cannot be written ({error}){room}; set another run_dir"
 
 
 def _launch_script(world_size: int) -> str:

@@ -13,6 +13,7 @@ import copy
 import difflib
 import functools
 import math
+import re
 import types
 import typing
 import warnings
@@ -55,6 +56,8 @@ class Setting:
     """Asked for when they are needed: a registry imports its entries then."""
     check: Callable[[Any], str | None] | None = None
     """Says what is wrong with a value, where range and choices cannot."""
+    schemes: Collection[str] | None = None
+    """Of a path: the addresses (``s3``, say) that it may be besides a path of this machine; None: it is no path."""
     hint: str = ""
     """What to do about a value that is refused; empty: the default is named."""
     members: Mapping[str, HasSettings] | None = None
@@ -81,6 +84,9 @@ class Setting:
         if self.check is not None and (reason := self.check(value)):
             return reason, self._remedy()
         parts = value if isinstance(value, list | tuple) else [value]
+        for part in parts if self.schemes is not None else ():
+            if found := address_refusal(str(part), self.schemes or ()):
+                return found
         options = self.options()
         if options and (wrong := [part for part in parts if part not in options]):
             close = did_you_mean(str(wrong[0]), map(str, options))
@@ -104,6 +110,20 @@ class Setting:
 
     def _remedy(self) -> str:
         return self.hint or f"{written(self.default)} is {'usual' if self.default is not None else 'the default'}"
+
+
+def address_refusal(path: str, schemes: Collection[str] = ()) -> tuple[str, str] | None:
+    """(reason, remedy) if a path is an address of another scheme than ``schemes``; None for paths of this machine."""
+    found = _ADDRESS.match(path)
+    if found is None or found[1].lower() in schemes:
+        return None
+    if found[1].lower() == "file":
+        return "is an address, where a path is asked for", f"name {path[found.end() :]}"
+    reason = f"is an address ({found[0]}), and only paths of this machine's file system can be used here"
+    return reason, "copy it here and back, or mount it, and name that path"
+
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def setting(default: Any, *, doc: str, **declared: Any) -> Any:
@@ -259,7 +279,7 @@ def _fit(value: Any, kind: Any, entry: Entry) -> Any:
         return dict(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     fits = {
-        int: whole,
+        int: whole or (isinstance(value, float) and value.is_integer()),  # 30e9 is how a count is written
         float: whole or (isinstance(value, float) and math.isfinite(value)),
         bool: isinstance(value, bool),
         str: whole or isinstance(value, str),
@@ -291,6 +311,44 @@ def did_you_mean(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str:
     """``"did you mean NAME? "`` with the nearest valid name; empty if none is near."""
     close = difflib.get_close_matches(name, list(valid), 1, cutoff)
     return f"did you mean {close[0]}? " if close else ""
+
+
+def replaced(
+    old: str, new: str, to_new: Callable[[Any, Any], Any], to_old: Callable[[Any], Any]
+) -> Callable[[type[Section]], type[Section]]:
+    """Keep a section's setting that is now measured otherwise: keyword and attribute ``old`` warn of ``new``.
+
+    ``to_new(section, value)``: what the old value is now, beside the section's other settings; ``to_old(section)``.
+    """
+
+    def warn(cls: type) -> None:
+        warnings.warn(f"{cls.__name__}.{old} is now {cls.__name__}.{new}", DeprecationWarning, stacklevel=3)
+
+    def decorate(cls: type[Section]) -> type[Section]:
+        made = cls.__init__
+
+        @functools.wraps(made)
+        def __init__(self: Any, **values: Any) -> None:
+            given = old in values
+            value = values.pop(old, None)
+            made(self, **values)  # dataclasses.replace gives the new name as well
+            if given:
+                warn(cls)
+                setattr(self, new, to_new(self, value))
+
+        def get(self: Any) -> Any:
+            warn(cls)
+            return to_old(self)
+
+        def put(self: Any, value: Any) -> None:
+            warn(cls)
+            setattr(self, new, to_new(self, value))
+
+        cls.__init__ = __init__  # type: ignore[method-assign]
+        setattr(cls, old, property(get, put))
+        return cls
+
+    return decorate
 
 
 def renamed(**names: str) -> Callable[[type[Section]], type[Section]]:

@@ -15,6 +15,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from megaopus.distributed.launcher import without_launcher
+
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 900.0
 """After which a process counts as hung: many times what the slowest takes, for machines with other work to do."""
@@ -74,7 +76,7 @@ class Program:
     """A process that is ``sys.exit(function(*args))``, what it says kept; ``function`` must be importable."""
 
     def __init__(self, function: Callable[..., int | None], *args: Any, environment: dict[str, str] | None = None):
-        variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        variables = without_launcher(os.environ)
         self._args = (function.__qualname__, *args)
         self._folder = tempfile.TemporaryDirectory()
         self._said = [Path(self._folder.name) / name for name in ("out", "err")]

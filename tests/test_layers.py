@@ -40,6 +40,7 @@ MAY_IMPORT: Mapping[str, set[str] | None] = {
     "score": {"build", "checkpoint", "config", "corpus_tools", "data", "distributed", "engine", "selection"},
     "report": {"config", "data", "record", "selection"},
     "build": ANY,
+    "side_by_side": {"build", "config", "data", "distributed", "record", "training"},
     "cli": ANY,
     "__main__": {"cli.main"},
 }
@@ -51,6 +52,7 @@ ONLY_IN = {
     "hydra": {"config"},
     "omegaconf": {"config"},
     "wandb": {"record"},
+    "tensorboard": {"record"},
     "tokenizers": {"data", "corpus_tools"},
     "matplotlib": {"report"},
     "pyarrow": {"data", "corpus_tools", "record", "report"},
@@ -95,7 +97,7 @@ def breaches(name: str, source: str) -> list[str]:
             kept
         ]:
             found.append(f"{kept} is not for {name}")
-        elif name == "selection" and root not in sys.stdlib_module_names | {"torch", "megaopus"}:
+        elif name == "selection" and root not in sys.stdlib_module_names | {"torch", "megaopus", "yaml"}:
             found.append(f"selection needs torch and the standard library only, not {module}")
     return found
 

@@ -22,7 +22,7 @@ from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.errors import CheckpointError
-from megaopus.fs import sync
+from megaopus.fs import disk_full, sync
 
 FORMAT = 2
 _NAME = re.compile(r"step_\d{8,}")
@@ -73,6 +73,11 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     found = [path for path in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(path.name)]
     found.sort(key=_step_of)
     return [path for path in found if (path / COMPLETE).is_file()]
+
+
+def temporary_checkpoints(run_dir: Path, keep_every: int) -> list[Path]:
+    """Complete checkpoints of a run that later ones replace, oldest first."""
+    return [path for path in complete_checkpoints(run_dir) if not keep_every or _step_of(path) % keep_every]
 
 
 def _step_of(folder: Path) -> int:
@@ -190,9 +195,16 @@ class Checkpointer:
     """
 
     def __init__(
-        self, config: CheckpointConfig, run_dir: Path, mesh: Mesh, clock: Callable[[], float] = time.monotonic
+        self,
+        config: CheckpointConfig,
+        run_dir: Path,
+        mesh: Mesh,
+        clock: Callable[[], float] = time.monotonic,
+        size: int = 0,
     ):
+        """``clock`` gives seconds; ``size``: bytes of a checkpoint, about, to be told where the disk is full."""
         self._config = config
+        self._size = size
         self._folder = run_dir / "checkpoints"
         self._run_dir = run_dir
         self._mesh = mesh
@@ -222,7 +234,7 @@ class Checkpointer:
         if on_rank_0(self._mesh, lambda: (final / COMPLETE).is_file() or self._prepare(partial)):
             return
         background = self._config.background and not wait
-        with _explained(f"{partial}: cannot write the weights", _UNTOUCHED):
+        with self._written(f"{partial}: cannot write the weights", partial):
             saving = engine.prepare_save(partial / "weights", groups, background)
         content = {"format": FORMAT, "step": step, "groups": sorted(groups), **state}
         saving.start(entry, background)
@@ -246,16 +258,19 @@ class Checkpointer:
         if pending is None:
             return
         problem = pending.saving.error()
-        what = None if problem is None else f"rank {self._mesh.rank}: {_reason(problem)}"
+        partial = pending.partial
+        what = None
+        if problem is not None:
+            what = f"rank {self._mesh.rank}: {_reason(problem)}{self._room(problem, partial)}"
         problems = [each for each in self._mesh.gather_objects(what) if each]
         if problems:
-            where = f"{pending.partial}: cannot write the weights ({'; '.join(problems)})"
+            where = f"{partial}: cannot write the weights ({'; '.join(problems)})"
             raise CheckpointError(f"{where}; {_UNTOUCHED}") from problem
-        with _explained(f"{pending.partial}: cannot write the weights", _UNTOUCHED):
+        with self._written(f"{partial}: cannot write the weights", partial):
             written = pending.saving.commit()
         files: dict[str, Entry] = {}
         for each in self._mesh.gather_objects(
-            {path.relative_to(pending.partial).as_posix(): found for path, found in written.items()}
+            {path.relative_to(partial).as_posix(): found for path, found in written.items()}
         ):
             files |= each
         on_rank_0(self._mesh, lambda: self._publish(pending, files))
@@ -272,7 +287,7 @@ class Checkpointer:
 
     def _prepare(self, partial: Path) -> bool:
         """Remove what interrupted saves left behind, and make an empty folder to write into. Returns False."""
-        with _explained(f"{self._folder}: cannot write the checkpoint", _UNTOUCHED):
+        with self._written(f"{self._folder}: cannot write the checkpoint", partial):
             whole = complete_checkpoints(self._run_dir)
             for path in self._folder.glob("*_*"):
                 if path not in whole and (_NAME.fullmatch(path.name) or _PARTIAL.fullmatch(path.name)):
@@ -282,7 +297,7 @@ class Checkpointer:
 
     def _publish(self, pending: _Pending, files: dict[str, Entry]) -> None:
         partial, final = pending.partial, pending.final
-        with _explained(f"{self._folder}: cannot write the checkpoint", _UNTOUCHED):
+        with self._written(f"{self._folder}: cannot write the checkpoint", partial):
             _write(partial / "state.json", json.dumps(pending.content, indent=1) + "\n")
             manifest = manifest_text(files | {"state.json": entry(partial / "state.json")})
             _write(partial / MANIFEST, manifest)
@@ -296,11 +311,19 @@ class Checkpointer:
                 (old / COMPLETE).unlink()  # first, or a kill now would leave half a checkpoint that claims to be whole
                 shutil.rmtree(old)
 
+    @contextmanager
+    def _written(self, what: str, partial: Path) -> Iterator[None]:
+        with _explained(what, _UNTOUCHED, lambda error: self._room(error, partial)):
+            yield
+
+    def _room(self, error: BaseException, partial: Path) -> str:
+        """Say what is needed and free where a full disk is the reason; what is in ``partial`` makes way for a save."""
+        there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        return disk_full(error, self._folder, self._size, there)
+
     def _outlived(self) -> list[Path]:
         """Checkpoints to remove: neither among the newest nor of a step that is kept for good."""
-        every, whole = self._config.keep_every, complete_checkpoints(self._run_dir)
-        temporary = [path for path in whole if not every or _step_of(path) % every]
-        return temporary[: -self._config.keep]
+        return temporary_checkpoints(self._run_dir, self._config.keep_every)[: -self._config.keep]
 
 
 def split_groups(state: dict[str, Any]) -> tuple[Groups, dict[str, Any]]:
@@ -317,12 +340,12 @@ _UNTOUCHED = "older checkpoints are untouched"
 
 
 @contextmanager
-def _explained(what: str, remedy: str) -> Iterator[None]:
+def _explained(what: str, remedy: str, more: Callable[[BaseException], str] = lambda error: "") -> Iterator[None]:
     """Turn a failure inside into a CheckpointError; torch's own is no Exception and quotes every rank's traceback."""
     try:
         yield
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{what} ({_reason(error)}); {remedy}") from error
+        raise CheckpointError(f"{what} ({_reason(error)}{more(error)}); {remedy}") from error
 
 
 def _reason(error: BaseException) -> str:

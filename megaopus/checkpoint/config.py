@@ -22,15 +22,15 @@ def _steps_or_time(value: int | str) -> str | None:
 
 @dataclass(slots=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints under `run_dir/checkpoints`; one is always written at the end and on SIGTERM."""
+    """Checkpoints under `run_dir/checkpoints`; one is always written at the end, on a signal to stop and on Ctrl-C."""
 
     RESUME: ClassVar[str] = HARMLESS
 
     every: int | str = setting(
-        0,
+        "15m",
         check=_steps_or_time,
-        doc="Steps between checkpoints (200), or time (90s, 15m, 2h); 0: only at the end and on SIGTERM.",
-        hint="200 is every 200 steps, 15m every 15 minutes (s, m or h); 0 saves only at the end and on SIGTERM",
+        doc="Steps between checkpoints (200), or time (90s, 15m, 2h); 0: only at the end and when the run is stopped.",
+        hint="200 is every 200 steps, 15m every 15 minutes (s, m or h); 0 saves only at the end and on a stop",
     )
     keep: int = setting(2, min=1, doc="Newest checkpoints kept, besides those of `keep_every`.")
     keep_every: int = setting(

@@ -6,10 +6,13 @@ import os
 import sys
 from collections.abc import Iterable
 
+from megaopus.distributed.launcher import VARIABLES
+
 
 def speaks() -> bool:
     """Say whether this rank reports what all of its node have found: once per node, for a file may lack on one."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    alone = any(name not in os.environ for name in VARIABLES)  # or with what a launcher left over: it says so itself
+    return alone or os.environ["LOCAL_RANK"] == "0"
 
 
 def tell(notes: Iterable[str]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaopus.cli._notes import tell
+from megaopus.cli._paths import local_path
 
 if TYPE_CHECKING:
     from megaopus.config.run_config import RunConfig
@@ -20,7 +20,7 @@ OVERRIDES = (
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add the settings of a run to the arguments of a verb, as ``overrides`` and ``config_dir``."""
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=OVERRIDES)
-    parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="more choices, beside the shipped configs")
+    parser.add_argument("--config-dir", type=local_path, metavar="FOLDER", help="more choices, beside the shipped")
 
 
 def composed(args: argparse.Namespace, world_size: int | None) -> RunConfig:

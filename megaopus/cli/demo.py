@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from megaopus.cli._paths import local_path
 from megaopus.cli.prepare import show_corpus
+from megaopus.distributed.launcher import without_launcher
 from megaopus.errors import EngineError
+from megaopus.training.signals import STOP_EXIT_CODE
 
 if TYPE_CHECKING:
     from megaopus.report.compare import Comparison, Run
@@ -36,30 +39,39 @@ ARMS = {"uniform": ("selection=uniform",), "opus": ("selection=opus", "selection
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add where the demo goes, its seed, and how long it trains."""
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=local_path, default=Path("runs/demo"), metavar="FOLDER", help="default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of data order, weights and sampling (%(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="updates of each run (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Build the corpus, train both arms, print the table, write report.html and summary.json."""
-    from megaopus.report.compare import compare, load_run
+    from megaopus.report.compare import compare, load_run, with_step_seconds
     from megaopus.report.page import write_report
     from megaopus.report.replay import texts_of
 
+    if args.steps < 1:
+        raise argparse.ArgumentError(None, "--steps must be at least 1")
     console = Console()
     started = time.monotonic()
     corpus = ensure_corpus(args.out / "corpus", console)
-    runs = {}
+    runs, arms = {}, {}
     for name, overrides in ARMS.items():
         run_dir = args.out / f"{name}_seed{args.seed}"
         settings = ["experiment=demo", f"data.path={corpus}", f"data.target_domains=[{WANTED}]", f"seed={args.seed}"]
         settings += [f"train.steps={args.steps}", f"optim.warmup_steps={min(LR_WARM_STEPS, args.steps)}"]
-        train(run_dir, args.steps, [*settings, *overrides], console)
+        arms[name] = [*settings, *overrides]
+        train(run_dir, args.steps, arms[name], console)
         runs[name] = load_run(run_dir, name)
+    console.print()
+    seconds = step_seconds(arms)
+    recorded = {name: sum(row.step_s for row in run.steps) / len(run.steps) for name, run in runs.items()}
+    runs = {name: with_step_seconds(run, seconds[name]) for name, run in runs.items()}
     uniform, opus = runs["uniform"], runs["opus"]
     comparison = compare(uniform, opus)
-    summary = summarise(uniform, opus, comparison, args)
+    summary = summarise(uniform, opus, comparison, args) | {"step_s": seconds, "recorded_step_s": recorded}
     summary_path = args.out / "summary.json"
     partial = summary_path.with_suffix(".partial")
     partial.write_text(json.dumps(summary, indent=1) + "\n")
@@ -69,11 +81,16 @@ def run(args: argparse.Namespace) -> int:
         args.out / "report.html",
         title="megaopus demo: uniform against opus",
         texts=texts_of,
-        notes=[f"Both runs begin with the same weights and read the same stream of text; wanted domain: {WANTED}."],
+        notes=[
+            f"Both runs begin with the same weights and read the same stream of text; wanted domain: {WANTED}.",
+            "Seconds are steps times the seconds of a step, which were measured after the runs, in turns: "
+            f"{_each(seconds)}. While they ran a step took {_each(recorded)}, beside what else the machine did.",
+        ],
     )
     print_table(console, uniform, opus, comparison)
     minutes = (time.monotonic() - started) / 60
-    console.print(f"\nreport: {report}\nsummary: {summary_path}\n{minutes:.1f} minutes in all", highlight=False)
+    console.print(f"\nreport: {report}\nsummary: {summary_path}", highlight=False, soft_wrap=True)
+    console.print(f"done in {minutes:.1f} minutes | next: your own text, as docs/data.md says", highlight=False)
     return 0
 
 
@@ -87,10 +104,35 @@ def train(run_dir: Path, steps: int, settings: Sequence[str], console: Console) 
     arguments = [*settings, f"run_dir={run_dir}"]
     line = f"\n$ python -m megaopus train {shlex.join(arguments)}"
     console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    status = subprocess.run([sys.executable, "-m", "megaopus", "train", *arguments], env=environment).returncode
+    status = call([sys.executable, "-m", "megaopus", "train", *arguments])
+    if status == STOP_EXIT_CODE:
+        raise EngineError(f"{run_dir}: stopped and saved; the same command goes on")
     if status:
         raise EngineError(f"{run_dir}: training ended with exit status {status}; its message is above")
+
+
+def step_seconds(arms: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Return the seconds of a step of each arm, measured in turns."""
+    from megaopus.side_by_side import seconds_of_a_step
+
+    return seconds_of_a_step(arms)
+
+
+def _each(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items())
+
+
+def call(command: Sequence[str]) -> int:
+    """Run a process alone, as if no launcher had started this one, and return its exit status.
+
+    It has time to save: Ctrl-C in this process is a request to stop to it, which a terminal has made to it as well.
+    """
+    with subprocess.Popen(command, env=without_launcher(os.environ)) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                process.terminate()
 
 
 def ensure_corpus(path: Path, console: Console) -> Path:
@@ -135,6 +177,7 @@ def print_table(console: Console, uniform: Run, opus: Run, comparison: Compariso
     for column, justify in (("", "left"), ("uniform", "right"), ("opus", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_row(f"final loss on {WANTED}", f"{comparison.uniform_final_loss:.3f}", f"{comparison.final_loss:.3f}")
+    table.add_row("seconds of a step, measured in turns", *(f"{run.steps[0].step_s:.3f}" for run in (uniform, opus)))
     reach = comparison.tokens_ratio, comparison.time_ratio
     table.add_row("update tokens to uniform's final loss", f"{tokens:,}", _reached(reach[0], tokens, "{:,.0f}"))
     table.add_row("seconds to uniform's final loss", f"{seconds:.0f}", _reached(reach[1], seconds, "{:.0f}"))
@@ -146,6 +189,8 @@ def print_table(console: Console, uniform: Run, opus: Run, comparison: Compariso
         table.add_row(f"picked from {domain}", *(f"{share[domain]:.1%}" for share in shares))
     console.print()
     console.print(table)
+    if not comparison.measurable:
+        console.print("the final losses differ by less than another seed would change: no difference measurable")
     if comparison.uniform_fall < 0.15:
         console.print(f"uniform's loss fell by only {comparison.uniform_fall:.2f}: the ratios mean little here")
 

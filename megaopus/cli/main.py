@@ -19,6 +19,8 @@ from types import ModuleType
 from megaopus import __version__, cli
 from megaopus.cli._notes import speaks
 from megaopus.errors import ConfigError, MegaopusError
+from megaopus.record.quiet import quiet, quiet_output
+from megaopus.training.signals import INTERRUPT_EXIT_CODE
 
 GRACE_SECONDS = 5.0
 """How long a silent rank outlives an error: torchrun kills the others as soon as one exits, even amid its message."""
@@ -49,12 +51,17 @@ def verb_parser(name: str) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns its exit code, or 2 for an error the user can act on."""
+    """Run one verb; returns its exit code, 2 for an error the user can act on, 130 after Ctrl-C."""
     name, rest = _verb(sys.argv[1:] if arguments is None else arguments)
     parser = verb_parser(name)
     args = parser.parse_intermixed_args(rest)
     try:
-        return verb_module(name).run(args) or 0
+        with quiet_output():
+            return verb_module(name).run(args) or 0
+    except KeyboardInterrupt:
+        if speaks():
+            print(f"\n{name}: stopped by Ctrl-C", file=quiet(sys.stderr), flush=True)
+        return INTERRUPT_EXIT_CODE
     except argparse.ArgumentError as error:
         parser.error(str(error))
     except MegaopusError as error:
@@ -63,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ConfigError) and not speaks():
             time.sleep(GRACE_SECONDS)
         else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error}", file=quiet(sys.stderr), flush=True)
         return 2
 
 

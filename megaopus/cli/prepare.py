@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megaopus.cli._notes import tell
+from megaopus.cli._paths import local_path
 from megaopus.errors import DataError
 from megaopus.plugins import require_plugins
 
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--id-field", metavar="NAME", help="field of its id (default id)")
     add("--domain-field", metavar="NAME", help="field of its domain (default domain)")
     add("--keep", action="append", metavar="NAME", help="field to keep in the document table, a score say; repeatable")
-    add("--out", required=True, metavar="FOLDER", help="corpus folder to make")
+    add("--out", required=True, type=local_path, metavar="FOLDER", help="corpus folder to make")
     add(
         "--tokenizer",
         metavar="FILE",
@@ -82,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core, for little text none)")
     add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
     add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers sources of your own")
-    add("--config-dir", type=Path, metavar="FOLDER", help="more choices for --data, beside the shipped")
+    add("--config-dir", type=local_path, metavar="FOLDER", help="more choices for --data, beside the shipped")
 
 
 def run(args: argparse.Namespace) -> int:

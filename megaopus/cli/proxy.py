@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megaopus.cli._paths import local_path
 from megaopus.errors import DataError
 from megaopus.plugins import require_plugins
 
@@ -26,10 +27,11 @@ _SHOWN = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the corpus, the benchmark items, and how documents are found and taken."""
+    from megaopus.corpus_tools.benchmark_proxy import USUAL
     from megaopus.corpus_tools.nearest_documents import HASHED, OVERLAP_WORDS
 
     add = parser.add_argument
-    add("--corpus", required=True, metavar="FOLDER", help="prepared corpus to take documents from")
+    add("--corpus", required=True, type=local_path, metavar="FOLDER", help="prepared corpus to take documents from")
     add(
         "--items",
         required=True,
@@ -41,6 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--item-fields", default="query,choices", metavar="NAMES", help="fields of an item's text (default %(default)s)"
     )
     add("--tokens", required=True, type=int, metavar="N", help="tokens of the proxy, at most")
+    limits = (
+        ("min-tokens", "pass over documents with fewer tokens"),
+        ("per-item", "documents whose nearest item is the same, at most"),
+        ("per-near-duplicate", "documents that share most of their words, at most; the others leave the pool too"),
+    )
+    for name, what in limits:
+        usual = getattr(USUAL, name.replace("-", "_"))
+        add(f"--{name}", type=int, default=usual, metavar="N", help=f"{what} (default {usual}; 0: no limit)")
     add(
         "--encoder",
         default=HASHED,
@@ -53,14 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"leave out documents sharing {OVERLAP_WORDS} words in a row with an item",
     )
     add("--workers", type=int, metavar="N", help="processes that search (default: one a core; with a model, this one)")
-    add("--out", required=True, metavar="FOLDER", help="corpus folder to make; it shares the token file where it can")
+    add(
+        "--out",
+        required=True,
+        type=local_path,
+        metavar="FOLDER",
+        help="corpus folder to make; it shares the token file where it can",
+    )
     add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
     add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers sources of your own")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the corpus with its new proxy, and show what that is made of."""
-    from megaopus.corpus_tools.benchmark_proxy import build, read_items
+    from megaopus.corpus_tools.benchmark_proxy import Limits, build, read_items
     from megaopus.corpus_tools.sources import Source
     from megaopus.data.corpus import Corpus
 
@@ -71,12 +87,17 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(f"--workers {args.workers}: must be at least 1; leave it out for one a core")
     if args.tokens < 1:
         raise DataError(f"--tokens {args.tokens}: must be at least 1")
+    limits = {name: getattr(args, name) for name in ("min_tokens", "per_item", "per_near_duplicate")}
+    for name, limit in limits.items():
+        if limit < 0:
+            raise DataError(f"--{name.replace('_', '-')} {limit}: must not be negative; 0 is no limit")
     corpus, console = Corpus.open(args.corpus), Console()
     made = build(
         corpus,
         items,
         Path(args.out),
         tokens=args.tokens,
+        limits=Limits(**limits),
         encoder=args.encoder,
         drop_overlap=args.drop_overlap,
         overwrite=args.overwrite,
@@ -88,10 +109,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(corpus: Corpus, items: Sequence[Item], made: ProxyCorpus, console: Console) -> None:
-    """Print shares of the domains, the nearest documents with their items, overlaps."""
+    """Print what was taken and passed over, shares of the domains, the nearest documents with their items, overlaps."""
     from megaopus.corpus_tools.nearest_documents import OVERLAP_WORDS
 
     found, chosen, summary = made.found, made.chosen, made.summary
+    taken = Table(title="the proxy", show_header=False)
+    for name, what in _taken(corpus, made).items():
+        taken.add_row(name, what)
+    console.print(taken)
     table = Table(title="shares of tokens")
     for name in ("domain", "proxy", "pool left"):
         table.add_column(name, justify="left" if name == "domain" else "right")
@@ -114,6 +139,27 @@ def show(corpus: Corpus, items: Sequence[Item], made: ProxyCorpus, console: Cons
         f" items met: {summary['overlapping_items']:,} of {len(items):,}",
         highlight=False,
     )
+
+
+def _taken(corpus: Corpus, made: ProxyCorpus) -> dict[str, str]:
+    """Name -> in words: how much was taken, for which items, and what limits kept out."""
+    found, chosen, summary = made.found, made.chosen, made.summary
+    limits, passed_over = summary["limits"], summary["passed_over"]
+    tokens = int(corpus.lengths[found.documents[chosen]].sum())
+    rows = {
+        "documents": f"{summary['documents']:,}",
+        "tokens": f"{tokens:,} of {summary['tokens']:,}",
+        "similarity to an item": f"{found.similarity[chosen[0]]:.3f} to {found.similarity[chosen[-1]]:.3f}",
+        "items that are nearest to one": f"{summary['items_with_documents']:,} of {summary['items']:,},"
+        f" {summary['most_documents_of_an_item']:,} documents at most",
+    }
+    why = {
+        "min_tokens": f"under {limits['min_tokens']} tokens (--min-tokens)",
+        "per_item": f"beyond {limits['per_item']} of an item (--per-item)",
+        "per_near_duplicate": "near-duplicates (--per-near-duplicate)",
+    }
+    rows |= {f"passed over: {why[name]}": f"{count:,}" for name, count in passed_over.items() if limits[name]}
+    return rows
 
 
 def _short(text: str) -> str:

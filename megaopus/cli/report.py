@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megaopus.cli._paths import local_path
 from megaopus.errors import DataError
 from megaopus.plugins import notes_on_missing
 
@@ -23,8 +24,12 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the run folders, and what to make of them."""
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run folders; the uniform one is the baseline")
-    parser.add_argument("--out", metavar="FILE.html", help="page to write (default: report.html beside the runs)")
+    parser.add_argument(
+        "runs", nargs="+", type=local_path, metavar="RUN_DIR", help="run folders; the uniform one is the baseline"
+    )
+    parser.add_argument(
+        "--out", type=local_path, metavar="FILE.html", help="page to write (default: report.html beside the runs)"
+    )
     parser.add_argument(
         "--start-step",
         type=int,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megaopus.cli._paths import local_path
 from megaopus.errors import DataError
 from megaopus.plugins import require_plugins
 
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--corpus",
         required=True,
+        type=local_path,
         metavar="FOLDER",
         help="prepared corpus whose documents are scored; it stays as it is",
     )
@@ -66,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="dsir (DSIR-like): documents to be like, as --source of prepare (default: the split proxy)",
     )
-    add("--checkpoint", type=Path, metavar="FOLDER", help="perplexity, utility: a run, or one of its checkpoints")
+    add("--checkpoint", type=local_path, metavar="FOLDER", help="perplexity, utility: a run, or one of its checkpoints")
     add(
         "--model",
         metavar="NAME",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import sys
 import textwrap
 import types
 import typing
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megaopus.cli._notes import tell
+from megaopus.cli._paths import local_path
 from megaopus.config.aliases import current, notes
 from megaopus.config.compose import group_choices
 from megaopus.config.parse import nearest
@@ -39,7 +38,7 @@ RESUME = {
     "fixed": "never changes on resume",
 }
 _KINDS = {int: "integer", float: "number", bool: "true or false", str: "text"}
-_LISTS = {float: "list of numbers", str: "list of text", Any: "list"}
+_LISTS = {int: "list of whole numbers", float: "list of numbers", str: "list of text", Any: "list"}
 _PREAMBLE = """\
 # Settings
 
@@ -65,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="a section, a group or a setting (default: all)")
     parser.add_argument("--markdown", action="store_true", help="all of it as docs/settings.md has it")
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="module that registers yours")
-    parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="more choices, beside the shipped configs")
+    parser.add_argument("--config-dir", type=local_path, metavar="FOLDER", help="more choices, beside the shipped")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,10 +78,7 @@ def run(args: argparse.Namespace) -> None:
     tell(notes([args.name or ""]))
     width = min(WIDTH, shutil.get_terminal_size().columns)
     lines = [line for part in _named(args.name, args.config_dir) for line in [*_text(part, width), ""]]
-    try:
-        print("\n".join(lines[:-1]), flush=True)
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("\n".join(lines[:-1]))
 
 
 def _parts(config_dir: Path | None = None) -> list[Part]:
@@ -129,6 +125,8 @@ def _named(name: str | None, config_dir: Path | None) -> list[Part]:
 
 def kind_of(entry: Entry) -> str:
     """The type of a setting in words, with its range or choices."""
+    if entry.known.schemes is not None:
+        return "path" + (" or null" if entry.known.default is None else "")
     if choices := entry.known.options():
         several = "some of" if typing.get_origin(entry.kind) is list else "one of"
         return f"{several} {', '.join(map(str, choices))}"

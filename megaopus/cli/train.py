@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from megaopus.cli._settings import add_settings, composed
-from megaopus.errors import ConfigError, Problem
+from megaopus.distributed.launcher import place
 
 DESCRIPTION = (
     "Pre-train a GPT, choosing each batch as selection= says. The same command goes on where a killed run stopped."
@@ -25,16 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train as the settings say; returns 0, or 143 after a request to stop."""
-    config = composed(args, _world_size())
+    config = composed(args, place().world_size)
     from megaopus import build  # which takes seconds, and mistakes are told at once
 
     return build.train(config)
-
-
-def _world_size() -> int:
-    """Read the number of ranks that torchrun or Slurm set. Raises ConfigError for what is no number."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal():
-        reason, remedy = "is not a number of processes", "unset it, or start with torchrun"
-        raise ConfigError([Problem("environment WORLD_SIZE", text, reason, remedy)])
-    return int(text)

@@ -7,24 +7,24 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from megaopus.config.aliases import current_override, with_old_names
+from megaopus.config.aliases import CONVERTED, current_override, with_old_names, without_presets
+from megaopus.config.length import set_steps
 from megaopus.config.parse import Issues, typed
 from megaopus.config.run_config import SETTINGS, RunConfig, flat, settings_under
 from megaopus.config.validation import validate
 from megaopus.data.config import DataConfig
 from megaopus.errors import ConfigError, Problem
+from megaopus.fs import PACKAGE, shipped_configs
 from megaopus.plugins import import_plugins
 
 
 def default_config_dir() -> Path:
-    """The shipped configs: beside the package in a checkout, inside it when installed."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "configs", package / "configs"):
-        if (folder / "run.yaml").is_file():
-            return folder
+    """Find the shipped configs. Raises ConfigError if they are not there."""
+    if (folder := shipped_configs()) is not None:
+        return folder
     reason = "no run.yaml there, nor in configs/ inside the installed package"
     remedy = "install megaopus from a checkout (pip install -e .)"
-    raise ConfigError([Problem("configs", str(package.parent / "configs"), reason, remedy)])
+    raise ConfigError([Problem("configs", str(PACKAGE.parent / "configs"), reason, remedy)])
 
 
 def compose(overrides: list[str], config_dir: Path | None = None, world_size: int | None = None) -> RunConfig:
@@ -68,6 +68,7 @@ def _composed(overrides: list[str], config_dir: Path | None, issues: Issues) -> 
     for problem in problems:
         chosen = ("optim.name", "engine.name", "selection.estimator", "selection.method", "selection.sampler")
         issues.add(problem.key, problem.value, problem.reason, problem.remedy, chosen)  # may be what it registers
+    set_steps(config, issues.add)
     return config
 
 
@@ -133,7 +134,7 @@ def _acceptable(text: str, groups: dict[str, list[str]], issues: Issues) -> bool
 def _is_setting(key: str) -> bool:
     """Return whether a setting has this key, or may, inside an open dictionary; what that holds, validation says."""
     above = SETTINGS.get(key.rpartition(".")[0])
-    return key in SETTINGS or (above is not None and above.known.members is not None)
+    return key in SETTINGS or key in CONVERTED or (above is not None and above.known.members is not None)
 
 
 def _acceptable_choice(group: str, value: object, choices: list[str], issues: Issues) -> bool:
@@ -172,7 +173,8 @@ def _compose_tree(
     tree = OmegaConf.create(with_old_names(raw))
     while True:
         try:
-            return typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+            resolved = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+            return without_presets(resolved, [text.lstrip("+").partition("=")[0] for text in overrides])
         except OmegaConfBaseException as error:
             if not error.full_key:
                 raise

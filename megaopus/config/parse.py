@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megaopus.config.aliases import renamed
+from megaopus.config.aliases import REFUSED, renamed
 from megaopus.config.run_config import SETTINGS, RunConfig, settings_under
 from megaopus.errors import ConfigError, Problem
 from megaopus.settings import Misfit, fit, kinds
@@ -87,7 +87,9 @@ def typed(tree: dict[str, Any], source: str, issues: Issues) -> RunConfig:
 def _section(cls: Any, tree: dict[str, Any], prefix: str, source: str, issues: Issues) -> Any:
     names = kinds(cls)
     for name in tree:
-        if name not in names:
+        if f"{prefix}{name}" in REFUSED:
+            issues.add(f"{prefix}{name}", tree[name], *REFUSED[f"{prefix}{name}"])
+        elif name not in names:
             valid = [key for key in SETTINGS if key.startswith(prefix)]
             issues.add_unknown(f"{prefix}{name}", tree[name], valid, f"no such setting (in {source})")
     values: dict[str, Any] = {}

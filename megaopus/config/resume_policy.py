@@ -43,6 +43,27 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[
     return [change for change in found if change.key not in _PLACES]
 
 
+def continued_half_life(saved: Mapping[str, Any], config: RunConfig) -> tuple[float | None, str]:
+    """Let a run that began with a decay from one proxy gradient to the next (``proxy_ema``) go on with it.
+
+    Recipes say the same in steps today, so the run's own command may mean another decay than it did. ``config`` takes
+    the checkpoint's, unless ``resume_allow`` names the setting. Returns (the decay, for the next checkpoint to know it
+    too; None: it has no say, what to tell a person; empty: nothing).
+    """
+    before = saved.get("selection", {}).get("proxy_ema")
+    kept = renamed(saved).get("selection", {}).get("proxy_half_life")
+    if before is None or kept is None or _HALF_LIFE in map(current, config.resume_allow):
+        return None, ""
+    now, config.selection.proxy_half_life = config.selection.proxy_half_life, kept
+    if kept == now:
+        return before, ""
+    return before, (
+        f"{_HALF_LIFE} stays {kept:.6g}, as this run began with proxy_ema={before} (the command says {now:.6g} now:"
+        f" resume_allow=[{_HALF_LIFE}] takes it)"
+    )
+
+
+_HALF_LIFE = "selection.proxy_half_life"
 _PLACES = ("run_dir", "resume", "resume_allow")
 
 

@@ -28,12 +28,14 @@ class RunConfig:
     run_dir: str = setting(
         "runs/default",
         check=lambda value: None if value else "is empty",
+        schemes=(),
         doc="Folder of the run: settings, checkpoints, record.",
         hint="name a folder, for example run_dir=runs/first",
     )
     seed: int = setting(1234, resume=FIXED, doc="Seed of weights, dropout, candidates and draws.")
     resume: str = setting(
         "auto",
+        schemes=(),
         doc="auto: go on from the newest checkpoint if there is one; never; required; or the path of a checkpoint.",
     )
     resume_allow: list[str] = setting(

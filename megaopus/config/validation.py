@@ -1,4 +1,7 @@
-"""Says what must hold between the settings of different sections."""
+"""Says what must hold between the settings of different sections.
+
+Where settings do not fit the ranks, the remedy is another layout: none that trains on other data or another model.
+"""
 
 from __future__ import annotations
 
@@ -79,20 +82,20 @@ def _tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Prob
     for key, size in sizes.items():
         if size % tp and not (key == "num_kv_heads" and model.num_kv_heads is None):
             reason = f"cannot be split over parallel.tp = {tp} ranks"
-            yield Problem(f"model.{key}", size, reason, f"use a multiple of {tp}, or a parallel.tp that divides {size}")
+            yield Problem(f"model.{key}", size, reason, f"use a parallel.tp that divides {size}")
 
 
 def _length_problem(config: RunConfig, key: str, length: int) -> Iterator[Problem]:
     """Context parallelism splits each sequence, sequence parallelism each of its parts."""
     parallel = config.parallel
     degrees = [f"parallel.cp = {parallel.cp}"] if parallel.cp > 1 else []
-    parts, off = parallel.cp, "parallel.cp=1"
+    parts, remedies = parallel.cp, [f"a parallel.cp that divides {length}"] if length % parallel.cp else []
     if parallel.sequence_parallel:
         degrees.append(f"parallel.tp = {parallel.tp} (sequence parallelism)")
-        parts, off = parts * parallel.tp, "parallel.sequence_parallel=false"
+        parts, remedies = parts * parallel.tp, [*remedies, "parallel.sequence_parallel=false"]
     if length % parts:
-        remedy = f"use a multiple of {parts}, or {off}"
-        yield Problem(key, length, f"cannot be split over {' x '.join(degrees)} ranks", remedy)
+        reason = f"cannot be split over {' x '.join(degrees)} ranks"
+        yield Problem(key, length, reason, f"use {' and '.join(remedies)}")
 
 
 @RULES.reading("parallel", "data.seq_len")
@@ -113,7 +116,7 @@ def _pipeline_parallel(config: RunConfig, world_size: int | None) -> Iterator[Pr
     if layers % (pp * vpp):
         where = f"parallel.pp = {pp} stages" + (f" x parallel.vpp = {vpp} chunks" if vpp > 1 else "")
         product = "parallel.pp x parallel.vpp" if vpp > 1 else "parallel.pp"
-        remedy = f"use a multiple of {pp * vpp}, or a {product} that divides {layers}"
+        remedy = f"use a {product} that divides {layers}"
         yield Problem("model.num_layers", layers, f"cannot be split over {where}", remedy)
 
 
@@ -145,24 +148,26 @@ def _dp(config: RunConfig, world_size: int | None) -> int:
 @RULES.reading("train.global_batch_size", "train.micro_batch_size", "parallel")
 def _global_batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     total, micro, dp = config.train.global_batch_size, config.train.micro_batch_size, _dp(config, world_size)
-    if total % (dp * micro):
+    share, pp, ranks = total // dp, config.parallel.pp, config.parallel.model_ranks
+    if total % dp:
+        degrees = [degree for degree in range(1, total + 1) if total % degree == 0]
+        near = [max(each for each in degrees if each < dp), *(each for each in degrees if each > dp)][:2]
+        counts = " or ".join(str(each * ranks) for each in near)
+        remedy = f"launch {counts} processes, or change tp, cp or pp, so that dp divides {total}"
+        yield Problem("train.global_batch_size", total, f"cannot be shared evenly by dp = {dp} ranks", remedy)
+    elif share % micro:
         reason = f"not a multiple of dp x micro_batch_size = {dp} x {micro}"
-        remedy = f"use a multiple of {dp * micro}, for example {-(-total // (dp * micro)) * dp * micro}"
-        if total % dp == 0:
-            remedy += f", or a train.micro_batch_size that divides {total // dp}"
+        yield Problem("train.global_batch_size", total, reason, f"use a train.micro_batch_size that divides {share}")
+    elif config.parallel.vpp > 1 and share // micro % pp:
+        reason = f"makes {share // micro} micro-batches, with parallel.vpp a multiple of parallel.pp = {pp} is needed"
+        fits = [size for size in range(1, micro) if share % (size * pp) == 0]
+        remedy = f"use train.micro_batch_size={max(fits)}, or parallel.vpp=1" if fits else "use parallel.vpp=1"
         yield Problem("train.global_batch_size", total, reason, remedy)
-    elif config.parallel.vpp > 1 and total // (dp * micro) % config.parallel.pp:
-        pp = config.parallel.pp
-        reason = f"makes {total // (dp * micro)} micro-batches, with parallel.vpp a multiple of parallel.pp = {pp}"
-        reason += " is needed"
-        unit = dp * micro * pp
-        remedy = f"use a multiple of dp x micro_batch_size x pp = {unit}, for example {-(-total // unit) * unit}"
-        yield Problem("train.global_batch_size", total, reason, f"{remedy}, or a smaller train.micro_batch_size")
 
 
-@RULES.reading("train.global_batch_size", "selection.rho", "selection.method", "parallel")
+@RULES.reading("train.global_batch_size", "selection.rho")
 def _candidates(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    batch, rho, dp = config.train.global_batch_size, config.selection.rho, _dp(config, world_size)
+    batch, rho = config.train.global_batch_size, config.selection.rho
     exact, num = batch / rho, config.num_candidates()
     if abs(exact - num) > ROUNDING:
         low, high = int(exact), int(exact) + 1
@@ -170,32 +175,6 @@ def _candidates(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         remedy = f"use {batch / high:.6g} ({high} candidates)"
         remedy += f" or {batch / low:.6g} ({low} candidates)"
         yield Problem("selection.rho", rho, reason, remedy)
-        return
-    if config.selection.method == "uniform":
-        return
-    if config.selection.prescreen.mode != "off":
-        return  # what does not divide is scored with a few more from the larger buffer
-    what = f"{'score_every x ' if config.selection.score_every > 1 else ''}global_batch_size / rho"
-    num = config.num_scored()
-    pp = config.parallel.pp if config.parallel.vpp > 1 else 1
-    if num % dp:
-        reason = f"{num} candidates ({what}) cannot be shared evenly by dp = {dp} ranks"
-        yield Problem("selection.rho", rho, reason, f"make {what} a multiple of {dp}")
-    elif num // dp % pp:
-        reason = f"{num // dp} candidates per dp rank are not a multiple of parallel.pp = {pp}, as parallel.vpp needs"
-        yield Problem("selection.rho", rho, reason, f"make {what} a multiple of {dp * pp}")
-
-
-@RULES.reading("selection.proxy_batch_size", "selection.method", "parallel")
-def _proxy_batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    proxy, dp, parallel = config.selection.proxy_batch_size, _dp(config, world_size), config.parallel
-    unit = dp * parallel.pp if parallel.vpp > 1 else dp
-    if config.selection.needs_proxy and proxy % unit:
-        remedy = f"use a multiple of {unit}, for example {-(-proxy // unit) * unit}"
-        reason = f"cannot be shared evenly by dp = {dp} ranks"
-        if parallel.vpp > 1:
-            reason += f" in micro-batches whose number is a multiple of parallel.pp = {parallel.pp} (parallel.vpp)"
-        yield Problem("selection.proxy_batch_size", proxy, reason, remedy)
 
 
 # -- lengths ---------------------------------------------------------------------------------------------------------
@@ -212,12 +191,34 @@ def _schedule(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         yield Problem("optim.decay_steps", decay, reason, f"use at most {steps - warmup}, or more train.steps")
 
 
-@RULES.reading("selection.warmup_steps", "selection.method", "selection.prescreen", "train.steps")
-def _selection_warmup(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    steps, warmup = config.train.steps, config.selection.warmup_steps
-    if config.selection.method != "uniform" and not config.selection.has_prior and warmup > steps:
-        reason = f"longer than train.steps = {steps}: nothing would ever be selected"
+@RULES.reading(
+    "selection.warmup_steps", "selection.method", "selection.prescreen", "selection.score_every", "train.steps"
+)
+def _first_scores(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    steps, selection = config.train.steps, config.selection
+    warmup, predicts = selection.warmup_steps, selection.prescreen.mode == "predict"
+    every = selection.score_every * (selection.prescreen.every if predicts else 1)
+    first = -(-warmup // every) * every
+    if selection.method != "uniform" and not selection.has_prior and first >= steps:
+        reason = f"the first scores are those of step {first}, train.steps = {steps}: nothing would ever be selected"
         yield Problem("selection.warmup_steps", warmup, reason, "use fewer, more train.steps, or selection=uniform")
+
+
+@RULES.reading("selection.method", "selection.prescreen", "selection.score_every", "optim", "train.steps")
+def _scores_with_state(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Scores of the first step alone are taken before the optimizer has any state."""
+    steps, selection, optim = config.train.steps, config.selection, config.optim
+    stateless = not optim.spec().state_under(optim.own_settings())
+    if selection.method != "opus" or selection.has_prior or selection.warmup_steps > 0 or stateless:
+        return
+    predicts = selection.prescreen.mode == "predict"
+    if selection.score_every * (selection.prescreen.every if predicts else 1) >= steps:
+        key, value = "score_every", selection.score_every
+        if value < steps:
+            key, value = "prescreen.every", selection.prescreen.every
+        reason = f"with train.steps = {steps} scores are taken in step 0 alone, when {optim.name} has no state yet:"
+        reason += " nothing would ever be selected"
+        yield Problem(f"selection.{key}", value, reason, "use fewer, more train.steps, or selection=uniform")
 
 
 @RULES.reading("model.max_positions", "model.position", "data.seq_len")
@@ -244,8 +245,9 @@ def _target_domains(config: RunConfig, world_size: int | None) -> Iterator[Probl
 def _scoring_layout(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Method and estimator are given whole models and whole sequences where they need them."""
     needs, parallel = config.selection.needs(), config.parallel
-    for need, degree in (("whole_model", parallel.model_ranks), ("whole_sequence", parallel.cp)):
-        if need in needs and degree > 1:
+    for need, degrees in (("whole_model", ("tp", "cp", "pp")), ("whole_sequence", ("cp",))):
+        split = [f"parallel.{name}=1" for name in degrees if getattr(parallel, name) > 1]
+        if need in needs and split:
             key, value, why = needs[need]
-            remedy = "selection.estimator=adjoint or directional work at every layout"
-            yield Problem(f"selection.{key}", value, why, remedy if key == "estimator" else f"use {ANY_LAYOUT[key]}")
+            others = "selection.estimator=adjoint or directional" if key == "estimator" else ANY_LAYOUT[key]
+            yield Problem(f"selection.{key}", value, why, f"set {' '.join(split)} (at every layout: {others})")

@@ -12,13 +12,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
+from megaopus.corpus_tools.near_duplicates import NearDuplicates
 from megaopus.corpus_tools.nearest_documents import CHUNK, HASHED, OVERLAP_WORDS, Found, Item, search
 from megaopus.corpus_tools.sources import Source, SourceReader
 from megaopus.corpus_tools.workers import cores
@@ -41,6 +42,34 @@ from megaopus.data.folder import new_folder, refuse_existing, work_folder
 from megaopus.errors import DataError
 
 POOL, PROXY, VALIDATION = range(len(SPLITS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Says which of the nearest documents are passed over; 0: no limit."""
+
+    min_tokens: int = 0
+    """Documents with fewer: words count for more in short ones, and a page of a line teaches little."""
+    per_item: int = 0
+    """Documents whose nearest item is the same."""
+    per_near_duplicate: int = 0
+    """Documents that share most of their words (``near_duplicates``); the others leave the pool too, as copies do."""
+
+
+USUAL = Limits(min_tokens=256, per_item=10, per_near_duplicate=1)
+"""What the verb takes where nothing else is said."""
+
+
+@dataclass(slots=True)
+class Chosen:
+    """Says which documents become the proxy, and which of the nearer ones do not."""
+
+    places: np.ndarray
+    """(P,) in ``Found`` of the proxy's documents, nearest first."""
+    splits: np.ndarray
+    """(D,) uint8 split of every document of the corpus."""
+    passed_over: dict[str, int]
+    """Limit -> documents nearer than the last one chosen that it kept out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +124,7 @@ def build(
     out: Path,
     *,
     tokens: int,
+    limits: Limits = USUAL,
     encoder: str = HASHED,
     drop_overlap: bool = False,
     overwrite: bool = False,
@@ -124,55 +154,85 @@ def build(
     )
     with work_folder(out, plan, console) as work:
         found = search(corpus, items, encoder, work, workers, CHUNK, console)
-        splits, chosen = assign(corpus, found, tokens, drop_overlap)
-        summary = _summary(corpus, items, found, splits, encoder, tokens, drop_overlap)
+        chosen = assign(corpus, found, tokens, limits, drop_overlap)
+        asked = {"encoder": encoder, "tokens": tokens, "limits": asdict(limits), "drop_overlap": drop_overlap}
+        summary = asked | _summary(corpus, items, found, chosen)
         with new_folder(out, console) as folder:
-            _write(corpus, splits, summary, folder)
-    return ProxyCorpus(out, found, chosen, summary)
+            _write(corpus, chosen.splits, summary, folder)
+    return ProxyCorpus(out, found, chosen.places, summary)
 
 
-def assign(corpus: Corpus, found: Found, tokens: int, drop_overlap: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the proxy: (split of every document (D,) uint8, chosen places in ``found``, nearest first)."""
+def assign(corpus: Corpus, found: Found, tokens: int, limits: Limits, drop_overlap: bool) -> Chosen:
+    """Choose the proxy, nearest first. Raises DataError if no document fits, or no pool is left."""
     usable = ~found.overlaps if drop_overlap else np.ones(len(found.documents), dtype=bool)
     order = np.lexsort((found.documents, -found.similarity))
     order = order[usable[order]]
     first = np.sort(np.unique(found.digest[order], return_index=True)[1])  # one of each, nearest first
     order = order[first]
-    fits = np.cumsum(corpus.lengths[found.documents[order]]) <= tokens
-    chosen = order[fits]
+    chosen, alike, passed_over = _within(limits, corpus, found, order, tokens)
     if not len(chosen):
-        raise DataError(f"no document fits a proxy of {tokens:,} tokens; use more --tokens")
+        long, shorter = "", ""
+        if limits.min_tokens:
+            long, shorter = f" of documents of at least {limits.min_tokens}", ", or fewer --min-tokens"
+        raise DataError(f"no document fits a proxy of {tokens:,} tokens{long}; use more --tokens{shorter}")
     splits = corpus.split_codes.copy()
     splits[found.documents] = POOL
     splits[found.documents[~usable]] = LEFT_OUT
-    copies = np.isin(found.digest, found.digest[chosen])
+    copies = np.isin(found.digest, found.digest[np.concatenate([chosen, alike])])
     splits[found.documents[copies]] = LEFT_OUT
     splits[found.documents[chosen]] = PROXY
     proxy, pool = (int(corpus.lengths[splits == code].sum()) for code in (PROXY, POOL))
     if proxy > pool:
         raise DataError(f"a proxy of {proxy:,} tokens is larger than the pool it leaves, {pool:,}; use fewer --tokens")
-    return splits, chosen
+    return Chosen(chosen, splits, passed_over)
 
 
-def _summary(
-    corpus: Corpus,
-    items: Sequence[Item],
-    found: Found,
-    splits: np.ndarray,
-    encoder: str,
-    tokens: int,
-    drop_overlap: bool,
-) -> dict[str, Any]:
-    """Sum up for the manifest: settings, shares of the domains, overlaps."""
+def _within(
+    limits: Limits, corpus: Corpus, found: Found, order: np.ndarray, tokens: int
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """(places of the proxy's documents, places of near-duplicates of them, ``Chosen.passed_over``), in ``order``."""
+    chosen: list[int] = []
+    alike: list[int] = []
+    passed_over = dict.fromkeys(asdict(limits), 0)
+    of_item = np.zeros(len(found.items_met), dtype=np.int64)
+    known, total = NearDuplicates(), 0
+    for place in order.tolist():
+        document, item = found.documents[place], found.item[place]
+        length = int(corpus.lengths[document])
+        if length < limits.min_tokens:
+            passed_over["min_tokens"] += 1
+            continue
+        if limits.per_item and of_item[item] >= limits.per_item:
+            passed_over["per_item"] += 1
+            continue
+        text = corpus.texts([document])[0] if limits.per_near_duplicate else ""
+        if limits.per_near_duplicate and known.count(text) >= limits.per_near_duplicate:
+            passed_over["per_near_duplicate"] += 1
+            alike.append(place)
+            continue
+        total += length
+        if total > tokens:
+            break
+        chosen.append(place)
+        of_item[item] += 1
+        known.add(text)
+    return np.array(chosen, dtype=np.int64), np.array(alike, dtype=np.int64), passed_over
+
+
+def _summary(corpus: Corpus, items: Sequence[Item], found: Found, chosen: Chosen) -> dict[str, Any]:
+    """Sum up for the manifest: what was taken and passed over, shares of the domains, overlaps."""
+    splits = chosen.splits
     here = splits[found.documents]
+    of_item = np.bincount(found.item[chosen.places], minlength=len(items))
     overlapping = {SPLIT_NAMES[code]: int((found.overlaps & (here == code)).sum()) for code in (POOL, PROXY, LEFT_OUT)}
     return {
         "from": corpus.fingerprint,
-        "encoder": encoder,
         "items": len(items),
         "items_sha256": hashlib.sha256("\0".join(item.text for item in items).encode()).hexdigest(),
-        "tokens": tokens,
-        "drop_overlap": drop_overlap,
+        "documents": len(chosen.places),
+        "passed_over": chosen.passed_over,
+        "items_with_documents": int((of_item > 0).sum()),
+        "most_documents_of_an_item": int(of_item.max()),
         "proxy_share": _shares(corpus, splits == PROXY),
         "pool_share": _shares(corpus, splits == POOL),
         "overlap_words": OVERLAP_WORDS,

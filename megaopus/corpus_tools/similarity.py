@@ -75,7 +75,7 @@ class SentenceEncoder:
     """Embeddings of a sentence-transformers model by name or path; raises DataError if the package is not there."""
 
     def __init__(self, name: str, items: Sequence[str]):
-        module: Any = needed("sentence_transformers", f"--encoder {name}")
+        module: Any = needed("sentence_transformers", f"--encoder {name}", "sentence-transformers")
         self._model = module.SentenceTransformer(name)
         self._items = self._embed(items)
 
@@ -86,6 +86,11 @@ class SentenceEncoder:
         """As ``HashedTfidf.nearest``."""
         similarity = self._embed(texts) @ self._items.T
         return similarity.max(1).astype(np.float32), similarity.argmax(1)
+
+
+def distinct_words(text: str) -> np.ndarray:
+    """(k,) uint64 digests of a text's distinct words, ascending; lower case, marks left out."""
+    return np.unique(np.array([_digest(word) for word in _WORD.findall(text.lower())], dtype=np.uint64))
 
 
 def shared_runs(text: str, length: int) -> np.ndarray:

@@ -25,7 +25,7 @@ class PrepareConfig:
     id_field: str = setting("id", doc="Field that names a document.")
     domain_field: str = setting("domain", doc="Field that names its domain.")
     keep: list[str] = setting([], doc="Fields to keep in the document table.")
-    tokenizer: str | None = setting(None, doc="As `--tokenizer`; null: one is trained.")
+    tokenizer: str | None = setting(None, schemes=(), doc="As `--tokenizer`; null: one is trained.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,6 +95,7 @@ class DataConfig:
     path: str = setting(
         "",
         check=lambda value: None if value else "no corpus named",
+        schemes=(),
         resume=FIXED,  # by the corpus's fingerprint: it may move
         doc="Folder of the prepared corpus: manifest.json, tokens.bin/.idx, documents.jsonl, tokenizer.json.",
         hint="data.path=FOLDER made by 'python -m megaopus prepare'",
@@ -114,16 +115,20 @@ class DataConfig:
     )
     filter: FilterConfig = field(default_factory=FilterConfig)
     proxy_path: str | None = setting(
-        None, doc="Another prepared corpus to draw the proxy from; null: the split 'proxy' of `path`."
+        None, schemes=(), doc="Another prepared corpus to draw the proxy from; null: the split 'proxy' of `path`."
     )
     text_features_path: str | None = setting(
         None,
+        schemes=(),
         resume=HARMLESS,
         doc="Where text features of the sequences are kept (a prescreen needs them); null: beside `path`, in "
         "NAME.traits.",
     )
     validation_path: str | None = setting(
-        None, resume=HARMLESS, doc="Another prepared corpus to validate on; null: the split 'validation' of `path`."
+        None,
+        schemes=(),
+        resume=HARMLESS,
+        doc="Another prepared corpus to validate on; null: the split 'validation' of `path`.",
     )
     read_ahead_mb: int = setting(
         256,

@@ -14,6 +14,8 @@ from rich.console import Console
 from megaopus.errors import DataError
 from megaopus.fs import sync
 
+_REFUSED = "cannot be written"
+
 
 class StoppedError(DataError):
     """Work ended by what is no fault of its input; what is finished is kept for another try."""
@@ -73,7 +75,7 @@ def new_folder(out: Path, console: Console) -> Iterator[Path]:
         finally:
             os.close(lock)
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error}); nothing was left behind") from error
+        raise DataError(f"{out}: {_REFUSED} ({error}); nothing was left behind") from error
 
 
 @contextmanager
@@ -92,7 +94,7 @@ def work_folder(out: Path, plan: str, console: Console) -> Iterator[Path]:
         work.mkdir(exist_ok=True)
         lock = _locked(work, out)
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error}); nothing was left behind") from error
+        raise DataError(f"{out}: {_REFUSED} ({error}); nothing was left behind") from error
     try:
         known = work / "plan.json"
         if known.is_file() and known.read_text(encoding="utf-8") == plan:
@@ -108,7 +110,7 @@ def work_folder(out: Path, plan: str, console: Console) -> Iterator[Path]:
         shutil.rmtree(work)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
-        raise DataError(f"{out}: cannot be written ({error}); nothing was left behind") from error
+        raise DataError(f"{out}: {_REFUSED} ({error}); nothing was left behind") from error
     except StoppedError:
         raise
     except Exception:
@@ -116,6 +118,17 @@ def work_folder(out: Path, plan: str, console: Console) -> Iterator[Path]:
         raise
     finally:
         os.close(lock)
+
+
+@contextmanager
+def where_else(out: Path, remedy: str) -> Iterator[None]:
+    """Add where else ``out`` may lie to the error that the file system refuses it."""
+    try:
+        yield
+    except DataError as error:
+        if str(error).startswith(f"{out}: {_REFUSED}"):
+            raise DataError(f"{error}; {remedy}") from error.__cause__
+        raise
 
 
 def _siblings(out: Path) -> tuple[Path, Path]:

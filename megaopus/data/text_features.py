@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaopus.data.folder import new_folder
+from megaopus.data.folder import new_folder, where_else
 from megaopus.data.permutation import mix
 from megaopus.data.sequences import Sequences
 from megaopus.errors import DataError
@@ -123,12 +123,13 @@ def ensure_text_features(pool: Sequences, proxy: Sequences, parent: str | None, 
     ``parent``: where it lies; None: beside the corpus, in a folder called like it with ``.traits`` added.
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the folder cannot be written; ``data.text_features_path`` is named.
     """
     folder = text_features_folder(pool, proxy, parent)
     if folder.is_dir():
         return folder
-    with new_folder(folder, console) as place:
+    remedy = "set data.text_features_path to a folder that can be written"
+    with where_else(folder, remedy), new_folder(folder, console) as place:
         _write(pool, proxy, place, console)
     return folder
 

@@ -10,6 +10,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megaopus.errors import DataError
 
 EOD = "<|endoftext|>"
+BPE_FILES = (
+    ("encoder.json", "vocab.bpe"),
+    ("vocab.json", "merges.txt"),
+    ("gpt2-vocab.json", "gpt2-merges.txt"),
+)
+"""What GPT-2's vocabulary and merges are called by OpenAI, by Hugging Face, and by Megatron-LM."""
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end-of-document token
 
 
@@ -17,7 +23,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """Read a tokenizer; texts are encoded whole, and special tokens written in a text stay plain text.
 
     ``source``: a ``tokenizer.json``; a folder with one, or with a byte-level BPE's vocabulary and merges as GPT-2 names
-    them (``encoder.json`` and ``vocab.bpe``, or ``vocab.json`` and ``merges.txt``); else a name on the hub.
+    them (``encoder.json`` and ``vocab.bpe``, or ``vocab.json`` and ``merges.txt``) or Megatron-LM does
+    (``gpt2-vocab.json`` and ``gpt2-merges.txt``); else a name on the hub.
 
     Raises:
         DataError: there is no such file or name, or it is not a tokenizer.
@@ -45,7 +52,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 def _from_folder(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder / "tokenizer.json")
-    for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+    for vocabulary, merges in BPE_FILES:
         if (folder / vocabulary).is_file() and (folder / merges).is_file():
             try:
                 tokenizer = Tokenizer(models.BPE.from_file(str(folder / vocabulary), str(folder / merges)))
@@ -55,10 +62,8 @@ def _from_folder(folder: Path) -> Tokenizer:
             if tokenizer.token_to_id(EOD) is not None:
                 tokenizer.add_special_tokens([EOD])
             return _plain(tokenizer)
-    raise DataError(
-        f"{folder}: no tokenizer in it; it needs a tokenizer.json, or encoder.json and vocab.bpe, or vocab.json and"
-        " merges.txt"
-    )
+    pairs = ", or ".join(f"{vocabulary} and {merges}" for vocabulary, merges in BPE_FILES)
+    raise DataError(f"{folder}: no tokenizer in it; it needs a tokenizer.json, or {pairs}")
 
 
 def _byte_level(tokenizer: Tokenizer) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.cpu import cpu_mode, prepare_megatron
+from megaopus.distributed.launcher import place
 from megaopus.errors import EngineError
 
 T = TypeVar("T")
@@ -52,7 +53,8 @@ class MeshShape:
 class Mesh:
     """torch.distributed and megatron's process groups, alive between ``Mesh(...)`` and ``close()``.
 
-    Raises ``EngineError`` if the world size is not a multiple of tp x cp x pp or the device is missing.
+    Raises ``EngineError`` if the world size is not a multiple of tp x cp x pp or the device is missing, ``ConfigError``
+    for what a launcher left over in the environment.
     """
 
     def __init__(self, parallel: ParallelConfig, device: str = "auto", timeout_minutes: float = 10.0):
@@ -60,8 +62,9 @@ class Mesh:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise EngineError("engine.device=cuda, but torch sees no CUDA device: use engine.device=cpu or auto")
-        self.rank = int(os.environ.get("RANK", "0"))
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if dist.is_initialized():
+            raise EngineError("a process group is already alive in this process: close the other Mesh first")
+        self.rank, local_rank, world_size, launched = place()
         self.shape = MeshShape(world_size, parallel.tp, parallel.pp, parallel.cp)
         if world_size % parallel.model_ranks:
             raise EngineError(
@@ -72,10 +75,14 @@ class Mesh:
         if self.on_cpu:
             self.device = torch.device("cpu")
         else:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         prepare_megatron(self.on_cpu)
-        self._init_process_group(timedelta(minutes=timeout_minutes))
+        backend, timeout = "gloo" if self.on_cpu else "nccl", timedelta(minutes=timeout_minutes)
+        if launched:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         from megatron.core import parallel_state
 
         with self.megatron():
@@ -95,15 +102,9 @@ class Mesh:
         self.tp_rank, self.cp_rank, self.dp_rank, self.pp_rank = self.shape.coordinates(self.rank)
         groups = (self.tp_group, self.cp_group, self.dp_group, self.pp_group)
         assert tuple(dist.get_rank(group) for group in groups) == self.shape.coordinates(self.rank)
-
-    def _init_process_group(self, timeout: timedelta) -> None:
-        if dist.is_initialized():
-            raise EngineError("a process group is already alive in this process: close the other Mesh first")
-        backend = "gloo" if self.on_cpu else "nccl"
-        if self.shape.world_size == 1 and "MASTER_ADDR" not in os.environ:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout)
+        self._told_local_rank = not launched
+        if not launched:
+            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it wherever it is
 
     def megatron(self) -> AbstractContextManager[None]:
         """Context in which megatron-core may be called."""
@@ -143,5 +144,7 @@ class Mesh:
         """Destroy every process group."""
         from megatron.core import parallel_state
 
+        if self._told_local_rank:
+            os.environ.pop("LOCAL_RANK", None)
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

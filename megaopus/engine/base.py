@@ -65,7 +65,7 @@ class Engine(ABC):
         Args:
             mesh: this rank's place among the others.
             model, optim, engine, parallel: the sections of the run's settings.
-            vocab_size: token ids of the tokenizer, before padding.
+            vocab_size: token ids of the model, before padding: the softmax has no more.
             seq_len: positions of a training sequence.
             micro_batch_size: sequences of a forward pass on one rank.
             total_steps: updates of the whole run, over which the learning rate is scheduled.
@@ -81,7 +81,7 @@ class Engine(ABC):
         """Times ``StepResult.own_s``; the loop puts one in that knows its clock and its waits for data."""
         self.micro_batch_size = micro_batch_size
         self.seq_len = seq_len
-        self.bf16 = engine.precision == "bf16" or (engine.precision == "auto" and not mesh.on_cpu)
+        self.bf16 = engine.is_bf16(mesh.on_cpu)
         self._optim_config = optim
         self._total_steps = total_steps
         self._seed = seed
@@ -103,6 +103,11 @@ class Engine(ABC):
         """Give the optimizer the learning rate and momentum of the coming update; returns the learning rate."""
         return self.optimizer.set_step(self.step, lr_factor(self._optim_config, self.step, self._total_steps))
 
+    def matrix_lr(self) -> float | None:
+        """Return the last update's learning rate of the blocks' matrices; None without an optimizer of their own."""
+        optimizers = self.optimizer.torch_optimizers
+        return float(optimizers[0].param_groups[0]["lr"]) if len(optimizers) > 1 else None
+
     def training_rows(self, count: int) -> Tensor:
         """Say which rows of a global batch of ``count`` sequences this rank trains on: (count / dp,) int64.
 
@@ -123,10 +128,9 @@ class Engine(ABC):
 
     @abstractmethod
     def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
-        """Mean gradient of a global batch, dropout off, by whole-model name; fp32, the same on every dp rank.
+        """Mean gradient of a batch of any size, dropout off, by whole-model name; fp32, the same on every dp rank.
 
-        ``length``: positions of each sequence from its start; None: all. Raises ValueError if ``batch`` cannot be split
-        evenly over the dp ranks.
+        ``length``: positions of each sequence from its start; None: all.
         """
 
     @abstractmethod

@@ -49,6 +49,10 @@ class EngineConfig:
         """Return what is known of the engine; KeyError for an unknown name."""
         return ENGINES[self.name]
 
+    def is_bf16(self, on_cpu: bool) -> bool:
+        """Say whether the model is held in bf16, with fp32 main weights."""
+        return self.precision == "bf16" or (self.precision == "auto" and not on_cpu)
+
     def refusals(
         self, parallel: ParallelConfig, optim: OptimConfig, selection: SelectionConfig | None = None
     ) -> Iterator[Refusal]:

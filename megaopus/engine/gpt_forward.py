@@ -68,8 +68,9 @@ class SampledLabels:
         bounds = torch.stack(gathered(cumulated_BSV[..., -1], group, size)).cumsum(0)  # of the ranks' parts
         point_BS = uniforms_BS * bounds[-1]
         lower_BS = bounds[rank - 1] if rank else torch.zeros_like(point_BS)
-        index_BS = (cumulated_BSV < (point_BS - lower_BS).unsqueeze(-1)).sum(-1)
-        index_BS = index_BS.clamp_(max=logits_BSV.shape[-1] - 1) + rank * logits_BSV.shape[-1]
+        # no further than this part reaches, whatever rounding says: columns without probability lie behind
+        own_BS = torch.minimum(point_BS - lower_BS, cumulated_BSV[..., -1])
+        index_BS = (cumulated_BSV < own_BS.unsqueeze(-1)).sum(-1) + rank * logits_BSV.shape[-1]
         labels_BS = torch.where((point_BS > lower_BS) & (point_BS <= bounds[rank]), index_BS, 0)
         if size > 1:
             dist.all_reduce(labels_BS, group=group)

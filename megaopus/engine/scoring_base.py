@@ -58,6 +58,16 @@ class EngineScoringBackend(ModuleBackend):
     def computes_in_16_bits(self) -> bool:
         return self._engine.bf16
 
+    @property
+    def unobserved(self) -> bool:
+        return False
+
+    def counts(self, name: str) -> bool:
+        """One of the ranks that share the positions, of those that hold the whole weight, of a tied one's stages."""
+        mesh = self._mesh
+        first_stage = name != EMBEDDING or mesh.pp_rank == 0 or not is_tied(self.module)
+        return mesh.cp_rank == 0 and (name in self._split or mesh.tp_rank == 0) and first_stage
+
     def parameters(self) -> dict[str, Tensor]:
         """The fp32 weights that the optimizer updates: under bf16 the main copies, gathered where sharded."""
         main = self._engine.optimizer.main_weights()

@@ -8,12 +8,13 @@ Import only after ``distributed.cpu.prepare_megatron``.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,6 +36,8 @@ class CausalAttention(torch.nn.Module):
         super().__init__()
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        # Under sequence parallelism megatron has the whole block draw from the tensor-parallel rank's own state.
+        self.shares_state = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
         self.cp_group = parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None
 
     def forward(
@@ -57,17 +60,23 @@ class CausalAttention(torch.nn.Module):
         if query_SBAD.device.type == "cpu":
             # neighbouring positions lie a whole micro-batch apart: the copy costs less than the cache misses
             query_BASD, key_BATD, value_BATD = query_BASD.contiguous(), key_BATD.contiguous(), value_BATD.contiguous()
-        context_BASD = F.scaled_dot_product_attention(
-            query_BASD,
-            key_BATD,
-            value_BATD,
-            attn_mask=mask_ST,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask_ST is None,
-            scale=self.softmax_scale,
-            enable_gqa=key_SBAD.shape[2] != num_heads,
-        )
+        with self._own_masks():
+            context_BASD = F.scaled_dot_product_attention(
+                query_BASD,
+                key_BATD,
+                value_BATD,
+                attn_mask=mask_ST,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=mask_ST is None,
+                scale=self.softmax_scale,
+                enable_gqa=key_SBAD.shape[2] != num_heads,
+            )
         return context_BASD.permute(2, 0, 1, 3).reshape(seq_len, batch, -1)
+
+    def _own_masks(self) -> AbstractContextManager[None]:
+        """Inside, dropout draws for the heads of this tensor-parallel rank alone."""
+        drops = self.training and self.dropout > 0
+        return get_cuda_rng_tracker().fork() if drops and self.shares_state else nullcontext()
 
 
 def _gathered(

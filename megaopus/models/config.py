@@ -40,7 +40,11 @@ class ModelConfig:
         hint=_DERIVED,
     )
     vocab_size: int | None = setting(
-        None, min=1, doc="Rows of the embedding, padded up to a multiple of 128; null: the tokenizer's.", hint=_DERIVED
+        None,
+        min=1,
+        doc="Token ids that the model knows; given, it wins over the tokenizer's count (null), which is the least."
+        " Its tables have rows up to a multiple of 128, of which those beyond count nowhere.",
+        hint=_DERIVED,
     )
     max_positions: int | None = setting(
         None, min=1, doc="Length of the learned position table; null: data.seq_len.", hint=_DERIVED

@@ -17,6 +17,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.distributed.shards import is_split, part_of, whole_of
 from megaopus.models.config import ModelConfig
+from megaopus.models.flops import padded_vocab
 
 
 def transformer_config(model: ModelConfig, mesh: Mesh, parallel: ParallelConfig, *, bf16: bool, recompute: bool) -> Any:
@@ -92,8 +93,8 @@ def build_gpt(
 ) -> Any:
     """Model chunk ``chunk`` of this rank's stage of the GPT, on the mesh's device, not yet initialised.
 
-    ``vocab_size`` is the padded one. Forward: (tokens (B, S), position ids (B, S), None, labels=(B, S)) -> loss (B, S),
-    S this context-parallel rank's part of the positions.
+    ``vocab_size`` is the true one, which is padded here. Forward: (tokens (B, S), position ids (B, S), None,
+    labels=(B, S)) -> loss (B, S), S this context-parallel rank's part of the positions.
     """
     from megatron.core.models.gpt import GPTModel
 
@@ -111,7 +112,7 @@ def build_gpt(
     gpt = GPT(
         config=config,
         transformer_layer_spec=_block_spec(model, config, mesh, vp_stage),
-        vocab_size=vocab_size,
+        vocab_size=padded_vocab(vocab_size),
         max_sequence_length=max_positions,
         pre_process=mesh.pp_rank == 0 and chunk == 0,
         post_process=mesh.is_last_stage and chunk == (chunks or 1) - 1,
@@ -131,7 +132,27 @@ def build_gpt(
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=mesh.cp_group,
         )
+    if gpt.post_process:
+        mask_padding(gpt.output_layer, vocab_size, mesh)
     return gpt.to(mesh.device)
+
+
+def mask_padding(output_layer: nn.Module, vocab_size: int, mesh: Mesh) -> None:
+    """Give this rank's columns of the logits beyond ``vocab_size`` no probability: -inf, as they leave the layer.
+
+    They are filled in place and unseen by autograd, so that no second copy of the logits is made: a softmax's gradient
+    there is zero by itself, and so is that of the padded rows of the weights.
+    """
+    columns = padded_vocab(vocab_size) // mesh.shape.tp
+    own = max(0, vocab_size - mesh.tp_rank * columns)
+    if own >= columns:
+        return
+
+    @torch.no_grad()
+    def fill(module: nn.Module, args: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        output[0][..., own:] = -math.inf
+
+    output_layer.register_forward_hook(fill)
 
 
 def model_chunks(module: nn.Module) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,11 +55,27 @@ class OptimConfig:
     schedule: str = setting(
         "cosine",
         choices=SCHEDULES,
-        doc="constant, cosine (to min_lr_ratio at train.steps) or wsd (constant, then linear to min_lr_ratio).",
+        doc="constant, cosine (to min_lr_ratio or min_lr at train.steps) or wsd (constant, then linear to it).",
     )
     warmup_steps: int = setting(0, min=0, doc="Steps of linear warm-up.", hint=_OFF)
     decay_steps: int = setting(0, min=0, doc="wsd: length of the final decay.", hint=_OFF)
     min_lr_ratio: float = setting(0.1, min=0, max=1, doc="Last learning rate over the peak.")
+    min_lr: float | None = setting(
+        None,
+        min=0,
+        doc="Last learning rate itself, instead of `min_lr_ratio`; matrices with a rate of their own end at the same "
+        "share of theirs.",
+        hint="null takes min_lr_ratio",
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str, str]]:
+        """Yield (key, reason, remedy) of what does not hold between settings."""
+        if self.min_lr is not None and self.min_lr > self.lr:
+            yield "min_lr", f"above the peak, optim.lr = {self.lr:g}", "use less, or null to take min_lr_ratio"
+
+    def last_share(self) -> float:
+        """Return the last learning rate over the peak."""
+        return self.min_lr_ratio if self.min_lr is None else self.min_lr / self.lr
 
     def spec(self) -> Spec:
         """Return what is known of the optimizer; KeyError for an unknown name."""

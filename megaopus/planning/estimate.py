@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +16,12 @@ from megaopus.models.flops import (
     padded_vocab,
     training_flops_per_token,
 )
-from megaopus.planning.memory import scoring_micro_batch
+from megaopus.planning.disk import choice_rows, disk_use
+from megaopus.planning.memory import precisions, scoring_micro_batch
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.estimators.registry import ESTIMATORS, scoring_flops
 from megaopus.selection.methods.registry import METHODS, UNIFORM
 from megaopus.selection.registry import Flops
-
-CHOICE_BYTES = 17
-"""Of a row of choices/ with utilities or prescreen scores, compressed: 16.3 measured (24 with both, 6 with neither)."""
 
 
 def vocabulary(config: RunConfig, data: RunDataSummary) -> int:
@@ -43,7 +40,7 @@ def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str,
         f"{shape.world_size} rank(s) on {device}: dp={shape.dp} tp={shape.tp} cp={shape.cp} pp={shape.pp}",
         f"{parameters:,} parameters, {precision}, {config.optim.name}, {engine}",
         f"{train.steps} steps of {train.global_batch_size} x {config.data.seq_len} tokens",
-        f"{config.selection.method} picks {train.global_batch_size} of {config.num_candidates()} candidates",
+        _picks(config),
         f"pool of {data.sequences['pool']:,} sequences ({data.fingerprint[:12]})",
     ]
     if data.kept is not None:
@@ -52,6 +49,18 @@ def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str,
         drawn = ", ".join(f"{name} {epochs:.2f}" for name, epochs in data.epochs.items())
         parts.append(f"domains by weight; epochs of each by the last step: {drawn}")
     return " | ".join(parts)
+
+
+def _picks(config: RunConfig) -> str:
+    """Tell how many are picked of the buffer that a step's line counts, and how many of it a model scores."""
+    count, size, selection = config.train.global_batch_size, config.buffer_size(), config.selection
+    text = f"{selection.method} picks {count} of {size} candidates"
+    if selection.score_every > 1:
+        text += f" in each of the {selection.score_every} steps that share them"
+    if (scored := config.num_scored()) < size and selection.method != UNIFORM:
+        every, predicts = selection.prescreen.every, selection.prescreen.mode == "predict"
+        text += f" ({scored} scored by the model" + (f" every {every} steps)" if predicts and every > 1 else ")")
+    return text
 
 
 def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[str, str]:
@@ -77,12 +86,16 @@ def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[st
     }
     if config.logging.selection:
         rows["record of choices"] = _record(config)
+    rows["checkpoints"] = _checkpoints(config, vocab_size)
     if selection.prescreen.mode != "off" or selection.score_every > 1:
         served = f" for {selection.score_every} steps" if selection.score_every > 1 else ""
         rows["buffer"] = f"{config.buffer_size()} sequences{served}, {config.num_scored()} of them scored exactly"
     if selection.needs_proxy:
-        share = selection.proxy_batch_size / train.global_batch_size
-        rows["proxy"] = f"{selection.proxy_batch_size} sequences per step, {share:.1%} of the update tokens"
+        period, weight = selection.proxy_period, selection.proxy_decay
+        share = selection.proxy_batch_size / period / train.global_batch_size
+        when = "per step" if period == 1 else f"every {period} steps"
+        averaged = f"; its gradient's weight halves in {selection.proxy_half_life:.4g} steps" if weight else ""
+        rows["proxy"] = f"{selection.proxy_batch_size} sequences {when}, {share:.1%} of the update tokens{averaged}"
     if selection.method != UNIFORM and (asked := selection.score_length) is not None:
         whole = f", whole sequences (score_length = {asked})" if asked > config.data.seq_len else ""
         rows["scored tokens"] = f"{config.scored_length()} of {config.data.seq_len} of each candidate{whole}"
@@ -102,15 +115,16 @@ def _in_micro_batches(selection: SelectionConfig) -> bool:
 
 def _record(config: RunConfig) -> str:
     """About how large choices/ becomes."""
-    every, kept = config.logging.selection_every, config.train.global_batch_size
-    whole = len(range(0, config.train.steps, every))
-    rows = whole * config.buffer_size() + (config.train.steps - whole) * kept
-    size = rows * CHOICE_BYTES
-    overlaps = 8 * config.buffer_size() * config.train.global_batch_size * config.selection.score_every
-    if config.selection.redundancy > 0 and overlaps <= config.logging.overlaps_mb * 1e6:
-        size += overlaps * len(range(0, config.train.steps, math.lcm(every, config.selection.score_every)))
+    every, (rows, size) = config.logging.selection_every, choice_rows(config)
     of = "every step" if every == 1 else f"every {every}th step, picks of the others"
     return f"about {format_bytes(size)}: {rows:,} rows, all candidates of {of} (logging.selection_every)"
+
+
+def _checkpoints(config: RunConfig, vocab_size: int) -> str:
+    """Say how large checkpoints are, and how many lie there at a time."""
+    use = disk_use(config, vocab_size, precisions(config)[-1])
+    size = format_bytes(use.checkpoint)
+    return f"about {size} each, at most {use.most} at a time: {format_bytes(use.most * use.checkpoint)}"
 
 
 def _validation(data: RunDataSummary) -> str:
@@ -140,7 +154,7 @@ def scoring_overhead(config: RunConfig) -> float:
     ratio = _scoring_cost(selection)[0]
     length = config.scored_length() / config.data.seq_len
     every = selection.score_every * (selection.prescreen.every if selection.prescreen.mode == "predict" else 1)
-    proxy = selection.proxy_batch_size / math.lcm(every, selection.proxy_every) if selection.needs_proxy else 0
+    proxy = selection.proxy_batch_size / selection.proxy_period if selection.needs_proxy else 0
     return (config.num_scored() / every * ratio * length + proxy * (1 + selection.contrast)) / train.global_batch_size
 
 

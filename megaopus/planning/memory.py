@@ -105,13 +105,13 @@ def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight])
     selection, count = config.selection, sum(weight.numel for weight in weights)
     if not selection.needs_proxy:
         return {}
-    average = selection.proxy_ema > 0
+    average = selection.proxy_half_life > 0
     rows = {"proxy gradient": (4 * count * (1 + average), "fp32, with its running average" if average else "fp32")}
     if METHODS.find(selection.method).by_estimator:
         sizes = Sizes(
             weights=count,
             matrices=[weight.numel for weight in weights if _is_sketched(weight, config)],
-            candidates=config.num_scored() // (world_size // config.parallel.model_ranks),
+            candidates=_scored_share(config, world_size),
             micro_batch_size=scoring_micro_batch(config, world_size),
         )
         rows |= scoring_memory(selection, sizes)
@@ -129,7 +129,12 @@ def _is_sketched(weight: Weight, config: RunConfig) -> bool:
 
 def scoring_micro_batch(config: RunConfig, world_size: int) -> int:
     """Candidates of a scoring pass on each rank: as set, or the most that may be found."""
-    share = config.num_scored() // (world_size // config.parallel.model_ranks)
+    share = _scored_share(config, world_size)
     length = config.scored_length()
     device = "cpu" if config.engine.device == "cpu" else "cuda"
     return config.selection.score_micro_batch_size or most_per_pass(share, length, device)
+
+
+def _scored_share(config: RunConfig, world_size: int) -> int:
+    """Candidates that a rank scores at a time, copies that fill its share up included."""
+    return -(-config.num_scored() // (world_size // config.parallel.model_ranks))

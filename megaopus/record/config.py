@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar
 
 from megaopus.settings import HARMLESS, setting
 
 WANDB_MODES = ("off", "offline", "online")
+WANDB_REMEDY = "pip install 'megaopus[wandb]'"
+
+
+def _span(value: list[int]) -> str | None:
+    return None if not value or (len(value) == 2 and 0 <= value[0] <= value[1]) else "must be two steps, first and last"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,5 +42,18 @@ class LoggingConfig:
         "0: never.",
         hint="1 is usual; 0 keeps no inner products",
     )
+    profile_steps: list[int] = setting(
+        [],
+        check=_span,
+        doc="First and last step whose work torch.profiler records on every rank, as profile/rank_R.json of the run "
+        "folder, for chrome://tracing or Perfetto; empty: none.",
+        hint="[10, 12] records three steps",
+    )
+    tensorboard: bool = setting(False, doc="Write the same numbers for TensorBoard, in tensorboard/ of the run folder.")
     wandb: str = setting("off", choices=WANDB_MODES, doc="Send metrics to Weights & Biases, now or later.")
     wandb_project: str = setting("megaopus", doc="Project in Weights & Biases.")
+
+    def conflicts(self) -> Iterator[tuple[str, str, str]]:
+        """Yield ``(key, reason, remedy)`` for what is not installed."""
+        if self.wandb in WANDB_MODES[1:] and find_spec("wandb") is None:
+            yield "wandb", "the package wandb is not installed", WANDB_REMEDY

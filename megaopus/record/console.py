@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console as RichConsole
@@ -16,9 +17,19 @@ from rich.text import Text
 from megaopus.events import Event
 from megaopus.record.formatting import format_count, format_duration, format_share
 from megaopus.record.metrics import progress_parts
+from megaopus.record.quiet import quiet
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
 PLAIN_PROGRESS_SECONDS = 5.0
+LEGEND = {
+    "grad ": "grad: norm of the gradient",
+    "lr ": "lr: learning rate",
+    "mem ": "mem: peak memory, and as `check` estimates it",
+    "sel ": "sel: time spent choosing, picks of candidates",
+    "ess ": "ess: effective sample size of the draw",
+    "->": "NAME .2->.7: share of candidates, of picks",
+}
+"""What a progress line may hold, by what it is known by, and what that means."""
 PACE_LINES = 10  # progress lines over which the pace behind the ETA is taken
 
 
@@ -31,31 +42,50 @@ class Console:
         every: int,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        selects: bool = True,
     ):
-        """``clock`` gives seconds; the ETA counts everything that passes on it, validation and saving included."""
+        """``clock`` gives seconds; the ETA counts everything that passes on it, validation and saving included.
+
+        ``selects`` False: the run draws every batch uniformly, so that of its choices there is nothing to tell.
+        """
         self._total_steps = total_steps
         self._every = every
-        self._stream = stream if stream is not None else sys.stdout
+        self._stream = quiet(stream if stream is not None else sys.stdout)
         self._rich = RichConsole(file=self._stream, highlight=False) if self._stream.isatty() else None
         self._clock = clock
+        self._began = clock()
+        self._selects = selects
+        self._legend_shown = False
+        self._loss: float | None = None  # of the last validation
+        self._done = 0
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_LINES + 1)
         self._steps: list[StepRecord] = []  # since the last progress line
         self._selections: list[SelectionRecord] = []
         self._events: Counter[str] = Counter()  # by kind
+        self._first: dict[str, str] = {}  # the words of each kind's first
 
     def step(self, record: StepRecord, selection: SelectionRecord | None) -> None:
         """Take in one step; print a line if one is due. Its events are told apart, through ``event``."""
         if not self._pace:
             self._pace.append((record.step, self._clock() - record.step_s))
         self._steps.append(record)
-        if selection is not None:
+        if selection is not None and self._selects:
             self._selections.append(selection)
-        done = record.step + 1
+        self._done = done = record.step + 1
         if done % self._every == 0 or done == self._total_steps:
             self._pace.append((done, self._clock()))
-            self._write(self._progress_parts())
+            parts = self._progress_parts()
+            self._show_legend(" | ".join(text for text, _ in parts))
+            self._write(parts)
             self._steps.clear()
             self._selections.clear()
+
+    def _show_legend(self, line: str) -> None:
+        """Explain once, before the first progress line, what is in it."""
+        if not self._legend_shown:
+            self._legend_shown = True
+            told = [(means, "dim") for key, means in LEGEND.items() if key in line]
+            self._write([("in the lines below", "dim"), *told])
 
     def _progress_parts(self) -> list[tuple[str, str]]:
         """(text, style) of each field: the metrics that say how they are shown, and what comes of several."""
@@ -76,9 +106,9 @@ class Console:
     def _selection_parts(self, time_share: float) -> list[tuple[str, str]]:
         last = self._selections[-1]
         number = last.candidates
-        text = f"sel {time_share:.1%} time, keep {last.picked / max(number, 1):.2f}"
+        text = f"sel {time_share:.1%} time, {last.picked} of {number}"
         if last.method == "uniform":
-            return [(text + ", uniform", "magenta")]
+            return [(text + " uniformly", "magenta")]
         parts = [(f"{text}, ess {last.ess:.0f}/{number}", "magenta")]
         chosen = [record for record in self._selections if record.method != "uniform"]
         share: Counter[str] = Counter()
@@ -93,6 +123,7 @@ class Console:
 
     def validation(self, record: ValidationRecord) -> None:
         """Print one validation line."""
+        self._loss, self._done = record.loss, record.step
         parts = [
             (f"validation after {record.step} steps, {format_count(record.tokens)} tokens", "bold"),
             (f"loss {record.loss:.4f}", "bold cyan"),
@@ -104,27 +135,45 @@ class Console:
     def event(self, event: Event) -> None:
         """Print a warning if it is the first of its kind; count it in any case."""
         if event.kind not in self._events:
+            self._first[event.kind] = str(event)
             self._write([(f"WARNING {event} (more of this kind are counted, not shown)", "bold yellow")])
         self._events[event.kind] += 1
 
     def note(self, text: str) -> None:
-        """Print a line of information."""
-        self._write([(text, "")])
+        """Print a line of information; fields are parted by " | "."""
+        self._write([(part, "") for part in text.split(" | ")])
 
     def close(self) -> None:
         """Say how often each kind of warning came, for those that came more than once."""
         for kind, count in self._events.items():
             if count > 1:
-                self._write([(f"WARNING {count} times in all: {kind}", "yellow")])
+                self._write([(f"WARNING {count} times in all, first: {self._first[kind]}", "yellow")])
         self._events.clear()
+
+    def closing(self, saved: Path | None, following: str) -> None:
+        """Print the last line: how far the run came and how long it took, its loss, where it lies, what comes next.
+
+        ``saved``: the last checkpoint; ``following``: the next command.
+        """
+        parts = [(f"done: {self._done} of {self._total_steps} steps", "bold")]
+        parts.append((f"{format_duration(self._clock() - self._began)} in this process", ""))
+        if self._loss is not None:
+            parts.append((f"last validation loss {self._loss:.4f}", "bold cyan"))
+        parts.append((f"saved in {saved}" if saved else "nothing saved, for no update was made", ""))
+        parts.append((f"next: {following}", "green"))
+        self._write(parts)
 
     def _write(self, parts: list[tuple[str, str]]) -> None:
         if self._rich is None:
             print(" | ".join(text for text, _ in parts), file=self._stream, flush=True)
             return
-        line = Text()
+        line, place = Text(), 0
         for at, (text, style) in enumerate(parts):
-            line.append(" | " if at else "", "dim").append(text, style)
+            joint = " | " if at else ""
+            if at and place + len(joint) + len(text) > self._rich.width:  # narrow: broken between fields alone
+                joint, place = "\n  ", 0
+            line.append(joint, "dim").append(text, style)
+            place += len(joint.lstrip("\n")) + len(text)
         self._rich.print(line, soft_wrap=True)
 
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megaopus.errors import DataError
-from megaopus.fs import sync
+from megaopus.fs import disk_full, sync
 from megaopus.selection.candidate_table import COLUMNS, RENAMED, STEP, CandidateTable, Column, Lists, Masked
 
 Table = pa.Table
@@ -254,4 +254,5 @@ def _write(table: pa.Table, path: Path) -> None:
         sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error}); make room, then start again") from error
+        room = disk_full(error, path, table.nbytes)
+        raise DataError(f"{path}: cannot be written ({error}){room}; mend that, then start again") from error

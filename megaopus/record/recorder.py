@@ -1,4 +1,4 @@
-"""Takes what the training loop tells of a run: writes it to files, prints it, sends it to Weights & Biases."""
+"""Takes what the training loop tells of a run: writes it to files, prints it, sends it to W&B and TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,15 +12,26 @@ from megaopus.record.config import LoggingConfig
 from megaopus.record.console import Console
 from megaopus.record.metrics import write_record
 from megaopus.record.parquet import FOLDER, ChoiceSink
-from megaopus.record.sinks import EVENTS_FILE, JsonlSink, WandbSink, read_rows
+from megaopus.record.sinks import (
+    EVENTS_FILE,
+    METRICS_FILE,
+    RUN_ID_FILE,
+    SELECTION_FILE,
+    JsonlSink,
+    TensorBoardSink,
+    WandbSink,
+    read_rows,
+)
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
 Meter = Callable[[StepRecord], Mapping[str, Any]]
 """Works out further metrics of a step, by name, from its record so far."""
+RECORD = (METRICS_FILE, SELECTION_FILE, EVENTS_FILE, FOLDER, RUN_ID_FILE, TensorBoardSink.FOLDER)
+"""What a record consists of, in the run folder."""
 
 
 class Recorder:
-    """Writes metrics.jsonl, selection.jsonl, events.jsonl and choices/, prints, and feeds Weights & Biases.
+    """Writes metrics.jsonl, selection.jsonl, events.jsonl and choices/, prints, and feeds W&B and TensorBoard.
 
     On the writer rank only; on every other rank all methods do nothing.
     """
@@ -34,31 +45,34 @@ class Recorder:
         resume_step: int = 0,
         wandb_config: dict[str, Any] | None = None,
         meters: Iterable[Meter] = (),
+        selects: bool = True,
     ):
         """``resume_step``: updates already done; rows of later ones, left by a killed run, are dropped.
 
         ``wandb_config``: the run's settings as plain values, shown beside its curves. ``meters``: called on each step's
-        record, in order; what they find is put into it. Raises DataError for a broken file of an earlier run,
-        ConfigError if wandb is asked for but not installed.
+        record, in order; what they find is put into it. ``selects``: as of Console. Raises DataError for a broken file
+        of an earlier run, ConfigError if W&B or TensorBoard is asked for and not installed.
         """
         self._console: Console | None = None
-        self._wandb: WandbSink | None = None
+        self._trackers: list[WandbSink | TensorBoardSink] = []
         if not is_writer:
             return
         run_dir = Path(run_dir)
         if config.wandb != "off":
-            self._wandb = WandbSink(config.wandb_project, config.wandb, run_dir, run_dir.name, wandb_config)
-        self._console = Console(total_steps, config.every)
+            self._trackers.append(WandbSink(config.wandb_project, config.wandb, run_dir, run_dir.name, wandb_config))
+        if config.tensorboard:
+            self._trackers.append(TensorBoardSink(run_dir, resume_step))
+        self._console = Console(total_steps, config.every, selects=selects)
         self._meters = list(meters)
-        self._metrics = JsonlSink(run_dir / "metrics.jsonl")
-        self._selection = JsonlSink(run_dir / "selection.jsonl")
+        self._metrics = JsonlSink(run_dir / METRICS_FILE)
+        self._selection = JsonlSink(run_dir / SELECTION_FILE)
         self._events = JsonlSink(run_dir / EVENTS_FILE)
         self._choices = ChoiceSink(run_dir / FOLDER, config.selection_every, config.overlaps_mb)
         for sink in (self._metrics, self._selection, self._events, self._choices):
             for message in sink.truncate_after(resume_step):
                 self._console.note(message)
         # A run killed between validation and the next update validates at that step again: one row is enough.
-        self._validated = _last_validation(self._metrics.path)
+        self._validated = last_validation(self._metrics.path)
         self._write_selection = config.selection
 
     def step(self, record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event | str] = ()) -> None:
@@ -83,8 +97,8 @@ class Recorder:
         for event in (*chosen, *others):
             self._console.event(event)
         self._console.step(record, selection)
-        if self._wandb is not None:
-            self._wandb.step(record, selection, [*chosen, *others])
+        for tracker in self._trackers:
+            tracker.step(record, selection, [*chosen, *others])
 
     def validation(self, record: ValidationRecord) -> None:
         """Record one validation; a second one after the same update is shown but not written again."""
@@ -94,8 +108,8 @@ class Recorder:
             self._metrics.write({"kind": "validation", **write_record(record)})
             self._validated = record.step
         self._console.validation(record)
-        if self._wandb is not None:
-            self._wandb.validation(record)
+        for tracker in self._trackers:
+            tracker.validation(record)
 
     def flush(self) -> None:
         """Put everything on disk: a checkpoint is about to say that these steps need not be taken again."""
@@ -107,8 +121,13 @@ class Recorder:
         if self._console is not None:
             self._console.note(text)
 
+    def closing(self, saved: Path | None, following: str) -> None:
+        """Print the last line of a run that ends as it should; arguments as of Console."""
+        if self._console is not None:
+            self._console.closing(saved, following)
+
     def close(self) -> None:
-        """Close the files, end the W&B run and sum the warnings up; may be called twice."""
+        """Close the files, end what W&B and TensorBoard are told and sum the warnings up; may be called twice."""
         if self._console is None:
             return
         self._metrics.close()
@@ -116,12 +135,12 @@ class Recorder:
         self._events.close()
         self._choices.flush()
         self._console.close()
-        if self._wandb is not None:
-            self._wandb.close()
-            self._wandb = None
+        while self._trackers:
+            self._trackers.pop().close()
 
 
-def _last_validation(path: Path) -> int | None:
+def last_validation(path: Path) -> int | None:
+    """Read after how many updates a run was last validated, from its metrics.jsonl; None: never."""
     if not path.exists():
         return None
     return max((row["step"] for _, _, row in read_rows(path) if row.get("kind") == "validation"), default=None)

@@ -8,15 +8,20 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
 from megaopus.errors import ConfigError, DataError, Problem
 from megaopus.events import Event
+from megaopus.fs import disk_full
+from megaopus.record.config import WANDB_REMEDY
 from megaopus.record.metrics import wandb_row
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
+METRICS_FILE = "metrics.jsonl"
+SELECTION_FILE = "selection.jsonl"
 EVENTS_FILE = "events.jsonl"
 RUN_ID_FILE = "wandb_run_id"
 
@@ -68,7 +73,8 @@ class JsonlSink:
 
         A row of kind "validation" describes the state after ``step`` updates and stays if its step <= ``step``; any
         other row describes the update that followed its step and stays if its step < ``step``. With ``step`` = 0
-        nothing stays. The file is replaced in one go or not at all. Raises DataError for a broken line.
+        nothing stays. The file is replaced in one go or not at all. Raises DataError for a broken line, and if the file
+        cannot be written.
         """
         assert self._file is None, "truncate before the first write"
         if not self.path.exists():
@@ -77,7 +83,7 @@ class JsonlSink:
         kept = dropped = 0
         size = self.path.stat().st_size
         try:
-            with temporary.open("wb") as out:
+            with _explained(self.path, size), temporary.open("wb") as out:
                 for number, line, row in read_rows(self.path):
                     if self._belongs(row, number, step):
                         kept += 1
@@ -107,18 +113,31 @@ class JsonlSink:
         return step > 0 and (at <= step if row.get("kind") == "validation" else at < step)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append ``row``; non-finite floats as in ``encode``."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
-        self._file.write(json.dumps(encode(row), allow_nan=False, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
+        """Append ``row``; non-finite floats as in ``encode``. Raises DataError if it cannot be written."""
+        line = json.dumps(encode(row), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        with _explained(self.path, len(line)):
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab")
+            self._file.write(line)
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file; may be called twice."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # every row has been flushed, or its error raised
+                self._file.close()
             self._file = None
+
+
+@contextmanager
+def _explained(path: Path, needed: int) -> Iterator[None]:
+    """Raise a DataError where ``needed`` bytes cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        room = disk_full(error, path, needed)
+        raise DataError(f"{path}: cannot be written ({error}){room}; mend that, then start again") from error
 
 
 class WandbSink:
@@ -134,9 +153,7 @@ class WandbSink:
         try:
             import wandb
         except ImportError as error:
-            problem = Problem(
-                "logging.wandb", mode, "the package wandb is not installed", "pip install 'megaopus[wandb]'"
-            )
+            problem = Problem("logging.wandb", mode, "the package wandb is not installed", WANDB_REMEDY)
             raise ConfigError([problem]) from error
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
@@ -170,12 +187,56 @@ class WandbSink:
         self._run.finish()
 
 
+class TensorBoardSink:
+    """Writes the same numbers, by the same names, as TensorBoard's scalars, over the step."""
+
+    FOLDER = "tensorboard"
+
+    def __init__(self, run_dir: Path, resume_step: int):
+        """Start, or go on after ``resume_step`` updates: what an earlier process wrote of later ones is not shown.
+
+        Raises ConfigError without the package.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            reason, remedy = "the package tensorboard is not installed", "pip install 'megaopus[tensorboard]'"
+            raise ConfigError([Problem("logging.tensorboard", True, reason, remedy)]) from error
+        # opened with the first number, so that a run that is refused leaves nothing
+        self._open = lambda: SummaryWriter(str(run_dir / self.FOLDER), purge_step=resume_step or None)
+        self._writer: Any = None
+
+    def step(self, record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event]) -> None:
+        """Write the numbers of one optimizer step, and how many events there were."""
+        row = wandb_row(record) | ({} if selection is None else wandb_row(selection))
+        self._write(row | {"events": len(events)}, record.step)
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Write one validation, each domain on its own."""
+        row = wandb_row(record)
+        self._write({name: value for name, value in row.items() if name.startswith("validation/")}, record.step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, row: dict[str, Any], step: int) -> None:
+        if self._writer is None:
+            self._writer = self._open()
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+
 def _run_id(run_dir: Path) -> str:
     path = run_dir / RUN_ID_FILE
     if path.exists():
         return path.read_text().strip()
     run_id = uuid.uuid4().hex[:8]
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(run_id + "\n")
-    os.replace(temporary, path)
+    with _explained(path, len(run_id)):
+        temporary.write_text(run_id + "\n")
+        os.replace(temporary, path)
     return run_id

@@ -58,7 +58,13 @@ class StepRecord:
         )
     )
     lr: float = field(
-        metadata=metric("", "Learning rate.", wandb="train/lr", console=last(lambda value: f"lr {format_lr(value)}"))
+        metadata=metric(
+            "",
+            "Learning rate.",
+            wandb="train/lr",
+            console=last(lambda value: f"lr {format_lr(value)}"),
+            plot=True,
+        )
     )
     time_s: float = field(
         metadata=metric(
@@ -70,11 +76,25 @@ class StepRecord:
     )
     step_s: float = field(
         metadata=metric(
-            "s", "Time of this step, selection included.", wandb="train/step_s", console=_token_rate, reproducible=False
+            "s",
+            "Time of this step, selection included.",
+            wandb="train/step_s",
+            console=_token_rate,
+            plot=True,
+            reproducible=False,
         )
     )
     select_s: float = field(
         metadata=metric("s", "Part of that spent choosing the batch.", wandb="selection/select_s", reproducible=False)
+    )
+    matrix_lr: float | None = field(
+        default=None,
+        metadata=metric(
+            "",
+            "That of the blocks' matrices, where they have an optimizer of their own; else null.",
+            wandb="train/matrix_lr",
+            plot=True,
+        ),
     )
     skipped: bool = field(default=False, metadata=metric("", "The update was not applied.", wandb="train/skipped"))
     skip_reason: str | None = field(default=None, metadata=metric("", "Why the update was not applied; null: it was."))
@@ -170,6 +190,14 @@ class SelectionRecord:
     ess: float = field(metadata=metric("", "Effective sample size 1 / Σp².", wandb="selection/ess"))
     max_p_ratio: float = field(
         metadata=metric("", "Largest probability over the uniform one.", wandb="selection/max_p_ratio")
+    )
+    signal_to_rounding: float | None = field(
+        default=None,
+        metadata=metric(
+            "",
+            "Spread of the utilities over the error of each; null: not measured.",
+            wandb="selection/signal_to_rounding",
+        ),
     )
     events: list[Event] = field(
         default_factory=list,

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,13 @@ from megaopus.events import Event, read_event
 from megaopus.record.metrics import read_record
 from megaopus.record.sinks import EVENTS_FILE, read_rows
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
+
+SEED_NOISE = 0.05
+"""Nats: differences of final losses that are smaller say nothing with one seed. Twice the median standard deviation,
+over seeds, of such a difference paired by seed (.023; 35 arms of the study in docs/benchmarks.md)."""
+
+MOST_SUGGESTED = 8
+"""Run folders that an error names."""
 
 Record = TypeVar("Record", StepRecord, SelectionRecord, ValidationRecord)
 
@@ -67,6 +74,11 @@ class Comparison:
     """Update tokens on the arm's own count (from step 0) where it reaches uniform's final loss."""
     reached_time_s: float | None
 
+    @property
+    def measurable(self) -> bool:
+        """Tell whether the final losses differ by more than another seed would change; else one seed shows nothing."""
+        return not abs(self.final_loss - self.uniform_final_loss) < SEED_NOISE
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aggregate:
@@ -100,7 +112,9 @@ def load_run(path: str | Path, name: str | None = None) -> Run:
         raise DataError(f"{path}: no such run folder; name the run_dir of a 'python -m megaopus train'")
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
-        raise DataError(f"{metrics}: missing, so {path} is not a run folder or its run never began a step")
+        raise DataError(
+            f"{metrics}: missing, so {path} is not a run folder or its run never began a step{_within(path)}"
+        )
     steps: list[StepRecord] = []
     validations: list[ValidationRecord] = []
     for number, _, row in read_rows(metrics):
@@ -122,6 +136,32 @@ def load_run(path: str | Path, name: str | None = None) -> Run:
         events=_load_events(path / EVENTS_FILE),
         config=renamed(_load_mapping(path / "config.yaml", yaml.safe_load)),
         environment=_load_mapping(path / "environment.json", json.loads),
+    )
+
+
+def _within(path: Path) -> str:
+    """Suggest the run folders that lie in ``path``, or in a folder of it."""
+    runs = sorted(each.parent for depth in ("*", "*/*") for each in path.glob(f"{depth}/metrics.jsonl"))
+    if not runs:
+        return ""
+    more = f" and {len(runs) - MOST_SUGGESTED} more" if len(runs) > MOST_SUGGESTED else ""
+    return f"; there are runs in it, name those: {' '.join(map(str, runs[:MOST_SUGGESTED]))}{more}"
+
+
+def with_step_seconds(run: Run, seconds: float) -> Run:
+    """Give ``run`` as it would be had each of its steps taken ``seconds``, the same part of them for selection."""
+    recorded = sum(record.step_s for record in run.steps) / len(run.steps)
+    steps = [
+        replace(
+            record,
+            time_s=(record.step + 1) * seconds,
+            step_s=seconds,
+            select_s=record.select_s * seconds / recorded,
+        )
+        for record in run.steps
+    ]
+    return replace(
+        run, steps=steps, validations=[replace(record, time_s=record.step * seconds) for record in run.validations]
     )
 
 

@@ -32,6 +32,8 @@ DPI = 200
 LOSS = "loss (nats per token)"
 UNIFORM_DRAW = "predicted for a uniform draw"
 MIN_LOSS_SPAN = 0.1
+MOST_MARKS = 60
+"""Points of a line up to which each is marked."""
 STYLE_PT = {"title": 11.0, "label": 10.0, "tick": 9.0}
 
 
@@ -49,6 +51,8 @@ class Ink(NamedTuple):
     label: str
     width: float
     """Points."""
+    baseline: bool = False
+    """Drawn in dashes and in front, so that it is seen where another run lies on it, and the other as well."""
 
 
 def inks(arms: Sequence[Arm], baseline: str | None) -> dict[str, Ink]:
@@ -56,8 +60,9 @@ def inks(arms: Sequence[Arm], baseline: str | None) -> dict[str, Ink]:
     found: dict[str, Ink] = {}
     others = cycle(ARM_COLOURS)
     for arm in arms:
-        colour = BASELINE_COLOUR if baseline in arm.runs.values() else next(others)
-        found |= {run: Ink(colour, arm.name, 2.0 if len(arm.runs) == 1 else 1.2) for run in arm.runs.values()}
+        own = baseline in arm.runs.values()
+        colour, width = BASELINE_COLOUR if own else next(others), 2.0 if len(arm.runs) == 1 else 1.2
+        found |= {run: Ink(colour, arm.name, width, own) for run in arm.runs.values()}
     return found
 
 
@@ -100,7 +105,8 @@ def _figure(rows: int = 1, columns: int = 1, height: float = 3.9) -> tuple[Figur
 
 
 def _line(axis: Axes, x: Sequence[float], y: Sequence[float], ink: Ink, marker: str = "") -> None:
-    axis.plot(x, y, color=ink.colour, linewidth=ink.width, marker=marker, label=ink.label)
+    dashes: dict[str, Any] = {"linestyle": (0, (4, 1.5)), "zorder": 3} if ink.baseline else {}
+    axis.plot(x, y, color=ink.colour, linewidth=ink.width, marker=marker, label=ink.label, **dashes)
 
 
 def _labels(axis: Axes, x: str, y: str, title: str = "") -> None:
@@ -151,12 +157,13 @@ def loss_figure(
 
     for name, curve in curves.items():
         x = [place(curve, *point) for point in zip(curve.tokens, curve.time_s, strict=True)]
-        axis.plot(x, curve.raw, ".", color=ink[name].colour, alpha=0.3, markersize=5)
-        _line(axis, x, curve.losses, ink[name])
+        if name in comparisons:
+            axis.plot(x, curve.losses, color=ink[name].colour, alpha=0.4, linewidth=0.8)  # the mark lies on it
+        _line(axis, x, curve.raw, ink[name], marker="." if len(x) < MOST_MARKS else "")
     if baseline is not None and baseline in curves:
         target = curves[baseline].losses[-1]
         if math.isfinite(target):
-            axis.axhline(target, color=BASELINE_COLOUR, linestyle="--", linewidth=1, label=f"{baseline}'s final loss")
+            axis.axhline(target, color=BASELINE_COLOUR, linestyle=":", linewidth=1, label=f"{baseline}'s final loss")
         for name, comparison in comparisons.items():
             if name in curves and comparison.reached_tokens is not None and comparison.reached_time_s is not None:
                 curve = curves[name]
@@ -280,7 +287,7 @@ def share_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionR
 def ess_figure(
     runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRecord]], ink: Mapping[str, Ink]
 ) -> Figure:
-    """Effective sample size over candidates, for the steps that were picked by utility."""
+    """Effective sample size over candidates: 1 where all are as likely."""
     figure, (axis,) = _figure(height=3.2)
     for name, part in rows.items():
         tokens = _step_tokens(runs[name])
@@ -288,7 +295,7 @@ def ess_figure(
         y = [row.ess / max(row.candidates, 1) for row in part]
         axis.plot(x, y, color=ink[name].colour, alpha=0.25, linewidth=0.8)
         _line(axis, x, smooth(y, smoothing_window(len(y))), ink[name])
-    axis.axhline(1, color="black", linestyle="--", linewidth=1, label="uniform sampling")
+    axis.axhline(1, color="black", linestyle=":", linewidth=1, label="uniform sampling")
     axis.set_ylim(0, 1.08)
     _percent_axis(axis)
     _token_axis(axis)

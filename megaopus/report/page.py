@@ -17,6 +17,7 @@ from megaopus.report import sections
 from megaopus.report.arms import find_arms, over_seeds, partner
 from megaopus.report.choice_summary import ChoiceSummary, summarise_choices
 from megaopus.report.compare import (
+    SEED_NOISE,
     Comparison,
     Curve,
     Run,
@@ -53,18 +54,28 @@ def write_report(
 
     ``runs``: by name, in order of display. ``start_step``: updates before which the runs are one (default: the largest
     first step among them). ``comparisons``: by arm, against the baseline (default: made here where there are two runs
-    or more). ``notes``: paragraphs under the summary, plain text. ``texts``: what sequences say.
+    or more). ``notes``: paragraphs under the summary, plain text. ``texts``: what sequences say. Raises DataError if
+    ``out`` cannot be written.
     """
     if not runs:
         raise ValueError("no runs to report on")
     if start_step is None:
         start_step = max((each.steps[0].step for each in runs.values() if each.steps), default=0)
-    page = _Page(runs, start_step, comparisons, list(notes), texts)
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(page.render(title), encoding="utf-8")
-    os.replace(temporary, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # what cannot be written is told before the pictures are drawn
+        try:
+            text = _Page(runs, start_step, comparisons, list(notes), texts).render(title)
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, out)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{out}: the page cannot be written ({error.strerror}); name another file with --out"
+        ) from error
     return out
 
 
@@ -174,7 +185,8 @@ class _Page:
 
     def render(self, title: str) -> str:
         """The whole page."""
-        parts = [f"<h1>{html.escape(title)}</h1>", self._lead(), self._summary(), self._over_seeds()]
+        parts = [f"<h1>{html.escape(title)}</h1>", self._lead(), sections.origins(self.runs, self._name)]
+        parts += [self._summary(), self._over_seeds()]
         parts += [f'<p class="warn">{html.escape(text)}</p>' for text in dict.fromkeys(self.warnings)]
         parts += [f"<p>{html.escape(text)}</p>" for text in self.notes]
         parts += [self._figures(), self._domains(), sections.repeats(self.summaries, self._name)]
@@ -205,6 +217,12 @@ class _Page:
         for name, found in {} if self.seeds else self.comparisons.items():
             if not found.uniform_fall > 0:
                 sentences.append(f"{self.baseline}'s loss does not fall, so there is nothing for {name} to reach.")
+            elif not found.measurable:
+                sentences.append(
+                    f"No difference measurable with one seed: {name} ends at {found.final_loss:.3f}, {self.baseline} "
+                    f"at {found.uniform_final_loss:.3f}, and another seed alone may change such a difference by "
+                    f"{SEED_NOISE:g}."
+                )
             elif found.tokens_ratio is None or found.time_ratio is None:
                 sentences.append(
                     f"{name} does not reach {self.baseline}'s final loss of {found.uniform_final_loss:.3f}."
@@ -238,7 +256,7 @@ class _Page:
             if self.comparisons:
                 found = self.comparisons.get(name)
                 for key in ("tokens_ratio", "time_ratio"):
-                    row.append(_ratio(getattr(found, key)) if found else "baseline" if name in self.same else "–")
+                    row.append(self._reached(found, key) if found else "baseline" if name in self.same else "–")
             rows.append(row)
         window = next(iter(self.curves.values())).window if self.curves else WINDOW
         caption = (
@@ -246,6 +264,10 @@ class _Page:
             "data, selection and training, without validation and saving. Ratios: fractions of what the baseline used."
         )
         return f'{table(header, rows, range(1, len(header)))}<p class="quiet">{caption}</p>'
+
+    def _reached(self, found: Comparison, key: str) -> str:
+        """A ratio of one pair of runs, if it says anything."""
+        return _ratio(getattr(found, key)) if found.measurable or self.seeds else "not measurable"
 
     def _over_seeds(self) -> str:
         """Arms against the baseline's, paired by seed."""
@@ -283,14 +305,17 @@ class _Page:
         figures, found = self.figures, []
         if self.curves:
             several = any(len(arm.runs) > 1 for arm in self.arms)  # too many marks to read
-            marks, target = ({}, None) if several else (self.comparisons, self.baseline)
+            measurable = {name: each for name, each in self.comparisons.items() if each.measurable}
+            marks, target = ({}, None) if several else (measurable, self.baseline)
             for over, text in (("tokens", "update tokens"), ("time", "time, every cost of selection counted")):
                 picture = figures.loss_figure(self.curves, self.inks, marks, over, target)
-                caption = (
-                    f"Validation loss on the wanted domains over {text}. Dots: as measured; lines: trailing means, "
-                    "which lag a falling loss and are what is compared."
+                caption = f"Validation loss on the wanted domains over {text}, as measured."
+                marked = (
+                    " Marked: where the mean of the last validations (thin) is what the baseline's is at its end; "
+                    "while a loss falls that mean lies above it, in all runs alike."
+                    if marks
+                    else ""
                 )
-                marked = " Marked: the baseline's final loss is reached." if marks else ""
                 found.append((picture, caption + marked))
         if any(record.step >= self.start_step for each in self.runs.values() for record in each.steps):
             caption = (
@@ -323,7 +348,8 @@ class _Page:
         figures, found = self.figures, []
         rows = {name: part for name, part in self.rows.items() if part}
         firsts = [arm.first for arm in self.arms]
-        shown = rows or {name: self.runs[name].selections for name in firsts if self.runs[name].selections}
+        every = {name: [row for row in self.runs[name].selections if row.step >= self.start_step] for name in firsts}
+        shown = {name: part for name, part in every.items() if part}
         if shown:
             caption = "Which domains the picks come from (moving mean). Dashed: the same borders among all candidates."
             found.append((figures.share_figure(self.runs, shown), caption))
@@ -331,7 +357,7 @@ class _Page:
             caption = (
                 "Effective sample size of the selection probabilities; low: a few candidates take nearly all of it."
             )
-            found.append((figures.ess_figure(self.runs, rows, self.inks), caption))
+            found.append((figures.ess_figure(self.runs, shown, self.inks), caption))
         if spread := {name: each for name, each in self._stand_ins().items() if each.spreads}:
             caption = (
                 "Utilities as estimated, of the candidates scored in each step (running medians of quantiles). Those "

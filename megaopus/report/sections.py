@@ -9,6 +9,7 @@ from typing import Any
 
 from megaopus.errors import MegaopusError
 from megaopus.events import Event
+from megaopus.record.formatting import format_count
 from megaopus.report.choice_summary import ChoiceSummary, Standout
 from megaopus.report.compare import Run
 
@@ -58,6 +59,28 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequenc
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{cells("th", header)}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def origins(runs: Mapping[str, Run], shown: Name) -> str:
+    """Say which runs these are: where they lie, what was trained on how much, when, and by which revision."""
+    header = ["run", "folder", "model", "update tokens", "started", "revision"]
+    rows = []
+    for name, run in runs.items():
+        facts, tokens = run.environment, f"{run.steps[-1].tokens:,}" if run.steps else "–"
+        started = str(facts.get("started", "–")).split("+")[0].replace("T", " ")
+        cells = [str(run.path), _model(run), tokens, started, str(facts.get("git") or "–")[:10]]
+        rows.append([shown(name), *map(html.escape, cells)])
+    return table(header, rows, (3,))
+
+
+def _model(run: Run) -> str:
+    """Describe the model and its optimizer in a few words, as far as the run folder tells."""
+    model, optim = run.config.get("model") or {}, run.config.get("optim") or {}
+    if "num_layers" not in model or "hidden_size" not in model:
+        return "–"
+    count = run.environment.get("parameters")
+    size = f"{format_count(count)} parameters, " if isinstance(count, int) else ""
+    return f"{size}{model['num_layers']} layers of {model['hidden_size']}, {optim.get('name', '–')}"
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from megaopus.corpus_tools.progress import Advance, stages
 from megaopus.corpus_tools.sources import Source
 from megaopus.data.corpus import Corpus
-from megaopus.data.folder import new_folder, refuse_existing, work_folder
+from megaopus.data.folder import new_folder, refuse_existing, where_else, work_folder
 from megaopus.data.scores import COLUMN, column_folder, kept_columns, write_column
 from megaopus.errors import DataError
 
@@ -65,7 +65,9 @@ def make_column(
         )
     refuse_existing(out, overwrite, COLUMN, "score column")
     plan = json.dumps([corpus.fingerprint, method.about, method.stamps, method.chunk_tokens])
-    with stages(console) as stage, work_folder(out, plan, console) as work:
+    remedy = f"scores lie beside the corpus: ln -s {corpus.path.absolute()} FOLDER, a new name where you may write, and"
+    remedy += " --corpus FOLDER"
+    with where_else(out, remedy), stages(console) as stage, work_folder(out, plan, console) as work:
 
         def begin(what: str, tokens: int) -> Advance:
             return stage(what, tokens, "k tokens/s", 1e3)

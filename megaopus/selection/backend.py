@@ -30,7 +30,7 @@ class Candidates(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, indices: Tensor) -> Candidates:
-        """The candidates at ``indices`` (n,), in that order."""
+        """The candidates at ``indices`` (n,), in that order; an index may repeat, to fill a rank's share up."""
 
     def batch(self, length: int | None = None) -> Batch:
         """Their tokens as the loss function takes them; the first ``length`` positions only, if given."""
@@ -141,7 +141,7 @@ class ScoringBackend(Protocol):
 
     @property
     def multiple(self) -> int:
-        """Candidates are scored in multiples of this many at a time."""
+        """Candidates are scored in multiples of this many at a time, over all ranks; copies fill the last one up."""
 
     @property
     def device(self) -> torch.device:
@@ -150,6 +150,12 @@ class ScoringBackend(Protocol):
     @property
     def computes_in_16_bits(self) -> bool:
         """Return whether forward passes see weights rounded to 16 bits, by autocast or as they are kept."""
+
+    def counts(self, name: str) -> bool:
+        """Return whether, of the ranks that hold the same numbers of a weight, this is the one to count them.
+
+        Data-parallel ranks all count.
+        """
 
     def parameters(self) -> dict[str, Tensor]:
         """The weights the optimizer updates (main weights under mixed precision), in a stable order."""

@@ -1,7 +1,8 @@
-"""Makes candidates of plain tensors."""
+"""Makes candidates of plain tensors, and says who of the ranks works on which."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -39,8 +40,11 @@ class TensorCandidates:
         return len(self._ids)
 
     def take(self, indices: Tensor) -> TensorCandidates:
-        """The candidates at ``indices`` (n,), in that order; an index may repeat only if it repeats no id."""
-        return TensorCandidates(map_tensors(self._batch, lambda x: x[indices.to(x.device)]), self._ids[indices.cpu()])
+        """The candidates at ``indices`` (n,), in that order; an index may repeat."""
+        taken = copy.copy(self)
+        taken._batch = map_tensors(self._batch, lambda x: x[indices.to(x.device)])
+        taken._ids = self._ids[indices.cpu()]
+        return taken
 
     def batch(self, length: int | None = None) -> Batch:
         """The tensors; axis 1 of those that have one cut to its first ``length`` entries."""
@@ -103,6 +107,18 @@ def as_candidates(buffer: Candidates | Batch, step: int) -> Candidates:
         return cast(Candidates, buffer)
     wrapped = TensorCandidates(buffer)
     return TensorCandidates(buffer, wrapped.ids + step * len(wrapped))
+
+
+def even_share(count: int, ranks: int, rank: int, unit: int = 1) -> tuple[Tensor, Tensor]:
+    """(rows (m,) int64 that one of ``ranks`` works on, their weights (m,) float64) of ``count`` sequences.
+
+    The shares are contiguous and have one size m, the smallest multiple of ``unit`` that suffices. Where that is more
+    than there are, the last ranks get copies of the last sequence, of weight 0; the others' weights then make 1 the
+    mean over all ranks, so that the mean of the weighted values is that of the sequences.
+    """
+    size = -(-count // (ranks * unit)) * unit
+    places = rank * size + torch.arange(size)
+    return places.clamp(max=count - 1), (places < count).double() * (ranks * size / count)
 
 
 def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Any:

@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megaopus.selection.estimators import registry as estimators
 from megaopus.selection.methods import registry as methods
+from megaopus.selection.presets import read_preset
 from megaopus.selection.samplers import registry as samplers
-from megaopus.settings import FIXED, HARMLESS, TRAINING, problems, renamed, setting
+from megaopus.settings import FIXED, HARMLESS, TRAINING, problems, renamed, replaced, setting
 
 UTILITIES = ("standardised", "raw")
 SIDES = ("central", "one")
@@ -109,6 +110,18 @@ class GuardConfig:
     )
 
 
+def half_life(decay: float, period: int) -> float:
+    """Steps in which a weight halves that is multiplied by ``decay`` (0 to below 1) every ``period`` steps.
+
+    Of the numbers next to it the one that gives ``decay`` back, to the last bit where there is one.
+    """
+    if decay == 0:
+        return 0.0
+    first = -period * math.log(2) / math.log(decay)
+    near = (first + places * math.ulp(first) for places in (0, -1, 1, -2, 2, -3, 3, -4, 4))
+    return min(near, key=lambda steps: abs(0.5 ** (period / steps) - decay))
+
+
 def _expression(value: str) -> str | None:
     try:
         re.compile(value)
@@ -117,7 +130,14 @@ def _expression(value: str) -> str | None:
     return None
 
 
+def _half_life(config: SelectionConfig, decay: float) -> float:
+    if not 0 <= decay < 1:
+        raise ValueError(f"proxy_ema={decay!r} must lie in [0, 1); proxy_half_life says it in training steps")
+    return half_life(decay, config.proxy_period)
+
+
 @renamed(needs_traits="needs_text_features")
+@replaced("proxy_ema", "proxy_half_life", _half_life, lambda config: config.proxy_decay)
 @dataclass(slots=True, kw_only=True)
 class SelectionConfig:
     """Says how the global batch is chosen from a buffer of candidates (symbols of arXiv 2602.05400 in brackets)."""
@@ -181,10 +201,10 @@ class SelectionConfig:
     )
     score_length: int | None = setting(
         None,
-        min=1,
+        min=2,
         doc="Tokens of each candidate that are scored [L_score]; null, or more than there are: all. The proxy is never "
         "cut.",
-        hint="null scores whole sequences",
+        hint="one token predicts no other; null scores whole sequences",
     )
     score_window: str = setting(
         "first",
@@ -204,18 +224,19 @@ class SelectionConfig:
         False,
         doc="Subtract the gradient of as many sequences of the pool: for what helps the proxy more than any text.",
     )
-    proxy_ema: float = setting(
-        0.5,
+    proxy_half_life: float = setting(
+        1.0,
         min=0,
-        below=1,
-        doc="Decay of the running average of the proxy gradient; 0: this step's gradient alone.",
-        hint="0 uses each step's proxy gradient alone",
+        doc="Training steps in which the weight of a proxy gradient in the running average halves, however few of them "
+        "have one; 0: no average, the latest gradient alone.",
+        hint="0 uses the latest proxy gradient alone",
     )
     epsilon: float | None = setting(
         None,
         above=0,
-        doc="Finite-difference step of directional scoring in optimizer steps; null: 0.25, or 1 with 16-bit weights.",
-        hint="null chooses by precision; 1 is one optimizer step",
+        doc="Finite-difference step of directional scoring in optimizer steps; null: what changes the proxy's loss by "
+        "0.005 nats, or 0.025 where the model computes in 16 bits, and less where the loss bends.",
+        hint="null follows the learning rate; 1 is one optimizer step",
     )
     sides: str = setting("central", choices=SIDES, doc="central: (L(-e) - L(+e)) / 2e; one: (L(0) - L(+e)) / e.")
     sketch_dim: int = setting(8192, min=1, doc="Length of each layer's CountSketch [m].", hint=_SEE)
@@ -259,6 +280,26 @@ class SelectionConfig:
     prescreen: PrescreenConfig = field(default_factory=PrescreenConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
 
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> SelectionConfig:
+        """Make the settings of a shipped recipe, as the command line's ``selection=NAME`` does.
+
+        ``settings``: instead of the recipe's own; those of ``prescreen`` and ``guards`` as dictionaries, which change
+        what they name. Raises ValueError for an unknown recipe or setting, and for a value that cannot be used.
+        """
+        tree = read_preset(name)
+        for key, value in settings.items():
+            tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+        sections = {"prescreen": PrescreenConfig, "guards": GuardConfig}
+        try:
+            made = {key: sections[key](**value) if key in sections else value for key, value in tree.items()}
+            config = cls(**made)
+        except TypeError as error:
+            raise ValueError(f"selection settings: {error}") from None
+        if wrong := [f"{each.key}={each.value!r}: {each.reason} ({each.remedy})" for each in problems(config)]:
+            raise ValueError("selection settings: " + "; ".join(wrong))
+        return config
+
     @property
     def needs_proxy(self) -> bool:
         """Return whether candidates are scored against a proxy batch."""
@@ -289,6 +330,17 @@ class SelectionConfig:
         if self.guards.domain_floor > 0:
             return "selection.guards.domain_floor"
         return "selection.guards.near_duplicates" if self.guards.near_duplicates else ""
+
+    @property
+    def proxy_period(self) -> int:
+        """Training steps from one proxy gradient to the next."""
+        scored = self.score_every * (self.prescreen.every if self.prescreen.mode == "predict" else 1)
+        return math.lcm(scored, self.proxy_every)
+
+    @property
+    def proxy_decay(self) -> float:
+        """Weight that the average of proxy gradients keeps when the next one comes."""
+        return 0.5 ** (self.proxy_period / self.proxy_half_life) if self.proxy_half_life else 0.0
 
     def needs(self) -> dict[str, tuple[str, str, str]]:
         """Return what method and estimator need (``registry.NEEDS``): need -> (setting, its value, why)."""

@@ -19,11 +19,11 @@ from megaopus.selection.choice import Choice, Redundancy
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.methods.registry import UNIFORM
 from megaopus.selection.prescreen import screen
+from megaopus.selection.samplers.registry import SAMPLERS
 from megaopus.selection.scoring import Scores
 from megaopus.selection.uniformity import share_by_utility
 
 _UNIFORM_SHARE = 0.1  # of picks that utilities decide, below which a draw is uniform for all purposes
-_DEBT = 1e9  # standardised utilities are small beside it; those of one level still differ in float64
 
 
 class Key(NamedTuple):
@@ -104,10 +104,10 @@ def decide(evidence: Evidence, config: SelectionConfig, key: Key, num_selected: 
     scored, uniform, scores = everyone, None, Scores(utilities=None)
     if scores_this_step and prescreened:
         promise = evidence.prescreen_score
-        trusted = None if evidence.distrust or promise is None else promise - over_cap
+        trusted = None if evidence.distrust or promise is None else promise
         noise = counter_rng.key(key.seed, "slice", period)
         total = num_scored(config, len(everyone))
-        scored, uniform = screen(evidence.ids, allowed, trusted, total, config.prescreen.slice, noise)
+        scored, uniform = screen(evidence.ids, allowed, trusted, total, config.prescreen.slice, noise, over_cap)
     if scores_this_step:
         scores = evidence.score(scored)
     values, gram = _everyone(buffer, scored, scores), scores.gram
@@ -117,6 +117,7 @@ def decide(evidence: Evidence, config: SelectionConfig, key: Key, num_selected: 
         "prescreen_score": evidence.prescreen_score,
         "exposures": evidence.exposures,
         "uniform": None if values is None or uniform is None else _where(len(everyone), scored[uniform]),
+        "signal_to_rounding": scores.signal_to_rounding,
         "more": {name: _spread(len(everyone), scored, numbers) for name, numbers in scores.columns.items()},
     }
     if evidence.distrust:
@@ -147,6 +148,11 @@ class _Buffer:
     def told(self, choice: Choice) -> Choice:
         """The choice with what happened on the way."""
         return replace(choice, events=tuple(self.events))
+
+    @property
+    def explained(self) -> bool:
+        """Return whether the method has said why its utilities are of no use."""
+        return any(event.kind.startswith("selection.fallback.") for event in self.events)
 
     def tell(self, kind: str, text: str, **facts: Any) -> None:
         self.events.append(Event(f"selection.{kind}", text, **facts))
@@ -209,21 +215,25 @@ def _pick(
     if len(among) < count:
         text = f"only {len(among)} candidates have a finite utility, {count} are to be picked:"
         text += " picked uniformly from the whole buffer"
-        buffer.tell("fallback.too_few_finite", text, finite=len(among), needed=count)
+        if not buffer.explained:
+            buffer.tell("fallback.too_few_finite", text, finite=len(among), needed=count)
         return _uniform(buffer, torch.arange(len(ids)))
     if bool(values[among].max() == values[among].min()):
-        text = "all utilities are equal (so they are at a learning rate of 0): picked uniformly"
-        buffer.tell("fallback.equal_utilities", text)
+        if not buffer.explained:
+            buffer.tell("fallback.equal_utilities", "all utilities are equal: picked uniformly")
         return _uniform(buffer, among)
-    standardised = config.utilities == "standardised"
-    used = sampler.standardise(values[among]) if standardised else values[among]
+    wild = _outliers(buffer, among, values)
+    used = sampler.standardise(values[among]) if config.utilities == "standardised" else values[among]
     penalty = None if gram is None else _penalty(buffer, among, *gram)
     draws = sampler.Draws(config.sampler, config.temperature, buffer.seed, period)
-    picked = among[sampler.pick(used - over_cap[among], ids[among], count, draws, penalty, _quotas(buffer, among))]
+    quotas = _quotas(buffer, among)
+    picked = among[sampler.pick(used, ids[among], count, draws, penalty, quotas, over_cap[among])]
     redundancy = None if gram is None else _redundancy(*gram, picked, len(ids))
     p = sampler.probabilities(used, config.temperature)
-    ess, ratio = float(1 / p.square().sum()), float(p.max()) * len(ids)
-    if alarm := _alarm(buffer, picked, ess):
+    ess, ratio = _ess(p), float(p.max()) * len(ids)
+    # an outlier is sure of its place and takes no other's: the draw that could collapse is the one of the others
+    drawn_from = ess if not bool(wild.any()) else _ess(sampler.probabilities(used[~wild], config.temperature))
+    if alarm := _alarm(buffer, picked, drawn_from):
         buffer.events.append(alarm)
         return replace(_uniform(buffer, allowed), redundancy=redundancy)
     _tell_uniform(buffer, used, ids[among], draws, penalty, ratio)
@@ -241,14 +251,30 @@ def _pick(
     )
 
 
+def _ess(p: Tensor) -> float:
+    return float(1 / p.square().sum())
+
+
+def _outliers(buffer: _Buffer, among: Tensor, values: Tensor) -> Tensor:
+    """(m,) bool which of the candidates at ``among`` have a utility that moves no other pick; says so."""
+    wild = sampler.outliers(values[among])
+    if bool(wild.any()):
+        ids = buffer.evidence.ids[among[wild]].tolist()
+        buffer.tell("utility_outlying", f"utility far from all others: candidates {ids}; moves no other pick", ids=ids)
+    return wild
+
+
 def _penalty(buffer: _Buffer, among: Tensor, scored: Tensor, gram: Tensor) -> Tensor:
-    """Return what each pick takes off the others at ``among`` (m,): (m, m)."""
+    """Return what each pick takes off the others at ``among`` (m,): (m, m).
+
+    One in ``score_every`` of the picks goes into the same update; which ones is not known yet.
+    """
     config, size = buffer.config, len(buffer.evidence.ids)
     rows = torch.full((size,), -1).index_copy(0, scored, torch.arange(len(scored)))[among]
     overlap = gram[rows][:, rows]
     standardised = config.utilities == "standardised"
     scale = 1 / (buffer.num_selected * overlap.diagonal().mean()) if standardised else 1.0
-    return config.redundancy * scale * overlap
+    return config.redundancy * scale / config.score_every * overlap
 
 
 def _quotas(buffer: _Buffer, among: Tensor) -> tuple[Tensor, dict[int, int]] | None:
@@ -275,27 +301,27 @@ def _redundancy(scored: Tensor, gram: Tensor, picked: Tensor, size: int) -> Redu
 
 
 def _within_cap(buffer: _Buffer) -> tuple[Tensor, Tensor]:
-    """(positions within the exposure cap, (N,) what is off the utility of each above it).
+    """(positions within the exposure cap, (N,) int64 by how much each is above it, those further above coming later).
 
-    The cap is lifted by as little as leaves enough candidates, those above it coming last.
+    The cap is lifted by as little as leaves enough candidates.
     """
     config, times, size = buffer.config, buffer.evidence.exposures, len(buffer.evidence.ids)
     cap, window = config.guards.exposure_cap, config.guards.exposure_window
     if times is None or not cap:
-        return torch.arange(size), torch.zeros(size, dtype=torch.float64)
+        return torch.arange(size), torch.zeros(size, dtype=torch.int64)
     needed = buffer.count if config.prescreen.mode == "off" else max(buffer.count, num_scored(config, size))
     lifted = max(cap, int(times.sort().values[needed - 1]))
     if lifted > cap:
         text = f"fewer than {needed} candidates would be trained on at most {cap} time(s) in"
         text += f" {window} steps: cap lifted to {lifted} where it must be"
         buffer.tell("cap_lifted", text, cap=lifted, needed=needed)
-    return (times <= lifted).nonzero().flatten(), _DEBT * (times - cap).clamp_min(0).double()
+    return (times <= lifted).nonzero().flatten(), (times - cap).clamp_min(0)
 
 
 def _alarm(buffer: _Buffer, picked: Tensor, ess: float) -> Event | None:
-    """Return what is wrong with the picks."""
+    """Return what is wrong with the picks. ``ess``: of the draw, where there is one: greedy picks are what they are."""
     levels, times = buffer.config.guards, buffer.evidence.exposures
-    if ess < levels.min_ess:
+    if ess < levels.min_ess and not SAMPLERS.find(buffer.config.sampler).greedy:
         text = f"effective sample size {ess:.2f}, below {levels.min_ess:g}"
         return guards.alarm("sample_size", text, ess=ess, level=levels.min_ess)
     if levels.min_unique > 0 and times is not None:

@@ -156,12 +156,19 @@ class Prescreen:
 
 
 def screen(
-    ids: Tensor, allowed: Tensor, scores: Tensor | None, count: int, uniform_count: int, key: int
+    ids: Tensor,
+    allowed: Tensor,
+    scores: Tensor | None,
+    count: int,
+    uniform_count: int,
+    key: int,
+    levels: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(ascending positions to score exactly (count,), which of them are uniform draws (count,) bool).
 
     ``allowed``: positions to take from. ``scores``: (N,), the largest promise most; ``uniform_count`` are drawn
-    uniformly beside them, by noise keyed by ``key``, and all where ``scores`` is None.
+    uniformly beside them, by noise keyed by ``key``, and all where ``scores`` is None. ``levels``: (N,) int64, the
+    lowest first whatever they promise.
     """
     drawn = count if scores is None else min(uniform_count, count)
     uniform = torch.zeros(len(ids), dtype=torch.bool)
@@ -169,7 +176,7 @@ def screen(
     chosen = uniform.clone()
     if scores is not None:
         rest = allowed[~uniform[allowed]]
-        chosen[rest[sampler.pick_top_k(scores[rest], ids[rest], count - drawn)]] = True
+        chosen[rest[sampler.pick_top_k(scores[rest], ids[rest], count - drawn, levels[rest])]] = True
     scored = chosen.nonzero().flatten()
     return scored, uniform[scored]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,40 @@ from torch import Tensor
 from megaopus.selection import counter_rng
 from megaopus.selection.samplers.registry import SAMPLERS
 
+_BULK = 0.9
+"""Share of the distances from the median that says how far ordinary utilities spread; the rest may be anything."""
+_WILD = 12.0
+"""Times that spread is where outliers begin: 20 standard deviations of normal utilities, where one in 10,000 of
+Student's t with three degrees of freedom lies."""
+
+
+def outliers(utilities: Tensor) -> Tensor:
+    """(N,) bool, of finite float64 (N,): those further than any ordinary one from the median."""
+    return _distances(utilities)[1] > 1
+
 
 def standardise(utilities: Tensor) -> Tensor:
-    """z-score with the population standard deviation; (N,) float64 with a positive spread."""
-    return (utilities - utilities.mean()) / utilities.std(correction=0)
+    """z-score with mean and population deviation of all but the outliers; (N,) float64 with a positive spread.
+
+    So an outlier is no other's matter, however far out. Its own distance counts by its logarithm from where outliers
+    begin; ranks stay what they are.
+    """
+    median, ratio, edge = _distances(utilities)
+    wild = ratio > 1
+    if bool(wild.any()):
+        beyond = edge * (1 + ratio[wild].log()) * (utilities[wild] - median).sign()
+        utilities = utilities.index_put((wild,), median + beyond)
+    ordinary = utilities[~wild]
+    return (utilities - ordinary.mean()) / ordinary.std(correction=0)
+
+
+def _distances(utilities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(median, (N,) distances from it as multiples of the last, the distance at which outliers begin)."""
+    median = utilities.median()
+    distance = (utilities - median).abs().clamp_max(torch.finfo(utilities.dtype).max)
+    apart = distance[distance > 0].sort().values  # many may be equal, as where most candidates have nothing to learn
+    edge = _WILD * apart[int(_BULK * (len(apart) - 1))] if len(apart) else distance.new_ones(())
+    return median, distance / edge, edge
 
 
 def probabilities(utilities: Tensor, temperature: float) -> Tensor:
@@ -37,34 +68,73 @@ class Draws:
         return SAMPLERS.find(self.sampler).draw(utilities, ids, self.temperature, key)
 
 
+class Quotas:
+    """Says which candidates may be picked next so that each domain still gets the least that is its due.
+
+    ``domains``: (n,) of the candidates; ``least``: domain -> picks; ``count``: of all picks.
+    """
+
+    def __init__(self, domains: Tensor, least: Mapping[int, int], count: int):
+        names, self._domain = domains.unique(return_inverse=True)
+        self._due = torch.tensor([least.get(name, 0) for name in names.tolist()], dtype=torch.int64)
+        self._free = count - int(self._due.sum())
+
+    def open(self) -> Tensor:
+        """(n,) bool: everyone while picks are left beyond those that are due, then those of domains that lack some."""
+        return (self._due > 0)[self._domain] | (self._free > 0)
+
+    def take(self, position: int) -> None:
+        """Count the pick of the candidate at ``position``."""
+        domain = self._domain[position]
+        if self._due[domain] > 0:
+            self._due[domain] -= 1
+        else:
+            self._free -= 1
+
+
 def pick(
     utilities: Tensor,
     ids: Tensor,
     count: int,
     draws: Draws,
     penalty: Tensor | None = None,
-    quotas: tuple[Tensor, dict[int, int]] | None = None,
+    quotas: tuple[Tensor, Mapping[int, int]] | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
-    """(count,) positions, as ``draws`` has it; with ``penalty`` (n, n) one after another.
+    """(count,) positions, picked one after another; of equal draws the smaller id comes first.
 
-    ``quotas``: ((n,) domains, picks that each gets at least): those come first, from the domain alone.
+    Args:
+        utilities: (n,) float64.
+        ids: (n,) int64, which key the noise.
+        count: how many.
+        draws: how picks follow from utilities: by one noise, with ``penalty`` by noise of its own for every pick.
+        penalty: (n, n); each pick s lowers every other utility z by ``penalty[z, s]``.
+        quotas: ((n,) domains, domain -> picks that it gets at least).
+        levels: (n,) int64; nobody is picked while there is someone of a lower level who may be.
     """
-
-    def draw(among: Tensor, count: int) -> Tensor:
-        values, names = utilities[among], ids[among]
-        if penalty is None:
-            return among[pick_at_once(values, names, count, draws)]
-        return among[pick_diverse(values, penalty[among][:, among], names, count, draws)]
-
-    left = torch.ones(len(ids), dtype=torch.bool)
-    picked = []
-    if quotas is not None:
-        domains, least = quotas
-        for domain, quota in least.items():
-            picked.append(draw((domains == domain).nonzero().flatten(), quota))
-            left[picked[-1]] = False
-            count -= quota
-    return torch.cat([*picked, draw(left.nonzero().flatten(), count)])
+    if penalty is None and quotas is None:
+        return _largest(draws(utilities, ids, draws.sampler), ids, count, levels)
+    order = torch.argsort(ids)
+    left, ids = utilities[order], ids[order]
+    penalty = None if penalty is None else penalty[order][:, order]
+    levels = None if levels is None or not bool(levels.any()) else levels[order]
+    least = None if quotas is None else Quotas(quotas[0][order], quotas[1], count)
+    free, picked = torch.ones(len(ids), dtype=torch.bool), []
+    scores = draws(left, ids, draws.sampler) if penalty is None else left
+    for number in range(count):
+        may = (free if least is None else free & least.open()).nonzero().flatten()
+        if levels is not None:
+            may = may[levels[may] == levels[may].min()]
+        if penalty is not None:
+            scores = draws(left, ids, "diverse", number)
+        best = int(may[scores[may].argmax()])  # the first of equal ones: the smallest id
+        picked.append(best)
+        free[best] = False
+        if least is not None:
+            least.take(best)
+        if penalty is not None:
+            left = left - penalty[:, best]
+    return order[picked]
 
 
 def pick_uniform(ids: Tensor, count: int, seed: int, step: int) -> Tensor:
@@ -72,32 +142,14 @@ def pick_uniform(ids: Tensor, count: int, seed: int, step: int) -> Tensor:
     return _largest(counter_rng.uniform(counter_rng.key(seed, "uniform", step), ids), ids, count)
 
 
-def pick_top_k(utilities: Tensor, ids: Tensor, count: int) -> Tensor:
-    """(count,) positions of the largest utilities; of equal ones the smaller id comes first."""
-    return _largest(utilities, ids, count)
+def pick_top_k(utilities: Tensor, ids: Tensor, count: int, levels: Tensor | None = None) -> Tensor:
+    """(count,) positions of the largest utilities, those of lower ``levels`` first; of equal ones the smaller id's."""
+    return _largest(utilities, ids, count, levels)
 
 
-def pick_at_once(utilities: Tensor, ids: Tensor, count: int, draws: Draws) -> Tensor:
-    """(count,) positions, all by one noise."""
-    return _largest(draws(utilities, ids, draws.sampler), ids, count)
-
-
-def pick_diverse(utilities: Tensor, penalty: Tensor, ids: Tensor, count: int, draws: Draws) -> Tensor:
-    """(count,) positions picked one after another; each pick s lowers every other utility z by ``penalty[z, s]``.
-
-    ``penalty``: (n, n). Every pick is a draw among those left, by noise of its own.
-    """
+def _largest(scores: Tensor, ids: Tensor, count: int, levels: Tensor | None = None) -> Tensor:
     order = torch.argsort(ids)
-    left, penalty, ids = utilities[order].clone(), penalty[order][:, order], ids[order]
-    picked = []
-    for pick in range(count):
-        best = int(torch.argmax(draws(left, ids, "diverse", pick)))  # the first of equal scores: the smallest id
-        picked.append(best)
-        left = left - penalty[:, best]
-        left[picked] = -torch.inf
-    return order[picked]
-
-
-def _largest(scores: Tensor, ids: Tensor, count: int) -> Tensor:
-    order = torch.argsort(ids)
-    return order[torch.argsort(scores[order], descending=True, stable=True)[:count]]
+    order = order[torch.argsort(scores[order], descending=True, stable=True)]
+    if levels is not None:
+        order = order[torch.argsort(levels[order], stable=True)]
+    return order[:count]

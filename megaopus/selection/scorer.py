@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaopus.events import Event
 from megaopus.selection.backend import Candidates, Proxy, ScoringBackend, TextFeatures
-from megaopus.selection.candidates import Windowed, as_candidates, tensors_of
+from megaopus.selection.candidates import Windowed, as_candidates, even_share, tensors_of
 from megaopus.selection.config import SelectionConfig, most_per_pass
-from megaopus.selection.estimators.registry import ESTIMATORS
+from megaopus.selection.estimators.registry import ESTIMATORS, Refining
 from megaopus.selection.memory import find_micro_batch_size
 from megaopus.selection.methods.registry import METHODS, UNIFORM
 from megaopus.selection.proxy import ProxyGradient
@@ -39,12 +40,13 @@ class Scorer:
         self._seed = seed
         self._given: dict[str, Any] = {"proxy": proxy, "pool": pool, "wanted": wanted, "text_features": text_features}
         self._method = None if config.method == UNIFORM else METHODS.find(config.method)
-        self._average = ProxyGradient(config.proxy_ema, kept=config.proxy_every > 1)
+        self._average = ProxyGradient(config.proxy_decay, kept=config.proxy_every > 1)
         self._estimator, self._sized = None, self._method is not None
         if self._method is not None and self._method.by_estimator:
             entry = ESTIMATORS.find(config.estimator)
             self._estimator, self._sized = entry.make(config), entry.micro_batches
         self._checked: set[str] = set()
+        self._stateless = 0  # scorings that found no state of the optimizer
         self.micro_batch_size = config.score_micro_batch_size or 1
         self._sized_for: str | None = None
         self._notes: list[str] = []
@@ -55,10 +57,13 @@ class Scorer:
         return notes
 
     def state_dict(self) -> dict[str, Any]:
-        """The running proxy gradient (``ProxyGradient.state_dict``) and the micro-batch size found; empty before."""
+        """The running proxy gradient (``ProxyGradient.state_dict``), the micro-batch size found and the estimator's
+        state; empty before."""
         state = self._average.state_dict()
         if self._sized_for is not None:
             state |= {"micro_batch_size": self.micro_batch_size, "sized_for": self._sized_for}
+        if isinstance(self._estimator, Refining) and (found := self._estimator.state_dict()):
+            state["estimator"] = found
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -67,17 +72,18 @@ class Scorer:
         A micro-batch size found under other settings, or on another number of data-parallel ranks, is found anew.
         """
         self._average.load_state_dict(state)
+        if isinstance(self._estimator, Refining):
+            self._estimator.load_state_dict(state.get("estimator", {}))
         if self.config.score_micro_batch_size is None:
             self.micro_batch_size, self._sized_for = state.get("micro_batch_size", 1), state.get("sized_for")
 
     def score(self, buffer: Candidates, step: int) -> Scores:
         """Scores of the whole buffer of n candidates, on the CPU and the same on every rank.
 
-        Each data-parallel rank scores its contiguous n / ranks of the buffer.
+        Each data-parallel rank scores its contiguous share of the buffer (``even_share``).
         """
         assert self._method is not None  # nothing is scored by method uniform
-        count = len(buffer) // self.backend.world_size
-        share = buffer.take(torch.arange(count) + self.backend.rank * count)
+        share = buffer.take(self._rows(len(buffer)))
         if self.config.score_window != "first":
             share = Windowed(share, self.config.score_window, self._seed, step)
 
@@ -85,7 +91,7 @@ class Scorer:
             self._find_size(share, lambda: run(self._passes()))
             return run(self._passes())
 
-        return self._method.score(
+        found = self._method.score(
             ScoringStep(
                 config=self.config,
                 backend=self.backend,
@@ -100,19 +106,35 @@ class Scorer:
                 **self._given,
             )
         )
+        found = _first(found, len(buffer))
+        return replace(found, events=tuple(map(self._if_again, found.events)))
+
+    def _if_again(self, event: Event) -> Event:
+        """``event``, or another where an optimizer has no state for the second time: others have stepped by then."""
+        if event.kind != "selection.fallback.no_optimizer_state":
+            return event
+        self._stateless += 1
+        if self._stateless == 1:
+            return event
+        text = f"the optimizer has no state at the {self._stateless}th scoring either: it takes no step (is it the one"
+        text += " that trains, unwrapped?): picked uniformly"
+        return Event("selection.fallback.optimizer_never_steps", text, scorings=self._stateless)
 
     def foresee(self, candidates: Candidates, scored: Tensor, step: int) -> list[Candidates]:
         """Say, to read ahead, whose tokens this rank needs to score the candidates at positions ``scored`` (n,)."""
         if not len(scored) or self._method is None or not (self._method.by_estimator or self._method.micro_batches):
             return []
-        ranks, rank = self.backend.world_size, self.backend.rank
-        share = (len(scored) + -len(scored) % self.backend.multiple) // ranks
-        found = [candidates.take(scored[rank * share : (rank + 1) * share])]
+        found = [candidates.take(scored[self._rows(len(scored))])]
         if self.config.needs_proxy and step % self.config.proxy_every == 0:
             batches = [self._given["proxy"], self._given["pool"] if self.config.contrast else None]
             for batch in (as_candidates(each(step), step) for each in batches if each is not None):
-                found.append(batch.take(torch.arange(len(batch)).tensor_split(ranks)[rank]))
+                found.append(batch.take(self._rows(len(batch))))
         return found
+
+    def _rows(self, count: int) -> Tensor:
+        """Of ``count`` sequences those that this data-parallel rank works on (m,)."""
+        backend = self.backend
+        return even_share(count, backend.world_size, backend.rank, backend.multiple // backend.world_size)[0]
 
     def _once(self, name: str, check: Callable[[], None]) -> None:
         if name not in self._checked:
@@ -146,7 +168,18 @@ class Scorer:
         return int(self.backend.sum_over_ranks(votes[:0], votes)[1].nonzero()[0])
 
 
+def _first(scores: Scores, count: int) -> Scores:
+    """Leave out the copies with which the shares were filled up."""
+    return replace(
+        scores,
+        utilities=None if scores.utilities is None else scores.utilities[:count],
+        gram=None if scores.gram is None else scores.gram[:count, :count],
+        columns={name: values[:count] for name, values in scores.columns.items()},
+    )
+
+
 def _settings(config: SelectionConfig) -> str:
     """The settings that passes may depend on, in the words of version 0.1, so that its checkpoints keep their size."""
     # a check measures no candidates
-    return repr(replace(config, check_every=0)).replace("text_features=[", "traits=[")
+    words = repr(replace(config, check_every=0)).replace("text_features=[", "traits=[")
+    return words.replace(f"proxy_half_life={config.proxy_half_life!r}", f"proxy_ema={config.proxy_decay!r}")

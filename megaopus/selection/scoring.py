@@ -26,6 +26,8 @@ class Scores:
     gram: Tensor | None = None
     """(n, n) float64 inner products of their updates, where there is a redundancy term."""
     events: tuple[Event, ...] = ()
+    signal_to_rounding: float | None = None
+    """Spread of the utilities over the error of each (``estimators.registry.Refining``); None: not known."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     """More numbers of them for the record: column (``candidate_table.COLUMNS``) -> (n,)."""
 
@@ -41,7 +43,8 @@ class ScoringStep:
     buffer: Candidates
     """Everyone that is scored, n candidates."""
     share: Candidates
-    """Those that this data-parallel rank scores, cut to the window of ``score_window``."""
+    """The m that this data-parallel rank scores, cut to the window of ``score_window``; m is the same on every rank:
+    where n does not divide, the last ranks have copies of the last candidate at the end."""
     proxy: Proxy | None
     pool: Proxy | None
     wanted: Callable[[Candidates], Tensor] | None
@@ -55,6 +58,17 @@ class ScoringStep:
     once: Callable[[str, Callable[[], None]], None]
     """``once(name, check)`` runs ``check`` in the first step that asks for it."""
 
+    def lost_labels(self, losses: Tensor) -> tuple[Event, ...]:
+        """The event of candidates none of which has a loss, given those of the whole buffer (n,); nothing if one has.
+
+        Masked labels make a mean of nothing, which is nan, or zero, as the caller's loss function has it.
+        """
+        if bool((losses.nan_to_num(0.0) != 0).any()):
+            return ()
+        text = "no candidate has a loss in what is scored of it (are its labels masked, or is selection.score_length"
+        text += f"={self.config.score_length} too short?): picked uniformly"
+        return (Event("selection.fallback.no_scored_label", text, score_length=self.config.score_length),)
+
     def sum_parts(self, parts: Tensor) -> Tensor:
-        """(n / ranks,) float64 parts of this rank's share -> (n,) for the buffer, on the CPU. Collective."""
-        return self.backend.sum_over_ranks(parts, parts.new_zeros(1))[0].cpu()
+        """(m,) float64 parts of this rank's share -> (n,) for the buffer, on the CPU. Collective."""
+        return self.backend.sum_over_ranks(parts, parts.new_zeros(1))[0][: len(self.buffer)].cpu()

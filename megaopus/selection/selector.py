@@ -13,10 +13,10 @@ from torch import Tensor
 from megaopus.events import Event
 from megaopus.selection import guards
 from megaopus.selection.backend import Batch, Candidates, Proxy, ScoringBackend, TextFeatures
-from megaopus.selection.candidates import as_candidates
+from megaopus.selection.candidates import as_candidates, even_share
 from megaopus.selection.choice import Choice, Redundancy, Selection
 from megaopus.selection.config import SelectionConfig
-from megaopus.selection.decide import Evidence, Key, counts_exposures, decide, draws_uniformly, num_scored
+from megaopus.selection.decide import Evidence, Key, counts_exposures, decide, draws_uniformly
 from megaopus.selection.foresight import foresee
 from megaopus.selection.methods.registry import needs
 from megaopus.selection.old_names import renamed_argument, with_new_names
@@ -75,10 +75,10 @@ class Selector:
         self._said: set[str] = set()
 
     def select(self, candidates: Candidates | Batch, step: int) -> Selection:
-        """Pick from ``candidates``: the global buffer of N sequences, the same on every rank, each scoring N / ranks.
+        """Pick from ``candidates``: the global buffer of N sequences, the same on every rank, each scoring its share.
 
         Plain tensors get the ids step * N + 0..N-1. With ``score_every`` = k the buffer is that of step - step % k.
-        Raises ValueError if N is too small or does not divide over the ranks.
+        Raises ValueError if N is too small.
         """
         started = time.perf_counter()
         period, turn = divmod(step, self.config.score_every)
@@ -138,11 +138,11 @@ class Selector:
         if self._proxy is None:
             raise ValueError(f"method {self.config.method!r} has no proxy: pass proxy=, a function of the step")
         proxy, backend = as_candidates(self._proxy(step), step), self.backend
-        share = torch.arange(len(proxy)).tensor_split(backend.world_size)[backend.rank]
-        parts = torch.zeros(0, dtype=torch.float64, device=backend.device)
-        if len(share):
-            parts = backend.losses(proxy.take(share), micro_batch_size=self._scorer.micro_batch_size)
-        return float(backend.sum_over_ranks(parts[:0], parts.sum().view(1))[1]) / len(proxy)
+        ranks, unit = backend.world_size, backend.multiple // backend.world_size
+        rows, weights = even_share(len(proxy), ranks, backend.rank, unit)
+        parts = backend.losses(proxy.take(rows), micro_batch_size=self._scorer.micro_batch_size)
+        total = (parts * weights.to(parts.device)).sum().view(1)
+        return float(backend.sum_over_ranks(parts[:0], total)[1]) / (ranks * len(rows))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the coming picks depend on: the scorer's state, exposures, predictor and picks still to serve.
@@ -181,9 +181,6 @@ class Selector:
         needed = self.num_selected * self.config.score_every
         if size < needed:
             raise ValueError(f"step {step}: the buffer has {size} candidates, {needed} are to be picked")
-        scored, ranks = num_scored(self.config, size), self.backend.world_size
-        if scored + (-scored % self.backend.multiple) > size:
-            raise ValueError(f"step {step}: {scored} candidates do not divide over {ranks} data-parallel ranks")
 
     def _decide(self, candidates: Candidates, ids: Tensor, step: int) -> Choice:
         """The picks of the buffer that ``step`` is the first to use; the prescreen learns from its scores."""
@@ -228,23 +225,8 @@ class Selector:
         )
 
     def _score(self, candidates: Candidates, positions: Tensor, step: int) -> Scores:
-        """``Scorer.score`` of the candidates at ``positions`` (n,); where n does not divide over the ranks, of more.
-
-        Those are left out of the answer, so that it does not depend on the layout.
-        """
-        count = len(positions)
-        if extra := -count % self.backend.multiple:
-            rest = torch.ones(len(candidates), dtype=torch.bool).index_fill(0, positions, False)
-            positions = torch.cat([positions, rest.nonzero().flatten()[:extra]])
-        found = self._scorer.score(candidates.take(positions), step)
-        if found.utilities is None or not extra:
-            return found
-        return replace(
-            found,
-            utilities=found.utilities[:count],
-            gram=None if found.gram is None else found.gram[:count, :count],
-            columns={name: values[:count] for name, values in found.columns.items()},
-        )
+        """``Scorer.score`` of the candidates at ``positions`` (n,)."""
+        return self._scorer.score(candidates.take(positions), step)
 
     def _signatures(self, candidates: Candidates) -> Tensor:
         if self._text_features is not None:
@@ -255,7 +237,11 @@ class Selector:
         """``events`` without those that go on as they were said before."""
         found = []
         for event in events:
-            going_on = {"selection.cap_lifted": event.facts.get("cap"), "selection.practically_uniform": ""}
+            going_on = {
+                "selection.cap_lifted": event.facts.get("cap"),
+                "selection.practically_uniform": "",
+                "selection.rounding": "",
+            }
             if event.kind in going_on:
                 name = f"{event.kind} {going_on[event.kind]}"
                 if name in self._said:
@@ -266,7 +252,10 @@ class Selector:
 
 
 def _check_given(config: SelectionConfig, **given: Any) -> None:
-    """Raise ValueError if something is missing that the settings need."""
+    """Raise ValueError if something is missing that the settings need, TypeError if it is no function."""
+    for name, value in given.items():
+        if name in ("proxy", "pool") and value is not None and not callable(value):
+            raise TypeError(f"{name}= must be a function of the step, such as lambda step: batch, not {type(value)}")
     if config.needs_proxy and given["proxy"] is None:
         raise ValueError(
             f"method {config.method!r} scores candidates against a proxy: pass proxy=, a function of the step"

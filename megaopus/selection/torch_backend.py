@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import itemgetter
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient, Shard, UpdateOperator
-from megaopus.selection.candidates import map_tensors, tensors_of
+from megaopus.selection.candidates import even_share, map_tensors, tensors_of
 from megaopus.selection.estimators.ghost import GhostCapture
 from megaopus.selection.old_names import OldBackendNames
 from megaopus.selection.operators.build import held_by, operator_of
@@ -27,9 +29,11 @@ class ModuleBackend(OldBackendNames):
 
     ``group``: the data-parallel process group (every rank holds the same weights), or None for one process.
     ``micro_batch_size``: sequences per forward-backward pass of the proxy gradient, on each rank.
+    ``example``: a batch on which the loss is tried at once, so that one of another shape is refused here.
     DistributedDataParallel is unwrapped, so that no scoring pass touches its gradient reduction. A compiled module
     stays compiled where only losses are needed, and runs eagerly where activations are captured.
-    Raises TypeError for an optimizer whose update rule is not known (``register_operator``).
+    Raises TypeError for an optimizer whose update rule is not known (``register_operator``), ValueError for one that
+    holds none of the model's trained parameters and for a loss that gives no number for each sequence of ``example``.
     """
 
     def __init__(
@@ -40,28 +44,54 @@ class ModuleBackend(OldBackendNames):
         *,
         group: dist.ProcessGroup | None = None,
         micro_batch_size: int = 16,
+        example: Batch | None = None,
     ):
         self.model, self.module = _unwrap(model)
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         for each in self.optimizers:
             factory_of(each)
+        self._refuse_foreign()
         self.loss = loss
         self.group = group
         self.micro_batch_size = micro_batch_size
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
+        self._saw_16_bits: bool | None = None
+        if example is not None:
+            with self.scoring(), torch.no_grad():
+                self._losses(self.model, example)
+
+    def _refuse_foreign(self) -> None:
+        """Raise ValueError if the optimizers train nothing of the model, as those made for another copy of it."""
+        held = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        if held and not self.parameters():
+            raise ValueError(
+                f"none of the {len(held)} parameters that the optimizer holds is a trained one of this model: make the"
+                " optimizer from this model's parameters(), after it was moved, wrapped or copied"
+            )
 
     @property
     def multiple(self) -> int:
-        """Every rank scores as many as the others."""
+        """Every rank scores as many as the others, in any number."""
         return self.world_size
 
     @property
     def computes_in_16_bits(self) -> bool:
-        """Return whether passes see weights rounded to 16 bits: by autocast around the loop, or as they are kept."""
-        return torch.is_autocast_enabled(self.device.type) or any(
-            p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in self.module.parameters()
-        )
+        """Return whether passes see weights rounded to 16 bits: by autocast, or as they are kept.
+
+        Autocast around the loop is seen at once, that inside the model's forward or the loss in the first pass.
+        """
+        low = (p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in self.module.parameters())
+        return torch.is_autocast_enabled(self.device.type) or bool(self._saw_16_bits) or any(low)
+
+    @property
+    def unobserved(self) -> bool:
+        """Return whether no pass was made that shows what the model computes in."""
+        return self._saw_16_bits is None
+
+    def counts(self, name: str) -> bool:
+        """Every rank has a model of its own."""
+        return True
 
     def parameters(self) -> dict[str, Tensor]:
         """The trainable weights that an optimizer holds, in the module's order; a tied weight appears once."""
@@ -87,12 +117,13 @@ class ModuleBackend(OldBackendNames):
     def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
         """Gradient of the mean loss over the whole proxy batch, the same on every rank; no ``p.grad`` is touched.
 
-        Each rank takes a contiguous share; every sequence has the same weight even where the shares differ in size.
+        Each rank takes a contiguous share; every sequence has the same weight even where a rank has fewer, or none.
         """
         parameters = self.parameters()
         tensors = list(parameters.values())
         total = [torch.zeros_like(tensor) for tensor in tensors]
-        share = torch.arange(len(proxy)).tensor_split(self.world_size)[self.rank]
+        rows, weights = even_share(len(proxy), self.world_size, self.rank)
+        share = rows[weights > 0]
         with self.scoring(), torch.enable_grad():
             for chunk in share.split(self.micro_batch_size) if len(share) else ():
                 losses = self._losses(self.model, proxy.take(chunk).batch(length))
@@ -277,14 +308,23 @@ class ModuleBackend(OldBackendNames):
 
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
         batch = self._place(batch)
-        losses = self.loss(model, batch)
         count = len(next(tensors_of(batch)))
+        if self._saw_16_bits is None and count:
+            self._observe(map_tensors(batch, itemgetter(slice(0, 1))))
+        losses = self.loss(model, batch)
         if losses.shape != (count,):
             raise ValueError(
                 f"the per-sequence loss returned shape {tuple(losses.shape)} for {count} sequences:"
                 f" it must return ({count},), the mean token loss of each"
             )
         return losses
+
+    def _observe(self, sequence: Batch) -> None:
+        """Find out by a pass of one sequence whether anything is computed in 16 bits."""
+        # Code first met inside a dispatch mode is never compiled after, unless compilation is off there.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _Results() as results:
+            self.loss(self.module, sequence)
+        self._saw_16_bits = results.low
 
     def _place(self, batch: Batch) -> Batch:
         device = self.device
@@ -294,6 +334,17 @@ class ModuleBackend(OldBackendNames):
     def device(self) -> torch.device:
         """Return where the model computes."""
         return next(self.module.parameters()).device
+
+
+class _Results(TorchDispatchMode):
+    """Context manager: ``low`` is whether an operation inside made floating-point numbers of 16 bits."""
+
+    low = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        self.low |= any(each.dtype in (torch.bfloat16, torch.float16) for each in tensors_of(result))
+        return result
 
 
 class _LossModule(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,20 @@ class TrainConfig:
     RESUME: ClassVar[str] = TRAINING
 
     steps: int = setting(100, min=1, doc="Steps in all; a resumed run goes on to this number.")
+    tokens: int | None = setting(
+        None,
+        min=1,
+        resume=HARMLESS,  # what it means is in steps
+        doc="Update tokens in all, in place of `steps`, which follows: as many as make no fewer tokens.",
+        hint="null takes train.steps",
+    )
+    epochs: float | None = setting(
+        None,
+        above=0,
+        resume=HARMLESS,
+        doc="The same in passes over the pool: so many times its tokens are trained on, whichever they are.",
+        hint="null takes train.steps",
+    )
     global_batch_size: int = setting(8, min=1, resume=FIXED, doc="Sequences per optimizer step over all ranks [K].")
     micro_batch_size: int = setting(8, min=1, resume=HARMLESS, doc="Sequences per forward pass on one rank.")
     eval_every: int = setting(
@@ -44,3 +59,8 @@ class TrainConfig:
         min=1,
         doc="Skipped updates in a row (spikes, or a loss or gradient that is not finite) after which the run stops.",
     )
+
+    def conflicts(self) -> Iterator[tuple[str, str, str]]:
+        """Yield (key, reason, remedy) of what does not hold between settings."""
+        if self.tokens is not None and self.epochs is not None:
+            yield "epochs", f"the length is given already, as train.tokens = {self.tokens}", "give one of them"

@@ -21,8 +21,9 @@ def step_record(
     time_s: float,
     step_s: float,
     select_s: float,
+    matrix_lr: float | None = None,
 ) -> StepRecord:
-    """Make the record of an update; ``tokens`` and ``time_s`` are the run's so far.
+    """Make the record of an update; ``tokens`` and ``time_s`` are the run's so far; ``matrix_lr`` as Engine's.
 
     ``skipped``: the event that says why the update was not made, if it was not.
     """
@@ -32,6 +33,7 @@ def step_record(
         loss=result.loss,
         grad_norm=result.grad_norm,
         lr=result.lr,
+        matrix_lr=matrix_lr,
         time_s=time_s,
         step_s=step_s,
         select_s=select_s,
@@ -53,6 +55,7 @@ def selection_record(
         pool_share=candidates.share(),
         ess=selection.ess,
         max_p_ratio=selection.max_p_ratio,
+        signal_to_rounding=selection.signal_to_rounding,
         events=selection.events,
         predicted_fall=None if realised_fall is None else selection.predicted_fall,
         uniform_fall=None if realised_fall is None else selection.uniform_fall,

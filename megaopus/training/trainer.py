@@ -15,7 +15,9 @@ from megaopus.record.recorder import Recorder
 from megaopus.record.types import ValidationRecord
 from megaopus.selection import Selector
 from megaopus.training.records import selection_record, step_record
+from megaopus.training.signals import time_to_save
 from megaopus.training.spike_guard import SpikeGuard
+from megaopus.training.step_profiler import StepProfiler
 from megaopus.training.straggler import OWN_WORK, StragglerDetector
 from megaopus.training.timers import Timers
 
@@ -43,6 +45,7 @@ class Trainer:
     total_steps: int
     tokens_per_step: int
     eval_every: int
+    profiler: StepProfiler
     time_s: float = 0.0
     updated: bool = False
     """Some update has been applied. Until then the run is what it was at the start, and there is nothing to save."""
@@ -66,7 +69,8 @@ class Trainer:
                 reason = self._validate(recorder)
             if reason or step >= self.total_steps or (reason := self.stop_requested()):
                 break
-            self.update(recorder)
+            with self.profiler.step(step):
+                self.update(recorder)
             if self.guard.exhausted:
                 self.checkpointer.finish()
                 raise self.guard.give_up(self.engine.step, self.checkpointer.last())
@@ -74,8 +78,11 @@ class Trainer:
             if self.checkpointer.due(self.engine.step):
                 self._save(recorder, wait=False)
         if reason:
-            recorder.note(f"{reason}: stopping after {self.engine.step} updates")
+            recorder.note(f"{reason}: stopping after {self.engine.step} updates{time_to_save()}")
         self._save(recorder, wait=True)
+        if reason:
+            saved = self.checkpointer.last() if self.updated else None
+            recorder.note(f"saved {saved}: the same command goes on" if saved else "no update made: nothing to save")
         return reason
 
     def update(self, recorder: Recorder) -> None:
@@ -106,8 +113,9 @@ class Trainer:
         for note in selection.notes:
             recorder.note(note)
         times = {"time_s": self.time_s, "step_s": step_s, "select_s": timers.seconds("select") - select_s}
+        tokens = (step + 1) * self.tokens_per_step
         recorder.step(
-            step_record(result, skipped, step=step, tokens=(step + 1) * self.tokens_per_step, **times),
+            step_record(result, skipped, step=step, tokens=tokens, matrix_lr=self.engine.matrix_lr(), **times),
             selection_record(candidates, picked, selection, realised_fall),
             [*skipped, *self.stragglers.check(timers)],
         )

@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 from megaopus.__main__ import main
+from megaopus.distributed.launcher import without_launcher
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "v01"
 
@@ -28,6 +29,11 @@ def frozen(name: str) -> Any:
 
 EXPECTED = frozen("expected.json")
 """Run -> what it does when nothing stops it."""
+
+
+MOVED = {"checkpoint.every": (0, "15m")}
+"""Setting -> its default in version 0.1 and now; such a change is told when a run of then goes on."""
+TOLD_OF_MOVED = ", ".join(f"{key} {then!r} -> {now!r}" for key, (then, now) in MOVED.items())
 
 
 def copied(folder: Path, *runs: str) -> Path:
@@ -42,8 +48,7 @@ def copied(folder: Path, *runs: str) -> Path:
 @contextmanager
 def inside(folder: Path) -> Iterator[None]:
     """Work in ``folder``, as a process alone, without what torchrun sets."""
-    with chdir(folder), mock.patch.dict(os.environ):
-        os.environ.pop("LOCAL_RANK", None)
+    with chdir(folder), mock.patch.dict(os.environ, without_launcher(os.environ), clear=True):
         yield
 
 

@@ -6,6 +6,7 @@ from megaopus.config.compose import compose, default_config_dir
 from megaopus.config.parse import load, to_yaml
 from megaopus.config.run_config import differences
 from megaopus.models.flops import count_parameters
+from tests.exact.resume_runs import choices, rows, train
 from tests.unit.config_corpus import write_manifest
 
 CONFIGS = default_config_dir()
@@ -68,7 +69,7 @@ def test_the_paper_experiment_is_the_paper(corpus):
     assert config.num_candidates() == 64
     assert (selection.estimator, selection.sketch_dim, selection.sketch_seed) == ("countsketch", 8192, 42)
     assert (selection.sampler, selection.temperature, selection.utilities) == ("boltzmann", 0.9, "raw")
-    assert (selection.redundancy, selection.proxy_batch_size, selection.proxy_ema) == (1.0, 8, 0.0)
+    assert (selection.redundancy, selection.proxy_batch_size, selection.proxy_half_life) == (1.0, 8, 0.0)
     assert (selection.rho, selection.score_length) == (0.5, 512)
     assert (optim.name, optim.matrix_lr, optim.lr, optim.betas) == ("muon", 0.01, 2e-3, [0.8, 0.95])
     assert optim.settings == {
@@ -80,6 +81,31 @@ def test_the_paper_experiment_is_the_paper(corpus):
     assert optim.weight_decay == 0.0
     tokens = config.train.steps * config.train.global_batch_size * config.data.seq_len
     assert tokens == pytest.approx(30e9, rel=1e-5)
+
+
+TOY = [
+    *("data.seq_len=16", "selection.score_length=8", "engine=cpu", "selection.score_micro_batch_size=8"),
+    *("model.num_layers=1", "model.hidden_size=32", "model.num_heads=4"),
+    *("train.steps=2", "train.eval_every=0", "data.read_ahead_mb=0"),
+]
+
+
+def run_the_paper_experiment(corpus, folder):
+    return train(["experiment=paper_gpt2_xl_muon", f"data.path={corpus}", f"run_dir={folder}", *TOY])
+
+
+def test_the_paper_experiment_is_the_same_on_any_number_of_ranks(tiny_corpus, tmp_path, pool):
+    found = []
+    for ranks in (1, 2, 4):
+        folder = tmp_path / str(ranks)
+        assert pool.run(ranks, run_the_paper_experiment, tiny_corpus, folder) == [0] * ranks
+        picked = {step: [row["id"] for row in rows if row["picked"]] for step, rows in choices(folder).items()}
+        losses = [row["loss"] for row in rows(folder / "metrics.jsonl") if "loss" in row]
+        found.append((picked, losses))
+    assert [len(ids) for ids in found[0][0].values()] == [32, 32]
+    for picked, losses in found:
+        assert picked == found[0][0]
+        assert losses == pytest.approx(found[0][1], rel=1e-5)
 
 
 def test_the_papers_selection_is_the_line_in_the_docs(corpus):
@@ -101,6 +127,12 @@ def test_the_two_small_experiments_differ_in_the_selection_alone(corpus):
     assert {key for key in ours | theirs if ours.get(key) != theirs.get(key)} <= {
         key for key in ours | theirs if key.startswith("selection.")
     }
+
+
+def test_proxy_gradients_decay_as_in_version_0_1(corpus):
+    decays = {"opus": 0.8, "opus_cascade": 0.8, "opus_exact": 0.5, "opus_boltzmann": 0.5, "opus_paper": 0, "greats": 0}
+    for name, decay in decays.items():
+        assert compose([f"data.path={corpus}", f"selection={name}"]).selection.proxy_decay == decay
 
 
 def test_boltzmann_is_exact_opus_but_for_the_draw(corpus):

@@ -72,7 +72,7 @@ class FileEngine:
 @pytest.fixture
 def saver(tmp_path: Path) -> Checkpointer:
     """With a complete checkpoint after 10 updates."""
-    saver = Checkpointer(CheckpointConfig(every=10), tmp_path, Alone())  # type: ignore[arg-type]
+    saver = Checkpointer(CheckpointConfig(every=10), tmp_path, Alone(), size=123_456)  # type: ignore[arg-type]
     saver.save(10, FileEngine(10.0), {"average": {"w": torch.ones(2)}}, STATE)
     return saver
 
@@ -144,7 +144,8 @@ def test_an_interrupted_save(phase: Callable, how: str, saver: Checkpointer, tmp
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     else:
-        with pytest.raises(CheckpointError, match=r"cannot write the .*; older (ones|checkpoints) are untouched"):
+        room = r"; the disk is full: 123,456 bytes are needed, [\d,]+ are free" if how == "disk full" else ""
+        with pytest.raises(CheckpointError, match=rf"cannot write the [^;]*{room}\)+; older checkpoints are untouched"):
             save()
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000010"]
     engine = FileEngine()

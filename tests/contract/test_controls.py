@@ -87,7 +87,12 @@ def test_checking_predictions_changes_nothing_else(optimizer: str, tiny_corpus: 
 def test_plain_sgd_does_what_was_predicted(tiny_corpus: Path, tmp_path: Path) -> None:
     """Without momentum, decay, clipping and the average of proxy gradients, nothing but higher orders is left out."""
     plain = [f"optim.{key}=0" for key in ("settings.momentum", "weight_decay", "clip_grad")]
-    check = ["selection=opus_exact", "selection.warmup_steps=0", "selection.proxy_ema=0", "selection.check_every=1"]
+    check = [
+        "selection=opus_exact",
+        "selection.warmup_steps=0",
+        "selection.proxy_half_life=0",
+        "selection.check_every=1",
+    ]
     overrides = settings(tiny_corpus, tmp_path, "optim=sgd", "optim.lr=0.001", *plain, *check)
     assert train(overrides) == 0
     rows = [json.loads(line) for line in (tmp_path / "selection.jsonl").read_text().splitlines()]

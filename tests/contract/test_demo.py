@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,13 +13,24 @@ from rich.console import Console
 
 from benchmarks import quality
 from benchmarks.study import Results, summary_of
+from megaopus import side_by_side
 from megaopus.__main__ import main
+from megaopus.cli import demo
 from megaopus.corpus_tools.demo_corpus import build_demo_corpus
 from megaopus.report.compare import load_run
 from tests import forks
 
 LIMITS = {"docs": 600_000, "code": 200_000, "readmes": 120_000, "noise": 200_000}
 STEPS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_turns() -> Iterator[None]:
+    """Steps are timed over a few updates."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("SETTLED", 2), ("TURN", 1), ("ROUNDS", 2)):
+            patch.setattr(side_by_side, name, value)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +41,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["demo", "--out", str(out), "--steps", str(STEPS)]
     started = []
 
-    def forked(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    def forked(command: list[str]) -> int:
         assert command[:2] == [sys.executable, "-m"]
         started.append(command[2:4])
-        return forks.program(*command[2:])
+        return forks.program(*command[2:]).returncode
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "run", forked)
+        patch.setattr(demo, "call", forked)
         assert main(arguments) == 0
     assert started == [["megaopus", "train"]] * 2
     return out
@@ -49,6 +60,9 @@ def test_summary(folder: Path) -> None:
     assert summary["uniform.final_loss"] > 0
     assert summary["opus.final_loss"] > 0
     assert summary["overhead"] > 0
+    if summary["tokens_ratio"] is not None:
+        cost = summary["step_s"]["opus"] / summary["step_s"]["uniform"]
+        assert summary["time_ratio"] == pytest.approx(summary["tokens_ratio"] * cost), "as measured in turns"
     assert set(summary["picked_share"]["opus"]) == {"docs", "code", "readmes", "noise"}
     assert sum(summary["picked_share"]["opus"].values()) == pytest.approx(1)
 

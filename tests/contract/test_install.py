@@ -13,6 +13,7 @@ import pytest
 
 from megaopus import __version__
 from megaopus.corpus_tools.demo_corpus import build_demo_corpus
+from megaopus.distributed.launcher import without_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "megaopus", "configs", "launch")
@@ -22,7 +23,7 @@ STEPS = 5
 
 def python(*arguments: str | Path, place: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run this interpreter in ``cwd`` with what is installed in ``place``, and nothing of the checkout."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    inherited = without_launcher(os.environ)
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,

@@ -11,7 +11,8 @@ import pytest
 
 from megaopus.checkpoint.checkpointer import COMPLETE, resolve
 from megaopus.errors import CheckpointError
-from tests.exact.resume_runs import SELECTIONS, assert_same, choices, everything, rows, settings, train
+from megaopus.report.compare import load_run
+from tests.exact.resume_runs import SELECTIONS, assert_same, choices, everything, rows, settings, snapshot, train
 from tests.faults import Interrupted, at_step, interrupt, reseal
 
 LONGER = ["resume_allow=[train.steps]"]
@@ -84,15 +85,6 @@ def warm_up(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return run_dir
 
 
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Of every file: when it was written and how long it is; but for the lock, which says who was here last."""
-    return {
-        str(path): (path.lstat().st_mtime_ns, path.lstat().st_size)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "lock"
-    }
-
-
 def test_a_new_run_starts_from_another_run(warm_up: Path, tiny_corpus: Path, tmp_path: Path) -> None:
     before = snapshot(warm_up)
     run = tmp_path / "arm"
@@ -121,6 +113,27 @@ def test_rows_of_a_launch_without_checkpoints_are_not_mixed_in(
     shutil.copy(warm_up / "metrics.jsonl", run)
     assert train(settings(tiny_corpus, run, "train.steps=5", f"resume={warm_up}")) == 0
     assert [row["step"] for row in rows(run / "metrics.jsonl") if row["kind"] == "step"] == [4]
+
+
+def test_the_record_of_a_run_without_checkpoints_is_kept(
+    warm_up: Path, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(warm_up, run)
+    shutil.rmtree(run / "checkpoints")
+    record = [path for path in sorted(run.rglob("*")) if path.is_file() and "checkpoints" not in path.parts]
+    before = {str(path.relative_to(run)): path.read_bytes() for path in record if path.name != "lock"}
+    assert {"metrics.jsonl", "selection.jsonl", "config.yaml", "launches/000/config.yaml"} <= before.keys()
+    assert train(settings(tiny_corpus, run, "train.steps=2", "resume_allow=[train.steps]")) == 0
+    (aside,) = (run / "old_records").iterdir()
+    assert f"{run} has no checkpoint of its own: the record that lay there is now in {aside}" in capsys.readouterr().out
+    kept = {str(path.relative_to(aside)): path.read_bytes() for path in sorted(aside.rglob("*")) if path.is_file()}
+    assert kept == before
+    assert [row.step for row in load_run(aside).steps] == [0, 1, 2, 3]
+    assert [row.step for row in load_run(run).steps] == [0, 1]
+    shutil.rmtree(run / "checkpoints")  # once more, perhaps in the same second
+    assert train(settings(tiny_corpus, run, "train.steps=1")) == 0
+    assert len(list((run / "old_records").iterdir())) == 2
 
 
 REFUSED = {

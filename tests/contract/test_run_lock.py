@@ -47,7 +47,11 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path: Path) -> None:
     with suppress(ZeroDivisionError), run_lock(tmp_path / "a" / "run"):
         assert (tmp_path / "a" / "run" / LOCK).exists()
         _ = 1 / 0
-    assert not (tmp_path / "a" / "run").exists()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with run_lock(tmp_path / "mine"):
+        pass
+    assert list((tmp_path / "mine").iterdir()) == []  # a folder that was there stays
 
 
 def test_what_the_run_wrote_stays(tmp_path: Path) -> None:

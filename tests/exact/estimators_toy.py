@@ -8,6 +8,7 @@ import inspect
 import pydoc_data.topics
 import statistics
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -147,6 +148,17 @@ def train(name: str, steps: int, batch_size: int = 12, make: Callable[[], ToyGPT
             optimizer.step()
             optimizer.zero_grad()
     return ModuleBackend(model, optimizers, per_sequence_loss)
+
+
+def as_accelerate_prepares(model: nn.Module) -> nn.Module:
+    """Mixed precision as ``Accelerator.prepare`` sets it: autocast inside forward, whose outputs come out in fp32."""
+    forward = torch.autocast("cpu", dtype=torch.bfloat16)(type(model).forward)
+
+    def in_fp32(self: nn.Module, *args: Tensor) -> Tensor:
+        return forward(self, *args).float()
+
+    model.forward = MethodType(in_fp32, model)
+    return model
 
 
 def proxy(step: int) -> TensorCandidates:

@@ -18,6 +18,7 @@ from megaopus import build
 from megaopus.checkpoint.checkpointer import complete_checkpoints
 from megaopus.config.compose import compose
 from megaopus.config.run_config import RunConfig
+from megaopus.distributed.launcher import without_launcher
 from megaopus.optim.registry import spec_of
 from megaopus.record.metrics import metrics_of
 from megaopus.record.parquet import FOLDER, parts, read_part
@@ -31,7 +32,7 @@ SELECTIONS = {
     "directional": [
         "selection=opus_exact",
         "selection.warmup_steps=2",
-        "selection.proxy_ema=0.9",
+        "selection.proxy_half_life=7.0",
         "selection.check_every=2",
     ],
     "countsketch": [
@@ -120,7 +121,7 @@ def _composed(overrides: tuple[str, ...], world_size: int) -> RunConfig:
 
 def command(program: list[str]) -> subprocess.CompletedProcess[str]:
     """``python -m <program>`` from the root of the sources, one thread a process."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment = without_launcher(os.environ)
     return subprocess.run(
         [sys.executable, "-m", *program],
         cwd=Path(__file__).parents[2],
@@ -182,6 +183,15 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["tensors"].keys() == expected["tensors"].keys()
     for name, value in expected["tensors"].items():
         assert torch.equal(found["tensors"][name], value), name
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Of every file: when it was written and how long it is; but for the lock, which says who was here last."""
+    return {
+        str(path): (path.lstat().st_mtime_ns, path.lstat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "lock"
+    }
 
 
 def plain(tree: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.selection import Scores, SelectionConfig, Selector
 from megaopus.selection.estimators.registry import ESTIMATORS
+from megaopus.selection.estimators.step_size import predicted_change, step_size
 from megaopus.selection.methods.registry import METHODS
 from tests.harness import MODELS, example, random_batch, tiny_engine
 
@@ -22,7 +24,7 @@ FIRST = ("adamw", "muon")
 CASES = tuple((model, optimizer) for model in ("gpt2-4-layers", "llama-4-layers") for optimizer in FIRST)
 COMMON: dict[str, Any] = {"method": "opus", "proxy_batch_size": 4, "score_micro_batch_size": 8, "sketch_dim": 256}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "directional-blocks": {"layers": r"layers\.[13]\.", "epsilon": 4.0, "score_length": 8, "proxy_ema": 0.0},
+    "directional-blocks": {"layers": r"layers\.[13]\.", "epsilon": 4.0, "score_length": 8, "proxy_half_life": 0.0},
     **{
         entry.name: {"estimator": entry.name, **entry.example}
         for entry in ESTIMATORS
@@ -94,21 +96,21 @@ class ShowingGram(Selector):
         return found
 
 
-def select(engine: Any, **settings: Any) -> Picks:
+def select(engine: Any, candidates: int = 16, proxies: int = 4, **settings: Any) -> Picks:
     """Step 2 of a selector of its own, and step 3 where the proxy gradient's average goes on from one to the next."""
     config = SelectionConfig(**{**COMMON, **settings})
     selector = ShowingGram(
         config,
         engine.scoring_backend(),
         num_selected=6,
-        proxy=lambda step: random_batch(4, 700 + step),
+        proxy=lambda step: random_batch(proxies, 700 + step),
         seed=7,
         wanted=lambda buffer: buffer.ids % 3 == 0,
     )
-    steps = (2, 3) if config.needs_proxy and config.proxy_ema > 0 else (2,)
+    steps = (2, 3) if config.needs_proxy and config.proxy_half_life > 0 else (2,)
     found: Picks = []
     for step in steps:
-        selection = selector.select(random_batch(16, step), step)
+        selection = selector.select(random_batch(candidates, step), step)
         assert selection.method == config.method
         assert not selection.events
         values = [value for value in (selection.utilities, selector.gram) if value is not None]
@@ -117,13 +119,26 @@ def select(engine: Any, **settings: Any) -> Picks:
     return found
 
 
-def proxy_loss(engine: Any) -> float:
-    """Return what the check of predictions measures."""
-    config = SelectionConfig(**COMMON)
+def select_uneven(engine: Any) -> dict[str, Picks]:
+    """Numbers of candidates and proxy sequences that divide over no ranks; some ranks have none of the latter."""
+    sizes = {"directional": 3, "adjoint": 1, "mid_ppl": 3}
+    found = {name: select(engine, 13, proxies, **SETTINGS[name]) for name, proxies in sizes.items()}
+    return found | {"step size": select(engine, 13, 3)}
+
+
+def proxy_loss(engine: Any) -> list[float]:
+    """Return what the check of predictions measures, of four proxy sequences and of one."""
+    config, backend = SelectionConfig(**COMMON), engine.scoring_backend()
+    proxies = [partial(random_batch, size) for size in (4, 1)]
+    return [Selector(config, backend, num_selected=6, proxy=proxy, seed=7).proxy_loss(2) for proxy in proxies]
+
+
+def step_of_differences(engine: Any) -> tuple[float, float]:
+    """(the change of the proxy's loss that an optimizer step predicts, the step that directional scoring takes)."""
     backend = engine.scoring_backend()
-    return Selector(config, backend, num_selected=6, proxy=lambda step: random_batch(4, 700 + step), seed=7).proxy_loss(
-        2
-    )
+    gradient = backend.gradient(random_batch(4, 702))
+    direction = backend.operator().bounded(gradient).transposed().apply(gradient)
+    return predicted_change(backend, direction, gradient), step_size(backend, direction, gradient)
 
 
 def served(engine: Any, names: Iterable[str] = SETTINGS) -> list[str]:

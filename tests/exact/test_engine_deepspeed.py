@@ -21,7 +21,7 @@ from megaopus.optim.build import state_names
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.muon import Muon
 from megaopus.optim.registry import OPTIMIZERS
-from tests.exact.scoring_runs import select_each, trained
+from tests.exact.scoring_runs import select_each, select_uneven, trained
 from tests.exact.test_engine_layouts import assert_close, build, train
 from tests.exact.test_scoring_layouts import assert_same_picks
 from tests.harness import example, random_batch, save_engine, tiny_engine
@@ -60,7 +60,9 @@ def train_and_select(layout: str) -> dict[tuple, Any]:
             ("train", case, stage): train(build(mesh, case, parallel, zero(stage))) for case, stage in chosen
         }
         for optimizer, stage in product(SCORED[:2] if both else SCORED, (3,) if both else ZERO_STAGES):
-            found["select", optimizer, stage] = select_each(trained(mesh, ("llama", optimizer), parallel, zero(stage)))
+            engine = trained(mesh, ("llama", optimizer), parallel, zero(stage))
+            found["select", optimizer, stage] = select_each(engine)
+            found["select", "uneven", optimizer, stage] = select_uneven(engine)
         return found
     finally:
         mesh.close()
@@ -72,7 +74,11 @@ def megatron_alone(layout: str) -> dict[tuple, Any]:
     try:
         one = ParallelConfig()
         found: dict[tuple, Any] = {("train", case): train(build(mesh, case, one)) for case in TRAINED}
-        return found | {("select", o): select_each(trained(mesh, ("llama", o), one)) for o in SCORED}
+        for optimizer in SCORED:
+            engine = trained(mesh, ("llama", optimizer), one)
+            found["select", optimizer] = select_each(engine)
+            found["select", "uneven", optimizer] = select_uneven(engine)
+        return found
     finally:
         mesh.close()
 

@@ -31,7 +31,7 @@ OPTIMIZERS = {
     "muon": OptimConfig(name="muon", lr=3e-3, matrix_lr=0.02, warmup_steps=5, schedule="constant"),
 }
 METHODS = {
-    "directional": SelectionConfig(method="opus", proxy_batch_size=4, proxy_ema=0.9, score_micro_batch_size=4),
+    "directional": SelectionConfig(method="opus", proxy_batch_size=4, proxy_half_life=7.0, score_micro_batch_size=4),
     "countsketch": SelectionConfig(
         method="opus",
         estimator="countsketch",

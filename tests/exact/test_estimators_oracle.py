@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -40,14 +43,31 @@ def trained() -> Trained:
     return Trained()
 
 
+@contextmanager
+def rate(backend: ModuleBackend, lr: float) -> Iterator[None]:
+    """The first group's learning rate is ``lr`` inside, those of the others in proportion."""
+    groups = [group for each in backend.optimizers for group in each.param_groups]
+    before = [group["lr"] for group in groups]
+    for group, own in zip(groups, before, strict=True):
+        group["lr"] = own * lr / before[0]
+    yield
+    for group, own in zip(groups, before, strict=True):
+        group["lr"] = own
+
+
 @pytest.mark.parametrize(("optimizer", "muon_operator"), OPERATORS)
 def test_directional_ranks_like_the_exact_full_alignment(trained, optimizer, muon_operator) -> None:
+    """At a learning rate of 1e-6, in 16 bits too: utilities are linear in it, so that the oracle's order stays."""
     backend, candidates = trained[optimizer], buffer(12 if muon_operator == "full" else 48, seed=1)
-    gradient, operator = backend.gradient(proxy(0)), backend.operator(muon_operator)
+    gradient = backend.gradient(proxy(0))
+    operator = backend.operator(muon_operator).bounded(gradient)
     exact = exact_utilities(backend, candidates, operator, gradient)
     assert exact.std() > 1e-3  # worth ranking
-    central = directional_utilities(backend, candidates, operator, gradient)
-    assert spearman(central, exact) >= 0.99
+    for low in (False, True)[: 1 + (muon_operator == "paper")]:
+        with rate(backend, 1e-6), torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            slower = backend.operator(muon_operator).bounded(gradient)
+            central = directional_utilities(backend, candidates, slower, gradient)
+        assert spearman(central, exact) >= (0.99 if low else 0.999), low  # at 1e-3 too; measured: 0.992 and more
     one_sided = directional_utilities(backend, candidates, operator, gradient, sides="one", epsilon=0.1)
     assert spearman(one_sided, exact) >= 0.99
 

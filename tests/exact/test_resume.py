@@ -12,10 +12,23 @@ import torch
 import yaml
 
 from megaopus.checkpoint.checkpointer import complete_checkpoints
+from megaopus.config.parse import load
+from megaopus.data.corpus import Corpus
 from megaopus.errors import CheckpointError
 from megaopus.optim.build import MixedPrecisionOptimizer
+from megaopus.planning.disk import checkpoint_bytes
 from tests import forks
-from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, STEPS, assert_same, command, everything, settings, train
+from tests.exact.resume_runs import (
+    OPTIMIZERS,
+    SELECTIONS,
+    STEPS,
+    assert_same,
+    command,
+    everything,
+    settings,
+    snapshot,
+    train,
+)
 from tests.faults import Interrupted, at_step, interrupt
 
 CASES = {  # of the other optimizers: test_resume_optimizers.py
@@ -64,6 +77,11 @@ def test_killed_and_resumed_equals_straight(case: str, tiny_corpus: Path, tmp_pa
     straight = everything(tmp_path / "straight")
     assert_same(everything(tmp_path / "killed"), straight)
     assert_meaningful(straight, selection, optimizer)
+    config = load(tmp_path / "straight" / "config.yaml")
+    stored = sum(tensor.nbytes for tensor in straight["tensors"].values())
+    vocab_size = Corpus.open(tiny_corpus).vocab_size
+    foreseen = checkpoint_bytes(config, vocab_size, straight["state"]["identity"]["precision"])
+    assert stored == pytest.approx(foreseen, rel=0.01)
 
 
 def assert_meaningful(run: dict, selection: str, optimizer: str) -> None:
@@ -123,14 +141,21 @@ def test_sigkill_of_the_command_and_the_same_command_again(tiny_corpus: Path, tm
     assert_same(everything(tmp_path / "killed"), everything(tmp_path / "straight"))
 
 
-def test_a_finished_run_started_again_does_nothing(tiny_corpus: Path, tmp_path: Path) -> None:
+def test_a_finished_run_started_again_does_nothing(
+    tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     overrides = settings(tiny_corpus, tmp_path / "run")
     assert train(overrides) == 0
-    before = everything(tmp_path / "run")
-    written = complete_checkpoints(tmp_path / "run")[-1].stat().st_mtime_ns
+    run = tmp_path / "run"
+    before, left = everything(run), snapshot(run)
+    capsys.readouterr()
     assert train(overrides) == 0
-    assert_same(everything(tmp_path / "run"), before)
-    assert complete_checkpoints(tmp_path / "run")[-1].stat().st_mtime_ns == written
+    assert_same(everything(run), before)
+    assert snapshot(run) == left
+    last = complete_checkpoints(run)[-1]
+    said = capsys.readouterr().out
+    assert said.startswith(f"{run} is finished: {last} has all 10 updates; nothing to do")
+    assert len(said.splitlines()) == 1
 
 
 def test_settings_changed_on_resume_are_named_and_used(

@@ -20,7 +20,7 @@ from tests.exact.resume_runs import plain, tensors
 from tests.harness import random_batch, save_engine, tiny_engine
 
 STEPS = 9
-DIRECTIONAL: dict[str, Any] = {"proxy_ema": 0.9}
+DIRECTIONAL: dict[str, Any] = {"proxy_half_life": 7.0}
 COUNTSKETCH: dict[str, Any] = {"estimator": "countsketch", "sketch_dim": 512, "redundancy": 0.5, "sampler": "boltzmann"}
 ELSEWHERE = ("adamw", "muon", "sgd")
 """Their state goes through a run's checkpoints in test_resume.py."""

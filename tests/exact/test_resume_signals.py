@@ -5,9 +5,11 @@ Runs that get a signal have a process of their own: in this one it would be mean
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing.process
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,10 +18,13 @@ from typing import Any
 import pytest
 
 from megaopus import build
+from megaopus.__main__ import main as megaopus
 from megaopus.checkpoint.checkpointer import complete_checkpoints
+from megaopus.checkpoint.config import CheckpointConfig
+from megaopus.config.compose import compose
 from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.engine.megatron.scoring import MegatronScoringBackend
-from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
+from megaopus.training.signals import INTERRUPT_EXIT_CODE, STOP_EXIT_CODE, StopSignal, time_to_save
 from tests import forks
 from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, everything, settings, train
 from tests.faults import at_step
@@ -66,6 +71,7 @@ PHASES: dict[str, tuple[Callable[[], AbstractContextManager[None]], int]] = {
     "validating": (lambda: signal_in(MegatronEngine, "evaluate", 6), 6),
     "saving": (lambda: signal_in(MegatronEngine, "prepare_save", 4), 4),
     "SIGUSR1": (lambda: at_step(5, lambda: send(signal.SIGUSR1)), 6),
+    "SIGINT, and what torchrun adds to it": (lambda: at_step(5, lambda: (send(signal.SIGINT), send())), 6),
 }
 
 
@@ -86,6 +92,74 @@ def test_stop_saves_and_the_run_goes_on(phase: str, straight: dict, tiny_corpus:
     assert_same(everything(tmp_path), straight)
 
 
+def train_with_two_interrupts(overrides: list[str]) -> int:
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+
+    def stuck() -> None:
+        """Be where no handler of Python's runs, as in a collective that never ends."""
+        for seconds in (0.1, 0.2):
+            threading.Timer(seconds, send, [signal.SIGINT]).start()
+        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)
+
+    with at_step(5, stuck):
+        return train(overrides)
+
+
+def test_a_second_interrupt_ends_at_once(tiny_corpus: Path, tmp_path: Path) -> None:
+    ended = forks.Program(train_with_two_interrupts, settings(tiny_corpus, tmp_path, *CHOSEN)).result(60)
+    assert ended.returncode == INTERRUPT_EXIT_CODE == 130, ended.stderr
+    assert ended.stderr.splitlines()[-1] == "Ctrl-C again: ended at once; the checkpoints that were whole are"
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000004"]
+
+
+def train_under_nohup(overrides: list[str]) -> int:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with at_step(5, lambda: send(signal.SIGHUP)):
+        return train(overrides)
+
+
+def test_a_run_under_nohup_goes_on(straight: dict, tiny_corpus: Path, tmp_path: Path) -> None:
+    done = forks.call(train_under_nohup, settings(tiny_corpus, tmp_path, *CHOSEN))
+    assert done.returncode == 0, done.stderr
+    assert_same(everything(tmp_path), straight)
+
+
+def train_without_a_reader(how: str, overrides: list[str]) -> int:
+    """Train with standard output and errors into a pipe that nobody reads, or on a terminal that is gone."""
+    ours, theirs = os.pipe()[::-1] if how == "pipe" else os.openpty()[::-1]
+    os.close(theirs)
+    for number in (1, 2):
+        os.dup2(ours, number)
+    with at_step(5, lambda: send(signal.SIGHUP) if how == "terminal" else None):
+        return megaopus(["train", *overrides])
+
+
+@pytest.mark.parametrize(("how", "status"), [("pipe", 0), ("terminal", STOP_EXIT_CODE)])
+def test_output_that_cannot_be_written_stops_nothing(
+    how: str, status: int, straight: dict, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    overrides = settings(tiny_corpus, tmp_path, *CHOSEN, "logging.every=1")
+    assert forks.call(train_without_a_reader, how, overrides).returncode == status
+    if status:
+        assert complete_checkpoints(tmp_path)[-1].name == "step_00000006"
+        assert train(overrides) == 0
+    assert_same(everything(tmp_path), straight)
+
+
+def test_a_run_saves_every_quarter_of_an_hour_unless_told_otherwise(tiny_corpus: Path) -> None:
+    assert CheckpointConfig().every_seconds == 900
+    assert compose([f"data.path={tiny_corpus}", "data.seq_len=16"]).checkpoint.every == "15m"
+
+
+def test_under_torchrun_the_time_to_save_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert time_to_save() == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert "after 30 s: TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in time_to_save()
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    assert "after 600 s" in time_to_save()
+
+
 def train_with_a_signal_at_the_start(overrides: list[str]) -> int:
     original = build.build_trainer
 
@@ -103,6 +177,7 @@ def test_a_stop_before_the_first_update_saves_nothing(straight: dict, tiny_corpu
     stopped = forks.call(train_with_a_signal_at_the_start, overrides)
     assert stopped.returncode == STOP_EXIT_CODE, stopped.stderr
     assert complete_checkpoints(tmp_path) == []
+    assert "no update made: nothing to save" in stopped.stdout
     assert not (tmp_path / "metrics.jsonl").exists()
     assert train(overrides) == 0
     assert_same(everything(tmp_path), straight)
@@ -128,7 +203,9 @@ def test_the_command_exits_with_143(straight: dict, tiny_corpus: Path, tmp_path:
     overrides = settings(tiny_corpus, tmp_path, *CHOSEN)
     stopped = forks.program("tests.faults", "SIGTERM", "5", "0", "train", *overrides)
     assert stopped.returncode == 143, stopped.stderr
-    assert "SIGTERM: stopping after 6 updates" in stopped.stdout
+    assert "SIGTERM: stopping after 6 updates\n" in stopped.stdout
+    saved = tmp_path / "checkpoints" / "step_00000006"
+    assert stopped.stdout.splitlines()[-1] == f"saved {saved}: the same command goes on"
     assert train(overrides) == 0
     assert_same(everything(tmp_path), straight)
 

@@ -26,7 +26,9 @@ from tests.exact.scoring_runs import (
     same_picks,
     select,
     select_each,
+    select_uneven,
     served,
+    step_of_differences,
     trained,
 )
 from tests.harness import MODELS, example, random_batch, state_of, tiny_engine
@@ -44,6 +46,8 @@ CROSSED = ("one", "dp2", "tp2", "pp2", "cp2", "dp2-distributed-optimizer")
 """Where the other two cases are compared as well, by some settings."""
 DROPOUT = ("one", "tp2", "pp2", "cp2")
 ESTIMATORS = [name for name, settings in SETTINGS.items() if "method" not in settings]
+UNEVEN = tuple(name for name, (size, each) in LAYOUTS.items() if size > each.model_ranks or each.vpp > 1)
+"""Where not any number can be shared evenly: among data-parallel ranks, in micro-batches of virtual stages."""
 RECOMPUTE = ("one", "pp2", "pp2-vpp2")
 
 
@@ -56,7 +60,10 @@ def select_layout(layout: str) -> dict[Any, Any]:
                 found[case], found["traces", case] = select_and_go_on(mesh, case, parallel)
             elif layout in CROSSED:
                 found[case] = select_each(trained(mesh, case, parallel), SOME_SETTINGS)
-        found["proxy loss"] = proxy_loss(trained(mesh, EVERY_SETTING[0], parallel))
+        engine = trained(mesh, EVERY_SETTING[0], parallel)
+        found["proxy loss"], found["step"] = proxy_loss(engine), step_of_differences(engine)
+        if layout in ("one", *UNEVEN):
+            found["uneven"] = select_uneven(engine)
         if layout not in PRODUCTS:
             found["faults"] = select_with_faults(mesh, parallel)
         if layout in DROPOUT:
@@ -88,10 +95,26 @@ def test_picks_and_utilities_are_those_of_one_process(layout: str, ranks: Jobs[s
             assert_same_picks([found[case] for found in ranks[layout]], one_process[case], case)
 
 
+@pytest.mark.parametrize("layout", UNEVEN)
+def test_candidates_and_proxies_that_do_not_divide_over_the_ranks(
+    layout: str, ranks: Jobs[str], one_process: dict
+) -> None:
+    assert_same_picks([found["uneven"] for found in ranks[layout]], one_process["uneven"], "uneven")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_proxy_loss_is_that_of_one_process(layout: str, ranks: Jobs[str], one_process: dict) -> None:
     for found in ranks[layout]:
         assert found["proxy loss"] == pytest.approx(one_process["proxy loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_step_of_differences_is_that_of_one_process(layout: str, ranks: Jobs[str], one_process: dict) -> None:
+    """Each weight counts once, whoever holds it: split, replicated or tied between stages."""
+    change, epsilon = one_process["step"]
+    assert change > 0
+    for found in ranks[layout]:
+        assert found["step"] == (pytest.approx(change, rel=1e-4), epsilon)
 
 
 def assert_same_picks(ranks: list[dict[str, Picks]], expected: dict[str, Picks], case: object) -> None:
@@ -237,7 +260,7 @@ def select_with_faults(mesh: Mesh, parallel: ParallelConfig) -> dict[str, Select
         backend = engine.scoring_backend()
         for name, function in patch.items():
             setattr(backend, name, function)
-        config = SelectionConfig(**COMMON, proxy_ema=0.9)
+        config = SelectionConfig(**COMMON, proxy_half_life=7.0)
         selector = Selector(config, backend, num_selected=6, proxy=lambda step: random_batch(4, 700 + step), seed=7)
         results[fault] = selector.select(random_batch(16, 2), 2)
         assert ("average" in selector.state_dict()) == (fault != "gradient")

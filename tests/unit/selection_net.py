@@ -53,7 +53,9 @@ UNGUARDED = GuardConfig(exposure_cap=0, min_ess=0, min_distinct=0, min_unique=0)
 
 
 def make(backend: ModuleBackend | None = None, *, seed: int = 0, proxy_of=proxy, **settings) -> Selector:
-    config = SelectionConfig(**{"method": "opus", "sketch_dim": 256, "proxy_ema": 0.0, "guards": UNGUARDED, **settings})
+    config = SelectionConfig(
+        **{"method": "opus", "sketch_dim": 256, "proxy_half_life": 0.0, "guards": UNGUARDED, **settings}
+    )
     return Selector(config, backend or make_backend(), num_selected=K, proxy=proxy_of, seed=seed)
 
 

@@ -181,7 +181,7 @@ def test_the_kinds_of_events_are_listed_and_documented() -> None:
                 before = {"Event": "", "tell": "selection.", "alarm": "selection.alarm."}
                 if name in before:
                     used.add(before[name] + node.args[0].value)
-    assert used == set(SELECTION_KINDS) == set(_SENTENCES.values())
+    assert used == set(SELECTION_KINDS) > set(_SENTENCES.values())
     page = (ROOT / "docs" / "selection.md").read_text()
     listed = re.findall(r"^\| `(selection\.[\w.]+)` \| (.*) \|$", page, flags=re.M)
     assert dict(listed) == SELECTION_KINDS

@@ -52,6 +52,8 @@ def test_every_setting_has_one_class() -> None:
         "data.read_ahead_mb",
         "selection.score_micro_batch_size",
         "selection.check_every",
+        "train.tokens",
+        "train.epochs",
         "train.micro_batch_size",
         "train.eval_every",
         "train.eval_sequences",

@@ -189,7 +189,7 @@ def test_memory_of_weights_gradients_and_optimizers():
     config = small()
     config.engine.recompute = True
     assert memory(config, 500, 1, "fp32", 0)["activations"][0] < plain
-    config = small(method="opus", proxy_ema=0.0)
+    config = small(method="opus", proxy_half_life=0.0)
     assert memory(config, 500, 1, "fp32", 0)["direction"][0] == 8 * count
     assert memory(config, 500, 1, "fp32", 0)["proxy gradient"][0] == 4 * count
     config = small(method="opus", estimator="countsketch", redundancy=1.0, sketch_dim=100)
@@ -298,7 +298,8 @@ def test_errors_are_one_message_and_exit_code_2(capsys, monkeypatch):
 
 def test_one_rank_of_each_node_speaks_and_all_fail(capsys, monkeypatch):
     monkeypatch.setattr("megaopus.cli.main.GRACE_SECONDS", 0)
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in (("WORLD_SIZE", "4"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
     spoke = {}
     for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
         monkeypatch.setenv("RANK", str(rank))
@@ -306,18 +307,65 @@ def test_one_rank_of_each_node_speaks_and_all_fail(capsys, monkeypatch):
         assert main(["train", "lr=1"]) == 2
         spoke[rank] = bool(capsys.readouterr().err)
     assert spoke == {0: True, 1: False, 2: True, 3: False}
-    monkeypatch.delenv("LOCAL_RANK")
-    assert main(["train", "lr=1"]) == 2
-    assert capsys.readouterr().err == ""
+
+
+def test_the_paper_experiment_passes_at_any_dp_that_divides_its_batch(corpus, capsys):
+    short = ["experiment=paper_gpt2_xl_muon", f"data.path={corpus}", "data.seq_len=64", "selection.score_length=64"]
+    for dp in (1, 2, 4, 8, 16, 32):
+        compose(short, world_size=dp)
+    assert main(["check", *short, "--world-size", "32"]) == 0
+    assert "32 = 32 ranks" in capsys.readouterr().out
+    for ranks, remedy in ((6, "launch 4 or 8 processes"), (33, "launch 32 processes")):
+        assert main(["check", *short, "--world-size", str(ranks)]) == 2
+        assert "1 problem" in (said := capsys.readouterr().err)
+        assert f"train.global_batch_size = 32: cannot be shared evenly by dp = {ranks} ranks\n    -> {remedy}" in said
 
 
 def test_the_world_size_comes_from_the_environment(corpus, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in launched(3).items():
+        monkeypatch.setenv(name, value)
     assert main(["train", f"data.path={corpus}", "data.seq_len=64"]) == 2
-    assert "dp x micro_batch_size = 3 x 8" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert "evenly by dp = 3 ranks" in capsys.readouterr().err
+
+
+def launched(size, **more):
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
+    return {**place, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", **more}
+
+
+LEFT_OVER = {  # environment: what is said of it
+    "MASTER_ADDR=localhost": "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_PORT missing",
+    "RANK=0": "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing",
+    "RANK=1": "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing",
+    "LOCAL_RANK=3": "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing",
+    "LOCAL_WORLD_SIZE=8": "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing",
+    "RANK=1 WORLD_SIZE=2": "LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing",
+}
+
+
+@pytest.mark.parametrize("given", LEFT_OVER)
+def test_what_a_launcher_left_over_is_named(given, corpus, capsys, monkeypatch):
+    for text in given.split():
+        monkeypatch.setenv(*text.split("="))
     assert main(["train", f"data.path={corpus}"]) == 2
-    assert "environment WORLD_SIZE = 'many'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"environment = '{given}': left over, or {LEFT_OVER[given]}: a launcher sets all of them" in said
+    assert f"for one process unset {' '.join(text.split('=')[0] for text in given.split())};" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("WORLD_SIZE", "many", "is not a number"),
+        ("RANK", "2", "not below WORLD_SIZE = 2"),
+        ("MASTER_PORT", "x", "is not"),
+    ],
+)
+def test_a_launcher_s_nonsense_is_refused(name, value, reason, corpus, capsys, monkeypatch):
+    for variable, text in launched(2, **{name: value}).items():
+        monkeypatch.setenv(variable, text)
+    assert main(["train", f"data.path={corpus}"]) == 2
+    assert f"environment {name} = '{value}': {reason}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", verbs())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,20 @@ from megaopus.__main__ import main
 from megaopus.config.aliases import RENAMED, current, current_override, former, notes, renamed, with_old_names
 from megaopus.config.compose import compose
 from megaopus.config.parse import load, restored, to_yaml
-from megaopus.config.resume_policy import changes, refuse_unallowed
+from megaopus.config.resume_policy import changes, continued_half_life, refuse_unallowed
 from megaopus.config.run_config import SETTINGS, RunConfig, default_settings
 from megaopus.config.validation import validate
 from megaopus.errors import CheckpointError, ConfigError
 from tests.unit.config_corpus import write_manifest
 
-OLD = ["data.wanted=[docs]", "data.traits_path=here", "selection.prescreen.traits=[domain,shape]"]
+OLD = [
+    *("data.wanted=[docs]", "data.traits_path=here", "selection.prescreen.traits=[domain,shape]"),
+    "selection.proxy_ema=0.8",
+]
+
+
+EIGHTY = 16 * math.log(0.5) / math.log(0.8)
+"""Steps after which four fifths, taken every 16 steps, are a half."""
 
 
 @pytest.fixture
@@ -32,6 +40,8 @@ def as_before(config: RunConfig) -> dict:
     tree["data"]["wanted"] = tree["data"].pop("target_domains")
     tree["data"]["traits_path"] = tree["data"].pop("text_features_path")
     tree["selection"]["prescreen"]["traits"] = tree["selection"]["prescreen"].pop("text_features")
+    tree["selection"]["proxy_ema"] = config.selection.proxy_decay
+    del tree["selection"]["proxy_half_life"]
     return tree
 
 
@@ -39,6 +49,8 @@ def chosen() -> RunConfig:
     config = RunConfig()
     config.data.target_domains, config.data.text_features_path = ["docs"], "here"
     config.selection.prescreen.text_features = ["domain", "shape"]
+    config.selection.prescreen.mode, config.selection.prescreen.every = "predict", 16
+    config.selection.proxy_half_life = EIGHTY
     return config
 
 
@@ -76,6 +88,7 @@ def test_the_command_line(corpus: Path) -> None:
     config = compose([f"data.path={corpus}", *OLD, "resume_allow=[data.wanted]"])
     assert (config.data.target_domains, config.data.text_features_path) == (["docs"], "here")
     assert config.selection.prescreen.text_features == ["domain", "shape"]
+    assert config.selection.proxy_decay == 0.8
     assert compose([f"data.path={corpus}", "+data.wanted=[docs]"]).data.target_domains == ["docs"]
     for problem in ("data.wanted=docs", "data.wanted=[dosc]", "~data.wanted"):
         with pytest.raises(ConfigError) as caught:
@@ -90,7 +103,8 @@ def test_the_command_line_tells_the_new_name_once(corpus: Path, capsys: pytest.C
     assert main(["check", f"data.path={corpus}", "data.wanted=[docs]", "optim.lr=-1", *allowed]) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "note: data.wanted is now data.target_domains"
-    assert notes(OLD, []) == [f"{old} is now {new}" for old, new in RENAMED.items()]
+    later = {"selection.proxy_ema": ", in training steps"}
+    assert notes(OLD, []) == [f"{old} is now {new}{later.get(old, '')}" for old, new in RENAMED.items()]
     assert notes(["data.target_domains=[docs]"], ["data.wanted"]) == ["data.wanted is now data.target_domains"]
     assert notes(["+data.wanted=[docs]"], ["data.wanted"]) == ["data.wanted is now data.target_domains"]
 
@@ -114,6 +128,64 @@ def test_yaml_of_a_user(corpus: Path, tmp_path: Path) -> None:
 def test_resume_allow_is_held_to_the_class_of_the_new_name(corpus: Path) -> None:
     with pytest.raises(ConfigError, match="needs no permission to change"):
         compose([f"data.path={corpus}", "resume_allow=[data.traits_path]"])
+
+
+def test_a_decay_a_gradient_becomes_a_half_life_in_steps(corpus: Path, tmp_path: Path) -> None:
+    def half_life(*overrides: str, folder: Path | None = None) -> float:
+        return compose([f"data.path={corpus}", *overrides], folder).selection.proxy_half_life
+
+    old, every = "selection.proxy_ema=0.8", "selection.prescreen.every=16"
+    predicting = ["selection=opus", every]
+    assert half_life(*predicting, old) == half_life(*predicting, f"+{old}") == pytest.approx(EIGHTY)
+    assert half_life(*predicting, "selection.score_every=3", old) == pytest.approx(3 * EIGHTY)
+    assert half_life(*predicting, "selection.proxy_every=24", old) == pytest.approx(3 * EIGHTY)
+    assert half_life("selection=opus_exact", every, old) == pytest.approx(EIGHTY / 16)  # every step is scored
+    assert half_life(*predicting, "selection.proxy_ema=0") == 0
+    assert half_life(*predicting, old, "selection.proxy_half_life=7") == 7
+    mine = tmp_path / "mine" / "experiment"
+    mine.mkdir(parents=True)
+    text = "# @package _global_\ndefaults: [{override /selection: opus}]\nrun_dir: runs/${selection.proxy_ema}\n"
+    (mine / "mine.yaml").write_text(text + "selection: {proxy_ema: 0.8, prescreen: {every: 16}}\n")
+    assert half_life("experiment=mine", folder=mine.parent) == pytest.approx(EIGHTY)
+    assert half_life("experiment=mine", "selection.proxy_half_life=7", folder=mine.parent) == 7
+    assert compose([f"data.path={corpus}", "experiment=mine"], mine.parent).run_dir == "runs/0.8"
+    for wrong in ("3.5", "-1", "fast", "true", "1"):
+        with pytest.raises(ConfigError, match="in training steps") as caught:
+            half_life(*predicting, f"selection.proxy_ema={wrong}")
+        assert [each.key for each in caught.value.problems] == ["selection.proxy_ema"]
+
+
+def test_a_section_takes_the_old_decay() -> None:
+    config = chosen().selection
+    with pytest.warns(DeprecationWarning, match=r"SelectionConfig\.proxy_ema is now SelectionConfig\.proxy_half_life"):
+        same = replace(config, proxy_half_life=3.0, proxy_ema=0.8)
+    assert same.proxy_half_life == pytest.approx(EIGHTY)
+    with pytest.warns(DeprecationWarning, match="proxy_ema"):
+        assert same.proxy_ema == 0.8
+    with pytest.warns(DeprecationWarning, match="proxy_ema"):
+        same.proxy_ema = 0.64
+    assert same.proxy_half_life == pytest.approx(EIGHTY / 2)
+    with pytest.raises(ValueError, match=r"proxy_ema=1 must lie in \[0, 1\)"):
+        replace(config, proxy_ema=1)
+
+
+def test_a_run_that_began_with_a_decay_goes_on_with_it() -> None:
+    """Recipes are in steps today: of another prescreen.every the same command means another decay."""
+    now, saved = chosen(), as_before(chosen())
+    now.selection.proxy_half_life = 99.4
+    again, told = continued_half_life(saved, now)
+    assert (again, now.selection.proxy_half_life) == (0.8, pytest.approx(EIGHTY))
+    assert "stays 49.7005, as this run began with proxy_ema=0.8 (the command says 99.4 now: resume_allow=" in told
+    next_one = asdict(now)
+    next_one["selection"]["proxy_ema"] = again  # as the next checkpoint has it
+    now.selection.proxy_half_life = 99.4
+    assert continued_half_life(next_one, now)[0] == 0.8
+    assert now.selection.proxy_half_life == pytest.approx(EIGHTY)
+    assert continued_half_life(next_one, now) == (0.8, "")
+    now.selection.proxy_half_life, now.resume_allow = 99.4, ["selection.proxy_ema"]
+    assert continued_half_life(next_one, now) == (None, "")
+    assert continued_half_life(asdict(chosen()), chosen()) == (None, "")
+    assert now.selection.proxy_half_life == 99.4
 
 
 def test_of_both_names_the_new_one_counts() -> None:

@@ -22,7 +22,7 @@ def corpus(tmp_path):
 def test_groups_and_settings_apply_in_order(corpus):
     overrides = ["selection=opus", "selection.rho=0.25", "optim=muon", "+optim.lr=1", "optim.betas=[0.5,0.75]"]
     config = compose([f"data.path={corpus}", *overrides, "train.steps=200", "data.target_domains=[docs]"])
-    assert (config.selection.method, config.selection.rho, config.selection.proxy_ema) == ("opus", 0.25, 0.8)
+    assert (config.selection.method, config.selection.rho, config.selection.proxy_decay) == ("opus", 0.25, 0.8)
     assert (config.optim.name, config.optim.matrix_lr, config.optim.lr) == ("muon", 0.01, 1.0)
     assert isinstance(config.optim.lr, float)
     assert config.optim.betas == [0.5, 0.75]
@@ -48,6 +48,21 @@ def test_an_override_beats_an_experiment(corpus):
     config = compose([f"data.path={corpus}", "experiment=small_opus", "optim=muon", "train.steps=300"])
     assert (config.selection.method, config.optim.name, config.train.steps) == ("opus", "muon", 300)
     assert config.train.eval_every == 50
+
+
+def test_a_length_in_tokens_or_epochs(corpus):
+    """Steps follow before anything is checked: no fewer update tokens than asked for, and not a step more."""
+    sizes = [f"data.path={corpus}", "train.global_batch_size=16", "data.seq_len=256", "optim.warmup_steps=150"]
+    config = compose([*sizes, "experiment=small_opus", "train.tokens=1e6"])
+    assert config.train.steps == 245
+    assert 244 * 16 * 256 < 1_000_000 <= 245 * 16 * 256
+    assert compose([*sizes, "train.epochs=3.5"]).train.steps == -(-int(3.5 * 200_000) // (16 * 256))
+    both = ["train.tokens=1000000", "train.epochs=2", "optim.warmup_steps=0"]
+    with pytest.raises(ConfigError, match=r"train\.epochs = 2\.0: the length is given already, as train\.tokens"):
+        compose([*sizes, *both])
+    kept = ["data.filter.column=dsir", "data.filter.keep=0.5", "train.epochs=2", "optim.warmup_steps=0"]
+    with pytest.raises(ConfigError, match=r"train\.epochs = 2\.0: how many tokens data\.filter keeps is not known"):
+        compose([*sizes, *kept])
 
 
 def test_a_third_is_a_third(corpus):

@@ -17,8 +17,9 @@ from rich.console import Console
 from megaopus.__main__ import main
 from megaopus.cli.proxy import show
 from megaopus.corpus_tools import benchmark_proxy, nearest_documents
-from megaopus.corpus_tools.benchmark_proxy import build, read_items
-from megaopus.corpus_tools.nearest_documents import Item
+from megaopus.corpus_tools.benchmark_proxy import USUAL, Limits, assign, build, read_items
+from megaopus.corpus_tools.near_duplicates import ALIKE, NearDuplicates
+from megaopus.corpus_tools.nearest_documents import Found, Item
 from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.similarity import HashedTfidf, shared_runs
 from megaopus.corpus_tools.sources import Source
@@ -125,7 +126,7 @@ def test_the_nearest_become_the_proxy_and_leave_the_pool(
 ) -> None:
     asked = read_items([Source(items)], ["query", "choices"])
     console = Console(record=True, width=220, file=(tmp_path / "log").open("w"))
-    built = build(corpus, asked, tmp_path / "new", tokens=600, drop_overlap=drop, console=console)
+    built = build(corpus, asked, tmp_path / "new", tokens=600, limits=Limits(), drop_overlap=drop, console=console)
     show(corpus, asked, built, console)
     out = built.path
     made = Corpus.open(out, verify=True)
@@ -160,7 +161,7 @@ def test_the_nearest_become_the_proxy_and_leave_the_pool(
 def test_a_killed_run_goes_on(corpus: Corpus, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_proxy, "CHUNK", 30)
     asked = read_items([Source(items)], ["query", "choices"])
-    shared = build(corpus, asked, tmp_path / "whole", tokens=600, workers=2)
+    shared = build(corpus, asked, tmp_path / "whole", tokens=600, limits=Limits(), workers=2)
     whole = Corpus.open(shared.path).fingerprint
     digest, calls = nearest_documents._digest, []
 
@@ -173,13 +174,16 @@ def test_a_killed_run_goes_on(corpus: Corpus, items: Path, tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(nearest_documents, "_digest", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            build(corpus, asked, tmp_path / "new", tokens=600, workers=1)
+            build(corpus, asked, tmp_path / "new", tokens=600, limits=Limits(), workers=1)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".new.work").glob("near-*.npz")}
     assert len(kept) == 3
     calls.clear()
     counted = lambda *args: calls.append(args) or digest(*args)  # noqa: E731
     monkeypatch.setattr(nearest_documents, "_digest", counted)
-    assert Corpus.open(build(corpus, asked, tmp_path / "new", tokens=600, workers=1).path).fingerprint == whole
+    assert (
+        Corpus.open(build(corpus, asked, tmp_path / "new", tokens=600, limits=Limits(), workers=1).path).fingerprint
+        == whole
+    )
     assert len(calls) == (corpus.split_codes != 2).sum() - 90
     assert not (tmp_path / ".new.work").exists()
 
@@ -201,30 +205,113 @@ def test_a_sentence_transformers_model_by_name(
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=Letters))
     asked = read_items([Source(items)], ["query", "choices"])
-    out = build(corpus, asked, tmp_path / "new", tokens=400, encoder="some/model").path
+    out = build(corpus, asked, tmp_path / "new", tokens=400, limits=Limits(), encoder="some/model").path
     assert Corpus.open(out).manifest["provenance"]["proxy"]["encoder"] == "some/model"
     assert asked_for == ["some/model"]
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(DataError, match="--encoder some/model: needs sentence_transformers"):
+    with pytest.raises(DataError, match=r"needs sentence_transformers, .* 'megaopus\[sentence-transformers\]'"):
         build(corpus, asked, tmp_path / "other", tokens=400, encoder="some/model")
 
 
 def test_mistakes_are_named(corpus: Corpus, items: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"items\.jsonl line 1: no text under goal \(fields: choices, label, query\)"):
         read_items([Source(items)], ["goal"])
-    with pytest.raises(DataError, match="no document fits a proxy of 3 tokens"):
-        build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=3)
+    with pytest.raises(DataError, match="no document fits a proxy of 3 tokens; use more --tokens"):
+        build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=3, limits=Limits())
+    with pytest.raises(DataError, match=r"no document fits a proxy of 600 tokens of documents of at least 256"):
+        build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=600)
     with pytest.raises(DataError, match="larger than the pool it leaves, 0; use fewer --tokens"):
-        build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=10**9)
+        build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=10**9, limits=Limits())
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(DataError, match=r"notes\.txt: not a table"):
         read_items([Source(tmp_path / "notes.txt")], ["query"])
     assert not (tmp_path / "new").exists()
 
 
-def test_command_line(corpus: Corpus, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+PAGES = {
+    "a0": (0, "the green algae of a lichen supply the fungus with oxygen and with sugar that light makes in them"),
+    "a1": (0, "the green algae of a lichen supply the fungus with oxygen and with sugar that light makes in it"),
+    "a2": (0, "Green algae of a lichen supply the fungus, with oxygen, and with the sugar that light makes there!"),
+    "short": (0, "algae"),
+    "b0": (1, "a court asks what the tenant signed before the judge reads one clause of the contract aloud again"),
+    "a3": (0, "algae and a fungus in one lichen share what neither of them would have alone on a dry rock or bark"),
+    "b1": (1, "a court asks what a tenant signed before some judge reads one clause of the contract aloud again"),
+}
+"""Name -> (number of the nearest item, text); the nearest first. a1 and a2 are nearly a0, b1 is nearly b0."""
+LIMITED = [
+    # limits, what is passed over by each, the proxy, what leaves the pool beside it
+    (Limits(), (0, 0, 0), "a0 a1 a2 short b0 a3 b1", ""),
+    (Limits(min_tokens=12), (1, 0, 0), "a0 a1 a2 b0 a3 b1", ""),
+    (Limits(per_item=2), (0, 3, 0), "a0 a1 b0 b1", ""),
+    (Limits(per_near_duplicate=1), (0, 0, 3), "a0 short b0 a3", "a1 a2 b1"),
+    (Limits(per_near_duplicate=2), (0, 0, 1), "a0 a1 short b0 a3 b1", "a2"),
+    (Limits(min_tokens=12, per_item=1, per_near_duplicate=1), (1, 4, 0), "a0 b0", ""),
+    (Limits(min_tokens=12, per_item=2, per_near_duplicate=1), (1, 0, 3), "a0 b0 a3", "a1 a2 b1"),
+]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("limits")
+    texts = {name: text for name, (_, text) in PAGES.items()} | {f"w{n}": f"word{n} " * 30 for n in range(30)}
+    lines = [json.dumps({"id": name, "domain": "d", "text": text}) + "\n" for name, text in texts.items()]
+    (folder / "rows.jsonl").write_text("".join(lines))
+    source, rule = [Source(folder / "rows.jsonl")], SplitRule(0, 0)
+    return Corpus.open(prepare(source, folder / "corpus", vocab_size=400, rule=rule))
+
+
+@pytest.mark.parametrize(("limits", "passed_over", "proxy", "left_out"), LIMITED)
+def test_limits(limits: Limits, passed_over: tuple[int, ...], proxy: str, left_out: str, pages: Corpus) -> None:
+    documents = np.array([pages.ids.index(name) for name in PAGES])
+    count, item = len(documents), np.array([item for item, _ in PAGES.values()])
+    nearness, digest = np.linspace(0.9, 0.3, count), np.arange(count, dtype=np.uint64)
+    found = Found(documents, nearness, item, np.zeros(count, bool), digest, np.zeros(2, bool))
+    chosen = assign(pages, found, int(pages.lengths[documents].sum()), limits, drop_overlap=False)
+    assert [pages.ids[number] for number in documents[chosen.places]] == proxy.split()
+    assert tuple(chosen.passed_over.values()) == passed_over
+    assert {pages.ids[number] for number in np.flatnonzero(chosen.splits == 1)} == set(proxy.split())
+    assert {pages.ids[number] for number in np.flatnonzero(chosen.splits == 3)} == set(left_out.split())
+
+
+def test_near_duplicates_are_those_that_share_most_words() -> None:
+    """Against the definition, set by set: every pair of random texts of 60 words out of 90, and of edited copies."""
+    rng = np.random.default_rng(0)
+    texts = [set(rng.choice(90, 60, replace=False).tolist()) for _ in range(40)]
+    texts += [set(sorted(text)[: 60 - 2 * cut]) for cut, text in enumerate(texts[:20])]
+    known, asked = NearDuplicates(), 0
+    for number, words in enumerate(texts):
+        expected = sum(len(words & other) >= ALIKE * len(words | other) for other in texts[:number])
+        text = ". ".join(f"W{word}" for word in words)
+        assert known.count(text) == expected
+        known.add(text)
+        asked += expected
+    assert asked >= 5
+    known.add("")
+    assert known.count("") == known.count("?!") == 0
+
+
+def test_command_line(
+    corpus: Corpus,
+    items: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     options = ["--corpus", str(corpus.path), "--items", str(items), "--tokens", "600", "--out", str(tmp_path / "new")]
-    assert main(["proxy", *options]) == 0
-    assert "shares of tokens" in capsys.readouterr().out
+    assert main(["proxy", *options, "--per-item", "-1"]) == 2
+    assert "--per-item -1: must not be negative; 0 is no limit" in capsys.readouterr().err
+    assert main(["proxy", *options, "--min-tokens", "20", "--per-item", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "shares of tokens" in said
+    assert re.search(r"passed over: under 20 tokens \(--min-tokens\) +│ +\d+ ", said)
+    assert re.search(r"passed over: beyond 3 of an item \(--per-item\) +│ +\d+ ", said)
+    assert re.search(r"passed over: near-duplicates \(--per-near-duplicate\) +│ +[1-9]\d* ", said)
+    made = Corpus.open(tmp_path / "new")
+    told = made.manifest["provenance"]["proxy"]
+    assert told["limits"] == {"min_tokens": 20, "per_item": 3, "per_near_duplicate": USUAL.per_near_duplicate}
+    assert told["documents"] == (made.split_codes == 1).sum()
+    assert 1 <= told["most_documents_of_an_item"] <= 3
+    assert f"{told['passed_over']['per_near_duplicate']:,}" in said
     assert main(["proxy", *options]) == 2
     assert "already holds a corpus" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Fields, Source, SourceReader
 from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import ROWS, Corpus
-from megaopus.data.tokenizer import load_tokenizer, train_tokenizer
+from megaopus.data.tokenizer import BPE_FILES, load_tokenizer, train_tokenizer
 from megaopus.errors import DataError
 
 ROWS_OF = [
@@ -146,7 +146,7 @@ def test_names_of_hub_sources(tmp_path: Path) -> None:
     assert (source.name, source.single_domain) == ("roneneldan/TinyStories:validation", "TinyStories")
 
 
-@pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",)])
+@pytest.mark.parametrize("names", [*BPE_FILES, ("tokenizer.json",)], ids="-".join)
 def test_tokenizers_from_a_folder(names: tuple[str, ...], tmp_path: Path) -> None:
     texts = [row["body"] for row in ROWS_OF[:200]]
     trained = train_tokenizer(iter(texts), 400)

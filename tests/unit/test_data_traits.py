@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import shutil
 from collections import Counter
@@ -161,6 +162,10 @@ def test_signatures_tell_copies_from_neighbours() -> None:
     assert (near_signature(tokens) == near_signature(np.roll(tokens, 1, axis=0))).mean() == 0
 
 
+def read_only(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
 def test_files_are_made_once_and_belong_to_pool_and_proxy(
     pool: Sequences, proxy: Sequences, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +182,12 @@ def test_files_are_made_once_and_belong_to_pool_and_proxy(
     (broken / "near.npy").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"near\.npy: cannot be read"):
         SequenceTextFeatures(pool, broken)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", read_only)
+        with pytest.raises(
+            DataError, match=r"cannot be written .*Read-only.*; set data\.text_features_path to a folder"
+        ):
+            ensure_text_features(pool, Sequences(pool.corpus, "validation", SEQ_LEN), None, Console(quiet=True))
     monkeypatch.setattr(text_features, "_sketch", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ensure_text_features(pool, proxy, str(tmp_path / "new"), Console(quiet=True))

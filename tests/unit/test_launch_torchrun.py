@@ -56,6 +56,19 @@ def test_launcher_refuses_what_is_missing(arguments, environment, message):
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("ignored", [True, False])
+def test_sighup_stays_ignored_under_nohup(ignored, tmp_path):
+    """torchrun would take it, and end the run with the terminal."""
+    stub = tmp_path / "py"
+    stub.write_text("#!/bin/sh\necho $PET_SIGNALS_TO_HANDLE\n")
+    stub.chmod(0o755)
+    how = "trap '' HUP; " if ignored else ""
+    command = ["bash", "-c", f'{how}exec "$0" 1', ROOT / "launch" / "torchrun.sh"]
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(stub)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "SIGTERM,SIGINT,SIGQUIT,SIGUSR1" + ("" if ignored else ",SIGHUP")
+
+
 def two_nodes(rank, **more):
     (port,) = free_ports(1)
     return {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}

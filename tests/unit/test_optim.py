@@ -17,6 +17,7 @@ from megaopus.engine.gpt_forward import SampledLabels
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.muon import Muon
 from megaopus.optim.schedule import lr_factor
+from megaopus.settings import problems
 from tests.harness import random_batch, save_engine, tiny_engine
 
 SHAPES = [(7, 5), (5, 7), (6, 6), (33, 4)]
@@ -86,6 +87,15 @@ def test_schedules() -> None:
     assert all(a >= b for a, b in itertools.pairwise(cosine))
     wsd = factors(10, schedule="wsd", decay_steps=4, min_lr_ratio=0.2)
     assert wsd == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize(("schedule", "decay_steps"), [("cosine", 0), ("wsd", 4)])
+def test_a_last_learning_rate_of_its_own(schedule: str, decay_steps: int) -> None:
+    settings = {"schedule": schedule, "decay_steps": decay_steps, "lr": 6e-4}
+    assert 6e-4 * factors(11, min_lr=6e-5, **settings)[-1] == pytest.approx(6e-5)
+    assert factors(11, min_lr=6e-5, **settings) == pytest.approx(factors(11, min_lr_ratio=0.1, **settings))
+    (problem,) = problems(OptimConfig(lr=1e-4, min_lr=2e-4))
+    assert (problem.key, problem.reason) == ("min_lr", "above the peak, optim.lr = 0.0001")
 
 
 @pytest.fixture

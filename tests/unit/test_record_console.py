@@ -2,10 +2,11 @@
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 
-from megaopus.events import Event
+from megaopus.events import Event, read_event
 from megaopus.record.console import Console, progress
 from megaopus.record.formatting import format_bytes, format_count, format_duration, format_lr
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
@@ -61,18 +62,28 @@ def test_progress_line() -> None:
     for step in range(20):
         clock.now += 0.25  # 0.05 s of each go into validation
         console.step(record(step, loss=3.0 + step % 10 / 10), chosen(step, docs=0.6 + 0.2 * (step % 2)))
-    assert lines(stream)[1] == (
-        "step 20/4000 0.5% | loss 3.450 | grad 0.91 | lr 3.0e-4 | 41.0k tok/s | sel 25.0% time, keep 0.50, ess 31/64 | "
+    legend, _, second = lines(stream)
+    assert legend.startswith("in the lines below | grad: norm of the gradient | lr: learning rate | sel: time spent")
+    assert "ess: " in legend
+    assert "mem: " not in legend, "it explains what is there"
+    assert second == (
+        "step 20/4000 0.5% | loss 3.450 | grad 0.91 | lr 3.0e-4 | 41.0k tok/s | sel 25.0% time, 32 of 64, ess 31/64 | "
         "docs .25->.70 | eta 16m25s"
     )
-    assert len(lines(stream)) == 2
 
 
 def test_a_uniform_step_shows_no_sample_size() -> None:
     stream = io.StringIO()
     Console(100, 1, stream, Clock()).step(record(0), chosen(0, method="uniform"))
-    assert "keep 0.50, uniform |" in stream.getvalue()
+    assert "sel 25.0% time, 32 of 64 uniformly |" in stream.getvalue()
     assert "ess" not in stream.getvalue()
+
+
+def test_a_run_that_draws_uniformly_tells_nothing_of_its_choices() -> None:
+    stream = io.StringIO()
+    Console(100, 1, stream, Clock(), selects=False).step(record(0), chosen(0, method="uniform"))
+    assert "sel" not in stream.getvalue()
+    assert "32 of 64" not in stream.getvalue()
 
 
 def test_a_run_without_selection_and_the_last_step() -> None:
@@ -80,7 +91,7 @@ def test_a_run_without_selection_and_the_last_step() -> None:
     console = Console(3, 2, stream, Clock())
     for step in range(3):
         console.step(record(step), None)
-    first, last = lines(stream)
+    _, first, last = lines(stream)
     assert first.startswith("step 2/3 66.7% | loss 3.000")
     assert first.endswith("tok/s | eta 0s")
     assert last == "step 3/3 100.0% | loss 3.000 | grad 0.91 | lr 3.0e-4 | 41.0k tok/s"
@@ -113,7 +124,7 @@ def test_warnings_first_of_each_kind_then_counted() -> None:
     assert warnings[0].startswith("WARNING 1 candidates with a non-finite utility: ids 0, 7")
     assert warnings[1].startswith("WARNING step 1: update skipped")
     assert warnings[2].startswith("WARNING checkpoint slow")
-    assert warnings[3:] == ["WARNING 4 times in all: selection.not_finite"]
+    assert warnings[3:] == ["WARNING 4 times in all, first: 1 candidates with a non-finite utility: ids 0, 7"]
     progress_lines = [line for line in lines(stream) if line.startswith("step")]
     assert "| 3 warnings |" in progress_lines[0]
     assert "| 5 warnings |" in progress_lines[1]
@@ -128,8 +139,48 @@ def test_events_count_by_their_kind_whatever_they_say() -> None:
     assert [line.split(" (")[0] for line in lines(stream)] == [
         "WARNING one",
         "WARNING one",
-        "WARNING 2 times in all: a.b",
+        "WARNING 2 times in all, first: one",
     ]
+
+
+def test_totals_show_no_blanked_numbers() -> None:
+    """The kind of a sentence of an older version is itself with its numbers blanked."""
+    stream = io.StringIO()
+    console = Console(100, 2, stream, Clock())
+    for number in (-1.5, 2):
+        console.event(read_event(f"the utility fell by {number}, 10% of it"))
+    console.close()
+    assert lines(stream)[-1] == "WARNING 2 times in all, first: the utility fell by -1.5, 10% of it"
+
+
+def test_the_last_line_says_where_the_run_lies_and_what_comes_next() -> None:
+    stream, clock = io.StringIO(), Clock()
+    console = Console(3, 1, stream, clock)
+    console.step(record(0), None)
+    clock.now = 130
+    console.closing(None, "another command")
+    console.validation(ValidationRecord(step=3, tokens=24576, time_s=0.6, loss=3.25, domains={"docs": 3.25}))
+    console.closing(Path("runs/a/checkpoints/step_00000003"), "python -m megaopus report runs/a")
+    stopped, _, done = lines(stream)[2:]
+    assert stopped == (
+        "done: 1 of 3 steps | 2m10s in this process | nothing saved, for no update was made | next: another command"
+    )
+    assert done == (
+        "done: 3 of 3 steps | 2m10s in this process | last validation loss 3.2500 | "
+        "saved in runs/a/checkpoints/step_00000003 | next: python -m megaopus report runs/a"
+    )
+
+
+def test_a_narrow_terminal_breaks_lines_between_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = Terminal()
+    console = Console(4000, 1, stream, Clock())
+    console.step(record(0), chosen(0))
+    console.note("1 rank on cpu | 1,071,872 parameters, fp32, adamw, megatron | 30 steps of 8 x 128 tokens")
+    plain = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines(stream)]
+    assert all(len(line) <= 60 for line in plain)
+    assert any("grad" in line and "lr" in line for line in plain), "as many fields as fit"
+    assert plain[-2:] == ["1 rank on cpu | 1,071,872 parameters, fp32, adamw, megatron", "  30 steps of 8 x 128 tokens"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +200,7 @@ def test_the_peak_of_memory_stands_beside_its_estimate(memory: list[dict[str, in
     console = Console(100, 2, stream, Clock())
     for step, peaks in enumerate(memory):
         console.step(record(step, **peaks), None)
-    parts = [part for part in lines(stream)[0].split(" | ") if part.startswith("mem")]
+    parts = [part for part in lines(stream)[1].split(" | ") if part.startswith("mem")]
     assert len(parts) == 1
     assert parts[0].endswith(shown)
     assert "mem" not in line_of(record(0))
@@ -158,7 +209,7 @@ def test_the_peak_of_memory_stands_beside_its_estimate(memory: list[dict[str, in
 def line_of(step: StepRecord) -> str:
     stream = io.StringIO()
     Console(100, 1, stream, Clock()).step(step, None)
-    return stream.getvalue()
+    return lines(stream)[-1]
 
 
 def test_validation_line() -> None:
@@ -169,7 +220,8 @@ def test_validation_line() -> None:
     assert lines(stream) == ["validation after 20 steps, 1.28k tokens | loss 2.0000 | docs 3.000, noise 7.000"]
 
 
-def test_no_colour_codes_outside_a_terminal_and_no_wrapping_anywhere() -> None:
+def test_no_colour_codes_outside_a_terminal_and_no_field_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     plain, terminal = io.StringIO(), Terminal()
     for stream in (plain, terminal):
         console = Console(100, 1, stream, Clock())
@@ -178,7 +230,8 @@ def test_no_colour_codes_outside_a_terminal_and_no_wrapping_anywhere() -> None:
         console.note("a note " * 40)
     assert "\x1b" not in plain.getvalue()
     assert "\x1b[1mstep 1/100" in terminal.getvalue()
-    assert re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()) == plain.getvalue()
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
+    assert shown.replace("\n  ", " | ") == plain.getvalue()
 
 
 @pytest.mark.parametrize(

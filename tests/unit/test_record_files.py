@@ -3,8 +3,6 @@
 import json
 import math
 import random
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +10,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megaopus.errors import ConfigError, DataError
+from megaopus.errors import DataError
 from megaopus.events import Event
 from megaopus.record import parquet as choices_module
 from megaopus.record.config import LoggingConfig
 from megaopus.record.metrics import metrics_of, read_record, write_record
 from megaopus.record.parquet import FOLDER, ChoiceSink, first_step, parts, pick_counts, read_part
 from megaopus.record.recorder import Recorder
-from megaopus.record.sinks import EVENTS_FILE, RUN_ID_FILE, JsonlSink
+from megaopus.record.sinks import EVENTS_FILE, JsonlSink
 from megaopus.record.types import NOT_RECORDED, SelectionRecord, StepRecord, ValidationRecord
 from megaopus.selection.candidate_table import CandidateTable, Lists, Masked
 
@@ -453,43 +451,3 @@ def test_sampling_bounds_the_log_and_keeps_every_pick(tmp_path: Path) -> None:
     assert counts[0].tolist() == counts[1].tolist()
     assert (counts[0].sum(), len(counts[0])) == (512, len({row["sequence"] for row in whole if row["picked"]}))
     assert size[1] / len(whole) < 24  # bytes a row; 8 of them are the utility
-
-
-def test_wandb_missing_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"logging\.wandb = 'offline'"):
-        Recorder(LoggingConfig(wandb="offline"), tmp_path / "run", 10, True)
-    assert not (tmp_path / "run").exists()
-
-
-def test_wandb_offline_run_continues_one_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="wandb is an optional extra (megaopus[wandb])")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2 + "01234567")
-    losses = {0: 3.7346190, 2: 3.5280917}
-    for step, loss in losses.items():
-        monitor = Recorder(LoggingConfig(wandb="offline"), tmp_path, 10, True, step, {"optim": {"beta": 0.9371}})
-        monitor.step(step_record(step, loss=loss), selection_record(step, (SLOW,)), [SPIKE])
-        monitor.validation(validation_record(step + 1))
-        monitor.close()
-        time.sleep(1.1)  # offline pieces are named by the second
-    pieces = [path.read_bytes() for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))]
-    run_id = (tmp_path / RUN_ID_FILE).read_bytes().strip()
-    assert len(pieces) == 2
-    for piece, loss in zip(pieces, losses.values(), strict=True):
-        names = (
-            b"train/loss",
-            b"selection/ess",
-            b"selection/share/docs",
-            b"selection/realised_fall",
-            b"selection/events",
-            b"events/rank.slow",
-            b"events/update.skipped.spike",
-            b"0.1357924",
-            b"validation/domain/noise",
-            b"beta",
-            b"0.9371",
-        )
-        assert [name for name in (run_id, *names, str(loss).encode()) if name not in piece] == []
-    everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"0123456789abcdef0123456789abcdef" not in everything

@@ -4,7 +4,6 @@ import argparse
 import base64
 import json
 import math
-import random
 import re
 import shutil
 import subprocess
@@ -21,114 +20,16 @@ from megaopus.errors import DataError
 from megaopus.events import Event
 from megaopus.record.config import LoggingConfig
 from megaopus.record.metrics import read_record
-from megaopus.record.parquet import FOLDER, ChoiceSink
 from megaopus.record.recorder import Recorder
 from megaopus.record.sinks import JsonlSink
-from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.record.types import StepRecord
 from megaopus.report import figures
 from megaopus.report.arms import find_arms
 from megaopus.report.choice_summary import QUANTILES, summarise_choices
-from megaopus.report.compare import aggregate, compare, load_run
+from megaopus.report.compare import SEED_NOISE, aggregate, compare, load_run, stretch_curve, validation_at
 from megaopus.report.page import write_report
 from megaopus.report.sections import Texts
-from megaopus.selection.candidate_table import CandidateTable
-
-NOT_FINITE = Event("selection.not_finite", "<b>candidates</b> with a utility that is not finite", ids=[3])
-POOL = {"docs": 0.25, "source": 0.35, "readme": 0.25, "noise": 0.15}
-TOKENS = 16 * 256
-
-
-def write_run(path: Path, method: str, *, start: int = 100, steps: int = 240, pace: float = 1.0, seed: int = 0) -> Path:
-    """A run folder that continues a warm-up of ``start`` steps; ``pace``: how many times faster its loss falls."""
-    rng = random.Random(seed)
-    path.mkdir(parents=True)
-    metrics, selection = JsonlSink(path / "metrics.jsonl"), JsonlSink(path / "selection.jsonl")
-    choices = ChoiceSink(path / FOLDER)
-    time_s = 0.4 * start
-
-    def loss(step: int) -> float:
-        return 2.6 + 1.9 * math.exp(-(start + (step - start) * pace) / 180)
-
-    def validate(step: int) -> None:
-        noise = 0.004 * rng.gauss(0, 1) if step > start else 0.0
-        wanted = loss(step) + noise
-        domains = {"docs": wanted, "source": 2.2 + wanted / 4, "readme": 2.9 + wanted / 5, "noise": 7.2 + 0.02 * pace}
-        record = ValidationRecord(step=step, tokens=step * TOKENS, time_s=time_s, loss=wanted, domains=domains)
-        metrics.write({"kind": "validation", **asdict(record)})
-
-    validate(start)
-    for step in range(start, steps):
-        chosen = method != "uniform"
-        select_s = (0.11 + 0.02 * rng.random()) if chosen else 0.001
-        step_s = 0.4 + 0.03 * rng.random() + select_s + (2.0 if step == start + 30 else 0.0)
-        time_s += step_s
-        record = StepRecord(
-            step=step,
-            tokens=(step + 1) * TOKENS,
-            loss=loss(step) + 0.05 * rng.gauss(0, 1),
-            grad_norm=0.9 + 0.2 * rng.random(),
-            lr=1e-3,
-            time_s=time_s,
-            step_s=step_s,
-            select_s=select_s,
-        )
-        metrics.write({"kind": "step", **asdict(record)})
-        chose = selection_record(step, chosen, min(1.0, (step - start) / 60), rng)
-        selection.write(chose.facts())
-        choices.add(step, candidates_of(step, chosen))
-        if (step + 1) % 10 == 0:
-            validate(step + 1)
-    metrics.close()
-    selection.close()
-    choices.flush()
-    settings = f"run_dir: {path}\nseed: {seed}\nselection:\n  method: {method}\n  rho: 0.5\n"
-    path.joinpath("config.yaml").write_text(settings)
-    path.joinpath("environment.json").write_text(json.dumps({"commit": "abc1234", "packages": {"torch": "2.13.0"}}))
-    return path
-
-
-def selection_record(step: int, chosen: bool, ramp: float, rng: random.Random) -> SelectionRecord:
-    def draw(weights: dict[str, float], number: int) -> dict[str, float]:
-        picks = rng.choices(list(weights), list(weights.values()), k=number)
-        return {domain: picks.count(domain) / number for domain in weights}
-
-    lean = {"docs": 1 + 3 * ramp, "source": 1 - 0.4 * ramp, "readme": 1 - 0.3 * ramp, "noise": 1 - 0.9 * ramp}
-    weights = {domain: share * (lean[domain] if chosen else 1) for domain, share in POOL.items()}
-    return SelectionRecord(
-        step=step,
-        method="opus" if chosen else "uniform",
-        candidates=64,
-        picked=32,
-        share=draw(weights, 32),
-        pool_share=draw(POOL, 64),
-        ess=rng.uniform(24, 34) if chosen else 64.0,
-        max_p_ratio=rng.uniform(5, 12) if chosen else 1.0,
-        **(falls(step) if chosen and step % 10 == 0 else {}),
-        events=[NOT_FINITE] if chosen and step in (120, 150) else [],
-    )
-
-
-def candidates_of(step: int, chosen: bool) -> CandidateTable:
-    """Sequences of a pool of 1000, the upper half by utility picked; number 700 stands out in step 140."""
-    ids = np.arange(64 * step, 64 * step + 64)
-    utilities = np.random.default_rng(step).normal(size=64) * 1e-3
-    if step == 140:
-        ids[5], utilities[5] = 700 + 1000 * 9, 1.0
-    columns = {
-        "id": ids,
-        "sequence": ids % 1000,
-        "domain": ids % 4,
-        "picked": utilities >= np.median(utilities) if chosen else np.arange(64) < 32,
-        "probability": np.full(64, 1 / 64),
-    }
-    return CandidateTable(columns | ({"utility": utilities} if chosen else {}), list(POOL))
-
-
-def falls(step: int) -> dict[str, float]:
-    """Realised ones grow with the predicted ones, but for two outliers."""
-    predicted = 0.01 + 1e-3 * (step % 70) + 1e-7 * step
-    realised = {130: -4.0, 200: math.nan}.get(step, predicted / 2)
-    return {"predicted_fall": predicted, "uniform_fall": predicted / 4, "realised_fall": realised}
+from tests.unit.report_runs import NOT_FINITE, TOKENS, candidates_of, write_run
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +61,10 @@ def pictures(page: str) -> list[bytes]:
 
 def test_load_run_reads_back_what_was_written(folders: list[Path]) -> None:
     loaded = load_run(folders[1])
-    assert (loaded.name, loaded.config["selection"]["method"], loaded.environment["commit"]) == (
+    assert (loaded.name, loaded.config["selection"]["method"], loaded.environment["git"]) == (
         "opus",
         "opus",
-        "abc1234",
+        "abc12345678900",
     )
     assert [record.step for record in loaded.steps] == list(range(100, 240))
     assert [record.step for record in loaded.validations] == list(range(100, 241, 10))
@@ -237,7 +138,9 @@ def test_report_of_two_arms(folders: list[Path], tmp_path: Path) -> None:
     found = compare(load_run(folders[0]), load_run(folders[1]), start_step=100)
     assert found.tokens_ratio is not None
     assert found.time_ratio is not None
-    rows = cells(page)
+    origins, rows = cells(page)[1:3], cells(page)[3:]
+    model = "1.07M parameters, 4 layers of 128, adamw"
+    assert origins[0] == ["uniform", str(folders[0]), model, "983,040", "2026-11-29 09:13:58", "abc1234567"]
     assert rows[1][0] == "uniform"
     assert rows[1][5:] == ["baseline", "baseline"]
     assert rows[2][:2] == ["opus", f"{found.final_loss:.4f}"]
@@ -315,8 +218,8 @@ def test_each_metric_that_is_to_be_drawn_has_a_panel(folders: list[Path]) -> Non
         assert figure is not None
         return [axis.get_title("left") for axis in figure.axes if axis.get_visible()]
 
-    assert drawn() == ["grad_norm"]
-    assert drawn(memory_resident=5 << 30) == ["grad_norm", "memory_resident"]
+    assert drawn() == ["grad_norm", "lr", "step_s"]
+    assert drawn(memory_resident=5 << 30) == ["grad_norm", "lr", "step_s", "memory_resident"]
     assert figures.metrics_figure({"a": replace(run, steps=[])}, inks, 100) is None
 
 
@@ -330,6 +233,42 @@ def test_report_says_why_runs_are_not_compared(folders: list[Path], tmp_path: Pa
     assert "no validation after step 100" in page
     assert "No config.yaml in: young" in page
     assert "not reached" not in page
+
+
+@pytest.mark.usefixtures("coarse")
+def test_one_seed_claims_no_difference_that_another_seed_would_make(folders: list[Path], tmp_path: Path) -> None:
+    """It is neither a win of .003 nor a loss of it."""
+    near = write_run(tmp_path / "near", "opus", pace=1.02, seed=3)
+    found = compare(load_run(folders[0]), load_run(near), start_step=100)
+    assert 0 < found.uniform_final_loss - found.final_loss < SEED_NOISE
+    assert found.tokens_ratio is not None
+    page = report(folders[0], near, "--out", tmp_path / "page.html")
+    assert f"No difference measurable with one seed: near ends at {found.final_loss:.3f}, uniform at" in page
+    assert "reaches" not in page
+    assert next(row for row in cells(page)[4:] if row[0] == "near")[5:] == ["not measurable", "not measurable"]
+
+
+def test_losses_are_drawn_as_measured_and_the_baseline_in_front(folders: list[Path]) -> None:
+    runs = {each.name: load_run(each) for each in folders}
+    inks, found = figures.inks(find_arms(runs), "uniform"), compare(runs["uniform"], runs["opus"], 100)
+    curves = {name: stretch_curve(run, 100, 3, validation_at(run, 100)) for name, run in runs.items()}
+    (axis,) = figures.loss_figure(curves, inks, {"opus": found}, "tokens", "uniform").axes
+    lines = {str(line.get_label()): line for line in axis.lines}
+    for name, run in runs.items():
+        assert list(lines[name].get_ydata()) == [record.loss for record in run.validations]
+    assert lines["uniform"].get_zorder() > lines["opus"].get_zorder()
+    assert lines["uniform"].get_linestyle() == "--"
+
+
+def test_a_folder_of_runs_is_told_to_be_one(folders: list[Path]) -> None:
+    with pytest.raises(DataError, match=rf"there are runs in it, name those: {folders[1]} {folders[0]}$"):
+        load_run(folders[0].parent)
+
+
+def test_a_page_that_cannot_be_written_is_one_line(folders: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file/page.html: the page cannot be written \(.*\); name another file"):
+        report(folders[0], "--out", tmp_path / "file" / "page.html")
 
 
 @pytest.mark.usefixtures("coarse")
@@ -435,7 +374,7 @@ def test_seeds_of_an_arm_are_compared_with_a_p_value(tmp_path: Path) -> None:
     (row,) = [row for row in rows if row[:2] == ["opus", "3"]]
     assert row[2] == f"{found.final_loss:.4f} ± {found.final_loss_std:.4f}"
     assert row[5] == f"{found.p_value:.2g}"
-    assert [row[-1] for row in rows if row[0].startswith("uniform_seed")][:3] == ["baseline"] * 3
+    assert [row[-1] for row in rows if row[0].startswith("uniform_seed")][3:6] == ["baseline"] * 3
     assert ["selection.method", "uniform", "opus"] in rows
 
 

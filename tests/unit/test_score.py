@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import sys
@@ -104,6 +105,23 @@ def test_dsir_is_what_a_plain_loop_finds(corpus: Corpus, tmp_path: Path) -> None
     values = load_column(corpus, "like_code").values
     wanted = [tokens_of(corpus, n) for n in domain(corpus, "code")[:5]]
     np.testing.assert_allclose(values[some], dsir_by_hand(corpus, wanted, some), rtol=1e-4, atol=1e-5)
+
+
+def test_a_corpus_that_is_read_only_is_scored_by_another_name(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", read_only)
+        with pytest.raises(DataError, match=rf"Read-only.* scores lie beside the corpus: ln -s {corpus.path} FOLDER"):
+            make_column(corpus, "elsewhere", Dsir(corpus, None))
+    (tmp_path / "mine").symlink_to(corpus.path)
+    linked = Corpus.open(tmp_path / "mine")
+    assert make_column(linked, "elsewhere", Dsir(linked, None)) == tmp_path / "mine.scores" / "elsewhere"
+    assert not column_folder(corpus.path, "elsewhere").exists()
+    assert load_column(linked, "elsewhere").values.std() > 0
 
 
 def test_documents_of_one_token_and_a_target_that_is_not_there(tmp_path: Path) -> None:

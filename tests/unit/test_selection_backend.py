@@ -16,6 +16,8 @@ from megaopus.selection import (
     TensorCandidates,
     directional_utilities,
 )
+from megaopus.selection.estimators.step_size import step_size
+from tests.exact.estimators_toy import as_accelerate_prepares
 
 
 class Net(nn.Module):
@@ -58,7 +60,7 @@ def test_scoring_changes_nothing(estimator: str) -> None:
     backend = ready()
     model = backend.module
     model.norm.eval()  # a module frozen on purpose stays so
-    config = SelectionConfig(method="opus", estimator=estimator, sketch_dim=64, proxy_ema=0.0)
+    config = SelectionConfig(method="opus", estimator=estimator, sketch_dim=64, proxy_half_life=0.0)
     before = {
         "weights": copy.deepcopy(model.state_dict()),
         "gradients": [p.grad.clone() for p in model.parameters()],
@@ -126,13 +128,42 @@ def autocast_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return loss(model, batch).float()
 
 
-@pytest.mark.parametrize("where", ["around the loop", "inside the loss", "both"])
+@pytest.mark.parametrize("where", ["inside the forward", "inside the loss"])
+@pytest.mark.parametrize("first", ["losses", "gradient", "directional"])
+def test_autocast_inside_is_seen_by_the_first_pass(where: str, first: str) -> None:
+    """It is not on where the backend is asked."""
+    fp32, backend = ready(), ready()
+    if where == "inside the forward":
+        as_accelerate_prepares(backend.module)
+    else:
+        backend.loss = autocast_loss
+    assert backend.unobserved
+    if first == "losses":
+        backend.losses(data(4))
+    elif first == "gradient":
+        backend.gradient(data(4))
+    else:  # with a gradient from before, as after a resume
+        gradient = fp32.gradient(data(8, 7))
+        operator = backend.operator()
+        found = directional_utilities(backend, data(12, 3), operator, gradient)
+        epsilon = step_size(backend, operator.apply(gradient), gradient)
+        assert epsilon > 2 * step_size(fp32, operator.apply(gradient), gradient)
+        assert torch.equal(found, directional_utilities(backend, data(12, 3), operator, gradient, epsilon=epsilon))
+    assert backend.computes_in_16_bits
+    assert not backend.unobserved
+    fp32.losses(data(4))
+    assert not fp32.computes_in_16_bits
+
+
+@pytest.mark.parametrize("where", ["around the loop", "inside the loss", "inside the forward", "both"])
 def test_autocast_does_not_score_with_stale_weight_casts(where: str) -> None:
     backend = ready()
     candidates, gradient, operator = data(12, 3), backend.gradient(data(8, 7)), backend.operator()
     fp32 = directional_utilities(backend, candidates, operator, gradient, epsilon=1)
-    backend.loss = loss if where == "around the loop" else autocast_loss
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where != "inside the loss"):
+    backend.loss = loss if where in ("around the loop", "inside the forward") else autocast_loss
+    if where == "inside the forward":
+        as_accelerate_prepares(backend.module)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where in ("around the loop", "both")):
         # casts without a graph, and casts of the weights as they are, are now in the cache
         loss(backend.module, candidates.batch())
         scores = directional_utilities(backend, candidates, operator, gradient, epsilon=1)

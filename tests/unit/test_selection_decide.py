@@ -91,6 +91,56 @@ def test_numbers_that_the_scores_bring_are_kept_where_they_were_scored() -> None
     assert int(values[~where].abs().sum()) == 0
 
 
+def test_what_is_above_the_cap_comes_last_whatever_the_scale_of_utilities() -> None:
+    exposures = torch.where(torch.arange(64) < 60, 2, 1)  # four are new, and worth least
+    small = 1e-8 * torch.cat([VALUES[:60], VALUES[60:] - 100])
+    capped = config(utilities="raw", guards=GuardConfig(min_ess=0, min_distinct=0, min_unique=0))
+    known = evidence(score=lambda positions: Scores(utilities=small[positions]), exposures=exposures)
+    choice = decide(known, capped, Key(0, 0), 14)
+    assert sorted(choice.positions[:4].tolist()) == [60, 61, 62, 63]
+    assert choice.positions[4:].tolist() == VALUES[:60].topk(10).indices.tolist()
+    screening = config(prescreen=PrescreenConfig(mode="cascade", multiple=4, slice=1), guards=capped.guards)
+    asked: list[list[int]] = []
+    decide(evidence(asked, prescreen_score=small, exposures=exposures), screening, Key(0, 0), 4)
+    assert set(VALUES[:60].topk(11).indices.tolist()) <= set(asked[0])
+
+
+@pytest.mark.parametrize("utilities", ["standardised", "raw"])
+def test_redundancy_is_as_strong_however_many_steps_a_buffer_serves(utilities: str) -> None:
+    """Of the picks, one in ``score_every`` goes into the same update. Greedily on plain numbers, beside."""
+    updates = torch.randn(64, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    gram = updates @ updates.t()
+    known = evidence(score=lambda positions: Scores(utilities=VALUES[positions], gram=gram))
+    for every, strength in ((1, 3.0), (4, 3.0)):
+        settings = {"utilities": utilities, "redundancy": strength, "score_every": every}
+        scale = strength / every if utilities == "raw" else strength / (every * 4 * float(gram.diagonal().mean()))
+        left = VALUES if utilities == "raw" else (VALUES - VALUES.mean()) / VALUES.std(correction=0)
+        picked: list[int] = []
+        for _ in range(4 * every):
+            score = left - scale * gram[:, picked].sum(1)
+            score[picked] = -torch.inf
+            picked.append(int(score.argmax()))
+        choice = decide(known, config(**settings), Key(0, 0), 4)
+        assert sorted(choice.positions.tolist()) == sorted(picked)
+
+
+def test_quota_picks_count_for_redundancy() -> None:
+    values = torch.tensor([1.0, 0.99, 0.5, 0.4], dtype=torch.float64)
+    gram = torch.eye(4, dtype=torch.float64)
+    gram[0, 1] = gram[1, 0] = 1
+    known = Evidence(
+        ids=torch.arange(4),
+        score=lambda positions: Scores(utilities=values, gram=gram),
+        domains=torch.tensor([0, 0, 1, 1]),
+        exposures=torch.ones(4, dtype=torch.int64),
+    )
+    diverse = config(utilities="raw", redundancy=1.0)
+    assert sorted(decide(known, diverse, Key(0, 0), 2).positions.tolist()) == [0, 2]
+    diverse.guards = GuardConfig(domain_floor=0.6, exposure_cap=0, min_ess=0, min_distinct=0, min_unique=0)
+    for step in range(8):  # with one pick or two that are somebody's due
+        assert sorted(decide(known, diverse, Key(0, step), 2).positions.tolist()) == [0, 2]
+
+
 def test_a_selector_decides_as_the_function_does() -> None:
     backend, guards = make_backend(), GuardConfig(exposure_cap=0, min_unique=0, min_ess=1.05)
     selector = make(backend, sampler="boltzmann", guards=guards)

@@ -32,10 +32,10 @@ class ByTable:
         return values
 
 
-def selector(text_features=None, **guards) -> Selector:
+def selector(text_features=None, sampler="top_k", **guards) -> Selector:
     """Picks the K largest last tokens."""
     off = {"min_ess": 0, "min_distinct": 0, "min_unique": 0}
-    config = SelectionConfig(method="high_ppl", guards=GuardConfig(**{**off, **guards}))
+    config = SelectionConfig(method="high_ppl", sampler=sampler, guards=GuardConfig(**{**off, **guards}))
     return Selector(config, ByTable(), num_selected=K, proxy=None, seed=0, text_features=text_features)  # type: ignore[arg-type]
 
 
@@ -149,13 +149,26 @@ def test_each_domain_keeps_its_floor_on_average() -> None:
 # -- alarms ------------------------------------------------------------------------------------------------------------
 
 
-def test_one_dominant_utility_raises_the_alarm() -> None:
-    candidates = rows([*range(31), 10**9])
-    selection = selector(min_ess=1.2).select(candidates, 0)
+def test_a_draw_that_few_can_win_raises_the_alarm() -> None:
+    """One utility far above the others, though no outlier; picks that nothing draws have no sample size."""
+    candidates = rows([*range(31), 150])
+    guards = {"min_ess": 1.2}
+    selection = selector(sampler="boltzmann", **guards).select(candidates, 0)
     assert selection.method == "uniform"
-    assert sentences(selection) == ["alarm: effective sample size 1.11, below 1.2; picked uniformly"]
+    assert sentences(selection) == ["alarm: effective sample size 1.18, below 1.2; picked uniformly"]
     assert selection.utilities is not None
-    assert selector(min_ess=1.2).select(rows(list(range(32))), 0).method == "high_ppl"
+    assert selector(sampler="boltzmann", **guards).select(rows(list(range(32))), 0).method == "high_ppl"
+    assert selector(**guards).select(candidates, 0).method == "high_ppl"
+
+
+def test_an_outlier_is_picked_and_disarms_no_alarm() -> None:
+    """It does not hide that few of the others can win, nor raise the alarm where many can."""
+    far = 10**9
+    for others, method in (([*range(30), 150], "uniform"), (list(range(31)), "high_ppl")):
+        selection = selector(sampler="boltzmann", min_ess=1.2).select(rows([*others, far]), 0)
+        assert selection.method == method
+        assert selection.events[0].kind == "selection.utility_outlying"
+        assert selection.events[0].facts == {"ids": [31]}
 
 
 def test_picks_that_repeat_themselves_raise_the_alarm() -> None:

@@ -23,7 +23,11 @@ def test_scored_length_cuts_candidates_not_the_proxy() -> None:
             seen.append((torch.is_grad_enabled(), x.shape[1]))
             return super()._losses(model, x)
 
-    make(make_backend(cls=Recording), score_length=3, score_micro_batch_size=5).select(batch(0), 0)
+    selector = make(make_backend(cls=Recording), score_length=3, score_micro_batch_size=5)
+    selector.select(batch(0), 0)
+    assert set(seen[1:]) == {(False, 3)}
+    seen.clear()
+    selector.select(batch(1), 1)
     assert seen == [(True, 4)] + [(False, 3)] * 6  # the proxy once; 12 candidates in fives, on two sides
 
 

@@ -24,7 +24,7 @@ from megaopus.selection.config import PrescreenConfig
 from tests.unit.selection_net import K, N, batch, make, make_backend, proxy
 from tests.unit.test_selection_prescreen import LinearTraits
 
-SETTINGS: dict[str, Any] = {"estimator": "kronecker", "redundancy": 0.5, "proxy_ema": 0.5}
+SETTINGS: dict[str, Any] = {"estimator": "kronecker", "redundancy": 0.5, "proxy_half_life": 1.0}
 
 
 class Old:
@@ -73,7 +73,7 @@ def test_a_backend_by_the_old_names_selects_the_same() -> None:
     assert found.picked_ids.tolist() == expected.picked_ids.tolist()
     assert set(old.called) == {"combine", "sum_shards", "sum_parts", "sum_stages"}
     with pytest.warns(DeprecationWarning, match="Old.coarse"):
-        make(old, estimator="directional", proxy_ema=0.0).select(batch(0), 0)  # type: ignore[arg-type]
+        make(old, estimator="directional", proxy_half_life=0.0).select(batch(0), 0)  # type: ignore[arg-type]
     assert "coarse" in old.called
 
 
@@ -92,9 +92,10 @@ class Everywhere(ModuleBackend):
 
 @pytest.mark.parametrize(("cls", "factor"), [(Scaled, 2), (Everywhere, 3)])
 def test_members_that_a_subclass_overrides_are_not_passed_over(cls: type[ModuleBackend], factor: int) -> None:
-    expected = make(make_backend(), proxy_ema=0.0).select(batch(0), 0)
+    settings = {"proxy_half_life": 0.0, "epsilon": 0.25}
+    expected = make(make_backend(), **settings).select(batch(0), 0)
     with pytest.warns(DeprecationWarning, match=f"{cls.__name__}\\."):
-        found = make(make_backend(cls=cls), proxy_ema=0.0).select(batch(0), 0)
+        found = make(make_backend(cls=cls), **settings).select(batch(0), 0)
     torch.testing.assert_close(found.utilities, factor * expected.utilities)
 
 

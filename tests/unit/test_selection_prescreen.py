@@ -147,16 +147,16 @@ def test_the_window_forgets() -> None:
 
 def test_screening_takes_the_promising_and_a_uniform_slice() -> None:
     ids, allowed = torch.arange(64) + 500, torch.arange(0, 64, 2)
-    scores = -torch.arange(64).double()
-    scored, uniform = screen(ids, allowed, scores, 12, 4, key=1)
+    scores, level = -torch.arange(64).double(), torch.zeros(64, dtype=torch.int64)
+    scored, uniform = screen(ids, allowed, scores, 12, 4, key=1, levels=level)
     assert len(scored) == 12
     assert int(uniform.sum()) == 4
     assert (scored % 2 == 0).all()
     assert scored.tolist() == sorted(set(scored.tolist()))
     left = [p for p in range(0, 64, 2) if p not in scored[uniform]]
     assert scored[~uniform].tolist() == left[:8]  # the most promising
-    assert not torch.equal(screen(ids, allowed, scores, 12, 4, key=2)[0], scored)
-    scored, uniform = screen(ids, allowed, None, 12, 4, key=1)
+    assert not torch.equal(screen(ids, allowed, scores, 12, 4, key=2, levels=level)[0], scored)
+    scored, uniform = screen(ids, allowed, None, 12, 4, key=1, levels=level)
     assert bool(uniform.all())
     assert len(scored) == 12
 

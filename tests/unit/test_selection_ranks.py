@@ -14,7 +14,7 @@ from megaopus.selection import ModuleBackend, SelectionConfig, Selector
 from tests.pool import Pool
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "directional": {"proxy_ema": 0.9},
+    "directional": {"proxy_half_life": 7.0},
     "boltzmann": {"sampler": "boltzmann"},
     "countsketch": {"estimator": "countsketch", "redundancy": 0.5, "sketch_dim": 512},
     "exact": {"estimator": "exact", "redundancy": 0.5},
@@ -56,9 +56,9 @@ def run(group: dist.ProcessGroup | None) -> dict[str, Any]:
     bad_proxy = batch(90, 7)
     bad_proxy[6] = torch.nan
     found["bad proxy"] = [Selector(config, backend, num_selected=5, proxy=lambda _: bad_proxy, seed=3).select(bad, 0)]
-    if group is not None:
-        with pytest.raises(ValueError, match="15 candidates do not divide over 2 data-parallel ranks"):
-            Selector(config, backend, num_selected=5, proxy=lambda _: bad_proxy, seed=3).select(batch(0, 15), 0)
+    for size, proxies in ((15, 5), (3, 1)):  # uneven shares; no proxy for the second rank
+        few = Selector(config, backend, num_selected=2, proxy=lambda _, n=proxies: batch(90, n), seed=3)
+        found[f"{size} candidates"] = [few.select(batch(0, size), 0)]
     results: dict[str, Any] = {
         name: [
             (s.method, s.picked_ids.tolist(), s.utilities, [str(event) for event in s.events], s.ess)

@@ -80,8 +80,8 @@ def test_picks_depend_on_ids_not_on_positions() -> None:
     for pick in (
         lambda u, g, i: sampler.pick_uniform(i, 9, 1, 2),
         lambda u, g, i: sampler.pick_top_k(u, i, 9),
-        lambda u, g, i: sampler.pick_at_once(u, i, 9, sampler.Draws("boltzmann", 0.9, 1, 2)),
-        lambda u, g, i: sampler.pick_diverse(u, 0.1 * g, i, 9, sampler.Draws("boltzmann", 0.9, 1, 2)),
+        lambda u, g, i: sampler.pick(u, i, 9, sampler.Draws("boltzmann", 0.9, 1, 2)),
+        lambda u, g, i: sampler.pick(u, i, 9, sampler.Draws("boltzmann", 0.9, 1, 2), 0.1 * g),
     ):
         shuffled = ids[pick(utilities, gram, ids)]
         ordered = ids[order][pick(utilities[order], gram[order][:, order], ids[order])]
@@ -116,9 +116,9 @@ def test_boltzmann_is_successive_draws_without_replacement(one_by_one: bool) -> 
         draws = sampler.Draws("boltzmann", 0.8, 5, step)
         if one_by_one:
             none = torch.zeros(4, 4, dtype=torch.float64)
-            picked = sampler.pick_diverse(utilities, none, ids, 2, draws)
+            picked = sampler.pick(utilities, ids, 2, draws, none)
         else:
-            picked = sampler.pick_at_once(utilities, ids, 2, draws)
+            picked = sampler.pick(utilities, ids, 2, draws)
         found[tuple(picked.tolist())] += 1
     chi_square = sum((found[o] - steps * p) ** 2 / (steps * p) for o, p in expected.items())
     assert chi_square < 11 + 4 * (2 * 11) ** 0.5
@@ -135,10 +135,78 @@ def test_diverse_picks_follow_the_greedy_formula_and_avoid_duplicates() -> None:
     for _ in range(3):
         score = [float(utilities[z] - sum(gram[z, s] for s in picked)) if z not in picked else -1e9 for z in range(7)]
         picked.append(score.index(max(score)))
-    found = sampler.pick_diverse(utilities, gram, torch.arange(7), 3, sampler.Draws("top_k", 0.9, 0, 0))
+    found = sampler.pick(utilities, torch.arange(7), 3, sampler.Draws("top_k", 0.9, 0, 0), gram)
     assert found.tolist() == picked
     assert found[0] == 0
     assert 1 not in picked
+
+
+TOP = sampler.Draws("top_k", 0.9, 0, 0)
+
+
+def by_hand(utilities, penalty, domains, least, count) -> list[int]:
+    """The best of those after whom every quota can still be met, one after another, on plain numbers."""
+    picked: list[int] = []
+    for number in range(count):
+        best, most = -1, -float("inf")
+        for z in range(len(utilities)):
+            after = [*picked, z]
+            lacks = sum(max(0, due - sum(domains[s] == name for s in after)) for name, due in least.items())
+            score = utilities[z] - sum(penalty[z][s] for s in picked)
+            if z not in picked and lacks <= count - number - 1 and score > most:
+                best, most = z, score
+        picked.append(best)
+    return picked
+
+
+def test_quotas_bound_one_row_of_picks_that_all_take_their_overlap_off() -> None:
+    """What a quota picked counts as picked: the second of two equal sequences is not taken after the first."""
+    utilities, penalty = torch.tensor([1.0, 0.99, 0.5, 0.4], dtype=torch.float64), torch.zeros(4, 4)
+    penalty[:2, :2] = 1.0
+    for least in ({0: 1}, {0: 1, 1: 0}, {1: 1}):
+        found = sampler.pick(utilities, torch.arange(4), 2, TOP, penalty, (torch.tensor([0, 0, 1, 1]), least))
+        assert found.tolist() == [0, 2]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        updates = torch.randn(10, 3, generator=generator, dtype=torch.float64)
+        gram, utilities = updates @ updates.t(), torch.randn(10, generator=generator, dtype=torch.float64)
+        domains = torch.randint(0, 3, (10,), generator=generator)
+        least = {name: min(int(domains.eq(name).sum()), 2) for name in range(3)}
+        for penalty in (gram, None):
+            found = sampler.pick(utilities, torch.arange(10), 7, TOP, penalty, (domains, least))
+            taken_off = (torch.zeros(10, 10) if penalty is None else penalty).tolist()
+            assert found.tolist() == by_hand(utilities.tolist(), taken_off, domains.tolist(), least, 7)
+
+
+@pytest.mark.parametrize("penalty", [None, torch.zeros(40, 40, dtype=torch.float64)])
+def test_levels_come_first_and_leave_values_to_the_last_bit(penalty: torch.Tensor | None) -> None:
+    ids = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    utilities = 1 + 1e-15 * torch.arange(40, dtype=torch.float64)  # far finer than beside any large number
+    levels = torch.tensor([2, 0, 1, 0]).repeat(10)
+    found = sampler.pick(utilities, ids, 25, TOP, penalty, levels=levels)
+    expected = sorted(range(40), key=lambda z: (int(levels[z]), -float(utilities[z])))[:25]
+    assert found.tolist() == expected
+
+
+def test_an_outlier_moves_no_other_pick() -> None:
+    """Whatever it is, and with every sampler; ordinary utilities are z-scored to the last bit as ever."""
+    generator = torch.Generator().manual_seed(1)
+    for count in (16, 64, 1024):
+        ids, utilities = torch.arange(count), torch.randn(count, generator=generator, dtype=torch.float64)
+        others = ids != 3
+        plain = (utilities[others] - utilities[others].mean()) / utilities[others].std(correction=0)
+        assert torch.equal(sampler.standardise(utilities[others]), plain)
+        for name in ("top_k", "boltzmann"):
+            draws = sampler.Draws(name, 0.9, 5, 6)
+            without = ids[others][sampler.pick(plain, ids[others], 6, draws)].tolist()
+            for value in (1e2, 1e30, 1e308, -1e30):
+                outlying = sampler.standardise(utilities.index_fill(0, torch.tensor(3), value))
+                assert torch.equal(outlying[others], plain)
+                found = sampler.pick(outlying, ids, 7, draws).tolist()
+                assert found == ([3, *without] if value > 0 else [*without, found[-1]])
+    several = torch.cat([torch.zeros(40, dtype=torch.float64), torch.arange(1.0, 23.0).double(), 1e29 * torch.ones(2)])
+    several[-1] *= 10
+    assert bool((sampler.standardise(several)[39:].diff() > 0).all())  # most equal, two far out: in order still
 
 
 def test_standardise_is_the_population_z_score() -> None:

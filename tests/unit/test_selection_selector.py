@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaopus.selection import ModuleBackend, Selection, SelectionConfig, Selector, TensorCandidates
 from megaopus.selection.decide import Evidence, Key, decide
@@ -44,7 +44,7 @@ def test_contrast_takes_off_what_helps_any_text(estimator: str) -> None:
     torch.manual_seed(0)
     model = Net().double()
     backend = ModuleBackend(model, torch.optim.SGD(model.parameters(), lr=1e-2), loss)
-    config = {"method": "opus", "estimator": estimator, "layers": "linear", "epsilon": 1e-4, "proxy_ema": 0.0}
+    config = {"method": "opus", "estimator": estimator, "layers": "linear", "epsilon": 1e-4, "proxy_half_life": 0.0}
     x, parts = batch(0).double(), {"proxy": proxy(0).double(), "pool": batch(5, 6).double()}
 
     def utilities(contrast: bool, **batches: Tensor) -> Tensor:
@@ -141,10 +141,75 @@ def test_equal_utilities_are_drawn_uniformly_from_the_good_ones() -> None:
     for step in range(12):
         selection = make(backend).select(x, step)
         assert selection.method == "uniform"
-        assert "all utilities are equal" in sentences(selection)[-1]
+        assert "selection.fallback.learning_rate_zero" in [event.kind for event in selection.events]
         assert selection.ess == pytest.approx(6)
         seen |= set(selection.indices.tolist())
     assert seen == set(range(6, N))
+
+
+def masked(model: nn.Module, x: Tensor) -> Tensor:
+    """A loss whose first two positions carry no label: of nothing it is 0."""
+    return (model(x) - x[..., :3].cos()).square().mean(2)[:, 2:].sum(1) / 2
+
+
+def no_momentum(backend: ModuleBackend) -> None:
+    muon = torch.optim.Muon([backend.module.a.weight, backend.module.b.weight], lr=0.1)
+    for weight in muon.param_groups[0]["params"]:
+        muon.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    backend.optimizers = [muon]
+
+
+def no_rate(backend: ModuleBackend) -> None:
+    backend.optimizers[0].param_groups[0]["lr"] = 0.0
+
+
+CAUSES = {
+    "learning_rate_zero": (no_rate, {}, "learning rate is 0"),
+    "step_zero": (no_momentum, {"layers": "weight"}, "a step of 0 of the proxy gradient"),
+    "proxy_gradient_zero": (None, {"proxy_of": lambda step: torch.zeros(6, 4, 5)}, "the proxy gradient is 0"),
+    "no_scored_label": (None, {"score_length": 2}, "selection.score_length=2 too short"),
+}
+
+
+@pytest.mark.parametrize("estimator", ["directional", "adjoint"])
+@pytest.mark.parametrize("cause", CAUSES)
+def test_each_reason_for_equal_utilities_is_told_in_the_first_step(cause: str, estimator: str) -> None:
+    spoil, settings, said = CAUSES[cause]
+    backend = make_backend()
+    if cause == "no_scored_label":
+        backend.loss = masked
+    if cause == "proxy_gradient_zero":
+        backend.loss = lambda model, x: loss(model, x) * (x != 0).any(2).any(1)
+    if spoil is not None:
+        spoil(backend)
+    selection = make(backend, estimator=estimator, **settings).select(batch(0), 0)
+    assert selection.method == "uniform"
+    assert [event.kind for event in selection.events] == [f"selection.fallback.{cause}"]
+    assert said in sentences(selection)[0]
+
+
+def test_a_loss_of_no_label_is_told_where_it_is_nan_and_by_methods_of_loss() -> None:
+    def of_nothing(model: nn.Module, x: Tensor) -> Tensor:
+        return (model(x) - x[..., :3].cos()).square().mean(2)[:, 2:].mean(1)
+
+    for method in ("opus", "high_ppl"):
+        for function in (masked, of_nothing):
+            backend = make_backend()
+            backend.loss = function
+            selection = make(backend, method=method, score_length=2).select(batch(0), 0)
+            assert selection.method == "uniform"
+            assert "selection.fallback.no_scored_label" in [event.kind for event in selection.events]
+            assert make(backend, method=method, score_length=3).select(batch(0), 0).method == method
+
+
+def test_an_optimizer_that_never_steps_is_told_from_one_that_has_not_yet() -> None:
+    backend = make_backend(steps=0)
+    selector = make(backend)
+    kinds = [selector.select(batch(step), step).events[0].kind for step in range(3)]
+    assert [kind.rpartition(".")[2] for kind in kinds] == ["no_optimizer_state", *["optimizer_never_steps"] * 2]
+    assert "is it the one that trains" in sentences(selector.select(batch(3), 3))[0]
+    train_step(backend, batch(0))
+    assert selector.select(batch(4), 4).method == "opus"
 
 
 def test_a_bad_proxy_gradient_is_not_averaged_in() -> None:
@@ -153,7 +218,7 @@ def test_a_bad_proxy_gradient_is_not_averaged_in() -> None:
     def sometimes_bad(step: int) -> Tensor:
         return proxy(step) * torch.nan if step == 1 else proxy(step)
 
-    selector, clean = make(backend, proxy_ema=0.9, proxy_of=sometimes_bad), make(backend, proxy_ema=0.9)
+    selector, clean = make(backend, proxy_half_life=7.0, proxy_of=sometimes_bad), make(backend, proxy_half_life=7.0)
     selector.select(batch(0), 0)
     clean.select(batch(0), 0)
     bad = selector.select(batch(1), 1)
@@ -163,15 +228,18 @@ def test_a_bad_proxy_gradient_is_not_averaged_in() -> None:
     assert selector.state_dict()["count"] == 2
 
 
-def test_the_running_proxy_gradient_is_a_weighted_mean() -> None:
-    backend = make_backend()
-    selector = make(backend, proxy_ema=0.75)
-    for step in range(3):
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_proxy_gradient_s_weight_halves_in_training_steps(every: int) -> None:
+    backend, half_life = make_backend(), 2.5
+    selector = make(backend, proxy_half_life=half_life, proxy_every=every)
+    for step in range(7):
         selector.select(batch(step), step)
-    gradients = [backend.gradient(TensorCandidates(proxy(step)))["b.weight"] for step in range(3)]
-    expected = sum(g * 0.25 * 0.75 ** (2 - i) for i, g in enumerate(gradients))
-    torch.testing.assert_close(selector.state_dict()["average"]["b.weight"], expected)
-    first = make(backend, proxy_ema=0.75).select(batch(0), 0).utilities  # one gradient: no bias towards zero
+    taken = range(0, 7, every)
+    gradients = torch.stack([backend.gradient(TensorCandidates(proxy(step)))["b.weight"] for step in taken])
+    weights = torch.tensor([0.5 ** ((taken[-1] - step) / half_life) for step in taken])
+    expected = torch.einsum("n...,n->...", gradients, weights / weights.sum())
+    torch.testing.assert_close(selector._scorer._average.last()["b.weight"], expected)
+    first = make(backend, proxy_half_life=0.5).select(batch(0), 0).utilities  # one gradient: no bias towards zero
     torch.testing.assert_close(first, make(backend).select(batch(0), 0).utilities, rtol=1e-3, atol=1e-6)
 
 
@@ -185,7 +253,7 @@ def run(selector: Selector, steps: range) -> list[Selection]:
 
 
 def test_resume_is_bitwise() -> None:
-    settings = {"proxy_ema": 0.9, "sampler": "boltzmann", "warmup_steps": 2}
+    settings = {"proxy_half_life": 7.0, "sampler": "boltzmann", "warmup_steps": 2}
     straight = make(make_backend(), **settings)
     expected = run(straight, range(8))
 
@@ -206,13 +274,13 @@ def test_resume_is_bitwise() -> None:
 
 
 def test_no_average_means_no_state() -> None:
-    selector = make(proxy_ema=0.0, score_micro_batch_size=4)
+    selector = make(proxy_half_life=0.0, score_micro_batch_size=4)
     selector.select(batch(0), 0)
-    assert selector.state_dict() == {}
+    assert selector.state_dict().keys() == {"estimator"}
 
 
 def test_a_state_of_another_model_is_refused() -> None:
-    selector = make(proxy_ema=0.5)
+    selector = make(proxy_half_life=1.0)
     selector.load_state_dict({"count": 1, "average": {"c.weight": torch.ones(2)}})
     with pytest.raises(ValueError, match=r"other parameters than the model's.*c\.weight"):
         selector.select(batch(0), 0)
@@ -314,6 +382,7 @@ def test_boltzmann_draws_differ_by_step_and_seed_and_repeat(redundancy: float) -
     [
         ({"temperature": 0.0}, K, "temperature=0.0: must be positive"),
         ({"layers": "("}, K, "is no regular expression"),
+        ({"score_length": 1}, K, "one token predicts no other"),
         ({"score_micro_batch_size": 0}, K, "null finds it from the free memory"),
         ({"method": "high_ppl", "redundancy": 0.5}, K, "no Gram matrix"),
         ({}, 0, "num_selected=0"),

@@ -20,7 +20,7 @@ from megaopus.distributed.collectives import gathered
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import Engine, StepResult
-from megaopus.engine.batch_split import data_parallel_share, padded_share, seed_dropout
+from megaopus.engine.batch_split import padded_share, seed_dropout
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.deepspeed import checkpoint
 from megaopus.engine.deepspeed.flat_matrices import ChainedOptimizer, over_flat_parts
@@ -29,11 +29,11 @@ from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer, norm_limit
 from megaopus.engine.gpt_forward import token_losses
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
-from megaopus.models.flops import padded_vocab
 from megaopus.models.gpt import build_gpt, initialize, transformer_config
 from megaopus.optim.build import torch_optimizers
 from megaopus.optim.config import OptimConfig
 from megaopus.selection.backend import Candidates, Gradient
+from megaopus.selection.candidates import even_share
 
 LARGEST_BUCKET = 500_000_000
 """Elements of a gradient bucket; DeepSpeed's default, of which a small model needs less."""
@@ -58,7 +58,7 @@ class DeepSpeedEngine(Engine):
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed
             config = transformer_config(model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute)
-            size = {"vocab_size": padded_vocab(vocab_size), "max_positions": model.max_positions or self.seq_len}
+            size = {"vocab_size": vocab_size, "max_positions": model.max_positions or self.seq_len}
             self.module = build_gpt(model, config, mesh, **size)
             if self.bf16:
                 self.module.bfloat16()
@@ -161,14 +161,17 @@ class DeepSpeedEngine(Engine):
 
         ``autograd.grad`` leaves ZeRO's gradient hooks alone, so nothing of it enters the next update.
         """
-        share = data_parallel_share(len(batch), self.mesh)
+        share, weights = even_share(len(batch), self.mesh.shape.dp, self.mesh.dp_rank)
         length = min(length or self.seq_len, self.seq_len)
         parameters = dict(self.module.named_parameters())
         total = {name: self.optimizer.zeros(name) for name in parameters}
         self.deepspeed.eval()
         with self.mesh.megatron():
-            for rows in share.split(math.gcd(len(share), self.micro_batch_size)):
-                loss = token_losses(self.module, self._tokens(batch, rows, length)).mean() * (len(rows) / len(batch))
+            micro = math.gcd(len(share), self.micro_batch_size)
+            for rows, of_rows in zip(share.split(micro), weights.split(micro), strict=True):
+                losses_BS = token_losses(self.module, self._tokens(batch, rows, length))
+                weighted = losses_BS * of_rows.to(losses_BS).unsqueeze(1)
+                loss = weighted.mean() * (len(rows) / (len(share) * self.mesh.shape.dp))
                 found = torch.autograd.grad(loss, list(parameters.values()))
                 for value, gradient in zip(total.values(), found, strict=True):
                     value += gradient
@@ -222,7 +225,6 @@ def import_deepspeed(on_cpu: bool) -> Any:
     """The deepspeed package, told to leave a GPU alone if ``on_cpu``. Raises EngineError if it is not installed."""
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for torchrun's word, from a process alone too
     try:
         import deepspeed
     except ImportError as error:

@@ -1,7 +1,7 @@
 """The DeepSpeed engine as the selector sees it: data- and tensor-parallel ranks, weights as ZeRO keeps them.
 
 Under stage 3 each forward and backward pass gathers weights from all data-parallel ranks. They make equally many
-passes: candidates and proxy are shared evenly.
+passes: candidates and proxy are shared evenly, filled up with copies of weight 0.
 """
 
 from __future__ import annotations

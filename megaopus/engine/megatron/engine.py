@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.engine.base import StepResult
-from megaopus.engine.batch_split import data_parallel_share, padded_share, seed_dropout
+from megaopus.engine.batch_split import padded_share, seed_dropout
 from megaopus.engine.gpt_forward import SampledLabels
 from megaopus.engine.megatron.checkpoint import (
     check_index,
@@ -26,6 +26,7 @@ from megaopus.engine.megatron.scoring import MegatronScoringBackend
 from megaopus.errors import EngineError
 from megaopus.models.gpt import canonical_names
 from megaopus.selection.backend import Candidates, Gradient
+from megaopus.selection.candidates import even_share
 
 _NOTHING = "._extra_state"
 """What Transformer Engine's layers would keep beside their weights; empty here, and a pickle in the files."""
@@ -69,18 +70,16 @@ class MegatronEngine(MegatronPasses):
 
     def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
         """The training path (schedule, DDP reduction) without the update; training gradients are overwritten."""
-        share = data_parallel_share(len(batch), self.mesh)
-        group_size, rest = divmod(len(share), self.micro_batch_group)
-        if rest:
-            raise ValueError(f"{len(share)} sequences per rank are not a multiple of pp = {self.micro_batch_group}")
+        group, mesh = self.micro_batch_group, self.mesh
+        share, weights = even_share(len(batch), mesh.shape.dp, mesh.dp_rank, group)
         length = min(length or self.seq_len, self.seq_len)
         self.ddp.eval()
         for chunk in self.chunks:
             chunk.decoder.training = True  # whether it recomputes; dropout is decided by the modules inside
         with self.mesh.megatron():
             self._zero_gradients()
-            micro = math.gcd(group_size, self.micro_batch_size)
-            self.run_local(batch, share, micro, length, forward_only=False, whole_gradient=True)
+            micro = math.gcd(len(share) // group, self.micro_batch_size)
+            self.run_local(batch, share, micro, length, forward_only=False, whole_gradient=True, weights=weights)
         # main_grad: megatron's DDP keeps each parameter's reduced gradient there
         names = dict(canonical_names(self.module))
         gradient = {names[local]: p.main_grad.clone() for local, p in self.named_parameters()}

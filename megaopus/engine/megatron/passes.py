@@ -16,12 +16,14 @@ from megaopus.engine.base import Engine
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.gpt_forward import SampledLabels, token_losses
 from megaopus.models.config import ModelConfig
-from megaopus.models.flops import padded_vocab
 from megaopus.models.gpt import build_gpt, initialize, transformer_config
 from megaopus.optim.build import MixedPrecisionOptimizer
 from megaopus.optim.config import OptimConfig
 from megaopus.selection.backend import Candidates
 from megaopus.selection.estimators.ghost import GhostCapture
+
+_MicroBatch = tuple[Tensor, Tensor | None, Tensor | None]
+"""(tokens (B, S + 1), uniform numbers that sampled labels are drawn by (B, S), weights of the sequences (B,))."""
 
 
 class MegatronPasses(Engine):
@@ -43,7 +45,7 @@ class MegatronPasses(Engine):
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed, an option we do not set is deprecated
             config = transformer_config(model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute)
-            size = {"vocab_size": padded_vocab(vocab_size), "max_positions": model.max_positions or self.seq_len}
+            size = {"vocab_size": vocab_size, "max_positions": model.max_positions or self.seq_len}
             self.chunks = [build_gpt(model, config, mesh, chunk=chunk, **size) for chunk in range(parallel.vpp)]
             self.module = self.chunks[0] if len(self.chunks) == 1 else nn.ModuleList(self.chunks)
             if self.bf16:
@@ -73,13 +75,15 @@ class MegatronPasses(Engine):
         forward_only: bool,
         whole_gradient: bool = False,
         sampled: SampledLabels | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Run the schedule over this rank's share, without exchanging the losses: (len(share),) float64.
 
         They are this rank's part of each sequence's mean token loss: zeros before the last pipeline stage, the sum over
         its own positions / ``length`` on the last. Their sum over the cp and pp ranks is the mean loss.
         ``whole_gradient``: reduce gradients to every dp and cp rank, where the distributed optimizer needs pieces only.
-        ``sampled``: labels are drawn by it, not read off the sequences.
+        ``sampled``: labels are drawn by it, not read off the sequences. ``weights`` (len(share),), of mean 1 over all
+        data-parallel ranks: gradients are those of the weighted mean loss.
         """
         if length % self.mesh.shape.cp:
             raise ValueError(
@@ -87,10 +91,11 @@ class MegatronPasses(Engine):
             )
         micro_batches = share.split(micro)
 
-        def tokens() -> Iterator[tuple[Tensor, Tensor | None]]:
-            for rows in micro_batches:
+        def tokens() -> Iterator[_MicroBatch]:
+            for number, rows in enumerate(micro_batches):
                 uniforms = None if sampled is None else sampled.uniforms(rows, length)
-                yield batch.take(rows).batch(length).to(self.mesh.device, non_blocking=True), uniforms
+                found = batch.take(rows).batch(length).to(self.mesh.device, non_blocking=True)
+                yield found, uniforms, None if weights is None else weights.split(micro)[number]
 
         outputs = self._schedule(
             forward_step_func=partial(self._forward_step, sampled=sampled),
@@ -155,15 +160,16 @@ class MegatronPasses(Engine):
             config.finalize_model_grads_func, config.no_sync_func = saved
 
     def _forward_step(
-        self, data_iterator: Iterator[tuple[Tensor, Tensor | None]], model: Any, sampled: SampledLabels | None = None
+        self, data_iterator: Iterator[_MicroBatch], model: Any, sampled: SampledLabels | None = None
     ) -> tuple[Tensor, Any]:
-        tokens, uniforms = next(data_iterator)
+        tokens, uniforms, weights = next(data_iterator)
         length = tokens.shape[1] - 1
 
         def sequence_losses(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
             """Return what megatron's schedule minimises, and hands back: this rank's part of each sequence's mean."""
             # Both are parts that add up over cp; the schedule multiplies the first by the cp that DDP will divide by.
-            return losses_BS.sum() / (len(tokens) * length), losses_BS.detach().double().sum(dim=1) / length
+            weighted = losses_BS if weights is None else losses_BS * weights.to(losses_BS).unsqueeze(1)
+            return weighted.sum() / (len(tokens) * length), losses_BS.detach().double().sum(dim=1) / length
 
         if sampled is not None and uniforms is not None:
             return sampled.losses(model, tokens, uniforms), sequence_losses

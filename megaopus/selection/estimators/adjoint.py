@@ -86,7 +86,7 @@ def _memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
     shared=2 / 3,  # forward and input gradients
     needs={"hooks": "captures the activations of layers"},
     memory=_memory,
-    example={"layers": "all", "proxy_ema": 0.0},
+    example={"layers": "all", "proxy_half_life": 0.0},
 )
 class Adjoint:
     """Estimates by ``adjoint_utilities``; the sketches of a Gram matrix come from the same pass."""

@@ -6,14 +6,17 @@ utility <P_t g_z, g_proxy>. Two forward passes measure it: no hooks, no per-samp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from megaopus.selection.backend import Candidates, Gradient, ScoringBackend, UpdateOperator
 from megaopus.selection.estimators.layers import parameter_names
 from megaopus.selection.estimators.registry import ESTIMATORS, Request, Sizes, Sketch, register_estimator
+from megaopus.selection.estimators.step_size import StepJudge, judge, step_size
 
 if TYPE_CHECKING:
     from megaopus.selection.config import SelectionConfig
@@ -34,26 +37,46 @@ def directional_utilities(
     """(n,) float64: this rank's part; positive where the optimizer's step on the proxy lowers the candidate's loss.
 
     central: (L(theta - e d) - L(theta + e d)) / 2e, error O(e^2); one: (L(theta) - L(theta + e d)) / e, error O(e).
-    ``epsilon`` is in units of one optimizer step; None: 0.25, or 1 where weights are rounded to 16 bits, in which a
-    smaller step would drown (docs/decisions/005). ``layers``: the parameters that are moved
+    ``epsilon`` is in units of one optimizer step; None: such that the proxy's loss changes by about
+    ``step_size.NATS``, however small the learning rate. ``layers``: the parameters that are moved
     (``layers.parameter_names``).
     """
-    names = parameter_names(backend, proxy_gradient, layers)
-    update = operator.transposed().apply({name: proxy_gradient[name] for name in names})  # P^T g = -d
+    update = _update(backend, operator, proxy_gradient, layers)
     if epsilon is None:
-        epsilon = 1.0 if backend.computes_in_16_bits else 0.25
+        _observe(backend, candidates, length)
+        epsilon = step_size(backend, update, proxy_gradient)
+    passes = {"length": length, "micro_batch_size": micro_batch_size}
+    return _differences(backend, candidates, update, epsilon, sides, passes) / epsilon
 
-    def losses() -> Tensor:
-        return backend.losses(candidates, length=length, micro_batch_size=micro_batch_size)
 
-    before = losses() if sides == "one" else None
+def _update(backend: ScoringBackend, operator: UpdateOperator, gradient: Gradient, layers: str) -> Gradient:
+    """P^T g of the parameters that are moved: the direction is -d."""
+    return operator.transposed().apply({name: gradient[name] for name in parameter_names(backend, gradient, layers)})
+
+
+def _observe(backend: ScoringBackend, candidates: Candidates, length: int | None) -> None:
+    """Have a backend that must see a pass to know what it computes in see one, of one candidate."""
+    if getattr(backend, "unobserved", False):
+        backend.losses(candidates.take(torch.arange(1)), length=length, micro_batch_size=1)
+
+
+def _differences(
+    backend: ScoringBackend,
+    candidates: Candidates,
+    update: Gradient,
+    epsilon: float,
+    sides: str,
+    passes: Mapping[str, Any],
+) -> Tensor:
+    """(n,) float64: this rank's part of the fall of each loss over ``epsilon`` steps along ``update``."""
+    before = backend.losses(candidates, **passes) if sides == "one" else None
     with backend.perturbed(update) as move:
         move(-epsilon)
-        ahead = losses()
+        ahead = backend.losses(candidates, **passes)
         if before is not None:
-            return (before - ahead) / epsilon
+            return before - ahead
         move(epsilon)
-        return (losses() - ahead) / (2 * epsilon)
+        return (backend.losses(candidates, **passes) - ahead) / 2
 
 
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
@@ -64,32 +87,72 @@ def _memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
     "directional",
     flops=(2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
     auto_layers="all",
-    needs={"fine_steps": "directional scoring would measure the rounding"},
     memory=_memory,
     # a whole step: the difference of two fp32 losses is then well above their rounding
     example={"redundancy": 0.5, "epsilon": 1.0},
 )
 class Directional:
-    """Estimates by ``directional_utilities``."""
+    """Estimates by differences of losses along the optimizer's step; judges now and then how far along it to go."""
 
     def __init__(self, config: SelectionConfig):
         self._config = config
         self._layers = config.derived_layers()
         self._gram = cast(Sketch, ESTIMATORS.find(config.gram).make(config)) if config.redundancy > 0 else None
+        self._judge = StepJudge()
+        self._epsilon = 1.0
 
     def uses(self, backend: ScoringBackend, gradient: Gradient) -> list[str]:
         return parameter_names(backend, gradient, self._layers)
 
     def estimate(self, request: Request) -> tuple[Tensor, dict[str, Tensor] | None]:
-        parts = directional_utilities(
-            request.backend,
-            request.candidates,
-            request.operator,
-            request.proxy_gradient,
-            layers=self._layers,
-            epsilon=self._config.epsilon,
-            sides=self._config.sides,
-            length=request.length,
-            micro_batch_size=request.micro_batch_size,
-        )
+        update = _update(request.backend, request.operator, request.proxy_gradient, self._layers)
+        self._epsilon = self._config.epsilon or self._step_size(request, update)
+        parts = self._differences(request, update, self._epsilon) / self._epsilon
         return parts, self._gram.sketches(request) if self._gram is not None and request.keep_updates else None
+
+    def _step_size(self, request: Request, update: Gradient) -> float:
+        _observe(request.backend, request.candidates, request.length)
+        return step_size(request.backend, update, request.proxy_gradient, level=self._judge.level)
+
+    def _differences(self, request: Request, update: Gradient, epsilon: float) -> Tensor:
+        passes = {"length": request.length, "micro_batch_size": request.micro_batch_size}
+        return _differences(request.backend, request.candidates, update, epsilon, self._config.sides, passes)
+
+    # -- how far to go ------------------------------------------------------------------------------------------------
+
+    def refine(self, request: Request, parts: Tensor, step: int) -> Tensor:
+        """Judge the step that gave ``parts``, if that is due; gives them, or those of a better step. Collective.
+
+        A step that the settings name is judged and stays.
+        """
+        if not self._judge.due(step):
+            return parts
+        backend, first = request.backend, self._epsilon
+        update = _update(backend, request.operator, request.proxy_gradient, self._layers)
+        own = {0: parts * first}
+
+        @functools.cache
+        def differences(level: int) -> Tensor:
+            if level not in own:
+                own[level] = self._differences(request, update, first * 2.0**level)
+            whole = backend.sum_over_ranks(own[level], own[level].new_zeros(1))[0][: request.total]
+            return backend.from_rank_0(whole.cpu())
+
+        found = judge(differences, self._config.sides, search=self._config.epsilon is None)
+        if found is None:
+            return parts
+        self._judge.keep(found, step)
+        self._epsilon = first * 2.0**found.level
+        return own[found.level] / self._epsilon
+
+    def signal_to_rounding(self, utilities: Tensor) -> float | None:
+        """Spread of the latest utilities (N,) over the error of each, as judged last; None: not known."""
+        return self._judge.signal_to_rounding(utilities, self._epsilon)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: what was found out about steps."""
+        return self._judge.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``."""
+        self._judge.load_state_dict(state)

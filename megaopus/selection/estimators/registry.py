@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from megaopus.selection.registry import Flops, Registry, origin_of
 
@@ -31,6 +31,8 @@ class Request:
     micro_batch_size: int
     keep_updates: bool
     """Whether a redundancy term needs the candidates' updates, or sketches of them."""
+    total: int | None = None
+    """Candidates of all ranks; what ``sum_over_ranks`` gives beyond is of copies that fill shares up. None: no more."""
 
 
 class Estimator(Protocol):
@@ -45,6 +47,23 @@ class Estimator(Protocol):
         Both are of this rank's candidates and of its part of the model. The inner products of the rows make the Gram
         matrix; None unless ``request.keep_updates``.
         """
+
+
+@runtime_checkable
+class Refining(Protocol):
+    """An estimator that measures how well it estimates, and goes by what it found; it has a state."""
+
+    def refine(self, request: Request, parts: Tensor, step: int) -> Tensor:
+        """``parts`` that ``estimate`` gave at a training step, or better ones. Collective."""
+
+    def signal_to_rounding(self, utilities: Tensor) -> float | None:
+        """Spread of the latest utilities (N,) over the error of each; None: not known."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that later estimates depend on; empty where there are none yet."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``."""
 
 
 class Sketch(Estimator, Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from megaopus.selection.methods.registry import register_method
@@ -10,26 +12,30 @@ from megaopus.selection.scoring import Scores, ScoringStep
 _COST = (1 / 3, "one forward")
 
 
-def _losses(step: ScoringStep) -> Tensor:
-    """(n,) float64 mean token loss of each candidate."""
-    return step.sum_parts(step.measured(lambda passes: step.backend.losses(step.share, **passes)))
+def _scores(step: ScoringStep, utility: Callable[[Tensor], Tensor]) -> Scores:
+    """Score each candidate by a function of all mean token losses (n,), float64."""
+    losses = step.sum_parts(step.measured(lambda passes: step.backend.losses(step.share, **passes)))
+    return Scores(utilities=utility(losses), events=step.lost_labels(losses))
 
 
 @register_method("high_ppl", flops=_COST, micro_batches=True)
 def high_ppl(step: ScoringStep) -> Scores:
     """Score by the loss: the highest are picked."""
-    return Scores(utilities=_losses(step))
+    return _scores(step, lambda losses: losses)
 
 
 @register_method("low_ppl", flops=_COST, micro_batches=True)
 def low_ppl(step: ScoringStep) -> Scores:
     """Score by the loss: the lowest are picked."""
-    return Scores(utilities=-_losses(step))
+    return _scores(step, lambda losses: -losses)
 
 
 @register_method("mid_ppl", flops=_COST, micro_batches=True)
 def mid_ppl(step: ScoringStep) -> Scores:
     """Score by the loss: those nearest the median are picked."""
-    losses = _losses(step)
-    finite = losses[losses.isfinite()]
-    return Scores(utilities=-(losses - (finite.median() if len(finite) else 0)).abs())
+
+    def nearness(losses: Tensor) -> Tensor:
+        finite = losses[losses.isfinite()]
+        return -(losses - (finite.median() if len(finite) else 0)).abs()
+
+    return _scores(step, nearness)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from megaopus.events import Event
-from megaopus.selection.backend import Gradient
+from megaopus.selection.backend import Gradient, UpdateOperator
 from megaopus.selection.candidates import as_candidates
 from megaopus.selection.estimators.layers import require_some
-from megaopus.selection.estimators.registry import ESTIMATORS, Request
+from megaopus.selection.estimators.registry import ESTIMATORS, Refining, Request
+from megaopus.selection.estimators.step_size import DROWNED
 from megaopus.selection.methods.registry import register_method
 from megaopus.selection.scoring import Scores, ScoringStep
 
@@ -26,7 +30,7 @@ def opus(step: ScoringStep) -> Scores:
     "greats",
     flops=None,
     needs=_NEEDS,
-    example={"estimator": "adjoint", "utilities": "raw", "redundancy": 1.0, "proxy_ema": 0.0},
+    example={"estimator": "adjoint", "utilities": "raw", "redundancy": 1.0, "proxy_half_life": 0.0},
 )
 def greats(step: ScoringStep) -> Scores:
     """Score as ``opus`` does for a plain step along the gradient (GREATS, NeurIPS 2024)."""
@@ -52,18 +56,21 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
     step.once("some layer is scored", lambda: require_some(backend, len(estimator.uses(backend, average)), layers))
     if config.bounded:
         operator = operator.bounded(average)
-    parts, rows = step.measured(
-        lambda passes: estimator.estimate(
-            Request(
-                backend=backend,
-                candidates=step.share,
-                operator=operator,
-                proxy_gradient=average,
-                keep_updates=config.redundancy > 0,
-                **passes,
-            )
+
+    def request(passes: Mapping[str, Any]) -> Request:
+        return Request(
+            backend=backend,
+            candidates=step.share,
+            operator=operator,
+            proxy_gradient=average,
+            keep_updates=config.redundancy > 0,
+            total=len(step.buffer),
+            **passes,
         )
-    )
+
+    parts, rows = step.measured(lambda passes: estimator.estimate(request(passes)))
+    if isinstance(estimator, Refining):
+        parts = step.measured(lambda passes: estimator.refine(request(passes), parts, step.step))
     # A stage or shard may be the only one to see a bad gradient: the word travels with the utilities.
     utilities, count = backend.sum_over_ranks(parts, bad.double().view(1))
     gram = None if rows is None else _gram(step, rows)
@@ -71,7 +78,48 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
         text = "the proxy gradient is not finite: picked uniformly, and the gradient was left out of its average"
         return Scores(utilities=None, events=(Event("selection.fallback.proxy_not_finite", text),))
     step.average.keep()
-    return Scores(utilities=utilities.cpu(), gram=gram)
+    utilities = utilities.cpu()[: len(step.buffer)]
+    precision = estimator.signal_to_rounding(utilities) if isinstance(estimator, Refining) else None
+    events = _why_equal(step, utilities, operator, average) or _drowned(precision)
+    return Scores(utilities=utilities, gram=gram, signal_to_rounding=precision, events=events)
+
+
+def _why_equal(step: ScoringStep, utilities: Tensor, operator: UpdateOperator, gradient: Gradient) -> tuple[Event, ...]:
+    """Say why utilities (n,) tell no candidate from another, where they do not; collective then."""
+    finite = utilities[utilities.isfinite()]
+    if len(finite) and bool(finite.min() < finite.max()):
+        return ()
+    backend = step.backend
+    rates = [float(group["lr"]) for each in getattr(backend, "optimizers", ()) for group in each.param_groups]
+    losses = step.sum_parts(step.measured(lambda passes: backend.losses(step.share, **passes)))
+    if events := step.lost_labels(losses):
+        return events
+    # A pipeline stage may hold weights that have no gradient: what counts is that nowhere is any.
+    found = torch.stack([_any(gradient), _any(operator.apply(gradient))]).double()
+    has_gradient, has_step = (backend.sum_over_ranks(found[:0], found)[1] > 0).tolist()
+    if rates and not any(rates):
+        text = "the learning rate is 0, so that no update changes anything: picked uniformly"
+        return (Event("selection.fallback.learning_rate_zero", text),)
+    if not has_gradient:
+        text = "the proxy gradient is 0 everywhere (are its labels masked?): picked uniformly"
+        return (Event("selection.fallback.proxy_gradient_zero", text),)
+    if not has_step:
+        text = "the optimizer's state makes a step of 0 of the proxy gradient (has it taken one with a gradient yet?):"
+        return (Event("selection.fallback.step_zero", f"{text} picked uniformly"),)
+    return ()
+
+
+def _any(gradient: Gradient) -> Tensor:
+    """() bool: whether a number of it is not 0."""
+    return torch.stack([value.any() for value in gradient.values()]).any()
+
+
+def _drowned(precision: float | None) -> tuple[Event, ...]:
+    if precision is None or precision >= DROWNED:
+        return ()
+    text = f"utilities spread by only {precision:.2g} times what rounding makes of them, so that picks are noise to a"
+    text += " good part: use estimator=adjoint, which takes no difference of losses, or more tokens (score_length)"
+    return (Event("selection.rounding", text, signal_to_rounding=precision, level=DROWNED),)
 
 
 def _average(step: ScoringStep) -> tuple[Gradient, Tensor]:
@@ -93,6 +141,6 @@ def _gram(step: ScoringStep, rows: dict[str, Tensor]) -> Tensor:
     backend, size = step.backend, len(step.buffer)
     total = torch.zeros(size, size, dtype=torch.float64, device=backend.device)
     for value in backend.sum_over_model(rows, "gradient").values():
-        whole = backend.gather_candidates(value).double()
+        whole = backend.gather_candidates(value)[:size].double()
         total += whole @ whole.t()
     return backend.sum_over_model({"": total}, "stages")[""].cpu()

@@ -28,6 +28,8 @@ class SamplerEntry:
 
     name: str
     draw: Draw
+    greedy: bool
+    """Whether it takes the largest utilities whatever the temperature, so that nothing is drawn."""
     needs: Mapping[str, str]
     origin: str
 
@@ -36,11 +38,14 @@ SAMPLERS: Registry[SamplerEntry] = Registry("sampler", __name__.rpartition(".")[
 """Every sampler."""
 
 
-def register_sampler(name: str) -> Callable[[Draw], Draw]:
-    """Decorate a ``Draw``, so that ``selection.sampler`` can name it. Raises ValueError for a name that is taken."""
+def register_sampler(name: str, *, greedy: bool = False) -> Callable[[Draw], Draw]:
+    """Decorate a ``Draw``, so that ``selection.sampler`` can name it. Raises ValueError for a name that is taken.
+
+    ``greedy``: as in ``SamplerEntry``.
+    """
 
     def register(draw: Draw) -> Draw:
-        SAMPLERS.add(SamplerEntry(name=name, draw=draw, needs={}, origin=origin_of(draw)))
+        SAMPLERS.add(SamplerEntry(name=name, draw=draw, greedy=greedy, needs={}, origin=origin_of(draw)))
         return draw
 
     return register

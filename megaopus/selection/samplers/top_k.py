@@ -7,7 +7,7 @@ from torch import Tensor
 from megaopus.selection.samplers.registry import register_sampler
 
 
-@register_sampler("top_k")
+@register_sampler("top_k", greedy=True)
 def top_k(utilities: Tensor, ids: Tensor, temperature: float, key: int) -> Tensor:
     """Give the utilities as they are."""
     return utilities

@@ -1,0 +1,15 @@
+"""Takes paths from the command line by the rule of path settings."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megaopus.settings import address_refusal
+
+
+def local_path(text: str) -> Path:
+    """Read an argument that names a file or folder of this machine; refused if it is an address such as s3://."""
+    if found := address_refusal(text):
+        raise argparse.ArgumentTypeError(f"{text} {found[0]}: {found[1]}")
+    return Path(text)

@@ -1,0 +1,134 @@
+"""Chooses the finite-difference step of directional scoring, and measures what rounding and curvature leave of it.
+
+A difference of two losses must be well above the rounding of either, and the loss nearly straight over it. Both are
+about nats, not about optimizer steps, which shrink with the learning rate (docs/decisions/010).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megaopus.selection.backend import Gradient, ScoringBackend
+
+NATS = {False: 0.005, True: 0.025}
+"""Change of the proxy's loss that a step should make; True: where the model computes in 16 bits."""
+PERIOD = 64
+"""Training steps from one judgement of the step to the next."""
+DROWNED = 5.0
+"""Signal over rounding below which ranks are noise to a good part: Spearman with the oracle was .97 there."""
+_TOLERANCE = 0.2
+"""Share of the differences that may change when the step is halved, before other steps are tried."""
+_RISE = 1.5
+"""Growth of that share by which rounding is known: each halving doubles its part."""
+_RISES_DOWN = 3
+"""In a row, after which smaller steps are no better; one would be chance where the loss turns several times."""
+_MOST_LEVELS = 12
+_LARGEST_POWER = 64
+
+
+class Judgement(NamedTuple):
+    """Says what was found out about a step."""
+
+    level: int
+    """Power of two by which it should have been larger."""
+    rounding: float
+    """Standard deviation of the error of a difference, in nats: rounding, and what is left of curvature."""
+
+
+def step_size(backend: ScoringBackend, direction: Gradient, gradient: Gradient, *, level: int = 0) -> float:
+    """The power of two, in units of ``direction``, nearest to a change of the proxy's loss by ``NATS``; times 2^level.
+
+    ``gradient``: of the proxy's loss. A power of two, since ranks and layouts round the change to other last bits; the
+    same on every rank. 1 where there is no change to go by. Collective.
+    """
+    change = abs(predicted_change(backend, direction, gradient))
+    if not 0 < change < math.inf:
+        return 1.0
+    power = round(math.log2(NATS[backend.computes_in_16_bits] / change)) + level
+    return 2.0 ** max(-_LARGEST_POWER, min(_LARGEST_POWER, power))
+
+
+def predicted_change(backend: ScoringBackend, direction: Gradient, gradient: Gradient) -> float:
+    """<direction, gradient> over the whole model, each weight once: by how much a loss changes along it, in nats.
+
+    Rank 0's on every rank. Collective.
+    """
+    counts: Callable[[str], bool] = getattr(backend, "counts", lambda name: True)  # version 0.1 had no such method
+    products = [(direction[name] * gradient[name]).sum(dtype=torch.float64) for name in direction if counts(name)]
+    start = torch.zeros(1, dtype=torch.float64, device=backend.device)
+    total = start if not products else torch.stack(products).sum().view(1).to(start)
+    everywhere = backend.sum_over_ranks(start[:0], total)[1] / backend.world_size
+    return float(backend.from_rank_0(everywhere))
+
+
+def judge(differences: Callable[[int], Tensor], sides: str, *, search: bool) -> Judgement | None:
+    """Judge a step by halving it: what the halves do not add up to is rounding and curvature.
+
+    ``differences(level)``: (N,) float64 differences of the candidates' losses over 2^level times the step, the same on
+    every rank. ``search``: where too much does not add up, go down (curvature falls, rounding grows), then up, to the
+    step with the least. None if nothing can be told: no two finite values that differ.
+    """
+    shares: dict[int, tuple[float, float]] = {}
+
+    def share(level: int) -> float:
+        whole, half = differences(level), differences(level - 1)
+        known = whole.isfinite() & half.isfinite()
+        left = float((whole - 2 * half)[known].square().mean().sqrt()) if known.any() else math.nan
+        signal = float(whole[known].std(correction=0)) if known.any() else 0.0
+        shares[level] = (left / signal if signal > 0 else math.inf, left)
+        return shares[level][0]
+
+    def best() -> int:
+        return min(shares, key=lambda level: shares[level][0])
+
+    if not math.isfinite(share(0)):
+        return None
+    for way, most in ((-1, _RISES_DOWN), (1, 1)) if search else ():
+        level, rises, latest = 0, 0, shares[0][0]
+        while shares[best()][0] > _TOLERANCE and rises < most and abs(level) < _MOST_LEVELS:
+            level, before = level + way, latest
+            latest = share(level)
+            rises = rises + 1 if latest > _RISE * before else 0
+    # each loss is rounded by itself: variances 5/2 of one loss's against the 1/2 of a central difference, 6 against 2
+    return Judgement(best(), shares[best()][1] / (5.0 if sides == "central" else 3.0) ** 0.5)
+
+
+class StepJudge:
+    """Keeps what was found out about the steps of one run, and says when to find out again."""
+
+    def __init__(self) -> None:
+        self.level = 0
+        """Power of two by which steps are larger than ``NATS`` asks for."""
+        self._rounding: float | None = None
+        self._period: int | None = None
+
+    def due(self, step: int) -> bool:
+        """Return whether no step of this period was judged."""
+        return step // PERIOD != self._period
+
+    def keep(self, found: Judgement, step: int) -> None:
+        """Go by a judgement until the next period."""
+        self.level += found.level
+        self._rounding, self._period = found.rounding, step // PERIOD
+
+    def signal_to_rounding(self, utilities: Tensor, epsilon: float) -> float | None:
+        """Spread of (N,) utilities measured at a step, over the error of each; None: not known, or no error seen."""
+        finite = utilities[utilities.isfinite()]
+        if not self._rounding or len(finite) < 2:
+            return None
+        return float(finite.std(correction=0)) * epsilon / self._rounding
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values; empty before the first judgement."""
+        if self._period is None:
+            return {}
+        return {"level": self.level, "rounding": self._rounding, "period": self._period}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``; an empty one is judged anew."""
+        self.level, self._rounding, self._period = state.get("level", 0), state.get("rounding"), state.get("period")

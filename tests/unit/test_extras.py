@@ -1,0 +1,59 @@
+"""Where a message says which extra to install: there is one of that name, it has the package, and it is pinned."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+HINT = re.compile(r"megaopus\[([\w-]+)\]")
+
+
+def package(requirement: str) -> str:
+    """The name in a requirement or a pin, as package registries compare it."""
+    return re.match(r"[\w-]+", requirement).group().lower().replace("_", "-")  # type: ignore[union-attr]
+
+
+def distributions(module: str) -> set[str]:
+    """Packages that have a module; one that is not installed is taken to be called as its module."""
+    top = module.partition(".")[0]
+    return {package(name) for name in packages_distributions().get(top, [top])}
+
+
+def hints() -> Iterator[tuple[str, str, str]]:
+    """(where, module, extra) of each import of a package that may be missing."""
+    for path in sorted((ROOT / "megaopus").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "needed":
+                module, *_, extra = [*node.args[:1], ast.Constant("data"), *node.args[2:]]
+                yield where, ast.literal_eval(module), ast.literal_eval(extra)
+            if isinstance(node, ast.Try) and (extras := HINT.findall(ast.unparse(node.handlers))):  # type: ignore[arg-type]
+                for inside in node.body:
+                    names = [each.name for each in inside.names] if isinstance(inside, ast.Import) else []
+                    names += [inside.module or ""] if isinstance(inside, ast.ImportFrom) else []
+                    yield from ((where, name, extra) for name in names for extra in extras)
+
+
+def test_the_extra_of_each_hint_has_the_package() -> None:
+    found = list(hints())
+    assert {extra for _, _, extra in found} >= {"data", "fasttext", "transformers", "sentence-transformers", "wandb"}
+    for where, module, extra in found:
+        assert extra in EXTRAS, f"{where}: pip install 'megaopus[{extra}]' installs no extra"
+        has = {package(each) for each in [*PROJECT["dependencies"], *EXTRAS[extra]]}
+        assert distributions(module) & has, f"{where}: megaopus[{extra}] does not install {module}"
+
+
+def test_extras_that_are_named_exist_and_are_pinned() -> None:
+    pinned = {package(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    texts = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", *(ROOT / "megaopus").rglob("*.py")]
+    named = {extra for path in texts for extra in HINT.findall(path.read_text())}
+    assert named <= EXTRAS.keys()
+    for extra in EXTRAS.keys() - {"dev"}:
+        assert {package(each) for each in EXTRAS[extra]} <= pinned, extra
