@@ -19,12 +19,14 @@ from torch import Tensor
 from benchmarks.reference_gpt import ReferenceGPT
 from megaopus.build import build_engine
 from megaopus.config.compose import compose
+from megaopus.data.corpus import Corpus
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.gpt_forward import SampledLabels
 from megaopus.models import gpt
 from megaopus.models.flops import padded_vocab
+from tests.compat.v01 import FIXTURE
 from tests.exact.scoring_runs import SETTINGS, relative_error, same_picks, select, served
 from tests.exact.test_engine_layouts import assert_close, train
 from tests.harness import LLAMA, TINY, gentle, random_batch, tiny_engine
@@ -149,15 +151,15 @@ def test_losses_and_gradient_are_those_of_plain_pytorch_in_float64(mesh: Mesh) -
     assert engine.train_step(batch).loss == pytest.approx(float(losses.mean()), rel=1e-6)
 
 
-@pytest.mark.parametrize(("given", "counted"), [("null", VOCAB), ("200", 200)])
+@pytest.mark.parametrize(("given", "counted"), [("null", 320), ("350", 350)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_models_vocabulary_wins_over_the_tokenizers(given: str, counted: int, precision: str, mesh: Mesh) -> None:
-    """Where every logit is equal, the loss is the logarithm of how many count."""
+    """Where every logit is equal, the loss is the logarithm of how many count; the corpus has 320, padded to 384."""
     shape = ["model.num_layers=1", "model.hidden_size=16", "model.num_heads=2", "data.seq_len=16"]
-    config = compose(
-        ["data.path=corpus", "engine=cpu", f"engine.precision={precision}", *shape, f"model.vocab_size={given}"]
-    )
-    engine = build_engine(config, mesh, VOCAB)
+    corpus = [f"data.path={FIXTURE / 'corpus'}", "selection=uniform", "train.global_batch_size=4"]
+    chosen = ["engine=cpu", f"engine.precision={precision}", f"model.vocab_size={given}"]
+    config = compose([*shape, *corpus, *chosen, "train.micro_batch_size=4"])
+    engine = build_engine(config, mesh, Corpus.open(config.data.path).vocab_size)
     with torch.no_grad():
         engine.module.embedding.word_embeddings.weight.zero_()
     losses = engine.evaluate(random_batch(4, 0))
