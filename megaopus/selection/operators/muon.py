@@ -13,7 +13,7 @@ from megaopus.selection.operators.registry import operator_of_class
 from megaopus.selection.operators.rule import whole
 
 
-@operator_of_class("Muon")
+@operator_of_class("Muon", state=("momentum_buffer",))
 def muon(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
     """Muon: lr s kappa S / ||M||_F, M the momentum buffer, S = S_k .. S_1, S_j = aI + bA_j + cA_j^2, A_j = X_j X_j^T.
 
@@ -28,7 +28,7 @@ def muon(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) 
     return _one_sided(group, matrix * (group["lr"] * _muon_shape_scale(group, rows, columns)), rows <= columns)
 
 
-@operator_of_class("NAMO")
+@operator_of_class("NAMO", state=("momentum_buffer",))
 def namo(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
     """NAMO: Muon's with min(0.2 a sqrt(max(m, n)), 1) for lr s; a as the optimizer's with ||M|| for ||U||, frozen.
 
@@ -43,7 +43,7 @@ def namo(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) 
     return _one_sided(group, matrix * scale, rows <= columns)
 
 
-@operator_of_class("NAMOD")
+@operator_of_class("NAMOD", state=("momentum_buffer",))
 def namo_d(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
     """NAMO-D: S / ||M||_F kappa, then columns times min(0.2 sqrt(max(m, n)) e s_j, 1), s_j clamped, all frozen.
 
