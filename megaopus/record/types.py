@@ -191,12 +191,12 @@ class SelectionRecord:
     max_p_ratio: float = field(
         metadata=metric("", "Largest probability over the uniform one.", wandb="selection/max_p_ratio")
     )
-    signal_to_rounding: float | None = field(
+    signal_to_error: float | None = field(
         default=None,
         metadata=metric(
             "",
             "Spread of the utilities over the error of each; null: not measured.",
-            wandb="selection/signal_to_rounding",
+            wandb="selection/signal_to_error",
         ),
     )
     events: list[Event] = field(

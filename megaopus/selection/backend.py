@@ -123,6 +123,8 @@ class GhostLayer:
     """Embedding: the token id of the first row that this rank holds."""
     counted: bool = True
     """False: another rank holds the same weight, sees the same tokens, and counts this use."""
+    transposed: bool = False
+    """The weight is (inputs, outputs), as in transformers' Conv1D: a and b are handed out in each other's place."""
     tied: bool = False
     """The matrix has uses of the other kind as well, perhaps on another pipeline stage."""
 

@@ -69,7 +69,7 @@ class Selection:
     """What was found out on the way and goes as it should: the micro-batch size, once."""
     seconds: float
     """Wall time of the selection."""
-    signal_to_rounding: float | None = None
+    signal_to_error: float | None = None
     """Spread of the utilities over the error that rounding and curvature leave in each, as measured last; None: not
     known, as where no difference of losses is taken."""
     more: Mapping[str, Any] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class Choice:
     prescreen_score: Tensor | None = None
     exposures: Tensor | None = None
     redundancy: Redundancy | None = None
-    signal_to_rounding: float | None = None
+    signal_to_error: float | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
     uniform: Tensor | None = None
     """(N,) bool which of those scored a prescreen drew uniformly, for it to be judged by; None: it screened nobody, or
@@ -157,6 +157,6 @@ class Choice:
             events=[] if served else list(self.events),
             notes=[],
             seconds=0.0,
-            signal_to_rounding=None if served else self.signal_to_rounding,
+            signal_to_error=None if served else self.signal_to_error,
             more={} if served else self.more,
         )

@@ -354,6 +354,12 @@ class SelectionConfig:
         """``layers`` with auto resolved for the estimator."""
         return estimators.ESTIMATORS.find(self.estimator).auto_layers if self.layers == "auto" else self.layers
 
+    @property
+    def captures(self) -> bool:
+        """Return whether the estimator, or what it borrows sketches from, captures activations of layers."""
+        entry = estimators.ESTIMATORS.find(self.estimator)
+        return "hooks" in entry.needs or (entry.gram is None and self.redundancy > 0)
+
     def ghost_layers(self) -> str:
         """The layers whose sketches are taken."""
         return "linear" if self.layers == "auto" else self.layers

@@ -117,7 +117,7 @@ def decide(evidence: Evidence, config: SelectionConfig, key: Key, num_selected: 
         "prescreen_score": evidence.prescreen_score,
         "exposures": evidence.exposures,
         "uniform": None if values is None or uniform is None else _where(len(everyone), scored[uniform]),
-        "signal_to_rounding": scores.signal_to_rounding,
+        "signal_to_error": scores.signal_to_error,
         "more": {name: _spread(len(everyone), scored, numbers) for name, numbers in scores.columns.items()},
     }
     if evidence.distrust:

@@ -26,7 +26,7 @@ class Scores:
     gram: Tensor | None = None
     """(n, n) float64 inner products of their updates, where there is a redundancy term."""
     events: tuple[Event, ...] = ()
-    signal_to_rounding: float | None = None
+    signal_to_error: float | None = None
     """Spread of the utilities over the error of each (``estimators.registry.Refining``); None: not known."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     """More numbers of them for the record: column (``candidate_table.COLUMNS``) -> (n,)."""

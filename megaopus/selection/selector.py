@@ -240,7 +240,7 @@ class Selector:
             going_on = {
                 "selection.cap_lifted": event.facts.get("cap"),
                 "selection.practically_uniform": "",
-                "selection.rounding": "",
+                "selection.imprecise": "",
             }
             if event.kind in going_on:
                 name = f"{event.kind} {going_on[event.kind]}"

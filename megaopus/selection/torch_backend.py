@@ -19,7 +19,7 @@ from megaopus.selection.candidates import even_share, map_tensors, tensors_of
 from megaopus.selection.estimators.ghost import GhostCapture
 from megaopus.selection.old_names import OldBackendNames
 from megaopus.selection.operators.build import held_by, operator_of
-from megaopus.selection.operators.registry import factory_of
+from megaopus.selection.operators.registry import factory_of, unwrapped
 
 Loss = Callable[[nn.Module, Batch], Tensor]  # (model, batch of n sequences) -> (n,) mean token loss of each
 
@@ -30,7 +30,8 @@ class ModuleBackend(OldBackendNames):
     ``group``: the data-parallel process group (every rank holds the same weights), or None for one process.
     ``micro_batch_size``: sequences per forward-backward pass of the proxy gradient, on each rank.
     ``example``: a batch on which the loss is tried at once, so that one of another shape is refused here.
-    DistributedDataParallel is unwrapped, so that no scoring pass touches its gradient reduction. A compiled module
+    DistributedDataParallel is unwrapped, so that no scoring pass touches its gradient reduction, and so are optimizers
+    as accelerate or Lightning prepare them. A compiled module
     stays compiled where only losses are needed, and runs eagerly where activations are captured.
     Raises TypeError for an optimizer whose update rule is not known (``register_operator``), ValueError for one that
     holds none of the model's trained parameters and for a loss that gives no number for each sequence of ``example``.
@@ -47,7 +48,8 @@ class ModuleBackend(OldBackendNames):
         example: Batch | None = None,
     ):
         self.model, self.module = _unwrap(model)
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        given = [optimizer] if hasattr(optimizer, "param_groups") else list(optimizer)
+        self.optimizers = [unwrapped(each) for each in given]
         for each in self.optimizers:
             factory_of(each)
         self._refuse_foreign()
@@ -167,19 +169,21 @@ class ModuleBackend(OldBackendNames):
             restore()
 
     def ghost_layers(self) -> list[GhostLayer]:
-        """Every nn.Linear and nn.Embedding whose weight is trained; a tied weight comes once per use."""
+        """Every nn.Linear, nn.Embedding and Conv1D of transformers whose weight is trained; a tied one once per use."""
         names = {id(p): name for name, p in self.parameters().items()}
         found = []
         for module in self.module.modules():
-            kind = (
-                "linear" if isinstance(module, nn.Linear) else "embedding" if isinstance(module, nn.Embedding) else None
-            )
-            if kind is not None and id(module.weight) in names:
+            kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
+            known = isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module)
+            if known and id(module.weight) in names:
                 found.append((names[id(module.weight)], module, kind))
         kinds: dict[str, set[str]] = {}
         for name, _, kind in found:
             kinds.setdefault(name, set()).add(kind)
-        return [GhostLayer(name, module, kind, tied=len(kinds[name]) > 1) for name, module, kind in found]
+        return [
+            GhostLayer(name, module, kind, transposed=_is_conv1d(module), tied=len(kinds[name]) > 1)
+            for name, module, kind in found
+        ]
 
     def ghost_pass(
         self,
@@ -357,6 +361,12 @@ class _LossModule(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.loss(self.model, batch)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Return whether it is transformers' linear layer with a weight (inputs, outputs), which GPT-2 is made of."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2
 
 
 def _unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -55,7 +55,7 @@ def selection_record(
         pool_share=candidates.share(),
         ess=selection.ess,
         max_p_ratio=selection.max_p_ratio,
-        signal_to_rounding=selection.signal_to_rounding,
+        signal_to_error=selection.signal_to_error,
         events=selection.events,
         predicted_fall=None if realised_fall is None else selection.predicted_fall,
         uniform_fall=None if realised_fall is None else selection.uniform_fall,

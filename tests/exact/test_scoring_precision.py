@@ -167,14 +167,14 @@ def test_a_step_that_drowns_in_bf16_is_told_and_adjoint_takes_no_difference(trai
         ours, theirs = (selector_of(engine, text, proxy_half_life=0.0, epsilon=epsilon) for epsilon in (None, 1.0))
         first, second = (theirs.select(text(64, 500), step) for step in (STEPS, STEPS + 1))
         (event,) = first.events
-        assert (event.kind, event.facts["level"]) == ("selection.rounding", 5)
-        assert event.facts["signal_to_rounding"] == first.signal_to_rounding < 2
-        assert "use estimator=adjoint, which takes no difference of losses, or more tokens" in str(event)
+        assert (event.kind, event.facts["level"]) == ("selection.imprecise", 5)
+        assert event.facts["signal_to_error"] == first.signal_to_error < 2
+        assert "leave selection.epsilon to be found, or use estimator=adjoint" in str(event)
         assert second.events == []  # said once
-        assert second.signal_to_rounding < 2
+        assert second.signal_to_error < 2
         chosen = ours.select(text(64, 500), STEPS)
         assert chosen.events == []
-        assert chosen.signal_to_rounding > 10
+        assert chosen.signal_to_error > 10
 
 
 def selector_of(engine: MegatronEngine, pool: Any, **settings: Any) -> Selector:

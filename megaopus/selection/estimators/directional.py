@@ -145,9 +145,9 @@ class Directional:
         self._epsilon = first * 2.0**found.level
         return own[found.level] / self._epsilon
 
-    def signal_to_rounding(self, utilities: Tensor) -> float | None:
+    def signal_to_error(self, utilities: Tensor) -> float | None:
         """Spread of the latest utilities (N,) over the error of each, as judged last; None: not known."""
-        return self._judge.signal_to_rounding(utilities, self._epsilon)
+        return self._judge.signal_to_error(utilities, self._epsilon)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values: what was found out about steps."""

@@ -84,11 +84,14 @@ class GhostCapture:
             rows = self.rows
             act_a = (args or tuple(kwargs.values()))[0].detach()
             version = act_a._version
-            act = output[0] if isinstance(output, tuple) else output
-            replaced = None
+            output_act = act = output[0] if isinstance(output, tuple) else output
+            if _is_shared(layer, act_a, rows.stop - rows.start):
+                act_a, act = (_for_each(part, act_a.ndim, rows.stop - rows.start) for part in (act_a, act))
             if not act.requires_grad:
                 # first layer of a frozen model; a clone, since a leaf may not be changed in place
                 act = act.detach().requires_grad_().clone()
+            replaced = None
+            if act is not output_act:
                 replaced = (act, *output[1:]) if isinstance(output, tuple) else act
 
             def backward_hook(grad_b: Tensor) -> None:
@@ -110,7 +113,28 @@ class GhostCapture:
             act_a, grad_b = layer.collect(act_a, grad_b)
         if layer.counted:
             count = rows.stop - rows.start
-            self._consume(layer, rows, rows_by_sequence(layer, act_a, count), rows_by_sequence(layer, grad_b, count))
+            act_a, grad_b = (rows_by_sequence(layer, act, count) for act in (act_a, grad_b))
+            if layer.transposed:
+                act_a, grad_b = grad_b, act_a
+            self._consume(layer, rows, act_a, grad_b)
+
+
+def _is_shared(layer: GhostLayer, ids: Tensor, count: int) -> bool:
+    """Return whether an embedding is of ids for all ``count`` sequences: positions, (1, T) or (T,).
+
+    Of (T,) with T = ``count`` those that count up from 0 are positions, any others one id for each sequence.
+    """
+    if layer.kind != "embedding" or layer.collect is not None:
+        return False
+    if ids.ndim == 1:
+        return len(ids) != count or (count > 1 and bool((ids == torch.arange(count, device=ids.device)).all()))
+    return ids.shape[0] == 1 < count
+
+
+def _for_each(part: Tensor, axes: int, count: int) -> Tensor:
+    """Copy what is for all sequences, with ``axes`` axes of ids, to each of them: (count, T, ...)."""
+    part = part.unsqueeze(0) if axes == 1 else part
+    return part.expand(count, *part.shape[1:]).clone()
 
 
 def rows_by_sequence(layer: GhostLayer, act: Tensor, count: int) -> Tensor:

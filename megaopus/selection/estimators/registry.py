@@ -56,7 +56,7 @@ class Refining(Protocol):
     def refine(self, request: Request, parts: Tensor, step: int) -> Tensor:
         """``parts`` that ``estimate`` gave at a training step, or better ones. Collective."""
 
-    def signal_to_rounding(self, utilities: Tensor) -> float | None:
+    def signal_to_error(self, utilities: Tensor) -> float | None:
         """Spread of the latest utilities (N,) over the error of each; None: not known."""
 
     def state_dict(self) -> dict[str, Any]:

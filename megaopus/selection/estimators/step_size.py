@@ -20,13 +20,14 @@ NATS = {False: 0.005, True: 0.025}
 PERIOD = 64
 """Training steps from one judgement of the step to the next."""
 DROWNED = 5.0
-"""Signal over rounding below which ranks are noise to a good part: Spearman with the oracle was .97 there."""
-_TOLERANCE = 0.2
+"""Spread of utilities over their error below which ranks are noise to a good part: Spearman with the oracle was .97
+there."""
+_TOLERANCE = 0.1
 """Share of the differences that may change when the step is halved, before other steps are tried."""
 _RISE = 1.5
 """Growth of that share by which rounding is known: each halving doubles its part."""
-_RISES_DOWN = 3
-"""In a row, after which smaller steps are no better; one would be chance where the loss turns several times."""
+_CHANCE = 0.5
+"""Share that differences may happen to have which have nothing to do with each other; about 2 on average."""
 _MOST_LEVELS = 12
 _LARGEST_POWER = 64
 
@@ -36,7 +37,7 @@ class Judgement(NamedTuple):
 
     level: int
     """Power of two by which it should have been larger."""
-    rounding: float
+    error: float
     """Standard deviation of the error of a difference, in nats: rounding, and what is left of curvature."""
 
 
@@ -70,17 +71,18 @@ def judge(differences: Callable[[int], Tensor], sides: str, *, search: bool) -> 
     """Judge a step by halving it: what the halves do not add up to is rounding and curvature.
 
     ``differences(level)``: (N,) float64 differences of the candidates' losses over 2^level times the step, the same on
-    every rank. ``search``: where too much does not add up, go down (curvature falls, rounding grows), then up, to the
-    step with the least. None if nothing can be told: no two finite values that differ.
+    every rank. ``search``: where too much does not add up, look among smaller steps (less curvature, more rounding) and
+    larger ones for the one with the least. None if nothing can be told: no two finite values that differ.
     """
     shares: dict[int, tuple[float, float]] = {}
 
     def share(level: int) -> float:
-        whole, half = differences(level), differences(level - 1)
-        known = whole.isfinite() & half.isfinite()
-        left = float((whole - 2 * half)[known].square().mean().sqrt()) if known.any() else math.nan
-        signal = float(whole[known].std(correction=0)) if known.any() else 0.0
-        shares[level] = (left / signal if signal > 0 else math.inf, left)
+        if level not in shares:
+            whole, half = differences(level), differences(level - 1)
+            known = whole.isfinite() & half.isfinite()
+            left = float((whole - 2 * half)[known].square().mean().sqrt()) if known.any() else math.nan
+            signal = float(whole[known].std(correction=0)) if known.any() else 0.0
+            shares[level] = (left / signal if signal > 0 else math.inf, left)
         return shares[level][0]
 
     def best() -> int:
@@ -88,14 +90,25 @@ def judge(differences: Callable[[int], Tensor], sides: str, *, search: bool) -> 
 
     if not math.isfinite(share(0)):
         return None
-    for way, most in ((-1, _RISES_DOWN), (1, 1)) if search else ():
-        level, rises, latest = 0, 0, shares[0][0]
-        while shares[best()][0] > _TOLERANCE and rises < most and abs(level) < _MOST_LEVELS:
-            level, before = level + way, latest
-            latest = share(level)
-            rises = rises + 1 if latest > _RISE * before else 0
+    if search and share(0) > _TOLERANCE:
+        rounding = share(-1) > _RISE * share(0)
+        for way in (1, -1) if rounding else (-1, 1):
+            if best() * way >= 0 or shares[best()][0] > _CHANCE:  # the other way has not helped
+                _walk(share, way)
     # each loss is rounded by itself: variances 5/2 of one loss's against the 1/2 of a central difference, 6 against 2
     return Judgement(best(), shares[best()][1] / (5.0 if sides == "central" else 3.0) ** 0.5)
+
+
+def _walk(share: Callable[[int], float], way: int) -> None:
+    """Try levels up (1) or down (-1) from 0 until a share is small enough, or grows: by chance it may on the way down.
+
+    Where the loss turns several times over a step, shares on the way down say nothing until it turns no more.
+    """
+    level = 0
+    while share(level) > _TOLERANCE and abs(level) < _MOST_LEVELS:
+        level, before = level + way, share(level)
+        if share(level) > _RISE * before and (way > 0 or before <= _CHANCE):
+            return
 
 
 class StepJudge:
@@ -104,7 +117,7 @@ class StepJudge:
     def __init__(self) -> None:
         self.level = 0
         """Power of two by which steps are larger than ``NATS`` asks for."""
-        self._rounding: float | None = None
+        self._error: float | None = None
         self._period: int | None = None
 
     def due(self, step: int) -> bool:
@@ -114,21 +127,21 @@ class StepJudge:
     def keep(self, found: Judgement, step: int) -> None:
         """Go by a judgement until the next period."""
         self.level += found.level
-        self._rounding, self._period = found.rounding, step // PERIOD
+        self._error, self._period = found.error, step // PERIOD
 
-    def signal_to_rounding(self, utilities: Tensor, epsilon: float) -> float | None:
+    def signal_to_error(self, utilities: Tensor, epsilon: float) -> float | None:
         """Spread of (N,) utilities measured at a step, over the error of each; None: not known, or no error seen."""
         finite = utilities[utilities.isfinite()]
-        if not self._rounding or len(finite) < 2:
+        if not self._error or len(finite) < 2:
             return None
-        return float(finite.std(correction=0)) * epsilon / self._rounding
+        return float(finite.std(correction=0)) * epsilon / self._error
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values; empty before the first judgement."""
         if self._period is None:
             return {}
-        return {"level": self.level, "rounding": self._rounding, "period": self._period}
+        return {"level": self.level, "error": self._error, "period": self._period}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``; an empty one is judged anew."""
-        self.level, self._rounding, self._period = state.get("level", 0), state.get("rounding"), state.get("period")
+        self.level, self._error, self._period = state.get("level", 0), state.get("error"), state.get("period")

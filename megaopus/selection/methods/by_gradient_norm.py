@@ -6,15 +6,17 @@ gradient of a candidate is formed where its factors are smaller: |sum_t b_t a_t^
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megaopus.events import Event
 from megaopus.selection.backend import Candidates, GhostLayer, ScoringBackend
 from megaopus.selection.estimators.ghost import per_sample_gradient
-from megaopus.selection.estimators.layers import require_some
+from megaopus.selection.estimators.layers import require_enough, require_some
 from megaopus.selection.methods.registry import register_method
 from megaopus.selection.scoring import Scores, ScoringStep
 
@@ -32,9 +34,12 @@ def grad_norm(step: ScoringStep) -> Scores:
     """Score by the norm of the gradient of all weights that are used in linear layers alone."""
     uses = [layer for layer in step.backend.ghost_layers() if layer.kind == "linear" and not layer.tied]
     step.once("some layer is scored", lambda: require_some(step.backend, len(uses), "linear"))
+    told: list[Event] = []
+    enough = functools.partial(require_enough, step.backend, step.backend.parameters(), uses, "linear")
+    step.once("enough weights are captured", lambda: told.extend(enough()))
     # The parts of a matrix that ranks hold do not overlap, so neither do their squares.
     squares = step.measured(lambda passes: squared_norms(step.backend, step.share, uses, passes))
-    return Scores(utilities=step.sum_parts(squares).sqrt())
+    return Scores(utilities=step.sum_parts(squares).sqrt(), events=tuple(told))
 
 
 def squared_norms(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from megaopus.events import Event
 from megaopus.selection.backend import Gradient, UpdateOperator
 from megaopus.selection.candidates import as_candidates
-from megaopus.selection.estimators.layers import require_some
+from megaopus.selection.estimators.layers import ghost_layers, require_enough, require_some
 from megaopus.selection.estimators.registry import ESTIMATORS, Refining, Request
 from megaopus.selection.estimators.step_size import DROWNED
 from megaopus.selection.methods.registry import register_method
@@ -54,6 +55,11 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
     average, bad = _average(step)
     layers = config.derived_layers()
     step.once("some layer is scored", lambda: require_some(backend, len(estimator.uses(backend, average)), layers))
+    told: list[Event] = []
+    if config.captures:
+        which = config.ghost_layers()
+        enough = functools.partial(require_enough, backend, average, ghost_layers(backend, which), which)
+        step.once("enough weights are captured", lambda: told.extend(enough()))
     if config.bounded:
         operator = operator.bounded(average)
 
@@ -76,12 +82,12 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
     gram = None if rows is None else _gram(step, rows)
     if bool(count > 0):
         text = "the proxy gradient is not finite: picked uniformly, and the gradient was left out of its average"
-        return Scores(utilities=None, events=(Event("selection.fallback.proxy_not_finite", text),))
+        return Scores(utilities=None, events=(*told, Event("selection.fallback.proxy_not_finite", text)))
     step.average.keep()
     utilities = utilities.cpu()[: len(step.buffer)]
-    precision = estimator.signal_to_rounding(utilities) if isinstance(estimator, Refining) else None
-    events = _why_equal(step, utilities, operator, average) or _drowned(precision)
-    return Scores(utilities=utilities, gram=gram, signal_to_rounding=precision, events=events)
+    precision = estimator.signal_to_error(utilities) if isinstance(estimator, Refining) else None
+    events = (*told, *(_why_equal(step, utilities, operator, average) or _drowned(precision)))
+    return Scores(utilities=utilities, gram=gram, signal_to_error=precision, events=events)
 
 
 def _why_equal(step: ScoringStep, utilities: Tensor, operator: UpdateOperator, gradient: Gradient) -> tuple[Event, ...]:
@@ -117,9 +123,11 @@ def _any(gradient: Gradient) -> Tensor:
 def _drowned(precision: float | None) -> tuple[Event, ...]:
     if precision is None or precision >= DROWNED:
         return ()
-    text = f"utilities spread by only {precision:.2g} times what rounding makes of them, so that picks are noise to a"
-    text += " good part: use estimator=adjoint, which takes no difference of losses, or more tokens (score_length)"
-    return (Event("selection.rounding", text, signal_to_rounding=precision, level=DROWNED),)
+    text = f"utilities spread by only {precision:.2g} times the error of each, which is of rounding, or of losses that"
+    text += (
+        " bend over the step: leave selection.epsilon to be found, or use estimator=adjoint, which takes no differences"
+    )
+    return (Event("selection.imprecise", text, signal_to_error=precision, level=DROWNED),)
 
 
 def _average(step: ScoringStep) -> tuple[Gradient, Tensor]:

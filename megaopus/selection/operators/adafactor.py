@@ -32,7 +32,7 @@ class _Rule(NamedTuple):
     """Under the mean of row_M1 and, as its square, under the second moment; None: there is none."""
 
 
-@operator_of_class("Adafactor")
+@operator_of_class("Adafactor", state=("row_var", "variance", "exp_avg_sq_row", "exp_avg_sq"))
 def adafactor(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
     """Adafactor: a_t / sqrt(V), a_t = max(RMS(W), eps2) min(lr, t^-0.5), V = R C / mean(R) or, of a vector, itself.
 

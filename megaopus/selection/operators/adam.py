@@ -13,7 +13,7 @@ from megaopus.selection.operators.registry import operator_of_class
 from megaopus.selection.operators.rule import refuse_maximize
 
 
-@operator_of_class("Adam", "AdamW", "FusedAdam")
+@operator_of_class("Adam", "AdamW", "FusedAdam", state=("exp_avg_sq",))
 def adam(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
     """Adam and AdamW: C_t / (sqrt(v / (1 - b2^(t-1))) + eps), C_t = lr (1 - b1) / (1 - b1^t).
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from megaopus.selection.backend import Gradient, Shard
 from megaopus.selection.operators.maps import Diagonal, ParameterOperator
-from megaopus.selection.operators.registry import factory_of
+from megaopus.selection.operators.registry import check_state, factory_of
 from megaopus.selection.operators.rule import scalar
 
 
@@ -79,7 +79,7 @@ def build_operator(
     """P_t of ``parameters`` (name -> the tensor the optimizer holds), or None while one of the optimizers has no state.
 
     ``muon_operator``: 'paper' or 'full' for Muon's; 'raw' for lr I whatever the optimizer, as GREATS has it.
-    Raises TypeError for an optimizer without a registered operator.
+    Raises TypeError for an optimizer without a registered operator, or with the state of another.
     """
     return operator_of(held_by(optimizers, parameters), muon_operator)
 
@@ -101,7 +101,9 @@ def operator_of(
             operator = Diagonal(scalar(each.group["lr"], each.parameter))
         else:
             settings = {**each.group, "muon_operator": muon_operator, "shard": (shards or {}).get(each.name)}
-            operator = factory_of(each.optimizer)(settings, each.state, each.parameter)
+            factory = factory_of(each.optimizer)
+            check_state(each.optimizer, factory, each.state, each.name)
+            operator = factory(settings, each.state, each.parameter)
         key = id(each.optimizer)
         with_state[key] = with_state.get(key, False) or operator is not None
         if operator is not None:

@@ -13,7 +13,7 @@ from megaopus.selection.operators.registry import operator_of_class
 from megaopus.selection.operators.rule import whole
 
 
-@operator_of_class("Conda")
+@operator_of_class("Conda", state=("exp_avg_sq",))
 def conda(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
     """Conda: Adam's, times ``scale``, in the basis Q. Bounded: v takes the rotated gradient in, as Adam's does."""
     if "projection" not in state or (moment := adam(group, state, parameter)) is None:

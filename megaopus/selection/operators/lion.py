@@ -12,7 +12,7 @@ from megaopus.selection.operators.registry import operator_of_class
 from megaopus.selection.operators.rule import refuse_maximize, saturated
 
 
-@operator_of_class("Lion")
+@operator_of_class("Lion", state=("exp_avg",))
 def lion(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
     """Lion: lr (1 - b1) / (b1 |m|): sign(c) = c / |c|, c = b1 m + (1 - b1) g, with the denominator frozen at g = 0.
 

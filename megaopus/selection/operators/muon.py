@@ -16,13 +16,13 @@ Scale = Callable[[Tensor], Tensor | float]
 """The whole of U -> what multiplies its orthogonalised form: a number, or one for each column."""
 
 
-@operator_of_class("Muon")
+@operator_of_class("Muon", state=("momentum_buffer",))
 def muon(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
     """Muon: s = lr times the optimizer's scale for the shape, the same whatever the gradient."""
     return _operator(group, state, lambda update: group["lr"] * _muon_shape_scale(group, *update.shape))
 
 
-@operator_of_class("NAMO")
+@operator_of_class("NAMO", state=("momentum_buffer",))
 def namo(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
     """NAMO: s = min(0.2 a sqrt(max(m, n)), 1), a as the optimizer's, its v frozen.
 
@@ -36,7 +36,7 @@ def namo(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) 
     return _operator(group, state, scale)
 
 
-@operator_of_class("NAMOD")
+@operator_of_class("NAMOD", state=("momentum_buffer",))
 def namo_d(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
     """NAMO-D: column j times s_j = min(0.2 sqrt(max(m, n)) e s_j, 1), s_j clamped, its V frozen.
 

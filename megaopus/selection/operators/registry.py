@@ -27,12 +27,21 @@ The group also holds ``muon_operator``, 'paper' or 'full', and ``shard``, the ``
 _SHIPPED: Registry[OperatorFactory] = Registry("update rule", "megaopus.selection.operators")
 _REGISTERED: dict[str, OperatorFactory] = {}
 """By users; these come first."""
+_STATE: dict[OperatorFactory, tuple[str, ...]] = {}
+"""Of the rules of this package: keys one of which is in the state of any parameter that was trained."""
 
 
-def operator_of_class(*optimizer_classes: str) -> Callable[[OperatorFactory], OperatorFactory]:
-    """Enter a rule of this package under the names of the classes that it is for."""
+def operator_of_class(
+    *optimizer_classes: str, state: tuple[str, ...] = ()
+) -> Callable[[OperatorFactory], OperatorFactory]:
+    """Enter a rule of this package under the names of the classes that it is for.
+
+    ``state``: keys one of which is in the state of any parameter that was trained; without any of them it is the state
+    of another class by the same name.
+    """
 
     def enter(factory: OperatorFactory) -> OperatorFactory:
+        _STATE[factory] = state
         for name in optimizer_classes:
             _SHIPPED.register(name, factory)
         return factory
@@ -45,9 +54,31 @@ def register_operator(optimizer_class: str, factory: OperatorFactory) -> None:
     _REGISTERED[optimizer_class] = factory
 
 
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer inside those that accelerate and Lightning put around it: both have the same parameter groups."""
+    for name in ("optimizer", "_optimizer"):
+        inner = getattr(optimizer, name, None)
+        if inner is not None and getattr(inner, "param_groups", None) is optimizer.param_groups:
+            return unwrapped(inner)
+    return optimizer
+
+
+def check_state(optimizer: Optimizer, factory: OperatorFactory, state: Mapping[str, Any], parameter: str) -> None:
+    """Raise TypeError if ``state`` of a parameter is not what the optimizer's rule goes by, but another class's."""
+    keys, found = _STATE.get(factory, ()), {key for key, value in state.items() if isinstance(value, Tensor)} - {"step"}
+    if keys and found and not found & set(keys):
+        cls = type(unwrapped(optimizer))
+        has, needs = ", ".join(sorted(found)), " or ".join(keys)
+        raise TypeError(
+            f"{cls.__module__}.{cls.__name__} has the name of an optimizer whose update operator is known, but the"
+            f" state of {parameter} has {has} where that has {needs}: it is another optimizer. Give its rule by"
+            " megaopus.selection.register_operator (docs/selection.md)"
+        )
+
+
 def factory_of(optimizer: Optimizer) -> OperatorFactory:
     """Find the rule of an optimizer; raises TypeError if its class and bases are unknown."""
-    known = {**_SHIPPED, **_REGISTERED}
+    known, optimizer = {**_SHIPPED, **_REGISTERED}, unwrapped(optimizer)
     for cls in type(optimizer).__mro__:
         if cls.__name__ in known:
             return known[cls.__name__]

@@ -12,7 +12,7 @@ from megaopus.selection.operators.registry import operator_of_class
 from megaopus.selection.operators.rule import refuse_maximize, scalar
 
 
-@operator_of_class("SGD")
+@operator_of_class("SGD", state=("momentum_buffer",))
 def sgd(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator:
     """torch.optim.SGD: lr I; with momentum lr (1 - dampening) I, with Nesterov lr (1 + momentum (1 - dampening)) I.
 

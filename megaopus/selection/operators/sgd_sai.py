@@ -12,7 +12,7 @@ from megaopus.selection.operators.registry import operator_of_class
 from megaopus.selection.operators.rule import scalar
 
 
-@operator_of_class("SGDSaI")
+@operator_of_class("SGDSaI", state=("gsnr",))
 def sgd_sai(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
     """SGD-SaI: lr gsnr (1 - mu) I; 0 while gsnr, which the first gradient sets, is not set."""
     if "gsnr" not in state:

@@ -12,7 +12,7 @@ from megaopus.selection.operators.registry import operator_of_class
 from megaopus.selection.operators.rule import saturated
 
 
-@operator_of_class("SophiaG")
+@operator_of_class("SophiaG", state=("hessian",))
 def sophia_g(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
     """Sophia-G: lr (1 - b1) / (rho h + eps); where |b1 m| is above rho h + eps, and the update clipped therefore, 0.
 
