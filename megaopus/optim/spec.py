@@ -33,6 +33,8 @@ class Spec:
     """Whether it keeps no state at all under these settings of its own; None: it always does."""
     extra_state: Callable[[int, int], int] | None = None
     """Numbers of state beyond ``shaped`` for a whole m x n matrix, held by every rank; None: a handful."""
+    map_size: Callable[[int, int], int] | None = None
+    """Numbers that its update operator takes for a whole m x n matrix (a vector is m x 1); None: one for each weight."""
     factored: bool = False
     """Vectors alone have ``shaped``; a matrix has ``extra_state`` in its place."""
     curvature: bool = False

@@ -17,9 +17,9 @@ from megaopus.models.flops import (
     training_flops_per_token,
 )
 from megaopus.planning.disk import choice_rows, disk_use
-from megaopus.planning.memory import precisions, scoring_micro_batch
+from megaopus.planning.memory import in_micro_batches, precisions, scoring_micro_batch
 from megaopus.selection.config import SelectionConfig
-from megaopus.selection.estimators.registry import ESTIMATORS, scoring_flops
+from megaopus.selection.estimators.registry import scoring_flops
 from megaopus.selection.methods.registry import METHODS, UNIFORM
 from megaopus.selection.registry import Flops
 
@@ -99,18 +99,10 @@ def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[st
     if selection.method != UNIFORM and (asked := selection.score_length) is not None:
         whole = f", whole sequences (score_length = {asked})" if asked > config.data.seq_len else ""
         rows["scored tokens"] = f"{config.scored_length()} of {config.data.seq_len} of each candidate{whole}"
-    if _in_micro_batches(selection):
+    if in_micro_batches(selection):
         how = "" if selection.score_micro_batch_size else " at most, found from free memory at the first scored step"
         rows["scoring micro-batch"] = f"{scoring_micro_batch(config, world_size)} on each rank{how}"
     return rows
-
-
-def _in_micro_batches(selection: SelectionConfig) -> bool:
-    """Tell whether scoring passes take ``score_micro_batch_size`` candidates at a time."""
-    method = METHODS.get(selection.method)
-    if method is not None and method.by_estimator:
-        return ESTIMATORS.find(selection.estimator).micro_batches
-    return method is not None and method.micro_batches
 
 
 def _record(config: RunConfig) -> str:
