@@ -21,9 +21,10 @@ from megaopus.selection.methods.registry import METHODS, UNIFORM
 TRAINING, PROXY, SCORING = "a training step", "the proxy's gradient", "scoring"
 PHASES = (TRAINING, PROXY, SCORING)
 """What a rank does in turn; its peak is that of the phase that takes most."""
+PROCESS_ROW = "process"
 PROCESS = {"cpu": 600 << 20, "cuda": 600 << 20}
 """Bytes that a process holds before any model. CPU: Python, torch and megatron-core, measured. CUDA: its context and
-kernels on the GPU, of the order that is known of H100s; torch does not count them, and nobody has measured them here."""
+kernels on the GPU, which torch does not count: of the order that is known of H100s, not measured here."""
 _MOST_MICRO_BATCHES = 4
 """Of a pipeline's scoring passes, micro-batches per stage at least (``engine.megatron.scoring``)."""
 
@@ -127,7 +128,7 @@ def memory(
         device = config.engine.device if config.engine.device != "auto" else ("cpu" if precision == "fp32" else "cuda")
     rank = _Rank(config, vocab_size, world_size, precision, stage, device)
     where = "Python, torch and megatron-core" if device == "cpu" else "CUDA's context and kernels, not measured"
-    rows = {"process": Row(0, PROCESS[device], where), **_held(rank), **_training(rank)}
+    rows = {PROCESS_ROW: Row(0, PROCESS[device], where), **_held(rank), **_training(rank)}
     return rows | _selection(rank)
 
 

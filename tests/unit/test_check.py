@@ -30,10 +30,8 @@ from megaopus.models.flops import (
     padded_vocab,
     training_flops_per_token,
 )
-from megaopus.optim.registry import OPTIMIZERS
 from megaopus.planning import estimate as check
-from megaopus.planning.memory import memory
-from tests.harness import random_batch, tiny_engine
+from tests.harness import tiny_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT2 = ModelConfig(num_layers=2, hidden_size=32, num_heads=4)
@@ -145,71 +143,6 @@ def test_groups_are_meshes_of_adjacent_tensor_parallel_ranks():
         "dp": [[0, 4], [1, 5], [2, 6], [3, 7]],
         "pp": [[rank] for rank in range(8)],
     }
-
-
-def test_memory_at_layouts():
-    config = small()
-    config.parallel.cp = 2
-    config.parallel.distributed_optimizer = True
-    count = count_parameters(config.model, 500, config.data.seq_len)
-    rows = memory(config, 500, 4, "bf16", 0)
-    assert rows["optimizer state"][0] == 8 * count // 4
-    assert rows["weights"][0] == 2 * count + 4 * count // 4
-    assert rows["logits"][0] == 8 * 128 * 512 * 8  # half the positions
-    # norms 4h, q 1h, gathered k v 4h, attention 1h, MLP 2 x 4h, of half the positions
-    assert rows["activations"][0] == 8 * 128 * 4 * 18 * 128 * 2
-    config = small()
-    config.train.micro_batch_size = 2
-    config.parallel.pp = 2
-    plain = [memory(config, 500, 2, "fp32", stage)["activations"][0] for stage in (0, 1)]
-    assert plain[0] == 2 * plain[1]
-    config.parallel.vpp = 2  # chunks of half the layers; 5 passes in flight on the first stage, 3 on the last
-    chunks = [memory(config, 500, 2, "fp32", stage)["activations"][0] for stage in (0, 1)]
-    assert [2 * size for size in chunks] == [5 * plain[1], 3 * plain[1]]
-
-
-def test_memory_of_weights_gradients_and_optimizers():
-    config = small()
-    count = count_parameters(config.model, 500, config.data.seq_len)
-    matrices = 4 * 12 * 128 * 128
-    rows = {precision: memory(config, 500, 1, precision, 0) for precision in ("fp32", "bf16")}
-    assert (rows["fp32"]["weights"][0], rows["bf16"]["weights"][0]) == (4 * count, 6 * count)
-    assert rows["fp32"]["gradients"][0] == rows["bf16"]["gradients"][0] == 4 * count
-    assert rows["fp32"]["optimizer state"][0] == 8 * count
-    assert rows["fp32"]["activations"][0] == 2 * rows["bf16"]["activations"][0]
-    # per token and layer: norms 4h, q k v 3h, attention 1h, MLP 2 x 4h
-    assert rows["fp32"]["activations"][0] == 8 * 256 * 4 * 16 * 128 * 4
-    assert rows["fp32"]["logits"][0] == 8 * 256 * 512 * 8
-    plain = rows["fp32"]["activations"][0]
-    config.optim.name = "muon"
-    assert memory(config, 500, 1, "fp32", 0)["optimizer state"][0] == 8 * count - 4 * matrices
-    config.engine.name, config.selection.method = "deepspeed", "opus"
-    rows = memory(config, 500, 2, "fp32", 0)
-    assert (rows["optimizer state"][0], rows["gathered state"][0]) == (4 * count - 2 * matrices, 4 * count)
-    config = small()
-    config.engine.recompute = True
-    assert memory(config, 500, 1, "fp32", 0)["activations"][0] < plain
-    config = small(method="opus", proxy_half_life=0.0)
-    assert memory(config, 500, 1, "fp32", 0)["direction"][0] == 8 * count
-    assert memory(config, 500, 1, "fp32", 0)["proxy gradient"][0] == 4 * count
-    config = small(method="opus", estimator="countsketch", redundancy=1.0, sketch_dim=100)
-    assert memory(config, 500, 2, "fp32", 0)["sketches"][0] == 4 * (32 // 2) * (4 * 4 + 1) * 100
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_memory_of_an_optimizer_is_what_its_state_takes(name):
-    config = small()
-    config.model, config.data.seq_len, config.optim.name = GPT2, 16, name
-    mesh = Mesh(ParallelConfig(), "cpu")
-    try:
-        engine = tiny_engine(mesh, model=GPT2, optim=config.optim)
-        engine.train_step(random_batch(8, 0))
-        state = [value for each in engine.optimizer.states() for key, value in each.state.items() if key != "step"]
-    finally:
-        mesh.close()
-    found = sum(value.numel() * value.element_size() for value in state)
-    handful = 4 * sum(value.numel() == 1 for value in state)
-    assert found - handful == memory(config, 128, 1, "fp32", 0)["optimizer state"][0]
 
 
 def printed(overrides, corpus, world_size=None):

@@ -58,7 +58,9 @@ def exact_estimate(
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     updates = 8 * sizes.weights * (sizes.candidates if config.redundancy else 0)
     return {
-        "exact gradients": Taken(48 * sizes.weights, "float64: weights, proxy gradient, a candidate's gradients, updates"),
+        "exact gradients": Taken(
+            48 * sizes.weights, "float64: weights, proxy gradient, a candidate's gradients, updates"
+        ),
         **({"updates": Taken(updates, "float64, of every candidate")} if updates else {}),
     }
 
