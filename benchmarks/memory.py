@@ -1,7 +1,7 @@
 """Hold the estimate of a rank's memory to what the real engine's tensors take, without a GPU.
 
 Each shape runs at each layout on fake CUDA tensors (benchmarks/fake_cuda): two training steps, then two scored buffers
-by every estimator. What was measured is kept in a file of results; a shape and layout that it has is not measured again.
+by every estimator. What was measured is kept in a file of results, and not measured again.
 
     python benchmarks/memory.py                     # print the table of benchmarks/results/memory.jsonl
     python benchmarks/memory.py --measure           # measure what is missing there first

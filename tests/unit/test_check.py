@@ -209,6 +209,55 @@ def test_check_refuses_what_does_not_fit_the_ranks(corpus):
         show(compose([f"data.path={corpus}", "parallel=tp2", "data.seq_len=64"]), 3)
 
 
+def test_the_launch_command_is_for_real_nodes(corpus):
+    def last_lines(*arguments, **options):
+        console = Console(file=io.StringIO(), width=200)
+        overrides = [f"data.path={corpus}", "data.seq_len=64", "train.global_batch_size=512", *arguments]
+        show(compose(overrides, world_size=64), 64, overrides, console=console, **options)
+        return console.file.getvalue().rstrip().rsplit("\n", 2)[1:]
+
+    where, command = last_lines()
+    assert where.startswith("Start it on each of 8 nodes, NODE_RANK from 0 to 7, MASTER_ADDR the first one's name")
+    place = '--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port 29500'
+    assert command.startswith(f"  torchrun --nnodes 8 --nproc-per-node 8 {place} -m megaopus train data.path=")
+    assert last_lines(per_node=4)[1].startswith("  torchrun --nnodes 16 --nproc-per-node 4 ")
+    where, command = last_lines("engine=cpu")  # on one node there
+    assert where == "Start it with:"
+    assert command.startswith("  torchrun --nproc-per-node 64 -m megaopus train ")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_node", "on_cpu", "expected"),
+    [
+        (1, 8, False, (1, 1)),
+        (8, 8, False, (1, 8)),
+        (16, 8, False, (2, 8)),
+        (12, 8, False, (2, 6)),
+        (64, 8, True, (1, 64)),
+    ],
+)
+def test_ranks_are_laid_out_on_equal_nodes(ranks, per_node, on_cpu, expected):
+    assert check.nodes_of(ranks, per_node, on_cpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "override", "said"),
+    [
+        ("deepspeed", "engine=deepspeed", "engine.name=deepspeed, but deepspeed cannot be imported"),
+        ("pytorch_optimizer", "optim=lion", "optim.name=lion, but pytorch_optimizer cannot be imported"),
+        ("wandb", "logging=wandb_offline", "the package wandb is not installed"),
+    ],
+)
+def test_check_says_what_the_run_would_be_refused_for(module, override, said, corpus, capsys, monkeypatch):
+    arguments = ["check", f"data.path={corpus}", "data.seq_len=64", "engine.device=cpu", override]
+    monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
+    assert main(arguments) == 2
+    text = capsys.readouterr().out
+    assert "The run would be refused here: " in text
+    assert said in text
+    assert text.index(said) < text.index("Start it with:")
+
+
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
