@@ -216,6 +216,7 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
 
     real_start = dist.init_process_group
     place = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # nobody calls there
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, place))
         stack.enter_context(mock.patch.object(dist, "init_process_group", start))

@@ -22,7 +22,7 @@ TRAINING, PROXY, SCORING = "a training step", "the proxy's gradient", "scoring"
 PHASES = (TRAINING, PROXY, SCORING)
 """What a rank does in turn; its peak is that of the phase that takes most."""
 PROCESS_ROW = "process"
-PROCESS = {"cpu": 600 << 20, "cuda": 600 << 20}
+PROCESS = {"cpu": 400 << 20, "cuda": 600 << 20}
 """Bytes that a process holds before any model. CPU: Python, torch and megatron-core, measured. CUDA: its context and
 kernels on the GPU, which torch does not count: of the order that is known of H100s, not measured here."""
 _MOST_MICRO_BATCHES = 4

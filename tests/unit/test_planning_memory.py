@@ -107,16 +107,15 @@ def test_the_peak_is_that_of_one_phase() -> None:
 @pytest.mark.parametrize("estimator", ["directional", "adjoint", "countsketch", "kronecker"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 def test_split_rows_add_up_to_the_whole_and_others_are_marked(optimizer: str, estimator: str) -> None:
-    config = small(method="opus", estimator=estimator, score_micro_batch_size=1)
+    config = small(method="opus", estimator=estimator, score_micro_batch_size=1, proxy_batch_size=16)
     config.optim.name, config.model.tied, config.model.num_kv_heads = optimizer, False, 2
     config.train.micro_batch_size = 16  # one micro-batch: no stage keeps those of several
-    whole = memory(config, VOCAB, 1, "bf16", 0)
     for tp, pp in ((2, 1), (1, 2), (2, 2), (4, 4)):
         config.parallel = ParallelConfig(tp=tp, pp=pp)
         config.model.num_kv_heads = 4 if tp == 4 else 2
         whole = memory(replace(config, parallel=ParallelConfig()), VOCAB, 1, "bf16", 0)
         stages = [memory(config, VOCAB, tp * pp, "bf16", stage) for stage in range(pp)]
-        for what in set(whole).union(*stages):
+        for what in set(whole).union(*stages) - {"scoring pass"}:  # of which a pipeline has several in flight
             parts = [rows[what] for rows in stages if what in rows]
             assert sum(tp * row.split for row in parts) == whole[what].split, f"{what} at tp={tp} pp={pp}"
             if whole[what].split == 0:
