@@ -72,7 +72,7 @@ def precisions(config: RunConfig, device: str | None = None) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Rank:
-    """A rank of one pipeline stage, and what follows from the settings for it."""
+    """Says what follows from the settings for a rank of one pipeline stage."""
 
     config: RunConfig
     vocab_size: int
@@ -136,7 +136,7 @@ def memory(
 
 
 def _held(rank: _Rank) -> dict[str, Row]:
-    """Weights, gradients and optimizer state."""
+    """Count weights, gradients and optimizer state."""
     engine, precision, shards = rank.config.engine.spec(), rank.precision, rank.shards
     sharded = f", over {shards} ranks" if shards > 1 else ""
 
@@ -183,7 +183,7 @@ def _optimizer_state(rank: _Rank) -> tuple[int, int, str]:
 
 
 def _training(rank: _Rank) -> dict[str, Row]:
-    """Activations of the forward passes in flight, and what a backward pass makes beside them."""
+    """Count activations of the forward passes in flight, and what a backward pass makes beside them."""
     config, train = rank.config, rank.config.train
     micro_batches = train.global_batch_size // (rank.dp * train.micro_batch_size)
     positions = train.micro_batch_size * config.data.seq_len // config.parallel.cp
@@ -203,7 +203,7 @@ def _row(rank: _Rank, kept: Share, how: str, *phases: str) -> Row:
 
 
 def _activations(rank: _Rank, positions: int, micro_batches: int) -> tuple[Share, str]:
-    """What is kept of ``positions`` of each micro-batch in flight."""
+    """Count what is kept of ``positions`` of each micro-batch in flight."""
     config, parallel = rank.config, rank.config.parallel
     layer = activations.kept_by_layer(config, rank.precision, rank.device)
     hidden = WIDTH[rank.precision] * config.model.hidden_size
@@ -231,7 +231,7 @@ def _in_flight(rank: _Rank, micro_batches: int) -> int:
 
 
 def _work(rank: _Rank, positions: int, kept: float) -> tuple[int, str]:
-    """Bytes that a backward pass takes at once beside ``kept`` bytes of activations, and for what."""
+    """Find the bytes that a backward pass takes at once beside ``kept`` bytes of activations, and for what."""
     config, width = rank.config, WIDTH[rank.precision]
     layer = activations.worked_on(config, rank.precision).over(rank.tp) * positions
     matrices = [rank.own(weight) for weight in rank.weights() if weight.matrix]
@@ -250,7 +250,7 @@ def _work(rank: _Rank, positions: int, kept: float) -> tuple[int, str]:
 
 
 def _selection(rank: _Rank) -> dict[str, Row]:
-    """What choosing takes beside training."""
+    """Count what choosing takes beside training."""
     selection = rank.config.selection
     if selection.method == UNIFORM:
         return {}
@@ -271,13 +271,13 @@ def _selection(rank: _Rank) -> dict[str, Row]:
 
 
 def _numbers_row(rank: _Rank, width: float, how: str, *phases: str) -> Row:
-    """A row of ``width`` bytes for every number of the rank's parameters."""
+    """Make a row of ``width`` bytes for every number of the rank's parameters."""
     numbers = rank.numbers()
     return Row(int(width * numbers.split) // rank.tp, int(width * numbers.whole), how, phases or PHASES)
 
 
 def _proxy(rank: _Rank) -> dict[str, Row]:
-    """The gradient of the proxy batch, its average over steps, and what P_t is made of."""
+    """Count the gradient of the proxy batch, its average over steps, and what P_t is made of."""
     selection, config = rank.config.selection, rank.config
     share = selection.proxy_batch_size // rank.dp
     group = config.parallel.pp if config.parallel.vpp > 1 else 1
@@ -301,7 +301,7 @@ def _proxy(rank: _Rank) -> dict[str, Row]:
 
 
 def _operator(rank: _Rank) -> dict[str, Row]:
-    """What the optimizer's linear map P_t is made of."""
+    """Count what the optimizer's linear map P_t is made of."""
     selection, optim = rank.config.selection, rank.config.optim
     if selection.method == "greats":
         return {}
@@ -343,7 +343,7 @@ def _taken(rank: _Rank, taken: Taken) -> Row:
 
 
 def _pass(rank: _Rank, graph: bool) -> Row:
-    """A pass over a micro-batch of candidates; ``graph``: with a backward pass through the activations."""
+    """Count a pass over a micro-batch of candidates; ``graph``: with a backward pass through the activations."""
     config, parallel = rank.config, rank.config.parallel
     micro = scoring_micro_batch(config, rank.world_size)
     positions = micro * config.scored_length() // parallel.cp
