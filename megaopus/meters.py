@@ -13,7 +13,7 @@ import torch
 from megaopus.config.run_config import RunConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.models.flops import training_flops_per_token
-from megaopus.planning.memory import memory, precisions
+from megaopus.planning.memory import PROCESS_ROW, memory, precisions, rows_at_peak
 from megaopus.record.recorder import Meter
 from megaopus.record.types import StepRecord
 from megaopus.training.memory import PeakMemory
@@ -47,7 +47,9 @@ From the data sheets under nvidia.com/en-us/data-center and amd.com/en/products/
 
 def step_meters(config: RunConfig, mesh: Mesh, vocab_size: int) -> list[Meter]:
     """Make the meters of a run; ``vocab_size`` is the model's before padding."""
-    estimate = sum(size for size, _ in rank_memory(config, mesh, vocab_size).values())
+    rows = rank_memory(config, mesh, vocab_size)
+    # beside the memory of the process on CPU, of tensors on CUDA
+    estimate = sum(size for what, (size, _) in rows.items() if mesh.on_cpu or what != PROCESS_ROW)
     tokens = config.train.global_batch_size * config.data.seq_len
     flops = training_flops_per_token(config.model, vocab_size, config.data.seq_len) * tokens
     peak = None if mesh.on_cpu else peak_tflops(torch.cuda.get_device_name(mesh.device))
@@ -55,9 +57,10 @@ def step_meters(config: RunConfig, mesh: Mesh, vocab_size: int) -> list[Meter]:
 
 
 def rank_memory(config: RunConfig, mesh: Mesh, vocab_size: int) -> Mapping[str, tuple[int, str]]:
-    """Estimate what -> (bytes, the assumption behind it) of this rank, as ``check`` does of the largest."""
+    """Estimate what -> (bytes, the assumption behind it) of this rank at its peak, as ``check`` does of the largest."""
     (precision,) = precisions(config, mesh.device.type)
-    return memory(config, vocab_size, mesh.shape.world_size, precision, mesh.pp_rank)
+    world_size, device = mesh.shape.world_size, mesh.device.type
+    return rows_at_peak(memory(config, vocab_size, world_size, precision, mesh.pp_rank, device))
 
 
 class Throughput:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megaopus.cli._settings import add_settings, composed
-from megaopus.errors import ConfigError
+from megaopus.errors import ConfigError, MegaopusError
 
 if TYPE_CHECKING:
     from megaopus.config.run_config import RunConfig
@@ -24,6 +24,7 @@ EXAMPLES = (
     "  python -m megaopus check experiment=small_opus data.path=corpus\n"
     "  python -m megaopus check model=gpt2_xl parallel=tp2 data.path=corpus --world-size 8"
 )
+GPUS_PER_NODE = 8
 LARGEST_TABLE = 16
 """Ranks up to which the groups of the mesh are listed."""
 
@@ -34,14 +35,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="ranks to lay the run out on (default: tp x cp x pp)"
     )
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        default=GPUS_PER_NODE,
+        metavar="N",
+        help="for the launch command (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what the run of these settings would be."""
     if args.world_size is not None and args.world_size < 1:
         raise argparse.ArgumentError(None, "--world-size must be at least 1")
-    show(composed(args, args.world_size), args.world_size, args.overrides, args.config_dir)
-    return 0
+    if args.gpus_per_node < 1:
+        raise argparse.ArgumentError(None, "--gpus-per-node must be at least 1")
+    config = composed(args, args.world_size)
+    refused = show(config, args.world_size, args.overrides, args.config_dir, per_node=args.gpus_per_node)
+    return 2 if refused else 0
 
 
 def show(
@@ -50,11 +61,13 @@ def show(
     overrides: Sequence[str] = (),
     config_dir: Path | None = None,
     console: Console | None = None,
-) -> None:
+    per_node: int = GPUS_PER_NODE,
+) -> list[str]:
     """Print everything that follows from ``config`` on ``world_size`` ranks (None: tp x cp x pp, the fewest possible).
 
-    ``overrides`` and ``config_dir`` are repeated in the launch command. Raises ConfigError if the settings do not fit
-    the ranks, DataError if a corpus cannot be read.
+    ``overrides`` and ``config_dir`` are repeated in the launch command, for nodes of ``per_node`` GPUs. Returns why the
+    run could not start on this machine, as it was printed. Raises ConfigError if the settings do not fit the ranks,
+    DataError if a corpus cannot be read.
     """
     from megaopus.config.run_config import differences
     from megaopus.config.validation import validate
@@ -78,9 +91,31 @@ def show(
     console.print(_two_columns("Cost", estimate.cost(config, vocab_size)))
     for precision in precisions(config):
         console.print(_memory_table(config, vocab_size, world_size, precision))
-    console.print("Start it with:")
-    command = estimate.launch_command(world_size, overrides, config_dir)
+    refused = missing(config)
+    for why in refused:
+        console.print(f"The run would be refused here: {why}", soft_wrap=True, markup=False, highlight=False)
+    on_cpu = config.engine.device == "cpu"
+    where, command = estimate.launch_command(world_size, overrides, config_dir, per_node=per_node, on_cpu=on_cpu)
+    console.print(where, soft_wrap=True)
     console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
+    return refused
+
+
+def missing(config: RunConfig) -> list[str]:
+    """Say what the run would be refused for on this machine though its settings are right: what is not installed."""
+    from megaopus.record.sinks import import_wandb
+
+    checks = [config.engine.spec().check_installed, config.optim.spec().check_installed]
+    if config.logging.wandb != "off":
+        checks.append(lambda: import_wandb(config.logging.wandb))
+    found = []
+    for check in checks:
+        try:
+            if check is not None:
+                check()
+        except MegaopusError as error:
+            found.append(str(error))
+    return found
 
 
 def _mesh_table(config: RunConfig, world_size: int) -> Table:
@@ -111,18 +146,24 @@ def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
 def _memory_table(config: RunConfig, vocab_size: int, world_size: int, precision: str) -> Table:
     """Lay out the memory of the stage that needs most."""
     from megaopus.planning.estimate import format_bytes
-    from megaopus.planning.memory import memory
+    from megaopus.planning.memory import PHASES, memory, peak
 
     stages = [memory(config, vocab_size, world_size, precision, stage) for stage in range(config.parallel.pp)]
-    totals = [sum(size for size, _ in rows.values()) for rows in stages]
-    stage = totals.index(max(totals))
+    peaks = [peak(rows) for rows in stages]
+    phase, total = max(peaks, key=lambda each: each[1])
+    stage = peaks.index((phase, total))
     where = f", stage {stage} (the largest)" if config.parallel.pp > 1 else ""
     table = Table(title=f"Memory per rank in {precision}{where}", title_justify="left")
     table.add_column("what", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("same on other ranks", justify="right", no_wrap=True)
+    table.add_column("there in", no_wrap=True)
     table.add_column("assumption", overflow="fold")
-    for name, (size, assumption) in stages[stage].items():
-        table.add_row(name, format_bytes(size), assumption)
+    for name, row in stages[stage].items():
+        times = "always" if row.phases == PHASES else ", ".join(row.phases)
+        table.add_row(name, format_bytes(row.size), format_bytes(row.whole) if row.whole else "", times, row.how)
     table.add_section()
-    table.add_row("sum", format_bytes(totals[stage]), "without the framework's own memory and temporary buffers")
+    table.add_row(
+        "peak", format_bytes(total), "", phase, "of tensors and process; the allocator's fragments come on top"
+    )
     return table

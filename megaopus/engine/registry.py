@@ -28,6 +28,8 @@ class EngineSpec:
 
     load_class: Callable[[], type]
     """Imports and returns its ``engine.base.Engine``. Raises EngineError where it is not installed."""
+    check_installed: Callable[[], object] = lambda: None
+    """Raises EngineError where what it needs cannot be imported."""
     package: str
     """Whose version a run's environment.json tells."""
     describe: Callable[[Any], str]

@@ -18,15 +18,28 @@ def make_lion(
     groups: Groups, config: OptimConfig, settings: Mapping[str, Any], tp_group: dist.ProcessGroup | None
 ) -> Optimizer:
     """Return pytorch-optimizer's Lion as ``config`` has it. Raises EngineError where that is not installed."""
+    lion = import_lion()
+    return lion(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=0.0)
+
+
+def import_lion() -> type[Optimizer]:
+    """Return pytorch-optimizer's class. Raises EngineError where that is not installed."""
     try:
         from pytorch_optimizer import Lion
     except ImportError as error:
         raise EngineError(
             f"optim.name=lion, but pytorch_optimizer cannot be imported ({error}): pip install 'megaopus[lion]'"
         ) from error
-    return Lion(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=0.0)
+    return Lion
 
 
 register_optimizer(
-    "lion", Spec(make=make_lion, shaped=("exp_avg",), elementwise=True, example={"lr": 5e-3, "betas": [0.95, 0.98]})
+    "lion",
+    Spec(
+        make=make_lion,
+        shaped=("exp_avg",),
+        elementwise=True,
+        check_installed=import_lion,
+        example={"lr": 5e-3, "betas": [0.95, 0.98]},
+    ),
 )

@@ -113,6 +113,11 @@ def make_muon(
     )
 
 
+def shorter_squared(rows: int, columns: int) -> int:
+    """Numbers of the matrix that the update operator multiplies the momentum's shorter side with."""
+    return min(rows, columns) ** 2
+
+
 NS_STEPS = Setting(default=5, min=1, doc="Newton-Schulz iterations that orthogonalise the momentum.")
 register_optimizer(
     "muon",
@@ -127,6 +132,7 @@ register_optimizer(
         },
         matrices=True,
         by_matrix=Muon,
+        map_size=shorter_squared,
         example={"lr": 1e-2, "eps": 1e-3, "matrix_lr": 0.02, "matrix_weight_decay": 0.1},
     ),
 )

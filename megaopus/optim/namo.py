@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megaopus.distributed.shards import sum_parts, whole_of
 from megaopus.optim.config import OptimConfig
-from megaopus.optim.muon import NS_STEPS, Muon
+from megaopus.optim.muon import NS_STEPS, Muon, shorter_squared
 from megaopus.optim.registry import register_optimizer
 from megaopus.optim.spec import Groups, Spec, momentum
 from megaopus.settings import Setting
@@ -117,6 +117,7 @@ register_optimizer(
         shaped=NAMO.shaped,
         settings=_COMMON,
         matrices=True,
+        map_size=shorter_squared,
         example={**_EXAMPLE, "matrix_weight_decay": 0.1},
     ),
 )
@@ -127,6 +128,7 @@ register_optimizer(
         shaped=NAMOD.shaped,
         settings={**_COMMON, "clamp": _CLAMP},
         matrices=True,
+        map_size=shorter_squared,
         extra_state=lambda rows, columns: columns,
         example={**_EXAMPLE, "settings": {"clamp": 0.3}},
     ),

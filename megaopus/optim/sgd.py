@@ -32,6 +32,7 @@ register_optimizer(
         },
         stateless=lambda settings: settings["momentum"] == 0,
         elementwise=True,
+        map_size=lambda rows, columns: 0,  # one number for all
         example={"lr": 0.5, "settings": {"nesterov": True}},
     ),
 )

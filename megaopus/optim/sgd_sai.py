@@ -78,5 +78,11 @@ def make_sgd_sai(
 
 register_optimizer(
     "sgd_sai",
-    Spec(make=make_sgd_sai, shaped=SGDSaI.shaped, settings={"momentum": momentum(0.9)}, example={"lr": 5e-2}),
+    Spec(
+        make=make_sgd_sai,
+        shaped=SGDSaI.shaped,
+        settings={"momentum": momentum(0.9)},
+        map_size=lambda rows, columns: 0,  # one number for all
+        example={"lr": 5e-2},
+    ),
 )

@@ -33,6 +33,8 @@ class Spec:
     """Whether it keeps no state at all under these settings of its own; None: it always does."""
     extra_state: Callable[[int, int], int] | None = None
     """Numbers of state beyond ``shaped`` for a whole m x n matrix, held by every rank; None: a handful."""
+    map_size: Callable[[int, int], int] | None = None
+    """Numbers that its update operator takes for a whole m x n matrix (a vector: m x 1); None: one for each weight."""
     factored: bool = False
     """Vectors alone have ``shaped``; a matrix has ``extra_state`` in its place."""
     curvature: bool = False
@@ -46,6 +48,8 @@ class Spec:
     """Why flat pieces will not do, where they will not."""
     adam_moments: bool = False
     """Its state is Adam's two moments, which megatron's distributed optimizer can shard."""
+    check_installed: Callable[[], object] | None = None
+    """Raises EngineError where a package that it needs cannot be imported; None: it needs none."""
     example: Mapping[str, Any] = field(default_factory=dict)
     """Settings of ``OptimConfig`` for tests on small models: steps so large that a wrong one shows, no denominator so
     small that rounding does."""

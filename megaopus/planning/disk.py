@@ -47,7 +47,7 @@ def disk_use(config: RunConfig, vocab_size: int, precision: str, first_step: int
 
 def checkpoint_bytes(config: RunConfig, vocab_size: int, precision: str) -> int:
     """Bytes of a checkpoint's tensors, which are those of the whole model at every layout."""
-    state, _ = memory(replace(config, parallel=ParallelConfig()), vocab_size, 1, precision, 0)["optimizer state"]
+    state = memory(replace(config, parallel=ParallelConfig()), vocab_size, 1, precision, 0)["optimizer state"].size
     average = config.selection.needs_proxy and config.selection.proxy_half_life > 0
     copies = precision == "bf16" and config.engine.name == "megatron"  # beside the main weights
     width = 4 + 4 * average + 2 * copies

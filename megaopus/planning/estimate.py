@@ -17,9 +17,9 @@ from megaopus.models.flops import (
     training_flops_per_token,
 )
 from megaopus.planning.disk import choice_rows, disk_use
-from megaopus.planning.memory import precisions, scoring_micro_batch
+from megaopus.planning.memory import in_micro_batches, precisions, scoring_micro_batch
 from megaopus.selection.config import SelectionConfig
-from megaopus.selection.estimators.registry import ESTIMATORS, scoring_flops
+from megaopus.selection.estimators.registry import scoring_flops
 from megaopus.selection.methods.registry import METHODS, UNIFORM
 from megaopus.selection.registry import Flops
 
@@ -99,18 +99,10 @@ def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[st
     if selection.method != UNIFORM and (asked := selection.score_length) is not None:
         whole = f", whole sequences (score_length = {asked})" if asked > config.data.seq_len else ""
         rows["scored tokens"] = f"{config.scored_length()} of {config.data.seq_len} of each candidate{whole}"
-    if _in_micro_batches(selection):
+    if in_micro_batches(selection):
         how = "" if selection.score_micro_batch_size else " at most, found from free memory at the first scored step"
         rows["scoring micro-batch"] = f"{scoring_micro_batch(config, world_size)} on each rank{how}"
     return rows
-
-
-def _in_micro_batches(selection: SelectionConfig) -> bool:
-    """Tell whether scoring passes take ``score_micro_batch_size`` candidates at a time."""
-    method = METHODS.get(selection.method)
-    if method is not None and method.by_estimator:
-        return ESTIMATORS.find(selection.estimator).micro_batches
-    return method is not None and method.micro_batches
 
 
 def _record(config: RunConfig) -> str:
@@ -191,11 +183,34 @@ def parameter_rows(config: RunConfig, vocab_size: int) -> dict[str, str]:
     return rows if tp * pp > 1 else {"whole model, on every rank": rows["whole model"]}
 
 
-def launch_command(world_size: int, overrides: Sequence[str], config_dir: Path | None = None) -> str:
-    """The shell command that starts the run on one node."""
-    start = ["python"] if world_size == 1 else ["torchrun", "--nproc-per-node", str(world_size)]
+def nodes_of(world_size: int, per_node: int, on_cpu: bool) -> tuple[int, int]:
+    """Lay ranks out on equal nodes of up to ``per_node`` GPUs: (nodes, ranks on each). On CPU they are on one node."""
+    if on_cpu or world_size <= per_node:
+        return 1, world_size
+    ranks = next(ranks for ranks in range(per_node, 0, -1) if world_size % ranks == 0)
+    return world_size // ranks, ranks
+
+
+def launch_command(
+    world_size: int,
+    overrides: Sequence[str],
+    config_dir: Path | None = None,
+    *,
+    per_node: int,
+    on_cpu: bool,
+) -> tuple[str, str]:
+    """(where it is to be given, the shell command that starts the run there)."""
+    nodes, ranks = nodes_of(world_size, per_node, on_cpu)
+    where, start = "Start it with:", "python" if world_size == 1 else f"torchrun --nproc-per-node {ranks}"
+    if nodes > 1:
+        where = (
+            f"Start it on each of {nodes} nodes, NODE_RANK from 0 to {nodes - 1}, MASTER_ADDR the first one's name"
+            " (launch/submit.py does it under Slurm):"
+        )
+        place = '--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port 29500'
+        start = f"torchrun --nnodes {nodes} --nproc-per-node {ranks} {place}"
     folder = ["--config-dir", str(config_dir)] if config_dir is not None else []
-    return shlex.join([*start, "-m", "megaopus", "train", *folder, *overrides])
+    return where, f"{start} {shlex.join(['-m', 'megaopus', 'train', *folder, *overrides])}"
 
 
 def groups(world_size: int, tp: int, pp: int, cp: int = 1) -> dict[str, list[list[int]]]:

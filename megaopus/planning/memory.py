@@ -1,12 +1,63 @@
-"""Estimates the memory of a rank from the settings of a run: nothing is built, torch is not imported."""
+"""Estimates the memory of a rank from the settings of a run: nothing is built, torch is not imported.
+
+The estimates are held to what the real engine's tensors take (benchmarks/memory.py, docs/benchmarks.md).
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
 from megaopus.config.run_config import RunConfig
-from megaopus.models.flops import Weight, count_rank_parameters, padded_vocab, stage_weights
-from megaopus.selection.config import most_per_pass
-from megaopus.selection.estimators.registry import Sizes, scoring_memory
-from megaopus.selection.methods.registry import METHODS
+from megaopus.models.flops import Weight, stage_weights
+from megaopus.planning import activations
+from megaopus.planning.activations import WIDTH, Share
+from megaopus.selection.config import SelectionConfig, most_per_pass
+from megaopus.selection.estimators.registry import ESTIMATORS, Sizes, Taken, scoring_memory
+from megaopus.selection.methods.registry import METHODS, UNIFORM
+
+TRAINING, PROXY, SCORING = "a training step", "the proxy's gradient", "scoring"
+PHASES = (TRAINING, PROXY, SCORING)
+"""What a rank does in turn; its peak is that of the phase that takes most."""
+PROCESS_ROW = "process"
+PROCESS = {"cpu": 400 << 20, "cuda": 600 << 20}
+"""Bytes that a process holds before any model. CPU: Python, torch and megatron-core, measured. CUDA: its context and
+kernels on the GPU, which torch does not count: of the order that is known of H100s, not measured here."""
+_MOST_MICRO_BATCHES = 4
+"""Of a pipeline's scoring passes, micro-batches per stage at least (``engine.megatron.scoring``)."""
+
+
+class Row(NamedTuple):
+    """Tells what one kind of tensors takes on a rank."""
+
+    split: int
+    """Bytes of which the other tensor-parallel ranks and pipeline stages hold other parts."""
+    whole: int
+    """Bytes that other ranks of the same model hold as well, or that are the rank's own."""
+    how: str
+    """The assumption behind it."""
+    phases: tuple[str, ...] = PHASES
+    """When it is there."""
+
+    @property
+    def size(self) -> int:
+        """Bytes on the rank."""
+        return self.split + self.whole
+
+
+def peak(rows: Mapping[str, Row]) -> tuple[str, int]:
+    """Return the phase in which ``rows`` take most, and how many bytes."""
+    totals = {phase: sum(row.size for row in rows.values() if phase in row.phases) for phase in PHASES}
+    phase = max(totals, key=totals.__getitem__)
+    return phase, totals[phase]
+
+
+def rows_at_peak(rows: Mapping[str, Row]) -> dict[str, tuple[int, str]]:
+    """Return what -> (bytes, the assumption behind it) of the rows that are there at the peak."""
+    phase, _ = peak(rows)
+    return {what: (row.size, row.how) for what, row in rows.items() if phase in row.phases}
 
 
 def precisions(config: RunConfig, device: str | None = None) -> list[str]:
@@ -19,103 +70,297 @@ def precisions(config: RunConfig, device: str | None = None) -> list[str]:
     return {"cpu": ["fp32"], "cuda": ["bf16"], "auto": ["fp32", "bf16"]}[device or config.engine.device]
 
 
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """Says what follows from the settings for a rank of one pipeline stage."""
+
+    config: RunConfig
+    vocab_size: int
+    world_size: int
+    precision: str
+    stage: int
+    device: str
+
+    @property
+    def tp(self) -> int:
+        return self.config.parallel.tp
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // self.config.parallel.model_ranks
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.config.parallel.pp - 1
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share what only the update reads: the optimizer's state and the fp32 main weights."""
+        shards = self.config.engine.spec().shards_optimizer(self.config.parallel)
+        return self.world_size // (self.tp * self.config.parallel.pp) if shards else 1
+
+    def weights(self) -> list[Weight]:
+        """Parameters of the stage before tensor parallelism splits them."""
+        config = self.config
+        return stage_weights(
+            config.model, self.vocab_size, config.data.seq_len, pp=config.parallel.pp, stage=self.stage
+        )
+
+    def own(self, weight: Weight) -> int:
+        """Numbers of a parameter that this rank holds."""
+        return weight.numel // self.tp if weight.sharded else weight.numel
+
+    def numbers(self) -> Share:
+        """Parameters that tensor-parallel ranks split, all together, and those that each has."""
+        weights = self.weights()
+        return Share(*(sum(w.numel for w in weights if w.sharded is kind) for kind in (True, False)))
+
+
 def memory(
-    config: RunConfig, vocab_size: int, world_size: int, precision: str, stage: int
-) -> dict[str, tuple[int, str]]:
-    """Estimate what -> (bytes on one rank of pipeline stage ``stage``, the assumption behind it).
+    config: RunConfig, vocab_size: int, world_size: int, precision: str, stage: int, device: str | None = None
+) -> dict[str, Row]:
+    """Estimate what takes memory on one rank of pipeline stage ``stage``: name -> ``Row``.
 
-    The framework's own memory, temporary buffers and fragments are not in it.
+    ``device``: "cpu" or "cuda"; None: as set, and where it is found at the start, that which has this precision.
+    Fragments of the allocator are not in it.
     """
-    model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
-    weights = stage_weights(model, vocab_size, config.data.seq_len, pp=pp, stage=stage)
-    count = count_rank_parameters(model, vocab_size, config.data.seq_len, tp=tp, pp=pp, stage=stage)
-    size, what = _optimizer_state(config, count, weights)
-    # What only the update reads may be shared: the optimizer's state and, under bf16, the main weights.
-    engine = config.engine.spec()
-    shards = world_size // (tp * pp) if engine.shards_optimizer(config.parallel) else 1
+    if device is None:
+        device = config.engine.device if config.engine.device != "auto" else ("cpu" if precision == "fp32" else "cuda")
+    rank = _Rank(config, vocab_size, world_size, precision, stage, device)
+    where = "Python, torch and megatron-core" if device == "cpu" else "CUDA's context and kernels, not measured"
+    rows = {PROCESS_ROW: Row(0, PROCESS[device], where), **_held(rank), **_training(rank)}
+    return rows | _selection(rank)
+
+
+# -- what is there all the time ----------------------------------------------------------------------------------------
+
+
+def _held(rank: _Rank) -> dict[str, Row]:
+    """Count weights, gradients and optimizer state."""
+    engine, precision, shards = rank.config.engine.spec(), rank.precision, rank.shards
     sharded = f", over {shards} ranks" if shards > 1 else ""
-    rows = {
-        "weights": (4 * count, "fp32"),
-        "gradients": (4 * count, "fp32 buffer, also under bf16"),
-        "optimizer state": (size // shards, what + sharded),
-        "activations": _activations(config, world_size, precision, stage),
-    }
-    if precision == "bf16":
-        rows["weights"] = (2 * count + 4 * count // shards, f"bf16 and fp32 main weights{sharded}")
-    rows |= engine.memory(config.engine, count, precision, shards, config.selection.needs_proxy)
-    if stage == pp - 1:
-        positions = config.train.micro_batch_size * config.data.seq_len // config.parallel.cp
-        logits = positions * padded_vocab(vocab_size) // tp
-        rows["logits"] = (8 * logits, "fp32 logits of a micro-batch and their gradient")
-    return rows | _selection_memory(config, world_size, weights)
+
+    def rows(count: int) -> dict[str, tuple[int, str]]:
+        found = {"weights": (4 * count, "fp32"), "gradients": (4 * count, "fp32 buffer, also under bf16")}
+        if precision == "bf16":
+            found["weights"] = (2 * count + 4 * count // shards, f"bf16 and fp32 main weights{sharded}")
+        scores = rank.config.selection.needs_proxy
+        return found | engine.memory(rank.config.engine, count, precision, shards, scores)
+
+    numbers = rank.numbers()
+    split, whole = rows(int(numbers.split) // rank.tp), rows(int(numbers.whole))
+    found = {name: Row(split[name][0], whole[name][0], how) for name, (_, how) in split.items()}
+    state, copies, what = _optimizer_state(rank)
+    found["optimizer state"] = Row(state // shards, copies // shards, what + sharded)
+    return found
 
 
-def _activations(config: RunConfig, world_size: int, precision: str, stage: int) -> tuple[int, str]:
-    """Kept by each layer for the backward pass: norm inputs and outputs, q, k, v, attention output, MLP inputs."""
-    model, parallel, train = config.model, config.parallel, config.train
-    query, key_value = model.num_heads * model.derived_head_dim(), model.derived_kv_heads() * model.derived_head_dim()
-    # GELU keeps its input and output; SwiGLU gate, up, silu(gate) and their product.
-    mlp = model.derived_ffn() * (4 if model.activation == "swiglu" else 2)
-    whole = 4 * model.hidden_size // (parallel.tp if parallel.sequence_parallel else 1)
-    # Keys and values are kept for every position: gathered over cp.
-    per_token = whole + (2 * query + 2 * key_value * parallel.cp + mlp) // parallel.tp
-    in_flight = _in_flight(config, world_size, stage)
-    layers = model.num_layers // (parallel.pp * parallel.vpp)
-    kept = layers * in_flight * per_token
+def _optimizer_state(rank: _Rank) -> tuple[int, int, str]:
+    """Estimate (bytes of split state, bytes of state that tensor-parallel ranks all have, what they are), unsharded."""
+    spec, names = rank.config.optim.spec(), ", ".join
+    shaped = spec.state_under(rank.config.optim.own_settings())
+    extra = spec.extra_state or (lambda rows, columns: 0)
+    split = whole = 0
+    for weight in rank.weights():
+        taken = weight.matrix if spec.matrices else bool(weight.columns)
+        kept = len(shaped)
+        if spec.matrices and not taken:
+            kept = 2  # AdamW's moments
+        elif spec.factored and taken:
+            kept = 0
+        whole += 4 * extra(weight.numel // weight.columns, weight.columns) if taken else 0
+        size = 4 * kept * rank.own(weight)
+        split, whole = (split + size, whole) if weight.sharded else (split, whole + size)
+    what = f"fp32 {names(shaped)}" if shaped else "none"
+    if spec.matrices:
+        what = f"fp32 {names(shaped)} of block matrices, AdamW moments of the rest"
+    elif spec.factored:
+        what = f"fp32 {names(shaped)} of vectors, statistics of matrices"
+    return split, whole, what
+
+
+# -- a training step ---------------------------------------------------------------------------------------------------
+
+
+def _training(rank: _Rank) -> dict[str, Row]:
+    """Count activations of the forward passes in flight, and what a backward pass makes beside them."""
+    config, train = rank.config, rank.config.train
+    micro_batches = train.global_batch_size // (rank.dp * train.micro_batch_size)
+    positions = train.micro_batch_size * config.data.seq_len // config.parallel.cp
+    kept, how = _activations(rank, positions, micro_batches)
+    rows = {"activations": _row(rank, kept, how, TRAINING)}
+    work, whose = _work(rank, positions, kept.over(rank.tp))
+    if config.optim.spec().curvature and rank.last:
+        drawn = 22 if rank.precision == "bf16" else 20
+        logits = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=False)
+        each = activations.logit_bytes(rank.tp, rank.precision, backward=False)
+        work, whose = max((work, whose), (logits // each * drawn, "logits and their sums while labels are sampled"))
+    return rows | {"backward pass": Row(0, work, whose, (TRAINING,))}
+
+
+def _row(rank: _Rank, kept: Share, how: str, *phases: str) -> Row:
+    return Row(int(kept.split / rank.tp), int(kept.whole), how, phases)
+
+
+def _activations(rank: _Rank, positions: int, micro_batches: int) -> tuple[Share, str]:
+    """Count what is kept of ``positions`` of each micro-batch in flight."""
+    config, parallel = rank.config, rank.config.parallel
+    layer = activations.kept_by_layer(config, rank.precision, rank.device)
+    hidden = WIDTH[rank.precision] * config.model.hidden_size
+    # the stage's input beside its layers, and at its end the final norm's output
+    entry = Share(hidden * (1 + rank.last)) if parallel.sequence_parallel else Share(0, hidden * (1 + rank.last))
+    in_flight = _in_flight(rank, micro_batches)
+    layers = config.model.num_layers // (parallel.pp * parallel.vpp)
+    kept = layer.times(layers).plus(entry).times(in_flight)
+    how = "layer by layer"
     if config.engine.recompute:
-        kept = layers * in_flight * model.hidden_size + per_token
-    positions = train.micro_batch_size * config.data.seq_len // parallel.cp
-    how = "layer inputs and one layer in full" if config.engine.recompute else "layer by layer"
+        stored = Share(hidden) if parallel.sequence_parallel else Share(0, hidden)
+        kept = stored.times(layers).plus(entry).times(in_flight).plus(layer)
+        how = "layer inputs and one layer in full"
     what = "micro-batch(es)" if parallel.vpp == 1 else "passes of a model chunk"
-    how = f"estimate, {how}; {in_flight} {what} in flight, no attention matrix, no dropout masks"
-    return positions * kept * (4 if precision == "fp32" else 2), how
+    return kept.times(positions), f"{how}; {in_flight} {what} of {positions:,} positions in flight"
 
 
-def _in_flight(config: RunConfig, world_size: int, stage: int) -> int:
+def _in_flight(rank: _Rank, micro_batches: int) -> int:
     """Forward passes of a model chunk whose backward pass is still to come, at most."""
-    parallel, train = config.parallel, config.train
-    micro_batches = train.global_batch_size // (world_size // parallel.model_ranks * train.micro_batch_size)
-    ahead = parallel.pp - stage - 1
+    parallel = rank.config.parallel
+    ahead = parallel.pp - rank.stage - 1
     if parallel.vpp == 1:
         return min(ahead + 1, micro_batches)
     return min(2 * ahead + (parallel.vpp - 1) * parallel.pp + 1, micro_batches * parallel.vpp)
 
 
-def _optimizer_state(config: RunConfig, count: int, weights: list[Weight]) -> tuple[int, str]:
-    """Estimate (bytes, what they are) of the state for a rank's ``count`` numbers, unsharded over data-parallel ranks.
-
-    ``weights``: those numbers as tensors, before tensor parallelism splits them.
-    """
-    spec, names, tp = config.optim.spec(), ", ".join, config.parallel.tp
-    shaped = spec.state_under(config.optim.own_settings())
-    matrices = [weight for weight in weights if (weight.matrix if spec.matrices else weight.columns)]
-    inside = sum(weight.numel // tp if weight.sharded else weight.numel for weight in matrices)
-    extra = spec.extra_state or (lambda rows, columns: 0)
-    more = sum(extra(weight.numel // weight.columns, weight.columns) for weight in matrices)
-    if spec.matrices:
-        what = f"fp32 {names(shaped)} of block matrices, AdamW moments of the rest"
-        return 4 * (len(shaped) * inside + more) + 8 * (count - inside), what
-    if spec.factored:
-        return 4 * (len(shaped) * (count - inside) + more), f"fp32 {names(shaped)} of vectors, statistics of matrices"
-    return 4 * (len(shaped) * count + more), f"fp32 {names(shaped)}" if shaped else "none"
+def _work(rank: _Rank, positions: int, kept: float) -> tuple[int, str]:
+    """Find the bytes that a backward pass takes at once beside ``kept`` bytes of activations, and for what."""
+    config, width = rank.config, WIDTH[rank.precision]
+    layer = activations.worked_on(config, rank.precision).over(rank.tp) * positions
+    matrices = [rank.own(weight) for weight in rank.weights() if weight.matrix]
+    found = [(int(layer) + width * max(matrices, default=0), "gradients inside a layer")]
+    if rank.last:
+        each = activations.logit_bytes(rank.tp, rank.precision, backward=True)
+        logits = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=True)
+        found.append((logits, f"{each} bytes for each logit, or the gradients of logits and output layer"))
+    if rank.stage == 0:  # the activations have gone by then
+        table = width * max(rank.own(weight) for weight in rank.weights() if weight.name == "word_embeddings")
+        found.append((int(table - kept), "gradient of the embedding"))
+    return max(found)
 
 
-def _selection_memory(config: RunConfig, world_size: int, weights: list[Weight]) -> dict[str, tuple[int, str]]:
-    """Return what scoring adds on a rank that holds ``weights``."""
-    selection, count = config.selection, sum(weight.numel for weight in weights)
-    if not selection.needs_proxy:
+# -- selection ---------------------------------------------------------------------------------------------------------
+
+
+def _selection(rank: _Rank) -> dict[str, Row]:
+    """Count what choosing takes beside training."""
+    selection = rank.config.selection
+    if selection.method == UNIFORM:
         return {}
-    average = selection.proxy_half_life > 0
-    rows = {"proxy gradient": (4 * count * (1 + average), "fp32, with its running average" if average else "fp32")}
-    if METHODS.find(selection.method).by_estimator:
-        sizes = Sizes(
-            weights=count,
-            matrices=[weight.numel for weight in weights if _is_sketched(weight, config)],
-            candidates=_scored_share(config, world_size),
-            micro_batch_size=scoring_micro_batch(config, world_size),
-        )
-        rows |= scoring_memory(selection, sizes)
+    entry = METHODS.find(selection.method)
+    hooks = "hooks" in selection.needs()
+    rows = {}
+    if selection.needs_proxy:
+        rows |= _proxy(rank)
+    if entry.by_estimator:
+        estimator = ESTIMATORS.find(selection.estimator)
+        found = scoring_memory(selection, _sizes(rank))
+        rows |= {what: _taken(rank, taken) for what, taken in found.items()}
+        if not estimator.micro_batches:
+            return rows
+    elif not entry.micro_batches:
+        return rows
+    return rows | {"scoring pass": _pass(rank, hooks or selection.redundancy > 0)}
+
+
+def _numbers_row(rank: _Rank, width: float, how: str, *phases: str) -> Row:
+    """Make a row of ``width`` bytes for every number of the rank's parameters."""
+    numbers = rank.numbers()
+    return Row(int(width * numbers.split) // rank.tp, int(width * numbers.whole), how, phases or PHASES)
+
+
+def _proxy(rank: _Rank) -> dict[str, Row]:
+    """Count the gradient of the proxy batch, its average over steps, and what P_t is made of."""
+    selection, config = rank.config.selection, rank.config
+    share = selection.proxy_batch_size // rank.dp
+    group = config.parallel.pp if config.parallel.vpp > 1 else 1
+    micro = math.gcd(max(1, share // group), config.train.micro_batch_size)
+    positions = micro * config.data.seq_len // config.parallel.cp
+    kept, how = _activations(rank, positions, max(1, share // micro))
+    work, _ = _work(rank, positions, kept.over(rank.tp))
+    rows = {
+        "activations of the proxy": _row(rank, kept, how, PROXY),
+        "backward pass of the proxy": Row(0, work, "as in training", (PROXY,)),
+    }
+    if selection.contrast:
+        rows["proxy's own gradient"] = _numbers_row(rank, 4, "fp32, while the pool's is taken for contrast", PROXY)
+    if selection.proxy_decay > 0 or selection.proxy_period > 1:
+        rows["average of proxy gradients"] = _numbers_row(rank, 4, "fp32, kept from step to step")
+        rows["average with this step's"] = _numbers_row(rank, 4, "fp32", SCORING)
+        rows["average without bias"] = _numbers_row(rank, 4, "fp32, what candidates are scored by", SCORING)
+    else:
+        rows["proxy gradient"] = _numbers_row(rank, 4, "fp32", SCORING)
+    return rows | _operator(rank)
+
+
+def _operator(rank: _Rank) -> dict[str, Row]:
+    """Count what the optimizer's linear map P_t is made of."""
+    selection, optim = rank.config.selection, rank.config.optim
+    if selection.method == "greats":
+        return {}
+    spec, rows = optim.spec(), {}
+    split = whole = 0
+    for weight in rank.weights():
+        if spec.map_size is not None and (weight.matrix or not spec.matrices):
+            columns = weight.columns or 1
+            whole += 4 * spec.map_size(weight.numel // columns, columns)
+        elif weight.sharded:
+            split += 4 * rank.own(weight)
+        else:
+            whole += 4 * weight.numel
+    if split + whole:
+        how = "fp32, the factor that bounds the direction" if selection.bounded else "fp32, the update's factor"
+        rows["update map"] = Row(split, whole, how, (SCORING,))
+    if rank.shards > 1 and rank.config.engine.name == "megatron" and rank.precision == "bf16":
+        how = "fp32, gathered to be moved"
+        rows["whole main weights"] = _numbers_row(rank, 4, how, SCORING)
     return rows
+
+
+def _sizes(rank: _Rank) -> Sizes:
+    config = rank.config
+    matrices = [weight for weight in rank.weights() if _is_sketched(weight, config)]
+    return Sizes(
+        weights=sum(map(rank.own, rank.weights())),
+        matrices=[rank.own(weight) for weight in matrices],
+        shapes=[(weight.numel // weight.columns, weight.columns) for weight in matrices],
+        candidates=_scored_share(config, rank.world_size),
+        micro_batch_size=scoring_micro_batch(config, rank.world_size),
+        model_width=WIDTH[rank.precision],
+    )
+
+
+def _taken(rank: _Rank, taken: Taken) -> Row:
+    phases = PHASES if taken.kept else (SCORING,)
+    return Row(0, taken.size, taken.how, phases) if taken.whole else Row(taken.size, 0, taken.how, phases)
+
+
+def _pass(rank: _Rank, graph: bool) -> Row:
+    """Count a pass over a micro-batch of candidates; ``graph``: with a backward pass through the activations."""
+    config, parallel = rank.config, rank.config.parallel
+    micro = scoring_micro_batch(config, rank.world_size)
+    positions = micro * config.scored_length() // parallel.cp
+    last = rank.last
+    if not graph:
+        layer = activations.without_graph(config, rank.precision).over(rank.tp) * positions
+        head = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=False) if last else 0
+        return Row(0, max(int(layer), head), f"{positions:,} positions at a time, without a graph", (SCORING,))
+    micro_batches = max(1, _scored_share(config, rank.world_size) // micro)
+    kept, how = _activations(rank, positions, micro_batches)
+    vocab_bytes = 0
+    if last:
+        each = activations.logit_bytes(rank.tp, rank.precision, backward=True)
+        vocab_bytes = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=True)
+        how += f", {each} bytes for each logit"
+    work = int(activations.worked_on(config, rank.precision).over(rank.tp) * positions)
+    return _row(rank, kept, how, SCORING)._replace(whole=int(kept.whole) + max(vocab_bytes, work))
 
 
 def _is_sketched(weight: Weight, config: RunConfig) -> bool:
@@ -129,12 +374,22 @@ def _is_sketched(weight: Weight, config: RunConfig) -> bool:
 
 def scoring_micro_batch(config: RunConfig, world_size: int) -> int:
     """Candidates of a scoring pass on each rank: as set, or the most that may be found."""
+    pp = config.parallel.pp
     share = _scored_share(config, world_size)
     length = config.scored_length()
     device = "cpu" if config.engine.device == "cpu" else "cuda"
-    return config.selection.score_micro_batch_size or most_per_pass(share, length, device)
+    wanted = config.selection.score_micro_batch_size or most_per_pass(share, length, device)
+    return wanted if pp == 1 else max(1, min(wanted, share // (_MOST_MICRO_BATCHES * pp)))
 
 
 def _scored_share(config: RunConfig, world_size: int) -> int:
     """Candidates that a rank scores at a time, copies that fill its share up included."""
     return -(-config.num_scored() // (world_size // config.parallel.model_ranks))
+
+
+def in_micro_batches(selection: SelectionConfig) -> bool:
+    """Tell whether scoring passes take ``score_micro_batch_size`` candidates at a time."""
+    method = METHODS.get(selection.method)
+    if method is not None and method.by_estimator:
+        return ESTIMATORS.find(selection.estimator).micro_batches
+    return method is not None and method.micro_batches

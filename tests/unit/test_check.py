@@ -30,10 +30,8 @@ from megaopus.models.flops import (
     padded_vocab,
     training_flops_per_token,
 )
-from megaopus.optim.registry import OPTIMIZERS
 from megaopus.planning import estimate as check
-from megaopus.planning.memory import memory
-from tests.harness import random_batch, tiny_engine
+from tests.harness import tiny_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT2 = ModelConfig(num_layers=2, hidden_size=32, num_heads=4)
@@ -147,71 +145,6 @@ def test_groups_are_meshes_of_adjacent_tensor_parallel_ranks():
     }
 
 
-def test_memory_at_layouts():
-    config = small()
-    config.parallel.cp = 2
-    config.parallel.distributed_optimizer = True
-    count = count_parameters(config.model, 500, config.data.seq_len)
-    rows = memory(config, 500, 4, "bf16", 0)
-    assert rows["optimizer state"][0] == 8 * count // 4
-    assert rows["weights"][0] == 2 * count + 4 * count // 4
-    assert rows["logits"][0] == 8 * 128 * 512 * 8  # half the positions
-    # norms 4h, q 1h, gathered k v 4h, attention 1h, MLP 2 x 4h, of half the positions
-    assert rows["activations"][0] == 8 * 128 * 4 * 18 * 128 * 2
-    config = small()
-    config.train.micro_batch_size = 2
-    config.parallel.pp = 2
-    plain = [memory(config, 500, 2, "fp32", stage)["activations"][0] for stage in (0, 1)]
-    assert plain[0] == 2 * plain[1]
-    config.parallel.vpp = 2  # chunks of half the layers; 5 passes in flight on the first stage, 3 on the last
-    chunks = [memory(config, 500, 2, "fp32", stage)["activations"][0] for stage in (0, 1)]
-    assert [2 * size for size in chunks] == [5 * plain[1], 3 * plain[1]]
-
-
-def test_memory_of_weights_gradients_and_optimizers():
-    config = small()
-    count = count_parameters(config.model, 500, config.data.seq_len)
-    matrices = 4 * 12 * 128 * 128
-    rows = {precision: memory(config, 500, 1, precision, 0) for precision in ("fp32", "bf16")}
-    assert (rows["fp32"]["weights"][0], rows["bf16"]["weights"][0]) == (4 * count, 6 * count)
-    assert rows["fp32"]["gradients"][0] == rows["bf16"]["gradients"][0] == 4 * count
-    assert rows["fp32"]["optimizer state"][0] == 8 * count
-    assert rows["fp32"]["activations"][0] == 2 * rows["bf16"]["activations"][0]
-    # per token and layer: norms 4h, q k v 3h, attention 1h, MLP 2 x 4h
-    assert rows["fp32"]["activations"][0] == 8 * 256 * 4 * 16 * 128 * 4
-    assert rows["fp32"]["logits"][0] == 8 * 256 * 512 * 8
-    plain = rows["fp32"]["activations"][0]
-    config.optim.name = "muon"
-    assert memory(config, 500, 1, "fp32", 0)["optimizer state"][0] == 8 * count - 4 * matrices
-    config.engine.name, config.selection.method = "deepspeed", "opus"
-    rows = memory(config, 500, 2, "fp32", 0)
-    assert (rows["optimizer state"][0], rows["gathered state"][0]) == (4 * count - 2 * matrices, 4 * count)
-    config = small()
-    config.engine.recompute = True
-    assert memory(config, 500, 1, "fp32", 0)["activations"][0] < plain
-    config = small(method="opus", proxy_half_life=0.0)
-    assert memory(config, 500, 1, "fp32", 0)["direction"][0] == 8 * count
-    assert memory(config, 500, 1, "fp32", 0)["proxy gradient"][0] == 4 * count
-    config = small(method="opus", estimator="countsketch", redundancy=1.0, sketch_dim=100)
-    assert memory(config, 500, 2, "fp32", 0)["sketches"][0] == 4 * (32 // 2) * (4 * 4 + 1) * 100
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_memory_of_an_optimizer_is_what_its_state_takes(name):
-    config = small()
-    config.model, config.data.seq_len, config.optim.name = GPT2, 16, name
-    mesh = Mesh(ParallelConfig(), "cpu")
-    try:
-        engine = tiny_engine(mesh, model=GPT2, optim=config.optim)
-        engine.train_step(random_batch(8, 0))
-        state = [value for each in engine.optimizer.states() for key, value in each.state.items() if key != "step"]
-    finally:
-        mesh.close()
-    found = sum(value.numel() * value.element_size() for value in state)
-    handful = 4 * sum(value.numel() == 1 for value in state)
-    assert found - handful == memory(config, 128, 1, "fp32", 0)["optimizer state"][0]
-
-
 def printed(overrides, corpus, world_size=None):
     console = Console(file=io.StringIO(), width=200)
     overrides = [f"data.path={corpus}", *overrides]
@@ -274,6 +207,55 @@ def test_check_of_a_model_parallel_layout(corpus):
 def test_check_refuses_what_does_not_fit_the_ranks(corpus):
     with pytest.raises(ConfigError, match="3 ranks are not a multiple"):
         show(compose([f"data.path={corpus}", "parallel=tp2", "data.seq_len=64"]), 3)
+
+
+def test_the_launch_command_is_for_real_nodes(corpus):
+    def last_lines(*arguments, **options):
+        console = Console(file=io.StringIO(), width=200)
+        overrides = [f"data.path={corpus}", "data.seq_len=64", "train.global_batch_size=512", *arguments]
+        show(compose(overrides, world_size=64), 64, overrides, console=console, **options)
+        return console.file.getvalue().rstrip().rsplit("\n", 2)[1:]
+
+    where, command = last_lines()
+    assert where.startswith("Start it on each of 8 nodes, NODE_RANK from 0 to 7, MASTER_ADDR the first one's name")
+    place = '--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port 29500'
+    assert command.startswith(f"  torchrun --nnodes 8 --nproc-per-node 8 {place} -m megaopus train data.path=")
+    assert last_lines(per_node=4)[1].startswith("  torchrun --nnodes 16 --nproc-per-node 4 ")
+    where, command = last_lines("engine=cpu")  # on one node there
+    assert where == "Start it with:"
+    assert command.startswith("  torchrun --nproc-per-node 64 -m megaopus train ")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_node", "on_cpu", "expected"),
+    [
+        (1, 8, False, (1, 1)),
+        (8, 8, False, (1, 8)),
+        (16, 8, False, (2, 8)),
+        (12, 8, False, (2, 6)),
+        (64, 8, True, (1, 64)),
+    ],
+)
+def test_ranks_are_laid_out_on_equal_nodes(ranks, per_node, on_cpu, expected):
+    assert check.nodes_of(ranks, per_node, on_cpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "override", "said"),
+    [
+        ("deepspeed", "engine=deepspeed", "engine.name=deepspeed, but deepspeed cannot be imported"),
+        ("pytorch_optimizer", "optim=lion", "optim.name=lion, but pytorch_optimizer cannot be imported"),
+        ("wandb", "logging=wandb_offline", "the package wandb is not installed"),
+    ],
+)
+def test_check_says_what_the_run_would_be_refused_for(module, override, said, corpus, capsys, monkeypatch):
+    arguments = ["check", f"data.path={corpus}", "data.seq_len=64", "engine.device=cpu", override]
+    monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
+    assert main(arguments) == 2
+    text = capsys.readouterr().out
+    assert "The run would be refused here: " in text
+    assert said in text
+    assert text.index(said) < text.index("Start it with:")
 
 
 # -- command line ------------------------------------------------------------------------------------------------------

@@ -105,10 +105,11 @@ def test_every_estimator_has_a_cost_and_memory(name: str, redundancy: float) -> 
     flops = estimators.scoring_flops(name, "countsketch", redundancy > 0)
     assert 0 < entry.flops.ratio <= flops.ratio <= entry.flops.ratio + 1
     assert flops.why
-    sizes = estimators.Sizes(weights=1000, matrices=[100, 200], candidates=32, micro_batch_size=8)
+    shapes = [(10, 10), (20, 10)]
+    sizes = estimators.Sizes(weights=1000, matrices=[100, 200], shapes=shapes, candidates=32, micro_batch_size=8)
     rows = estimators.scoring_memory(SelectionConfig(method="opus", estimator=name, redundancy=redundancy), sizes)
     assert rows
-    assert all(size > 0 and why for size, why in rows.values())
+    assert all(row.size > 0 and row.how for row in rows.values())
     borrows = redundancy > 0 and entry.gram is None
     assert ("hashes" in rows) == (name == "countsketch" or borrows)
 

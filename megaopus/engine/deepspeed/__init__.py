@@ -20,6 +20,14 @@ def _load_class() -> type:
     return DeepSpeedEngine
 
 
+def _import() -> None:
+    import torch
+
+    from megaopus.engine.deepspeed.engine import import_deepspeed
+
+    import_deepspeed(on_cpu=not torch.cuda.is_available())
+
+
 def _refusals(
     engine: EngineConfig, parallel: ParallelConfig, optim: OptimConfig, selection: SelectionConfig | None
 ) -> Iterator[Refusal]:
@@ -60,6 +68,7 @@ register_engine(
     "deepspeed",
     EngineSpec(
         load_class=_load_class,
+        check_installed=_import,
         package="deepspeed",
         describe=lambda engine: f"{engine.name} (ZeRO stage {engine.zero_stage})",
         refusals=_refusals,

@@ -117,13 +117,13 @@ class MegatronPasses(Engine):
 
     def run_capturing(self, batch: Candidates, micro: int, length: int, capture: GhostCapture) -> None:
         """Forward and backward passes of each sequence's mean loss over this rank's ``batch``, seen by ``capture``."""
-        shares = torch.arange(len(batch)).split(micro)
+        shares = [slice(start, min(start + micro, len(batch))) for start in range(0, len(batch), micro)]
         cp = self.mesh.shape.cp
 
         def micro_batches() -> Iterator[tuple[slice, Tensor]]:
             for rows in shares:
-                tokens = batch.take(rows).batch(length).to(self.mesh.device, non_blocking=True)
-                yield slice(int(rows[0]), int(rows[-1]) + 1), tokens
+                tokens = batch.take(torch.arange(rows.start, rows.stop)).batch(length)
+                yield rows, tokens.to(self.mesh.device, non_blocking=True)
 
         def forward_step(iterator: Iterator[tuple[slice, Tensor]], model: Any) -> tuple[Tensor, Any]:
             capture.rows, tokens = next(iterator)

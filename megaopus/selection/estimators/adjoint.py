@@ -22,7 +22,7 @@ from megaopus.selection.backend import (
 )
 from megaopus.selection.estimators.ghost import local_rows
 from megaopus.selection.estimators.layers import ghost_layers
-from megaopus.selection.estimators.registry import ESTIMATORS, Request, Sizes, Sketch, register_estimator
+from megaopus.selection.estimators.registry import ESTIMATORS, Request, Sizes, Sketch, Taken, register_estimator
 
 if TYPE_CHECKING:
     from megaopus.selection.config import SelectionConfig
@@ -76,8 +76,8 @@ def adjoint_consumer(
     return parts, consume
 
 
-def _memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
-    return {"update on the proxy": (4 * sizes.weights, "fp32, P g_proxy of each matrix")}
+def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
+    return {"update on the proxy": Taken(4 * sum(sizes.matrices), "fp32, P g_proxy of each matrix")}
 
 
 @register_estimator(

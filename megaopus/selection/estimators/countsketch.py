@@ -18,9 +18,9 @@ from megaopus.selection.backend import (
     UpdateOperator,
 )
 from megaopus.selection.estimators.adjoint import adjoint_utilities
-from megaopus.selection.estimators.ghost import per_sample_gradient, spans
+from megaopus.selection.estimators.ghost import held_at_once, per_sample_gradient, spans
 from megaopus.selection.estimators.layers import ghost_layers
-from megaopus.selection.estimators.registry import Sizes, register_estimator
+from megaopus.selection.estimators.registry import Sizes, Taken, register_estimator
 from megaopus.selection.estimators.sketches import SketchEstimator, sketch_memory
 from megaopus.selection.old_names import renamed_argument
 
@@ -213,9 +213,15 @@ def sum_proxies(backend: ScoringBackend, psi: dict[str, Tensor]) -> dict[str, Te
     return backend.sum_over_model(psi, "matrix") if psi else psi
 
 
-def _memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
-    hashes = (9 * sum(sizes.matrices), "bucket and sign of each sketched weight")
-    return {"hashes": hashes, **sketch_memory(config, sizes)}
+def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
+    weights, largest = sum(sizes.matrices), max(sizes.matrices, default=0)
+    rows = {"hashes": Taken(9 * weights, "bucket and sign of each sketched weight", kept=True)}
+    if not config.redundancy:
+        how = "fp32, the proxy's sketches carried back, and the update on them"
+        return {**rows, "update on the proxy's sketch": Taken(8 * weights, how), **sketch_memory(config, sizes)}
+    at_once = min(sizes.micro_batch_size, held_at_once(max(1, largest)))
+    how = f"fp32, of {at_once} candidate(s) in the largest matrix, twice, and its signs"
+    return {**rows, "gradients of candidates": Taken((8 * at_once + 4) * largest, how), **sketch_memory(config, sizes)}
 
 
 @register_estimator(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megaopus.selection.backend import Candidates, Gradient, ScoringBackend, UpdateOperator
 from megaopus.selection.estimators.layers import parameter_names
-from megaopus.selection.estimators.registry import ESTIMATORS, Request, Sizes, Sketch, register_estimator
+from megaopus.selection.estimators.registry import ESTIMATORS, Request, Sizes, Sketch, Taken, register_estimator
 from megaopus.selection.estimators.step_size import StepJudge, judge, step_size
 
 if TYPE_CHECKING:
@@ -79,8 +79,12 @@ def _differences(
         return (backend.losses(candidates, **passes) - ahead) / 2
 
 
-def _memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
-    return {"direction": (8 * sizes.weights, "fp32 direction and a copy of the weights to restore")}
+def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
+    moved = sizes.weights if config.derived_layers() == "all" else sum(sizes.matrices)
+    return {
+        "direction": Taken(4 * moved, "fp32, the optimizer's step on the proxy"),
+        "weights to restore": Taken(sizes.model_width * moved, "a copy of what is moved"),
+    }
 
 
 @register_estimator(

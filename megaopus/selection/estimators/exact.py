@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megaopus.selection.backend import Candidates, Gradient, ScoringBackend, UpdateOperator
 from megaopus.selection.estimators.layers import parameter_names
-from megaopus.selection.estimators.registry import Request, Sizes, register_estimator
+from megaopus.selection.estimators.registry import Request, Sizes, Taken, register_estimator
 
 if TYPE_CHECKING:
     from megaopus.selection.config import SelectionConfig
@@ -55,8 +55,14 @@ def exact_estimate(
     return torch.stack(alignments), torch.stack(kept) if keep_updates else None
 
 
-def _memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
-    return {"exact gradients": (16 * sizes.weights, "float64 weights and one candidate's gradient")}
+def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
+    updates = 8 * sizes.weights * (sizes.candidates if config.redundancy else 0)
+    return {
+        "exact gradients": Taken(
+            48 * sizes.weights, "float64: weights, proxy gradient, a candidate's gradients, updates"
+        ),
+        **({"updates": Taken(updates, "float64, of every candidate")} if updates else {}),
+    }
 
 
 _COST = (1.0, "forward and backward per candidate, in float64")

@@ -161,9 +161,14 @@ def local_rows(layer: GhostLayer, num_rows: int, ids_NT: Tensor) -> tuple[Tensor
     return rows_NT.clamp(0, num_rows - 1), mine_NT
 
 
+def held_at_once(size: int) -> int:
+    """Return how many sequences have their gradients of a matrix of ``size`` weights held at once."""
+    return max(1, _GRADIENT_ELEMENTS // size)
+
+
 def spans(count: int, size: int) -> Iterator[slice]:
     """Cut ``count`` sequences into as many as have their gradients of a matrix of ``size`` weights held at once."""
-    step = max(1, _GRADIENT_ELEMENTS // size)
+    step = held_at_once(size)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 

@@ -8,7 +8,8 @@ gradients are made, mapped by P, and sketched.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from megaopus.selection.backend import (
 from megaopus.selection.estimators.countsketch import hashes, spread_dim, sum_proxies, whole_coordinates
 from megaopus.selection.estimators.ghost import local_rows, per_sample_gradient, spans
 from megaopus.selection.estimators.layers import ghost_layers
-from megaopus.selection.estimators.registry import register_estimator
+from megaopus.selection.estimators.registry import Sizes, Taken, register_estimator
 from megaopus.selection.estimators.sketches import SketchEstimator, sketch_memory
 from megaopus.selection.old_names import renamed_argument
 
@@ -169,6 +170,16 @@ def rank_one(backend: ScoringBackend, name: str, factor: Tensor) -> tuple[Tensor
     return (mean / rows).sqrt().to(factor.dtype), columns.rsqrt().to(factor.dtype)
 
 
+def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
+    of_rows, of_columns = sketch_shape(config.sketch_dim)
+    dense = 4 * sum(of_rows * rows + of_columns * columns for rows, columns in sizes.shapes)
+    return {
+        "dense sketches": Taken(dense, "fp32, of the rows and columns of each matrix", kept=True, whole=True),
+        "folded sketches": Taken(dense, "fp32, the same with the update in them", whole=True),
+        **sketch_memory(config, sizes),
+    }
+
+
 _COST = (2 / 3, "forward and input gradients; the sketches of activations not counted")
 
 
@@ -178,7 +189,7 @@ _COST = (2 / 3, "forward and input gradients; the sketches of activations not co
     gram=_COST,
     sketches=True,
     needs={"hooks": "captures the activations of layers"},
-    memory=sketch_memory,
+    memory=_memory,
     example={"redundancy": 0.5},
 )
 def _kronecker(config: SelectionConfig) -> SketchEstimator:

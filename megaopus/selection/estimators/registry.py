@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from megaopus.selection.registry import Flops, Registry, origin_of
 
@@ -80,14 +80,31 @@ class Sizes:
     weights: int
     """Of this rank."""
     matrices: Sequence[int]
-    """Weights of each matrix that ghost estimators sum over."""
+    """Weights of this rank's part of each matrix that ghost estimators sum over."""
+    shapes: Sequence[tuple[int, int]] = ()
+    """(rows, columns) of each of them whole, over all tensor-parallel ranks."""
     candidates: int
     """Scored by each data-parallel rank in a step."""
     micro_batch_size: int
+    model_width: int = 4
+    """Bytes of a weight that passes are made with."""
 
 
-Memory = Callable[[Any, Sizes], Mapping[str, tuple[int, str]]]
-"""(SelectionConfig, sizes) -> what -> (bytes, the assumption behind it)."""
+class Taken(NamedTuple):
+    """Says what an estimator's tensors of one kind take on a rank."""
+
+    size: int
+    """Bytes."""
+    how: str
+    """The assumption behind it."""
+    kept: bool = False
+    """They stay from step to step; else they are there while candidates are scored."""
+    whole: bool = False
+    """Every tensor-parallel rank has all of them; else each a part."""
+
+
+Memory = Callable[[Any, Sizes], Mapping[str, "Taken | tuple[int, str]"]]
+"""(SelectionConfig, sizes) -> what -> ``Taken``, of which the first two fields will do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +139,7 @@ ESTIMATORS: Registry[EstimatorEntry] = Registry("estimator", __name__.rpartition
 Made = TypeVar("Made", bound=Callable[[Any], Any])
 
 
-def _nothing(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
+def _nothing(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     return {}
 
 
@@ -183,13 +200,13 @@ def scoring_flops(name: str, gram: str, redundancy: bool) -> Flops:
     return Flops(entry.flops.ratio + lent.ratio, f"{entry.flops.why}; then for the Gram matrix {lent.why}")
 
 
-def scoring_memory(config: Any, sizes: Sizes) -> dict[str, tuple[int, str]]:
-    """Return what takes memory -> (bytes on a rank, the assumption behind it), of a SelectionConfig's estimator."""
+def scoring_memory(config: Any, sizes: Sizes) -> dict[str, Taken]:
+    """Return what takes memory -> how much on a rank, of a SelectionConfig's estimator."""
     entry = ESTIMATORS.find(config.estimator)
     rows = dict(entry.memory(config, sizes))
     if config.redundancy and entry.gram is None:
         rows |= ESTIMATORS.find(config.gram).memory(config, sizes)
-    return rows
+    return {what: Taken(*row) for what, row in rows.items()}
 
 
 def names() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megaopus.selection.backend import Candidates, GhostConsumer, GhostLayer, Gradient, ScoringBackend, UpdateOperator
 from megaopus.selection.estimators.layers import ghost_layers
-from megaopus.selection.estimators.registry import Request, Sizes
+from megaopus.selection.estimators.registry import Request, Sizes, Taken
 
 if TYPE_CHECKING:
     from megaopus.selection.config import SelectionConfig
@@ -65,7 +65,7 @@ class SketchEstimator:
         )
 
 
-def sketch_memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
+def sketch_memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     """Count the sketches of candidates that are kept at once.
 
     The alignment needs one micro-batch of one layer at a time, the Gram matrix all of this rank's candidates.
@@ -73,4 +73,4 @@ def sketch_memory(config: Any, sizes: Sizes) -> Mapping[str, tuple[int, str]]:
     kept = sizes.candidates if config.redundancy else min(sizes.candidates, sizes.micro_batch_size)
     layers = len(sizes.matrices) if config.redundancy else 1
     size = 4 * kept * layers * config.sketch_dim
-    return {"sketches": (size, f"fp32, {kept} candidates x {layers} matrices x {config.sketch_dim}")}
+    return {"sketches": Taken(size, f"fp32, {kept} candidates x {layers} matrices x {config.sketch_dim}", whole=True)}

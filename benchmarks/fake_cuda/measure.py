@@ -1,0 +1,126 @@
+"""Measures what a rank's tensors take in the real engine: built, training and scoring, step after step."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.fake_cuda.device import fake_ranks, fake_tensors
+from benchmarks.fake_cuda.meter import DeviceMeter
+from megaopus.config.run_config import RunConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.selection.config import SelectionConfig
+from megaopus.selection.methods.registry import UNIFORM
+from megaopus.selection.scorer import Scorer
+
+
+class Zeros:
+    """Candidates of ``count`` sequences of token 0 (``selection.backend.Candidates``)."""
+
+    def __init__(self, count: int, seq_len: int):
+        self._count, self._seq_len = count, seq_len
+
+    @property
+    def ids(self) -> Tensor:
+        return torch.arange(self._count)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(self, indices: Tensor) -> Zeros:
+        return Zeros(len(indices), self._seq_len)
+
+    def batch(self, length: int | None = None) -> Tensor:
+        return torch.zeros(self._count, (length or self._seq_len) + 1, dtype=torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Bytes of one rank's tensors."""
+
+    built: int
+    """Alive before the first step."""
+    held: int
+    """Alive between training steps: weights, gradients, optimizer state."""
+    training: int
+    """Peak of a training step."""
+    scoring: dict[str, int] = field(default_factory=dict)
+    """Selection (its name) -> peak of the scoring of a buffer, or of the training step after it if that is larger."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Selection -> alive after scoring, beyond ``held``."""
+
+
+@contextmanager
+def fake_job(config: RunConfig, rank: int, world_size: int, device: str = "cuda") -> Iterator[tuple[Mesh, DeviceMeter]]:
+    """Be one rank of a job on fake tensors inside."""
+    with fake_ranks(rank, world_size), fake_tensors(device) as meter:
+        mesh = Mesh(config.parallel, device)
+        try:
+            yield mesh, meter
+        finally:
+            mesh.close()
+
+
+def build(config: RunConfig, mesh: Mesh, vocab_size: int) -> Any:
+    """The engine of this rank."""
+    return config.engine.spec().load_class()(
+        mesh,
+        model=config.model,
+        optim=config.optim,
+        engine=config.engine,
+        parallel=config.parallel,
+        vocab_size=vocab_size,
+        seq_len=config.data.seq_len,
+        micro_batch_size=config.train.micro_batch_size,
+        total_steps=config.train.steps,
+        seed=config.seed,
+    )
+
+
+def measure(
+    config: RunConfig, vocab_size: int, mesh: Mesh, meter: DeviceMeter, selections: dict[str, SelectionConfig]
+) -> Measured:
+    """Train two steps, then score and train by each of ``selections`` in turn."""
+    engine = build(config, mesh, vocab_size)
+    built = meter.bytes
+    batch = Zeros(config.train.global_batch_size, config.data.seq_len)
+    for _ in range(2):
+        gc.collect()
+        meter.reset_peak()
+        engine.train_step(batch)
+    held, training = meter.bytes, meter.peak
+    scoring, kept = {}, {}
+    for name, selection in selections.items():
+        if selection.method == UNIFORM:
+            scoring[name], kept[name] = training, 0
+            continue
+        scorer = _scorer(replace(config, selection=selection), engine)
+        buffer = Zeros(replace(config, selection=selection).num_scored(), config.data.seq_len)
+        for step in range(2):
+            gc.collect()
+            meter.reset_peak()
+            scorer.score(buffer, step)
+        kept[name] = meter.bytes - held
+        scoring[name] = max(meter.peak, training + kept[name])
+        del scorer
+    gc.collect()
+    return Measured(built=built, held=held, training=training, scoring=scoring, kept=kept)
+
+
+def _scorer(config: RunConfig, engine: Any) -> Scorer:
+    proxy = Zeros(config.selection.proxy_batch_size, config.data.seq_len)
+    return Scorer(
+        config.selection,
+        engine.scoring_backend(),
+        proxy=lambda step: proxy,
+        pool=lambda step: proxy,
+        wanted=None,
+        text_features=None,
+        seed=config.seed,
+    )

@@ -1,0 +1,127 @@
+"""Counts what the graph of a forward pass keeps of each position, layer by layer. Torch is not imported.
+
+Figures are bytes of one position (of one sequence) in one layer: those that tensor-parallel ranks split, and those that
+each of them has whole. They follow from what each operation of megatron-core's unfused layers keeps for its derivative.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from megaopus.config.run_config import RunConfig
+from megaopus.models.config import ModelConfig
+from megaopus.models.flops import padded_vocab
+
+WIDTH = {"fp32": 4, "bf16": 2}
+"""Bytes of a number of the model's precision."""
+
+
+class Share(NamedTuple):
+    """Bytes that tensor-parallel ranks split among them, and bytes that each has whole."""
+
+    split: float
+    whole: float = 0.0
+
+    def plus(self, other: Share) -> Share:
+        return Share(self.split + other.split, self.whole + other.whole)
+
+    def times(self, factor: float) -> Share:
+        return Share(factor * self.split, factor * self.whole)
+
+    def over(self, ranks: int) -> float:
+        """Bytes of one of ``ranks`` tensor-parallel ranks."""
+        return self.split / ranks + self.whole
+
+
+def kept_by_layer(config: RunConfig, precision: str, device: str) -> Share:
+    """Bytes of a position that a layer keeps for its backward pass."""
+    model, width = config.model, WIDTH[precision]
+    hidden = model.hidden_size
+    # both residual sums, and what the two norms make of them
+    stream = 2.0 * width * hidden + 2 * _norm(model.norm, hidden, width, device)
+    if model.dropout > 0:
+        stream += 2 * hidden  # masks of one byte
+    inside = _attention(config, width, device) + _mlp(model) * width
+    return Share(inside + stream) if config.parallel.sequence_parallel else Share(inside, stream)
+
+
+def worked_on(config: RunConfig, precision: str) -> Share:
+    """Bytes of a position that one layer's backward pass makes beyond what is kept: gradients inside its MLP."""
+    model, width = config.model, WIDTH[precision]
+    return Share(
+        width * model.derived_ffn() * (2.0 if model.activation == "swiglu" else 1.0), 2.0 * width * model.hidden_size
+    )
+
+
+def without_graph(config: RunConfig, precision: str) -> Share:
+    """Bytes of a position in one layer's forward pass that keeps nothing: its MLP and the stream beside it."""
+    model, width = config.model, WIDTH[precision]
+    return Share(width * _mlp(model), 3.0 * width * model.hidden_size)
+
+
+def logit_bytes(tp: int, precision: str, *, backward: bool) -> int:
+    """Bytes of one logit (of this rank's part of the vocabulary) when there are most.
+
+    One rank: torch's log-softmax of fp32 logits and two gradients, or in a forward pass logits and log-softmax; beside
+    fp32 ones the 16-bit logits until the graph is left. More: megatron's works in place on fp32 logits.
+    """
+    half = 0 if precision == "fp32" else 2
+    if tp > 1:
+        return 4 + half
+    return 12 if backward else 8 + half
+
+
+def logits(config: RunConfig, vocab_size: int, precision: str, positions: int, *, backward: bool) -> int:
+    """Bytes of the logits of ``positions`` positions, or of the gradient of the output layer if that is more."""
+    tp, width = config.parallel.tp, WIDTH[precision]
+    vocab = padded_vocab(vocab_size) // tp
+    found = positions * vocab * logit_bytes(tp, precision, backward=backward)
+    if backward:  # the gradients of logits and of the matrix behind them, once the softmax has gone
+        found = max(found, width * vocab * (positions + config.model.hidden_size))
+    return found
+
+
+def _norm(kind: str, size: int, width: int, device: str) -> float:
+    """Bytes that a norm of ``size`` numbers keeps beside its input: its output and, in fp32, statistics.
+
+    torch's RMSNorm is one operation on CUDA (since 2.9) and several on the CPU, each of which keeps its own input.
+    """
+    if kind == "layernorm":
+        return width * size + 8
+    return _rms_inside(size, width, device) + width * size
+
+
+def _rms_inside(size: int, width: int, device: str) -> float:
+    if device == "cuda":
+        return 4
+    return 4 + (4 * size if width == 4 else 8 * size)
+
+
+def _attention(config: RunConfig, width: int, device: str) -> float:
+    """Bytes of a position between the norm before attention and the projection after it."""
+    model = config.model
+    heads, groups, size = model.num_heads, model.derived_kv_heads(), model.derived_head_dim()
+    query, key_value = heads * size, groups * size
+    rope, shared = model.position == "rope", groups != heads
+    total = 4.0 * heads + width * query  # log-sum-exp and output
+    if model.qk_norm:
+        norms = _rms_inside(size, width, device) * (heads + groups)
+        total += norms + (width * query if shared else 0)  # a copy of shared queries in order of heads
+    if device == "cpu":  # copies of q, k, v with positions side by side, and of the output in the other order
+        total += width * (query + 2 * key_value) + width * query
+        if model.qk_norm:
+            total += width * (query + 2 * key_value)  # the norms keep the layer's output
+    else:
+        total += width * (query + 2 * key_value)
+        if rope or model.qk_norm:
+            total += width * (query + key_value)  # turned or normalised
+        elif shared:
+            total += width * query
+    if rope:  # cosines and sines of each layer's positions, for queries and keys, shared by the sequences
+        total += 4 * width * size / config.train.micro_batch_size
+    return total
+
+
+def _mlp(model: ModelConfig) -> float:
+    """Numbers: GELU's input and output; SwiGLU's gate and up, its silu, a copy of up, and their product."""
+    return model.derived_ffn() * (5.0 if model.activation == "swiglu" else 2.0)

@@ -1,0 +1,184 @@
+"""The estimate of a rank's memory: by hand, beside real tensors, and beside what fake CUDA tensors take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from benchmarks import memory as benchmark
+from benchmarks.fake_cuda.device import missing
+from benchmarks.fake_cuda.meter import DeviceMeter
+from megaopus.config.run_config import RunConfig
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.models.flops import count_parameters, padded_vocab
+from megaopus.optim.registry import OPTIMIZERS
+from megaopus.planning.memory import PHASES, PROCESS_ROW, Row, memory, peak, rows_at_peak
+from tests.harness import LLAMA, TINY, random_batch, tiny_engine
+from tests.pool import Pool
+
+VOCAB = 500
+
+
+def small(**selection: Any) -> RunConfig:
+    config = RunConfig()
+    config.train.global_batch_size = 16
+    for key, value in selection.items():
+        setattr(config.selection, key, value)
+    return config
+
+
+def sizes(config: RunConfig, world_size: int = 1, precision: str = "fp32", stage: int = 0) -> dict[str, int]:
+    return {what: row.size for what, row in memory(config, VOCAB, world_size, precision, stage).items()}
+
+
+# -- by hand -----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_gradients_and_state() -> None:
+    config = small()
+    count = count_parameters(config.model, VOCAB, config.data.seq_len)
+    matrices = 4 * 12 * 128 * 128
+    fp32, bf16 = sizes(config), sizes(config, precision="bf16")
+    assert (fp32["weights"], bf16["weights"]) == (4 * count, 6 * count)
+    assert fp32["gradients"] == bf16["gradients"] == 4 * count
+    assert fp32["optimizer state"] == 8 * count
+    config.optim.name = "muon"
+    assert sizes(config)["optimizer state"] == 8 * count - 4 * matrices
+    config.engine.name, config.selection.method = "deepspeed", "opus"
+    rows = sizes(config, 2)
+    assert (rows["optimizer state"], rows["gathered state"]) == (4 * count - 2 * matrices, 4 * count)
+    config = small()
+    config.parallel.distributed_optimizer = True
+    rows = sizes(config, 4, "bf16")
+    assert (rows["optimizer state"], rows["weights"]) == (8 * count // 4, 2 * count + 4 * count // 4)
+
+
+def test_what_a_gpt2_layer_keeps() -> None:
+    config = small()
+    # bf16 on CUDA, bytes per position and layer: sums and norms 2 x 2 x 2h + 16, q k v 2 x 3h, attention 2h + 4 heads,
+    # MLP 2 x 8h; at the ends the embedding's and the final norm's output
+    layer = 2 * 4 * 128 + 16 + 6 * 128 + 2 * 128 + 4 * 4 + 16 * 128
+    assert sizes(config, precision="bf16")["activations"] == 8 * 256 * (4 * layer + 2 * 2 * 128)
+    assert sizes(config, precision="bf16")["backward pass"] == 8 * 256 * padded_vocab(VOCAB) * 12
+    config.parallel.tp = 2  # q k v, attention and MLP are split; megatron's softmax works in place
+    layer -= (6 * 128 + 2 * 128 + 4 * 4 + 16 * 128) // 2
+    assert sizes(config, 2, "bf16")["activations"] == 8 * 256 * (4 * layer + 2 * 2 * 128)
+    config.train.micro_batch_size, config.parallel = 2, ParallelConfig(pp=2)
+    plain = [memory(config, VOCAB, 2, "bf16", stage)["activations"].size for stage in (0, 1)]
+    entry = 2 * 256 * 2 * 128
+    assert plain[0] - 2 * entry == 2 * (plain[1] - 2 * entry)
+    config.parallel.vpp = 2  # chunks of half the layers; 5 passes in flight on the first stage, 3 on the last
+    chunks = [memory(config, VOCAB, 2, "bf16", stage)["activations"].size for stage in (0, 1)]
+    assert 2 * (chunks[0] - 5 * entry) == 5 * (plain[1] - 2 * entry)
+    assert 2 * (chunks[1] - 6 * entry) == 3 * (plain[1] - 2 * entry)
+
+
+def test_what_scoring_holds() -> None:
+    config = small(method="opus")
+    count = count_parameters(config.model, VOCAB, config.data.seq_len)
+    rows = sizes(config, precision="bf16")
+    held = ("average of proxy gradients", "average with this step's", "average without bias", "update map", "direction")
+    assert {rows[what] for what in held} == {4 * count}
+    assert rows["weights to restore"] == 2 * count
+    config.selection.proxy_half_life = 0.0
+    assert "average of proxy gradients" not in sizes(config)
+    assert sizes(config)["proxy gradient"] == 4 * count
+    config.selection.contrast = True
+    assert memory(config, VOCAB, 1, "fp32", 0)["proxy's own gradient"].phases == (PHASES[1],)
+    config.optim.name = "sgd"
+    assert "update map" not in sizes(config)
+    config = small(method="opus", estimator="countsketch", redundancy=1.0, sketch_dim=100)
+    assert sizes(config, 2)["sketches"] == 4 * (32 // 2) * (4 * 4 + 1) * 100
+
+
+def test_the_peak_is_that_of_one_phase() -> None:
+    rows = {
+        "always": Row(3, 1, ""),
+        "training": Row(10, 0, "", (PHASES[0],)),
+        "scoring": Row(5, 6, "", (PHASES[2],)),
+    }
+    assert peak(rows) == (PHASES[2], 15)
+    assert rows_at_peak(rows) == {"always": (4, ""), "scoring": (11, "")}
+
+
+@pytest.mark.parametrize("estimator", ["directional", "adjoint", "countsketch", "kronecker"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_split_rows_add_up_to_the_whole_and_others_are_marked(optimizer: str, estimator: str) -> None:
+    config = small(method="opus", estimator=estimator, score_micro_batch_size=1, proxy_batch_size=16)
+    config.optim.name, config.model.tied, config.model.num_kv_heads = optimizer, False, 2
+    config.train.micro_batch_size = 16  # one micro-batch: no stage keeps those of several
+    for tp, pp in ((2, 1), (1, 2), (2, 2), (4, 4)):
+        config.parallel = ParallelConfig(tp=tp, pp=pp)
+        config.model.num_kv_heads = 4 if tp == 4 else 2
+        whole = memory(replace(config, parallel=ParallelConfig()), VOCAB, 1, "bf16", 0)
+        stages = [memory(config, VOCAB, tp * pp, "bf16", stage) for stage in range(pp)]
+        for what in set(whole).union(*stages) - {"scoring pass"}:  # of which a pipeline has several in flight
+            parts = [rows[what] for rows in stages if what in rows]
+            assert sum(tp * row.split for row in parts) == whole[what].split, f"{what} at tp={tp} pp={pp}"
+            if whole[what].split == 0:
+                assert all(row.split == 0 for row in parts), f"{what} is marked as split at tp={tp} pp={pp} only"
+
+
+# -- beside tensors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_of_an_optimizer(name: str) -> None:
+    config = small()
+    config.model, config.data.seq_len, config.optim.name = TINY, 16, name
+    mesh = Mesh(ParallelConfig(), "cpu")
+    try:
+        engine = tiny_engine(mesh, model=TINY, optim=config.optim)
+        engine.train_step(random_batch(8, 0))
+        state = [value for each in engine.optimizer.states() for key, value in each.state.items() if key != "step"]
+    finally:
+        mesh.close()
+    found = sum(value.numel() * value.element_size() for value in state)
+    handful = 4 * sum(value.numel() == 1 for value in state)
+    assert found - handful == memory(config, 128, 1, "fp32", 0)["optimizer state"].size
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_real_tensors_of_a_training_step_on_cpu(kind: str) -> None:
+    config = small()
+    config.model = replace(TINY if kind == "gpt2" else LLAMA, num_layers=4)
+    config.engine.device, config.data.seq_len, config.train.micro_batch_size = "cpu", 64, 4
+    config.train.global_batch_size = 8
+    mesh = Mesh(ParallelConfig(), "cpu")
+    meter = DeviceMeter("cpu")
+    try:
+        with meter:
+            engine = tiny_engine(mesh, model=config.model, seq_len=64, micro_batch_size=4)
+            for step in range(2):
+                meter.reset_peak()
+                engine.train_step(random_batch(8, step, seq_len=64))
+    finally:
+        mesh.close()
+    rows = memory(config, 128, 1, "fp32", 0)
+    del rows[PROCESS_ROW]
+    assert benchmark.LOW <= peak(rows)[1] / meter.peak <= benchmark.HIGH
+
+
+def test_every_cell_that_was_measured_is_estimated_within_bounds() -> None:
+    results = benchmark.read(benchmark.RESULTS)
+    cells = list(benchmark.ratios(results))
+    assert len({cell[:2] for cell in cells}) >= 60
+    wrong = [
+        (*cell[:4], cell[5] / cell[4]) for cell in cells if not benchmark.LOW <= cell[5] / cell[4] <= benchmark.HIGH
+    ]
+    assert wrong == []
+
+
+def fake_cell(name: str, layout: str) -> dict[str, Any]:
+    return benchmark.measured(benchmark.every_shape()[name], layout)
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+@pytest.mark.parametrize("layout", ["1", "tp2"])
+def test_a_measured_cell_is_what_the_engine_takes_now(pool: Pool, layout: str) -> None:
+    recorded = benchmark.read(benchmark.RESULTS)["tiny", layout]["stages"]
+    assert pool.run(1, fake_cell, "tiny", layout) == [recorded]
