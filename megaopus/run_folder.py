@@ -133,6 +133,7 @@ def write_run_folder(
     first_step: int,
     corpus: str,
     parameters: int,
+    picking: int,
     packages: Iterable[str] = (),
 ) -> None:
     """Write config.yaml, environment.json and launch.sh: what a launch runs with, where, and how it was started.
@@ -147,6 +148,7 @@ def write_run_folder(
         first_step: the first that it takes.
         corpus: the pool's fingerprint.
         parameters: of the whole model.
+        picking: number of the rules by which picks follow from utilities (``selection.decide.PICKING``).
         packages: further ones whose versions are told.
 
     Raises:
@@ -163,6 +165,7 @@ def write_run_folder(
         "first_step": first_step,
         "corpus": corpus,
         "parameters": parameters,
+        "picking": picking,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     contents = {

@@ -142,4 +142,6 @@ def _gram(step: ScoringStep, rows: dict[str, Tensor]) -> Tensor:
     for value in backend.sum_over_model(rows, "gradient").values():
         whole = backend.gather_candidates(value).double()
         total += whole @ whole.t()
-    return backend.sum_over_model({"": total}, "stages")[""].cpu()
+    return backend.from_rank_0(
+        backend.sum_over_model({"": total}, "stages")[""]
+    ).cpu()  # other processors round otherwise
