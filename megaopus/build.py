@@ -195,9 +195,11 @@ def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint 
         device=mesh.device.type,
         world_size=mesh.shape.world_size,
         first_step=0 if checkpoint is None else checkpoint.step,
-        corpus=corpus,
-        parameters=count_parameters(config.model, _vocab_size(config), config.data.seq_len),
-        picking=PICKING,
+        facts={
+            "corpus": corpus,
+            "parameters": count_parameters(config.model, _vocab_size(config), config.data.seq_len),
+            "picking": PICKING,
+        },
         packages=[spec.package for spec in ENGINES.values()],
     )
     return old_record
