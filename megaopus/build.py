@@ -36,6 +36,7 @@ from megaopus.record.recorder import RECORD, Recorder, last_validation
 from megaopus.record.sinks import METRICS_FILE
 from megaopus.run_folder import run_lock, set_record_aside, write_run_folder
 from megaopus.selection import Selector
+from megaopus.selection.decide import PICKING
 from megaopus.selection.methods.registry import UNIFORM
 from megaopus.training.memory import out_of_memory_explained
 from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
@@ -199,8 +200,11 @@ def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint 
         device=mesh.device.type,
         world_size=mesh.shape.world_size,
         first_step=0 if checkpoint is None else checkpoint.step,
-        corpus=corpus,
-        parameters=count_parameters(config.model, _vocab_size(config), config.data.seq_len),
+        facts={
+            "corpus": corpus,
+            "parameters": count_parameters(config.model, _vocab_size(config), config.data.seq_len),
+            "picking": PICKING,
+        },
         packages=[spec.package for spec in ENGINES.values()],
     )
     return old_record

@@ -12,11 +12,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from megaopus import __version__
 from megaopus.errors import CheckpointError
@@ -131,8 +132,7 @@ def write_run_folder(
     device: str,
     world_size: int,
     first_step: int,
-    corpus: str,
-    parameters: int,
+    facts: Mapping[str, Any],
     packages: Iterable[str] = (),
 ) -> None:
     """Write config.yaml, environment.json and launch.sh: what a launch runs with, where, and how it was started.
@@ -145,8 +145,7 @@ def write_run_folder(
         device: cpu or cuda.
         world_size: ranks of the launch.
         first_step: the first that it takes.
-        corpus: the pool's fingerprint.
-        parameters: of the whole model.
+        facts: what else environment.json tells: name -> plain value.
         packages: further ones whose versions are told.
 
     Raises:
@@ -161,8 +160,7 @@ def write_run_folder(
         "git": _git_revision(),
         "arguments": sys.argv[1:],
         "first_step": first_step,
-        "corpus": corpus,
-        "parameters": parameters,
+        **facts,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     contents = {

@@ -120,11 +120,15 @@ class Mesh:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if ``flag`` is true on one."""
+        return bool(self.largest([int(flag)])[0])
+
+    def largest(self, numbers: list[int]) -> list[int]:
+        """The largest of each of the numbers (int64) over all ranks; one message."""
         if self.shape.world_size == 1:
-            return flag
-        value = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+            return numbers
+        values = torch.tensor(numbers, device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.tolist()
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank."""

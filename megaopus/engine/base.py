@@ -17,9 +17,11 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.batch_split import seed_dropout, training_share
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.work_timer import WorkTimer
+from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.schedule import lr_factor
+from megaopus.selection.agreement import digest, disagreement, extremes
 from megaopus.selection.backend import Candidates, Gradient, ScoringBackend
 
 
@@ -119,8 +121,20 @@ class Engine(ABC):
     def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:
         """Make one update from a global batch of K sequences; each data-parallel rank reads only its share.
 
-        ``limit``: the largest gradient norm with which the update is made.
+        ``limit``: the largest gradient norm with which the update is made. Raises EngineError, with no weight changed,
+        if ranks were given different sequences: an engine asks ``refused`` last before it changes any.
         """
+
+    def refused(self, flag: bool, batch: Candidates) -> bool:
+        """Return whether ``flag`` is true on some rank: the last word before an update by ``batch``, one message.
+
+        It carries a hash of what each rank trains on. Raises EngineError if they differ; no weight has changed then.
+        """
+        some, *found = self.mesh.largest([int(flag), *extremes(digest(batch.ids))])
+        if found != extremes(found[0]):
+            picks = self.mesh.gather_objects(batch.ids.tolist())
+            raise EngineError(f"step {self.step}: {disagreement(picks)}")
+        return bool(some)
 
     @abstractmethod
     def evaluate(self, sequences: Candidates) -> Tensor:

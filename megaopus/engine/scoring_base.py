@@ -194,6 +194,9 @@ class EngineScoringBackend(ModuleBackend):
         dist.broadcast(found, src=0)
         return found.cpu()
 
+    def check_alike(self, picked_ids: Tensor) -> None:
+        """Leave it to the update, which compares what model-parallel ranks picked too, in a message sent anyway."""
+
     def sum_over_model(self, values: dict[str, Tensor], axis: str) -> dict[str, Tensor]:
         mesh, shape = self._mesh, self._mesh.shape
         tensor, context, stages = (mesh.tp_group, shape.tp), (mesh.cp_group, shape.cp), (mesh.pp_group, shape.pp)

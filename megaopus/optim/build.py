@@ -127,13 +127,14 @@ class MixedPrecisionOptimizer:
                 optimizer.estimate(tokens)
         return True
 
-    def step(self, limit: float = math.inf) -> tuple[float, bool]:
+    def step(self, limit: float = math.inf, refused: Callable[[bool], bool] | None = None) -> tuple[float, bool]:
         """(gradient norm before clipping, applied).
 
         A gradient that is not finite anywhere, or a norm above ``limit`` on any rank, leaves every weight as it is.
+        ``refused``: what this rank would refuse -> whether any does; ``Mesh.any`` unless more is to be asked.
         """
         norm = math.nan if self.chained.prepare_grads() else self._gradient_norm()
-        if self._mesh.any(not math.isfinite(norm) or norm > limit):
+        if (refused or self._mesh.any)(not math.isfinite(norm) or norm > limit):
             return norm, False
         if 0 < self._clip < norm:
             parameters = [p for wrapped in self.chained.chained_optimizers for p in wrapped.get_parameters()]

@@ -95,7 +95,7 @@ class Record:
     def _replay(self, step: int) -> tuple[str, str]:
         import torch
 
-        from megaopus.selection.replay import NamedCandidates, NotOnRecord, replay
+        from megaopus.selection.replay import NamedCandidates, NotOnRecord, concerned, replay
 
         config = self.config(step)
         selection = config.selection
@@ -129,6 +129,9 @@ class Record:
             proxy=proxy if selection.needs_proxy else None,
         )
         if wrong := _differences(rows, self.facts[step], found, scored=made == step):
+            environment = _json(self._launch(made) / "environment.json")
+            if older := concerned(environment.get("picking", 1), selection, [*events, *found.events]):
+                raise NotOnRecord(f"rules of an older version ({_version(environment)}), which can make them: {older}")
             return DIFFERENT, wrong
         return IDENTICAL, f"{found.method}, {len(found.indices)} of {len(ids)} candidates"
 
@@ -273,6 +276,12 @@ def _differences(rows: Table, facts: dict[str, Any], found: Selection, *, scored
         if not np.isclose(float(facts[key]), value, rtol=TOLERANCE):
             said.append(f"{key} recorded {facts[key]}, made again {value}")
     return "; ".join(said)
+
+
+def _version(environment: dict[str, Any]) -> str:
+    """Name what a launch ran: the package's version and, where known, the commit."""
+    version, commit = environment.get("packages", {}).get("megaopus", "unknown"), environment.get("git")
+    return f"megaopus {version}" + (f", commit {commit[:12]}" if commit else "")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -210,6 +210,12 @@ class ScoringBackend(Protocol):
     def from_rank_0(self, values: Tensor) -> Tensor:
         """The first rank's values, on every rank; on the CPU."""
 
+    def check_alike(self, picked_ids: Tensor) -> None:
+        """Raise RuntimeError, which names ranks and picks, unless every rank picked these ids (K,) in this order.
+
+        Collective. A backend that has none is taken at its word; one whose updates compare picks may do nothing here.
+        """
+
     def sum_over_model(self, values: dict[str, Tensor], axis: str) -> dict[str, Tensor]:
         """Sum each of ``values`` (by parameter, or one by any name; all of one shape) over model-parallel ranks.
 

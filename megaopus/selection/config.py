@@ -92,7 +92,10 @@ class GuardConfig:
         0.0, min=0, max=1, doc="Fraction of its share of the buffer that each domain keeps among the picks.", hint=_OFF
     )
     min_ess: float = setting(
-        1.2, min=0, doc="Alarm when the effective sample size is below this many candidates.", hint=_OFF
+        1.2,
+        min=0,
+        doc="Alarm when the effective sample size of a draw (boltzmann) is below this many candidates, outliers aside.",
+        hint=_OFF,
     )
     min_distinct: float = setting(
         0.5,

@@ -23,7 +23,14 @@ from megaopus.selection.samplers.registry import SAMPLERS
 from megaopus.selection.scoring import Scores
 from megaopus.selection.uniformity import share_by_utility
 
+<<<<<<< HEAD
 _UNIFORM_SHARE = 0.1  # of picks that utilities decide, below which a draw is uniform for all purposes
+=======
+PICKING = 2
+"""Number of the rules by which picks follow from evidence; 1 is that of records that name none (version 0.1). Whoever
+changes picks raises it and says in ``replay.concerned`` which."""
+_UNIFORM_RATIO = 1.01  # largest probability over the uniform one below which a draw is uniform for all purposes
+>>>>>>> picks
 
 
 class Key(NamedTuple):
@@ -56,7 +63,8 @@ class Evidence:
     prescreen_score: Tensor | None = None
     """(N,) float64, None where there is none yet."""
     distrust: Event | None = None
-    """Why prescreen scores are not to be used."""
+    """Why what the prescreen learnt is not to be used. Its fact ``instead`` says what is: 'importance', which the
+    prescreen scores are then; anything else, or nothing (version 0.1): chance."""
     exposures: Tensor | None = None
     """(N,) int64 how often each would have been trained on if it were picked now; needed if ``counts_exposures``."""
     domains: Tensor | None = None
@@ -99,15 +107,13 @@ def decide(evidence: Evidence, config: SelectionConfig, key: Key, num_selected: 
         return buffer.told(_uniform(buffer, everyone))
     allowed, over_cap = _within_cap(buffer)
     past_warmup, prescreened = _past_warmup(config, key.step), config.prescreen.mode != "off"
-    use_predictor = picks_by_predictor(config, key.step)
+    use_predictor, promise = picks_by_predictor(config, key.step), _promise(evidence)
     scores_this_step = past_warmup and not (use_predictor and period % config.prescreen.every)
     scored, uniform, scores = everyone, None, Scores(utilities=None)
     if scores_this_step and prescreened:
-        promise = evidence.prescreen_score
-        trusted = None if evidence.distrust or promise is None else promise
         noise = counter_rng.key(key.seed, "slice", period)
         total = num_scored(config, len(everyone))
-        scored, uniform = screen(evidence.ids, allowed, trusted, total, config.prescreen.slice, noise, over_cap)
+        scored, uniform = screen(evidence.ids, allowed, promise, total, config.prescreen.slice, noise, over_cap)
     if scores_this_step:
         scores = evidence.score(scored)
     values, gram = _everyone(buffer, scored, scores), scores.gram
@@ -123,12 +129,19 @@ def decide(evidence: Evidence, config: SelectionConfig, key: Key, num_selected: 
     if evidence.distrust:
         buffer.events.append(evidence.distrust)
     if use_predictor:
-        values, gram = None if evidence.distrust else evidence.prescreen_score, None
+        values, gram = promise, None
     if values is None:
         choice = _uniform(buffer, allowed)
     else:
         choice = _pick(buffer, allowed, over_cap, values, None if gram is None else (scored, gram))
     return replace(buffer.told(choice), **told)
+
+
+def _promise(evidence: Evidence) -> Tensor | None:
+    """(N,) what stands in the place of utilities; None: there is nothing, or it is not to be trusted."""
+    distrust = evidence.distrust
+    trusted = distrust is None or distrust.facts.get("instead") == "importance"
+    return evidence.prescreen_score if trusted else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +237,7 @@ def _pick(
         return _uniform(buffer, among)
     wild = _outliers(buffer, among, values)
     used = sampler.standardise(values[among]) if config.utilities == "standardised" else values[among]
-    penalty = None if gram is None else _penalty(buffer, among, *gram)
+    penalty = None if gram is None else _penalty(buffer, among, wild, *gram)
     draws = sampler.Draws(config.sampler, config.temperature, buffer.seed, period)
     quotas = _quotas(buffer, among)
     picked = among[sampler.pick(used, ids[among], count, draws, penalty, quotas, over_cap[among])]
@@ -264,17 +277,18 @@ def _outliers(buffer: _Buffer, among: Tensor, values: Tensor) -> Tensor:
     return wild
 
 
-def _penalty(buffer: _Buffer, among: Tensor, scored: Tensor, gram: Tensor) -> Tensor:
-    """Return what each pick takes off the others at ``among`` (m,): (m, m).
+def _penalty(buffer: _Buffer, among: Tensor, wild: Tensor, scored: Tensor, gram: Tensor) -> Tensor:
+    """Return what each pick takes off the others at ``among`` (m,): (m, m); those that are ``wild`` (m,) nothing.
 
     One in ``score_every`` of the picks goes into the same update; which ones is not known yet.
     """
     config, size = buffer.config, len(buffer.evidence.ids)
     rows = torch.full((size,), -1).index_copy(0, scored, torch.arange(len(scored)))[among]
     overlap = gram[rows][:, rows]
-    standardised = config.utilities == "standardised"
-    scale = 1 / (buffer.num_selected * overlap.diagonal().mean()) if standardised else 1.0
-    return config.redundancy * scale / config.score_every * overlap
+    norms = overlap.diagonal()
+    usual = norms[~sampler.outliers(norms)].mean()
+    scale = 1 / (buffer.num_selected * usual) if config.utilities == "standardised" else 1.0
+    return (config.redundancy * scale / config.score_every * overlap).masked_fill(wild, 0)
 
 
 def _quotas(buffer: _Buffer, among: Tensor) -> tuple[Tensor, dict[int, int]] | None:

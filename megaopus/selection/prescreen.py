@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ _BLOCK = 16
 All utilities of a step share what its proxy gradient has in common with any text, which tells no candidates apart.
 """
 _JUDGED = 256
-"""Latest uniform scores that the predictor is judged by."""
-_CHANCE = 1.65
-"""Standard deviations below zero at which a correlation is no accident: one in twenty is as low where there is none."""
+"""Latest uniform scores that its correlation is told of."""
+_AGAINST = 0.15
+"""Correlation below zero that the predictor is tested for."""
+_PROOF = math.log(100)
+"""Evidence of that, in nats, from which it is distrusted: about one step in a hundred where there is nothing to it."""
 _RIDGES = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 """Penalties to choose from; a predictor of noise wants the largest, whose predictions are next to nothing."""
 _FEWEST = 64
@@ -46,10 +49,17 @@ class Prescreen:
         self._weights: Tensor | None = None  # (F + 1,), the intercept last
         self.correlation: float | None = None
         """Rank correlation of prescreen scores with what uniform draws then scored, the latest; None while too few."""
+        self._against = 0.0  # nats of evidence
 
     def prescreen_score(self, ids: Tensor) -> Tensor | None:
-        """(n,) float64 that candidates are screened and picked by; None before the first fit if there is no prior."""
-        prior, weights = self._config.prior, self._weights
+        """(n,) float64 that candidates are screened and picked by; None before the first fit if there is no prior.
+
+        Importance alone while what is learnt is distrusted.
+        """
+        return self._score(ids, None if self._config.prior > 0 and self._against > _PROOF else self._weights)
+
+    def _score(self, ids: Tensor, weights: Tensor | None) -> Tensor | None:
+        prior = self._config.prior
         if weights is None and prior == 0:
             return None
         total = torch.zeros(len(ids), dtype=torch.float64)
@@ -67,7 +77,7 @@ class Prescreen:
         """
         kept = utilities.isfinite()
         ids, utilities, uniform = ids[kept], utilities[kept], uniform[kept]
-        scores = self.prescreen_score(ids)
+        scores = self._score(ids, self._weights)  # also of what is distrusted, which may be trusted again
         if scores is None:
             scores = torch.full_like(utilities, torch.nan)
         steps = torch.full_like(ids, step)
@@ -80,25 +90,37 @@ class Prescreen:
         self._judge()
 
     def _judge(self) -> None:
-        judged = self._judged
+        """Take the correlation of the latest uniform scores, and the evidence in all of them that it is below zero.
+
+        Evidence is Page's cumulative sum (Biometrika 1954): of the log likelihood ratios of a correlation of
+        -``_AGAINST`` to none, of normal scores, since the pair from which that sum is largest. In noise it is above h
+        for at most exp(-h) of the time, however often one looks.
+        """
+        judged = (self._uniform & self._scores.isfinite()).nonzero().flatten()
         if len(judged) < _FEWEST:
-            self.correlation = None
+            self.correlation, self._against = None, 0.0
             return
         pairs = [_normal_scores(values[judged], self._steps[judged]) for values in (self._scores, self._utilities)]
-        self.correlation = float(torch.corrcoef(torch.stack(pairs))[0, 1].nan_to_num())
+        self.correlation = float(torch.corrcoef(torch.stack(pairs)[:, -_JUDGED:])[0, 1].nan_to_num())
+        r, (a, b) = _AGAINST, pairs
+        ratios = -(r * r * (a * a + b * b) + 2 * r * a * b) / (2 * (1 - r * r)) - 0.5 * math.log1p(-r * r)
+        sums = torch.cat([ratios.new_zeros(1), ratios.cumsum(0)])
+        self._against = float(sums[-1] - sums.min())
 
-    @property
-    def _judged(self) -> Tensor:
-        return (self._uniform & self._scores.isfinite()).nonzero().flatten()[-_JUDGED:]
+    def doubt(self) -> Tensor:
+        """(2,) float64 that ``distrust_reason`` takes: the correlation, nan for none, and the evidence against it."""
+        r = torch.nan if self.correlation is None else self.correlation
+        return torch.tensor([r, self._against], dtype=torch.float64)
 
-    def distrust_reason(self) -> Event | None:
-        """Return why it is not to be trusted now; None: nothing speaks against it."""
-        r = self.correlation
-        if r is None or r * len(self._judged) ** 0.5 > -_CHANCE:
+    def distrust_reason(self, doubt: Tensor | None = None) -> Event | None:
+        """Return why it is not to be trusted now; None: nothing speaks against it. ``doubt``: its own unless given."""
+        r, against = (self.doubt() if doubt is None else doubt).tolist()
+        if against <= _PROOF:
             return None
-        instead = "candidates screened" if self._config.mode == "cascade" else "picked"
-        text = f"alarm: the predictor's correlation with utilities is {r:.2f}; {instead} uniformly"
-        return Event("selection.prescreen_distrusted", text, correlation=r)
+        by = "importance" if self._config.prior > 0 else "chance"
+        what = "candidates screened" if self._config.mode == "cascade" else "picked"
+        text = f"alarm: the predictor's correlation with utilities is {r:.2f}; {what} by {by} alone"
+        return Event("selection.prescreen_distrusted", text, correlation=r, evidence=against, instead=by)
 
     def _fit(self) -> None:
         """w = argmin |X w - y|^2 + ridge |w|^2 over the window, columns centred; y: normal scores.
@@ -194,8 +216,9 @@ def _normal_scores(utilities: Tensor, steps: Tensor) -> Tensor:
         blocks[-1] += size
     if len(blocks) > 1 and blocks[-1] < _BLOCK:
         blocks[-2:] = [sum(blocks[-2:])]
-    found = []
-    for part in utilities.split(blocks):
-        _, rank, copies = part.unique(return_inverse=True, return_counts=True)
-        found.append(torch.special.ndtri((copies.cumsum(0) - copies.double() / 2)[rank] / len(part)))
-    return torch.cat(found)
+    sizes = torch.tensor(blocks)
+    block = torch.arange(len(blocks)).repeat_interleave(sizes)
+    _, value = utilities.unique(return_inverse=True)
+    _, rank, copies = (block * len(utilities) + value).unique(return_inverse=True, return_counts=True)
+    middle = (copies.cumsum(0) - copies.double() / 2)[rank] - (sizes.cumsum(0) - sizes)[block]  # of equal ones
+    return torch.special.ndtri(middle / sizes[block])

@@ -68,6 +68,26 @@ def replay(
     return choice.at(step, turn, evidence.ids, num_selected, served=turn > 0)
 
 
+def concerned(picking: int, config: SelectionConfig, events: Sequence[Event]) -> str:
+    """Say in what the rules of ``picking`` make other picks of a step than today's; empty: in nothing.
+
+    ``events``: of the step as it was recorded and as it was made again.
+    """
+    kinds, found = {event.kind for event in events}, []
+    if picking < 2:
+        if config.redundancy > 0 and config.guards.domain_floor > 0:
+            found.append("picks for a domain's floor did not count for redundancy")
+        if config.redundancy > 0 and config.score_every > 1:
+            found.append("redundancy was score_every times as strong")
+        if "selection.alarm.sample_size" in kinds:
+            found.append("there was an alarm on the sample size of greedy picks, and outliers counted for it")
+        if "selection.utility_outlying" in kinds:
+            found.append("outliers counted for the z-scores of all others")
+        if "selection.cap_lifted" in kinds:
+            found.append("small differences between candidates above the exposure cap were lost")
+    return "; ".join(found)
+
+
 def evidence_of(config: SelectionConfig, table: CandidateTable, events: Sequence[Event], step: int) -> Evidence:
     """Return what the picks of a buffer rest on, but for tokens. Raises NotOnRecord if exposures are missing."""
     ids = _tensor(table["id"])

@@ -77,8 +77,12 @@ class Selector:
     def select(self, candidates: Candidates | Batch, step: int) -> Selection:
         """Pick from ``candidates``: the global buffer of N sequences, the same on every rank, each scoring its share.
 
-        Plain tensors get the ids step * N + 0..N-1. With ``score_every`` = k the buffer is that of step - step % k.
-        Raises ValueError if N is too small.
+                Plain tensors get the ids step * N + 0..N-1. With ``score_every`` = k the buffer is that of step - step % k.
+        <<<<<<< HEAD
+                Raises ValueError if N is too small.
+        =======
+                Raises ValueError if N is too small or does not divide over the ranks, RuntimeError if ranks picked differently.
+        >>>>>>> picks
         """
         started = time.perf_counter()
         period, turn = divmod(step, self.config.score_every)
@@ -91,6 +95,8 @@ class Selector:
         choice = self._choice
         assert choice is not None
         selection = choice.at(step, turn, ids, self.num_selected, served=served)
+        if check_alike := getattr(self.backend, "check_alike", None):  # backends of version 0.1 have none
+            check_alike(selection.picked_ids)
         if counts_exposures(self.config):
             self._exposure.record(step, self._signatures(candidates.take(selection.indices)))
         return replace(
@@ -111,7 +117,7 @@ class Selector:
         if turn and self._choice is not None and self._choice.period == period:
             return [], self._choice.positions[turn_of].sort().values
         ids, blind = candidates.ids.cpu(), counts_exposures(config) and self._text_features is None
-        evidence = self._known(candidates, ids, step, exposures=not blind)
+        evidence = self._known(candidates, ids, step, lambda own: own, exposures=not blind)
         scored, picked, by_value = foresee(evidence, config, Key(self.seed, step), self.num_selected)
         reads = self._scorer.foresee(candidates, scored, step)
         if blind:  # signatures are of tokens then
@@ -193,36 +199,54 @@ class Selector:
         return choice
 
     def _evidence(self, candidates: Candidates, ids: Tensor, step: int) -> Evidence:
-        """Gather what is known of the buffer; collective."""
-        found = self._known(candidates, ids, step)
-        score, period = found.prescreen_score, step // self.config.score_every
+        """Gather what is known of the buffer, as rank 0 knows it; collective."""
         return replace(
-            found,
+            self._known(candidates, ids, step, self.backend.from_rank_0),
             score=lambda positions: self._score(candidates, positions, step),
-            # another processor may have rounded otherwise
-            prescreen_score=None if score is None else self.backend.from_rank_0(score),
             token_pair_alarm=guards.token_pair_check(
-                candidates, self._proxy, self.config.guards.min_distinct, self.seed, step, period
+                candidates,
+                self._proxy,
+                self.config.guards.min_distinct,
+                self.seed,
+                step,
+                step // self.config.score_every,
             ),
         )
 
-    def _known(self, candidates: Candidates, ids: Tensor, step: int, *, exposures: bool = True) -> Evidence:
-        """Gather what this rank knows of the buffer without a model; ``exposures`` False: without reading tokens."""
+    def _known(
+        self,
+        candidates: Candidates,
+        ids: Tensor,
+        step: int,
+        from_rank_0: Callable[[Tensor], Tensor],
+        *,
+        exposures: bool = True,
+    ) -> Evidence:
+        """Gather what is known of the buffer without a model; ``exposures`` False: without reading tokens.
+
+        ``from_rank_0`` takes one message with all of it: another processor may have rounded otherwise, another node may
+        have other files.
+        """
         config, text_features, prescreen = self.config, self._text_features, self._prescreen
         if draws_uniformly(config, step):
             return Evidence(ids=ids)
-        times, domains = None, None
+        found: dict[str, Tensor] = {}
         if exposures and counts_exposures(config):
-            times = self._exposure.times(self._signatures(candidates), ids)
+            found["exposures"] = self._exposure.times(self._signatures(candidates), ids)
         if config.guards.domain_floor > 0 and text_features is not None:
-            domains = text_features.domains(ids)
-        return Evidence(
-            ids=ids,
-            prescreen_score=None if prescreen is None else prescreen.prescreen_score(ids),
-            distrust=None if prescreen is None else prescreen.distrust_reason(),
-            exposures=times,
-            domains=domains,
-        )
+            found["domains"] = text_features.domains(ids)
+        if prescreen is not None:
+            found["doubt"] = prescreen.doubt()
+            if (score := prescreen.prescreen_score(ids)) is not None:
+                found["prescreen_score"] = score
+        if not found:
+            return Evidence(ids=ids)
+        message = from_rank_0(torch.cat([values.double() for values in found.values()]))  # whole numbers stay exact
+        parts = message.split([len(values) for values in found.values()])
+        known = {name: part.to(found[name].dtype) for name, part in zip(found, parts, strict=True)}
+        doubt = known.pop("doubt", None)
+        distrust = None if prescreen is None else prescreen.distrust_reason(doubt)
+        return Evidence(ids=ids, distrust=distrust, **known)
 
     def _score(self, candidates: Candidates, positions: Tensor, step: int) -> Scores:
         """``Scorer.score`` of the candidates at ``positions`` (n,)."""

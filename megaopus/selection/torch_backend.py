@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megaopus.selection.agreement import digest, disagreement, extremes
 from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient, Shard, UpdateOperator
 from megaopus.selection.candidates import even_share, map_tensors, tensors_of
 from megaopus.selection.estimators.ghost import GhostCapture
@@ -263,6 +264,18 @@ class ModuleBackend(OldBackendNames):
         found = values.to(self.device)
         dist.broadcast(found, group=self.group, group_src=0)
         return found.cpu()
+
+    def check_alike(self, picked_ids: Tensor) -> None:
+        """Compare the picks of all ranks by a hash, in one message; they are gathered if it differs."""
+        if self.world_size == 1:
+            return
+        found = torch.tensor(extremes(digest(picked_ids)), device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        if found.tolist() == extremes(int(found[0])):
+            return
+        picks: list[Any] = [None] * self.world_size
+        dist.all_gather_object(picks, picked_ids.tolist(), group=self.group)
+        raise RuntimeError(disagreement(picks))
 
     def sum_over_model(self, values: dict[str, Tensor], axis: str) -> dict[str, Tensor]:
         """Give ``values`` back: no matrix is split, and a candidate's gradient is whole on the rank that scores it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from megaopus.__main__ import main
 from megaopus.record.parquet import FOLDER, parts, read_part
+from megaopus.selection import decide
 from tests.exact.resume_runs import SELECTIONS, STEPS, settings, train
 from tests.faults import Interrupted, at_step, interrupt
 
@@ -155,6 +157,30 @@ def test_a_changed_log_is_seen(drawn: Path, tmp_path: Path, capsys: pytest.Captu
     assert "the id of 1 candidates is not that of the stream" in said["id"]
     assert "1 probabilities" in said["probability"]
     assert "other candidates were scored" in said["not scored"]
+
+
+def test_what_an_older_version_picked_otherwise_is_told_from_a_changed_record(
+    tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the rules of version 0.1 redundancy grew with the steps that a buffer serves."""
+    rule = decide._penalty
+    monkeypatch.setattr(decide, "_penalty", lambda *args: rule(*args) * args[0].config.score_every)
+    diverse = ["selection=opus_exact", *SMALL, "selection.redundancy=20", "selection.score_every=2"]
+    run = tmp_path / "run"
+    assert train(settings(tiny_corpus, run, *diverse)) == 0
+    monkeypatch.undo()
+    status, lines = replayed(run, "all", capsys)
+    assert (status, "DIFFERENT: picked in the record only" in lines[0]) == (1, True)
+    path = run / "launches" / "000" / "environment.json"
+    environment = json.loads(path.read_text())
+    assert environment.pop("picking") == decide.PICKING
+    path.write_text(json.dumps(environment))
+    status, lines = replayed(run, "all", capsys)
+    assert status == 3
+    older = "not on record: the picks depend on rules of an older version (megaopus 0.2.0"
+    assert older in lines[0]
+    assert lines[0].endswith("which can make them: redundancy was score_every times as strong")
+    assert ", 0 DIFFERENT, " in lines[-1]
 
 
 def test_other_settings_are_seen(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.megatron.engine import MegatronEngine
+from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.selection import ModuleBackend, Selector
@@ -23,7 +24,7 @@ from megaopus.selection.estimators.countsketch import CountSketchEstimator
 from megaopus.selection.estimators.directional import directional_utilities
 from megaopus.selection.estimators.exact import exact_utilities
 from tests.exact.estimators_toy import SEQ_LEN, VOCAB, buffer, proxy, spearman
-from tests.harness import MODELS, TINY, TokenCandidates, state_of, tiny_engine
+from tests.harness import MODELS, TINY, TokenCandidates, random_batch, state_of, tiny_engine
 from tests.pool import Jobs, Pool
 
 OPTIMIZERS = {
@@ -137,6 +138,50 @@ def test_two_ranks_pick_what_one_picks(
         for (_, utilities), (_, expected) in zip(found, alone, strict=True):
             if expected is not None:
                 torch.testing.assert_close(utilities, expected, rtol=1e-5, atol=1e-5 * float(expected.std()))
+
+
+DIFFERING = {
+    "dp2": (ParallelConfig(), "megatron"),
+    "tp2": (ParallelConfig(tp=2), "megatron"),
+    "pp2": (ParallelConfig(pp=2), "megatron"),
+    "dp2-zero": (ParallelConfig(), "deepspeed"),
+}
+
+
+def train_on_other_picks(layout: str) -> tuple[str, bool]:
+    """(what is said where the second rank has other picks, whether weights and state are as before)."""
+    parallel, name = DIFFERING[layout]
+    mesh = Mesh(parallel, "cpu")
+    try:
+        engine = tiny_engine(
+            mesh, parallel=parallel, engine=EngineConfig(name=name, device="cpu", precision="fp32"), micro_batch_size=2
+        )
+        assert engine.train_step(random_batch(8, 0)).applied
+        before, batch = state_of(engine), random_batch(16, 1)
+        own = torch.arange(8) + (torch.arange(8) > 6) * mesh.rank
+        with pytest.raises(EngineError) as caught:
+            engine.train_step(batch.take(own))
+        same = all(torch.equal(new, old) for new, old in zip(state_of(engine), before, strict=True))
+        return str(caught.value), same
+    finally:
+        mesh.close()
+
+
+@pytest.fixture(scope="module")
+def differing(pool: Pool, selected: Callable[..., list[str]]) -> Jobs[str]:
+    """Layout -> what each of two ranks said."""
+    return pool.jobs(dict.fromkeys(DIFFERING, 2), train_on_other_picks).begin(selected("differs"))
+
+
+@pytest.mark.parametrize("differs", DIFFERING)
+def test_no_weight_changes_where_ranks_picked_differently(differs: str, differing: Jobs[str]) -> None:
+    """Whichever ranks they are, of one model too; who picked what is said on each."""
+    if DIFFERING[differs][1] == "deepspeed":
+        pytest.importorskip("deepspeed", reason="deepspeed is an optional extra (megaopus[deepspeed])")
+    for said, same in differing[differs]:
+        assert same
+        picks = "7 of 8 are the same: rank 0 picked 23; rank 1 picked 24."
+        assert said.startswith(f"step 1: ranks picked different sequences, {picks}")
 
 
 # -- against plain PyTorch -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaopus.events import Event
 from megaopus.selection import Scores, SelectionConfig, TensorCandidates, sampler
 from megaopus.selection.config import GuardConfig, PrescreenConfig
 from megaopus.selection.decide import Evidence, Key, decide
@@ -73,6 +74,23 @@ def test_it_asks_for_scores_of_whom_it_screened_alone() -> None:
     assert choice.utilities is None
 
 
+@pytest.mark.parametrize("mode", ["predict", "cascade"])
+def test_a_distrusted_predictor_leaves_what_is_better_than_chance(mode: str) -> None:
+    """Its scores are importance alone then; those of records that do not say so (version 0.1) are not used."""
+    screening = config(prescreen=PrescreenConfig(mode=mode, multiple=4, slice=4, every=2))
+    for facts, by_score in (({"instead": "importance"}, True), ({"instead": "chance"}, False), ({}, False)):
+        asked: list[list[int]] = []
+        reason = Event("selection.prescreen_distrusted", "alarm", **facts)
+        choice = decide(evidence(asked, prescreen_score=VALUES, distrust=reason), screening, Key(0, 1), 4)
+        assert choice.events[0] == reason
+        best = VALUES.topk(12).indices.tolist()
+        if mode == "predict":
+            assert (choice.positions.tolist() == best[:4]) == by_score
+            assert (choice.method == "uniform") != by_score
+        else:
+            assert (len(set(asked[0]) & set(best)) == 12) == by_score
+
+
 def test_a_method_without_scores_needs_ids_alone() -> None:
     choice = decide(Evidence(ids=IDS), config(method="uniform"), Key(3, 7), 4)
     assert choice.positions.tolist() == sampler.pick_uniform(IDS, 4, 3, 7).tolist()
@@ -122,6 +140,20 @@ def test_redundancy_is_as_strong_however_many_steps_a_buffer_serves(utilities: s
             picked.append(int(score.argmax()))
         choice = decide(known, config(**settings), Key(0, 0), 4)
         assert sorted(choice.positions.tolist()) == sorted(picked)
+
+
+@pytest.mark.parametrize("utilities", ["standardised", "raw"])
+def test_an_outlier_moves_no_other_pick(utilities: str) -> None:
+    """Though its update is as far out as its utility, and redundancy counts: beside a buffer that cannot pick it."""
+    updates = torch.randn(64, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = {}
+    for size in (None, 1e6, 1e30):
+        values, rows = VALUES.clone(), updates.clone()
+        values[7], rows[7] = (torch.nan, rows[7]) if size is None else (size, rows[7] * size**0.5)
+        gram = rows @ rows.t()
+        known = evidence(score=lambda positions, v=values, g=gram: Scores(utilities=v[positions], gram=g))
+        found[size] = decide(known, config(utilities=utilities, redundancy=3.0), Key(0, 0), 5).positions.tolist()
+    assert found[1e6] == found[1e30] == [7, *found[None][:4]]
 
 
 def test_quota_picks_count_for_redundancy() -> None:

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from megaopus.selection import ModuleBackend, SelectionConfig, Selector
+from megaopus.selection import ModuleBackend, SelectionConfig, Selector, sampler
+from megaopus.selection.agreement import digest, disagreement
+from megaopus.selection.config import GuardConfig, PrescreenConfig
 from tests.pool import Pool
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -31,8 +33,8 @@ def batch(seed: int, count: int) -> Tensor:
     return torch.randn(count, 4, 6, generator=torch.Generator().manual_seed(seed))
 
 
-def run(group: dist.ProcessGroup | None) -> dict[str, Any]:
-    """Selections of three steps under every setting, and of one with a NaN candidate and a NaN proxy."""
+def make_backend(group: dist.ProcessGroup | None) -> ModuleBackend:
+    """Of a small net after three updates."""
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 6))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -41,7 +43,12 @@ def run(group: dist.ProcessGroup | None) -> dict[str, Any]:
         loss(model, batch(50 + step, 8)).mean().backward()
         optimizer.step()
     scored = model if group is None else DistributedDataParallel(model, process_group=group)
-    backend = ModuleBackend(scored, optimizer, loss, group=group, micro_batch_size=2)
+    return ModuleBackend(scored, optimizer, loss, group=group, micro_batch_size=2)
+
+
+def run(group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """Selections of three steps under every setting, and of one with a NaN candidate and a NaN proxy."""
+    backend = make_backend(group)
     found: dict[str, Any] = {}
     for name, settings in SETTINGS.items():
         config = SelectionConfig(**{"method": "opus", "score_micro_batch_size": 3, **settings})
@@ -71,16 +78,105 @@ def run(group: dist.ProcessGroup | None) -> dict[str, Any]:
     return results | {"proxy losses": [selector.proxy_loss(4) for selector in proxies]}
 
 
+class TextFeatures:
+    """Of candidates by their ids; ``off``: as another rank has them, whose files are not the same."""
+
+    def __init__(self, off: float):
+        self.off = off
+
+    def features(self, ids: Tensor) -> Tensor:
+        return torch.stack([ids % 5, ids % 7, ids % 3], 1).float() * (1 - self.off) + self.off * (ids % 11).view(-1, 1)
+
+    def log_odds(self, ids: Tensor) -> Tensor:
+        return (1 - 2 * self.off) * (ids * 37 % 101).double()
+
+    importance = log_odds
+
+    def signatures(self, ids: Tensor, near: bool = False) -> Tensor:
+        return ids // (1 + int(8 * self.off))
+
+    def domains(self, ids: Tensor) -> Tensor:
+        return ids % (3 + int(self.off))
+
+
+BY_TEXT: dict[str, dict[str, Any]] = {
+    "dsir": {"method": "dsir"},
+    "importance": {"method": "importance"},
+    "floor": {"method": "high_ppl", "guards": GuardConfig(domain_floor=0.9, min_distinct=0)},
+    "near copies": {"method": "high_ppl", "guards": GuardConfig(near_duplicates=True, min_distinct=0)},
+    "predict": {"method": "high_ppl", "prescreen": PrescreenConfig(mode="predict", slice=64, every=2)},
+    "wanted": {"method": "domain_oracle"},
+}
+
+
+def picks_by_text(backend: ModuleBackend, off: float) -> dict[str, list[list[int]]]:
+    """Setting -> ids picked in four steps with text features that are ``off``."""
+    found = {}
+    for name, settings in BY_TEXT.items():
+        config = SelectionConfig(**settings)
+        if name == "predict":
+            config.method, config.prescreen.prior = "opus", 0.5
+        selector = Selector(
+            config,
+            backend,
+            num_selected=5,
+            proxy=lambda step: batch(90 + step, 8),
+            wanted=lambda candidates: candidates.ids % (2 + int(off)) == 0,
+            text_features=TextFeatures(off),
+            seed=3,
+        )
+        size = 80 if name == "predict" else 16
+        found[name] = [selector.select(batch(step, size), step).picked_ids.tolist() for step in range(4)]
+    return found
+
+
+def disagree(backend: ModuleBackend) -> str:
+    """What is said where the second rank's sampler has a mind of its own."""
+    selector = Selector(SelectionConfig(method="high_ppl"), backend, num_selected=5, proxy=None, seed=3)
+    selector.seed += backend.rank
+    selector.config.method = "uniform"
+    with pytest.raises(RuntimeError) as caught:
+        selector.select(batch(0, 16), 0)
+    return str(caught.value)
+
+
 def worker() -> dict[str, Any]:
     dist.init_process_group("gloo")
     try:
-        return run(dist.group.WORLD)
+        found = run(dist.group.WORLD)
+        backend = make_backend(dist.group.WORLD)
+        by_text = picks_by_text(backend, float(backend.rank))
+        return found | {"by text": by_text, "disagreement": disagree(backend)}
     finally:
         dist.destroy_process_group()
 
 
-def test_two_ranks_select_what_one_process_selects(pool: Pool) -> None:
-    ranks = pool.run(2, worker)
+@pytest.fixture(scope="module")
+def ranks(pool: Pool) -> list[dict[str, Any]]:
+    return pool.run(2, worker)
+
+
+def test_picks_rest_on_what_rank_0_knows_of_text(ranks: list[dict[str, Any]]) -> None:
+    one, other = (picks_by_text(make_backend(None), off) for off in (0.0, 1.0))
+    for rank in ranks:
+        assert rank["by text"] == one
+    for name, picks in one.items():
+        assert picks != other[name], name  # the second rank's own would have picked otherwise
+
+
+def test_ranks_that_picked_differently_are_named_with_their_picks(ranks: list[dict[str, Any]]) -> None:
+    ids = torch.arange(16)
+    picks = [ids[sampler.pick_uniform(ids, 5, 3 + rank, 0)].sort().values.tolist() for rank in range(2)]
+    common = set(picks[0]) & set(picks[1])
+    own = [", ".join(str(each) for each in ids if each not in common) for ids in picks]
+    said = f"{len(common)} of 5 are the same: rank 0 picked {own[0]}; rank 1 picked {own[1]}. "
+    assert all(said in rank["disagreement"] for rank in ranks)
+    assert "ranks 0, 2 picked 1, 2; rank 1 picked 2, 1." in disagreement([[1, 2], [2, 1], [1, 2]])
+    assert "rank 0 picked 0, 1, 2, 3, 4, 5, 6, 7 and 92 more;" in disagreement([[*range(100)], [*range(100, 200)]])
+    assert len({digest(torch.tensor(each)) for each in ([1, 2], [2, 1], [1], [1, 2, 0], [0, 1, 2], [2, 2])}) == 6
+
+
+def test_two_ranks_select_what_one_process_selects(ranks: list[dict[str, Any]]) -> None:
     one = run(None)
     expected_losses = one.pop("proxy losses")
     assert len(set(expected_losses)) == 2

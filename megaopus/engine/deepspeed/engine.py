@@ -120,7 +120,8 @@ class DeepSpeedEngine(Engine):
             losses.append(losses_BS.detach().double().mean(dim=1))
         loss = float(self._gather(torch.cat(losses)).mean())
         lr = self.prepare_update()
-        with norm_limit(self.deepspeed.optimizer, -1.0 if self.mesh.any(not math.isfinite(loss)) else limit) as seen:
+        limit = -1.0 if self.refused(not math.isfinite(loss), batch) else limit
+        with norm_limit(self.deepspeed.optimizer, limit) as seen:
             self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
         if not applied and self.optimizer.sharded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ class MegatronEngine(MegatronPasses):
             losses = self._run(batch, share, self.micro_batch_size, self.seq_len, forward_only=False)
             loss = float(losses.mean())
             lr = self.prepare_update()
-            grad_norm, applied = self.optimizer.step(limit if math.isfinite(loss) else -math.inf)
+            limit = limit if math.isfinite(loss) else -math.inf
+            grad_norm, applied = self.optimizer.step(limit, partial(self.refused, batch=batch))
         self.step += 1
         return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, own_s=self.work.seconds())
 

@@ -151,4 +151,5 @@ def _gram(step: ScoringStep, rows: dict[str, Tensor]) -> Tensor:
     for value in backend.sum_over_model(rows, "gradient").values():
         whole = backend.gather_candidates(value)[:size].double()
         total += whole @ whole.t()
-    return backend.sum_over_model({"": total}, "stages")[""].cpu()
+    total = backend.sum_over_model({"": total}, "stages")[""]
+    return backend.from_rank_0(total).cpu()  # the products above are each rank's own, and may be rounded otherwise

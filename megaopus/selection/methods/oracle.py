@@ -12,4 +12,4 @@ def domain_oracle(step: ScoringStep) -> Scores:
     """Score target domains above all others; among equals by chance."""
     assert step.wanted is not None  # checked when the selector was made
     noise_N = counter_rng.uniform(counter_rng.key(step.seed, "domain_oracle", step.step), step.buffer.ids.cpu())
-    return Scores(utilities=step.wanted(step.buffer).cpu().double() + noise_N)
+    return Scores(utilities=step.backend.from_rank_0(step.wanted(step.buffer).cpu().double()) + noise_N)
