@@ -20,16 +20,10 @@ SELECTION_KINDS = {
     "selection.fallback.proxy_not_finite": "the proxy gradient was not finite: picked uniformly",
     "selection.fallback.step_zero": "the optimizer's step on the proxy was 0: picked uniformly",
     "selection.fallback.too_few_finite": "too few utilities were finite: picked uniformly",
-<<<<<<< HEAD
     "selection.partly_captured": "activations of some matrices are not captured: utilities left them out",
     "selection.practically_uniform": "raw utilities decided less than a tenth of the picks: draws were uniform",
-    "selection.prescreen_distrusted": "scores of the prescreen contradicted utilities: not used in this step",
-    "selection.imprecise": "utilities, as differences of losses, hardly stood out from their errors",
-=======
-    "selection.practically_uniform": "raw utilities were so small beside the temperature that draws were uniform",
     "selection.prescreen_distrusted": "utilities contradicted what the prescreen learnt: not used in this step",
-    "selection.rounding": "utilities hardly stood out from the rounding of the losses that they are differences of",
->>>>>>> picks
+    "selection.imprecise": "utilities, as differences of losses, hardly stood out from their errors",
     "selection.utility_not_finite": "utilities of some candidates were not finite: these were not picked",
     "selection.utility_outlying": "utilities of some candidates were far from all others: they moved no other pick",
 }

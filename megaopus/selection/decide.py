@@ -23,14 +23,10 @@ from megaopus.selection.samplers.registry import SAMPLERS
 from megaopus.selection.scoring import Scores
 from megaopus.selection.uniformity import share_by_utility
 
-<<<<<<< HEAD
 _UNIFORM_SHARE = 0.1  # of picks that utilities decide, below which a draw is uniform for all purposes
-=======
 PICKING = 2
 """Number of the rules by which picks follow from evidence; 1 is that of records that name none (version 0.1). Whoever
 changes picks raises it and says in ``replay.concerned`` which."""
-_UNIFORM_RATIO = 1.01  # largest probability over the uniform one below which a draw is uniform for all purposes
->>>>>>> picks
 
 
 class Key(NamedTuple):

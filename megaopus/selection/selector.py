@@ -77,12 +77,8 @@ class Selector:
     def select(self, candidates: Candidates | Batch, step: int) -> Selection:
         """Pick from ``candidates``: the global buffer of N sequences, the same on every rank, each scoring its share.
 
-                Plain tensors get the ids step * N + 0..N-1. With ``score_every`` = k the buffer is that of step - step % k.
-        <<<<<<< HEAD
-                Raises ValueError if N is too small.
-        =======
-                Raises ValueError if N is too small or does not divide over the ranks, RuntimeError if ranks picked differently.
-        >>>>>>> picks
+        Plain tensors get the ids step * N + 0..N-1. With ``score_every`` = k the buffer is that of step - step % k.
+        Raises ValueError if N is too small, RuntimeError if ranks picked differently.
         """
         started = time.perf_counter()
         period, turn = divmod(step, self.config.score_every)
