@@ -39,10 +39,19 @@ class _Wanted(argparse.Action):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sources, how they are read and split, and where the corpus goes."""
-    from megaopus.corpus_tools.split_rule import SplitRule
-    from megaopus.data.tokenizer import EOD
+    _add_sources(parser)
+    parser.add_argument("--out", required=True, type=local_path, metavar="FOLDER", help="corpus folder to make")
+    _add_tokenizer(parser)
+    _add_splits(parser)
+    add = parser.add_argument
+    add("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core, for little text none)")
+    add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
+    add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers sources of your own")
+    add("--config-dir", type=local_path, metavar="FOLDER", help="more choices for --data, beside the shipped")
 
-    rule = SplitRule()
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    """Add what is read, and how."""
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -81,7 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--id-field", metavar="NAME", help="field of its id (default id)")
     add("--domain-field", metavar="NAME", help="field of its domain (default domain)")
     add("--keep", action="append", metavar="NAME", help="field to keep in the document table, a score say; repeatable")
-    add("--out", required=True, type=local_path, metavar="FOLDER", help="corpus folder to make")
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Add which tokenizer is used, or how one is trained."""
+    from megaopus.data.tokenizer import EOD
+
+    add = parser.add_argument
     add(
         "--tokenizer",
         metavar="FILE",
@@ -97,6 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--vocab-size", type=int, help="tokens of a trained tokenizer (default 16384; 2048 with --demo)")
     add("--eod-token", default=EOD, metavar="TOKEN", help="end-of-document token of --tokenizer (default %(default)s)")
+
+
+def _add_splits(parser: argparse.ArgumentParser) -> None:
+    """Add how the documents are split."""
+    from megaopus.corpus_tools.split_rule import SplitRule
+
+    add, rule = parser.add_argument, SplitRule()
     add(
         "--target-domains",
         action="extend",
@@ -115,10 +137,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a sequence of the runs to come: held-out splits of little text get at least one, and long "
         f"documents are cut where that needs it (default {rule.seq_len}, or data.seq_len of --data)",
     )
-    add("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core, for little text none)")
-    add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
-    add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers sources of your own")
-    add("--config-dir", type=local_path, metavar="FOLDER", help="more choices for --data, beside the shipped")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -53,7 +53,9 @@ def folder_files(folder: Path, exclude: Sequence[str] = ()) -> FolderFiles:
     """
     names = sorted(_names(folder))
     corpora = {parent + end for parent in _prepared(names) for end in _BESIDE_A_CORPUS}
-    found, tables, texts = FolderFiles(), [], []
+    found = FolderFiles()
+    tables: list[tuple[str, Path]] = []
+    texts: list[tuple[str, Path]] = []
     for name in names:
         path = folder / name
         reader = reader_of_file(path)
@@ -91,7 +93,7 @@ def _prepared(names: Sequence[str]) -> set[str]:
 
 
 def _reason(name: PurePosixPath, path: Path, corpora: set[str], exclude: Sequence[str]) -> str | None:
-    """Why a file is not read; None: it may hold documents."""
+    """Say why a file is not read; None: it may hold documents."""
     parents = [str(parent) for parent in name.parents]
     if any(part[0] in "._" for part in name.parts):
         return "hidden"

@@ -86,13 +86,9 @@ def prepare(
     """
     out, rule = Path(out), rule or SplitRule()
     console = console or Console(quiet=True)
-    given = _checked(sources, out, tokenizer, vocab_size, eod_token, overwrite, workers)
-    if not 0 <= max_lost <= 1:
-        raise DataError(f"max_lost = {max_lost}: must lie in [0, 1]; 0.01 is usual")
-    sizes = [source.size() for source in sources]
-    total = sum(sizes) if all(sizes) else None  # the hub's are not known beforehand
-    if workers is None:
-        workers = 1 if total is not None and total < _LITTLE else cores()
+    given = _checked(sources, out, tokenizer, vocab_size, eod_token, overwrite, workers, max_lost)
+    total = _bytes(sources)
+    workers = workers or (1 if total is not None and total < _LITTLE else cores())
     plan = _plan(sources, given, vocab_size, eod_token, rule)
     with stages(console) as stage, work_folder(out, plan, console) as work:
         scanned = _scanned(work, sources, rule, lambda name: stage(name, total))
@@ -107,12 +103,11 @@ def prepare(
         with new_folder(out, console) as folder:
             shutil.copyfile(work / TOKENIZER, folder / TOKENIZER)
             lengths, unknown = _join(folder, parts, scanned, dtype, unknown_id(made))
-            lost = counted_loss(scanned.domains, scanned.domain_codes, lengths, unknown, sampled)
-            refuse(lost, max_lost)
-            notes = [*scanned.notes, *_length_notes(scanned, lengths, rule)]
-            facts = {"tokenization": described(lost), "notes": notes, "provenance": provenance or {}}
-            manifest = _manifest(folder, scanned, lengths, made, eod_token, rule, facts)
-            (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            losses = counted_loss(scanned.domains, scanned.domain_codes, lengths, unknown, sampled)
+            refuse(losses, max_lost)
+            facts = {"tokenization": described(losses), "notes": _notes(scanned, lengths, rule)}
+            facts["provenance"] = provenance or {}
+            _write_manifest(folder, scanned, lengths, made, eod_token, rule, facts)
     return out
 
 
@@ -124,12 +119,15 @@ def _checked(
     eod_token: str,
     overwrite: bool,
     workers: int | None,
+    max_lost: float,
 ) -> Tokenizer | None:
     """Load the tokenizer that is given, if one is. Raises DataError for settings that cannot be used."""
     if not sources:
         raise DataError("no source given; name at least one with --source, or --data NAME, or --demo")
     if workers is not None and workers < 1:
         raise DataError(f"workers = {workers}: must be at least 1; leave it out for one a core")
+    if not 0 <= max_lost <= 1:
+        raise DataError(f"max_lost = {max_lost}: must lie in [0, 1]; 0.01 is usual")
     refuse_existing(out, overwrite, MANIFEST)
     given = load_tokenizer(tokenizer) if tokenizer else None
     if given:
@@ -140,6 +138,12 @@ def _checked(
             f"{SMALLEST_VOCABULARY} tokens and ends documents with {EOD!r}"
         )
     return given
+
+
+def _bytes(sources: Sequence[Source]) -> int | None:
+    """Size of the sources as stored; None: one is of the hub, whose size is not known beforehand."""
+    sizes = [source.size() for source in sources]
+    return sum(sizes) if all(sizes) else None
 
 
 def _plan(sources: Sequence[Source], given: Tokenizer | None, vocab_size: int, eod_token: str, rule: SplitRule) -> str:
@@ -220,9 +224,12 @@ def _join(
     return lengths.astype(np.int64), np.concatenate(unknown_of)
 
 
-def _length_notes(scanned: Scan, lengths: np.ndarray, rule: SplitRule) -> list[str]:
-    """Say which splits hold no sequence of the length that is asked for. Raises DataError if one holds none at all."""
-    notes = []
+def _notes(scanned: Scan, lengths: np.ndarray, rule: SplitRule) -> list[str]:
+    """Say what is odd about the splits, and which hold no sequence of the length that is asked for.
+
+    Raises DataError if one holds none of any length.
+    """
+    notes = list(scanned.notes)
     asked = {POOL: True, VALIDATION: rule.validation_fraction > 0, PROXY: rule.proxy_fraction > 0}
     for split in (code for code, wanted in asked.items() if wanted):
         here = scanned.split_codes == split
@@ -241,7 +248,7 @@ def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if vocabulary_size(tokenizer) < 65500 else "<i4")
 
 
-def _manifest(
+def _write_manifest(
     folder: Path,
     scanned: Scan,
     lengths: np.ndarray,
@@ -249,7 +256,8 @@ def _manifest(
     eod_token: str,
     rule: SplitRule,
     facts: dict,
-) -> dict:
+) -> None:
+    """Write what the corpus holds and how it came to be; ``facts`` are its further entries."""
     counts: dict[str, dict[str, dict[str, int]]] = {}
     for code, domain in enumerate(scanned.domains):
         counts[domain] = {}
@@ -277,4 +285,4 @@ def _manifest(
         **facts,
     }
     manifest["fingerprint"] = fingerprint_of(manifest)
-    return manifest
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -75,7 +75,7 @@ def cut(text: str, size: int) -> list[str]:
 
 
 def _end(text: str, start: int, limit: int) -> int:
-    """Where a piece from ``start`` ends, at ``limit`` at the latest."""
+    """Choose where a piece from ``start`` ends, at ``limit`` at the latest."""
     for mark in _BREAKS:
         found = text.rfind(mark, start + (limit - start) // 2, limit)
         if found >= 0:

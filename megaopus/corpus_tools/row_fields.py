@@ -59,7 +59,7 @@ def column_of(row: Mapping[str, Any], key: str, place: str, untyped: bool) -> An
 
 
 def _found(row: Mapping[str, Any], key: str) -> Any:
-    """What a field holds, by its own name or by a path of names; null where the path leads through one."""
+    """Find what a field holds, by its own name or by a path of names; null where the path leads through one."""
     if key in row:
         return row[key]
     value: Any = row

@@ -89,7 +89,8 @@ class Source:
         """
         rest = argument
         while option := _OPTION.search(rest):
-            fields, rest = replace(fields, **{option[1]: option[2]}), rest[: option.start()]
+            named: dict[str, Any] = {option[1]: option[2]}
+            fields, rest = replace(fields, **named), rest[: option.start()]
         domain, equals, path = rest.partition("=")
         if not equals or "/" in domain or reader_of_prefix(domain):
             domain, path = "", rest

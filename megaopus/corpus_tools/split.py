@@ -87,10 +87,9 @@ class Scan:
             "sample": self.sample,
             "notes": self.notes,
         }
-        repeated = np.array(sorted(self.reading.repeated), dtype=np.int64)
-        codes = {"domain_codes": self.domain_codes, "split_codes": self.split_codes, "repeated": repeated}
+        repeated, codes = np.array(sorted(self.reading.repeated), dtype=np.int64), self.domain_codes
         with partial.open("wb") as stream:
-            np.savez(stream, meta=json.dumps(meta), **codes)
+            np.savez(stream, meta=json.dumps(meta), domain_codes=codes, split_codes=self.split_codes, repeated=repeated)
         partial.rename(path)
 
     @classmethod

@@ -65,7 +65,7 @@ class TextLoss:
     """Of those: they are not in the decoded text."""
 
     def shares(self) -> dict[str, float]:
-        """What is lost -> its share of all."""
+        """Return what is lost -> its share of all."""
         return {
             "of the characters of a sample lost": self.lost_characters / max(1, self.sampled_characters),
             "of the tokens unknown": self.unknown / max(1, self.tokens),
@@ -159,13 +159,13 @@ def refuse(losses: Mapping[str, TextLoss], most: float) -> None:
 
 
 def described(losses: Mapping[str, TextLoss]) -> dict[str, Any]:
-    """What the manifest keeps: all together, and the domains that lose anything."""
+    """Describe the loss for the manifest: all together, and the domains that lose anything."""
     lossy = {name: asdict(loss) for name, loss in losses.items() if any(loss.shares().values())}
     return {"all": asdict(total(losses)), "domains": lossy}
 
 
 def _letters(text: str) -> Counter[str]:
-    """How often each character is there, without case, accents, white space and what cannot be seen."""
+    """Count each character, without case, accents, white space and what cannot be seen."""
     plain = unicodedata.normalize("NFKD", text.casefold())
     return Counter(letter for letter in plain if unicodedata.category(letter)[0] not in "MZC")
 

@@ -195,7 +195,7 @@ def test_a_failure_leaves_nothing_behind_and_the_old_corpus_alone(tmp_path, monk
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_module, "_manifest", full)
+    monkeypatch.setattr(prepare_module, "_write_manifest", full)
     with pytest.raises(DataError, match=r"cannot be written .*No space left on device"):
         prepare([source], out, vocab_size=257, rule=POOL, overwrite=True)
     with pytest.raises(DataError, match="No space left"):
