@@ -94,8 +94,7 @@ def prepare(
         scanned = _scanned(work, sources, rule, lambda name: stage(name, total))
         made = given or _trained(work, sources, scanned, vocab_size, lambda: stage("training the tokenizer", total))
         made.save(str(work / TOKENIZER))
-        sampled = sampled_loss(made, scanned.sample)
-        refuse(sampled, max_lost)
+        refuse(sampled := sampled_loss(made, scanned.sample), max_lost)
         advance = stage("encoding", scanned.characters, "M characters/s")
         entries = _entries(sources, scanned)
         dtype, eod = _token_dtype(made), eod_id(made, eod_token, "tokenizer")
@@ -105,8 +104,8 @@ def prepare(
             lengths, unknown = _join(folder, parts, scanned, dtype, unknown_id(made))
             losses = counted_loss(scanned.domains, scanned.domain_codes, lengths, unknown, sampled)
             refuse(losses, max_lost)
-            facts = {"tokenization": described(losses), "notes": _notes(scanned, lengths, rule)}
-            facts["provenance"] = provenance or {}
+            notes = _notes(scanned, lengths, rule)
+            facts = {"tokenization": described(losses), "notes": notes, "provenance": provenance or {}}
             _write_manifest(folder, scanned, lengths, made, eod_token, rule, facts)
     return out
 
