@@ -91,7 +91,7 @@ def _fill_split(
     floor = _CHARACTERS_A_TOKEN * length
     count = int(documents.domains.max()) + 1
     totals, has = (_characters(documents, here, count) for here in (slice(None), filled.splits == split))
-    goals = np.minimum(floor, totals // 10)
+    goals = np.minimum(floor, totals // 10).clip(min=1)
     lacking = has[givers].max() < floor
     asked = lacking | np.isin(givers, named) | (fraction * totals[givers] >= floor)
     short = givers[(has[givers] < goals[givers]) & asked]

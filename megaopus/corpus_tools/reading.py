@@ -58,14 +58,14 @@ class Reading:
 def cut(text: str, size: int) -> list[str]:
     """Pieces of about ``size`` characters, as even as breaks of the text allow; joined they are the text again.
 
-    A piece ends after the last paragraph, else line, else word of the second half of its place; none is white space
+    A piece ends after the last paragraph, else line, else word of the last quarter of its place; none is white space
     alone.
     """
     count = max(1, round(len(text) / size))
     pieces: list[str] = []
     start = 0
     for number in range(1, count + 1):
-        end = len(text) if number == count else _end(text, start, len(text) * number // count)
+        end = len(text) if number == count else _end(text, start, len(text) * number // count, size // 4)
         if text[start:end].strip():
             pieces.append(text[start:end])
             start = end
@@ -74,10 +74,10 @@ def cut(text: str, size: int) -> list[str]:
     return pieces
 
 
-def _end(text: str, start: int, limit: int) -> int:
-    """Choose where a piece from ``start`` ends, at ``limit`` at the latest."""
+def _end(text: str, start: int, limit: int, slack: int) -> int:
+    """Choose where a piece from ``start`` ends, at ``limit`` or up to ``slack`` characters before."""
     for mark in _BREAKS:
-        found = text.rfind(mark, start + (limit - start) // 2, limit)
+        found = text.rfind(mark, max(start, limit - slack), limit)
         if found >= 0:
             return found + len(mark)
     return limit
