@@ -212,7 +212,7 @@ def _join(
             lengths_of.append(lengths)
             starts = np.cumsum(lengths) - lengths
             met = np.zeros(len(found), bool) if unknown is None else found == unknown
-            unknown_of.append(np.add.reduceat(met, starts, dtype=np.int64))
+            unknown_of.append(np.add.reduceat(met, starts, dtype=np.int32))
             with part.rows.open("rb") as stream:
                 shutil.copyfileobj(stream, rows, 1 << 20)
     lengths = np.concatenate(lengths_of)
