@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from megaopus.errors import DataError
 from megaopus.plugins import require_plugins
 
 if TYPE_CHECKING:
-    from megaopus.corpus_tools.split import SplitRule
+    from megaopus.corpus_tools.split_rule import SplitRule
 
 DESCRIPTION = "Make a corpus folder: tokenizer, tokens, a table of documents and a manifest."
 EXAMPLES = (
@@ -38,37 +39,86 @@ class _Wanted(argparse.Action):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sources, how they are read and split, and where the corpus goes."""
-    from megaopus.corpus_tools.split import SplitRule
-    from megaopus.data.tokenizer import EOD
+    _add_sources(parser)
+    parser.add_argument("--out", required=True, type=local_path, metavar="FOLDER", help="corpus folder to make")
+    _add_tokenizer(parser)
+    _add_splits(parser)
+    add = parser.add_argument
+    add("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core, for little text none)")
+    add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
+    add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers sources of your own")
+    add("--config-dir", type=local_path, metavar="FOLDER", help="more choices for --data, beside the shipped")
 
-    rule = SplitRule()
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    """Add what is read, and how."""
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--source",
         action="append",
         metavar="[DOMAIN=]PATH",
-        help="a .jsonl file (fields: text, optional id and domain), a .txt or .md file (one document), each also .gz "
-        "or .zst, a .parquet file, a folder of such files, or hf:NAME[:CONFIG[:SPLIT]], a data set of the hub; "
-        "DOMAIN= names the domain of all its documents; repeat for more sources",
+        help="a table: .jsonl (fields: text, optional id and domain), .csv or .tsv; a .txt or .md file (one document); "
+        "each also .gz or .zst (which takes its window in memory, at most 2 GiB); a .parquet file; a folder of such "
+        "files, or hf:NAME[:CONFIG[:SPLIT]], a data set of the hub. DOMAIN= names the domain of all its documents; "
+        ",text=FIELD ,id=FIELD ,domain=FIELD after PATH name its fields, doc.text one within another; repeat for more "
+        "sources",
     )
     what.add_argument(
         "--demo", action="store_true", help="no source: real text found in this Python installation, no download"
     )
     add("--data", metavar="NAME", help="fields, and sources if none is given, of configs/data/NAME.yaml (data.prepare)")
+    add(
+        "--exclude",
+        action="append",
+        metavar="GLOB",
+        help="leave aside what matches it in a folder: the path below the folder, or the name of a file or folder; "
+        "repeatable",
+    )
+    add(
+        "--folder-domains",
+        action="store_true",
+        default=None,
+        help="the sub-folders of a source folder name the domains of what lies in them",
+    )
+    add(
+        "--on-error",
+        choices=("stop", "skip"),
+        help="at a row or file that cannot be read: stop (default), or skip it and count it by reason",
+    )
     add("--text-field", metavar="NAME", help="field that holds the document (default text)")
     add("--id-field", metavar="NAME", help="field of its id (default id)")
     add("--domain-field", metavar="NAME", help="field of its domain (default domain)")
     add("--keep", action="append", metavar="NAME", help="field to keep in the document table, a score say; repeatable")
-    add("--out", required=True, type=local_path, metavar="FOLDER", help="corpus folder to make")
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Add which tokenizer is used, or how one is trained."""
+    from megaopus.data.tokenizer import EOD
+
+    add = parser.add_argument
     add(
         "--tokenizer",
         metavar="FILE",
         help="Hugging Face tokenizer.json; a folder with one, or with GPT-2's encoder.json and vocab.bpe; or a name on "
         "the hub; default: train byte-level BPE on the pool",
     )
+    add(
+        "--max-lost",
+        type=float,
+        metavar="SHARE",
+        help="largest share of a domain's text that --tokenizer may lose: characters of a sample, unknown tokens, "
+        "documents that become empty (default 0.01)",
+    )
     add("--vocab-size", type=int, help="tokens of a trained tokenizer (default 16384; 2048 with --demo)")
     add("--eod-token", default=EOD, metavar="TOKEN", help="end-of-document token of --tokenizer (default %(default)s)")
+
+
+def _add_splits(parser: argparse.ArgumentParser) -> None:
+    """Add how the documents are split."""
+    from megaopus.corpus_tools.split_rule import SplitRule
+
+    add, rule = parser.add_argument, SplitRule()
     add(
         "--target-domains",
         action="extend",
@@ -80,10 +130,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--proxy-fraction", type=float, help=f"share of the target domains' documents (default {rule.proxy_fraction})")
     add("--validation-fraction", type=float, help=f"share of all documents (default {rule.validation_fraction})")
     add("--split-seed", type=int, default=0, help="another seed splits the documents another way (default %(default)s)")
-    add("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core, for little text none)")
-    add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
-    add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers sources of your own")
-    add("--config-dir", type=local_path, metavar="FOLDER", help="more choices for --data, beside the shipped")
+    add(
+        "--seq-len",
+        type=int,
+        metavar="N",
+        help="tokens of a sequence of the runs to come: held-out splits of little text get at least one, and long "
+        f"documents are cut where that needs it (default {rule.seq_len}, or data.seq_len of --data)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,25 +163,34 @@ def _prepare_demo(args: argparse.Namespace, console: Console) -> Path:
 def _prepare(args: argparse.Namespace, console: Console) -> Path:
     """Prepare the sources; what the command line says comes before what the file of ``--data`` says."""
     from megaopus.config.compose import data_settings
-    from megaopus.corpus_tools.prepare import prepare
+    from megaopus.corpus_tools.prepare import MAX_LOST, prepare
     from megaopus.corpus_tools.sources import Fields, Source
-    from megaopus.corpus_tools.split import SplitRule
-    from megaopus.data.config import PrepareConfig
+    from megaopus.corpus_tools.split_rule import SplitRule
+    from megaopus.data.config import DataConfig
 
-    given = data_settings(args.data, args.config_dir).prepare if args.data else PrepareConfig()
+    data = data_settings(args.data, args.config_dir) if args.data else DataConfig()
+    given = data.prepare
     fields = Fields(
         args.text_field or given.text_field,
         args.id_field or given.id_field,
         args.domain_field or given.domain_field,
         tuple(args.keep or given.keep),
     )
+    parse = partial(
+        Source.parse,
+        fields=fields,
+        exclude=tuple(args.exclude or given.exclude),
+        folder_domains=given.folder_domains if args.folder_domains is None else args.folder_domains,
+        skip_faulty=(args.on_error or given.on_error) == "skip",
+    )
     return prepare(
-        [Source.parse(argument, fields) for argument in args.source or given.sources],
+        [parse(argument) for argument in args.source or given.sources],
         args.out,
         tokenizer=args.tokenizer or given.tokenizer,
         vocab_size=args.vocab_size or 16384,
         eod_token=args.eod_token,
-        rule=split_rule(args, SplitRule()),
+        rule=split_rule(args, SplitRule(seq_len=data.seq_len)),
+        max_lost=MAX_LOST if args.max_lost is None else args.max_lost,
         overwrite=args.overwrite,
         console=console,
         workers=args.workers,
@@ -137,7 +199,7 @@ def _prepare(args: argparse.Namespace, console: Console) -> Path:
 
 def split_rule(args: argparse.Namespace, default: SplitRule) -> SplitRule:
     """Make the split rule of the command line, with ``default`` where it says nothing."""
-    from megaopus.corpus_tools.split import SplitRule
+    from megaopus.corpus_tools.split_rule import SplitRule
 
     return SplitRule(
         proxy_fraction=default.proxy_fraction if args.proxy_fraction is None else args.proxy_fraction,
@@ -146,6 +208,7 @@ def split_rule(args: argparse.Namespace, default: SplitRule) -> SplitRule:
         else args.validation_fraction,
         wanted=tuple(args.target_domains) if args.target_domains else default.wanted,
         seed=args.split_seed,
+        seq_len=args.seq_len or default.seq_len,
     )
 
 
@@ -155,8 +218,33 @@ def show_corpus(path: Path, console: Console) -> None:
 
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     console.print(_table(manifest))
+    for line in _lines(manifest):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     line = f"{path}: {manifest['tokens']:,} tokens, fingerprint {manifest['fingerprint'][:16]}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _lines(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Say what was taken of each source and what was not, what the tokenizer lost, and what is odd about the splits."""
+    from megaopus.corpus_tools.text_loss import TextLoss
+
+    for source in manifest["sources"]:
+        files, skipped, left_out = (source.get(key) for key in ("files", "skipped", "left_out"))
+        parts = [f"{files:,} file{'s' if files > 1 else ''} read"] if files else []
+        if skipped:
+            counts = ", ".join(f"{count:,} {why}" for why, count in sorted(skipped.items()))
+            parts.append(f"{sum(skipped.values()):,} skipped ({counts})")
+        parts.append(f"{source['documents']:,} documents")
+        if source["empty"]:
+            parts.append(f"{source['empty']:,} empty")
+        if left_out:
+            counts = ", ".join(f"{each['count']:,} {why}" for why, each in sorted(left_out.items()))
+            parts.append(f"{sum(each['count'] for each in left_out.values()):,} left out ({counts})")
+        yield f"{source['name']}: {', '.join(parts)}"
+        yield from (f"  first {why}: {each['first']}" for why, each in sorted((left_out or {}).items()))
+    if "tokenization" in manifest:
+        yield f"tokenizer: {TextLoss(**manifest['tokenization']['all']).told()}"
+    yield from (f"note: {note}" for note in manifest.get("notes", ()))
 
 
 def _table(manifest: Mapping[str, Any]) -> Table:

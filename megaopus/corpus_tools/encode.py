@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megaopus.corpus_tools.sources import Document
+from megaopus.corpus_tools.text_loss import cannot_encode
 from megaopus.corpus_tools.workers import worker_pool
 from megaopus.data.corpus import SPLITS
 from megaopus.data.folder import StoppedError
@@ -141,7 +142,10 @@ def write_chunk(
     with temporary[0].open("wb") as tokens, temporary[2].open("w", encoding="utf-8") as rows:
         for batch in runs(part, _BATCH_CHARACTERS):
             texts = [entry.document.text for entry in batch]
-            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            try:
+                encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            except Exception as error:  # the library raises bare Exception
+                raise cannot_encode(error) from error
             ids = array(_CODES[np.dtype(dtype).itemsize])
             for entry, encoding in zip(batch, encodings, strict=True):
                 before = len(ids)

@@ -17,8 +17,11 @@ from tokenizers import Tokenizer
 
 from megaopus.corpus_tools.encode import CHUNK_CHARACTERS, Chunk, Entry, encode
 from megaopus.corpus_tools.progress import Advance, stages
+from megaopus.corpus_tools.readers.stored import FaultyError
 from megaopus.corpus_tools.sources import Source, SourceReader
-from megaopus.corpus_tools.split import POOL, Scan, SplitRule, scan
+from megaopus.corpus_tools.split import Scan, scan
+from megaopus.corpus_tools.split_rule import POOL, PROXY, VALIDATION, SplitRule
+from megaopus.corpus_tools.text_loss import counted_loss, described, refuse, sampled_loss, unknown_id
 from megaopus.corpus_tools.workers import cores
 from megaopus.data.corpus import (
     CODE_DTYPE,
@@ -41,6 +44,7 @@ from megaopus.errors import DataError
 
 _LITTLE = 1 << 24
 """Bytes of sources below which starting workers takes longer than they save."""
+MAX_LOST = 0.01
 _TOOLS = ("numpy", "tokenizers", "megatron-core")
 
 
@@ -52,6 +56,7 @@ def prepare(
     vocab_size: int = 16384,
     eod_token: str = EOD,
     rule: SplitRule | None = None,
+    max_lost: float = MAX_LOST,
     overwrite: bool = False,
     provenance: dict | None = None,
     console: Console | None = None,
@@ -66,6 +71,8 @@ def prepare(
         vocab_size: tokens of a trained tokenizer, at most.
         eod_token: the token that ends each document.
         rule: how documents are split; None: ``SplitRule()``.
+        max_lost: largest share of any domain's text that the tokenizer may lose: of the characters of a sample, of
+            tokens that are unknown, of documents that become empty.
         overwrite: replace a corpus that is already there.
         provenance: kept in the manifest under ``provenance``.
         console: where progress goes; None: nowhere.
@@ -79,25 +86,27 @@ def prepare(
     """
     out, rule = Path(out), rule or SplitRule()
     console = console or Console(quiet=True)
-    given = _checked(sources, out, tokenizer, vocab_size, eod_token, overwrite, workers)
-    sizes = [source.size() for source in sources]
-    total = sum(sizes) if all(sizes) else None  # the hub's are not known beforehand
-    if workers is None:
-        workers = 1 if total is not None and total < _LITTLE else cores()
+    given = _checked(sources, out, tokenizer, vocab_size, eod_token, overwrite, workers, max_lost)
+    total = _bytes(sources)
+    workers = workers or (1 if total is not None and total < _LITTLE else cores())
     plan = _plan(sources, given, vocab_size, eod_token, rule)
     with stages(console) as stage, work_folder(out, plan, console) as work:
-        scanned = _scanned(work, sources, rule, lambda: stage("reading", total))
+        scanned = _scanned(work, sources, rule, lambda name: stage(name, total))
         made = given or _trained(work, sources, scanned, vocab_size, lambda: stage("training the tokenizer", total))
         made.save(str(work / TOKENIZER))
+        refuse(sampled := sampled_loss(made, scanned.sample), max_lost)
         advance = stage("encoding", scanned.characters, "M characters/s")
         entries = _entries(sources, scanned)
         dtype, eod = _token_dtype(made), eod_id(made, eod_token, "tokenizer")
         parts = encode(entries, work, work / TOKENIZER, eod, dtype.str, workers, scanned.characters, advance)
         with new_folder(out, console) as folder:
             shutil.copyfile(work / TOKENIZER, folder / TOKENIZER)
-            lengths = _join(folder, parts, scanned, dtype)
-            manifest = _manifest(folder, scanned, lengths, made, eod_token, rule, provenance)
-            (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            lengths, unknown = _join(folder, parts, scanned, dtype, unknown_id(made))
+            losses = counted_loss(scanned.domains, scanned.domain_codes, lengths, unknown, sampled)
+            refuse(losses, max_lost)
+            notes = _notes(scanned, lengths, rule)
+            facts = {"tokenization": described(losses), "notes": notes, "provenance": provenance or {}}
+            _write_manifest(folder, scanned, lengths, made, eod_token, rule, facts)
     return out
 
 
@@ -109,12 +118,15 @@ def _checked(
     eod_token: str,
     overwrite: bool,
     workers: int | None,
+    max_lost: float,
 ) -> Tokenizer | None:
     """Load the tokenizer that is given, if one is. Raises DataError for settings that cannot be used."""
     if not sources:
         raise DataError("no source given; name at least one with --source, or --data NAME, or --demo")
     if workers is not None and workers < 1:
         raise DataError(f"workers = {workers}: must be at least 1; leave it out for one a core")
+    if not 0 <= max_lost <= 1:
+        raise DataError(f"max_lost = {max_lost}: must lie in [0, 1]; 0.01 is usual")
     refuse_existing(out, overwrite, MANIFEST)
     given = load_tokenizer(tokenizer) if tokenizer else None
     if given:
@@ -127,22 +139,31 @@ def _checked(
     return given
 
 
+def _bytes(sources: Sequence[Source]) -> int | None:
+    """Size of the sources as stored; None: one is of the hub, whose size is not known beforehand."""
+    sizes = [source.size() for source in sources]
+    return sum(sizes) if all(sizes) else None
+
+
 def _plan(sources: Sequence[Source], given: Tokenizer | None, vocab_size: int, eod_token: str, rule: SplitRule) -> str:
     """Return what a run that goes on from another's chunks has in common with it. Files are known by size and age."""
     files = [
         [str(path), path.stat().st_size, path.stat().st_mtime_ns] for source in sources for _, path in source.files()
     ]
-    named = [[str(source.path), source.domain, asdict(source.fields)] for source in sources]
+    named = [asdict(source) | {"path": str(source.path)} for source in sources]
     tokenizer = vocab_size if given is None else hashlib.sha256(given.to_str().encode()).hexdigest()
     return json.dumps([FORMAT_VERSION, CHUNK_CHARACTERS, named, files, tokenizer, eod_token, asdict(rule)])
 
 
-def _scanned(work: Path, sources: Sequence[Source], rule: SplitRule, begin: Callable[[], Advance]) -> Scan:
+def _scanned(work: Path, sources: Sequence[Source], rule: SplitRule, begin: Callable[[str], Advance]) -> Scan:
     """The first pass over the sources, or what an earlier run kept of it."""
     kept = work / "scan.npz"
     if kept.is_file():
         return Scan.load(kept)
-    scanned = scan(sources, rule, begin())
+    try:
+        scanned = scan(sources, rule, begin)
+    except FaultyError as error:
+        raise DataError(f"{error}; --on-error skip leaves such out and counts them") from error
     scanned.save(kept)
     return scanned
 
@@ -160,31 +181,65 @@ def _trained(
 
 def _entries(sources: Sequence[Source], scanned: Scan, advance: Advance = lambda count: None) -> Iterator[Entry]:
     """Read again; raises if a file is no longer what the first pass saw."""
-    index = 0
-    for number, (source, seen) in enumerate(zip(sources, scanned.sources, strict=True)):
-        reader = SourceReader(source, advance)
-        for document in reader:
-            if reader.documents > seen.documents:
-                break
-            yield Entry(index, number, int(scanned.split_codes[index]), document)
-            index += 1
-        if (reader.sha256, reader.documents) != (seen.sha256, seen.documents):
-            raise DataError(f"{source.path}: changed while it was being read; leave it alone and prepare again")
+
+    def compare(number: int, reader: SourceReader, documents: int) -> None:
+        seen = scanned.sources[number]
+        if (reader.sha256, documents) != (seen.sha256, seen.documents):
+            raise _changed(sources[number])
+
+    for index, (number, document) in enumerate(scanned.reading.documents(sources, advance, compare)):
+        if index == len(scanned.split_codes):
+            raise _changed(sources[number])
+        yield Entry(index, number, int(scanned.split_codes[index]), document)
 
 
-def _join(folder: Path, parts: Sequence[Chunk], scanned: Scan, dtype: np.dtype) -> np.ndarray:
-    """Put the chunks together: token file and index, document table; returns the lengths in tokens, (D,)."""
+def _changed(source: Source) -> DataError:
+    return DataError(f"{source.path}: changed while it was being read; leave it alone and prepare again")
+
+
+def _join(
+    folder: Path, parts: Sequence[Chunk], scanned: Scan, dtype: np.dtype, unknown: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put the chunks together: token file and index, document table.
+
+    ``unknown``: the token to count, if there is such. Returns lengths and unknown tokens of each document, (D,) each.
+    """
+    lengths_of, unknown_of = [], []
     with (folder / TOKENS).open("wb") as tokens, (folder / ROWS).open("wb") as rows:
         for part in parts:
-            for path, joined in ((part.tokens, tokens), (part.rows, rows)):
-                with path.open("rb") as stream:
-                    shutil.copyfileobj(stream, joined, 1 << 20)
-    lengths = np.concatenate([np.load(part.lengths) for part in parts])
+            found, lengths = np.fromfile(part.tokens, dtype), np.load(part.lengths)
+            found.tofile(tokens)
+            lengths_of.append(lengths)
+            starts = np.cumsum(lengths) - lengths
+            met = np.zeros(len(found), bool) if unknown is None else found == unknown
+            unknown_of.append(np.add.reduceat(met, starts, dtype=np.int32))
+            with part.rows.open("rb") as stream:
+                shutil.copyfileobj(stream, rows, 1 << 20)
+    lengths = np.concatenate(lengths_of)
     write_index(folder / INDEX, lengths, dtype)
     codes = np.empty(len(scanned.split_codes), dtype=CODE_DTYPE)
     codes["domain"], codes["split"] = scanned.domain_codes, scanned.split_codes
     np.save(folder / CODES, codes)
-    return lengths.astype(np.int64)
+    return lengths.astype(np.int64), np.concatenate(unknown_of)
+
+
+def _notes(scanned: Scan, lengths: np.ndarray, rule: SplitRule) -> list[str]:
+    """Say what is odd about the splits, and which hold no sequence of the length that is asked for.
+
+    Raises DataError if one holds none of any length.
+    """
+    notes = list(scanned.notes)
+    asked = {POOL: True, VALIDATION: rule.validation_fraction > 0, PROXY: rule.proxy_fraction > 0}
+    for split in (code for code, wanted in asked.items() if wanted):
+        here = scanned.split_codes == split
+        tokens = np.bincount(scanned.domain_codes[here], lengths[here], minlength=len(scanned.domains))
+        longest = int(tokens.max()) - 1  # a sequence is of one domain, and its last label is one token further on
+        if longest < 2:
+            raise DataError(f"the split {SPLITS[split]} has {longest + 1} tokens, too few for any run; add text")
+        if longest < rule.seq_len:
+            lacks = f"{SPLITS[split]}: too little text for a sequence of {rule.seq_len} tokens"
+            notes.append(f"{lacks}; runs need data.seq_len={longest} or less")
+    return notes
 
 
 def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -192,15 +247,16 @@ def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if vocabulary_size(tokenizer) < 65500 else "<i4")
 
 
-def _manifest(
+def _write_manifest(
     folder: Path,
     scanned: Scan,
     lengths: np.ndarray,
     tokenizer: Tokenizer,
     eod_token: str,
     rule: SplitRule,
-    provenance: dict | None,
-) -> dict:
+    facts: dict,
+) -> None:
+    """Write what the corpus holds and how it came to be; ``facts`` are its further entries."""
     counts: dict[str, dict[str, dict[str, int]]] = {}
     for code, domain in enumerate(scanned.domains):
         counts[domain] = {}
@@ -225,7 +281,7 @@ def _manifest(
             name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in FILES
         },
         "versions": versions,
-        "provenance": provenance or {},
+        **facts,
     }
     manifest["fingerprint"] = fingerprint_of(manifest)
-    return manifest
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

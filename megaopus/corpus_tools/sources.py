@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megaopus.corpus_tools.folder_files import FolderFiles, folder_files
 from megaopus.corpus_tools.readers.registry import (
     PACKED,
-    READERS,
     Reader,
     Row,
     endings,
     reader_of_file,
     reader_of_prefix,
 )
-from megaopus.corpus_tools.readers.stored import Stored, no_text_field
+from megaopus.corpus_tools.readers.stored import FaultyError, Stored
+from megaopus.corpus_tools.row_fields import column_of, label_of, text_of
 from megaopus.errors import DataError
+
+_OPTION = re.compile(r",(text|id|domain)=([^,]+)$")
+_LIKE_AN_OPTION = re.compile(r",(\w+)=[^,/]*$")
 
 
 class Document(NamedTuple):
@@ -37,7 +41,10 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Says what a source's rows call things. Plain text files have none of it."""
+    """Says what a source's rows call things. Plain text files have none of it.
+
+    ``doc.text`` is the field ``text`` of what ``doc`` holds, unless a field has that whole name.
+    """
 
     text: str = "text"
     id: str = "id"
@@ -57,20 +64,41 @@ class Source:
     domain: str | None = None
     """Domain of every document; None: each row's own ``domain``, else the name of the file or folder."""
     fields: Fields = Fields()
+    exclude: tuple[str, ...] = ()
+    """Globs of what to leave aside in a folder: of the path below it, or of the name of a file or folder in it."""
+    folder_domains: bool = False
+    """What lies in a sub-folder of a folder is of a domain of the sub-folder's name, unless ``domain`` is given."""
+    skip_faulty: bool = False
+    """Leave out rows and files that cannot be read, and count them; or raise what is wrong with the first."""
 
     @classmethod
-    def parse(cls, argument: str, fields: Fields = Fields()) -> Source:
-        """Read ``PATH`` or ``DOMAIN=PATH``; a path with '=' before its first '/' needs the second form.
+    def parse(
+        cls,
+        argument: str,
+        fields: Fields = Fields(),
+        *,
+        exclude: tuple[str, ...] = (),
+        folder_domains: bool = False,
+        skip_faulty: bool = False,
+    ) -> Source:
+        """Read ``[DOMAIN=]PATH[,text=FIELD][,id=FIELD][,domain=FIELD]``; ``fields`` are those not named in it.
 
         A path may have the prefix of a reader: ``hf:NAME[:CONFIG[:SPLIT]]`` is a data set of the Hugging Face hub, or a
-        folder of the form of one. Raises DataError for anything else.
+        folder of the form of one. One with '=' before its first '/' needs a domain in front. Raises DataError for
+        anything else.
         """
-        domain, equals, path = argument.partition("=")
+        rest = argument
+        while option := _OPTION.search(rest):
+            named: dict[str, Any] = {option[1]: option[2]}
+            fields, rest = replace(fields, **named), rest[: option.start()]
+        domain, equals, path = rest.partition("=")
         if not equals or "/" in domain or reader_of_prefix(domain):
-            domain, path = "", argument
+            domain, path = "", rest
         elif not domain or not path:
             raise DataError(f"--source {argument}: not understood; write PATH or DOMAIN=PATH")
-        return cls(Path(path), domain or None, fields)
+        if (unknown := _LIKE_AN_OPTION.search(rest)) and not Path(path).exists():
+            raise DataError(f"--source {argument}: no option {unknown[1]!r}; after a path may come text, id and domain")
+        return cls(Path(path), domain or None, fields, exclude, folder_domains, skip_faulty)
 
     @property
     def by_prefix(self) -> Reader | None:
@@ -102,29 +130,35 @@ class Source:
         """``(name, path)`` of each file, in the order they are read; none where a prefix names no file.
 
         Raises:
-            DataError: the path does not exist, has an unknown ending, or is a folder without text files.
+            DataError: the path does not exist, has an unknown ending, or is a folder without documents.
         """
+        return self.chosen_files().taken
+
+    def chosen_files(self) -> FolderFiles:
+        """List ``files``, and why others of the folder are none of them. Raises DataError as ``files`` does."""
         if self.by_prefix is not None:
-            return []
+            return FolderFiles()
         if not self.path.exists():
             raise DataError(f"{self.path}: no such file or folder; check the path given as source")
         if self.path.is_dir():
-            inside = [(path, reader_of_file(path)) for path in self.path.rglob("*") if path.is_file()]
-            tables = [path for path, reader in inside if reader is not None and reader.rows is not None]
-            found = tables or [path for path, reader in inside if reader is not None]
-            names = sorted((path.relative_to(self.path).as_posix(), path) for path in found)
-            if not names:
-                texts = " or ".join(end for reader in READERS.values() if reader.text for end in reader.endings)
-                raise DataError(f"{self.path}: no documents: the folder has no {texts} file, nor a table")
-            return names
+            return folder_files(self.path, self.exclude)
         if reader_of_file(self.path) is None:
             known = ", ".join([f"{', '.join(endings(packed=True))} ({', '.join(PACKED)})", *endings(packed=False)])
             raise DataError(f"{self.path}: unknown ending; a source is a folder of such files, or one of {known}")
-        return [(self.name, self.path)]
+        return FolderFiles([(self.name, self.path)])
 
     def size(self) -> int:
         """Bytes on disk, as stored (compressed or not)."""
         return sum(path.stat().st_size for _, path in self.files())
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """Counts what was left out for one reason."""
+
+    count: int
+    first: str
+    """What was wrong with the first, and where."""
 
 
 class SourceReader:
@@ -135,7 +169,12 @@ class SourceReader:
         self.bytes = 0
         self.documents = 0
         self.empty = 0
-        """Documents left out because their text is empty or white space only."""
+        """Documents left out because their text is null, empty or white space only."""
+        self.files = 0
+        self.skipped: dict[str, int] = {}
+        """Why -> files of the folder that are not read."""
+        self.left_out: dict[str, LeftOut] = {}
+        """Why -> rows, or files or the rest of one, that could not be read."""
         self._digest = hashlib.sha256()
         self._report = on_bytes
         self._single_domain = source.single_domain  # looks at the disk
@@ -149,7 +188,8 @@ class SourceReader:
         """Yield the documents in order.
 
         Raises:
-            DataError: unreadable file, bad gzip, bad UTF-8, bad JSON, bad field, or no documents at all.
+            DataError: unreadable file, or no documents at all.
+            FaultyError: bad gzip, bad UTF-8, bad JSON or a bad field, unless the source skips what is faulty.
         """
         for document in self._documents():
             if document.text.strip():
@@ -158,34 +198,64 @@ class SourceReader:
             else:
                 self.empty += 1
         if not self.documents:
-            left_out = f" ({self.empty} empty ones)" if self.empty else ""
+            counts = {"empty ones": self.empty, **{reason: each.count for reason, each in self.left_out.items()}}
+            found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+            left_out = f" ({found})" if found else ""
             raise DataError(f"{self.source.path}: no documents in it{left_out}; drop this source or fill the file")
+
+    def leave_out(self, error: FaultyError) -> None:
+        """Count what is faulty, or raise it."""
+        if not self.source.skip_faulty:
+            raise error
+        seen = self.left_out.setdefault(error.reason, LeftOut(0, str(error)))
+        seen.count += 1
 
     def _documents(self) -> Iterator[Document]:
         source = self.source
         if (reader := source.by_prefix) is not None:
             yield from self._of_table(reader)
             return
-        wanted = [source.fields.text, source.fields.id, source.fields.domain, *source.fields.keep]
-        for name, path in source.files():
+        chosen = source.chosen_files()
+        self.files, self.skipped = len(chosen.taken), dict(chosen.skipped)
+        for name, path in chosen.taken:
             if source.path.is_dir():
                 self._digest.update(name.encode() + b"\0")
-            stored = Stored(path, source.fields.text, wanted, self._take)
-            file_reader = _reader(path)
-            if file_reader.text is not None:
-                domain = self._single_domain
-                yield Document(f"{domain}/{name}", domain, file_reader.text(stored), 0, {})
-            for row in file_reader.rows(stored) if file_reader.rows is not None else ():
-                yield self._of_row(row, name)
+            try:
+                yield from self._of_file(name, path)
+            except FaultyError as error:  # no more of this file can be read
+                self.leave_out(error)
+
+    def _of_file(self, name: str, path: Path) -> Iterator[Document]:
+        fields = self.source.fields
+        wanted = [fields.text, fields.id, fields.domain, *fields.keep]
+        stored = Stored(path, fields.text, wanted, self._take, self.leave_out)
+        reader = _reader(path)
+        if reader.text is not None:
+            domain = self._folder_domain(name) or self._single_domain
+            yield Document(f"{self._single_domain}/{name}", domain, reader.text(stored), 0, {})
+        yield from self._of_rows(reader, stored, name, self._folder_domain(name))
 
     def _of_table(self, reader: Reader) -> Iterator[Document]:
         """Documents of what is no file: their contents are hashed."""
-        assert reader.rows is not None
-        for row in reader.rows(Stored(self.source.path, self.source.fields.text, None, self._take)):
-            document = self._of_row(row, self.source.name)
+        stored = Stored(self.source.path, self.source.fields.text, None, self._take, self.leave_out)
+        for document in self._of_rows(reader, stored, self.source.name, None):
             content = [document.id, document.domain, document.text, dict(document.columns)]
             self._take(memoryview(json.dumps(content).encode()))
             yield document
+
+    def _of_rows(self, reader: Reader, stored: Stored, name: str, folder_domain: str | None) -> Iterator[Document]:
+        for row in reader.rows(stored) if reader.rows is not None else ():
+            try:
+                document = self._of_row(row, name, folder_domain, reader.untyped)
+            except FaultyError as error:
+                self.leave_out(error)
+                continue
+            yield document
+
+    def _folder_domain(self, name: str) -> str | None:
+        """The sub-folder of a file, if it names the domain."""
+        folder, inside, _ = name.partition("/")
+        return folder if inside and self.source.folder_domains and not self.source.domain else None
 
     def table(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(place, row) of each row as it stands. Raises DataError for what is not a table."""
@@ -194,7 +264,7 @@ class SourceReader:
         for path in found:
             reader = source.by_prefix or _reader(path)
             if reader.rows is None:
-                raise DataError(f"{path}: not a table; use JSON lines, parquet or a data set of the hub")
+                raise DataError(f"{path}: not a table; use JSON lines, CSV, parquet or a data set of the hub")
             for row in reader.rows(Stored(path, source.fields.text, None, self._take)):
                 yield row.place, row.values
 
@@ -204,52 +274,16 @@ class SourceReader:
         self.bytes += len(content)
         self._report(len(content))
 
-    def _of_row(self, row: Row, name: str) -> Document:
+    def _of_row(self, row: Row, name: str, folder_domain: str | None, untyped: bool) -> Document:
         fields, values, place = self.source.fields, row.values, row.place
-        _checked(values, place, fields)
-        domain = self.source.domain or _label(values, fields.domain, place) or self._single_domain
-        identity = _label(values, fields.id, place) or f"{domain}/{name}:{row.number}"
-        columns = {key: _column(values, key, place) for key in fields.keep}
-        return Document(identity, domain, values[fields.text], row.number, columns)
+        text = text_of(values, fields.text, place)
+        domain = self.source.domain or label_of(values, fields.domain, place) or self._single_domain
+        identity = label_of(values, fields.id, place) or f"{domain}/{name}:{row.number}"
+        columns = {key: column_of(values, key, place, untyped) for key in fields.keep}
+        return Document(identity, folder_domain or domain, text, row.number, columns)
 
 
 def _reader(path: Path) -> Reader:
     reader = reader_of_file(path)
     assert reader is not None, "Source.files() has looked"
     return reader
-
-
-def _checked(row: dict, place: str, fields: Fields) -> dict:
-    """The row, if its text is there and can be encoded."""
-    if fields.text not in row:
-        raise no_text_field(place, fields.text, row)
-    text = row[fields.text]
-    if not isinstance(text, str):
-        what = f"'{fields.text}' is a {type(text).__name__}"
-        raise DataError(f"{place}: {what}, not a string; write the document as one string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        where = f"'{fields.text}' has half a surrogate pair at character {error.start}"
-        raise DataError(f"{place}: {where}; replace it by U+FFFD or drop it") from error
-    return row
-
-
-def _column(row: dict, key: str, place: str) -> Any:
-    """A value to keep: a number, text, true, false or None; None too where the row has no such field."""
-    value = row.get(key)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is not None and not isinstance(value, str | int | float | bool):
-        raise DataError(f"{place}: '{key}' is a {type(value).__name__}; keep numbers, text, true and false only")
-    return value
-
-
-def _label(row: dict, key: str, place: str) -> str | None:
-    """An optional ``id`` or ``domain``: a string, or a whole number taken as one."""
-    value = row.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise DataError(f"{place}: '{key}' is {value!r}; write a non-empty string, or leave the field out")
-    return str(value)

@@ -5,43 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from megaopus.corpus_tools.floors import Documents, Filled, fill
+from megaopus.corpus_tools.readers.stored import FaultyError
+from megaopus.corpus_tools.reading import REPEATED, Reading, place_of
 from megaopus.corpus_tools.sources import Document, Source, SourceReader
+from megaopus.corpus_tools.split_rule import POOL, PROXY, VALIDATION, SplitRule
+from megaopus.corpus_tools.text_loss import Sample
 from megaopus.data.corpus import SPLITS
 from megaopus.errors import DataError
 
-POOL, PROXY, VALIDATION = range(len(SPLITS))
 _MOST_DOMAINS = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class SplitRule:
-    """Says which share of the documents goes where; a document's place depends on its text and the seed alone."""
-
-    proxy_fraction: float = 0.01
-    """Share of the wanted domains' documents that become the proxy."""
-    validation_fraction: float = 0.01
-    """Share of every domain's documents held out for validation."""
-    wanted: tuple[str, ...] = ()
-    """Domains that give proxy documents; none named: all of them."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("proxy_fraction", "validation_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise DataError(f"{name} = {getattr(self, name)}: must lie in [0, 1); 0.01 is usual")
-        if self.proxy_fraction + self.validation_fraction >= 1:
-            raise DataError("proxy_fraction + validation_fraction must stay below 1; the rest is the training pool")
-
-    def draw(self, text: bytes) -> tuple[float, bytes]:
-        """A number in [0, 1) that the text decides, and a short digest of the text."""
-        digest = hashlib.sha256(b"%d:" % self.seed + text).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64, digest[8:24]
+_NAMED_IN_A_NOTE = 5
 
 
 @dataclass(slots=True)
@@ -53,6 +34,27 @@ class SourceTotals:
     bytes: int
     documents: int
     empty: int
+    files: int = 1
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Why -> files of its folder that were not read."""
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Why -> ``count`` of rows (or files, or rests of them) that cannot be read, and what was wrong with the ``first``.
+    """
+
+    @classmethod
+    def of(cls, reader: SourceReader, documents: int) -> SourceTotals:
+        """Take the totals of a reader that is through."""
+        left_out = {reason: asdict(each) for reason, each in reader.left_out.items()}
+        return cls(
+            reader.source.name,
+            reader.sha256,
+            reader.bytes,
+            documents,
+            reader.empty,
+            reader.files,
+            reader.skipped,
+            left_out,
+        )
 
 
 @dataclass(slots=True)
@@ -67,13 +69,27 @@ class Scan:
     sources: list[SourceTotals] = field(default_factory=list)
     characters: int = 0
     """Of all documents."""
+    reading: Reading = field(default_factory=Reading)
+    """What every further pass does with the documents."""
+    sample: dict[str, list[str]] = field(default_factory=dict)
+    """Domain -> beginnings of some of its documents."""
+    notes: list[str] = field(default_factory=list)
+    """What the splits have that nobody asked for, in words."""
 
     def save(self, path: Path) -> None:
         """Write it; it appears under ``path`` when it is whole."""
         partial = path.with_name(f"{path.name}.partial")
-        meta = {"domains": self.domains, "characters": self.characters, "sources": [asdict(s) for s in self.sources]}
+        meta = {
+            "domains": self.domains,
+            "characters": self.characters,
+            "sources": [asdict(s) for s in self.sources],
+            "pieces": self.reading.pieces,
+            "sample": self.sample,
+            "notes": self.notes,
+        }
+        repeated, codes = np.array(sorted(self.reading.repeated), dtype=np.int64), self.domain_codes
         with partial.open("wb") as stream:
-            np.savez(stream, meta=json.dumps(meta), domain_codes=self.domain_codes, split_codes=self.split_codes)
+            np.savez(stream, meta=json.dumps(meta), domain_codes=codes, split_codes=self.split_codes, repeated=repeated)
         partial.rename(path)
 
     @classmethod
@@ -82,90 +98,151 @@ class Scan:
         with np.load(path, allow_pickle=False) as held:
             meta = json.loads(str(held["meta"]))
             codes = held["domain_codes"], held["split_codes"]
-        return cls(meta["domains"], *codes, [SourceTotals(**each) for each in meta["sources"]], meta["characters"])
+            reading = Reading(set(held["repeated"].tolist()), meta["pieces"])
+        totals = [SourceTotals(**each) for each in meta["sources"]]
+        return cls(meta["domains"], *codes, totals, meta["characters"], reading, meta["sample"], meta["notes"])
 
 
-def scan(sources: Sequence[Source], rule: SplitRule, on_bytes: Callable[[int], None] = lambda count: None) -> Scan:
-    """Read everything once and split it.
+def scan(sources: Sequence[Source], rule: SplitRule, begin: Callable[[str], Callable[[int], None]]) -> Scan:
+    """Read everything and split it: once, and again without repeated ids or with long documents cut, if there are such.
 
     Documents with the same text always share a split. A text drawn for the proxy that also occurs in an unwanted
-    domain stays in the pool, so that no proxy text is ever trained on.
+    domain stays in the pool, so that no proxy text is ever trained on. ``begin(name)`` starts a line of progress.
 
     Raises:
-        DataError: a broken source, an id given twice, an unknown wanted domain, or an empty pool.
+        DataError: a broken source, an id given twice, an unknown wanted domain, or a split without documents.
     """
-    result = Scan()
-    names: dict[str, int] = {}
-    codes, splits = array("H"), bytearray()
-    ids = array("Q")
-    proxies: list[tuple[int, bytes]] = []
-    unwanted: set[bytes] = set()
-    for source in sources:
-        reader = SourceReader(source, on_bytes)
-        for document in reader:
-            ids.append(int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=8).digest(), "little"))
-            if document.domain not in names and len(names) == _MOST_DOMAINS:
-                raise DataError(
-                    f"{source.path}: more than {_MOST_DOMAINS:,} domains; name one with DOMAIN={source.path}"
-                )
-            result.characters += len(document.text)
-            codes.append(names.setdefault(document.domain, len(names)))
-            draw, digest = rule.draw(document.text.encode())
-            split = POOL
-            if draw < rule.validation_fraction:
-                split = VALIDATION
-            elif draw < rule.validation_fraction + rule.proxy_fraction:
-                if rule.wanted and document.domain not in rule.wanted:
-                    unwanted.add(digest)
-                else:
-                    proxies.append((len(splits), digest))
-                    split = PROXY
-            splits.append(split)
-        result.sources.append(SourceTotals(source.name, reader.sha256, reader.bytes, reader.documents, reader.empty))
-    _refuse_same_ids(np.frombuffer(ids, dtype=np.uint64), sources)
-    for index, digest in proxies:
-        if digest in unwanted:
-            splits[index] = POOL
-    _check_domains(names, rule)
-    result.domains = sorted(names)
-    order = np.array([result.domains.index(name) for name in names], dtype=np.uint16)
-    result.domain_codes = order[np.frombuffer(codes, dtype=np.uint16)]
-    result.split_codes = np.frombuffer(bytes(splits), dtype=np.uint8)
-    pool, proxy = ((result.split_codes == code).sum() for code in (POOL, PROXY))
-    if not pool:
+    reading = Reading()
+    seen = _Pass(sources, rule, reading, begin("reading"))
+    reading.repeated = _repeated_ids(np.frombuffer(seen.ids, dtype=np.uint64), sources)
+    if reading.repeated:
+        seen = _Pass(sources, rule, reading, begin("reading, each id once"))
+    filled = fill(seen.documents(), seen.names, rule, may_cut=True)
+    if filled.pieces:
+        reading.pieces = {seen.names[code]: size for code, size in filled.pieces.items()}
+        seen = _Pass(sources, rule, reading, begin("reading in pieces"))
+        filled = fill(seen.documents(), seen.names, rule, may_cut=False)
+    splits = filled.splits
+    _refuse_missing_splits(splits, rule)
+    domains = sorted(seen.names)
+    order = np.array([domains.index(name) for name in seen.names], dtype=np.uint16)
+    notes = [*_cut_notes(reading.pieces), *_moved_notes(filled, seen, rule), *_lacking_notes(splits, seen, rule)]
+    codes = order[np.frombuffer(seen.codes, dtype=np.uint16)]
+    return Scan(domains, codes, splits, seen.totals, seen.characters, reading, seen.sample.texts(), notes)
+
+
+class _Pass:
+    """Reads all documents once and sends each where its hash says."""
+
+    def __init__(
+        self, sources: Sequence[Source], rule: SplitRule, reading: Reading, on_bytes: Callable[[int], None]
+    ) -> None:
+        self._by_name: dict[str, int] = {}
+        self.codes, self.sizes, self.draws, self.ids = array("H"), array("I"), array("I"), array("Q")
+        self.totals: list[SourceTotals] = []
+        self.characters = 0
+        self.sample = Sample()
+        self._splits = bytearray()
+        self._proxies: list[tuple[int, bytes]] = []
+        self._unwanted: set[bytes] = set()
+        for number, document in reading.documents(sources, on_bytes, self._finished):
+            if document.domain not in self._by_name and len(self._by_name) == _MOST_DOMAINS:
+                path = sources[number].path
+                raise DataError(f"{path}: more than {_MOST_DOMAINS:,} domains; name one with DOMAIN={path}")
+            self._take(document, rule)
+        for index, digest in self._proxies:
+            if digest in self._unwanted:
+                self._splits[index] = POOL
+        if missing := [name for name in rule.wanted if name not in self._by_name]:
+            known = ", ".join(sorted(self._by_name))
+            raise DataError(f"wanted domain {missing[0]!r}: no document has it; the sources have: {known}")
+
+    @property
+    def names(self) -> list[str]:
+        """Of the domains, in the order of ``codes``."""
+        return list(self._by_name)
+
+    def _finished(self, number: int, reader: SourceReader, documents: int) -> None:
+        self.totals.append(SourceTotals.of(reader, documents))
+
+    def _take(self, document: Document, rule: SplitRule) -> None:
+        """Enter one document."""
+        self.ids.append(int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=8).digest(), "little"))
+        self.characters += len(document.text)
+        self.codes.append(self._by_name.setdefault(document.domain, len(self._by_name)))
+        draw, digest = rule.draw(document.text.encode())
+        self.draws.append(int(draw * 2**32))
+        self.sizes.append(min(len(document.text), 2**32 - 1))
+        self.sample.offer(document.domain, draw, document.text)
+        split = POOL
+        if draw < rule.validation_fraction:
+            split = VALIDATION
+        elif draw < rule.validation_fraction + rule.proxy_fraction:
+            if rule.wanted and document.domain not in rule.wanted:
+                self._unwanted.add(digest)
+            else:
+                self._proxies.append((len(self._splits), digest))
+                split = PROXY
+        self._splits.append(split)
+
+    def documents(self) -> Documents:
+        """Describe what was read."""
+        splits = np.frombuffer(bytes(self._splits), dtype=np.uint8)
+        codes, sizes, draws = (
+            np.frombuffer(each, dtype=each.typecode) for each in (self.codes, self.sizes, self.draws)
+        )
+        return Documents(codes, splits, draws, sizes)
+
+
+def _refuse_missing_splits(splits: np.ndarray, rule: SplitRule) -> None:
+    """Raise DataError unless every split that is asked for has documents, and the pool more than the proxy."""
+    counts = np.bincount(splits, minlength=len(SPLITS)).tolist()
+    if not counts[POOL]:
         raise DataError(
             f"none of the {len(splits):,} documents is in the pool; add documents, or lower the proxy and validation "
             "fractions"
         )
-    if proxy > pool:
+    for split, asked in ((VALIDATION, rule.validation_fraction), (PROXY, rule.proxy_fraction)):
+        if asked and not counts[split]:
+            name = SPLITS[split]
+            raise DataError(
+                f"none of the {len(splits):,} documents can be held out for the split {name}, so that no run would"
+                " accept the corpus: there is too little text, or always the same; add text, or give"
+                f" --{name}-fraction 0 and runs another corpus (data.{name}_path)"
+            )
+    if counts[PROXY] > counts[POOL]:
         raise DataError(
-            f"a proxy of {proxy:,} documents is larger than the pool of {pool:,} that it is to guide; lower the proxy "
-            "fraction"
+            f"a proxy of {counts[PROXY]:,} documents is larger than the pool of {counts[POOL]:,} that it is to guide;"
+            " lower the proxy fraction"
         )
-    return result
 
 
-def _refuse_same_ids(digests: np.ndarray, sources: Sequence[Source]) -> None:
-    """Raise if an id is used twice.
+def _repeated_ids(digests: np.ndarray, sources: Sequence[Source]) -> set[int]:
+    """Places of documents whose id an earlier one has; raises DataError unless their source skips what is faulty.
 
     Digests (D,), 8 bytes an id, are all that is kept while reading; where two are equal, the sources are read again.
     """
     ordered = np.sort(digests)
     doubtful = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    repeated: set[int] = set()
     if not doubtful:
-        return
+        return repeated
     places: dict[str, tuple[Source, int]] = {}
     read = (document for source in sources for document in _with_source(source))
-    for (source, document), digest in zip(read, digests.tolist(), strict=False):
+    for place, ((source, document), digest) in enumerate(zip(read, digests.tolist(), strict=False)):
         if digest not in doubtful:
             continue
-        if document.id in places:
-            earlier, line = places[document.id]
-            raise DataError(
-                f"{_place(source, document.line)}: id {document.id!r} was already used at {_place(earlier, line)}; make"
-                " ids unique, or leave the field out"
+        if document.id not in places:
+            places[document.id] = source, document.line
+        elif source.skip_faulty:
+            repeated.add(place)
+        else:
+            where, earlier = place_of(source, document.line), place_of(*places[document.id])
+            message = (
+                f"{where}: id {document.id!r} was already used at {earlier}; make ids unique, or leave the field out"
             )
-        places[document.id] = source, document.line
+            raise FaultyError(REPEATED, message)
+    return repeated
 
 
 def _with_source(source: Source) -> Iterator[tuple[Source, Document]]:
@@ -174,13 +251,35 @@ def _with_source(source: Source) -> Iterator[tuple[Source, Document]]:
         yield source, document
 
 
-def _place(source: Source, line: int) -> str:
-    return f"{source.path} {source.unit} {line}" if line else str(source.path)
+def _cut_notes(pieces: Mapping[str, int]) -> list[str]:
+    return [
+        f"domain {name}: long documents are cut into pieces of about {size:,} characters (ids ID#1, ID#2, ...), because"
+        " whole ones cannot be split"
+        for name, size in pieces.items()
+    ]
 
 
-def _check_domains(names: dict[str, int], rule: SplitRule) -> None:
-    missing = [name for name in rule.wanted if name not in names]
-    if missing:
-        raise DataError(
-            f"wanted domain {missing[0]!r}: no document has it; the sources have: {', '.join(sorted(names))}"
-        )
+def _moved_notes(filled: Filled, seen: _Pass, rule: SplitRule) -> list[str]:
+    """Say which splits got more than the fraction asked for."""
+    sizes, notes = seen.documents().sizes, []
+    for split, fraction in ((VALIDATION, rule.validation_fraction), (PROXY, rule.proxy_fraction)):
+        if moved := filled.moved.get(split):
+            share = sizes[filled.splits == split].sum() / sizes.sum()
+            notes.append(
+                f"{SPLITS[split]}: {moved:,} documents more than the hash gave it, so that it holds a sequence of"
+                f" {rule.seq_len} tokens; it has {share:.1%} of the text ({fraction:.1%} of the documents asked for)"
+            )
+    return notes
+
+
+def _lacking_notes(splits: np.ndarray, seen: _Pass, rule: SplitRule) -> list[str]:
+    """Name the domains that give a split nothing though they should."""
+    codes, notes = seen.documents().domains, []
+    for split, fraction in ((VALIDATION, rule.validation_fraction), (PROXY, rule.proxy_fraction)):
+        has = np.bincount(codes[splits == split], minlength=len(seen.names))
+        givers = rule.wanted if split == PROXY and rule.wanted else seen.names
+        lacking = [name for name, count in zip(seen.names, has.tolist(), strict=True) if not count and name in givers]
+        if fraction and lacking:
+            more = f" and {len(lacking) - _NAMED_IN_A_NOTE} more" if len(lacking) > _NAMED_IN_A_NOTE else ""
+            notes.append(f"{SPLITS[split]}: nothing of {', '.join(lacking[:_NAMED_IN_A_NOTE])}{more} (too little text)")
+    return notes

@@ -19,9 +19,20 @@ class PrepareConfig:
     RESUME: ClassVar[str] = HARMLESS
 
     sources: list[str] = setting(
-        [], doc="Each as `--source` takes it: [DOMAIN=]PATH, or hf:NAME[:CONFIG[:SPLIT]] on the Hugging Face hub."
+        [],
+        doc="Each as `--source` takes it: [DOMAIN=]PATH, or hf:NAME[:CONFIG[:SPLIT]] on the Hugging Face hub; "
+        "`,text=FIELD`, `,id=FIELD` and `,domain=FIELD` after it name fields of this source alone.",
     )
-    text_field: str = setting("text", doc="Field of a table that holds the text.")
+    exclude: list[str] = setting(
+        [], doc="Globs of files and folders to leave aside in a source that is a folder, as `--exclude`."
+    )
+    folder_domains: bool = setting(False, doc="Sub-folders of a source name domains, as `--folder-domains`.")
+    on_error: str = setting(
+        "stop", choices=("stop", "skip"), doc="At a row that cannot be read: stop, or skip it and count it."
+    )
+    text_field: str = setting(
+        "text", doc="Field of a table that holds the text; `doc.text` is the field text of what doc holds."
+    )
     id_field: str = setting("id", doc="Field that names a document.")
     domain_field: str = setting("domain", doc="Field that names its domain.")
     keep: list[str] = setting([], doc="Fields to keep in the document table.")

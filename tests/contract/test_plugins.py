@@ -97,7 +97,7 @@ register_optimizer("heavyball", Spec(
     elementwise=True,
 ))
 register_operator("Heavyball", heavyball)
-register_reader("csv", Reader(endings=(".csv",), rows=rows))
+register_reader("csv", Reader(endings=(".table",), rows=rows))
 register_engine("twin", ENGINES["megatron"])
 '''
 
@@ -194,15 +194,15 @@ def picks(run_dir: Path) -> dict[int, list[int]]:
 def test_a_corpus_is_prepared_from_a_source_of_theirs(
     place: Path, plugin: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (place / "docs.csv").write_text("id,text\n" + "".join(f"{n},Row {n} says {'x' * n}.\n" for n in range(60)))
-    prepare = ["prepare", "--source", str(place / "docs.csv"), "--out", str(place / "corpus"), "--vocab-size", "300"]
+    (place / "docs.table").write_text("id,text\n" + "".join(f"{n},Row {n} says {'x' * n}.\n" for n in range(60)))
+    prepare = ["prepare", "--source", str(place / "docs.table"), "--out", str(place / "corpus"), "--vocab-size", "300"]
     assert main(prepare) == 2
     assert "unknown ending" in capsys.readouterr().err
     assert main([*prepare, "--plugin", plugin]) == 0
     manifest = json.loads((place / "corpus" / "manifest.json").read_text())
     assert manifest["sources"][0]["documents"] == 60
-    (place / "items.csv").write_text("text\nRow 5 says\n")
-    proxy = ["proxy", "--corpus", str(place / "corpus"), "--items", str(place / "items.csv"), "--item-fields", "text"]
+    (place / "items.table").write_text("text\nRow 5 says\n")
+    proxy = ["proxy", "--corpus", str(place / "corpus"), "--items", str(place / "items.table"), "--item-fields", "text"]
     assert main([*proxy, "--tokens", "100", "--out", str(place / "nearer"), "--plugin", plugin]) == 0
 
 

@@ -20,6 +20,8 @@ from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import FILES, ROWS, SPLITS, Corpus
 from megaopus.errors import DataError
 
+POOL = SplitRule(0, 0)
+"""Nothing is held out."""
 HALVES = SplitRule(proxy_fraction=0.3, validation_fraction=0.2, wanted=("wanted",))
 
 
@@ -107,7 +109,7 @@ def test_equal_texts_never_lie_in_two_splits(tmp_path):
 
 
 def test_split_fractions_are_met(tmp_path):
-    rows = [{"text": f"{i}"} for i in range(4000)]
+    rows = [{"text": f"number {i:05}"} for i in range(4000)]
     source = Source(write_rows(tmp_path / "s.jsonl", rows))
     counts = Corpus.open(prepare([source], tmp_path / "c", vocab_size=257, rule=SplitRule(0.1, 0.05))).manifest[
         "counts"
@@ -167,13 +169,13 @@ def test_a_given_tokenizer_is_used_as_it_is(tmp_path, corpus):
 
 def test_a_finished_folder_is_kept_unless_told_otherwise(tmp_path):
     source = Source(write_rows(tmp_path / "s.jsonl", [{"text": "first"}]))
-    out = prepare([source], tmp_path / "c", vocab_size=257)
+    out = prepare([source], tmp_path / "c", vocab_size=257, rule=POOL)
     before = Corpus.open(out).fingerprint
     write_rows(source.path, [{"text": "second"}])
     with pytest.raises(DataError, match=r"already holds a corpus; .*--overwrite"):
-        prepare([source], out, vocab_size=257)
+        prepare([source], out, vocab_size=257, rule=POOL)
     assert Corpus.open(out).fingerprint == before
-    prepare([source], out, vocab_size=257, overwrite=True)
+    prepare([source], out, vocab_size=257, rule=POOL, overwrite=True)
     assert Corpus.open(out).fingerprint != before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "s.jsonl"]
 
@@ -181,23 +183,23 @@ def test_a_finished_folder_is_kept_unless_told_otherwise(tmp_path):
 def test_a_folder_that_is_no_corpus_is_never_replaced(tmp_path):
     source = Source(write_rows(tmp_path / "s.jsonl", [{"text": "first"}]))
     with pytest.raises(DataError, match="exists and is not a corpus"):
-        prepare([source], tmp_path, vocab_size=257, overwrite=True)
+        prepare([source], tmp_path, vocab_size=257, rule=POOL, overwrite=True)
     assert source.path.exists()
 
 
 def test_a_failure_leaves_nothing_behind_and_the_old_corpus_alone(tmp_path, monkeypatch):
     source = Source(write_rows(tmp_path / "s.jsonl", [{"text": "first"}]))
-    out = prepare([source], tmp_path / "c", vocab_size=257)
+    out = prepare([source], tmp_path / "c", vocab_size=257, rule=POOL)
     before = Corpus.open(out).fingerprint
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_module, "_manifest", full)
+    monkeypatch.setattr(prepare_module, "_write_manifest", full)
     with pytest.raises(DataError, match=r"cannot be written .*No space left on device"):
-        prepare([source], out, vocab_size=257, overwrite=True)
+        prepare([source], out, vocab_size=257, rule=POOL, overwrite=True)
     with pytest.raises(DataError, match="No space left"):
-        prepare([source], tmp_path / "new", vocab_size=257)
+        prepare([source], tmp_path / "new", vocab_size=257, rule=POOL)
     assert Corpus.open(out, verify=True).fingerprint == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "s.jsonl"]
 
@@ -208,7 +210,7 @@ def test_what_a_killed_run_left_is_removed_with_a_line(tmp_path):
     leftover.mkdir()
     (leftover / "tokens.bin").write_bytes(b"half")
     console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
-    out = prepare([source], tmp_path / "c", vocab_size=257, console=console)
+    out = prepare([source], tmp_path / "c", vocab_size=257, rule=POOL, console=console)
     assert f"removed {leftover}, left by a run that was killed" in console.export_text()
     assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, "manifest.json"])
     assert not leftover.exists()
@@ -216,11 +218,11 @@ def test_what_a_killed_run_left_is_removed_with_a_line(tmp_path):
 
 def test_killed_while_overwriting_gives_the_old_corpus_back(tmp_path):
     source = Source(write_rows(tmp_path / "s.jsonl", [{"text": "first"}]))
-    out = prepare([source], tmp_path / "c", vocab_size=257)
+    out = prepare([source], tmp_path / "c", vocab_size=257, rule=POOL)
     before = Corpus.open(out).fingerprint
     out.rename(tmp_path / ".c.old")
     with pytest.raises(DataError, match="already holds a corpus"):
-        prepare([source], out, vocab_size=257)
+        prepare([source], out, vocab_size=257, rule=POOL)
     assert Corpus.open(out, verify=True).fingerprint == before
     assert not (tmp_path / ".c.old").exists()
 
@@ -232,10 +234,10 @@ def test_two_runs_cannot_write_one_corpus(tmp_path):
     descriptor = os.open(busy, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     with pytest.raises(DataError, match="another process is writing it now"):
-        prepare([source], tmp_path / "c", vocab_size=257)
+        prepare([source], tmp_path / "c", vocab_size=257, rule=POOL)
     assert busy.exists()
     os.close(descriptor)
-    prepare([source], tmp_path / "c", vocab_size=257)
+    prepare([source], tmp_path / "c", vocab_size=257, rule=POOL)
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
@@ -285,7 +287,7 @@ def test_sources_of_a_data_config(tmp_path, capsys):
     assert kept[4] == {"score": 2.0}
     mine = tmp_path / "mine"
     (mine / "data").mkdir(parents=True)
-    (mine / "data" / "pages.yaml").write_text(f"prepare:\n  sources: ['{source}']\n  text_field: url\n")
+    (mine / "data" / "pages.yaml").write_text(f"prepare:\n  sources: ['{source}']\n  text_field: id\n")
     assert main(["prepare", "--config-dir", str(mine), "--data", "pages", "--out", str(tmp_path / "c")]) == 0
     assert Corpus.open(tmp_path / "c").domains == ["pages"]
     capsys.readouterr()

@@ -32,7 +32,7 @@ def corpus(tmp_path_factory):
         rows.append({"id": f"d{i}", "domain": draw.choice(["news", "code", "verse"]), "text": text})
     rows.append({"id": "short", "domain": "tiny", "text": "x"})
     (folder / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rule = SplitRule(0.1, 0.1, wanted=("news",))
+    rule = SplitRule(0.1, 0.1, wanted=("news",), seq_len=L)
     return Corpus.open(prepare([Source(folder / "s.jsonl")], folder / "c", vocab_size=257, rule=rule))
 
 

@@ -17,6 +17,7 @@ import torch
 from megaopus.__main__ import main
 from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Fields, Source
+from megaopus.corpus_tools.split import SplitRule
 from megaopus.data import text_features
 from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.data.folder import StoppedError
@@ -127,9 +128,8 @@ def test_a_corpus_that_is_read_only_is_scored_by_another_name(
 def test_documents_of_one_token_and_a_target_that_is_not_there(tmp_path: Path) -> None:
     rows = [{"text": text, "grade": 1} for text in ("a", "b", "a long text " * 20)]
     (tmp_path / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    place = prepare(
-        [Source(tmp_path / "short.jsonl", None, Fields(keep=("grade",)))], tmp_path / "corpus", vocab_size=300
-    )
+    source = Source(tmp_path / "short.jsonl", None, Fields(keep=("grade",)))
+    place = prepare([source], tmp_path / "corpus", vocab_size=300, rule=SplitRule(0, 0))
     corpus = Corpus.open(place)
     with pytest.raises(DataError, match=r"split 'proxy' is empty; name a --target"):
         make_column(corpus, "dsir", Dsir(corpus, None))

@@ -2,31 +2,65 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from megaopus.corpus_tools.readers.registry import Reader, Row, register_reader
-from megaopus.corpus_tools.readers.stored import Stored, decoded
-from megaopus.errors import DataError
+from megaopus.corpus_tools.readers.stored import FaultyError, Stored, decoded
+
+
+class LongNumber:
+    """Stands for a whole number of more digits than Python converts; no field that is used may be one."""
+
+    def __init__(self, digits: str):
+        self._count = len(digits)
+
+    def __repr__(self) -> str:
+        return f"a number of {self._count:,} digits"
 
 
 def _rows(stored: Stored) -> Iterator[Row]:
     for line, content in enumerate(stored.lines(), 1):
-        if content.strip():
+        if content.removeprefix(codecs.BOM_UTF8).strip():  # files with such a mark may have been joined
             place = f"{stored.path} line {line}"
-            yield Row(line, place, _json_row(decoded(content, place, first=line == 1), place))
+            try:
+                values = _json_row(decoded(content, place), place)
+            except FaultyError as error:
+                stored.leave_out(error)
+                continue
+            yield Row(line, place, values)
 
 
 def _json_row(content: str, place: str) -> dict:
     """The JSON object of one line."""
     try:
-        row = json.loads(content)
+        row = _parsed(content)
     except (json.JSONDecodeError, RecursionError) as error:
         what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        raise DataError(f"{place}: not valid JSON ({what}); each line must be one JSON object") from error
+        message = f"{place}: not valid JSON ({what}); each line must be one JSON object"
+        raise FaultyError("not valid JSON", message) from error
     if not isinstance(row, dict):
-        raise DataError(f'{place}: a JSON {type(row).__name__}, not an object; write {{"text": ...}} on each line')
+        message = f'{place}: a JSON {type(row).__name__}, not an object; write {{"text": ...}} on each line'
+        raise FaultyError("not an object", message)
     return row
+
+
+def _parsed(content: str) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # a whole number with too many digits
+        return json.loads(content, parse_int=_integer)
+
+
+def _integer(digits: str) -> int | LongNumber:
+    try:
+        return int(digits)
+    except ValueError:
+        return LongNumber(digits)
 
 
 register_reader("json_lines", Reader(endings=(".jsonl", ".ndjson", ".json"), rows=_rows, unit="line", packed=True))

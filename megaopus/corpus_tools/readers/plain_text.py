@@ -7,7 +7,7 @@ from megaopus.corpus_tools.readers.stored import Stored, decoded
 
 
 def _text(stored: Stored) -> str:
-    return decoded(stored.content(), str(stored.path), first=True)
+    return decoded(stored.content(), str(stored.path))
 
 
 register_reader("plain_text", Reader(endings=(".txt", ".md"), text=_text, unit="line", packed=True))

@@ -27,7 +27,8 @@ class Row(NamedTuple):
 class Reader:
     """Reads one kind of source; its module registers it. Either ``rows`` or ``text`` is there.
 
-    Functions raise DataError, with the place and a remedy, for what cannot be read.
+    Functions raise DataError, with the place and a remedy, for what cannot be read. What is wrong with one row alone is
+    given to ``stored.leave_out`` as a FaultyError; then they go on.
     """
 
     endings: tuple[str, ...] = ()
@@ -42,6 +43,10 @@ class Reader:
     """What its documents are numbered by in messages."""
     packed: bool = False
     """Its files may also be .gz or .zst (``Stored`` unpacks them)."""
+    untyped: bool = False
+    """Its values are all text: what looks like a number and is kept is one."""
+    gives_way: bool = False
+    """Another reader of the same ending, a plugin's say, comes before it."""
     name: Callable[[str], str] = lambda address: address
     """Of a prefix's: address -> what is written of it, which must not depend on where it lies."""
     domain: Callable[[str], str] = lambda address: address
@@ -61,7 +66,8 @@ def reader_of_file(path: Path) -> Reader | None:
     """The reader of a file, by its last suffix, that of a packed file set aside; None: it has no known ending."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in PACKED]
     ending = suffixes[-1] if suffixes else ""
-    return next((reader for reader in READERS.values() if ending in reader.endings), None)
+    found = [reader for reader in READERS.values() if ending in reader.endings]
+    return min(found, key=lambda reader: reader.gives_way, default=None)
 
 
 def reader_of_prefix(address: str) -> Reader | None:

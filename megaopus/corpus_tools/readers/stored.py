@@ -10,7 +10,29 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from megaopus.errors import DataError
+
+_LARGEST_WINDOW = 1 << 31
+"""Bytes that a zstandard frame may look back (``zstd --long=31``): memory that unpacking takes, at most."""
+
+
+DAMAGED = "damaged file"
+"""Reason of files that are left out, or of which the rest is."""
+
+
+class FaultyError(DataError):
+    """A row that cannot be a document, or a file that cannot be read to its end; such may be left out."""
+
+    def __init__(self, reason: str, message: str):
+        """``reason``: a few words, the same for all of the kind, by which they are counted."""
+        super().__init__(message)
+        self.reason = reason
+
+
+def _stop(error: FaultyError) -> None:
+    raise error
 
 
 class _Counted(io.RawIOBase):
@@ -32,12 +54,19 @@ class Stored:
     """Gives a reader what is to be read: a file, or what a prefix names."""
 
     def __init__(
-        self, path: Path, text_field: str, wanted: list[str] | None, on_bytes: Callable[[memoryview], None]
+        self,
+        path: Path,
+        text_field: str,
+        wanted: list[str] | None,
+        on_bytes: Callable[[memoryview], None],
+        leave_out: Callable[[FaultyError], None] = _stop,
     ) -> None:
         """``wanted``: fields that are asked for, None: all of them; ``on_bytes`` is given the bytes as stored."""
         self.path = path
         self.text_field = text_field
         self.wanted = wanted
+        self.leave_out = leave_out
+        """Raises what is wrong with a row, or counts it: then the reader goes on with the next."""
         self._on_bytes = on_bytes
 
     def content(self) -> bytes:
@@ -75,13 +104,12 @@ class Stored:
                     yield content
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             place = f"after line {line}" if not whole else "at its start or end"
-            raise DataError(
-                f"{path}: damaged or truncated gzip {place} ({error}); copy or compress the file again"
+            raise FaultyError(
+                DAMAGED, f"{path}: damaged or truncated gzip {place} ({error}); copy or compress the file again"
             ) from error
         except _Truncated as error:
-            raise DataError(
-                f"{path}: damaged or truncated zstandard after line {line} ({error}); copy or compress the file again"
-            ) from error
+            where = f"{path}: damaged or truncated zstandard after line {line}"
+            raise FaultyError(DAMAGED, f"{where} ({error}); copy or compress the file again") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
 
@@ -97,22 +125,24 @@ def _unpacked(stream: IO[bytes], path: Path) -> IO[bytes]:
         """The unpacked bytes; the library's own reader takes a stream that was cut off for one that has ended."""
 
         def __init__(self) -> None:
-            self._unpacker, self._left = zstandard.ZstdDecompressor().decompressobj(), b""
+            self._left = b""
+            self._unpacker: Any = None
 
         def readable(self) -> bool:
             return True
 
         def readinto(self, buffer: Any) -> int:
             while not self._left:
-                if self._unpacker.eof:  # another frame may follow
-                    rest = self._unpacker.unused_data or stream.read(1)
-                    if not rest:
+                if self._unpacker is None or self._unpacker.eof:  # the first frame, or another one that follows
+                    rest = (self._unpacker.unused_data if self._unpacker else b"") or stream.read(1 << 16)
+                    if not rest and self._unpacker:
                         return 0
-                    self._unpacker = zstandard.ZstdDecompressor().decompressobj()
+                    _refuse_window(zstandard, rest, path)
+                    self._unpacker = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
                 else:
                     rest = stream.read(1 << 16)
-                    if not rest:
-                        raise _Truncated("the file ends within a frame")
+                if not rest:
+                    raise _Truncated("the file ends within a frame")
                 try:
                     self._left = self._unpacker.decompress(rest)
                 except zstandard.ZstdError as error:
@@ -124,6 +154,19 @@ def _unpacked(stream: IO[bytes], path: Path) -> IO[bytes]:
     return io.BufferedReader(Checked(), 1 << 16)
 
 
+def _refuse_window(zstandard: Any, start: bytes, path: Path) -> None:
+    """Raise DataError if a frame, which begins with ``start``, needs more memory than there is."""
+    try:
+        window = zstandard.get_frame_parameters(start).window_size
+    except zstandard.ZstdError:
+        return  # not a frame: unpacking says so
+    free = psutil.virtual_memory().available
+    if window > min(free, _LARGEST_WINDOW):
+        needs = f"needs {window / 2**30:.2g} GiB of memory to unpack (its window)"
+        has = f"{free / 2**30:.2g} GiB are free, {_LARGEST_WINDOW >> 30} GiB are the most"
+        raise DataError(f"{path}: {needs}, {has}; pack it again with a smaller window (zstd --long=27)")
+
+
 def needed(module: str, what: str, extra: str = "data") -> Any:
     """An optional package; raises DataError, naming ``what`` needs it and the ``extra`` with it, if there is none."""
     try:
@@ -133,20 +176,20 @@ def needed(module: str, what: str, extra: str = "data") -> Any:
         raise DataError(f"{what}: needs {name}, which is not installed: pip install 'megaopus[{extra}]'") from error
 
 
-def decoded(content: bytes, place: str, first: bool) -> str:
-    """The text of UTF-8, whose mark is left out where it is the ``first`` of a file. Raises DataError."""
+def decoded(content: bytes, place: str) -> str:
+    """The text of UTF-8; a byte order mark at its start is left out. Raises FaultyError."""
     try:
-        return content.decode("utf-8-sig" if first else "utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{place}: not UTF-8 at byte {error.start} (0x{content[error.start]:02x}); convert the file to UTF-8"
-        ) from error
+        wrong = f"not UTF-8 at byte {error.start} (0x{content[error.start]:02x})"
+        raise FaultyError("not UTF-8", f"{place}: {wrong}; convert the file to UTF-8") from error
 
 
-def no_text_field(place: str, name: str, fields: Iterable[Any]) -> DataError:
+def no_text_field(place: str, name: str, fields: Iterable[Any]) -> FaultyError:
     """The error of a row or table that has no field for the text."""
     found = ", ".join(sorted(map(str, fields))) or "none"
-    return DataError(
+    return FaultyError(
+        "no text field",
         f"{place}: no field '{name}' (fields: {found}); rename the field that holds the document, or name it with"
-        " --text-field"
+        " --text-field, or of one source with PATH,text=NAME",
     )
