@@ -29,7 +29,7 @@ from megaopus.errors import CheckpointError, MegaopusError
 from megaopus.fs import free_bytes
 from megaopus.meters import rank_memory, step_meters
 from megaopus.models.flops import count_parameters
-from megaopus.planning.disk import checkpoint_bytes, disk_use
+from megaopus.planning.disk import disk_use
 from megaopus.planning.estimate import start_line
 from megaopus.record.console import Console
 from megaopus.record.recorder import RECORD, Recorder, last_validation
@@ -219,7 +219,7 @@ def build_trainer(
     reader = TokenReader(partial(timers, "data"), pin=mesh.device.type == "cuda", most_bytes=most_bytes)
     engine = build_engine(config, mesh, data.pool.corpus.vocab_size)
     identity = _identity(config, data, bf16=engine.bf16)
-    size = checkpoint_bytes(config, config.model.vocab_size or data.pool.corpus.vocab_size, identity["precision"])
+    use = disk_use(config, config.model.vocab_size or data.pool.corpus.vocab_size, identity["precision"])
     engine.work = WorkTimer(mesh.on_cpu, timers.clock, partial(timers.seconds, "data"))
     proxy, contrast = data.proxy_batches(reader), data.contrast_batches(reader)
     selector = Selector(
@@ -237,7 +237,7 @@ def build_trainer(
         stream=data.candidates(reader),
         reader=reader,
         selector=selector,
-        checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh, size=size),
+        checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh, size=use.checkpoint),
         validation=data.evaluation_buffers(),
         wanted=data.headline_domains(),
         guard=SpikeGuard(

@@ -31,16 +31,17 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
-def disk_full(error: BaseException | None, path: Path, needed: int, there: int = 0) -> str:
+def disk_full(error: BaseException | None, path: Path, needed: int | None, there: int = 0) -> str:
     """Say what was needed and what is free, for a message, where an error means that the disk of ``path`` is full.
 
     Empty for other errors. Some libraries have an error without a number for it, and what does not fit is taken for it.
-    ``there``: bytes that a try to write left, and that another would remove.
+    ``needed`` None: not known. ``there``: bytes that a try to write left, and that another would remove.
     """
     numbers, free = set(), free_bytes(path) + there
     while error is not None:
         numbers.add(getattr(error, "errno", None))
         error = error.__cause__ or error.__context__
-    if numbers & {errno.ENOSPC, errno.EDQUOT} or (numbers == {None} and free < needed):
-        return f"; the disk is full: {needed:,} bytes are needed, {free:,} are free"
+    if numbers & {errno.ENOSPC, errno.EDQUOT} or (numbers == {None} and free < (needed or 0)):
+        wanted = "" if needed is None else f"{needed:,} bytes are needed, "
+        return f"; the disk is full: {wanted}{free:,} bytes are free"
     return ""

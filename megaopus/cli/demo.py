@@ -21,7 +21,7 @@ from megaopus.cli._paths import local_path
 from megaopus.cli.prepare import show_corpus
 from megaopus.distributed.launcher import without_launcher
 from megaopus.errors import EngineError
-from megaopus.training.signals import STOP_EXIT_CODE
+from megaopus.training.signals import INTERRUPT_EXIT_CODE, STOP_EXIT_CODE
 
 if TYPE_CHECKING:
     from megaopus.report.compare import Comparison, Run
@@ -106,7 +106,10 @@ def train(run_dir: Path, steps: int, settings: Sequence[str], console: Console) 
     console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
     status = call([sys.executable, "-m", "megaopus", "train", *arguments])
     if status == STOP_EXIT_CODE:
-        raise EngineError(f"{run_dir}: stopped and saved; the same command goes on")
+        console.print(f"{run_dir}: stopped and saved; the same command goes on", highlight=False, soft_wrap=True)
+        raise SystemExit(status)
+    if status == INTERRUPT_EXIT_CODE:
+        raise KeyboardInterrupt
     if status:
         raise EngineError(f"{run_dir}: training ended with exit status {status}; its message is above")
 

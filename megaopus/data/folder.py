@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megaopus.errors import DataError
-from megaopus.fs import sync
+from megaopus.fs import disk_full, sync
 
 _REFUSED = "cannot be written"
 
@@ -75,7 +75,7 @@ def new_folder(out: Path, console: Console) -> Iterator[Path]:
         finally:
             os.close(lock)
     except OSError as error:
-        raise DataError(f"{out}: {_REFUSED} ({error}); nothing was left behind") from error
+        raise _unwritable(out, error) from error
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def work_folder(out: Path, plan: str, console: Console) -> Iterator[Path]:
         work.mkdir(exist_ok=True)
         lock = _locked(work, out)
     except OSError as error:
-        raise DataError(f"{out}: {_REFUSED} ({error}); nothing was left behind") from error
+        raise _unwritable(out, error) from error
     try:
         known = work / "plan.json"
         if known.is_file() and known.read_text(encoding="utf-8") == plan:
@@ -110,7 +110,7 @@ def work_folder(out: Path, plan: str, console: Console) -> Iterator[Path]:
         shutil.rmtree(work)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
-        raise DataError(f"{out}: {_REFUSED} ({error}); nothing was left behind") from error
+        raise _unwritable(out, error) from error
     except StoppedError:
         raise
     except Exception:
@@ -129,6 +129,10 @@ def where_else(out: Path, remedy: str) -> Iterator[None]:
         if str(error).startswith(f"{out}: {_REFUSED}"):
             raise DataError(f"{error}; {remedy}") from error.__cause__
         raise
+
+
+def _unwritable(out: Path, error: OSError) -> DataError:
+    return DataError(f"{out}: {_REFUSED} ({error}{disk_full(error, out, None)}); nothing was left behind")
 
 
 def _siblings(out: Path) -> tuple[Path, Path]:

@@ -12,6 +12,8 @@ from megaopus.planning.memory import memory
 
 CHOICE_BYTES = 17
 """Of a row of choices/ with utilities or prescreen scores, compressed: 16.3 measured (24 with both, 6 with neither)."""
+LAYER_BYTES = 1 << 16
+"""Of a layer's names, shapes and paddings in a checkpoint: little, but of a toy model a quarter."""
 STEP_BYTES = 1024
 """Of an update in metrics.jsonl and selection.jsonl."""
 
@@ -38,14 +40,14 @@ def disk_use(config: RunConfig, vocab_size: int, precision: str, first_step: int
     saves = (-(-steps // every) - first_step // every) if every else 1  # and one at the end
     room = max(0, rule.keep + 1 - there)  # the oldest is removed when the newest is whole
     return DiskUse(
-        checkpoint=checkpoint_bytes(config, vocab_size, precision),
+        checkpoint=tensor_bytes(config, vocab_size, precision) + LAYER_BYTES * (config.model.num_layers + 1),
         sure=kept + min(room, max(0, saves - kept)),
         most=kept + room,
         record=choice_rows(config, first_step)[1] + STEP_BYTES * (steps - first_step),
     )
 
 
-def checkpoint_bytes(config: RunConfig, vocab_size: int, precision: str) -> int:
+def tensor_bytes(config: RunConfig, vocab_size: int, precision: str) -> int:
     """Bytes of a checkpoint's tensors, which are those of the whole model at every layout."""
     state = memory(replace(config, parallel=ParallelConfig()), vocab_size, 1, precision, 0)["optimizer state"].size
     average = config.selection.needs_proxy and config.selection.proxy_half_life > 0

@@ -100,8 +100,8 @@ FREE = "megaopus.fs.shutil.disk_usage"
 def test_a_disk_that_is_too_small_is_foreseen(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """38,272 parameters, 12 bytes each: three checkpoints at a time with checkpoint.keep=2."""
-    size, free = 38_272 * 12, [0]
+    """38,272 parameters, 12 bytes each, in two layers: three checkpoints at a time with checkpoint.keep=2."""
+    size, free = 38_272 * 12 + (3 << 16), [0]
     monkeypatch.setattr(FREE, lambda path: SimpleNamespace(free=free[0]))
     overrides = settings(tiny_corpus, tmp_path / "a" / "run", "train.steps=9", "checkpoint.every=3")
     record = 9 * 1024 + 9 * 8 * 17
@@ -115,12 +115,14 @@ def test_a_disk_that_is_too_small_is_foreseen(
     assert train([*overrides, "checkpoint.every=15m"]) == 0
     assert "WARNING" in (out := capsys.readouterr().out)
     assert f"{3 * size + record:,} bytes are needed, {free[0]:,} are free" in out
+    (saved,) = complete_checkpoints(tmp_path / "a" / "run")
+    assert sum(path.stat().st_size for path in saved.rglob("*")) == pytest.approx(size, rel=0.1)
 
 
 def test_a_record_that_does_not_fit_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FREE, lambda path: SimpleNamespace(free=7))
     metrics = JsonlSink(Path("/dev/full"))
-    said = r"/dev/full: cannot be written .*; the disk is full: 11 bytes are needed, 7 are free; mend that"
+    said = r"/dev/full: cannot be written .*; the disk is full: 11 bytes are needed, 7 bytes are free; mend that"
     with pytest.raises(DataError, match=said):
         metrics.write({"step": 1})
     metrics.close()
@@ -131,7 +133,9 @@ def test_a_record_that_does_not_fit_is_told(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("megaopus.record.parquet.pq.write_table", refused)
     choices = ChoiceSink(tmp_path)
     choices.add(0, table_of())
-    with pytest.raises(DataError, match=r"part-00000000\.parquet: cannot be written .*bytes are needed, 7 are free"):
+    with pytest.raises(
+        DataError, match=r"part-00000000\.parquet: cannot be written .*bytes are needed, 7 bytes are free"
+    ):
         choices.flush()
 
 

@@ -144,7 +144,7 @@ def test_an_interrupted_save(phase: Callable, how: str, saver: Checkpointer, tmp
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     else:
-        room = r"; the disk is full: 123,456 bytes are needed, [\d,]+ are free" if how == "disk full" else ""
+        room = r"; the disk is full: 123,456 bytes are needed, [\d,]+ bytes are free" if how == "disk full" else ""
         with pytest.raises(CheckpointError, match=rf"cannot write the [^;]*{room}\)+; older checkpoints are untouched"):
             save()
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000010"]

@@ -16,7 +16,7 @@ from megaopus.config.parse import load
 from megaopus.data.corpus import Corpus
 from megaopus.errors import CheckpointError
 from megaopus.optim.build import MixedPrecisionOptimizer
-from megaopus.planning.disk import checkpoint_bytes
+from megaopus.planning.disk import tensor_bytes
 from tests import forks
 from tests.exact.resume_runs import (
     OPTIMIZERS,
@@ -80,7 +80,7 @@ def test_killed_and_resumed_equals_straight(case: str, tiny_corpus: Path, tmp_pa
     config = load(tmp_path / "straight" / "config.yaml")
     stored = sum(tensor.nbytes for tensor in straight["tensors"].values())
     vocab_size = Corpus.open(tiny_corpus).vocab_size
-    foreseen = checkpoint_bytes(config, vocab_size, straight["state"]["identity"]["precision"])
+    foreseen = tensor_bytes(config, vocab_size, straight["state"]["identity"]["precision"])
     assert stored == pytest.approx(foreseen, rel=0.01)
 
 

@@ -169,6 +169,7 @@ def test_check_prints_what_a_run_would_be(corpus):
         "16 on each rank at most, found from free memory at the first scored step",
         "2,048 per step, 2,048,000 in all",
         "about 1.0 MiB: 64,000 rows, all candidates of every step",
+        "MiB each, at most 3 at a time",
         "8 sequences per step, 25.0% of the update tokens",
         "expected overhead │ 158.3%",
         "90% (not in the warm-up of 100 steps)",

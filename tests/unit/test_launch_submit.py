@@ -179,6 +179,7 @@ RUN = "run_dir=runs/first"
         ([*BASIC, RUN, "data.path=a\nb"], "in one line"),
         ([*BASIC, "run_dir=runs/a b"], "use letters, digits and"),
         ([*BASIC, "run_dir=runs/%j"], "use letters, digits and"),
+        ([*BASIC, "run_dir=s3://bucket/run"], "run_dir=s3://bucket/run: is an address"),
         ([*BASIC, "run_dir=${oc.env:HOME}"], "use letters, digits and"),
         ([*BASIC, f"run_dir={SUBMIT}"], "is a file"),
         (["--time", "1:00:00", RUN], "--tasks-per-node 0: must be at least 1; or set --gpus-per-node"),
