@@ -78,7 +78,10 @@ def require_enough(
         raise ValueError(f"{text}: {remedy}, selection.layers can name those that are to count")
     return (
         Event(
-            "selection.partly_captured", f"{text}: utilities leave these out ({remedy})", share=share, missing=missing
+            "selection.partly_captured",
+            f"{text}: utilities leave these out ({remedy})",
+            share=share,
+            missing=missing[:_NAMED],
         ),
     )
 
