@@ -23,8 +23,8 @@ OURS = Path(__file__).parents[2] / "megaopus"
 class DeviceMeter(TorchDispatchMode):
     """Context manager: ``bytes`` alive now and ``peak`` of tensors on ``device``, each storage counted once.
 
-    Reads of fake values to the host are answered: numbers are 1, ``any`` and ``all`` are true, a comparison false, as
-    of a gradient that is finite. Not seen: what kernels take inside themselves, but for ``_inside``.
+    Reads of fake values to the host are answered: numbers are 1, ``any``, ``all`` and ``<`` are true, ``>`` is false,
+    as of gradients that are finite and utilities that differ; a mask takes all. Not seen: what kernels take inside themselves, but for ``_inside``.
     """
 
     def __init__(self, device: str, trace: bool = False):
@@ -47,6 +47,8 @@ class DeviceMeter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and type(args[0]).__name__ == "FakeTensor":
             return self._answer(args[0])
+        if func is aten.index.Tensor and any(each is not None and each.dtype == torch.bool for each in args[1]):
+            func, args = aten.clone.default, (args[0],)  # a mask of what is finite: all is
         given = {tensor.untyped_storage()._cdata for tensor in self._tensors((args, kwargs))}
         result = func(*args, **kwargs)
         self._reached(self.bytes + _inside(func, args))
@@ -54,7 +56,7 @@ class DeviceMeter(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage._cdata not in given and storage._cdata not in self._alive:  # neither a view nor in place
                 self._count(storage, func)
-        if func in (aten.any.default, aten.all.default):
+        if func in (aten.any.default, aten.all.default, aten.lt.Tensor):
             self._true.add(result)
         return result
 
