@@ -296,7 +296,7 @@ def main() -> None:
         for name, layout in cells(shapes):
             if (name, layout) in results or impossible(shapes[name], layout, "uniform"):
                 continue
-            row = {"shape": name, "layout": layout, "torch": torch.__version__.split("+")[0]}
+            row: dict[str, Any] = {"shape": name, "layout": layout, "torch": torch.__version__.split("+")[0]}
             row["stages"] = measured(shapes[name], layout)
             results[name, layout] = row
             with args.results.open("a") as file:
@@ -304,7 +304,8 @@ def main() -> None:
     chosen = {key: row for key, row in results.items() if key[0] in shapes}
     console = Console(width=200)
     console.print(table(chosen))
-    worst = sorted((guess / true, *cell, stage) for *cell, stage, true, guess in ratios(chosen))
+    found = ratios(chosen)
+    worst = sorted((guess / true, name, layout, which, stage) for name, layout, which, stage, true, guess in found)
     outside = [each for each in worst if not LOW <= each[0] <= HIGH]
     if worst:
         console.print(f"{len(worst)} cells, from {worst[0][0]:.3f} to {worst[-1][0]:.3f}; outside: {len(outside)}")

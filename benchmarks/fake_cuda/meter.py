@@ -24,7 +24,8 @@ class DeviceMeter(TorchDispatchMode):
     """Context manager: ``bytes`` alive now and ``peak`` of tensors on ``device``, each storage counted once.
 
     Reads of fake values to the host are answered: numbers are 1, ``any``, ``all`` and ``<`` are true, ``>`` is false,
-    as of gradients that are finite and utilities that differ; a mask takes all. Not seen: what kernels take inside themselves, but for ``_inside``.
+    as of gradients that are finite and utilities that differ; a mask takes all. Not seen: what kernels take inside
+    themselves, but for ``_inside``.
     """
 
     def __init__(self, device: str, trace: bool = False):

@@ -22,7 +22,7 @@ def make_lion(
     return lion(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=0.0)
 
 
-def import_lion() -> type[Optimizer]:
+def import_lion() -> Any:
     """Return pytorch-optimizer's class. Raises EngineError where that is not installed."""
     try:
         from pytorch_optimizer import Lion

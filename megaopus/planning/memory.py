@@ -256,7 +256,7 @@ def _selection(rank: _Rank) -> dict[str, Row]:
         return {}
     entry = METHODS.find(selection.method)
     hooks = "hooks" in selection.needs()
-    rows = {}
+    rows: dict[str, Row] = {}
     if selection.needs_proxy:
         rows |= _proxy(rank)
     if entry.by_estimator:
