@@ -13,6 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 HINT = re.compile(r"megaopus\[([\w-]+)\]")
+INSTALLED = packages_distributions()
+TREES = {
+    path: ast.parse(text)
+    for path in sorted((ROOT / "megaopus").rglob("*.py"))
+    if re.search(r"megaopus\[|\bneeded\(|_REMEDY", text := path.read_text())
+}
+"""Those files parsed that have to do with packages that may be missing."""
 
 
 def package(requirement: str) -> str:
@@ -23,18 +30,31 @@ def package(requirement: str) -> str:
 def distributions(module: str) -> set[str]:
     """Packages that have a module; one that is not installed is taken to be called as its module."""
     top = module.partition(".")[0]
-    return {package(name) for name in packages_distributions().get(top, [top])}
+    return {package(name) for name in INSTALLED.get(top, [top])}
+
+
+def remedies() -> dict[str, list[str]]:
+    """Name of a constant -> the extras that its text says to install."""
+    found = {}
+    for tree in TREES.values():
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and (extras := HINT.findall(ast.unparse(node.value))):
+                found |= {name.id: extras for name in node.targets if isinstance(name, ast.Name)}
+    return found
 
 
 def hints() -> Iterator[tuple[str, str, str]]:
     """(where, module, extra) of each import of a package that may be missing."""
-    for path in sorted((ROOT / "megaopus").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+    constants = remedies()
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
             where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "needed":
                 module, *_, extra = [*node.args[:1], ast.Constant("data"), *node.args[2:]]
                 yield where, ast.literal_eval(module), ast.literal_eval(extra)
-            if isinstance(node, ast.Try) and (extras := HINT.findall(ast.unparse(node.handlers))):  # type: ignore[arg-type]
+            if isinstance(node, ast.Try):
+                said = "".join(map(ast.unparse, node.handlers))
+                extras = HINT.findall(said) + [e for name in re.findall(r"\w+", said) for e in constants.get(name, [])]
                 for inside in node.body:
                     names = [each.name for each in inside.names] if isinstance(inside, ast.Import) else []
                     names += [inside.module or ""] if isinstance(inside, ast.ImportFrom) else []
