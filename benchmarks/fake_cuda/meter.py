@@ -109,7 +109,7 @@ def _inside(func: Any, args: Any) -> int:
 def _line() -> str:
     """The innermost line of ours and of megatron-core that is running."""
     frame = sys._getframe(2)
-    found = []
+    found: list[str] = []
     while frame is not None and len(found) < 2:
         name = frame.f_code.co_filename
         if (str(OURS) in name or "megatron/core" in name) and "fake_cuda" not in name:
