@@ -71,4 +71,4 @@ class ReferenceGPT(nn.Module):
             else:
                 key = {"tokens": "embedding.word_embeddings", "positions": "embedding.position_embeddings"}[first]
                 key = f"{key}.{rest}"
-            parameter.copy_(source[key])
+            parameter.copy_(source[key][: len(parameter)])  # a vocabulary is padded there

@@ -31,7 +31,7 @@ from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
-from megaopus.models.flops import count_parameters, padded_vocab
+from megaopus.models.flops import count_parameters
 from megaopus.optim.config import OptimConfig
 
 TARGET = 0.95
@@ -101,7 +101,7 @@ def measure(shape: Shape, plan: Plan, corpus: Corpus, clock: str, bar: Progress)
         micro_batch_size=shape.micro_batch_size,
         total_steps=plan.steps * (plan.repeats + 1),
     ) as engine:
-        plain = PlainLoop(shape, padded_vocab(corpus.vocab_size))
+        plain = PlainLoop(shape, corpus.vocab_size)
         plain.model.copy_weights(engine.module.named_parameters())
         updates = {"engine": lambda batch: engine.train_step(batch).loss, "reference": plain.train_step}
 

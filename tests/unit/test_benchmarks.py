@@ -222,8 +222,11 @@ def test_the_cpu_clock_does_not_count_waiting() -> None:
 def test_a_selection_sends_its_utilities_in_one_message_that_grows_with_candidates_alone(pool: Pool) -> None:
     alone, two, more = (pool.run(ranks, count_bytes, size)[0] for ranks, size in ((1, 32), (2, 32), (2, 64)))
     assert alone["bytes_per_rank"] == alone["gradient_bytes_per_rank"] == 0
-    assert two["bytes_per_rank"] == 8 * (32 + 1)  # and whether the proxy gradient is finite
-    assert more["bytes_per_rank"] == 8 * (64 + 1)
+    others = (
+        1 + 2
+    )  # whether the proxy gradient is finite; how long the step of differences is, summed and then rank 0's
+    assert two["bytes_per_rank"] == 8 * (32 + others)
+    assert more["bytes_per_rank"] == 8 * (64 + others)
     assert two["gradient_bytes_per_rank"] == more["gradient_bytes_per_rank"] > 0
 
 
