@@ -255,7 +255,7 @@ class SelectionConfig:
     muon_operator: str = setting(
         "paper",
         choices=MUON_OPERATORS,
-        doc="paper: the first Newton-Schulz factor S_1; full: the product S_5..S_1 at frozen momentum.",
+        doc="Muon's, NAMO's and NAMO-D's. paper: the first Newton-Schulz factor S_1; full: the derivative of the step.",
     )
     bounded: bool = setting(
         True,

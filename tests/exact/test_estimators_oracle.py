@@ -73,7 +73,7 @@ def test_directional_ranks_like_the_exact_full_alignment(trained, optimizer, muo
 
 
 LONG_STEPS = ("adafactor", "sgd", "sgd_sai")
-"""Of these the toy's steps are so long that the loss bends on the way; benchmarks/operators.py has the figures."""
+"""Of these the toy's steps are so long that the loss bends on the way; docs/optimizers.md has the figures."""
 
 
 @pytest.mark.parametrize(("optimizer", "muon_operator"), OPERATORS)
