@@ -1,7 +1,8 @@
 """Runs one verb of the command line: each file beside this one without an underscore before its name is one.
 
 A verb's file has a docstring, whose first line the list of verbs shows, ``DESCRIPTION``, ``EXAMPLES``,
-``add_arguments(parser)`` and ``run(args)``, which returns the exit code (None: 0). What takes time to import it imports
+``add_arguments(parser)`` and ``run(args)``, which returns the exit code (None: 0); where it has ``closing(args)``, that
+is its last line: where the result lies, and what comes next. What takes time to import it imports
 in ``run``, so that help comes at once.
 """
 
@@ -19,6 +20,7 @@ from types import ModuleType
 from megaopus import __version__, cli
 from megaopus.cli._notes import speaks
 from megaopus.errors import ConfigError, MegaopusError
+from megaopus.record.formatting import format_duration
 from megaopus.record.quiet import quiet, quiet_output
 from megaopus.training.signals import INTERRUPT_EXIT_CODE
 
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(rest)
     try:
         with quiet_output():
-            return verb_module(name).run(args) or 0
+            return _run(verb_module(name), args)
     except KeyboardInterrupt:
         if speaks():
             print(f"\n{name}: stopped by Ctrl-C", file=quiet(sys.stderr), flush=True)
@@ -72,6 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(f"error: {error}", file=quiet(sys.stderr), flush=True)
         return 2
+
+
+def _run(verb: ModuleType, args: argparse.Namespace) -> int:
+    """Run a verb; where it has ``closing(args)`` its last line is that, after how long it took."""
+    began = time.monotonic()
+    status = verb.run(args) or 0
+    if not status and hasattr(verb, "closing") and (last := verb.closing(args)) and speaks():
+        print(f"done in {format_duration(time.monotonic() - began)} | {last}", flush=True)
+    return status
 
 
 def _verb(arguments: Sequence[str]) -> tuple[str, list[str]]:

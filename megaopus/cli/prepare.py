@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -195,6 +196,11 @@ def _prepare(args: argparse.Namespace, console: Console) -> Path:
         console=console,
         workers=args.workers,
     )
+
+
+def closing(args: argparse.Namespace) -> str:
+    """Say where the corpus lies, and how it is looked at."""
+    return f"corpus in {args.out} | next: python -m megaopus check data.path={shlex.quote(str(args.out))}"
 
 
 def split_rule(args: argparse.Namespace, default: SplitRule) -> SplitRule:

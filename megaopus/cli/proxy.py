@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,6 +107,12 @@ def run(args: argparse.Namespace) -> int:
     )
     show(corpus, items, made, console)
     return 0
+
+
+def closing(args: argparse.Namespace) -> str:
+    """Say where the corpus with the new proxy lies, and what uses it."""
+    folder = shlex.quote(str(args.out))
+    return f"corpus in {args.out} | next: python -m megaopus train data.path={folder} selection=opus"
 
 
 def show(corpus: Corpus, items: Sequence[Item], made: ProxyCorpus, console: Console) -> None:

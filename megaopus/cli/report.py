@@ -55,6 +55,11 @@ def run(args: argparse.Namespace) -> int:
     return write_page(args, replay.texts_of)
 
 
+def closing(args: argparse.Namespace) -> str:
+    """Say what to do with the page; a replay has told its own result."""
+    return "" if args.replay is not None else "next: open the page in a browser; it needs no network"
+
+
 def write_page(args: argparse.Namespace, texts: Texts | None = None) -> int:
     """Write the page. Raises DataError before anything is written if a run folder cannot be read."""
     from megaopus.report.compare import load_run

@@ -158,9 +158,15 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"{len(corpus):,} documents: {settings}; {method.best} is best", highlight=False, markup=False)
     out = make_column(corpus, name, method, overwrite=args.overwrite, console=console)
     show(corpus, name, console)
-    keep = f"data.path={args.corpus} data.filter.column={name} data.filter.keep=0.3"
-    console.print(f"{out}\ntrain on the best of them: {keep}", highlight=False, markup=False, soft_wrap=True)
+    console.print(str(out), highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def closing(args: argparse.Namespace) -> str:
+    """Say which column was made, and what trains on the best of it."""
+    name = args.name or args.method
+    keep = f"data.path={args.corpus} data.filter.column={name} data.filter.keep=0.3"
+    return f"column {name} beside {args.corpus} | next, on the best of them: python -m megaopus train {keep}"
 
 
 def show(corpus: Corpus, name: str, console: Console) -> None:
