@@ -25,10 +25,9 @@ def test_every_verb_has_a_last_line() -> None:
 @pytest.mark.parametrize("name", MADE)
 def test_the_last_line(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, following = MADE[name]
-    verb = SimpleNamespace(run=lambda args: 0, closing=verb_module(name).closing)
+    parser, verb = verb_parser(name), SimpleNamespace(run=lambda args: 0, closing=verb_module(name).closing)
     monkeypatch.setattr(cli, "verb_module", lambda _: verb)
     monkeypatch.setattr(cli, "verb_parser", lambda _: parser)
-    parser = verb_parser(name)
     assert cli.main([name, *arguments]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("done in 0s | ")
