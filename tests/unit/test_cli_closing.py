@@ -9,7 +9,10 @@ from megaopus.cli.main import verb_module, verb_parser, verbs
 
 MADE = {
     "prepare": (["--source", "text=a.jsonl", "--out", "my corpus"], "python -m megaopus check data.path='my corpus'"),
-    "proxy": (["--corpus", "c", "--items", "i.jsonl", "--out", "o"], "python -m megaopus train data.path=o"),
+    "proxy": (
+        ["--corpus", "c", "--items", "i.jsonl", "--tokens", "9", "--out", "o"],
+        "python -m megaopus train data.path=o",
+    ),
     "score": (["--corpus", "c", "--method", "dsir"], "train data.path=c data.filter.column=dsir data.filter.keep=0.3"),
     "report": (["runs/a"], "open the page in a browser"),
 }
@@ -31,7 +34,7 @@ def test_the_last_line(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert cli.main([name, *arguments]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("done in 0s | ")
-    assert line.endswith(following) or f"{following} " in line
+    assert following in line
 
 
 def test_what_fails_has_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
