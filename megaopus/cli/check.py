@@ -103,13 +103,8 @@ def show(
 
 def missing(config: RunConfig) -> list[str]:
     """Say what the run would be refused for on this machine though its settings are right: what is not installed."""
-    from megaopus.record.sinks import import_wandb
-
-    checks = [config.engine.spec().check_installed, config.optim.spec().check_installed]
-    if config.logging.wandb != "off":
-        checks.append(lambda: import_wandb(config.logging.wandb))
     found = []
-    for check in checks:
+    for check in (config.engine.spec().check_installed, config.optim.spec().check_installed):
         try:
             if check is not None:
                 check()

@@ -262,7 +262,7 @@ def _selection(rank: _Rank) -> dict[str, Row]:
     if entry.by_estimator:
         estimator = ESTIMATORS.find(selection.estimator)
         found = scoring_memory(selection, _sizes(rank))
-        rows |= {what: _taken(rank, taken) for what, taken in found.items()}
+        rows |= {what: _taken(taken) for what, taken in found.items()}
         if not estimator.micro_batches:
             return rows
     elif not entry.micro_batches:
@@ -329,6 +329,7 @@ def _sizes(rank: _Rank) -> Sizes:
     matrices = [weight for weight in rank.weights() if _is_sketched(weight, config)]
     return Sizes(
         weights=sum(map(rank.own, rank.weights())),
+        replicated=int(rank.numbers().whole),
         matrices=[rank.own(weight) for weight in matrices],
         shapes=[(weight.numel // weight.columns, weight.columns) for weight in matrices],
         candidates=_scored_share(config, rank.world_size),
@@ -337,9 +338,9 @@ def _sizes(rank: _Rank) -> Sizes:
     )
 
 
-def _taken(rank: _Rank, taken: Taken) -> Row:
+def _taken(taken: Taken) -> Row:
     phases = PHASES if taken.kept else (SCORING,)
-    return Row(0, taken.size, taken.how, phases) if taken.whole else Row(taken.size, 0, taken.how, phases)
+    return Row(taken.size - taken.whole, taken.whole, taken.how, phases)
 
 
 def _pass(rank: _Rank, graph: bool) -> Row:

@@ -140,16 +140,6 @@ def _explained(path: Path, needed: int) -> Iterator[None]:
         raise DataError(f"{path}: cannot be written ({error}){room}; mend that, then start again") from error
 
 
-def import_wandb(mode: str) -> Any:
-    """Return the package, for ``logging.wandb=mode``. Raises ConfigError where it is not installed."""
-    try:
-        import wandb
-    except ImportError as error:
-        problem = Problem("logging.wandb", mode, "the package wandb is not installed", WANDB_REMEDY)
-        raise ConfigError([problem]) from error
-    return wandb
-
-
 class WandbSink:
     """Sends the same numbers to a Weights & Biases run.
 
@@ -160,7 +150,11 @@ class WandbSink:
 
     def __init__(self, project: str, mode: str, run_dir: Path, name: str, config: dict[str, Any] | None = None):
         """Start or continue the run; ``mode`` is "offline" or "online". Raises ConfigError without the package."""
-        wandb = import_wandb(mode)
+        try:
+            import wandb
+        except ImportError as error:
+            problem = Problem("logging.wandb", mode, "the package wandb is not installed", WANDB_REMEDY)
+            raise ConfigError([problem]) from error
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=project,

@@ -246,7 +246,6 @@ def test_ranks_are_laid_out_on_equal_nodes(ranks, per_node, on_cpu, expected):
     [
         ("deepspeed", "engine=deepspeed", "engine.name=deepspeed, but deepspeed cannot be imported"),
         ("pytorch_optimizer", "optim=lion", "optim.name=lion, but pytorch_optimizer cannot be imported"),
-        ("wandb", "logging=wandb_offline", "the package wandb is not installed"),
     ],
 )
 def test_check_says_what_the_run_would_be_refused_for(module, override, said, corpus, capsys, monkeypatch):

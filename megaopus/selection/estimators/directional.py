@@ -80,10 +80,12 @@ def _differences(
 
 
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
-    moved = sizes.weights if config.derived_layers() == "all" else sum(sizes.matrices)
+    everything = config.derived_layers() == "all"
+    moved, whole = (sizes.weights, sizes.replicated) if everything else (sum(sizes.matrices), 0)
+    width = sizes.model_width
     return {
-        "direction": Taken(4 * moved, "fp32, the optimizer's step on the proxy"),
-        "weights to restore": Taken(sizes.model_width * moved, "a copy of what is moved"),
+        "direction": Taken(4 * moved, "fp32, the optimizer's step on the proxy", whole=4 * whole),
+        "weights to restore": Taken(width * moved, "a copy of what is moved", whole=width * whole),
     }
 
 

@@ -174,8 +174,8 @@ def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     of_rows, of_columns = sketch_shape(config.sketch_dim)
     dense = 4 * sum(of_rows * rows + of_columns * columns for rows, columns in sizes.shapes)
     return {
-        "dense sketches": Taken(dense, "fp32, of the rows and columns of each matrix", kept=True, whole=True),
-        "folded sketches": Taken(dense, "fp32, the same with the update in them", whole=True),
+        "dense sketches": Taken(dense, "fp32, of the rows and columns of each matrix", kept=True, whole=dense),
+        "folded sketches": Taken(dense, "fp32, the same with the update in them", whole=dense),
         **sketch_memory(config, sizes),
     }
 

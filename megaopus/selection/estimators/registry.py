@@ -79,6 +79,8 @@ class Sizes:
 
     weights: int
     """Of this rank."""
+    replicated: int = 0
+    """Those of ``weights`` that every tensor-parallel rank has."""
     matrices: Sequence[int]
     """Weights of this rank's part of each matrix that ghost estimators sum over."""
     shapes: Sequence[tuple[int, int]] = ()
@@ -99,8 +101,8 @@ class Taken(NamedTuple):
     """The assumption behind it."""
     kept: bool = False
     """They stay from step to step; else they are there while candidates are scored."""
-    whole: bool = False
-    """Every tensor-parallel rank has all of them; else each a part."""
+    whole: int = 0
+    """Bytes among them that every tensor-parallel rank has; of the others each has a part."""
 
 
 Memory = Callable[[Any, Sizes], Mapping[str, "Taken | tuple[int, str]"]]

@@ -73,4 +73,4 @@ def sketch_memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     kept = sizes.candidates if config.redundancy else min(sizes.candidates, sizes.micro_batch_size)
     layers = len(sizes.matrices) if config.redundancy else 1
     size = 4 * kept * layers * config.sketch_dim
-    return {"sketches": Taken(size, f"fp32, {kept} candidates x {layers} matrices x {config.sketch_dim}", whole=True)}
+    return {"sketches": Taken(size, f"fp32, {kept} candidates x {layers} matrices x {config.sketch_dim}", whole=size)}
