@@ -122,7 +122,8 @@ def assert_same_picks(ranks: list[dict[str, Picks]], expected: dict[str, Picks],
     for name in ranks[0]:
         for found in ranks:
             error = relative_error(found[name], expected[name])
-            assert error < 1e-5, f"{case} {name}: relative error {error:.1e}"
+            bound = 1e-3 if name == "step size" else 1e-5  # a step of .005 nats: fp32 losses round by 1e-4 of that
+            assert error < bound, f"{case} {name}: relative error {error:.1e}"
             assert same_picks(found[name], expected[name]), f"{case} {name}"
             assert identical(found[name], ranks[0][name])  # on every rank
 
