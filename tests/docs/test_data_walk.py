@@ -16,6 +16,7 @@ from megaopus.__main__ import main
 from megaopus.data.corpus import Corpus
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+LITTLE = "3000 --min-tokens 0 --per-item 0 --per-near-duplicate 0"  # text that is short, alike, and of one item
 SMALL = "model=tiny model.num_layers=1 model.hidden_size=16 model.num_heads=2 data.seq_len=32 train.steps=3"
 SMALL += " train.global_batch_size=4 train.micro_batch_size=4 selection.warmup_steps=1 train.eval_every=0"
 
@@ -25,7 +26,7 @@ def commands() -> list[list[str]]:
     block = re.search(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert block is not None
     lines = [line for line in block[1].replace("\\\n", " ").splitlines() if not line.startswith("#")]
-    return [shlex.split(line.replace("model=gpt2_small", SMALL).replace("2000000", "3000")) for line in lines]
+    return [shlex.split(line.replace("model=gpt2_small", SMALL).replace("2000000", LITTLE)) for line in lines]
 
 
 def test_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
