@@ -130,7 +130,7 @@ def test_the_package_imports_without_anything_but_torch() -> None:
         "import sys; sys.modules.update(dict.fromkeys(['megatron', 'hydra', 'omegaconf', 'rich', 'matplotlib']))\n"
         "import megaopus.selection\n"
         "own = {m for m in sys.modules if m.startswith('megaopus.') and not m.startswith('megaopus.selection')}\n"
-        "print(sorted(own - {f'megaopus.{leaf}' for leaf in ('errors', 'events', 'registry', 'settings')}))"
+        "print(sorted(own - {f'megaopus.{leaf}' for leaf in ('errors', 'events', 'fs', 'registry', 'settings')}))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
