@@ -154,23 +154,28 @@ def test_a_layer_that_cannot_be_captured_is_named(how: str, message: str) -> Non
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_an_embedding_without_an_axis_of_sequences_is_refused_not_guessed() -> None:
+def test_positions_of_all_sequences_count_for_each_as_if_they_were_expanded() -> None:
     class Positions(nn.Module):
+        expanded = False
+
         def __init__(self) -> None:
             super().__init__()
             self.tokens, self.positions, self.head = nn.Embedding(9, 4), nn.Embedding(5, 4), nn.Linear(4, 9)
 
         def forward(self, tokens: Tensor) -> Tensor:
-            return self.head(self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1])))
+            ids = torch.arange(tokens.shape[1])
+            return self.head(self.tokens(tokens) + self.positions(ids.expand(tokens.shape) if self.expanded else ids))
 
     model = Positions()
     backend = ModuleBackend(model, torch.optim.SGD(model.parameters(), lr=0.1), per_sequence_loss)
     candidates, operator = TensorCandidates(torch.randint(0, 9, (3, 6))), backend.operator()
     gradient = backend.gradient(candidates)
-    utilities, _ = CountSketchEstimator(64, 0, "linear").estimate(backend, candidates, operator, gradient)
-    assert utilities.abs().min() > 0
-    with pytest.raises(RuntimeError, match=r"positions.weight \(embedding\) saw a tensor of shape \(5,\)"):
-        CountSketchEstimator(64, 0, "all").estimate(backend, candidates, operator, gradient)
+    found = []
+    for model.expanded in (False, True):
+        utilities, _ = CountSketchEstimator(64, 0, "all").estimate(backend, candidates, operator, gradient)
+        found.append(utilities)
+    assert found[0].abs().min() > 0
+    torch.testing.assert_close(*found)
 
 
 def test_sketching_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
