@@ -151,14 +151,13 @@ def _memory_table(config: RunConfig, vocab_size: int, world_size: int, precision
     table = Table(title=f"Memory per rank in {precision}{where}", title_justify="left")
     table.add_column("what", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("same on other ranks", justify="right", no_wrap=True)
-    table.add_column("there in", no_wrap=True)
     table.add_column("assumption", overflow="fold")
     for name, row in stages[stage].items():
-        times = "always" if row.phases == PHASES else ", ".join(row.phases)
-        table.add_row(name, format_bytes(row.size), format_bytes(row.whole) if row.whole else "", times, row.how)
+        times = "" if row.phases == PHASES else f"{', '.join(row.phases)}: "
+        same = "" if not row.whole else "; " + ("" if row.whole == row.size else f"{format_bytes(row.whole)} of it ")
+        told = f"{times}{row.how}{same}{'the same on every rank' if same else ''}"
+        table.add_row(name, format_bytes(row.size), told)
     table.add_section()
-    table.add_row(
-        "peak", format_bytes(total), "", phase, "of tensors and process; the allocator's fragments come on top"
-    )
+    what = f"in {phase}, of tensors and process; the allocator's fragments come on top"
+    table.add_row("peak", format_bytes(total), what)
     return table

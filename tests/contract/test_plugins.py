@@ -203,7 +203,8 @@ def test_a_corpus_is_prepared_from_a_source_of_theirs(
     assert manifest["sources"][0]["documents"] == 60
     (place / "items.table").write_text("text\nRow 5 says\n")
     proxy = ["proxy", "--corpus", str(place / "corpus"), "--items", str(place / "items.table"), "--item-fields", "text"]
-    assert main([*proxy, "--tokens", "100", "--out", str(place / "nearer"), "--plugin", plugin]) == 0
+    some = ["--tokens", "100", "--min-tokens", "0"]
+    assert main([*proxy, *some, "--out", str(place / "nearer"), "--plugin", plugin]) == 0
 
 
 def test_the_module_of_the_page_works(place: Path) -> None:
