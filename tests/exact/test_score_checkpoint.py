@@ -12,6 +12,7 @@ import torch
 from megaopus.__main__ import main
 from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.split_rule import SplitRule
 from megaopus.data.corpus import Corpus
 from megaopus.data.scores import load_column
 from megaopus.engine.scoring_base import EngineScoringBackend
@@ -133,7 +134,7 @@ def test_the_verb_scores_by_utility(corpus: Corpus, trained: Path, capsys: pytes
 def test_checkpoints_that_cannot_be_used(corpus: Corpus, trained: Path, tmp_path: Path) -> None:
     source = tmp_path / "x.jsonl"
     source.write_text('{"text": "some other text"}\n')
-    other = Corpus.open(prepare([Source(source)], tmp_path / "other", vocab_size=300))
+    other = Corpus.open(prepare([Source(source)], tmp_path / "other", vocab_size=300, rule=SplitRule(0, 0)))
     with pytest.raises(DataError, match=r"another tokenizer than that of .*; prepare it with --tokenizer"):
         CheckpointPerplexity(other, trained)
     copy = tmp_path / "copy"
