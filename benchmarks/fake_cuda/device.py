@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import Library
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -60,18 +61,17 @@ def install() -> None:
 
 
 @cache
-def _know_coalesced() -> torch.library.Library:
+def _know_coalesced() -> Library:
     """Let fake tensors go through the collectives of several tensors, which torch has left out of its list."""
-    import torch.distributed._meta_registrations
 
-    library = torch.library.Library("c10d", "IMPL")
+    library = Library("c10d", "IMPL")
     for name in ("allreduce_", "allgather_into_tensor_", "reduce_scatter_tensor_"):
         library.impl(f"{name}coalesced_", lambda *args: FakeWork().boxed(), "Meta")
     return library  # to be kept: it ends with its last reference
 
 
 @cache
-def _know_fused() -> torch.library.Library:
+def _know_fused() -> Library:
     """Let be one kernel what is one on CUDA: a build without it takes norms apart, and keeps every piece.
 
     These are all that torch has both a CUDA kernel and a composition of differentiable operations for.
@@ -80,7 +80,7 @@ def _know_fused() -> torch.library.Library:
     def never(*args: Any) -> Any:
         raise AssertionError("fake tensors run no kernel")
 
-    library = torch.library.Library("aten", "IMPL")
+    library = Library("aten", "IMPL")
     for name in ("silu_backward", "_fused_rms_norm"):  # the latter since torch 2.9
         if hasattr(torch.ops.aten, name):
             library.impl(name, never, "CUDA")
@@ -125,7 +125,7 @@ class _Stream:
 
 
 def _cuda_names(meter: DeviceMeter) -> Mapping[str, Any]:
-    """What torch.cuda answers for the idle device: its memory is that of ``meter``."""
+    """Answer as torch.cuda would for the idle device: its memory is that of ``meter``."""
     idle = ("set_device", "synchronize", "empty_cache", "_lazy_init")
     return {
         "is_available": lambda: True,

@@ -57,7 +57,7 @@ class Limits:
 
 
 USUAL = Limits(min_tokens=256, per_item=10, per_near_duplicate=1)
-"""What the verb takes where nothing else is said."""
+"""Limits that the verb takes where nothing else is said."""
 
 
 @dataclass(slots=True)

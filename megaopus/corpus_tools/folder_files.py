@@ -35,7 +35,7 @@ class FolderFiles:
     taken: list[tuple[str, Path]] = field(default_factory=list)
     """(path below the folder, path), by name."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Why -> files."""
+    """Lists files by the reason for which they are not read."""
 
     def told(self) -> str:
         """Say in a line what was skipped; empty if nothing was."""

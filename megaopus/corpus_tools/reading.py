@@ -11,7 +11,7 @@ from megaopus.corpus_tools.sources import Document, Source, SourceReader
 REPEATED = "id used before"
 """Reason of documents that are left out."""
 _BREAKS = ("\n\n", "\n", " ")
-"""Where a text is cut by preference: between paragraphs, lines, words."""
+"""Marks by which a text is cut, the best first: between paragraphs, lines, words."""
 
 
 @dataclass(slots=True)

@@ -67,7 +67,7 @@ class Source:
     exclude: tuple[str, ...] = ()
     """Globs of what to leave aside in a folder: of the path below it, or of the name of a file or folder in it."""
     folder_domains: bool = False
-    """What lies in a sub-folder of a folder is of a domain of the sub-folder's name, unless ``domain`` is given."""
+    """Makes a domain of each sub-folder, of its name, unless ``domain`` is given."""
     skip_faulty: bool = False
     """Leave out rows and files that cannot be read, and count them; or raise what is wrong with the first."""
 
@@ -158,7 +158,7 @@ class LeftOut:
 
     count: int
     first: str
-    """What was wrong with the first, and where."""
+    """Says what was wrong with the first, and where."""
 
 
 class SourceReader:
@@ -172,9 +172,9 @@ class SourceReader:
         """Documents left out because their text is null, empty or white space only."""
         self.files = 0
         self.skipped: dict[str, int] = {}
-        """Why -> files of the folder that are not read."""
+        """Lists files of the folder that are not read, by reason."""
         self.left_out: dict[str, LeftOut] = {}
-        """Why -> rows, or files or the rest of one, that could not be read."""
+        """Counts rows, or files or the rest of one, that could not be read, by reason."""
         self._digest = hashlib.sha256()
         self._report = on_bytes
         self._single_domain = source.single_domain  # looks at the disk

@@ -36,10 +36,10 @@ class SourceTotals:
     empty: int
     files: int = 1
     skipped: dict[str, int] = field(default_factory=dict)
-    """Why -> files of its folder that were not read."""
+    """Counts files of its folder that were not read, by reason."""
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Why -> ``count`` of rows (or files, or rests of them) that cannot be read, and what was wrong with the ``first``.
-    """
+    """Tells by reason how many rows (or files, or rests of them) cannot be read, ``count``, and what was wrong with the
+    ``first``."""
 
     @classmethod
     def of(cls, reader: SourceReader, documents: int) -> SourceTotals:
@@ -70,11 +70,11 @@ class Scan:
     characters: int = 0
     """Of all documents."""
     reading: Reading = field(default_factory=Reading)
-    """What every further pass does with the documents."""
+    """Says what every further pass does with the documents."""
     sample: dict[str, list[str]] = field(default_factory=dict)
     """Domain -> beginnings of some of its documents."""
     notes: list[str] = field(default_factory=list)
-    """What the splits have that nobody asked for, in words."""
+    """Says in words what the splits have that nobody asked for."""
 
     def save(self, path: Path) -> None:
         """Write it; it appears under ``path`` when it is whole."""

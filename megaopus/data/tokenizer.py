@@ -15,7 +15,7 @@ BPE_FILES = (
     ("vocab.json", "merges.txt"),
     ("gpt2-vocab.json", "gpt2-merges.txt"),
 )
-"""What GPT-2's vocabulary and merges are called by OpenAI, by Hugging Face, and by Megatron-LM."""
+"""Names of GPT-2's vocabulary and merges, as OpenAI, Hugging Face and Megatron-LM give them."""
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end-of-document token
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from megaopus.errors import ConfigError, Problem
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What every launcher sets; a process that was started alone has none of it."""
+"""Variables that every launcher sets; a process that was started alone has none of them."""
 _ALSO = "LOCAL_WORLD_SIZE"
 """Most set it too."""
 _ALONE = "for one process unset {}; for several start with torchrun or launch/torchrun.sh"
@@ -23,7 +23,7 @@ class Place(NamedTuple):
     """Among those of its node: the number of its GPU."""
     world_size: int = 1
     launched: bool = False
-    """Whether there is a rendezvous at MASTER_ADDR:MASTER_PORT."""
+    """Tells whether there is a rendezvous at MASTER_ADDR:MASTER_PORT."""
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:

@@ -20,7 +20,7 @@ from megaopus.selection.methods.registry import METHODS, UNIFORM
 
 TRAINING, PROXY, SCORING = "a training step", "the proxy's gradient", "scoring"
 PHASES = (TRAINING, PROXY, SCORING)
-"""What a rank does in turn; its peak is that of the phase that takes most."""
+"""Phases of a rank, in turn; its peak is that of the phase that takes most."""
 PROCESS_ROW = "process"
 PROCESS = {"cpu": 400 << 20, "cuda": 600 << 20}
 """Bytes that a process holds before any model. CPU: Python, torch and megatron-core, measured. CUDA: its context and
@@ -39,7 +39,7 @@ class Row(NamedTuple):
     how: str
     """The assumption behind it."""
     phases: tuple[str, ...] = PHASES
-    """When it is there."""
+    """Names the phases in which it is there."""
 
     @property
     def size(self) -> int:

@@ -29,7 +29,7 @@ LEGEND = {
     "ess ": "ess: effective sample size of the draw",
     "->": "NAME .2->.7: share of candidates, of picks",
 }
-"""What a progress line may hold, by what it is known by, and what that means."""
+"""Explains the fields of a progress line, by what they are known by."""
 PACE_LINES = 10  # progress lines over which the pace behind the ETA is taken
 
 

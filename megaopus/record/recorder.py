@@ -27,7 +27,7 @@ from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 Meter = Callable[[StepRecord], Mapping[str, Any]]
 """Works out further metrics of a step, by name, from its record so far."""
 RECORD = (METRICS_FILE, SELECTION_FILE, EVENTS_FILE, FOLDER, RUN_ID_FILE, TensorBoardSink.FOLDER)
-"""What a record consists of, in the run folder."""
+"""Files and folders of a record, in the run folder."""
 
 
 class Recorder:

@@ -59,7 +59,7 @@ class Evidence:
     prescreen_score: Tensor | None = None
     """(N,) float64, None where there is none yet."""
     distrust: Event | None = None
-    """Why what the prescreen learnt is not to be used. Its fact ``instead`` says what is: 'importance', which the
+    """Says why what the prescreen learnt is not to be used. Its fact ``instead`` says what is: 'importance', which the
     prescreen scores are then; anything else, or nothing (version 0.1): chance."""
     exposures: Tensor | None = None
     """(N,) int64 how often each would have been trained on if it were picked now; needed if ``counts_exposures``."""

@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = NAMES["defaults"]
 
 
 MEASURED_ANEW = {"selection.proxy_ema": 0.5}
-"""What the other value (``other``) of a setting is today, where it is measured otherwise: a weight that falls to a
+"""Other values (``other``) of settings as they are today, where it is measured otherwise: a weight that falls to a
 quarter in a step halves in half a step."""
 
 

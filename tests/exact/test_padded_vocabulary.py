@@ -154,7 +154,7 @@ def test_losses_and_gradient_are_those_of_plain_pytorch_in_float64(mesh: Mesh) -
 @pytest.mark.parametrize(("given", "counted"), [("null", 320), ("350", 350)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_models_vocabulary_wins_over_the_tokenizers(given: str, counted: int, precision: str, mesh: Mesh) -> None:
-    """Where every logit is equal, the loss is the logarithm of how many count; the corpus has 320, padded to 384."""
+    """With all logits equal the loss is the logarithm of how many count; the corpus has 320, padded to 384."""
     shape = ["model.num_layers=1", "model.hidden_size=16", "model.num_heads=2", "data.seq_len=16"]
     corpus = [f"data.path={FIXTURE / 'corpus'}", "selection=uniform", "train.global_batch_size=4"]
     chosen = ["engine=cpu", f"engine.precision={precision}", f"model.vocab_size={given}"]

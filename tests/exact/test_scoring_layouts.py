@@ -47,7 +47,7 @@ CROSSED = ("one", "dp2", "tp2", "pp2", "cp2", "dp2-distributed-optimizer")
 DROPOUT = ("one", "tp2", "pp2", "cp2")
 ESTIMATORS = [name for name, settings in SETTINGS.items() if "method" not in settings]
 UNEVEN = tuple(name for name, (size, each) in LAYOUTS.items() if size > each.model_ranks or each.vpp > 1)
-"""Where not any number can be shared evenly: among data-parallel ranks, in micro-batches of virtual stages."""
+"""Layouts over which numbers may not be shared evenly: data-parallel ranks, micro-batches of virtual stages."""
 RECOMPUTE = ("one", "pp2", "pp2-vpp2")
 
 

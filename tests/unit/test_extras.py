@@ -1,4 +1,4 @@
-"""Where a message says which extra to install: there is one of that name, it has the package, and it is pinned."""
+"""Extras that messages say to install are there, have the package, and are pinned."""
 
 from __future__ import annotations
 

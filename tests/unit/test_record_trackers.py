@@ -25,7 +25,8 @@ def test_tensorboard_missing_is_reported_before_anything_is_written(
 
 
 def test_tensorboard_shows_what_the_files_say_also_after_a_kill(tmp_path: Path) -> None:
-    event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = "tensorboard.backend.event_processing.event_accumulator"
+    event_files = pytest.importorskip(reader, reason="tensorboard is an optional extra (megaopus[tensorboard])")
     for first in (0, 2):  # the second process goes on after two updates, and makes the third again
         recorder = Recorder(LoggingConfig(tensorboard=True), tmp_path, 10, True, first)
         for at in range(first, first + 3):

@@ -29,7 +29,7 @@ class SamplerEntry:
     name: str
     draw: Draw
     greedy: bool
-    """Whether it takes the largest utilities whatever the temperature, so that nothing is drawn."""
+    """Tells whether it takes the largest utilities whatever the temperature, so that nothing is drawn."""
     needs: Mapping[str, str]
     origin: str
 
