@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.fake_cuda.device import fake_ranks, fake_tensors
 from benchmarks.fake_cuda.meter import DeviceMeter
+from megaopus.build import build_engine
 from megaopus.config.run_config import RunConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.selection.config import SelectionConfig
@@ -67,27 +68,11 @@ def fake_job(config: RunConfig, rank: int, world_size: int, device: str = "cuda"
             mesh.close()
 
 
-def build(config: RunConfig, mesh: Mesh, vocab_size: int) -> Any:
-    """The engine of this rank."""
-    return config.engine.spec().load_class()(
-        mesh,
-        model=config.model,
-        optim=config.optim,
-        engine=config.engine,
-        parallel=config.parallel,
-        vocab_size=vocab_size,
-        seq_len=config.data.seq_len,
-        micro_batch_size=config.train.micro_batch_size,
-        total_steps=config.train.steps,
-        seed=config.seed,
-    )
-
-
 def measure(
     config: RunConfig, vocab_size: int, mesh: Mesh, meter: DeviceMeter, selections: dict[str, SelectionConfig]
 ) -> Measured:
     """Train two steps, then score and train by each of ``selections`` in turn."""
-    engine = build(config, mesh, vocab_size)
+    engine = build_engine(config, mesh, vocab_size)
     built = meter.bytes
     batch = Zeros(config.train.global_batch_size, config.data.seq_len)
     for _ in range(2):

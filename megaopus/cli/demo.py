@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
         train(run_dir, args.steps, arms[name], console)
         runs[name] = load_run(run_dir, name)
     console.print()
-    seconds = step_seconds(arms)
+    from megaopus.side_by_side import seconds_of_a_step  # which takes seconds, and the first run starts without it
+
+    seconds = seconds_of_a_step(arms)
     recorded = {name: sum(row.step_s for row in run.steps) / len(run.steps) for name, run in runs.items()}
     runs = {name: with_step_seconds(run, seconds[name]) for name, run in runs.items()}
     uniform, opus = runs["uniform"], runs["opus"]
@@ -112,13 +114,6 @@ def train(run_dir: Path, steps: int, settings: Sequence[str], console: Console) 
         raise KeyboardInterrupt
     if status:
         raise EngineError(f"{run_dir}: training ended with exit status {status}; its message is above")
-
-
-def step_seconds(arms: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Return the seconds of a step of each arm, measured in turns."""
-    from megaopus.side_by_side import seconds_of_a_step
-
-    return seconds_of_a_step(arms)
 
 
 def _each(seconds: Mapping[str, float]) -> str:

@@ -173,10 +173,7 @@ class WandbSink:
 
     def step(self, record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event]) -> None:
         """Log one optimizer step; ``events``: all of it, which are counted by kind."""
-        row = wandb_row(record) | ({} if selection is None else wandb_row(selection))
-        counts = Counter(event.kind for event in events)
-        row["events"] = counts.total()
-        self._run.log(row | {f"events/{kind}": count for kind, count in counts.items()})
+        self._run.log(_step_row(record, selection, events))
 
     def validation(self, record: ValidationRecord) -> None:
         """Log one validation, each domain on its own."""
@@ -207,9 +204,8 @@ class TensorBoardSink:
         self._writer: Any = None
 
     def step(self, record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event]) -> None:
-        """Write the numbers of one optimizer step, and how many events there were."""
-        row = wandb_row(record) | ({} if selection is None else wandb_row(selection))
-        self._write(row | {"events": len(events)}, record.step)
+        """Write the numbers of one optimizer step; ``events``: all of it, which are counted by kind."""
+        self._write(_step_row(record, selection, events), record.step)
 
     def validation(self, record: ValidationRecord) -> None:
         """Write one validation, each domain on its own."""
@@ -228,6 +224,13 @@ class TensorBoardSink:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
+
+
+def _step_row(record: StepRecord, selection: SelectionRecord | None, events: Sequence[Event]) -> dict[str, Any]:
+    """Make what a tracker is sent of one optimizer step, its events counted by kind."""
+    counts = Counter(event.kind for event in events)
+    row = wandb_row(record) | ({} if selection is None else wandb_row(selection))
+    return row | {"events": counts.total()} | {f"events/{kind}": count for kind, count in counts.items()}
 
 
 def _run_id(run_dir: Path) -> str:

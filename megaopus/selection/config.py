@@ -299,9 +299,13 @@ class SelectionConfig:
             config = cls(**made)
         except TypeError as error:
             raise ValueError(f"selection settings: {error}") from None
-        if wrong := [f"{each.key}={each.value!r}: {each.reason} ({each.remedy})" for each in problems(config)]:
-            raise ValueError("selection settings: " + "; ".join(wrong))
+        config.refuse()
         return config
+
+    def refuse(self) -> None:
+        """Raise ValueError, with every reason, if the settings cannot be used."""
+        if wrong := [f"{each.key}={each.value!r}: {each.reason} ({each.remedy})" for each in problems(self)]:
+            raise ValueError("selection settings: " + "; ".join(wrong))
 
     @property
     def needs_proxy(self) -> bool:

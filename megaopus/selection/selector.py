@@ -23,7 +23,6 @@ from megaopus.selection.old_names import renamed_argument, with_new_names
 from megaopus.selection.prescreen import Prescreen
 from megaopus.selection.scorer import Scorer
 from megaopus.selection.scoring import Scores
-from megaopus.settings import problems
 
 __all__ = ["Redundancy", "Selection", "Selector"]
 
@@ -52,8 +51,7 @@ class Selector:
         traits: TextFeatures | None = None,
     ):
         text_features = renamed_argument("traits", traits, "text_features", text_features)
-        if wrong := [f"{each.key}={each.value!r}: {each.reason} ({each.remedy})" for each in problems(config)]:
-            raise ValueError("selection settings: " + "; ".join(wrong))
+        config.refuse()
         if num_selected < 1:
             raise ValueError(f"num_selected={num_selected} must be at least 1")
         _check_given(config, proxy=proxy, pool=pool, wanted=wanted, text_features=text_features)
