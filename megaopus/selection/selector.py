@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,11 @@ from megaopus.selection.scorer import Scorer
 from megaopus.selection.scoring import Scores
 
 __all__ = ["Redundancy", "Selection", "Selector"]
+
+_STATE = frozenset(
+    ["average", "count", "micro_batch_size", "sized_for", "estimator", "exposure", "prescreen", "choice"]
+)
+"""Keys of ``Selector.state_dict()``; which are there depends on the settings."""
 
 
 class Selector:
@@ -162,7 +167,11 @@ class Selector:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``; picks are then the same to the last bit."""
+        """Continue from ``state_dict()``; picks are then the same to the last bit.
+
+        Raises ValueError if ``state`` is of something else, or of a selector of another model.
+        """
+        _check_state(state, self.backend.parameters())
         self._scorer.load_state_dict(state)
         if counts_exposures(self.config) and "exposure" in state:
             self._exposure.load_state_dict(state["exposure"])
@@ -267,6 +276,21 @@ class Selector:
                 self._said.add(name)
             found.append(event)
         return found
+
+
+def _check_state(state: Any, parameters: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless this is a selector's state, and its proxy gradient is one of these parameters."""
+    if not isinstance(state, Mapping) or (unknown := state.keys() - _STATE):
+        what = ", ".join(sorted(map(str, unknown))) if isinstance(state, Mapping) else str(type(state))
+        raise ValueError(f"not what Selector.state_dict() gave: {what} (it gives a dictionary of {sorted(_STATE)})")
+    shapes = {name: tuple(value.shape) for name, value in state.get("average", {}).items()}
+    ours = {name: tuple(value.shape) for name, value in parameters.items()}
+    if wrong := sorted(name for name, shape in shapes.items() if ours.get(name) != shape):
+        name = wrong[0]
+        raise ValueError(
+            f"the state's proxy gradient is of another model: {len(wrong)} of its {len(shapes)} tensors fit no weight,"
+            f" such as {name} of shape {shapes[name]} (here: {ours.get(name, 'none of that name')})"
+        )
 
 
 def _check_given(config: SelectionConfig, **given: Any) -> None:

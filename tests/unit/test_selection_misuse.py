@@ -65,3 +65,30 @@ def test_a_preset_with_settings_of_ones_own() -> None:
 def test_mistakes_are_told_at_construction(make: Callable[[], Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make()
+
+
+def of_width(width: int) -> Selector:
+    model = nn.Linear(width, 3)
+    config = SelectionConfig(method="opus", estimator="exact", proxy_half_life=3.0, score_micro_batch_size=2)
+    shown = ModuleBackend(model, torch.optim.SGD(model.parameters(), momentum=0.9), loss)
+    made = Selector(config, shown, num_selected=2, proxy=lambda step: torch.ones(4, width), seed=1)
+    loss(model, torch.ones(4, width)).mean().backward()
+    shown.optimizers[0].step()
+    return made
+
+
+def test_a_wrong_state_is_refused_and_changes_nothing() -> None:
+    right, wide = of_width(3), of_width(4)
+    for each, width in ((right, 3), (wide, 4)):
+        each.select(torch.arange(8.0 * width).reshape(8, width), 0)
+    before = right.state_dict()
+    for state, words in (
+        (wide.state_dict(), r"of another model: 1 of its 2 tensors .* weight of shape \(3, 4\) \(here: \(3, 3\)\)"),
+        (nn.Linear(3, 3).state_dict(), r"not what Selector.state_dict\(\) gave: bias, weight"),
+        (None, r"not what Selector.state_dict\(\) gave: <class 'NoneType'>"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            right.load_state_dict(state)
+    assert str(right.state_dict()) == str(before)
+    assert before["count"] == 1
+    of_width(3).load_state_dict(before)
