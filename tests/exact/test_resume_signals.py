@@ -26,7 +26,7 @@ from megaopus.engine.megatron.engine import MegatronEngine
 from megaopus.engine.megatron.scoring import MegatronScoringBackend
 from megaopus.training.signals import INTERRUPT_EXIT_CODE, STOP_EXIT_CODE, StopSignal, time_to_save
 from tests import forks
-from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, everything, settings, train
+from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, everything, rows, settings, train
 from tests.faults import at_step
 
 CHOSEN = [*SELECTIONS["directional"], *OPTIMIZERS["adamw"]]
@@ -44,8 +44,8 @@ def send(number: signal.Signals = signal.SIGTERM) -> None:
 
 
 @contextmanager
-def signal_in(owner: Any, name: str, step: int) -> Iterator[None]:
-    """SIGTERM in the first call of a method of an engine (or its scoring backend) after ``step`` updates."""
+def signal_in(owner: Any, name: str, step: int, number: signal.Signals = signal.SIGTERM) -> Iterator[None]:
+    """A signal in the first call of a method of an engine (or its scoring backend) after ``step`` updates."""
     original = getattr(owner, name)
     sent = []
 
@@ -53,7 +53,7 @@ def signal_in(owner: Any, name: str, step: int) -> Iterator[None]:
         engine = getattr(self, "_engine", self)
         if engine.step == step and not sent:
             sent.append(True)
-            send()
+            send(number)
         return original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -64,14 +64,15 @@ def signal_in(owner: Any, name: str, step: int) -> Iterator[None]:
 
 PHASES: dict[str, tuple[Callable[[], AbstractContextManager[None]], int]] = {
     # phase: (the signal, updates done when the run stops)
-    "before the update": (lambda: at_step(5, send), 6),
     "scoring": (lambda: signal_in(MegatronScoringBackend, "losses", 6), 7),  # no check of step 5 comes before
     "proxy gradient": (lambda: signal_in(MegatronScoringBackend, "gradient", 6), 7),
     "training": (lambda: signal_in(MegatronEngine, "train_step", 2), 3),
-    "validating": (lambda: signal_in(MegatronEngine, "evaluate", 6), 6),
+    "validating, SIGUSR1": (lambda: signal_in(MegatronEngine, "evaluate", 6, signal.SIGUSR1), 6),
     "saving": (lambda: signal_in(MegatronEngine, "prepare_save", 4), 4),
-    "SIGUSR1": (lambda: at_step(5, lambda: send(signal.SIGUSR1)), 6),
-    "SIGINT, and what torchrun adds to it": (lambda: at_step(5, lambda: (send(signal.SIGINT), send())), 6),
+    "SIGINT, and what torchrun adds": (
+        lambda: at_step(5, lambda: (send(signal.SIGINT), send())),
+        6,
+    ),
 }
 
 
@@ -102,49 +103,36 @@ def train_with_two_interrupts(overrides: list[str]) -> int:
         libc.pthread_mutex_lock(mutex)
         libc.pthread_mutex_lock(mutex)
 
-    with at_step(5, stuck):
+    with at_step(0, stuck):
         return train(overrides)
 
 
 def test_a_second_interrupt_ends_at_once(tiny_corpus: Path, tmp_path: Path) -> None:
-    ended = forks.Program(train_with_two_interrupts, settings(tiny_corpus, tmp_path, *CHOSEN)).result(60)
+    ended = forks.Program(train_with_two_interrupts, settings(tiny_corpus, tmp_path)).result(60)
     assert ended.returncode == INTERRUPT_EXIT_CODE == 130, ended.stderr
     assert ended.stderr.splitlines()[-1] == "Ctrl-C again: ended at once; the checkpoints that were whole are"
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000004"]
 
 
-def train_under_nohup(overrides: list[str]) -> int:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with at_step(5, lambda: send(signal.SIGHUP)):
-        return train(overrides)
-
-
-def test_a_run_under_nohup_goes_on(straight: dict, tiny_corpus: Path, tmp_path: Path) -> None:
-    done = forks.call(train_under_nohup, settings(tiny_corpus, tmp_path, *CHOSEN))
-    assert done.returncode == 0, done.stderr
-    assert_same(everything(tmp_path), straight)
-
-
-def train_without_a_reader(how: str, overrides: list[str]) -> int:
-    """Train with standard output and errors into a pipe that nobody reads, or on a terminal that is gone."""
-    ours, theirs = os.pipe()[::-1] if how == "pipe" else os.openpty()[::-1]
+def train_without_a_reader(where: str, overrides: list[str]) -> int:
+    """Train with output and errors into a pipe that nobody reads, under nohup, or on a terminal that is closed."""
+    ours, theirs = os.pipe()[::-1] if where == "pipe" else os.openpty()[::-1]
     os.close(theirs)
     for number in (1, 2):
         os.dup2(ours, number)
-    with at_step(5, lambda: send(signal.SIGHUP) if how == "terminal" else None):
+    if where == "pipe":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with at_step(5, lambda: send(signal.SIGHUP)):
         return megaopus(["train", *overrides])
 
 
-@pytest.mark.parametrize(("how", "status"), [("pipe", 0), ("terminal", STOP_EXIT_CODE)])
-def test_output_that_cannot_be_written_stops_nothing(
-    how: str, status: int, straight: dict, tiny_corpus: Path, tmp_path: Path
+@pytest.mark.parametrize(("where", "status", "updates"), [("pipe", 0, 10), ("terminal", STOP_EXIT_CODE, 6)])
+def test_output_that_nobody_reads_stops_nothing(
+    where: str, status: int, updates: int, straight: dict, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     overrides = settings(tiny_corpus, tmp_path, *CHOSEN, "logging.every=1")
-    assert forks.call(train_without_a_reader, how, overrides).returncode == status
-    if status:
-        assert complete_checkpoints(tmp_path)[-1].name == "step_00000006"
-        assert train(overrides) == 0
-    assert_same(everything(tmp_path), straight)
+    assert forks.call(train_without_a_reader, where, overrides).returncode == status
+    assert complete_checkpoints(tmp_path)[-1].name == f"step_{updates:08d}"
+    assert rows(tmp_path / "selection.jsonl") == straight["selection"][:updates]
 
 
 def test_a_run_saves_every_quarter_of_an_hour_unless_told_otherwise(tiny_corpus: Path) -> None:
