@@ -50,7 +50,7 @@ from megaopus.cli.demo import ensure_corpus
 from megaopus.config.compose import compose
 from megaopus.data.corpus import Corpus
 from megaopus.data.run_data import RunData
-from megaopus.report.compare import aggregate, compare
+from megaopus.report.compare import Comparison, aggregate, compare
 
 POOLS = ("demo", "mixed", "hard", "clean")
 FILTERS = {
@@ -226,6 +226,7 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
                 "final_loss": result.final_loss,
                 "final_loss_std": result.final_loss_std,
                 "uniform_fall": result.uniform_fall,
+                "gain_std": _gain_std(pairs),
                 "p_uniform": None if arm == "uniform" else result.p_value,
                 "p_dsir": None if arm == "dsir" else p_value(dsir, found),
                 "final_domains": {
@@ -237,6 +238,12 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _gain_std(pairs: Sequence[Comparison]) -> float | None:
+    """Nats: the standard deviation over seeds of uniform's final loss less the arm's; None: fewer than two seeds."""
+    gains = [pair.uniform_final_loss - pair.final_loss for pair in pairs]
+    return statistics.stdev(gains) if len(gains) > 1 else None
 
 
 def _cost(results: Results, pool: str, optimizer: str, arm: str, of: str) -> float | None:
@@ -275,6 +282,10 @@ def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
                 f"{row['unique_share']:.0%}",
             )
         console.print(table)
+    spreads = [row["gain_std"] for row in rows if row["arm"] != "uniform" and row["gain_std"] is not None]
+    if spreads:
+        words = "final loss less uniform's of the same seed, standard deviation over seeds: {:.3f} nats"
+        console.print(words.format(statistics.median(spreads)), f"(median of {len(spreads)} arms)", highlight=False)
 
 
 def draw(study: Study, rows: list[dict[str, Any]], folder: Path) -> None:
@@ -360,7 +371,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [job for job in study.jobs if all(not only or getattr(job, name) in only for name, only in asked.items())]
     if not args.no_training:
         refuse_other_corpora(map(study.task, study.jobs), results)
-    _prepare(study, chosen, console)
+    if not (args.no_training and args.no_timing):
+        _prepare(study, chosen, console)
     if not args.no_training:
         train_all([study.task(job) for job in chosen], results, folder, args.jobs, console)
     if not args.no_timing:
