@@ -240,7 +240,7 @@ def _lines(manifest: Mapping[str, Any]) -> Iterator[str]:
         if skipped:
             counts = ", ".join(f"{count:,} {why}" for why, count in sorted(skipped.items()))
             parts.append(f"{sum(skipped.values()):,} skipped ({counts})")
-        parts.append(f"{source['documents']:,} documents")
+        parts.append(f"{source['documents']:,} document{'s' if source['documents'] != 1 else ''}")
         if source["empty"]:
             parts.append(f"{source['empty']:,} empty")
         if left_out:
