@@ -17,6 +17,10 @@ class CheckpointError(MegaopusError):
     """A checkpoint is missing, incomplete or does not fit the run."""
 
 
+class ModelError(MegaopusError):
+    """A model of elsewhere cannot be used, or ours not written in another form; says by name what does not fit."""
+
+
 class EngineError(MegaopusError):
     """The engine cannot run this model, layout or device."""
 

@@ -39,6 +39,8 @@ class CausalAttention(torch.nn.Module):
         # Under sequence parallelism megatron has the whole block draw from the tensor-parallel rank's own state.
         self.shares_state = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
         self.cp_group = parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None
+        # megatron counts the positions before one; we count it too
+        self.window = None if config.window_size is None else config.window_size[0] + 1
 
     def forward(
         self,
@@ -53,9 +55,11 @@ class CausalAttention(torch.nn.Module):
     ) -> Tensor:
         """(S, B, A*D) context."""
         seq_len, batch, num_heads = query_SBAD.shape[:3]
-        mask_ST = None
         if self.cp_group is not None:
-            key_SBAD, value_SBAD, mask_ST = _gathered(key_SBAD, value_SBAD, num_heads, self.cp_group)
+            key_SBAD, value_SBAD = _gathered(key_SBAD, value_SBAD, self.cp_group)
+        mask_ST = _mask(seq_len, len(key_SBAD), self.window, query_SBAD.device)
+        if mask_ST is not None and key_SBAD.shape[2] != num_heads:  # torch's fused kernels share heads without one only
+            key_SBAD, value_SBAD = (x.repeat_interleave(num_heads // x.shape[2], 2) for x in (key_SBAD, value_SBAD))
         query_BASD, key_BATD, value_BATD = (x.permute(1, 2, 0, 3) for x in (query_SBAD, key_SBAD, value_SBAD))
         if query_SBAD.device.type == "cpu":
             # neighbouring positions lie a whole micro-batch apart: the copy costs less than the cache misses
@@ -79,19 +83,20 @@ class CausalAttention(torch.nn.Module):
         return get_cuda_rng_tracker().fork() if drops and self.shares_state else nullcontext()
 
 
-def _gathered(
-    key_SBAD: Tensor, value_SBAD: Tensor, num_heads: int, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(T, B, A, D) keys and values of every position up to this rank's last, and the (S, T) mask of who sees whom.
+def _gathered(key_SBAD: Tensor, value_SBAD: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """(T, B, A, D) keys and values of every position up to this rank's last.
 
-    The first rank needs no mask: plain causal attention. Backward sums each part's gradient over the ranks that saw it.
+    Backward sums each part's gradient over the ranks that saw it.
     """
-    seq_len, rank = len(key_SBAD), dist.get_rank(group)
     both = gather_from_sequence_parallel_region(torch.stack((key_SBAD, value_SBAD), dim=1), group=group)
-    key_TBAD, value_TBAD = both[: (rank + 1) * seq_len].unbind(1)
-    if rank == 0:
-        return key_TBAD, value_TBAD, None
-    if key_SBAD.shape[2] != num_heads:  # torch's fused kernels share heads only where there is no mask
-        key_TBAD, value_TBAD = (x.repeat_interleave(num_heads // x.shape[2], 2) for x in (key_TBAD, value_TBAD))
-    ones = torch.ones(seq_len, len(key_TBAD), dtype=torch.bool, device=key_SBAD.device)
-    return key_TBAD, value_TBAD, ones.tril_(rank * seq_len)
+    key_TBAD, value_TBAD = both[: (dist.get_rank(group) + 1) * len(key_SBAD)].unbind(1)
+    return key_TBAD, value_TBAD
+
+
+def _mask(seq_len: int, seen: int, window: int | None, device: torch.device) -> Tensor | None:
+    """(S, T) which of ``seen`` = T positions each of the last S sees; None: all before it, and S = T."""
+    first = seen - seq_len
+    if first == 0 and (window is None or seen <= window):
+        return None
+    mask_ST = torch.ones(seq_len, seen, dtype=torch.bool, device=device).tril_(first)
+    return mask_ST if window is None else mask_ST.triu_(first - window + 1)

@@ -3,16 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from megaopus.settings import FIXED, setting
 
 POSITIONS = ("learned", "rope", "none")
-NORMS = ("layernorm", "rmsnorm")
-ACTIVATIONS = ("gelu", "swiglu")
+NORMS = ("layernorm", "rmsnorm", "rmsnorm_plus_1")
+ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "geglu_tanh")
 _SHAPE = "see configs/model/"
 _DERIVED = "null derives it"
+
+
+@dataclass(slots=True, kw_only=True)
+class RopeScaling:
+    """Slows rotary frequencies down for longer texts: all of them, or Llama 3.1's slow ones."""
+
+    factor: float | None = setting(
+        None, min=1, doc="What rotary frequencies are divided by; null: nothing. Alone, all of them (linear scaling)."
+    )
+    low_freq_factor: float | None = setting(
+        None,
+        above=0,
+        doc="Llama 3.1: frequencies with fewer turns than this in `original_max_positions` are divided by `factor`.",
+    )
+    high_freq_factor: float | None = setting(
+        None, above=0, doc="Llama 3.1: those with more turns than this stay as they are; between them it is blended."
+    )
+    original_max_positions: int | None = setting(
+        None, min=1, doc="Llama 3.1: the length that the model was trained with at first."
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str, str]]:
+        """Yield ``(key, reason, remedy)`` for settings that do not go together."""
+        others = {
+            "low_freq_factor": self.low_freq_factor,
+            "high_freq_factor": self.high_freq_factor,
+            "original_max_positions": self.original_max_positions,
+        }
+        given = [name for name, value in others.items() if value is not None]
+        if given and (self.factor is None or len(given) < len(others)):
+            key = next((name for name, value in {"factor": self.factor, **others}.items() if value is None), given[0])
+            yield key, f"missing, with {', '.join(given)} set", "set all four (Llama 3.1), or factor alone (linear)"
+        elif self.low_freq_factor is not None and self.low_freq_factor >= (self.high_freq_factor or 0):
+            yield "low_freq_factor", "is not below high_freq_factor", "Llama 3.1 has 1 and 4"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,7 +70,7 @@ class ModelConfig:
     ffn_hidden_size: int | None = setting(
         None,
         min=1,
-        doc="Width of the MLP; null: 4 x hidden (GELU) or 8/3 x hidden rounded up to a multiple of 64 (SwiGLU).",
+        doc="Width of the MLP; null: 4 x hidden, or 8/3 x hidden rounded up to a multiple of 64 where it is gated.",
         hint=_DERIVED,
     )
     vocab_size: int | None = setting(
@@ -51,11 +85,27 @@ class ModelConfig:
     )
     position: str = setting("learned", choices=POSITIONS, doc="How a block knows positions: a table, rotary, or not.")
     rope_base: int = setting(10000, above=0, doc="Base of the rotary frequencies.")
-    norm: str = setting("layernorm", choices=NORMS, doc="Normalisation before attention and MLP.")
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    window: int | None = setting(
+        None,
+        min=1,
+        doc="A position sees itself and those before it, this many in all (Mistral's sliding window); null: all.",
+    )
+    norm: str = setting(
+        "layernorm",
+        choices=NORMS,
+        doc="Normalisation before attention and MLP; rmsnorm_plus_1 multiplies by 1 + weight (Gemma).",
+    )
     norm_epsilon: float = setting(1e-5, above=0, doc="Added to the variance that normalisation divides by.")
     qk_norm: bool = setting(False, doc="RMSNorm on queries and keys (Qwen3).")
     activation: str = setting("gelu", choices=ACTIVATIONS, doc="Nonlinearity of the MLP.")
     bias: bool = setting(True, doc="Linear layers and layer norms have biases.")
+    qkv_bias: bool | None = setting(
+        None, doc="Queries, keys and values have biases (Qwen2: they alone); null: as `bias`.", hint=_DERIVED
+    )
+    embedding_scale: float | None = setting(
+        None, above=0, doc="What token embeddings are multiplied by (Gemma: the root of hidden_size); null: nothing."
+    )
     tied: bool = setting(True, doc="Input embedding and output layer share one matrix.")
     dropout: float = setting(
         0.0, min=0, below=1, doc="Share of activations dropped while training.", hint="0 is usual for pre-training"
@@ -63,6 +113,15 @@ class ModelConfig:
     init_std: float = setting(
         0.02, above=0, doc="Standard deviation of the initial weights.", hint="0.02 is GPT-2's value"
     )
+
+    @property
+    def gated(self) -> bool:
+        """Return whether the MLP multiplies its activation by a second product of the input."""
+        return self.activation in ("swiglu", "geglu_tanh")
+
+    def derived_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases, after the default is applied."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     def derived_head_dim(self) -> int:
         """Width of one attention head after the default is applied."""
@@ -76,7 +135,7 @@ class ModelConfig:
         """Width of the MLP after the default is applied."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
-        if self.activation == "swiglu":
+        if self.gated:
             return -(-8 * self.hidden_size // (3 * 64)) * 64
         return 4 * self.hidden_size
 
@@ -91,3 +150,9 @@ class ModelConfig:
             yield "num_kv_heads", f"does not divide num_heads = {self.num_heads}", "choose a divisor of num_heads"
         if self.position == "rope" and self.derived_head_dim() % 2:
             yield "num_heads", "rotary positions need an even head size", "change num_heads or hidden_size"
+        if self.rope_scaling.factor is not None and self.position != "rope":
+            yield "rope_scaling.factor", f"position is {self.position}", "set model.position=rope, or leave it out"
+        if self.embedding_scale is not None and self.position == "learned":
+            yield "embedding_scale", "position is learned, whose table is not scaled", "set model.position=rope"
+        if self.bias and self.qkv_bias is False:
+            yield "qkv_bias", "other linear layers have biases", "model.bias=false with qkv_bias=true is Qwen2's form"

@@ -43,11 +43,11 @@ def layer_weights(model: ModelConfig) -> list[Weight]:
     """The parameters of one transformer layer, in order of use."""
     hidden, ffn = model.hidden_size, model.derived_ffn()
     query, key_value = model.num_heads * model.derived_head_dim(), model.derived_kv_heads() * model.derived_head_dim()
-    gate = 2 if model.activation == "swiglu" else 1
+    gate = 2 if model.gated else 1
     qk_norm = [Weight("qk_norm", 2 * model.derived_head_dim(), sharded=False)] if model.qk_norm else []
     return [
         _norm("input_norm", model),
-        *_linear("qkv", query + 2 * key_value, hidden, bias=model.bias, column_parallel=True),
+        *_linear("qkv", query + 2 * key_value, hidden, bias=model.derived_qkv_bias(), column_parallel=True),
         *qk_norm,
         *_linear("proj", hidden, query, bias=model.bias, column_parallel=False),
         _norm("pre_mlp_norm", model),

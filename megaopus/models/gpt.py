@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.distributed.shards import is_split, part_of, whole_of
 from megaopus.models.config import ModelConfig
 from megaopus.models.flops import padded_vocab
+
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "swiglu": F.silu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 def transformer_config(model: ModelConfig, mesh: Mesh, parallel: ParallelConfig, *, bf16: bool, recompute: bool) -> Any:
@@ -34,10 +42,13 @@ def transformer_config(model: ModelConfig, mesh: Mesh, parallel: ParallelConfig,
         ffn_hidden_size=model.derived_ffn(),
         normalization="LayerNorm" if model.norm == "layernorm" else "RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
+        layernorm_zero_centered_gamma=model.norm == "rmsnorm_plus_1",
+        window_size=None if model.window is None else (model.window - 1, 0),
         qk_layernorm=model.qk_norm,
-        gated_linear_unit=model.activation == "swiglu",
-        activation_func=F.silu if model.activation == "swiglu" else F.gelu,
+        gated_linear_unit=model.gated,
+        activation_func=_ACTIVATIONS[model.activation],
         add_bias_linear=model.bias,
+        add_qkv_bias=model.derived_qkv_bias(),
         hidden_dropout=model.dropout,
         attention_dropout=model.dropout,
         init_method_std=model.init_std,
@@ -132,9 +143,20 @@ def build_gpt(
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=mesh.cp_group,
         )
+    if model.rope_scaling.factor is not None:
+        from megaopus.models.rotary import scaled
+
+        gpt.rotary_pos_emb.inv_freq = scaled(gpt.rotary_pos_emb.inv_freq, model.rope_scaling)
+    if gpt.pre_process and model.embedding_scale is not None:
+        gpt.embedding.register_forward_hook(partial(_scale, model.embedding_scale))
     if gpt.post_process:
         mask_padding(gpt.output_layer, vocab_size, mesh)
     return gpt.to(mesh.device)
+
+
+def _scale(factor: float, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Multiply embeddings by a factor rounded to their type, as transformers' Gemma does."""
+    return output * torch.tensor(factor, dtype=output.dtype, device=output.device)
 
 
 def mask_padding(output_layer: nn.Module, vocab_size: int, mesh: Mesh) -> None:
@@ -195,12 +217,12 @@ def is_tied(module: nn.Module) -> bool:
 def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> None:
     """Draw each whole parameter from a generator keyed by (seed, its name) and keep this rank's part.
 
-    Normal with ``init_std``; output projections of the blocks with init_std / sqrt(2 layers) (GPT-2); norms one,
-    biases zero. The model is therefore the same at every layout.
+    Normal with ``init_std``; output projections of the blocks with init_std / sqrt(2 layers) (GPT-2); norms one (zero
+    where one is added), biases zero. The model is therefore the same at every layout.
     """
     for _, name, parameter in global_names(module):
         if parameter.dim() == 1:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            parameter.fill_(0.0 if name.endswith("bias") or model.norm == "rmsnorm_plus_1" else 1.0)
             continue
         std = model.init_std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):

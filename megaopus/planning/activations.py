@@ -48,9 +48,7 @@ def kept_by_layer(config: RunConfig, precision: str, device: str) -> Share:
 def worked_on(config: RunConfig, precision: str) -> Share:
     """Bytes of a position that one layer's backward pass makes beyond what is kept: gradients inside its MLP."""
     model, width = config.model, WIDTH[precision]
-    return Share(
-        width * model.derived_ffn() * (2.0 if model.activation == "swiglu" else 1.0), 2.0 * width * model.hidden_size
-    )
+    return Share(width * model.derived_ffn() * (2.0 if model.gated else 1.0), 2.0 * width * model.hidden_size)
 
 
 def without_graph(config: RunConfig, precision: str) -> Share:
@@ -124,4 +122,4 @@ def _attention(config: RunConfig, width: int, device: str) -> float:
 
 def _mlp(model: ModelConfig) -> float:
     """Numbers: GELU's input and output; SwiGLU's gate and up, its silu, a copy of up, and their product."""
-    return model.derived_ffn() * (5.0 if model.activation == "swiglu" else 2.0)
+    return model.derived_ffn() * (5.0 if model.gated else 2.0)

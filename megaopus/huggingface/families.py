@@ -1,0 +1,207 @@
+"""Says what of a Hugging Face ``config.json`` our model settings can express, family by family.
+
+Read as JSON, without transformers; defaults, which files may leave out, are those of transformers' own classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megaopus.errors import ModelError
+
+Json = Mapping[str, Any]
+
+ACTIVATIONS = {
+    "gelu": ("gelu", None),
+    "gelu_new": ("gelu_tanh", "geglu_tanh"),
+    "gelu_pytorch_tanh": ("gelu_tanh", "geglu_tanh"),
+    "silu": (None, "swiglu"),
+    "swish": (None, "swiglu"),
+}
+"""Hugging Face's name -> our names where the MLP is plain and where it is gated; None: we do not have it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One kind of model: which files are of it, its settings in our words, and what it may not have."""
+
+    architecture: str
+    """As ``architectures`` in config.json names the class."""
+    settings: Callable[[Json], dict[str, Any]]
+    """config.json -> our model settings."""
+    only: Mapping[str, tuple[Any, ...]]
+    """Key -> the values that our model can express; the first is transformers' default where the file has none."""
+    fused: bool = False
+    """GPT-2's names: one tensor of queries, keys and values, matrices (inputs, outputs)."""
+
+
+def model_settings(config: Json) -> dict[str, Any]:
+    """Return our model settings for a ``config.json``. Raises ModelError, by name, for what they cannot express."""
+    family = family_of(config)
+    if wrong := list(_refusals(family, config)):
+        raise ModelError("; ".join(wrong))
+    return family.settings(config)
+
+
+def family_of(config: Json) -> Family:
+    """Find the family of a ``config.json``. Raises ModelError if it is none of ours."""
+    if "auto_map" in config:
+        raise ModelError("auto_map: the model's code comes with its weights, and is not run")
+    if "quantization_config" in config:
+        raise ModelError("quantization_config: weights are quantised; save them in bf16, fp16 or fp32")
+    names = config.get("architectures") or []
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    what = ", ".join(names) or f"model_type {config.get('model_type')!r}"
+    raise ModelError(f"{what} is no model that is known here ({', '.join(sorted(FAMILIES))})")
+
+
+def _refusals(family: Family, config: Json) -> Iterator[str]:
+    """Yield what a config has that our model cannot express."""
+    for key, values in family.only.items():
+        if (value := config.get(key, values[0])) not in values:
+            yield f"{key}={value!r} (only {' or '.join(map(repr, values))})"
+    layers = set(config.get("layer_types") or ())
+    expected = "sliding_attention" if family.settings(config).get("window") else "full_attention"
+    if wrong := layers - {expected}:
+        yield f"layer_types has {', '.join(sorted(wrong))} (only {expected})"
+
+
+# -- families ----------------------------------------------------------------------------------------------------------
+
+
+def _gpt2(config: Json) -> dict[str, Any]:
+    return {
+        "num_layers": config.get("n_layer", 12),
+        "hidden_size": config.get("n_embd", 768),
+        "num_heads": config.get("n_head", 12),
+        "ffn_hidden_size": config.get("n_inner"),
+        "vocab_size": config.get("vocab_size", 50257),
+        "max_positions": config.get("n_positions", 1024),
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
+        "activation": _activation(config.get("activation_function", "gelu_new"), gated=False),
+        "bias": True,
+        "tied": config.get("tie_word_embeddings", True),
+    }
+
+
+def _llama(
+    config: Json,
+    *,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    tied: bool = False,
+    activation: str = "silu",
+    **more: Any,
+) -> dict[str, Any]:
+    """Llama's form; the rest says what a family has beside it, and its own defaults."""
+    heads, hidden = _required(config, "num_attention_heads"), _required(config, "hidden_size")
+    size = config.get("head_dim") or head_dim or hidden // heads
+    return {
+        "num_layers": _required(config, "num_hidden_layers"),
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or kv_heads or heads,
+        "head_dim": size,
+        "ffn_hidden_size": _required(config, "intermediate_size"),
+        "vocab_size": _required(config, "vocab_size"),
+        "position": "rope",
+        **_rope(config),
+        "norm": "rmsnorm",
+        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "activation": _activation(config.get("hidden_act", activation), gated=True),
+        "bias": False,
+        "tied": config.get("tie_word_embeddings", tied),
+        **more,
+    }
+
+
+def _mistral(config: Json) -> dict[str, Any]:
+    return _llama(config, kv_heads=8, window=config.get("sliding_window", 4096))
+
+
+def _qwen2(config: Json) -> dict[str, Any]:
+    return _llama(config, kv_heads=32, qkv_bias=True)
+
+
+def _qwen3(config: Json) -> dict[str, Any]:
+    return _llama(config, kv_heads=32, head_dim=128, qk_norm=True)
+
+
+def _gemma(config: Json) -> dict[str, Any]:
+    activation = config.get("hidden_activation") or "gelu_pytorch_tanh"
+    found = _llama({**config, "hidden_act": activation}, kv_heads=16, head_dim=256, tied=True)
+    return {**found, "norm": "rmsnorm_plus_1", "embedding_scale": found["hidden_size"] ** 0.5}
+
+
+def _required(config: Json, key: str) -> Any:
+    if key not in config:
+        raise ModelError(f"config.json has no {key}")
+    return config[key]
+
+
+def _activation(name: str, *, gated: bool) -> str:
+    found = ACTIVATIONS.get(name, (None, None))[gated]
+    if found is None:
+        known = ", ".join(key for key, pair in ACTIVATIONS.items() if pair[gated])
+        raise ModelError(f"activation {name!r} (only {known})")
+    return found
+
+
+def _rope(config: Json) -> dict[str, Any]:
+    """Base and scaling of rotary positions, from transformers 5's ``rope_parameters`` or the keys before it."""
+    given: Json = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    base = given.get("rope_theta", config.get("rope_theta", 10000))
+    if base != int(base):
+        raise ModelError(f"rope_theta={base!r} is no whole number")
+    share = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if share != 1:
+        raise ModelError(f"partial_rotary_factor={share!r} (only 1)")
+    if kind == "default":
+        return {"rope_base": int(base)}
+    keys = {"factor": "factor"}
+    if kind == "llama3":
+        keys |= {
+            "low_freq_factor": "low_freq_factor",
+            "high_freq_factor": "high_freq_factor",
+            "original_max_position_embeddings": "original_max_positions",
+        }
+    elif kind != "linear":
+        raise ModelError(f"rotary scaling {kind!r} (only default, linear, llama3)")
+    if missing := keys.keys() - given.keys():
+        raise ModelError(f"rotary scaling {kind!r} without {', '.join(sorted(missing))}")
+    return {"rope_base": int(base), "rope_scaling": {ours: given[theirs] for theirs, ours in keys.items()}}
+
+
+_FULL_ATTENTION = {"use_sliding_window": (False,), "pretraining_tp": (1,)}
+_NO_BIAS = {"attention_bias": (False,)}
+FAMILIES: Mapping[str, Family] = {
+    family.architecture: family
+    for family in (
+        Family(
+            architecture="GPT2LMHeadModel",
+            settings=_gpt2,
+            only={
+                "scale_attn_weights": (True,),
+                "scale_attn_by_inverse_layer_idx": (False,),
+                "add_cross_attention": (False,),
+            },
+            fused=True,
+        ),
+        Family(
+            architecture="LlamaForCausalLM",
+            settings=_llama,
+            only={**_NO_BIAS, "mlp_bias": (False,), "pretraining_tp": (1,)},
+        ),
+        Family(architecture="MistralForCausalLM", settings=_mistral, only={}),
+        Family(architecture="Qwen2ForCausalLM", settings=_qwen2, only=_FULL_ATTENTION),
+        Family(architecture="Qwen3ForCausalLM", settings=_qwen3, only={**_NO_BIAS, **_FULL_ATTENTION}),
+        Family(architecture="GemmaForCausalLM", settings=_gemma, only=_NO_BIAS),
+    )
+}
