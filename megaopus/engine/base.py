@@ -19,6 +19,7 @@ from megaopus.engine.config import EngineConfig
 from megaopus.engine.work_timer import WorkTimer
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
+from megaopus.models.gpt import Start, canonical_names, initialize, start_from
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.schedule import lr_factor
 from megaopus.selection.agreement import digest, disagreement, extremes
@@ -61,6 +62,7 @@ class Engine(ABC):
         micro_batch_size: int,
         total_steps: int,
         seed: int,
+        start: Start | None = None,
     ):
         """Make the model and its optimizer.
 
@@ -72,6 +74,7 @@ class Engine(ABC):
             micro_batch_size: sequences of a forward pass on one rank.
             total_steps: updates of the whole run, over which the learning rate is scheduled.
             seed: of the initial weights and of dropout.
+            start: the weights to begin with; None: they are drawn.
 
         Raises:
             EngineError: the engine cannot run this model, layout or optimizer.
@@ -89,13 +92,23 @@ class Engine(ABC):
         self._seed = seed
         self._dropout = model.dropout > 0
         seed_dropout(mesh, seed, 0)
+        self._start = start
         self._build(model, optim, engine, parallel, vocab_size)
+        if start is not None and self.bf16:
+            self.optimizer.set_main_weights(dict(canonical_names(self.module)), start)
 
     @abstractmethod
     def _build(
         self, model: ModelConfig, optim: OptimConfig, engine: EngineConfig, parallel: ParallelConfig, vocab_size: int
     ) -> None:
         """Make ``module`` and ``optimizer``; the other attributes are there."""
+
+    def _fill(self, model: ModelConfig) -> None:
+        """Give ``module`` its first weights."""
+        if self._start is None:
+            initialize(self.module, model, self.mesh, self._seed)
+        else:
+            start_from(self.module, self._start)
 
     def named_parameters(self) -> Iterator[tuple[str, Any]]:
         """(local name, parameter) of this rank; of several model chunks, names begin with the chunk's number."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaopus.errors import ModelError
+from megaopus.models.config import ModelConfig, RopeScaling
 
 Json = Mapping[str, Any]
 
@@ -37,12 +38,12 @@ class Family:
     """GPT-2's names: one tensor of queries, keys and values, matrices (inputs, outputs)."""
 
 
-def model_settings(config: Json) -> dict[str, Any]:
+def model_config(config: Json) -> ModelConfig:
     """Return our model settings for a ``config.json``. Raises ModelError, by name, for what they cannot express."""
     family = family_of(config)
     if wrong := list(_refusals(family, config)):
         raise ModelError("; ".join(wrong))
-    return family.settings(config)
+    return ModelConfig(**family.settings(config))
 
 
 def family_of(config: Json) -> Family:
@@ -164,7 +165,7 @@ def _rope(config: Json) -> dict[str, Any]:
     if share != 1:
         raise ModelError(f"partial_rotary_factor={share!r} (only 1)")
     if kind == "default":
-        return {"rope_base": int(base)}
+        return {"rope_base": int(base), "rope_scaling": RopeScaling()}
     keys = {"factor": "factor"}
     if kind == "llama3":
         keys |= {
@@ -176,7 +177,8 @@ def _rope(config: Json) -> dict[str, Any]:
         raise ModelError(f"rotary scaling {kind!r} (only default, linear, llama3)")
     if missing := keys.keys() - given.keys():
         raise ModelError(f"rotary scaling {kind!r} without {', '.join(sorted(missing))}")
-    return {"rope_base": int(base), "rope_scaling": {ours: given[theirs] for theirs, ours in keys.items()}}
+    scaling = RopeScaling(**{ours: given[theirs] for theirs, ours in keys.items()})
+    return {"rope_base": int(base), "rope_scaling": scaling}
 
 
 _FULL_ATTENTION = {"use_sliding_window": (False,), "pretraining_tp": (1,)}

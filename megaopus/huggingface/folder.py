@@ -100,8 +100,8 @@ def _files(folder: Path) -> list[Path]:
         return [folder / WHOLE]
     if pickled := sorted(path.name for pattern in PICKLED for path in folder.glob(pattern)):
         raise ModelError(
-            f"{folder}: weights are pickled ({pickled[0]}), and reading a pickle runs what it holds: load them where you"
-            " trust them, and save_pretrained(FOLDER) writes safetensors"
+            f"{folder}: weights are pickled ({pickled[0]}), and reading a pickle runs what it holds: load them where"
+            " you trust them, and save_pretrained(FOLDER) writes safetensors"
         )
     raise ModelError(f"{folder}: neither {WHOLE} nor {INDEX} is there")
 

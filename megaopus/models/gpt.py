@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ from megaopus.distributed.shards import is_split, part_of, whole_of
 from megaopus.models.config import ModelConfig
 from megaopus.models.flops import padded_vocab
 
+Start = Callable[[str, nn.Parameter], Tensor]
+"""(name in the whole model, parameter) -> this rank's part of the weights to begin with, in their own precision."""
 _ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -236,6 +238,14 @@ def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> 
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         full = torch.randn(shape, generator=generator) * std
         parameter.copy_(part_of(full, parameter, mesh.tp_rank, mesh.shape.tp))
+
+
+@torch.no_grad()
+def start_from(module: nn.Module, start: Start) -> None:
+    """Copy to each parameter of a rank what ``start`` has for it."""
+    parameters = dict(module.named_parameters())
+    for local, name in canonical_names(module):
+        parameters[local].copy_(start(name, parameters[local]))
 
 
 def full_parameters(module: nn.Module, mesh: Mesh, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -101,6 +101,19 @@ class MixedPrecisionOptimizer:
             return {name: whole[p] for name, p in self._module.named_parameters()}
         return {name: p.main_param for name, p in self._module.named_parameters()}  # type: ignore[attr-defined]
 
+    @torch.no_grad()
+    def set_main_weights(self, names: Mapping[str, str], start: Callable[[str, nn.Parameter], Tensor]) -> None:
+        """Set the fp32 weights under bf16 to what ``start`` has, before it was rounded.
+
+        ``names``: local name -> the parameter's name in the whole model, by which ``start`` is asked.
+        """
+        for local, parameter in self._module.named_parameters():
+            part = start(names[local], parameter)
+            if self._sharded:
+                self.chained.chained_optimizers[0].set_main_weight(parameter, part)
+            else:
+                parameter.main_param.copy_(part)  # type: ignore[attr-defined]
+
     def _gathered_states(self) -> list[ParameterState]:
         wrapped = self.chained.chained_optimizers[0]
         steps = wrapped.steps()

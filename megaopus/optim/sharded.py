@@ -90,6 +90,13 @@ class ShardedAdamW(DistributedOptimizer):
                     values[parameter] = part.view(parameter.shape).clone()
         return values
 
+    def set_main_weight(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Set this rank's piece of a parameter's fp32 weights, if it has one."""
+        for _, _, pieces in self._buckets():
+            if (ranges := pieces.get(parameter)) is not None:
+                piece = whole.reshape(-1)[ranges["param"].start : ranges["param"].end]
+                self._get_main_param_and_optimizer_states(parameter)[MAIN].copy_(piece)
+
     def _buckets(self) -> Iterator[tuple[Any, int, dict[nn.Parameter, dict[str, Any]]]]:
         """(buffer, bucket's number, parameter -> ranges of the piece of it that this rank owns)."""
         for buffer, by_dtype in zip(self.buffers, self.gbuf_ranges, strict=True):

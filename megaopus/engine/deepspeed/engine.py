@@ -29,7 +29,7 @@ from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer, norm_limit
 from megaopus.engine.gpt_forward import token_losses
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
-from megaopus.models.gpt import build_gpt, initialize, transformer_config
+from megaopus.models.gpt import build_gpt, transformer_config
 from megaopus.optim.build import torch_optimizers
 from megaopus.optim.config import OptimConfig
 from megaopus.selection.backend import Candidates, Gradient
@@ -62,7 +62,7 @@ class DeepSpeedEngine(Engine):
             self.module = build_gpt(model, config, mesh, **size)
             if self.bf16:
                 self.module.bfloat16()
-            initialize(self.module, model, mesh, self._seed)
+            self._fill(model)
         _sum_partial_gradients(self.module, mesh)
         spec = optim.spec()
         make = partial(spec.make, cls=over_flat_parts(spec.by_matrix)) if spec.by_matrix is not None else None

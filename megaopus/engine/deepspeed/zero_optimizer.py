@@ -8,7 +8,7 @@ parts; stage 3 cuts each parameter. ``ZeroOptimizer`` hides the difference. "Who
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +94,14 @@ class ZeroOptimizer:
         if self.sharded or self._bf16:
             return {name: self.whole(name) for name in self._parameters}
         return dict(self._parameters)
+
+    @torch.no_grad()
+    def set_main_weights(self, names: Mapping[str, str], start: Callable[[str, nn.Parameter], Tensor]) -> None:
+        """As ``MixedPrecisionOptimizer.set_main_weights``."""
+        for name, parameter in self._parameters.items():
+            fragment = self.fragments[name]
+            piece = fragment.cut(start(names[name], parameter))
+            fragment.flat.narrow(0, fragment.offset, fragment.numel).copy_(piece)
 
     def states(self) -> list[ParameterState]:
         """Each parameter's group, step and, whole, what the update operator needs; collective."""

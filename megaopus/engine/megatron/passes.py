@@ -16,7 +16,7 @@ from megaopus.engine.base import Engine
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.gpt_forward import SampledLabels, token_losses
 from megaopus.models.config import ModelConfig
-from megaopus.models.gpt import build_gpt, initialize, transformer_config
+from megaopus.models.gpt import build_gpt, transformer_config
 from megaopus.optim.build import MixedPrecisionOptimizer
 from megaopus.optim.config import OptimConfig
 from megaopus.selection.backend import Candidates
@@ -50,7 +50,7 @@ class MegatronPasses(Engine):
             self.module = self.chunks[0] if len(self.chunks) == 1 else nn.ModuleList(self.chunks)
             if self.bf16:
                 self.module.bfloat16()  # megatron leaves the position table in fp32
-            initialize(self.module, model, mesh, self._seed)
+            self._fill(model)
             sharded = parallel.distributed_optimizer
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=sharded
