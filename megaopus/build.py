@@ -27,8 +27,11 @@ from megaopus.engine.registry import ENGINES
 from megaopus.engine.work_timer import WorkTimer
 from megaopus.errors import CheckpointError, MegaopusError
 from megaopus.fs import free_bytes
+from megaopus.huggingface.start import FolderWeights
+from megaopus.huggingface.tokenizer import check_tokenizer
 from megaopus.meters import rank_memory, step_meters
 from megaopus.models.flops import count_parameters
+from megaopus.models.gpt import Start
 from megaopus.planning.disk import disk_use
 from megaopus.planning.estimate import start_line
 from megaopus.record.console import Console
@@ -98,7 +101,8 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
         return 0
     vocab_size = _vocab_size(config)
     tight = on_rank_0(mesh, lambda: _check_room(config, vocab_size, identity["precision"], checkpoint))
-    trainer = build_trainer(config, mesh, data, stop, timers)
+    start = None if checkpoint is not None or config.init.path is None else start_weights(config, mesh, data)
+    trainer = build_trainer(config, mesh, data, stop, timers, start)
     if decay is not None:
         trainer.config["selection"]["proxy_ema"] = decay
     if checkpoint is not None:
@@ -211,13 +215,21 @@ def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint 
 
 
 def build_trainer(
-    config: RunConfig, mesh: Mesh, data: RunData, stop: StopSignal, timers: Timers | None = None
+    config: RunConfig,
+    mesh: Mesh,
+    data: RunData,
+    stop: StopSignal,
+    timers: Timers | None = None,
+    start: Start | None = None,
 ) -> Trainer:
-    """Build engine, selector and trainer of this rank over the opened ``data``; writes no more than text features."""
+    """Build engine, selector and trainer of this rank over the opened ``data``; writes no more than text features.
+
+    ``start``: the weights to begin with; None: they are drawn.
+    """
     timers = timers or Timers()
     most_bytes = config.data.read_ahead_mb << 20
     reader = TokenReader(partial(timers, "data"), pin=mesh.device.type == "cuda", most_bytes=most_bytes)
-    engine = build_engine(config, mesh, data.pool.corpus.vocab_size)
+    engine = build_engine(config, mesh, data.pool.corpus.vocab_size, start)
     identity = _identity(config, data, bf16=engine.bf16)
     use = disk_use(config, config.model.vocab_size or data.pool.corpus.vocab_size, identity["precision"])
     engine.work = WorkTimer(mesh.on_cpu, timers.clock, partial(timers.seconds, "data"))
@@ -258,8 +270,15 @@ def build_trainer(
     )
 
 
-def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> Engine:
-    """Build the engine of this rank; ``vocab_size`` is the tokenizer's."""
+def start_weights(config: RunConfig, mesh: Mesh, data: RunData) -> Start:
+    """Open the weights of ``init.path``. Raises ModelError if they are not of this model, or of other tokens."""
+    assert config.init.path is not None
+    check_tokenizer(Path(config.init.path), data.pool.corpus)
+    return FolderWeights(config.init.path, config.model, mesh)
+
+
+def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int, start: Start | None = None) -> Engine:
+    """Build the engine of this rank; ``vocab_size`` is the tokenizer's, ``start`` as for ``build_trainer``."""
     return config.engine.spec().load_class()(
         mesh,
         model=config.model,
@@ -271,6 +290,7 @@ def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> Engine:
         micro_batch_size=config.train.micro_batch_size,
         total_steps=config.train.steps,
         seed=config.seed,
+        start=start,
     )
 
 
@@ -293,7 +313,7 @@ def _identity(config: RunConfig, data: RunData, *, bf16: bool) -> dict[str, Any]
         "corpus": data.pool.corpus.fingerprint,
         "seq_len": config.data.seq_len,
         "seed": config.seed,
-        "model": asdict(config.model),
+        "model": {key: value for key, value in asdict(config.model).items() if key != "hf"},
         "precision": "bf16" if bf16 else "fp32",
         "optimizer": config.optim.name,
         "global_batch_size": config.train.global_batch_size,

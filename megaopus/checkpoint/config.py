@@ -21,6 +21,19 @@ def _steps_or_time(value: int | str) -> str | None:
 
 
 @dataclass(slots=True, kw_only=True)
+class InitConfig:
+    """Says at which weights a new run begins; a resumed run goes on at its own."""
+
+    RESUME: ClassVar[str] = HARMLESS
+
+    path: str | None = setting(
+        None,
+        schemes=(),
+        doc="A Hugging Face model folder, whose weights the run begins with, at step 0; null: weights are drawn.",
+    )
+
+
+@dataclass(slots=True, kw_only=True)
 class CheckpointConfig:
     """Checkpoints under `run_dir/checkpoints`; one is always written at the end, on a signal to stop and on Ctrl-C."""
 

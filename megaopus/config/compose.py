@@ -9,6 +9,7 @@ from typing import Any
 
 from megaopus.config.aliases import CONVERTED, current_override, with_old_names, without_presets
 from megaopus.config.length import set_steps
+from megaopus.config.model_shape import set_shape
 from megaopus.config.parse import Issues, typed
 from megaopus.config.run_config import SETTINGS, RunConfig, flat, settings_under
 from megaopus.config.validation import validate
@@ -68,6 +69,7 @@ def _composed(overrides: list[str], config_dir: Path | None, issues: Issues) -> 
     for problem in problems:
         chosen = ("optim.name", "engine.name", "selection.estimator", "selection.method", "selection.sampler")
         issues.add(problem.key, problem.value, problem.reason, problem.remedy, chosen)  # may be what it registers
+    set_shape(config, issues.add)
     set_steps(config, issues.add)
     return config
 

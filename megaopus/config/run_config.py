@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from megaopus.checkpoint.config import CheckpointConfig
+from megaopus.checkpoint.config import CheckpointConfig, InitConfig
 from megaopus.data.config import DataConfig
 from megaopus.data.needs import DataNeeds
 from megaopus.distributed.config import ParallelConfig
@@ -47,6 +47,7 @@ class RunConfig:
         "sources (docs/plugins.md).",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

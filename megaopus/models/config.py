@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from megaopus.settings import FIXED, setting
+from megaopus.settings import FIXED, HARMLESS, setting
 
 POSITIONS = ("learned", "rope", "none")
 NORMS = ("layernorm", "rmsnorm", "rmsnorm_plus_1")
@@ -55,6 +55,15 @@ class ModelConfig:
 
     RESUME: ClassVar[str] = FIXED
 
+    hf: str | None = setting(
+        None,
+        resume=HARMLESS,
+        schemes=(),
+        check=lambda value: None if value else "names no folder",
+        doc="A Hugging Face model folder, of whose config.json all below are taken but `dropout` and `init_std`; its"
+        " weights are those of `init.path`.",
+        hint="model=hf model.hf=FOLDER takes the shape of FOLDER/config.json",
+    )
     num_layers: int = setting(4, min=1, doc="Transformer blocks.", hint=_SHAPE)
     hidden_size: int = setting(128, min=1, doc="Width of the residual stream.", hint=_SHAPE)
     num_heads: int = setting(4, min=1, doc="Attention heads of a block.", hint=_SHAPE)
