@@ -27,6 +27,7 @@ from megaopus.engine.registry import ENGINES
 from megaopus.engine.work_timer import WorkTimer
 from megaopus.errors import CheckpointError, MegaopusError
 from megaopus.fs import free_bytes
+from megaopus.huggingface.side_files import FOLDER, copy_side_files
 from megaopus.huggingface.start import FolderWeights
 from megaopus.huggingface.tokenizer import check_tokenizer
 from megaopus.meters import rank_memory, step_meters
@@ -198,6 +199,8 @@ def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint 
             set_aside(folder)
     else:  # the rows that are there are of a run whose checkpoints are gone
         old_record = set_record_aside(run_dir, RECORD)
+    if checkpoint is None and config.init.path is not None:
+        copy_side_files(Path(config.init.path), run_dir / FOLDER)
     write_run_folder(
         run_dir,
         to_yaml(config),

@@ -6,7 +6,7 @@ Read as JSON, without transformers; defaults, which files may leave out, are tho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megaopus.errors import ModelError
@@ -32,6 +32,8 @@ class Family:
     """As ``architectures`` in config.json names the class."""
     settings: Callable[[Json], dict[str, Any]]
     """config.json -> our model settings."""
+    written: Callable[[ModelConfig], dict[str, Any]]
+    """Our model settings, every one of them given -> config.json without architecture and numbers of tokens."""
     only: Mapping[str, tuple[Any, ...]]
     """Key -> the values that our model can express; the first is transformers' default where the file has none."""
     fused: bool = False
@@ -71,6 +73,39 @@ def _refusals(family: Family, config: Json) -> Iterator[str]:
         yield f"layer_types has {', '.join(sorted(wrong))} (only {expected})"
 
 
+def family_for(model: ModelConfig) -> Family:
+    """Find the family whose config.json says all that ``model`` is. Raises ModelError if there is none."""
+    wanted = normal(model)
+    tried = []
+    for family in FAMILIES.values():
+        try:
+            found = normal(model_config({**family.written(wanted), "architectures": [family.architecture]}))
+        except (ModelError, KeyError):
+            continue
+        if found == wanted:
+            return family
+        differing = [each.name for each in fields(found) if getattr(found, each.name) != getattr(wanted, each.name)]
+        tried.append((len(differing), family.architecture, differing))
+    nearest = min(tried)
+    named = ", ".join(f"{name}={getattr(wanted, name)!r}" for name in nearest[2])
+    raise ModelError(f"no Hugging Face model is known that has {named}; the nearest is {nearest[1]}")
+
+
+def normal(model: ModelConfig) -> ModelConfig:
+    """The same model with what is derived put in, and without what training alone depends on."""
+    return replace(
+        model,
+        hf=None,
+        dropout=0.0,
+        init_std=ModelConfig().init_std,
+        num_kv_heads=model.derived_kv_heads(),
+        head_dim=model.derived_head_dim(),
+        ffn_hidden_size=model.derived_ffn(),
+        qkv_bias=model.derived_qkv_bias(),
+        max_positions=model.max_positions if model.position == "learned" else None,
+    )
+
+
 # -- families ----------------------------------------------------------------------------------------------------------
 
 
@@ -89,6 +124,59 @@ def _gpt2(config: Json) -> dict[str, Any]:
         "bias": True,
         "tied": config.get("tie_word_embeddings", True),
     }
+
+
+def _gpt2_json(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "n_layer": model.num_layers,
+        "n_embd": model.hidden_size,
+        "n_head": model.num_heads,
+        "n_inner": model.ffn_hidden_size,
+        "n_positions": model.max_positions,
+        "n_ctx": model.max_positions,
+        "vocab_size": model.vocab_size,
+        "layer_norm_epsilon": model.norm_epsilon,
+        "activation_function": {"gelu": "gelu", "gelu_tanh": "gelu_new"}[model.activation],
+        "tie_word_embeddings": model.tied,
+    }
+
+
+def _llama_json(model: ModelConfig, kind: str = "llama", activation: str = "silu", **more: Any) -> dict[str, Any]:
+    scaling = {"rope_type": "default"} if model.rope_scaling.factor is None else _scaling_json(model.rope_scaling)
+    return {
+        "model_type": kind,
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "intermediate_size": model.ffn_hidden_size,
+        "vocab_size": model.vocab_size,
+        "rms_norm_eps": model.norm_epsilon,
+        "hidden_act": activation,
+        "tie_word_embeddings": model.tied,
+        # the old place and the new one
+        "rope_theta": float(model.rope_base),
+        "rope_parameters": {"rope_theta": float(model.rope_base), **scaling},
+        **({} if model.rope_scaling.factor is None else {"rope_scaling": scaling}),
+        **more,
+    }
+
+
+def _scaling_json(scaling: RopeScaling) -> dict[str, Any]:
+    if scaling.low_freq_factor is None:
+        return {"rope_type": "linear", "factor": scaling.factor}
+    found = {theirs: getattr(scaling, ours) for theirs, ours in _LLAMA_3.items()}
+    return {"rope_type": "llama3", "factor": scaling.factor, **found}
+
+
+_LLAMA_3 = {
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_positions",
+}
+"""Their names of Llama 3.1's numbers -> ours."""
 
 
 def _llama(
@@ -140,6 +228,22 @@ def _gemma(config: Json) -> dict[str, Any]:
     return {**found, "norm": "rmsnorm_plus_1", "embedding_scale": found["hidden_size"] ** 0.5}
 
 
+def _mistral_json(model: ModelConfig) -> dict[str, Any]:
+    return _llama_json(model, "mistral", sliding_window=model.window)
+
+
+def _qwen2_json(model: ModelConfig) -> dict[str, Any]:
+    return _llama_json(model, "qwen2")
+
+
+def _qwen3_json(model: ModelConfig) -> dict[str, Any]:
+    return _llama_json(model, "qwen3", attention_bias=False)
+
+
+def _gemma_json(model: ModelConfig) -> dict[str, Any]:
+    return _llama_json(model, "gemma", "gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh")
+
+
 def _required(config: Json, key: str) -> Any:
     if key not in config:
         raise ModelError(f"config.json has no {key}")
@@ -168,11 +272,7 @@ def _rope(config: Json) -> dict[str, Any]:
         return {"rope_base": int(base), "rope_scaling": RopeScaling()}
     keys = {"factor": "factor"}
     if kind == "llama3":
-        keys |= {
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_position_embeddings": "original_max_positions",
-        }
+        keys |= _LLAMA_3
     elif kind != "linear":
         raise ModelError(f"rotary scaling {kind!r} (only default, linear, llama3)")
     if missing := keys.keys() - given.keys():
@@ -189,6 +289,7 @@ FAMILIES: Mapping[str, Family] = {
         Family(
             architecture="GPT2LMHeadModel",
             settings=_gpt2,
+            written=_gpt2_json,
             only={
                 "scale_attn_weights": (True,),
                 "scale_attn_by_inverse_layer_idx": (False,),
@@ -199,11 +300,14 @@ FAMILIES: Mapping[str, Family] = {
         Family(
             architecture="LlamaForCausalLM",
             settings=_llama,
+            written=_llama_json,
             only={**_NO_BIAS, "mlp_bias": (False,), "pretraining_tp": (1,)},
         ),
-        Family(architecture="MistralForCausalLM", settings=_mistral, only={}),
-        Family(architecture="Qwen2ForCausalLM", settings=_qwen2, only=_FULL_ATTENTION),
-        Family(architecture="Qwen3ForCausalLM", settings=_qwen3, only={**_NO_BIAS, **_FULL_ATTENTION}),
-        Family(architecture="GemmaForCausalLM", settings=_gemma, only=_NO_BIAS),
+        Family(architecture="MistralForCausalLM", settings=_mistral, written=_mistral_json, only={}),
+        Family(architecture="Qwen2ForCausalLM", settings=_qwen2, written=_qwen2_json, only=_FULL_ATTENTION),
+        Family(
+            architecture="Qwen3ForCausalLM", settings=_qwen3, written=_qwen3_json, only={**_NO_BIAS, **_FULL_ATTENTION}
+        ),
+        Family(architecture="GemmaForCausalLM", settings=_gemma, written=_gemma_json, only=_NO_BIAS),
     )
 }
