@@ -27,9 +27,7 @@ from megaopus.engine.registry import ENGINES
 from megaopus.engine.work_timer import WorkTimer
 from megaopus.errors import CheckpointError, MegaopusError
 from megaopus.fs import free_bytes
-from megaopus.huggingface.side_files import FOLDER, copy_side_files
-from megaopus.huggingface.start import FolderWeights
-from megaopus.huggingface.tokenizer import check_tokenizer
+from megaopus.huggingface.side_files import FOLDER, copy_side_files, side_folder
 from megaopus.meters import rank_memory, step_meters
 from megaopus.models.flops import count_parameters
 from megaopus.models.gpt import Start
@@ -42,6 +40,7 @@ from megaopus.run_folder import run_lock, set_record_aside, write_run_folder
 from megaopus.selection import Selector
 from megaopus.selection.decide import PICKING
 from megaopus.selection.methods.registry import UNIFORM
+from megaopus.start import start_weights
 from megaopus.training.memory import out_of_memory_explained
 from megaopus.training.signals import STOP_EXIT_CODE, StopSignal
 from megaopus.training.spike_guard import SpikeGuard
@@ -102,7 +101,8 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
         return 0
     vocab_size = _vocab_size(config)
     tight = on_rank_0(mesh, lambda: _check_room(config, vocab_size, identity["precision"], checkpoint))
-    start = None if checkpoint is not None or config.init.path is None else start_weights(config, mesh, data)
+    begins = checkpoint is None and config.init.path is not None
+    start = start_weights(config, mesh, data.pool.corpus) if begins else None
     trainer = build_trainer(config, mesh, data, stop, timers, start)
     if decay is not None:
         trainer.config["selection"]["proxy_ema"] = decay
@@ -124,6 +124,8 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
             monitor.note(f"{run_dir} has no checkpoint of its own: the record that lay there is now in {old_record}")
         for line in [*_resumed(checkpoint, changed), *filter(None, [told]), *tight]:
             monitor.note(line)
+        if begins:
+            monitor.note(f"begins with the weights of {config.init.path}")
         monitor.note(start_line(config, mesh.shape, mesh.device.type, identity["precision"], data.summary()))
         reason = trainer.run(monitor)
     except BaseException:
@@ -200,7 +202,7 @@ def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint 
     else:  # the rows that are there are of a run whose checkpoints are gone
         old_record = set_record_aside(run_dir, RECORD)
     if checkpoint is None and config.init.path is not None:
-        copy_side_files(Path(config.init.path), run_dir / FOLDER)
+        copy_side_files(side_folder(Path(config.init.path)), run_dir / FOLDER)
     write_run_folder(
         run_dir,
         to_yaml(config),
@@ -271,13 +273,6 @@ def build_trainer(
         eval_every=config.train.eval_every,
         profiler=StepProfiler(config.logging.profile_steps, Path(config.run_dir), mesh.rank),
     )
-
-
-def start_weights(config: RunConfig, mesh: Mesh, data: RunData) -> Start:
-    """Open the weights of ``init.path``. Raises ModelError if they are not of this model, or of other tokens."""
-    assert config.init.path is not None
-    check_tokenizer(Path(config.init.path), data.pool.corpus)
-    return FolderWeights(config.init.path, config.model, mesh)
 
 
 def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int, start: Start | None = None) -> Engine:

@@ -16,16 +16,15 @@ from megaopus.checkpoint.manifest import read_manifest
 from megaopus.config.parse import restored
 from megaopus.config.run_config import RunConfig
 from megaopus.data.corpus import TOKENIZER, Corpus
-from megaopus.errors import CheckpointError, DataError, ModelError
+from megaopus.errors import DataError, ModelError
 from megaopus.huggingface.families import Family, family_for, model_config, normal
 from megaopus.huggingface.folder import CONFIG, read_config
 from megaopus.huggingface.side_files import FOLDER, copy_side_files
 from megaopus.huggingface.tensors import Recipe, recipes
 from megaopus.huggingface.written import DTYPES, Planned, write_json, write_tensors
 from megaopus.models.config import ModelConfig
+from megaopus.start import WEIGHTS, open_weights
 
-WEIGHTS = "weights"
-"""The folder of a checkpoint with its weights."""
 GENERATION = "generation_config.json"
 
 
@@ -69,7 +68,7 @@ def export(
             copy_side_files(beside, partial)
         _describe(partial, family, model, config, corpus, dtype)
         made = recipes(model, model.vocab_size or 0, fused=family.fused)
-        names, count = _weights(partial, made, _open(folder / WEIGHTS, config), dtype, most_bytes, advance)
+        names, count = _weights(partial, made, open_weights(folder / WEIGHTS, config), dtype, most_bytes, advance)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -96,19 +95,6 @@ def _model(config: RunConfig, corpus: Corpus | None) -> ModelConfig:
     return normal(
         replace(config.model, vocab_size=size, max_positions=config.model.max_positions or config.data.seq_len)
     )
-
-
-def _open(folder: Path, config: RunConfig) -> Callable[[str], Tensor]:
-    """Return what reads whole weights by name out of a checkpoint, of whichever engine wrote it."""
-    if config.engine.name == "deepspeed":
-        from megaopus.engine.deepspeed.weights import CheckpointWeights as ZeroWeights
-
-        return ZeroWeights(folder, config.model.gated)
-    if config.engine.name != "megatron":
-        raise CheckpointError(f"{folder}: weights of engine {config.engine.name!r} cannot be read here")
-    from megaopus.engine.megatron.weights import CheckpointWeights
-
-    return CheckpointWeights(folder)
 
 
 def _describe(

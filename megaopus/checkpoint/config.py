@@ -29,7 +29,8 @@ class InitConfig:
     path: str | None = setting(
         None,
         schemes=(),
-        doc="A Hugging Face model folder, whose weights the run begins with, at step 0; null: weights are drawn.",
+        doc="Whose weights the run begins with, at step 0: a Hugging Face model folder, a run or checkpoint of ours, or"
+        " a Megatron-LM checkpoint (torch_dist); null: they are drawn. To go on with a run is `resume`.",
     )
 
 

@@ -24,13 +24,14 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.gpt_forward import token_losses
 from megaopus.engine.megatron.scoring import MegatronScoringBackend
-from megaopus.errors import CheckpointError, DataError
+from megaopus.errors import CheckpointError
 from megaopus.plugins import notes_on_missing
 from megaopus.score.base import Begin
 from megaopus.score.hub import FIRST, MEAN
 from megaopus.selection import directional_utilities, exact_utilities
 from megaopus.selection.backend import Candidates, Gradient, UpdateOperator
 from megaopus.selection.config import PASS_TOKENS
+from megaopus.start import check_same_tokenizer
 
 PROXY_SEQUENCES = 64
 
@@ -128,7 +129,7 @@ class _OfCheckpoint(ABC):
         state = read_state(folder)
         self._corpus, self._first_only = corpus, windows == FIRST
         self.config, self._folder, self._step = _one_process(state, folder, device), folder, state["step"]
-        _same_tokenizer(corpus, state, self.config)
+        check_same_tokenizer(corpus, state, self.config)
         self.about: dict[str, Any] = {
             "checkpoint": str(folder),
             "step": self._step,
@@ -264,21 +265,3 @@ def _one_process(state: dict[str, Any], folder: Path, device: str) -> RunConfig:
     config.engine = replace(config.engine, device=device)
     config.model = replace(config.model, dropout=0.0)
     return config
-
-
-def _same_tokenizer(corpus: Corpus, state: dict[str, Any], config: RunConfig) -> None:
-    """Raise unless ``corpus`` has the tokenizer of the corpus that the checkpoint was trained on."""
-    if state["identity"].get("corpus") == corpus.fingerprint:
-        return
-    try:
-        trained_on = Corpus.open(config.data.path)
-    except DataError as error:
-        raise DataError(
-            f"{corpus.path}: not the corpus that the checkpoint was trained on, and whether it has the same tokenizer"
-            f" cannot be told without that ({error})"
-        ) from error
-    if trained_on.tokenizer_sha256 != corpus.tokenizer_sha256:
-        raise DataError(
-            f"{corpus.path}: another tokenizer than that of {trained_on.path}, which the checkpoint was trained on;"
-            f" prepare it with --tokenizer {trained_on.path / 'tokenizer.json'}"
-        )

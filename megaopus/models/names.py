@@ -1,0 +1,54 @@
+"""Names every weight of a model, with its shape, from the settings alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megaopus.models.config import ModelConfig
+from megaopus.models.flops import padded_vocab
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def whole_shapes(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, tuple[int, ...]]:
+    """Name in the whole model -> shape of the whole weight.
+
+    ``vocab_size`` is the true one, which is padded here; ``seq_len`` is the length of the learned position table where
+    ``model.max_positions`` is null.
+    """
+    hidden, table = model.hidden_size, padded_vocab(vocab_size)
+    found: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (table, hidden)}
+    if model.position == "learned":
+        found["embedding.position_embeddings.weight"] = (model.max_positions or seq_len, hidden)
+    for layer in range(model.num_layers):
+        found |= {f"decoder.layers.{layer}.{name}": shape for name, shape in _layer(model)}
+    found |= dict(_norm("decoder.final_layernorm", model))
+    if not model.tied:
+        found["output_layer.weight"] = (table, hidden)
+    return found
+
+
+def _layer(model: ModelConfig) -> Shapes:
+    hidden, ffn, size = model.hidden_size, model.derived_ffn(), model.derived_head_dim()
+    query, key_value = model.num_heads * size, model.derived_kv_heads() * size
+    yield from _norm("input_layernorm", model)
+    yield from _linear("self_attention.linear_qkv", query + 2 * key_value, hidden, model.derived_qkv_bias())
+    yield from _linear("self_attention.linear_proj", hidden, query, model.bias)
+    if model.qk_norm:
+        for name in ("q", "k"):
+            yield from _norm(f"self_attention.{name}_layernorm", model, size)
+    yield from _norm("pre_mlp_layernorm", model)
+    yield from _linear("mlp.linear_fc1", ffn * (2 if model.gated else 1), hidden, model.bias)
+    yield from _linear("mlp.linear_fc2", hidden, ffn, model.bias)
+
+
+def _norm(name: str, model: ModelConfig, size: int | None = None) -> Shapes:
+    yield f"{name}.weight", (size or model.hidden_size,)
+    if model.norm == "layernorm":
+        yield f"{name}.bias", (size or model.hidden_size,)
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
+    yield f"{name}.weight", (rows, columns)
+    if bias:
+        yield f"{name}.bias", (rows,)
