@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from megaopus.checkpoint.checkpointer import Checkpointer
+from megaopus.config.run_config import RunConfig
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
+from megaopus.export import export
 from megaopus.huggingface.families import model_config
-from megaopus.huggingface.folder import ModelFolder
+from megaopus.huggingface.folder import ModelFolder, read_config
+from megaopus.huggingface.side_files import FOLDER, copy_side_files
 from megaopus.huggingface.start import FolderWeights
+from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 from tests.harness import TokenCandidates
 from tests.pool import Jobs, Pool
 
-VOCAB, LENGTH, SEQUENCES = 300, 32, 4
+VOCAB, LENGTH, SEQUENCES = 320, 32, 4
+"""The vocabulary of the small corpus, whose tokenizer the models have: 64 rows of ours are padding."""
 _LLAMA: Mapping[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -65,6 +74,10 @@ LAYOUTS: Mapping[str, tuple[int, ParallelConfig, EngineConfig]] = {
     "zero3-dp2": (2, ParallelConfig(), ZERO_3),
 }
 
+STORED = ("one", "pp2-vpp2", "tp2-pp2", "zero3-dp2")
+"""Layouts whose checkpoints are exported."""
+TRAINED = "qwen2"
+
 
 def make(family: str, folder: Path) -> Any:
     """Save a random model of a family; every vector random too, for a norm of ones would hide that it is missing."""
@@ -79,7 +92,7 @@ def make(family: str, folder: Path) -> Any:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.mul_(4)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="60KB")
     return model.eval()
 
 
@@ -88,19 +101,46 @@ def texts() -> TokenCandidates:
     return TokenCandidates(tokens, torch.arange(SEQUENCES))
 
 
-def losses(layout: str, folders: Mapping[str, Path]) -> dict[str, torch.Tensor]:
-    """Family -> mean token loss of each sequence."""
+def losses(layout: str, folders: Mapping[str, Path], runs: Path) -> dict[str, torch.Tensor]:
+    """Family -> mean token loss of each sequence; where a checkpoint is asked for, "trained" too: after five updates.
+
+    The checkpoints are in ``runs`` / layout / family, of step 0 and, of one family, 5.
+    """
     _, parallel, engine = LAYOUTS[layout]
-    mesh = Mesh(parallel, "cpu")
+    mesh, found = Mesh(parallel, "cpu"), {}
     try:
-        return {family: started(folder, mesh, parallel, engine).evaluate(texts()) for family, folder in folders.items()}
+        for family, folder in folders.items():
+            built = started(folder, mesh, parallel, engine)
+            found[family] = built.evaluate(texts())
+            if layout in STORED:
+                save(built, folder, runs / layout / family, parallel, engine)
+            if layout in STORED and family == TRAINED:
+                for _ in range(5):
+                    built.train_step(texts())
+                found["trained"] = built.evaluate(texts())
+                save(built, folder, runs / layout / family, parallel, engine)
+        return found
     finally:
         mesh.close()
 
 
+def save(built: Any, folder: Path, run: Path, parallel: ParallelConfig, engine: EngineConfig) -> None:
+    """Write a checkpoint as a run does that began at ``folder``."""
+    config = RunConfig(run_dir=str(run), engine=engine, parallel=parallel)
+    config.model, config.data.path, config.data.seq_len = started_model(folder), "gone", LENGTH
+    state = {"time_s": 0.0, "selector": {}, "guard": {}, "identity": {"precision": "fp32"}, "config": asdict(config)}
+    if built.mesh.rank == 0:
+        copy_side_files(folder, run / FOLDER)
+    Checkpointer(config.checkpoint, run, built.mesh).save(built.step, built, {}, state)
+
+
+def started_model(folder: Path) -> ModelConfig:
+    return model_config(ModelFolder.open(folder).config)
+
+
 def started(folder: Path, mesh: Mesh, parallel: ParallelConfig, engine: EngineConfig) -> Any:
     """An engine that begins at the weights of a folder."""
-    model = model_config(ModelFolder.open(folder).config)
+    model = started_model(folder)
     return engine.spec().load_class()(
         mesh,
         model=model,
@@ -117,31 +157,41 @@ def started(folder: Path, mesh: Mesh, parallel: ParallelConfig, engine: EngineCo
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+def models(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
     """Family -> (its folder, transformers' model)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        places = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
-        return {family: (place, make(family, place)) for family, place in places.items()}
+    found = {}
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found[family] = (folder, make(family, folder))
+        shutil.copyfile(tiny_corpus / "tokenizer.json", folder / "tokenizer.json")
+    return found
+
+
+def by_transformers(model: Any) -> torch.Tensor:
+    """(n,) mean token loss of each sequence, float64."""
+    tokens = texts().tokens
+    with torch.no_grad():
+        logits = model.double()(tokens[:, :-1]).logits
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
 
 
 @pytest.fixture(scope="module")
 def theirs(models: dict[str, tuple[Path, Any]]) -> dict[str, torch.Tensor]:
-    """Family -> the losses by transformers, in float64."""
-    found, tokens = {}, texts().tokens
-    for family, (_, model) in models.items():
-        with torch.no_grad():
-            logits = model.double()(tokens[:, :-1]).logits
-        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-        found[family] = each.mean(1)
-    return found
+    return {family: by_transformers(model) for family, (_, model) in models.items()}
 
 
 @pytest.fixture(scope="module")
-def ours(models: dict[str, tuple[Path, Any]], pool: Pool) -> Jobs[str]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def ours(models: dict[str, tuple[Path, Any]], runs: Path, pool: Pool) -> Jobs[str]:
     folders = {family: folder for family, (folder, _) in models.items()}
     sizes = {layout: size for layout, (size, *_) in LAYOUTS.items()}
-    return pool.jobs(sizes, losses, folders)
+    return pool.jobs(sizes, losses, folders, runs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -149,3 +199,37 @@ def test_losses_are_those_of_transformers(layout: str, ours: Jobs[str], theirs: 
     for found in ours[layout]:
         errors = {family: float((found[family] - expected).abs().max()) for family, expected in theirs.items()}
         assert max(errors.values()) < 1e-5, errors
+
+
+def contents(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a model folder."""
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("layout", STORED)
+def test_what_was_imported_is_exported_bit_for_bit(
+    layout: str, ours: Jobs[str], runs: Path, models: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    assert ours[layout]
+    for family, (folder, _) in models.items():
+        out = tmp_path / family
+        export(runs / layout / family / "checkpoints" / "step_00000000", out, most_bytes=60_000)
+        expected, found = contents(folder), contents(out)
+        assert found.keys() == expected.keys(), family
+        for name, value in expected.items():
+            assert found[name].dtype == value.dtype, name
+            assert torch.equal(found[name], value), name
+        assert model_config(read_config(out)) == model_config(read_config(folder))
+        assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("layout", STORED)
+def test_a_trained_model_is_exported_as_it_is(layout: str, ours: Jobs[str], runs: Path, tmp_path: Path) -> None:
+    import transformers
+
+    trained = ours[layout][0]["trained"]
+    out = tmp_path / "trained"
+    export(runs / layout / TRAINED, out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(by_transformers(model), trained, rtol=0, atol=1e-5)
+    assert (trained - ours[layout][0][TRAINED]).abs().max() > 1e-3  # it did learn
