@@ -234,7 +234,9 @@ def build_trainer(
     timers = timers or Timers()
     most_bytes = config.data.read_ahead_mb << 20
     reader = TokenReader(partial(timers, "data"), pin=mesh.device.type == "cuda", most_bytes=most_bytes)
-    engine = build_engine(config, mesh, data.pool.corpus.vocab_size, start)
+    corpus = data.pool.corpus
+    end = corpus.eod_id if config.data.document_mask else None
+    engine = build_engine(config, mesh, corpus.vocab_size, start=start, document_end=end)
     identity = _identity(config, data, bf16=engine.bf16)
     use = disk_use(config, config.model.vocab_size or data.pool.corpus.vocab_size, identity["precision"])
     engine.work = WorkTimer(mesh.on_cpu, timers.clock, partial(timers.seconds, "data"))
@@ -275,8 +277,8 @@ def build_trainer(
     )
 
 
-def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int, start: Start | None = None) -> Engine:
-    """Build the engine of this rank; ``vocab_size`` is the tokenizer's, ``start`` as for ``build_trainer``."""
+def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int, **more: Any) -> Engine:
+    """Build the engine of this rank; ``vocab_size`` is the tokenizer's, ``more`` as ``Engine`` takes it."""
     return config.engine.spec().load_class()(
         mesh,
         model=config.model,
@@ -288,7 +290,7 @@ def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int, start: Start | 
         micro_batch_size=config.train.micro_batch_size,
         total_steps=config.train.steps,
         seed=config.seed,
-        start=start,
+        **more,
     )
 
 

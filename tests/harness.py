@@ -56,8 +56,9 @@ def tiny_engine(
     seq_len: int = 16,
     micro_batch_size: int | None = None,
     vocab_size: int = 128,
+    **more: Any,
 ) -> Any:
-    """A two-layer GPT on ``mesh``; the engine is the one that ``engine`` names.
+    """A two-layer GPT on ``mesh``; the engine is the one that ``engine`` names, ``more`` is for it.
 
     A micro-batch is such that the usual batch of eight is always several: two sequences, four without data parallelism.
     """
@@ -73,6 +74,7 @@ def tiny_engine(
         micro_batch_size=micro_batch_size or (2 if mesh.shape.dp > 1 else 4),
         total_steps=100,
         seed=0,
+        **more,
     )
 
 

@@ -114,6 +114,11 @@ class DataConfig:
     seq_len: int = setting(
         256, min=2, resume=FIXED, doc="Tokens per training sequence.", hint="256 suits a laptop, 1024 to 8192 a cluster"
     )
+    document_mask: bool = setting(
+        False,
+        doc="Documents that lie in one sequence do not see each other, and each begins at position 0; scoring and"
+        " validation too. false: a token sees all that is before it in its sequence.",
+    )
     target_domains: list[str] = setting(
         [], doc="Domains that training is for: proxy and headline validation loss come from them; empty: every domain."
     )

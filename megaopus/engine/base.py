@@ -63,6 +63,7 @@ class Engine(ABC):
         total_steps: int,
         seed: int,
         start: Start | None = None,
+        document_end: int | None = None,
     ):
         """Make the model and its optimizer.
 
@@ -75,6 +76,7 @@ class Engine(ABC):
             total_steps: updates of the whole run, over which the learning rate is scheduled.
             seed: of the initial weights and of dropout.
             start: the weights to begin with; None: they are drawn.
+            document_end: the token that ends a document, if those of a sequence are not to see each other.
 
         Raises:
             EngineError: the engine cannot run this model, layout or optimizer.
@@ -93,6 +95,7 @@ class Engine(ABC):
         self._dropout = model.dropout > 0
         seed_dropout(mesh, seed, 0)
         self._start = start
+        self.document_end = document_end
         self._build(model, optim, engine, parallel, vocab_size)
         if start is not None and self.bf16:
             self.optimizer.set_main_weights(dict(canonical_names(self.module)), start)

@@ -14,15 +14,16 @@ from megaopus.distributed.cpu import plain_calls
 from megaopus.distributed.mesh import Mesh
 
 
-def token_losses(model: Any, tokens: Tensor, cp: int = 1, cp_rank: int = 0) -> Tensor:
+def token_losses(model: Any, tokens: Tensor, cp: int = 1, cp_rank: int = 0, end: int | None = None) -> Tensor:
     """(B, S / cp) loss of each token of (B, S + 1) tokens: inputs are all but the last, labels all but the first.
 
     Under context parallelism those of this rank's positions. On earlier pipeline stages: the stage's activations.
+    ``end``: the token that ends a document, whose successors do not see it nor what is before; None: they do.
     """
     labels = tokens[:, 1:] if cp == 1 else tokens[:, 1:].chunk(cp, 1)[cp_rank]
-    inputs, positions = _inputs(tokens, cp, cp_rank)
+    inputs, positions, starts = _inputs(tokens, cp, cp_rank, end)
     with plain_calls():
-        return model(inputs, positions, None, labels=labels.contiguous())
+        return model(inputs, positions, starts, labels=labels.contiguous())
 
 
 class SampledLabels:
@@ -31,8 +32,8 @@ class SampledLabels:
     Each is where the cumulated probability reaches a uniform number that (seed, step, sequence, position) determine.
     """
 
-    def __init__(self, mesh: Mesh, seed: int, step: int):
-        self._mesh = mesh
+    def __init__(self, mesh: Mesh, seed: int, step: int, end: int | None = None):
+        self._mesh, self._end = mesh, end
         self._key = f"{seed}:labels:{step}"
 
     def uniforms(self, rows: Tensor, length: int) -> Tensor:
@@ -47,9 +48,9 @@ class SampledLabels:
     def losses(self, model: Any, tokens: Tensor, uniforms: Tensor) -> Tensor:
         """As ``token_losses``, of sampled labels. ``model``: as the schedule hands it over, wrapped."""
         cp, cp_rank = self._mesh.shape.cp, self._mesh.cp_rank
-        inputs, positions = _inputs(tokens, cp, cp_rank)
+        inputs, positions, starts = _inputs(tokens, cp, cp_rank, self._end)
         with plain_calls():
-            output = model(inputs, positions, None)
+            output = model(inputs, positions, starts)
         gpt = model.module
         if not gpt.post_process:
             return output
@@ -77,10 +78,23 @@ class SampledLabels:
         return labels_BS
 
 
-def _inputs(tokens: Tensor, cp: int, cp_rank: int) -> tuple[Tensor, Tensor]:
-    """(inputs, their positions) of this context-parallel rank."""
+def _inputs(tokens: Tensor, cp: int, cp_rank: int, end: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(inputs, their positions in their documents, where these start or None) of this context-parallel rank."""
     inputs = tokens[:, :-1]
     positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs)
+    starts = None
+    if end is not None:
+        starts = document_starts(inputs, end)
+        positions = positions - starts
     if cp > 1:
         inputs, positions = (x.chunk(cp, 1)[cp_rank] for x in (inputs, positions))
-    return inputs, positions
+        starts = starts if starts is None else starts.chunk(cp, 1)[cp_rank]
+    return inputs, positions, starts
+
+
+def document_starts(tokens_BS: Tensor, end: int) -> Tensor:
+    """(B, S) int64: the position at which the document of each token begins; one ends with its token ``end``."""
+    next_BS = torch.arange(1, tokens_BS.shape[1] + 1, device=tokens_BS.device).expand_as(tokens_BS)
+    begins_BS = torch.where(tokens_BS == end, next_BS, 0).roll(1, dims=1)
+    begins_BS[:, 0] = 0
+    return begins_BS.cummax(dim=1).values

@@ -6,6 +6,7 @@ Data-parallel ranks share the candidates; tensor-, context- and pipeline-paralle
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class EngineScoringBackend(ModuleBackend):
         super().__init__(
             engine.module,
             engine.optimizer.torch_optimizers,
-            sequence_losses,
+            partial(sequence_losses, end=engine.document_end),
             group=engine.mesh.dp_group if engine.mesh.shape.dp > 1 else None,
             micro_batch_size=engine.micro_batch_size,
         )
@@ -230,6 +231,6 @@ def _sum(values: Tensor, group: Any, size: int) -> Tensor:
     return total
 
 
-def sequence_losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """(B,) float64 mean token loss of each row of (B, S + 1) tokens; one whole model."""
-    return token_losses(model, tokens).double().mean(dim=1)
+def sequence_losses(model: nn.Module, tokens: Tensor, end: int | None = None) -> Tensor:
+    """(B,) float64 mean token loss of each row of (B, S + 1) tokens; one whole model; ``end`` as ``token_losses``."""
+    return token_losses(model, tokens, end=end).double().mean(dim=1)

@@ -53,12 +53,12 @@ class CausalAttention(torch.nn.Module):
         packed_seq_params: Any = None,
         **unused: Any,
     ) -> Tensor:
-        """(S, B, A*D) context."""
+        """(S, B, A*D) context. ``attention_mask``: (B, S) where each position's document starts; None: at 0."""
         seq_len, batch, num_heads = query_SBAD.shape[:3]
         if self.cp_group is not None:
             key_SBAD, value_SBAD = _gathered(key_SBAD, value_SBAD, self.cp_group)
-        mask_ST = _mask(seq_len, len(key_SBAD), self.window, query_SBAD.device)
-        if mask_ST is not None and key_SBAD.shape[2] != num_heads:  # torch's fused kernels share heads without one only
+        mask = _mask(seq_len, len(key_SBAD), self.window, attention_mask, query_SBAD.device)
+        if mask is not None and key_SBAD.shape[2] != num_heads:  # torch's fused kernels share heads without one only
             key_SBAD, value_SBAD = (x.repeat_interleave(num_heads // x.shape[2], 2) for x in (key_SBAD, value_SBAD))
         query_BASD, key_BATD, value_BATD = (x.permute(1, 2, 0, 3) for x in (query_SBAD, key_SBAD, value_SBAD))
         if query_SBAD.device.type == "cpu":
@@ -69,9 +69,9 @@ class CausalAttention(torch.nn.Module):
                 query_BASD,
                 key_BATD,
                 value_BATD,
-                attn_mask=mask_ST,
+                attn_mask=mask,
                 dropout_p=self.dropout if self.training else 0.0,
-                is_causal=mask_ST is None,
+                is_causal=mask is None,
                 scale=self.softmax_scale,
                 enable_gqa=key_SBAD.shape[2] != num_heads,
             )
@@ -93,10 +93,17 @@ def _gathered(key_SBAD: Tensor, value_SBAD: Tensor, group: dist.ProcessGroup) ->
     return key_TBAD, value_TBAD
 
 
-def _mask(seq_len: int, seen: int, window: int | None, device: torch.device) -> Tensor | None:
-    """(S, T) which of ``seen`` = T positions each of the last S sees; None: all before it, and S = T."""
+def _mask(seq_len: int, seen: int, window: int | None, starts_BS: Tensor | None, device: torch.device) -> Tensor | None:
+    """(S, T), or (B, 1, S, T) where documents start at ``starts_BS``: which positions each of the last S of T sees.
+
+    None: all before it, and S = T.
+    """
     first = seen - seq_len
-    if first == 0 and (window is None or seen <= window):
+    if first == 0 and (window is None or seen <= window) and starts_BS is None:
         return None
     mask_ST = torch.ones(seq_len, seen, dtype=torch.bool, device=device).tril_(first)
-    return mask_ST if window is None else mask_ST.triu_(first - window + 1)
+    if window is not None:
+        mask_ST = mask_ST.triu_(first - window + 1)
+    if starts_BS is None:
+        return mask_ST
+    return mask_ST & (torch.arange(seen, device=device) >= starts_BS[:, None, :, None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,13 @@ def windows_of(corpus: Corpus, documents: np.ndarray, size: int, first_only: boo
     return Windows(corpus, starts, np.minimum(size, lengths[owners] - number * size)), owners
 
 
-def window_losses(model: nn.Module, batch: Any) -> Tensor:
-    """(n,) float64 mean loss of the labels that count, of (tokens (n, T + 1), counts (n,))."""
+def window_losses(model: nn.Module, batch: Any, end: int | None = None) -> Tensor:
+    """(n,) float64 mean loss of the labels that count, of (tokens (n, T + 1), counts (n,)).
+
+    ``end`` as ``token_losses``.
+    """
     tokens, counts = batch
-    losses = token_losses(model, tokens).double()
+    losses = token_losses(model, tokens, end=end).double()
     inside = torch.arange(losses.shape[1], device=losses.device) < counts[:, None]
     return (losses * inside).sum(1) / counts
 
@@ -94,7 +98,7 @@ class WindowBackend(MegatronScoringBackend):
 
     def __init__(self, engine: Any):
         super().__init__(engine)
-        self.loss = window_losses
+        self.loss = partial(window_losses, end=engine.document_end)
 
     def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
         """(n,) float64 mean loss of each window; their own number of tokens decides how many go into a pass."""
@@ -145,7 +149,8 @@ class _OfCheckpoint(ABC):
         self._mesh = Mesh(self.config.parallel, self.config.engine.device, self.config.engine.timeout_minutes)
         if problem := verify(self._folder, self._mesh):
             raise CheckpointError(f"{problem}; restore it, or name another with --checkpoint")
-        engine = build_engine(self.config, self._mesh, self._corpus.vocab_size)
+        end = self._corpus.eod_id if self.config.data.document_mask else None
+        engine = build_engine(self.config, self._mesh, self._corpus.vocab_size, document_end=end)
         engine.load(self._folder / "weights", [])
         engine.step = self._step
         self.backend = WindowBackend(engine)

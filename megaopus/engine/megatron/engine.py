@@ -48,7 +48,7 @@ class MegatronEngine(MegatronPasses):
         with self.mesh.megatron():
             if every and self.step % every == 0:
                 self._zero_gradients()
-                sampled = SampledLabels(self.mesh, self._seed, self.step)
+                sampled = SampledLabels(self.mesh, self._seed, self.step, self.document_end)
                 self.run_local(batch, share, self.micro_batch_size, self.seq_len, forward_only=False, sampled=sampled)
                 self.optimizer.take_curvature(len(batch) * self.seq_len)
             self._zero_gradients()
