@@ -27,17 +27,20 @@ def default_config_dir() -> Path:
     raise ConfigError([Problem("configs", str(PACKAGE.parent / "configs"), reason, remedy)])
 
 
-def compose(overrides: list[str], config_dir: Path | None = None, world_size: int | None = None) -> RunConfig:
+def compose(
+    overrides: list[str], config_dir: Path | None = None, world_size: int | None = None, *, corpora: bool = True
+) -> RunConfig:
     """Compose ``run.yaml``, its groups and ``overrides`` (Hydra syntax) into typed settings.
 
     ``config_dir`` adds choices to the shipped configs; with a ``run.yaml`` of its own it comes first and may replace
-    them. With ``world_size`` the batch sizes are checked against the data-parallel ranks too.
+    them. With ``world_size`` the batch sizes are checked against the data-parallel ranks too. Without ``corpora`` those
+    that the settings name need not lie here, and nothing is checked against them.
     Raises ConfigError with every problem found: override text, unknown names, types, values, and what must hold
     between settings. A check that depends on a setting already refused is left out.
     """
     issues = Issues()
     config = _composed(overrides, config_dir, issues)
-    issues.problems += validate(config, world_size, frozenset(issues.tainted))
+    issues.problems += validate(config, world_size, frozenset(issues.tainted), corpora=corpora)
     issues.refuse()
     return config
 
