@@ -16,6 +16,7 @@ from megaopus.data.config import DataConfig
 from megaopus.errors import ConfigError, Problem
 from megaopus.fs import PACKAGE, shipped_configs
 from megaopus.plugins import import_plugins
+from megaopus.settings import problems
 
 
 def default_config_dir() -> Path:
@@ -48,10 +49,12 @@ def compose(
 def data_settings(name: str, config_dir: Path | None = None) -> DataConfig:
     """The settings of configs/data/NAME.yaml, of which ``data.path`` need not lie there yet.
 
-    Raises ConfigError if there is no such file, or for what it has that is no setting.
+    Raises ConfigError if there is no such file, or for what it has that is no setting or no value of one.
     """
     issues = Issues()
     config = _composed([f"data={name}"], config_dir, issues)
+    untouched = {"data.path", *issues.tainted}
+    issues.problems += [each for each in problems(config.data, "data.") if each.key not in untouched]
     issues.refuse()
     return config.data
 
@@ -67,8 +70,8 @@ def _composed(overrides: list[str], config_dir: Path | None, issues: Issues) -> 
     accepted = [text for text in map(current_override, overrides) if _acceptable(text, groups, issues)]
     tree = _compose_tree(folders, groups, accepted, issues)
     config = typed(tree, f"a file under {' or '.join(map(str, folders))}", issues)
-    config.plugins, problems = import_plugins(config.plugins)  # so that what they register may be named
-    for problem in problems:
+    config.plugins, failed = import_plugins(config.plugins)  # so that what they register may be named
+    for problem in failed:
         chosen = ("optim.name", "engine.name", "selection.estimator", "selection.method", "selection.sampler")
         issues.add(problem.key, problem.value, problem.reason, problem.remedy, chosen)  # may be what it registers
     set_steps(config, issues.add)

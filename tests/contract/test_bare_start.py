@@ -83,6 +83,9 @@ def test_an_address_is_refused_before_anything_runs(
         "demo --out s3://b/c",
         "report s3://b/run",
         "score --corpus s3://b/c --method dsir",
+        "prepare --demo --out c --tokenizer s3://b/t",
+        "score --corpus c --method perplexity --model s3://b/m",
+        "proxy --corpus c --items i --tokens 9 --out p --encoder s3://b/m",
     ],
 )
 def test_an_address_on_the_command_line_is_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +93,36 @@ def test_an_address_on_the_command_line_is_refused(arguments: str, capsys: pytes
         main(arguments.split())
     assert caught.value.code == 2
     assert "is an address (s3://), and only paths of this machine's file system" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source"),
+    [
+        ("prepare --out c --source", "s3://b/docs.jsonl"),
+        ("prepare --out c --source", "docs=gs://b/docs.jsonl,text=body"),
+        ("prepare --out c --source", "hf://datasets/x/y"),
+        ("proxy --corpus c --tokens 9 --out p --items", "https://host/items.jsonl"),
+    ],
+)
+def test_a_source_that_is_an_address_is_refused(
+    arguments: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments.split(), source]) == 2
+    scheme = source.split("://")[0].split("=")[-1]
+    said = f"error: source {source}: is an address ({scheme}://), and only paths of this machine's file system"
+    assert capsys.readouterr().err.startswith(said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sources_of_a_data_config_are_no_addresses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "far.yaml").write_text("prepare:\n  sources: [here, 'web=s3://b/c']\n  on_error: explode\n")
+    assert main(["prepare", "--config-dir", str(tmp_path), "--data", "far", "--out", str(tmp_path / "c")]) == 2
+    err = capsys.readouterr().err
+    assert "data.prepare.sources = ['here', 'web=s3://b/c']: web=s3://b/c is an address (s3://), and only paths" in err
+    assert "-> write hf:NAME for a data set of the hub; copy anything else here" in err
+    assert "data.prepare.on_error = 'explode': unknown choice" in err
 
 
 # -- disks -----------------------------------------------------------------------------------------------------------
