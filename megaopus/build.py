@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -29,7 +29,7 @@ from megaopus.errors import CheckpointError, MegaopusError
 from megaopus.fs import free_bytes
 from megaopus.meters import rank_memory, step_meters
 from megaopus.models.flops import count_parameters
-from megaopus.planning.disk import disk_use
+from megaopus.planning.disk import checkpoint_bytes, disk_use
 from megaopus.planning.estimate import start_line
 from megaopus.record.console import Console
 from megaopus.record.recorder import RECORD, Recorder, last_validation
@@ -63,7 +63,7 @@ def train(config: RunConfig, *, take_signals: bool = True) -> int:
         try:
             with (
                 _locked(Path(config.run_dir), mesh),
-                out_of_memory_explained(mesh.device, mesh.rank, lambda: rank_memory(config, mesh, _vocab_size(config))),
+                out_of_memory_explained(mesh.device, mesh.rank, lambda: _memory(config, mesh)),
             ):
                 return _train(config, mesh, stop, timers)
         finally:
@@ -96,14 +96,14 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
             done = f"{run_dir} is finished: {checkpoint.folder} has all {checkpoint.step} updates; nothing to do"
             Console(1, 1).note(f"{done} ('train.steps=N resume_allow=[train.steps]' goes on to N)")
         return 0
-    vocab_size = _vocab_size(config)
+    vocab_size = config.model.derived_vocab_size(data.pool.corpus.vocab_size)
     tight = on_rank_0(mesh, lambda: _check_room(config, vocab_size, identity["precision"], checkpoint))
     trainer = build_trainer(config, mesh, data, stop, timers)
     if decay is not None:
         trainer.config["selection"]["proxy_ema"] = decay
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    old_record = on_rank_0(mesh, lambda: _begin(config, run_dir, mesh, checkpoint, identity["corpus"]))
+    old_record = on_rank_0(mesh, lambda: _begin(config, run_dir, mesh, checkpoint, identity["corpus"], vocab_size))
     monitor = Recorder(
         config.logging,
         run_dir,
@@ -146,9 +146,9 @@ def _resumed(checkpoint: Checkpoint | None, changed: Sequence[Change]) -> Iterat
         yield f"settings changed since that checkpoint: {lines}"
 
 
-def _vocab_size(config: RunConfig) -> int:
-    """The model's vocabulary before padding: as set, or the tokenizer's."""
-    return config.model.vocab_size or Corpus.open(config.data.path).vocab_size
+def _memory(config: RunConfig, mesh: Mesh) -> Mapping[str, tuple[int, str]]:
+    """Estimate this rank's memory, also while nothing of the run is open yet."""
+    return rank_memory(config, mesh, config.model.derived_vocab_size(Corpus.open(config.data.path).vocab_size))
 
 
 def _allowed_changes(config: RunConfig, identity: dict[str, Any], checkpoint: Checkpoint) -> list[Change]:
@@ -186,7 +186,9 @@ def _check_room(config: RunConfig, vocab_size: int, precision: str, checkpoint: 
     return [f"WARNING {text}; {remedy}"]
 
 
-def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint | None, corpus: str) -> Path | None:
+def _begin(
+    config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint | None, corpus: str, vocab_size: int
+) -> Path | None:
     """Write, on rank 0, for the first time: nothing can be refused any more. Says where an old record was moved to."""
     old_record = None
     if checkpoint is not None and checkpoint.own:
@@ -202,7 +204,7 @@ def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint 
         first_step=0 if checkpoint is None else checkpoint.step,
         facts={
             "corpus": corpus,
-            "parameters": count_parameters(config.model, _vocab_size(config), config.data.seq_len),
+            "parameters": count_parameters(config.model, vocab_size, config.data.seq_len),
             "picking": PICKING,
         },
         packages=[spec.package for spec in ENGINES.values()],
@@ -219,7 +221,8 @@ def build_trainer(
     reader = TokenReader(partial(timers, "data"), pin=mesh.device.type == "cuda", most_bytes=most_bytes)
     engine = build_engine(config, mesh, data.pool.corpus.vocab_size)
     identity = _identity(config, data, bf16=engine.bf16)
-    use = disk_use(config, config.model.vocab_size or data.pool.corpus.vocab_size, identity["precision"])
+    vocab_size = config.model.derived_vocab_size(data.pool.corpus.vocab_size)
+    size = checkpoint_bytes(config, vocab_size, identity["precision"])
     engine.work = WorkTimer(mesh.on_cpu, timers.clock, partial(timers.seconds, "data"))
     proxy, contrast = data.proxy_batches(reader), data.contrast_batches(reader)
     selector = Selector(
@@ -237,7 +240,7 @@ def build_trainer(
         stream=data.candidates(reader),
         reader=reader,
         selector=selector,
-        checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh, size=use.checkpoint),
+        checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh, size=size),
         validation=data.evaluation_buffers(),
         wanted=data.headline_domains(),
         guard=SpikeGuard(
@@ -254,6 +257,7 @@ def build_trainer(
         total_steps=config.train.steps,
         tokens_per_step=config.train.global_batch_size * config.data.seq_len,
         eval_every=config.train.eval_every,
+        layer_grad_norm_every=config.logging.layer_grad_norm_every,
         profiler=StepProfiler(config.logging.profile_steps, Path(config.run_dir), mesh.rank),
     )
 
@@ -266,7 +270,7 @@ def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int) -> Engine:
         optim=config.optim,
         engine=config.engine,
         parallel=config.parallel,
-        vocab_size=config.model.vocab_size or vocab_size,
+        vocab_size=config.model.derived_vocab_size(vocab_size),
         seq_len=config.data.seq_len,
         micro_batch_size=config.train.micro_batch_size,
         total_steps=config.train.steps,

@@ -86,7 +86,7 @@ def show(
     if problems := validate(config, world_size):
         raise ConfigError(problems)
     data = RunData.describe(config.data, config.data_needs())
-    vocab_size = estimate.vocabulary(config, data)
+    vocab_size = config.model.derived_vocab_size(data.vocab_size)
     console.print(_two_columns("Derived", estimate.derived(config, world_size, data)))
     if data.kept is not None:
         console.print(_two_columns("Documents of the pool that the filter keeps", data.kept))

@@ -64,6 +64,10 @@ class ModelConfig:
         0.02, above=0, doc="Standard deviation of the initial weights.", hint="0.02 is GPT-2's value"
     )
 
+    def derived_vocab_size(self, of_tokenizer: int) -> int:
+        """Token ids before padding: as set, or the tokenizer's."""
+        return self.vocab_size or of_tokenizer
+
     def derived_head_dim(self) -> int:
         """Width of one attention head after the default is applied."""
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from megaopus.distributed.launcher import VARIABLES
 from megaopus.engine.registry import ENGINES
 from megaopus.errors import CheckpointError, DataError
 from megaopus.record.parquet import ChoiceSink
-from megaopus.record.sinks import JsonlSink
+from megaopus.record.sinks import METRICS_FILE, JsonlSink, read_rows
 from megaopus.training.signals import INTERRUPT_EXIT_CODE, STOP_EXIT_CODE
 from tests import forks
 from tests.exact.resume_runs import settings, snapshot, train
@@ -40,10 +41,15 @@ def start_bare(overrides: list[str]) -> int:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_starts_without_a_launcher(engine: str, tiny_corpus: Path, tmp_path: Path) -> None:
-    overrides = settings(tiny_corpus, tmp_path, "train.steps=1", f"engine.name={engine}")
+    layers = ["logging.layer_grad_norm_every=2"]
+    overrides = settings(tiny_corpus, tmp_path, "train.steps=2", f"engine.name={engine}", *layers)
     done = forks.call(start_bare, overrides)
     assert done.returncode == 0, done.stderr
     assert len(complete_checkpoints(tmp_path)) == 1
+    first, second = (row for _, _, row in read_rows(tmp_path / METRICS_FILE) if row["kind"] == "step")
+    assert {"embedding", "layers.0", "head"} < set(first["layer_grad_norms"])
+    assert math.hypot(*first["layer_grad_norms"].values()) == pytest.approx(first["grad_norm"], rel=1e-5)
+    assert second["layer_grad_norms"] is None
 
 
 # -- paths -----------------------------------------------------------------------------------------------------------
