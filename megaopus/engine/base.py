@@ -156,9 +156,12 @@ class Engine(ABC):
         dist.all_reduce(squares)
         return dict(zip(parts, squares.sqrt().tolist(), strict=True))
 
-    @abstractmethod
     def _own_gradient(self, name: str, parameter: Any) -> Tensor | None:
-        """Elements, fp32, of a parameter's reduced gradient that this one of the dp and cp ranks counts; None: none."""
+        """Elements, fp32, of a parameter's reduced gradient that this one of the dp and cp ranks counts; None: none.
+
+        Raises EngineError where the engine has no such thing.
+        """
+        raise EngineError("this engine tells no gradients by layer: leave logging.layer_grad_norm_every at 0")
 
     def refused(self, flag: bool, batch: Candidates) -> bool:
         """Return whether ``flag`` is true on some rank: the last word before an update by ``batch``, one message.

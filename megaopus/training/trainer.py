@@ -104,8 +104,8 @@ class Trainer:
             if step + 1 < self.total_steps:
                 self.reader.ahead(step + 1, partial(self._foreseen, step + 1))
             every = self.layer_grad_norm_every
-            layers = every > 0 and step % every == 0
-            result = self.engine.train_step(picked, self.guard.limit(), layer_grad_norms=layers)
+            asked = {"layer_grad_norms": True} if every > 0 and step % every == 0 else {}
+            result = self.engine.train_step(picked, self.guard.limit(), **asked)
         step_s = timers.seconds(*TIMED) - before
         timers.book(OWN_WORK, result.own_s)
         self.time_s, self.updated = self.time_s + step_s, self.updated or result.applied
