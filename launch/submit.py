@@ -209,7 +209,10 @@ def container(args: argparse.Namespace, run_dir: Path) -> tuple[list[str], list[
     if not args.container_image:
         return [], []
     folders = [os.getcwd(), str(run_dir), *([os.path.abspath(args.config_dir)] if args.config_dir else [])]
-    mounts = ",".join([*(f"{folder}:{folder}" for folder in dict.fromkeys(folders)), *args.container_mounts])
+    own = [f"{folder}:{folder}" for folder in dict.fromkeys(folders)]
+    if wrong := [mount for mount in own if not MOUNT.fullmatch(mount)]:
+        raise SubmitError(f"{wrong[0]}: no container can mount it; use a path without spaces, colons and commas")
+    mounts = ",".join([*own, *args.container_mounts])
     if args.container_runtime == "apptainer":
         nvidia = ["--nv"] if args.gpus_per_node else []
         return [], ["apptainer", "exec", *nvidia, "--bind", mounts, "--pwd", os.getcwd(), args.container_image]

@@ -255,6 +255,7 @@ RUN = "run_dir=runs/first"
         ([*BASIC, "--container-image", "--x", RUN], "expected one argument"),
         ([*BASIC, "--container-image=-x", RUN], "--container-image '-x': is no name"),
         ([*BASIC, "--container-image=i", "--container-mounts=/a", RUN], "--container-mounts '/a': write SRC:/DST"),
+        ([*BASIC, "--container-image=i", "run_dir=a:b"], "a:b: no container can mount it; use a path without"),
         ([*BASIC, "--option", "container-image=i", RUN], "--option 'container-image=i': is set by this script"),
         ([*BASIC, "--check", "--unchecked", RUN], "not allowed with argument --check"),
         ([*BASIC, RUN], "sbatch is not on the PATH"),
