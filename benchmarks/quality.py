@@ -389,9 +389,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_rows(rows, console)
     runs = [row for found in study.done().values() for row in found.values()]
     hours = sum(row["validations"][-1]["time_s"] for row in runs) / 3600
-    console.print(
-        f"{len(runs)} of {len(study.jobs)} runs, {hours:.1f} hours of training, one after another", highlight=False
-    )
+    said = f"{len(runs)} of {len(study.jobs)} runs, {hours:.1f} hours of training, one after another"
+    console.print(said, highlight=False)
     if args.plots:
         draw(study, rows, args.plots)
     if args.json:

@@ -4,8 +4,9 @@
   python launch/submit.py --nodes 2 --gpus-per-node 8 --time 24:00:00 --partition gpu -- \\
       experiment=small_opus data.path=/data/corpus run_dir=/runs/first
 
-writes RUN_DIR/submissions/NNN/job.sbatch (launch/slurm.sbatch with everything filled in) and submits it. The job saves
-and requeues itself when preempted and before its time limit. Its output goes to output.txt beside the script.
+composes the settings as megaopus train does, writes RUN_DIR/submissions/NNN/job.sbatch (launch/slurm.sbatch with
+everything filled in) and submits it. The job saves and requeues itself when preempted and before its time limit. Its
+output goes to output.txt beside the script.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 OPTION = re.compile(r"[a-z][a-z-]*(=[A-Za-z0-9_.,:;=@%/+*&|()\[\]!~-]+)?")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d{1,2}))?(?::(\d{1,2}))?")
+MOUNT = re.compile(r"[^\s:,]+:/[^\s:,]*(:[a-z+]+)?")
+LACKS = """import importlib.util as found, sys
+sys.exit(", ".join(name for name in ("megaopus", "torch", "hydra") if found.find_spec(name) is None) or None)"""
+"""Program that fails, and names what is missing, where megaopus cannot run; quick, for it imports nothing."""
 _RESERVED = """job-name nodes ntasks ntasks-per-node gpus-per-node cpus-per-task time signal requeue no-requeue
-open-mode output error chdir export array wrap parsable partition account qos"""
+open-mode output error chdir export array wrap parsable partition account qos container-image container-mounts"""
 RESERVED = frozenset(_RESERVED.split())
 MAX_SIGNAL_SECONDS = 65535
 
@@ -72,14 +77,30 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{option}", metavar="NAME")
     more = "any other option of sbatch, such as exclusive or constraint=h100; may be repeated"
     parser.add_argument("--option", action="append", default=[], metavar="KEY[=VALUE]", help=more)
-    python = "interpreter on the nodes (default: $PYTHON, else the checkout's .venv, else the first python3)"
+    python = "interpreter on the nodes (default: $PYTHON, else the checkout's .venv, else the first python3); with"
+    python += " --setup the name of one on the PATH that it makes; in a container the image's (default: python3)"
     parser.add_argument("--python", metavar="PATH", help=python)
+    setup = "shell command before each task's python, such as 'module load cuda'; outside of apptainer's container,"
+    setup += " inside pyxis's; may be repeated"
+    parser.add_argument("--setup", action="append", default=[], metavar="COMMAND", help=setup)
+    container_arguments(parser.add_argument_group("container"))
     parser.add_argument("--config-dir", metavar="FOLDER", help="as for megaopus train")
-    check = "first compose the settings and open the data as megaopus check does, with that interpreter, here"
-    parser.add_argument("--check", action="store_true", help=check)
+    checks = parser.add_mutually_exclusive_group()
+    check = "do all that megaopus check does here, the opening of the data too, not compose the settings alone"
+    checks.add_argument("--check", action="store_true", help=check)
+    unchecked = "do not compose the settings: no python here can"
+    checks.add_argument("--unchecked", action="store_true", help=unchecked)
     parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="settings of the run; run_dir= is needed")
     return parser.parse_args(arguments)
+
+
+def container_arguments(group: argparse._ArgumentGroup) -> None:
+    image = "run each task in it: what pyxis (srun --container-image) or apptainer exec takes"
+    group.add_argument("--container-image", metavar="IMAGE", help=image)
+    mounts = "more folders of the nodes for it, beside the run folder and this one; may be repeated"
+    group.add_argument("--container-mounts", action="append", default=[], metavar="SRC:DST[:FLAGS][,...]", help=mounts)
+    group.add_argument("--container-runtime", choices=("pyxis", "apptainer"), default="pyxis", help="default: pyxis")
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -105,6 +126,16 @@ def check_options(args: argparse.Namespace) -> None:
             raise SubmitError(f"--option {option!r}: write KEY or KEY=VALUE, without spaces, quotes and #")
         if option.split("=", 1)[0] in RESERVED:
             raise SubmitError(f"--option {option!r}: is set by this script; see --help for the option of its own")
+    for command in args.setup:
+        if not command.strip() or not command.isprintable():
+            raise SubmitError(f"--setup {command!r}: write a shell command in one line; the option may be repeated")
+    for mount in args.container_mounts:
+        if not args.container_image:
+            raise SubmitError(f"--container-mounts {mount}: needs --container-image")
+        if not all(MOUNT.fullmatch(each) for each in mount.split(",")):
+            raise SubmitError(f"--container-mounts {mount!r}: write SRC:/DST or SRC:/DST:FLAGS, commas between")
+    if args.container_image is not None and not re.fullmatch(r"[^\s-]\S*", args.container_image):
+        raise SubmitError(f"--container-image {args.container_image!r}: is no name, address or path of an image")
 
 
 def run_folder(overrides: list[str]) -> Path:
@@ -128,14 +159,65 @@ def run_folder(overrides: list[str]) -> Path:
     return folder
 
 
-def interpreter(chosen: str | None) -> str:
-    """The python of the job's tasks, as an absolute path."""
-    venv = ROOT / ".venv" / "bin" / "python"
-    python = chosen or os.environ.get("PYTHON") or (str(venv) if venv.exists() else "python3")
+def interpreter(args: argparse.Namespace) -> str:
+    """The python of the job's tasks, as an absolute path; by name where --setup or an image has it on its PATH."""
+    if args.container_image:
+        return args.python or "python3"
+    python = args.python or local_pythons()[0]
+    if args.setup and "/" not in python:
+        return python
     path = shutil.which(python)
     if path is None:
         raise SubmitError(f"--python {python}: no such program here; name one that the nodes have at the same path")
     return os.path.abspath(path)
+
+
+def local_pythons() -> list[str]:
+    """Where megaopus may be installed on this machine, the likeliest first."""
+    venv = ROOT / ".venv" / "bin" / "python"
+    return [*filter(None, [os.environ.get("PYTHON")]), *([str(venv)] if venv.exists() else []), "python3"]
+
+
+def check_settings(args: argparse.Namespace, python: str) -> None:
+    """Compose the settings here as the job will; raises SubmitError if they are refused, or nothing here can do it."""
+    remote = bool(args.setup or args.container_image)  # the job's python may need what only the nodes have
+    tried = {}
+    for here in [python, *local_pythons()] if remote else [python]:
+        try:
+            probe = subprocess.run([here, "-c", LACKS], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        except OSError as error:
+            tried[here] = str(error.strerror)
+            continue
+        if probe.returncode == 0:
+            break
+        tried[here] = f"lacks {(probe.stderr.strip() or 'something').splitlines()[-1]}"
+    else:
+        found = "; ".join(f"{name} {why}" for name, why in tried.items())
+        remedy = "name one that has it (pip install .) " + ("for this check as $PYTHON" if remote else "with --python")
+        raise SubmitError(f"no python that can run megaopus: {found}; {remedy}, or check nothing here with --unchecked")
+    how = [] if args.check else ["--settings-only"]
+    how += ["--no-corpora"] if args.container_image and not args.check else []  # paths are those of the image
+    how += ["--config-dir", args.config_dir] if args.config_dir else []
+    ranks = str(args.nodes * args.tasks_per_node)
+    command = [here, "-m", "megaopus", "check", "--world-size", ranks, *how, *args.overrides]
+    if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode:
+        raise SubmitError("megaopus check refuses these settings; nothing was written")
+
+
+def container(args: argparse.Namespace, run_dir: Path) -> tuple[list[str], list[str]]:
+    """(options of srun, command before python) that put the tasks into the image, if there is one."""
+    if not args.container_image:
+        return [], []
+    folders = [os.getcwd(), str(run_dir), *([os.path.abspath(args.config_dir)] if args.config_dir else [])]
+    own = [f"{folder}:{folder}" for folder in dict.fromkeys(folders)]
+    if wrong := [mount for mount in own if not MOUNT.fullmatch(mount)]:
+        raise SubmitError(f"{wrong[0]}: no container can mount it; use a path without spaces, colons and commas")
+    mounts = ",".join([*own, *args.container_mounts])
+    if args.container_runtime == "apptainer":
+        nvidia = ["--nv"] if args.gpus_per_node else []
+        return [], ["apptainer", "exec", *nvidia, "--bind", mounts, "--pwd", os.getcwd(), args.container_image]
+    options = {"image": args.container_image, "mounts": mounts, "workdir": os.getcwd()}
+    return [f"--container-{key}={value}" for key, value in options.items()], []
 
 
 def resolve(args: argparse.Namespace, python: str, run_dir: Path, folder: Path) -> str:
@@ -158,9 +240,12 @@ def resolve(args: argparse.Namespace, python: str, run_dir: Path, folder: Path) 
     lines += [f"#SBATCH --{option}" for option in ("requeue", *args.option)]
     config_dir = ["--config-dir", os.path.abspath(args.config_dir)] if args.config_dir else []
     launcher = f"sbatch {shlex.quote(str(folder / SCRIPT))}"
-    settings = {"work_dir": os.getcwd(), "run_dir": str(run_dir), "python": python, "launcher": launcher}
-    assigned = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
-    assigned.append(f"arguments=({shlex.join([*config_dir, *args.overrides])})")
+    checked = [f"{line}\n(($? == 0)) || fail {shlex.quote(f'--setup {line!r} failed')}" for line in args.setup]
+    settings = {"work_dir": os.getcwd(), "run_dir": str(run_dir), "launcher": launcher, "setup": "\n".join(checked)}
+    srun_options, inside = container(args, run_dir)
+    commands = {"srun_options": srun_options, "python": [*inside, python], "arguments": [*config_dir, *args.overrides]}
+    assigned = [f"{name}={shlex.quote(value)}" for name, value in {**settings, "lacks": LACKS}.items()]
+    assigned += [f"{name}=({shlex.join(words)})" for name, words in commands.items()]
     script = TEMPLATE.read_text()
     for mark, text in (("#@sbatch\n", lines), ("#@settings\n", assigned)):
         before, found, after = script.partition(mark)
@@ -213,23 +298,20 @@ def submit(script: str, folder: Path) -> str:
 def run(args: argparse.Namespace) -> None:
     check_options(args)
     run_dir = run_folder(args.overrides)
-    python = interpreter(args.python)
+    python = interpreter(args)
     place = run_dir / "submissions"
     earlier = sorted(path for path in place.iterdir() if path.name.isdecimal()) if place.is_dir() else []
     folder = place / f"{int(earlier[-1].name) + 1 if earlier else 0:03d}"
     script = resolve(args, python, run_dir, folder)
-    if args.check:
-        config_dir = ["--config-dir", args.config_dir] if args.config_dir else []
-        ranks = str(args.nodes * args.tasks_per_node)
-        command = [python, "-m", "megaopus", "check", "--world-size", ranks, *config_dir, *args.overrides]
-        if subprocess.run(command, stdout=sys.stderr).returncode:
-            raise SubmitError("megaopus check refuses these settings; nothing was written")
+    if not args.dry_run:
+        if not shutil.which("sbatch"):
+            raise SubmitError("sbatch is not on the PATH: run this on a login node, or with --dry-run")
+        refuse_second(earlier)
+    if not args.unchecked:
+        check_settings(args, python)
     if args.dry_run:
         print(script, end="")
         return
-    if not shutil.which("sbatch"):
-        raise SubmitError("sbatch is not on the PATH: run this on a login node, or with --dry-run")
-    refuse_second(earlier)
     job = submit(script, folder)
     print(f"job {job} submitted: {folder / 'job.sbatch'}, output in {folder / 'output.txt'}")
 

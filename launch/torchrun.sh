@@ -62,6 +62,8 @@ fi
 if [[ ${NNODES:-1} -gt 1 ]] && ! getent ahosts "$MASTER_ADDR" > /dev/null; then
   fail "MASTER_ADDR=$MASTER_ADDR does not resolve on $(hostname): name the first node as this one knows it"
 fi
+"$python" -c 'import megaopus' > /dev/null 2>&1 \
+  || fail "$python cannot import megaopus here: set PYTHON to one that can (pip install .), or run 'make setup'"
 # torchrun passes SIGTERM on by itself, but dies of SIGUSR1, and kills ranks that still save after 30 s.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
 # It would take SIGHUP also where that is ignored, as under nohup.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -31,7 +31,7 @@ from megaopus.huggingface.side_files import FOLDER, copy_side_files, side_folder
 from megaopus.meters import rank_memory, step_meters
 from megaopus.models.flops import count_parameters
 from megaopus.models.gpt import Start
-from megaopus.planning.disk import disk_use
+from megaopus.planning.disk import checkpoint_bytes, disk_use
 from megaopus.planning.estimate import start_line
 from megaopus.record.console import Console
 from megaopus.record.recorder import RECORD, Recorder, last_validation
@@ -66,7 +66,7 @@ def train(config: RunConfig, *, take_signals: bool = True) -> int:
         try:
             with (
                 _locked(Path(config.run_dir), mesh),
-                out_of_memory_explained(mesh.device, mesh.rank, lambda: rank_memory(config, mesh, _vocab_size(config))),
+                out_of_memory_explained(mesh.device, mesh.rank, lambda: _memory(config, mesh)),
             ):
                 return _train(config, mesh, stop, timers)
         finally:
@@ -99,7 +99,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
             done = f"{run_dir} is finished: {checkpoint.folder} has all {checkpoint.step} updates; nothing to do"
             Console(1, 1).note(f"{done} ('train.steps=N resume_allow=[train.steps]' goes on to N)")
         return 0
-    vocab_size = _vocab_size(config)
+    vocab_size = config.model.derived_vocab_size(data.pool.corpus.vocab_size)
     tight = on_rank_0(mesh, lambda: _check_room(config, vocab_size, identity["precision"], checkpoint))
     begins = checkpoint is None and config.init.path is not None
     start = start_weights(config, mesh, data.pool.corpus) if begins else None
@@ -108,7 +108,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
         trainer.config["selection"]["proxy_ema"] = decay
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    old_record = on_rank_0(mesh, lambda: _begin(config, run_dir, mesh, checkpoint, identity["corpus"]))
+    old_record = on_rank_0(mesh, lambda: _begin(config, run_dir, mesh, checkpoint, identity["corpus"], vocab_size))
     monitor = Recorder(
         config.logging,
         run_dir,
@@ -153,9 +153,9 @@ def _resumed(checkpoint: Checkpoint | None, changed: Sequence[Change]) -> Iterat
         yield f"settings changed since that checkpoint: {lines}"
 
 
-def _vocab_size(config: RunConfig) -> int:
-    """The model's vocabulary before padding: as set, or the tokenizer's."""
-    return config.model.vocab_size or Corpus.open(config.data.path).vocab_size
+def _memory(config: RunConfig, mesh: Mesh) -> Mapping[str, tuple[int, str]]:
+    """Estimate this rank's memory, also while nothing of the run is open yet."""
+    return rank_memory(config, mesh, config.model.derived_vocab_size(Corpus.open(config.data.path).vocab_size))
 
 
 def _allowed_changes(config: RunConfig, identity: dict[str, Any], checkpoint: Checkpoint) -> list[Change]:
@@ -193,7 +193,9 @@ def _check_room(config: RunConfig, vocab_size: int, precision: str, checkpoint: 
     return [f"WARNING {text}; {remedy}"]
 
 
-def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint | None, corpus: str) -> Path | None:
+def _begin(
+    config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint | None, corpus: str, vocab_size: int
+) -> Path | None:
     """Write, on rank 0, for the first time: nothing can be refused any more. Says where an old record was moved to."""
     old_record = None
     if checkpoint is not None and checkpoint.own:
@@ -211,7 +213,7 @@ def _begin(config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint 
         first_step=0 if checkpoint is None else checkpoint.step,
         facts={
             "corpus": corpus,
-            "parameters": count_parameters(config.model, _vocab_size(config), config.data.seq_len),
+            "parameters": count_parameters(config.model, vocab_size, config.data.seq_len),
             "picking": PICKING,
         },
         packages=[spec.package for spec in ENGINES.values()],
@@ -238,7 +240,8 @@ def build_trainer(
     end = corpus.eod_id if config.data.document_mask else None
     engine = build_engine(config, mesh, corpus.vocab_size, start=start, document_end=end)
     identity = _identity(config, data, bf16=engine.bf16)
-    use = disk_use(config, config.model.vocab_size or data.pool.corpus.vocab_size, identity["precision"])
+    vocab_size = config.model.derived_vocab_size(corpus.vocab_size)
+    size = checkpoint_bytes(config, vocab_size, identity["precision"])
     engine.work = WorkTimer(mesh.on_cpu, timers.clock, partial(timers.seconds, "data"))
     proxy, contrast = data.proxy_batches(reader), data.contrast_batches(reader)
     selector = Selector(
@@ -256,7 +259,7 @@ def build_trainer(
         stream=data.candidates(reader),
         reader=reader,
         selector=selector,
-        checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh, size=use.checkpoint),
+        checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh, size=size),
         validation=data.evaluation_buffers(),
         wanted=data.headline_domains(),
         guard=SpikeGuard(
@@ -273,6 +276,7 @@ def build_trainer(
         total_steps=config.train.steps,
         tokens_per_step=config.train.global_batch_size * config.data.seq_len,
         eval_every=config.train.eval_every,
+        layer_grad_norm_every=config.logging.layer_grad_norm_every,
         profiler=StepProfiler(config.logging.profile_steps, Path(config.run_dir), mesh.rank),
     )
 
@@ -285,7 +289,7 @@ def build_engine(config: RunConfig, mesh: Mesh, vocab_size: int, **more: Any) ->
         optim=config.optim,
         engine=config.engine,
         parallel=config.parallel,
-        vocab_size=config.model.vocab_size or vocab_size,
+        vocab_size=config.model.derived_vocab_size(vocab_size),
         seq_len=config.data.seq_len,
         micro_batch_size=config.train.micro_batch_size,
         total_steps=config.train.steps,

@@ -113,17 +113,20 @@ class Setting:
 
 
 def address_refusal(path: str, schemes: Collection[str] = ()) -> tuple[str, str] | None:
-    """(reason, remedy) if a path is an address of another scheme than ``schemes``; None for paths of this machine."""
+    """(reason, remedy) if a path is an address of another scheme than ``schemes``; None for paths of this machine.
+
+    The path may have a name before it, ``NAME=PATH``.
+    """
     found = _ADDRESS.match(path)
     if found is None or found[1].lower() in schemes:
         return None
     if found[1].lower() == "file":
         return "is an address, where a path is asked for", f"name {path[found.end() :]}"
-    reason = f"is an address ({found[0]}), and only paths of this machine's file system can be used here"
+    reason = f"is an address ({found[1]}://), and only paths of this machine's file system can be used here"
     return reason, "copy it here and back, or mount it, and name that path"
 
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_ADDRESS = re.compile(r"(?:[^/=]*=)?([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def setting(default: Any, *, doc: str, **declared: Any) -> Any:

@@ -23,15 +23,15 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-dir", type=local_path, metavar="FOLDER", help="more choices, beside the shipped")
 
 
-def composed(args: argparse.Namespace, world_size: int | None) -> RunConfig:
+def composed(args: argparse.Namespace, world_size: int | None, *, corpora: bool = True) -> RunConfig:
     """Compose the settings that a command line names, for ``world_size`` ranks; tells who uses an old name the new one.
 
-    Raises ConfigError.
+    ``corpora``: as of ``compose``. Raises ConfigError.
     """
     from megaopus.config.aliases import notes
     from megaopus.config.compose import compose
 
     tell(notes(args.overrides))
-    config = compose(args.overrides, args.config_dir, world_size)
+    config = compose(args.overrides, args.config_dir, world_size, corpora=corpora)
     tell(notes([], config.resume_allow))
     return config

@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="for the launch command (default: %(default)s)",
     )
+    only = "compose and validate the settings, with what the manifests of the corpora say, and end there"
+    parser.add_argument("--settings-only", action="store_true", help=only)
+    parser.add_argument("--no-corpora", action="store_true", help="the same without the corpora, which lie elsewhere")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +53,10 @@ def run(args: argparse.Namespace) -> int:
         raise argparse.ArgumentError(None, "--world-size must be at least 1")
     if args.gpus_per_node < 1:
         raise argparse.ArgumentError(None, "--gpus-per-node must be at least 1")
-    config = composed(args, args.world_size)
+    config = composed(args, args.world_size, corpora=not args.no_corpora)
+    if args.settings_only or args.no_corpora:
+        print(f"the settings fit {args.world_size or config.parallel.model_ranks} rank(s)")
+        return 0
     refused = show(config, args.world_size, args.overrides, args.config_dir, per_node=args.gpus_per_node)
     return 2 if refused else 0
 
@@ -80,7 +86,7 @@ def show(
     if problems := validate(config, world_size):
         raise ConfigError(problems)
     data = RunData.describe(config.data, config.data_needs())
-    vocab_size = estimate.vocabulary(config, data)
+    vocab_size = config.model.derived_vocab_size(data.vocab_size)
     console.print(_two_columns("Derived", estimate.derived(config, world_size, data)))
     if data.kept is not None:
         console.print(_two_columns("Documents of the pool that the filter keeps", data.kept))

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megaopus.cli._notes import tell
-from megaopus.cli._paths import local_path
+from megaopus.cli._paths import local_name, local_path
 from megaopus.errors import DataError
 from megaopus.plugins import require_plugins
 
@@ -100,6 +100,7 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--tokenizer",
+        type=local_name,
         metavar="FILE",
         help="Hugging Face tokenizer.json; a folder with one, or with GPT-2's encoder.json and vocab.bpe; or a name on "
         "the hub; default: train byte-level BPE on the pool",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megaopus.cli._paths import local_path
+from megaopus.cli._paths import local_name, local_path
 from megaopus.errors import DataError
 from megaopus.plugins import require_plugins
 
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", type=int, default=usual, metavar="N", help=f"{what} (default {usual}; 0: no limit)")
     add(
         "--encoder",
+        type=local_name,
         default=HASHED,
         metavar="NAME",
         help="hashed, or a sentence-transformers model (default %(default)s)",

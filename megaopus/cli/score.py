@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megaopus.cli._paths import local_path
+from megaopus.cli._paths import local_name, local_path
 from megaopus.errors import DataError
 from megaopus.plugins import require_plugins
 
@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", type=local_path, metavar="FOLDER", help="perplexity, utility: a run, or one of its checkpoints")
     add(
         "--model",
+        type=local_name,
         metavar="NAME",
         help="perplexity: a causal language model; classifier: a sequence classifier, both of the Hugging Face hub or a"
         " folder; fasttext: a .bin file (default: one is trained)",

@@ -17,6 +17,7 @@ from megaopus.data.config import DataConfig
 from megaopus.errors import ConfigError, Problem
 from megaopus.fs import PACKAGE, shipped_configs
 from megaopus.plugins import import_plugins
+from megaopus.settings import problems
 
 
 def default_config_dir() -> Path:
@@ -28,17 +29,20 @@ def default_config_dir() -> Path:
     raise ConfigError([Problem("configs", str(PACKAGE.parent / "configs"), reason, remedy)])
 
 
-def compose(overrides: list[str], config_dir: Path | None = None, world_size: int | None = None) -> RunConfig:
+def compose(
+    overrides: list[str], config_dir: Path | None = None, world_size: int | None = None, *, corpora: bool = True
+) -> RunConfig:
     """Compose ``run.yaml``, its groups and ``overrides`` (Hydra syntax) into typed settings.
 
     ``config_dir`` adds choices to the shipped configs; with a ``run.yaml`` of its own it comes first and may replace
-    them. With ``world_size`` the batch sizes are checked against the data-parallel ranks too.
+    them. With ``world_size`` the batch sizes are checked against the data-parallel ranks too. Without ``corpora`` those
+    that the settings name need not lie here, and nothing is checked against them.
     Raises ConfigError with every problem found: override text, unknown names, types, values, and what must hold
     between settings. A check that depends on a setting already refused is left out.
     """
     issues = Issues()
     config = _composed(overrides, config_dir, issues)
-    issues.problems += validate(config, world_size, frozenset(issues.tainted))
+    issues.problems += validate(config, world_size, frozenset(issues.tainted), corpora=corpora)
     issues.refuse()
     return config
 
@@ -46,10 +50,12 @@ def compose(overrides: list[str], config_dir: Path | None = None, world_size: in
 def data_settings(name: str, config_dir: Path | None = None) -> DataConfig:
     """The settings of configs/data/NAME.yaml, of which ``data.path`` need not lie there yet.
 
-    Raises ConfigError if there is no such file, or for what it has that is no setting.
+    Raises ConfigError if there is no such file, or for what it has that is no setting or no value of one.
     """
     issues = Issues()
     config = _composed([f"data={name}"], config_dir, issues)
+    untouched = {"data.path", *issues.tainted}
+    issues.problems += [each for each in problems(config.data, "data.") if each.key not in untouched]
     issues.refuse()
     return config.data
 
@@ -65,8 +71,8 @@ def _composed(overrides: list[str], config_dir: Path | None, issues: Issues) -> 
     accepted = [text for text in map(current_override, overrides) if _acceptable(text, groups, issues)]
     tree = _compose_tree(folders, groups, accepted, issues)
     config = typed(tree, f"a file under {' or '.join(map(str, folders))}", issues)
-    config.plugins, problems = import_plugins(config.plugins)  # so that what they register may be named
-    for problem in problems:
+    config.plugins, failed = import_plugins(config.plugins)  # so that what they register may be named
+    for problem in failed:
         chosen = ("optim.name", "engine.name", "selection.estimator", "selection.method", "selection.sampler")
         issues.add(problem.key, problem.value, problem.reason, problem.remedy, chosen)  # may be what it registers
     set_shape(config, issues.add)

@@ -23,15 +23,18 @@ ROUNDING = 0.05
 RULES = RuleBook()
 
 
-def validate(config: RunConfig, world_size: int | None, tainted: frozenset[str] = frozenset()) -> list[Problem]:
+def validate(
+    config: RunConfig, world_size: int | None, tainted: frozenset[str] = frozenset(), *, corpora: bool = True
+) -> list[Problem]:
     """Problems of each section and of the sections together; reads the corpora's manifests, writes nothing.
 
     ``world_size`` None: the number of ranks is not known yet, what depends on it is not checked. ``tainted`` names
-    settings refused before: nothing is said about them, nor about what depends on them.
+    settings refused before: nothing is said about them, nor about what depends on them. Without ``corpora`` no manifest
+    is read.
     """
     found = [problem for problem in problems(config) if problem.key not in tainted]
     refused = tainted | {problem.key for problem in found}
-    for book in (RULES, CORPUS_RULES):
+    for book in (RULES, CORPUS_RULES) if corpora else (RULES,):
         found += book.problems(config, world_size, refused)
     return found
 

@@ -21,7 +21,9 @@ from megaopus.corpus_tools.readers.registry import (
 )
 from megaopus.corpus_tools.readers.stored import FaultyError, Stored
 from megaopus.corpus_tools.row_fields import column_of, label_of, text_of
+from megaopus.data.config import HUB_NAME
 from megaopus.errors import DataError
+from megaopus.settings import address_refusal
 
 _OPTION = re.compile(r",(text|id|domain)=([^,]+)$")
 _LIKE_AN_OPTION = re.compile(r",(\w+)=[^,/]*$")
@@ -87,6 +89,8 @@ class Source:
         folder of the form of one. One with '=' before its first '/' needs a domain in front. Raises DataError for
         anything else.
         """
+        if refusal := address_refusal(argument):
+            raise DataError(f"source {argument}: {refusal[0]}; {refusal[1]} ({HUB_NAME})")
         rest = argument
         while option := _OPTION.search(rest):
             named: dict[str, Any] = {option[1]: option[2]}

@@ -7,9 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from megaopus.data.mixture import parse_stages
-from megaopus.settings import FIXED, HARMLESS, TRAINING, setting
+from megaopus.settings import FIXED, HARMLESS, TRAINING, address_refusal, setting
 
 ORDERS = ("auto", "highest", "lowest")
+
+
+HUB_NAME = "write hf:NAME for a data set of the hub"
+
+
+def _no_addresses(sources: list[str]) -> str | None:
+    found = ((source, address_refusal(source)) for source in sources)
+    return next((f"{source} {refusal[0]}" for source, refusal in found if refusal), None)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,6 +28,8 @@ class PrepareConfig:
 
     sources: list[str] = setting(
         [],
+        check=_no_addresses,
+        hint=f"{HUB_NAME}; copy anything else here, or mount it, and name that path",
         doc="Each as `--source` takes it: [DOMAIN=]PATH, or hf:NAME[:CONFIG[:SPLIT]] on the Hugging Face hub; "
         "`,text=FIELD`, `,id=FIELD` and `,domain=FIELD` after it name fields of this source alone.",
     )

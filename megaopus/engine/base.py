@@ -9,17 +9,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
+from megaopus.distributed.shards import is_split
 from megaopus.engine.batch_split import seed_dropout, training_share
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.work_timer import WorkTimer
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
-from megaopus.models.gpt import Start, canonical_names, initialize, start_from
+from megaopus.models.gpt import (
+    Start,
+    canonical_names,
+    initialize,
+    part_of_model,
+    parts_of_model,
+    start_from,
+)
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.schedule import lr_factor
 from megaopus.selection.agreement import digest, disagreement, extremes
@@ -37,6 +47,8 @@ class StepResult:
     lr: float
     applied: bool
     """False: the loss or a gradient was not finite, or the norm above the limit; no weight was touched."""
+    layer_grad_norms: dict[str, float] | None = None
+    """The same of each part of the model by itself (``Engine.layer_grad_norms``), if it was asked for."""
     own_s: float = field(default=0.0, compare=False)
     """Seconds of this rank's forward and backward passes without the reduction of gradients and waits for data."""
 
@@ -92,6 +104,7 @@ class Engine(ABC):
         self._optim_config = optim
         self._total_steps = total_steps
         self._seed = seed
+        self._num_layers = model.num_layers
         self._dropout = model.dropout > 0
         seed_dropout(mesh, seed, 0)
         self._start = start
@@ -134,12 +147,43 @@ class Engine(ABC):
         return training_share(count, self.mesh, self.micro_batch_size)
 
     @abstractmethod
-    def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:
+    def train_step(self, batch: Candidates, limit: float = math.inf, *, layer_grad_norms: bool = False) -> StepResult:
         """Make one update from a global batch of K sequences; each data-parallel rank reads only its share.
 
-        ``limit``: the largest gradient norm with which the update is made. Raises EngineError, with no weight changed,
-        if ranks were given different sequences: an engine asks ``refused`` last before it changes any.
+        ``limit``: the largest gradient norm with which the update is made. ``layer_grad_norms``: the result has those.
+        Raises EngineError, with no weight changed, if ranks were given different sequences: an engine asks ``refused``
+        last before it changes any.
         """
+
+    @torch.no_grad()
+    def layer_grad_norms(self) -> dict[str, float]:
+        """Norm of the reduced gradient, not clipped, of each part of the model: the same on every rank; one reduction.
+
+        To be called between the backward passes and the update. Every weight counts once, a tied matrix with the
+        embedding, so that the sum of their squares is the square of the whole gradient's norm.
+        """
+        names, places, pieces = dict(canonical_names(self.module)), [], []
+        parts = {part: place for place, part in enumerate(parts_of_model(self._num_layers))}
+        for local, parameter in self.named_parameters():
+            copied = getattr(parameter, "shared", False)  # a tied matrix on the last stage
+            if copied or not (is_split(parameter) or self.mesh.tp_rank == 0):
+                continue
+            if (piece := self._own_gradient(local, parameter)) is not None:
+                places.append(parts[part_of_model(names[local])])
+                pieces.append(piece)
+        squares = torch.zeros(len(parts), dtype=torch.float64, device=self.mesh.device)
+        if pieces:
+            norms = torch.stack(torch._foreach_norm(pieces)).double()
+            squares.index_add_(0, torch.tensor(places, device=self.mesh.device), norms.square())
+        dist.all_reduce(squares)
+        return dict(zip(parts, squares.sqrt().tolist(), strict=True))
+
+    def _own_gradient(self, name: str, parameter: Any) -> Tensor | None:
+        """Elements, fp32, of a parameter's reduced gradient that this one of the dp and cp ranks counts; None: none.
+
+        Raises EngineError where the engine has no such thing.
+        """
+        raise EngineError("this engine tells no gradients by layer: leave logging.layer_grad_norm_every at 0")
 
     def refused(self, flag: bool, batch: Candidates) -> bool:
         """Return whether ``flag`` is true on some rank: the last word before an update by ``batch``, one message.

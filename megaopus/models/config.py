@@ -132,6 +132,10 @@ class ModelConfig:
         """Whether queries, keys and values have biases, after the default is applied."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
+    def derived_vocab_size(self, of_tokenizer: int) -> int:
+        """Token ids before padding: as set, or the tokenizer's."""
+        return self.vocab_size or of_tokenizer
+
     def derived_head_dim(self) -> int:
         """Width of one attention head after the default is applied."""
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads

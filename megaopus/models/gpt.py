@@ -210,6 +210,18 @@ def canonical_names(module: nn.Module) -> Iterator[tuple[str, str]]:
         yield local, EMBEDDING if is_tied(module) and name == "output_layer.weight" else name
 
 
+def parts_of_model(num_layers: int) -> list[str]:
+    """Name the parts that a model consists of, from the tokens to the logits; layers are counted from 0."""
+    return ["embedding", *(f"layers.{number}" for number in range(num_layers)), "head"]
+
+
+def part_of_model(name: str) -> str:
+    """Say to which of its parts a parameter belongs, by its name in the whole model; the last norm is the head's."""
+    if match := re.match(r"decoder\.(layers\.\d+)\.", name):
+        return match[1]
+    return "embedding" if name.startswith("embedding.") else "head"
+
+
 def is_tied(module: nn.Module) -> bool:
     """Return whether the output layer is the embedding (on another pipeline stage, a copy of it)."""
     return bool(model_chunks(module)[0].share_embeddings_and_output_weights)

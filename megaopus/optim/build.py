@@ -155,6 +155,12 @@ class MixedPrecisionOptimizer:
         self.chained.step_with_ready_grads()
         return norm, True
 
+    def own_piece(self, parameter: nn.Parameter) -> slice | None:
+        """Say which elements of a parameter's reduced gradient this one of the dp and cp ranks counts; None: none."""
+        if self._sharded:
+            return self.chained.chained_optimizers[0].own_piece(parameter)
+        return slice(None) if self._mesh.dp_rank == self._mesh.cp_rank == 0 else None
+
     @torch.no_grad()
     def _gradient_norm(self) -> float:
         """Norm of the whole model's gradient, every weight counted once; the same on every rank.

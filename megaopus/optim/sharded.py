@@ -68,6 +68,13 @@ class ShardedAdamW(DistributedOptimizer):
         """The settings that ``parameter`` is updated with."""
         return self.optimizer.param_groups[self._group_of[parameter]]
 
+    def own_piece(self, parameter: nn.Parameter) -> slice | None:
+        """Say which run of the flattened ``parameter`` this rank owns; None: nothing of it."""
+        if parameter not in self.model_param_gbuf_map:
+            return None
+        owned = self._get_model_param_range_map(parameter)["param"]
+        return slice(owned.start, owned.end)
+
     @torch.no_grad()
     def whole(self, key: str) -> dict[nn.Parameter, Tensor]:
         """``exp_avg``, ``exp_avg_sq`` or ``param`` (fp32 weights) of each whole local parameter, fp32. Collective.

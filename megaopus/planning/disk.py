@@ -40,11 +40,16 @@ def disk_use(config: RunConfig, vocab_size: int, precision: str, first_step: int
     saves = (-(-steps // every) - first_step // every) if every else 1  # and one at the end
     room = max(0, rule.keep + 1 - there)  # the oldest is removed when the newest is whole
     return DiskUse(
-        checkpoint=tensor_bytes(config, vocab_size, precision) + LAYER_BYTES * (config.model.num_layers + 1),
+        checkpoint=checkpoint_bytes(config, vocab_size, precision),
         sure=kept + min(room, max(0, saves - kept)),
         most=kept + room,
         record=choice_rows(config, first_step)[1] + STEP_BYTES * (steps - first_step),
     )
+
+
+def checkpoint_bytes(config: RunConfig, vocab_size: int, precision: str) -> int:
+    """Estimate the bytes of a checkpoint: its tensors, and what describes them."""
+    return tensor_bytes(config, vocab_size, precision) + LAYER_BYTES * (config.model.num_layers + 1)
 
 
 def tensor_bytes(config: RunConfig, vocab_size: int, precision: str) -> int:

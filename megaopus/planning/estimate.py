@@ -24,15 +24,10 @@ from megaopus.selection.methods.registry import METHODS, UNIFORM
 from megaopus.selection.registry import Flops
 
 
-def vocabulary(config: RunConfig, data: RunDataSummary) -> int:
-    """Say how large the model's vocabulary is before padding."""
-    return config.model.vocab_size or data.vocab_size
-
-
 def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str, data: RunDataSummary) -> str:
     """Tell, in the line that a run prints before step 0, what follows from its settings and the machine."""
     train = config.train
-    parameters = count_parameters(config.model, vocabulary(config, data), config.data.seq_len)
+    parameters = count_parameters(config.model, config.model.derived_vocab_size(data.vocab_size), config.data.seq_len)
     engine = config.engine.name
     if engine == "deepspeed":
         engine += f" (ZeRO stage {config.engine.zero_stage})"
@@ -69,7 +64,7 @@ def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[st
     parallel = config.parallel
     dp = world_size // parallel.model_ranks
     tokens = train.global_batch_size * config.data.seq_len
-    vocab_size = vocabulary(config, data)
+    vocab_size = config.model.derived_vocab_size(data.vocab_size)
     rows = {
         "data-parallel ranks (dp)": f"{dp} = {world_size} ranks"
         f" / (tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp})",

@@ -49,6 +49,12 @@ class LoggingConfig:
         "folder, for chrome://tracing or Perfetto; empty: none.",
         hint="[10, 12] records three steps",
     )
+    layer_grad_norm_every: int = setting(
+        0,
+        min=0,
+        doc="Steps from one that records the gradient norm of each layer, before clipping, to the next; 0: none does.",
+        hint="0 records none, 10 those of every tenth step",
+    )
     tensorboard: bool = setting(False, doc="Write the same numbers for TensorBoard, in tensorboard/ of the run folder.")
     wandb: str = setting("off", choices=WANDB_MODES, doc="Send metrics to Weights & Biases, now or later.")
     wandb_project: str = setting("megaopus", doc="Project in Weights & Biases.")

@@ -96,6 +96,14 @@ class StepRecord:
             plot=True,
         ),
     )
+    layer_grad_norms: dict[str, float] | None = field(
+        default=None,
+        metadata=metric(
+            "",
+            "That of `embedding`, each of `layers.0` on, and `head`; null: not asked for.",
+            wandb="train/layer_grad_norm",
+        ),
+    )
     skipped: bool = field(default=False, metadata=metric("", "The update was not applied.", wandb="train/skipped"))
     skip_reason: str | None = field(default=None, metadata=metric("", "Why the update was not applied; null: it was."))
     memory_allocated: int | None = field(

@@ -46,6 +46,7 @@ class Trainer:
     tokens_per_step: int
     eval_every: int
     profiler: StepProfiler
+    layer_grad_norm_every: int  # steps from one that records the norm of each layer's gradient to the next; 0: none
     time_s: float = 0.0
     updated: bool = False
     """Some update has been applied. Until then the run is what it was at the start, and there is nothing to save."""
@@ -102,7 +103,9 @@ class Trainer:
             self.reader.ahead(step, lambda: [self._share(picked)])
             if step + 1 < self.total_steps:
                 self.reader.ahead(step + 1, partial(self._foreseen, step + 1))
-            result = self.engine.train_step(picked, self.guard.limit())
+            every = self.layer_grad_norm_every
+            asked = {"layer_grad_norms": True} if every > 0 and step % every == 0 else {}
+            result = self.engine.train_step(picked, self.guard.limit(), **asked)
         step_s = timers.seconds(*TIMED) - before
         timers.book(OWN_WORK, result.own_s)
         self.time_s, self.updated = self.time_s + step_s, self.updated or result.applied

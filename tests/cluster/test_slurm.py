@@ -98,6 +98,7 @@ STUB = """#!/usr/bin/env bash
 for argument; do
   case $argument in behaviour=*) behaviour=${argument#*=} ;; run_dir=*) run_dir=${argument#*=} ;; esac
 done
+[[ $1 != -c && $3 != check ]] || exit 0 # what is asked before it
 [[ $behaviour != fails ]] || exit 2
 [[ ${SLURM_RESTART_COUNT:-0} == 0 ]] || exit 0
 save() {

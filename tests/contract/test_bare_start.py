@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from megaopus.distributed.launcher import VARIABLES
 from megaopus.engine.registry import ENGINES
 from megaopus.errors import CheckpointError, DataError
 from megaopus.record.parquet import ChoiceSink
-from megaopus.record.sinks import JsonlSink
+from megaopus.record.sinks import METRICS_FILE, JsonlSink, read_rows
 from megaopus.training.signals import INTERRUPT_EXIT_CODE, STOP_EXIT_CODE
 from tests import forks
 from tests.exact.resume_runs import settings, snapshot, train
@@ -40,10 +41,15 @@ def start_bare(overrides: list[str]) -> int:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_starts_without_a_launcher(engine: str, tiny_corpus: Path, tmp_path: Path) -> None:
-    overrides = settings(tiny_corpus, tmp_path, "train.steps=1", f"engine.name={engine}")
+    layers = ["logging.layer_grad_norm_every=2"]
+    overrides = settings(tiny_corpus, tmp_path, "train.steps=2", f"engine.name={engine}", *layers)
     done = forks.call(start_bare, overrides)
     assert done.returncode == 0, done.stderr
     assert len(complete_checkpoints(tmp_path)) == 1
+    first, second = (row for _, _, row in read_rows(tmp_path / METRICS_FILE) if row["kind"] == "step")
+    assert {"embedding", "layers.0", "head"} < set(first["layer_grad_norms"])
+    assert math.hypot(*first["layer_grad_norms"].values()) == pytest.approx(first["grad_norm"], rel=1e-5)
+    assert second["layer_grad_norms"] is None
 
 
 # -- paths -----------------------------------------------------------------------------------------------------------
@@ -83,6 +89,9 @@ def test_an_address_is_refused_before_anything_runs(
         "demo --out s3://b/c",
         "report s3://b/run",
         "score --corpus s3://b/c --method dsir",
+        "prepare --demo --out c --tokenizer s3://b/t",
+        "score --corpus c --method perplexity --model s3://b/m",
+        "proxy --corpus c --items i --tokens 9 --out p --encoder s3://b/m",
     ],
 )
 def test_an_address_on_the_command_line_is_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +99,36 @@ def test_an_address_on_the_command_line_is_refused(arguments: str, capsys: pytes
         main(arguments.split())
     assert caught.value.code == 2
     assert "is an address (s3://), and only paths of this machine's file system" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source"),
+    [
+        ("prepare --out c --source", "s3://b/docs.jsonl"),
+        ("prepare --out c --source", "docs=gs://b/docs.jsonl,text=body"),
+        ("prepare --out c --source", "hf://datasets/x/y"),
+        ("proxy --corpus c --tokens 9 --out p --items", "https://host/items.jsonl"),
+    ],
+)
+def test_a_source_that_is_an_address_is_refused(
+    arguments: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments.split(), source]) == 2
+    scheme = source.split("://")[0].split("=")[-1]
+    said = f"error: source {source}: is an address ({scheme}://), and only paths of this machine's file system"
+    assert capsys.readouterr().err.startswith(said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sources_of_a_data_config_are_no_addresses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "far.yaml").write_text("prepare:\n  sources: [here, 'web=s3://b/c']\n  on_error: explode\n")
+    assert main(["prepare", "--config-dir", str(tmp_path), "--data", "far", "--out", str(tmp_path / "c")]) == 2
+    err = capsys.readouterr().err
+    assert "data.prepare.sources = ['here', 'web=s3://b/c']: web=s3://b/c is an address (s3://), and only paths" in err
+    assert "-> write hf:NAME for a data set of the hub; copy anything else here" in err
+    assert "data.prepare.on_error = 'explode': unknown choice" in err
 
 
 # -- disks -----------------------------------------------------------------------------------------------------------

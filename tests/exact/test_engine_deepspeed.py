@@ -22,7 +22,7 @@ from megaopus.optim.config import OptimConfig
 from megaopus.optim.muon import Muon
 from megaopus.optim.registry import OPTIMIZERS
 from tests.exact.scoring_runs import select_each, select_uneven, trained
-from tests.exact.test_engine_layouts import assert_close, build, train
+from tests.exact.test_engine_layouts import assert_close, assert_sums_up, build, train
 from tests.exact.test_scoring_layouts import assert_same_picks
 from tests.harness import example, random_batch, save_engine, tiny_engine
 from tests.pool import Jobs, Pool
@@ -106,6 +106,7 @@ def test_training_and_picks_are_those_of_one_megatron_process(
         else:
             for found in ranks:
                 assert_close(found[case], alone[case[:-1]], case)
+                assert_sums_up(found[case], case[1][0])
 
 
 # -- checkpoints, bad gradients, recomputation -----------------------------------------------------------------------
@@ -198,12 +199,16 @@ def learns_in_bf16(mesh: Mesh, stage: int) -> bool:
 
 
 def compare_bf16(mesh: Mesh) -> None:
-    """Losses and fp32 main weights of three updates at every stage against the megatron engine's on the same ranks."""
+    """Losses, gradient norms by layer and fp32 main weights of three updates at every stage against the megatron
+    engine's on the same ranks.
+    """
     ends = []
     for kind in (EngineConfig(device="cpu", precision="bf16"), *(zero(s, precision="bf16") for s in ZERO_STAGES)):
         engine = build(mesh, ("llama", "muon"), ParallelConfig(), kind)
-        losses = [engine.train_step(random_batch(8, step)).loss for step in range(3)]
-        ends.append({"numbers": {"losses": torch.tensor(losses)}, "weights": weights_of(engine)})
+        results = [engine.train_step(random_batch(8, step), layer_grad_norms=True) for step in range(3)]
+        layers = {f"layers {r}": torch.tensor(list(results[r].layer_grad_norms.values())) for r in range(3)}
+        numbers = {"losses": torch.tensor([result.loss for result in results]), **layers}
+        ends.append({"numbers": numbers, "weights": weights_of(engine)})
         assert_close(ends[-1], ends[0], ("bf16", kind.zero_stage))
 
 

@@ -32,11 +32,13 @@ def build(mesh: Mesh, case: Case, parallel: ParallelConfig, engine: EngineConfig
 
 
 def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str, dict[str, torch.Tensor]]:
-    """Losses, gradient norms and validation losses of updates of eight sequences; whole weights, a gradient and state.
+    """Losses, gradient norms (by layer too) and validation losses of updates of eight sequences; weights, a gradient,
+    state.
 
     The state is what the update operator needs, and whatever is not of a parameter's shape.
     """
-    results = [built.train_step(random_batch(8, step)) for step in range(first, last)]
+    results = [built.train_step(random_batch(8, step), layer_grad_norms=True) for step in range(first, last)]
+    layers = [r.layer_grad_norms or {} for r in results]
     names = dict(canonical_names(built.module))
     states, whole = states_of(built)
     weights = {names[own]: value for own, value in built.optimizer.main_weights().items()}
@@ -50,6 +52,7 @@ def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str,
             "gradient norms": torch.tensor([r.grad_norm for r in results]),
             "validation losses": built.evaluate(random_batch(5, 99)),
         },
+        "layer gradient norms": {part: torch.tensor([norms[part] for norms in layers]) for part in layers[0]},
     }
 
 
@@ -197,6 +200,7 @@ def test_layout_equals_one_process(layout: str, ranks: Jobs[str], one_process: J
     for found in ranks[layout]:
         for case in LAYOUTS[layout][2]:
             assert_close(found[case], one_process[case][0][case], case)
+            assert_sums_up(found[case], case[0])
 
 
 @pytest.mark.parametrize("layout", SAVED)
@@ -241,6 +245,31 @@ def assert_close(found: dict, expected: dict, case: object) -> None:
         for name, value in tensors.items():
             error = (found[kind][name] - value).norm() / value.norm()
             assert error < 1e-5, f"{case} {kind} {name}: relative error {error:.1e}"
+
+
+def assert_sums_up(found: dict, model: str) -> None:
+    """Each layer of the whole model has a gradient norm, and their squares add up to that of the whole gradient."""
+    layers = found["layer gradient norms"]
+    assert list(layers) == ["embedding", *(f"layers.{n}" for n in range(MODELS[model].num_layers)), "head"]
+    total = torch.stack(list(layers.values())).square().sum(0).sqrt()
+    torch.testing.assert_close(total, found["numbers"]["gradient norms"], rtol=1e-6, atol=0)
+
+
+def test_layer_gradient_norms_are_those_of_plain_pytorch_in_float64(mesh: Mesh) -> None:
+    """They are of the gradient before clipping, which here makes it a thousandth of a norm of about two."""
+    engine = tiny_engine(mesh, optim=replace(gentle("adamw"), clip_grad=0.002))
+    plain = ReferenceGPT(layers=2, hidden=32, heads=4, vocab=128, positions=16).double()
+    plain.copy_weights(engine.module.named_parameters())
+    plain(random_batch(8, 0).batch()).mean().backward()
+    parts = {"embedding": [plain.tokens, plain.positions], "head": [plain.norm]}
+    parts |= {f"layers.{number}": [block] for number, block in enumerate(plain.blocks)}
+    expected = {
+        part: float(sum(p.grad.square().sum() for each in modules for p in each.parameters())) ** 0.5
+        for part, modules in parts.items()
+    }
+    assert engine.train_step(random_batch(8, 0), layer_grad_norms=True).layer_grad_norms == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_recompute_changes_nothing(mesh: Mesh) -> None:

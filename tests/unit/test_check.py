@@ -266,6 +266,17 @@ def test_check_from_the_command_line(corpus, capsys):
     assert "Start it with:" in capsys.readouterr().out
 
 
+def test_settings_alone_are_checked_with_and_without_their_corpora(corpus, capsys):
+    checked = ["check", "--world-size", "4", "train.global_batch_size=32"]
+    assert main([*checked, "--settings-only", f"data.path={corpus}"]) == 0
+    assert capsys.readouterr().out == "the settings fit 4 rank(s)\n"
+    assert main([*checked, "--settings-only", "data.path=elsewhere"]) == 2
+    assert "data.path = 'elsewhere': no such folder" in capsys.readouterr().err
+    assert main([*checked, "--no-corpora", "data.path=elsewhere"]) == 0
+    assert main([*checked, "--no-corpora", "data.path=elsewhere", "train.global_batch_size=30"]) == 2
+    assert "train.global_batch_size = 30: cannot be shared evenly by dp = 4 ranks" in capsys.readouterr().err
+
+
 def test_errors_are_one_message_and_exit_code_2(capsys, monkeypatch):
     assert main(["train", "+optim.lrr=1"]) == 2
     out, err = capsys.readouterr()

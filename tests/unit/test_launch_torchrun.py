@@ -80,6 +80,12 @@ def test_a_rendezvous_host_must_resolve():
     assert "MASTER_ADDR=no-such-host.invalid does not resolve on" in done.stderr
 
 
+def test_a_python_without_megaopus_is_named():
+    done = launcher("1", DRY_RUN="0", PYTHON="false")
+    assert done.returncode == 2
+    assert "false cannot import megaopus here: set PYTHON to one that can" in done.stderr
+
+
 STUB = """
 import os, pathlib, signal, sys, time
 folder, rank = pathlib.Path(sys.argv[2]), os.environ["RANK"]

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ def test_tensorboard_shows_what_the_files_say_also_after_a_kill(tmp_path: Path) 
     for first in (0, 2):  # the second process goes on after two updates, and makes the third again
         recorder = Recorder(LoggingConfig(tensorboard=True), tmp_path, 10, True, first)
         for at in range(first, first + 3):
-            recorder.step(step_record(at, loss=3.0 + first - at / 8), selection_record(at), ["a warning"])
+            record = replace(step_record(at, loss=3.0 + first - at / 8), layer_grad_norms={"layers.1": 0.5 + at})
+            recorder.step(record, selection_record(at), ["a warning"])
         recorder.validation(validation_record(first + 3))
         recorder.close()
     shown = event_files.EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0}).Reload()
@@ -43,6 +45,7 @@ def test_tensorboard_shows_what_the_files_say_also_after_a_kill(tmp_path: Path) 
             numbers = bool(written) and isinstance(written[0][1], int | float)
             if metric.wandb and numbers and metric.name != "step" and not (shared and kind == "validation"):
                 assert curves[metric.wandb] == [(at, pytest.approx(float(value))) for at, value in written], metric.name
+    assert curves["train/layer_grad_norm/layers.1"] == [(at, 0.5 + at) for at in range(5)]
     assert curves["events"] == [(at, 1) for at in range(5)]
     assert "selection/ess" in curves
 

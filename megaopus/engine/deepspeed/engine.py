@@ -103,7 +103,7 @@ class DeepSpeedEngine(Engine):
 
     # -- training and evaluation ------------------------------------------------------------------------------------
 
-    def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:
+    def train_step(self, batch: Candidates, limit: float = math.inf, *, layer_grad_norms: bool = False) -> StepResult:
         share = self.training_rows(len(batch))
         if self._dropout:
             seed_dropout(self.mesh, self._seed, self.step)
@@ -120,6 +120,7 @@ class DeepSpeedEngine(Engine):
             losses.append(losses_BS.detach().double().mean(dim=1))
         loss = float(self._gather(torch.cat(losses)).mean())
         lr = self.prepare_update()
+        layers = self.layer_grad_norms() if layer_grad_norms else None
         limit = -1.0 if self.refused(not math.isfinite(loss), batch) else limit
         with norm_limit(self.deepspeed.optimizer, limit) as seen:
             self.deepspeed.step()
@@ -127,7 +128,11 @@ class DeepSpeedEngine(Engine):
         if not applied and self.optimizer.sharded:
             self.optimizer.regather()  # as DeepSpeed does after an update
         self.step += 1
-        return StepResult(loss=loss, grad_norm=seen[0], lr=lr, applied=applied, own_s=self.work.seconds())
+        own_s = self.work.seconds()
+        return StepResult(loss=loss, grad_norm=seen[0], lr=lr, applied=applied, layer_grad_norms=layers, own_s=own_s)
+
+    def _own_gradient(self, name: str, parameter: Any) -> Tensor | None:
+        return self.optimizer.own_gradient(name)
 
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
         """Reduce, as DeepSpeed does at the end of each backward pass; from there on this rank waits for others."""

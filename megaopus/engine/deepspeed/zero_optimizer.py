@@ -156,6 +156,18 @@ class ZeroOptimizer:
         fragment = self.fragments[name]
         return fragment.of(fragment.flat if key == "weight" else self._state(name)[key])
 
+    def own_gradient(self, name: str) -> Tensor | None:
+        """(numel,) this rank's fragment of the reduced gradient, fp32, before the update; None: it has none of it."""
+        from deepspeed.utils import safe_get_local_grad
+
+        fragment, parameter = self.fragments[name], self._parameters[name]
+        if not fragment.numel:
+            return None
+        if self.sharded:
+            return safe_get_local_grad(parameter).narrow(0, 0, fragment.numel)
+        found = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).reshape(-1)
+        return found if found.numel() == fragment.numel else fragment.cut(found)  # under bf16 every rank has all of it
+
     def whole(self, name: str, key: str = "weight") -> Tensor:
         """The parameter's fp32 weights, or one of its ``keys``, in its shape; collective."""
         whole = self.zeros(name)

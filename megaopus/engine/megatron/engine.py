@@ -38,7 +38,7 @@ class MegatronEngine(MegatronPasses):
 
     # -- training and evaluation ------------------------------------------------------------------------------------
 
-    def train_step(self, batch: Candidates, limit: float = math.inf) -> StepResult:
+    def train_step(self, batch: Candidates, limit: float = math.inf, *, layer_grad_norms: bool = False) -> StepResult:
         share = self.training_rows(len(batch))
         if self._dropout:
             seed_dropout(self.mesh, self._seed, self.step)
@@ -57,10 +57,17 @@ class MegatronEngine(MegatronPasses):
             losses = self._run(batch, share, self.micro_batch_size, self.seq_len, forward_only=False)
             loss = float(losses.mean())
             lr = self.prepare_update()
+            layers = self.layer_grad_norms() if layer_grad_norms else None
             limit = limit if math.isfinite(loss) else -math.inf
             grad_norm, applied = self.optimizer.step(limit, partial(self.refused, batch=batch))
         self.step += 1
-        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, own_s=self.work.seconds())
+        own_s = self.work.seconds()
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, layer_grad_norms=layers, own_s=own_s)
+
+    def _own_gradient(self, name: str, parameter: Any) -> Tensor | None:
+        if (piece := self.optimizer.own_piece(parameter)) is not None:
+            return parameter.main_grad.view(-1)[piece]
+        return None
 
     def evaluate(self, sequences: Candidates) -> Tensor:
         num = len(sequences)
