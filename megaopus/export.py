@@ -30,7 +30,7 @@ GENERATION = "generation_config.json"
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written."""
+    """Tells what was written."""
 
     checkpoint: Path
     architecture: str

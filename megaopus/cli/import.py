@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from megaopus.config.model_shape import shape_yaml
     from megaopus.data.tokenizer import load_tokenizer, vocabulary_size
     from megaopus.errors import DataError
     from megaopus.huggingface.families import family_of, model_config
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     console.print(table)
     console.print("model settings that differ from the defaults:")
-    for line in _yaml(_changed(asdict(model), asdict(type(model)()))).splitlines():
+    for line in shape_yaml(model).splitlines():
         console.print(f"  {line}", highlight=False, markup=False)
     return 0
 
@@ -71,21 +71,3 @@ def _count(shape: tuple[int, ...]) -> int:
 
 def _kinds(folder: Any) -> str:
     return " and ".join(sorted({each.dtype for each in folder.tensors.values()}))
-
-
-def _changed(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    """Keep what is not the default."""
-    found = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            if inner := _changed(value, default[key]):
-                found[key] = inner
-        elif value != default[key]:
-            found[key] = value
-    return found
-
-
-def _yaml(values: dict[str, Any]) -> str:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(values))

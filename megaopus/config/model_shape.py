@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from megaopus.config.run_config import RunConfig, flat
 from megaopus.errors import ModelError
@@ -37,3 +38,21 @@ def set_shape(config: RunConfig, refuse: Callable[[str, object, str, str], None]
     for each in fields(ModelConfig):
         if each.name not in OWN:
             setattr(config.model, each.name, getattr(found, each.name))
+
+
+def shape_yaml(model: ModelConfig) -> str:
+    """Write what differs from the defaults as YAML, as a file in configs/model/ has it."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(_changed(asdict(model), asdict(ModelConfig()))))
+
+
+def _changed(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            if inner := _changed(value, default[key]):
+                found[key] = inner
+        elif value != default[key]:
+            found[key] = value
+    return found

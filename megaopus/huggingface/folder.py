@@ -20,7 +20,7 @@ PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a tensor lies, and what it is."""
+    """Says where a tensor lies, and what it is."""
 
     file: Path
     shape: tuple[int, ...]

@@ -55,7 +55,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one of our parameters is put together."""
+    """Says how one of our parameters is put together."""
 
     pieces: tuple[Piece, ...]
     groups: int = 0
@@ -121,7 +121,7 @@ def recipes(model: ModelConfig, vocab_size: int, *, fused: bool = False) -> dict
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """What both forms share."""
+    """Holds what both forms share."""
 
     model: ModelConfig
     vocab_size: int

@@ -129,7 +129,7 @@ class ModelConfig:
         return self.activation in ("swiglu", "geglu_tanh")
 
     def derived_qkv_bias(self) -> bool:
-        """Whether queries, keys and values have biases, after the default is applied."""
+        """Return whether queries, keys and values have biases, after the default is applied."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     def derived_vocab_size(self, of_tokenizer: int) -> int:

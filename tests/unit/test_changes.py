@@ -47,6 +47,8 @@ def test_every_setting_has_one_class() -> None:
         "resume",
         "resume_allow",
         "plugins",
+        "model.hf",
+        "init.path",
         "data.text_features_path",
         "data.validation_path",
         "data.read_ahead_mb",
