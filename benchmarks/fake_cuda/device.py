@@ -28,6 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.fake_cuda.meter import DeviceMeter
 from megaopus.distributed.mesh import Mesh
 from megaopus.selection.estimators.step_size import StepJudge
+from megaopus.selection.methods import by_proxy
 
 SOURCE = Path(__file__).with_name("idle_device.cpp")
 CAPACITY = 80 << 30
@@ -221,9 +222,10 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
         stack.enter_context(mock.patch.dict(os.environ, place))
         stack.enter_context(mock.patch.object(dist, "init_process_group", start))
         stack.enter_context(mock.patch.object(dist, "new_group", new_group))
-        stack.enter_context(mock.patch.object(Mesh, "any", lambda self, flag: flag))
-        # it compares numbers, which fake tensors have none of, of passes like any other
-        stack.enter_context(mock.patch.object(StepJudge, "due", return_value=False))
+        stack.enter_context(mock.patch.object(Mesh, "largest", lambda self, numbers: numbers))
+        # they compare numbers, which fake tensors have none of: of passes like any other, and of weights
+        stack.enter_context(mock.patch.object(StepJudge, "due", lambda self, step: False))
+        stack.enter_context(mock.patch.object(by_proxy, "require_enough", lambda *args: ()))
         yield
 
 
