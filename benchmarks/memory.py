@@ -14,7 +14,7 @@ import argparse
 import json
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Shape:
     optim: str = "adamw"
     engine: dict[str, Any] = field(default_factory=dict)
     layouts: tuple[str, ...] = ("1", "tp2", "pp2", "zero")
+    selections: tuple[str, ...] = tuple(SELECTIONS)
 
 
 LLAMA: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
@@ -93,33 +94,31 @@ def _gpt2(layers: int, hidden: int, heads: int) -> dict[str, Any]:
 SHAPES: Mapping[str, Shape] = {
     "tiny": Shape(model=_gpt2(4, 128, 4), seq_len=128, micro=8, vocab_size=2048),
     "gpt2_small": Shape(model=_gpt2(12, 768, 12), seq_len=1024, micro=4),
-    "gpt2_medium_8_layers_muon": Shape(model=_gpt2(8, 1024, 16), seq_len=1024, micro=2, optim="muon"),
-    "gpt2_xl_8_layers": Shape(model=_gpt2(8, 1600, 25), seq_len=1024, micro=1),
+    "gpt2_medium_4_layers_muon": Shape(model=_gpt2(4, 1024, 16), seq_len=1024, micro=2, optim="muon"),
+    "gpt2_xl_4_layers": Shape(model=_gpt2(4, 1600, 25), seq_len=1024, micro=1),
     "llama_small": Shape(
         model={**LLAMA, **_gpt2(12, 768, 12), "num_kv_heads": 4, "tied": False}, seq_len=1024, micro=8
     ),
-    "qwen3_0p6b_8_layers": Shape(model={**QWEN_06B, "num_layers": 8}, seq_len=4096, micro=4, vocab_size=151936),
-    "llama_1b_8_layers_lion": Shape(
-        model={**LLAMA, **_gpt2(8, 2048, 32), "num_kv_heads": 8, "ffn_hidden_size": 8192},
+    "qwen3_0p6b_4_layers": Shape(model={**QWEN_06B, "num_layers": 4}, seq_len=4096, micro=4, vocab_size=151936),
+    "llama_1b_4_layers_lion": Shape(
+        model={**LLAMA, **_gpt2(4, 2048, 32), "num_kv_heads": 8, "ffn_hidden_size": 8192},
         seq_len=2048,
         micro=1,
         vocab_size=128256,
         optim="lion",
     ),
-    "qwen3_8b_8_layers": Shape(model={**QWEN_8B, "num_layers": 8}, seq_len=2048, micro=1, vocab_size=151936),
+    "qwen3_8b_4_layers": Shape(model={**QWEN_8B, "num_layers": 4}, seq_len=2048, micro=1, vocab_size=151936),
     "wide": Shape(model=_gpt2(4, 4096, 32), seq_len=2048, micro=2, vocab_size=32000),
-    "deep_dropout": Shape(
-        model={**_gpt2(16, 256, 8), "dropout": 0.1, "tied": False}, seq_len=512, micro=8, vocab_size=8192
-    ),
+    "dropout": Shape(model={**_gpt2(8, 256, 8), "dropout": 0.1, "tied": False}, seq_len=512, micro=8, vocab_size=8192),
     "recomputed": Shape(
-        model={**LLAMA, **_gpt2(8, 2048, 16), "num_kv_heads": 8},
+        model={**LLAMA, **_gpt2(4, 2048, 16), "num_kv_heads": 8},
         seq_len=2048,
         micro=4,
         vocab_size=32000,
         engine={"recompute": True},
     ),
     "biased_swiglu_sgd": Shape(
-        model={**_gpt2(8, 1024, 16), "activation": "swiglu", "position": "none", "num_kv_heads": 4, "qk_norm": True},
+        model={**_gpt2(4, 1024, 16), "activation": "swiglu", "position": "none", "num_kv_heads": 4, "qk_norm": True},
         seq_len=1024,
         micro=4,
         vocab_size=32000,
@@ -127,12 +126,15 @@ SHAPES: Mapping[str, Shape] = {
     ),
 }
 """Those by which the formulas were made; models of many layers with fewer of them, which are alike."""
+_FEW = ("uniform", "directional", "adjoint")
 EXAMPLES: Mapping[str, Shape] = {
-    "qwen3_0p6b": Shape(model=QWEN_06B, seq_len=4096, micro=4, vocab_size=151936, layouts=("1",)),
-    "qwen3_8b_tp8": Shape(model=QWEN_8B, seq_len=2048, micro=1, vocab_size=151936, layouts=("tp8",)),
-    "llama_70b_tp8": Shape(model=LLAMA_70B, seq_len=2048, micro=1, vocab_size=128256, layouts=("tp8",)),
+    "qwen3_0p6b": Shape(model=QWEN_06B, seq_len=4096, micro=4, vocab_size=151936, layouts=("1",), selections=_FEW),
+    "qwen3_8b_tp8": Shape(model=QWEN_8B, seq_len=2048, micro=1, vocab_size=151936, layouts=("tp8",), selections=_FEW),
+    "llama_70b_tp8": Shape(
+        model=LLAMA_70B, seq_len=2048, micro=1, vocab_size=128256, layouts=("tp8",), selections=_FEW
+    ),
 }
-"""Models as they are."""
+"""Models as they are, by a few estimators."""
 DRAWN_SEED, DRAWN = 19, 6
 
 
@@ -216,18 +218,14 @@ def cells(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, str]]:
             yield name, layout
 
 
-def measured(shape: Shape, layout: str) -> dict[str, Any]:
-    """Bytes of the fullest stage: {stage, built, held, training, scoring: {selection: peak}}, for each stage."""
+def measured(shape: Shape, layout: str, names: Sequence[str]) -> dict[str, Any]:
+    """Stage -> {held, training, scoring: {selection: peak}}: bytes of one of its ranks, scoring by ``names``."""
     from benchmarks.fake_cuda.measure import fake_job, measure
 
     found: dict[str, Any] = {}
     for stage in range(LAYOUTS[layout].get("pp", 1)):
         base = run_config(shape, layout)
-        selections = {
-            name: run_config(shape, layout, name).selection
-            for name in SELECTIONS
-            if impossible(shape, layout, name) is None
-        }
+        selections = {name: run_config(shape, layout, name).selection for name in names}
         ranks = RANKS[layout]
         with fake_job(base, stage * ranks // base.parallel.pp, ranks) as (mesh, meter):
             each = measure(base, shape.vocab_size, mesh, meter, selections)
@@ -241,6 +239,18 @@ def estimated(shape: Shape, layout: str, selection: str, stage: int) -> int:
     rows = memory(config, shape.vocab_size, RANKS[layout], "bf16", stage, "cuda")
     del rows["process"]  # not tensors
     return peak(rows)[1]
+
+
+def missing(shape: Shape, layout: str, row: Mapping[str, Any]) -> list[str]:
+    """List the selections that are to be measured and are not in ``row``."""
+    there = set.intersection(*(set(found["scoring"]) for found in row["stages"].values())) if row["stages"] else set()
+    return [name for name in shape.selections if name not in there and impossible(shape, layout, name) is None]
+
+
+def write(path: Path, results: Mapping[tuple[str, str], dict[str, Any]]) -> None:
+    """Write a row for each (shape, layout)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in results.values()))
 
 
 def read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -291,14 +301,14 @@ def main() -> None:
 
         warnings.simplefilter("ignore")
         for name, layout in cells(shapes):
-            if (name, layout) in results or impossible(shapes[name], layout, "uniform"):
-                continue
-            row: dict[str, Any] = {"shape": name, "layout": layout, "torch": torch.__version__.split("+")[0]}
-            row["stages"] = measured(shapes[name], layout)
-            results[name, layout] = row
-            args.results.parent.mkdir(parents=True, exist_ok=True)
-            with args.results.open("a") as file:
-                file.write(json.dumps(row, separators=(",", ":")) + "\n")
+            empty = {"shape": name, "layout": layout, "torch": torch.__version__.split("+")[0], "stages": {}}
+            row = results.get((name, layout), empty)
+            if wanted := missing(shapes[name], layout, row):
+                for stage, found in measured(shapes[name], layout, wanted).items():
+                    before = row["stages"].get(stage, {"scoring": {}})["scoring"]
+                    row["stages"][stage] = {**found, "scoring": {**before, **found["scoring"]}}
+                results[name, layout] = row
+                write(args.results, results)
     chosen = {key: row for key, row in results.items() if key[0] in shapes}
     console = Console(width=200)
     console.print(table(chosen))
@@ -310,7 +320,7 @@ def main() -> None:
     for each in outside:
         console.print(each)
     for name, layout in cells(shapes):
-        for selection in SELECTIONS:
+        for selection in shapes[name].selections:
             if why := impossible(shapes[name], layout, selection):
                 console.print(f"not measured: {name} {layout} {selection}: {why}")
 

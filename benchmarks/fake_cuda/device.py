@@ -181,13 +181,13 @@ def _attention(
     """scaled_dot_product_attention by the kernel that torch takes on CUDA, which a build without CUDA never takes.
 
     Flash attention for 16 bits without a mask; the memory-efficient one for fp32 and masks, which knows no shared
-    key/value heads: products of whole matrices then.
+    key/value heads: products of whole matrices then, and for fp64.
     """
     aten = torch.ops.aten
-    if attn_mask is None and query.dtype != torch.float32:
+    if attn_mask is None and query.element_size() == 2:
         found = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)
         return found[0]
-    if not enable_gqa:
+    if not enable_gqa and query.dtype != torch.float64:
         bias = None
         if attn_mask is not None:
             bias = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
@@ -196,8 +196,16 @@ def _attention(
             query, key, value, bias, True, dropout_p, is_causal, scale=scale
         )[0]
     return aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=True
+        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
+
+
+def _not_due(*args: Any) -> bool:
+    return False
+
+
+def _enough(*args: Any) -> tuple[()]:
+    return ()  # not a mock, which would hold on to the weights that it was given
 
 
 @contextmanager
@@ -224,8 +232,8 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
         stack.enter_context(mock.patch.object(dist, "new_group", new_group))
         stack.enter_context(mock.patch.object(Mesh, "largest", lambda self, numbers: numbers))
         # they compare numbers, which fake tensors have none of: of passes like any other, and of weights
-        stack.enter_context(mock.patch.object(StepJudge, "due", lambda self, step: False))
-        stack.enter_context(mock.patch.object(by_proxy, "require_enough", lambda *args: ()))
+        stack.enter_context(mock.patch.object(StepJudge, "due", _not_due))
+        stack.enter_context(mock.patch.object(by_proxy, "require_enough", _enough))
         yield
 
 
