@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megaopus.config.run_config import RunConfig
@@ -202,8 +202,8 @@ def _row(rank: _Rank, kept: Share, how: str, *phases: str) -> Row:
     return Row(int(kept.split / rank.tp), int(kept.whole), how, phases)
 
 
-def _activations(rank: _Rank, positions: int, micro_batches: int) -> tuple[Share, str]:
-    """Count what is kept of ``positions`` of each micro-batch in flight."""
+def _activations(rank: _Rank, positions: int, micro_batches: int, *, scoring: bool = False) -> tuple[Share, str]:
+    """Count what is kept of ``positions`` of each micro-batch in flight; ``scoring``: by a pass that scores."""
     config, parallel = rank.config, rank.config.parallel
     layer = activations.kept_by_layer(config, rank.precision, rank.device)
     hidden = WIDTH[rank.precision] * config.model.hidden_size
@@ -213,10 +213,10 @@ def _activations(rank: _Rank, positions: int, micro_batches: int) -> tuple[Share
     layers = config.model.num_layers // (parallel.pp * parallel.vpp)
     kept = layer.times(layers).plus(entry).times(in_flight)
     how = "layer by layer"
-    if config.engine.recompute:
+    if config.engine.recompute and not scoring:
         stored = Share(hidden) if parallel.sequence_parallel else Share(0, hidden)
-        kept = stored.times(layers).plus(entry).times(in_flight).plus(layer)
-        how = "layer inputs and one layer in full"
+        kept = stored.times(layers).plus(entry).times(in_flight)
+        how = "layer inputs"
     what = "micro-batch(es)" if parallel.vpp == 1 else "passes of a model chunk"
     return kept.times(positions), f"{how}; {in_flight} {what} of {positions:,} positions in flight"
 
@@ -234,6 +234,8 @@ def _work(rank: _Rank, positions: int, kept: float) -> tuple[int, str]:
     """Find the bytes that a backward pass takes at once beside ``kept`` bytes of activations, and for what."""
     config, width = rank.config, WIDTH[rank.precision]
     layer = activations.worked_on(config, rank.precision).over(rank.tp) * positions
+    if config.engine.recompute:  # a layer in full, once the logits have gone
+        layer += activations.kept_by_layer(config, rank.precision, rank.device).over(rank.tp) * positions
     matrices = [rank.own(weight) for weight in rank.weights() if weight.matrix]
     found = [(int(layer) + width * max(matrices, default=0), "gradients inside a layer")]
     if rank.last:
@@ -255,19 +257,18 @@ def _selection(rank: _Rank) -> dict[str, Row]:
     if selection.method == UNIFORM:
         return {}
     entry = METHODS.find(selection.method)
-    hooks = "hooks" in selection.needs()
-    rows: dict[str, Row] = {}
-    if selection.needs_proxy:
-        rows |= _proxy(rank)
+    rows = _proxy(rank) if selection.needs_proxy else {}
+    passes = entry.micro_batches
     if entry.by_estimator:
         estimator = ESTIMATORS.find(selection.estimator)
-        found = scoring_memory(selection, _sizes(rank))
-        rows |= {what: _taken(taken) for what, taken in found.items()}
-        if not estimator.micro_batches:
-            return rows
-    elif not entry.micro_batches:
-        return rows
-    return rows | {"scoring pass": _pass(rank, hooks or selection.redundancy > 0)}
+        rows |= {what: _taken(taken) for what, taken in scoring_memory(selection, _sizes(rank)).items()}
+        passes = estimator.micro_batches
+        if "small_model" in estimator.needs:
+            rows["scoring pass"] = _float64_pass(rank)
+    if passes:
+        rows["scoring pass"] = _pass(rank, "hooks" in selection.needs() or selection.redundancy > 0)
+    sharded = rank.shards > 1 and rank.config.engine.name == "megatron" and rank.precision == "bf16"
+    return rows | (_gathered(rank, rows) if sharded and selection.needs_proxy else {})
 
 
 def _numbers_row(rank: _Rank, width: float, how: str, *phases: str) -> Row:
@@ -318,10 +319,25 @@ def _operator(rank: _Rank) -> dict[str, Row]:
     if split + whole:
         how = "fp32, the factor that bounds the direction" if selection.bounded else "fp32, the update's factor"
         rows["update map"] = Row(split, whole, how, (SCORING,))
-    if rank.shards > 1 and rank.config.engine.name == "megatron" and rank.precision == "bf16":
-        how = "fp32, gathered to be moved"
-        rows["whole main weights"] = _numbers_row(rank, 4, how, SCORING)
     return rows
+
+
+def _gathered(rank: _Rank, rows: Mapping[str, Row]) -> dict[str, Row]:
+    """Count what data-parallel ranks share and scoring needs whole: squares for the update map, weights to be moved.
+
+    Weights are put together in one flat piece before they are copied out of it, and before those to restore are copied
+    and passes made: ``rows`` of scoring.
+    """
+    found = {"whole second moments": _numbers_row(rank, 4, "fp32, gathered before the proxy's gradient", PROXY)}
+    if "weights to restore" in rows or "exact gradients" in rows:
+        found["whole main weights"] = _numbers_row(rank, 4, "fp32, gathered", SCORING)
+    if "weights to restore" in rows:
+        count = sum(map(rank.own, rank.weights()))
+        later = rows["weights to restore"].size + rows["scoring pass"].size
+        together = max(0, 4 * count + 4 * count // rank.shards - later)
+        how = "fp32, main weights in one piece, before others are there"
+        found["gathering"] = Row(0, together, how, (SCORING,))
+    return found
 
 
 def _sizes(rank: _Rank) -> Sizes:
@@ -354,7 +370,7 @@ def _pass(rank: _Rank, graph: bool) -> Row:
         head = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=False) if last else 0
         return Row(0, max(int(layer), head), f"{positions:,} positions at a time, without a graph", (SCORING,))
     micro_batches = max(1, _scored_share(config, rank.world_size) // micro)
-    kept, how = _activations(rank, positions, micro_batches)
+    kept, how = _activations(rank, positions, micro_batches, scoring=True)
     vocab_bytes = 0
     if last:
         each = activations.logit_bytes(rank.tp, rank.precision, backward=True)
@@ -362,6 +378,17 @@ def _pass(rank: _Rank, graph: bool) -> Row:
         how += f", {each} bytes for each logit"
     work = int(activations.worked_on(config, rank.precision).over(rank.tp) * positions)
     return _row(rank, kept, how, SCORING)._replace(whole=int(kept.whole) + max(vocab_bytes, work))
+
+
+def _float64_pass(rank: _Rank) -> Row:
+    """Count one candidate's passes in float64, for which CUDA has no attention but by whole matrices."""
+    rank = replace(rank, precision="fp64")
+    model, length = rank.config.model, rank.config.scored_length()
+    kept, _ = _activations(rank, length, 1, scoring=True)
+    probabilities = 8 * model.num_heads * length**2 if rank.device == "cuda" else 0
+    logits = activations.logits(rank.config, rank.vocab_size, "fp64", length, backward=True)
+    work = probabilities * model.num_layers + max(logits, 2 * probabilities)
+    return Row(0, int(kept.over(1)) + work, "one sequence in float64", (SCORING,))
 
 
 def _is_sketched(weight: Weight, config: RunConfig) -> bool:
