@@ -189,7 +189,7 @@ def _training(rank: _Rank) -> dict[str, Row]:
     positions = train.micro_batch_size * config.data.seq_len // config.parallel.cp
     kept, how = _activations(rank, positions, micro_batches)
     rows = {"activations": _row(rank, kept, how, TRAINING)}
-    work, whose = _work(rank, positions, kept.over(rank.tp))
+    work, whose = _work(rank, positions, kept.over(rank.tp), _in_flight(rank, micro_batches))
     if config.optim.spec().curvature and rank.last:
         drawn = 22 if rank.precision == "bf16" else 20
         logits = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=False)
@@ -230,8 +230,11 @@ def _in_flight(rank: _Rank, micro_batches: int) -> int:
     return min(2 * ahead + (parallel.vpp - 1) * parallel.pp + 1, micro_batches * parallel.vpp)
 
 
-def _work(rank: _Rank, positions: int, kept: float) -> tuple[int, str]:
-    """Find the bytes that a backward pass takes at once beside ``kept`` bytes of activations, and for what."""
+def _work(rank: _Rank, positions: int, kept: float, in_flight: int) -> tuple[int, str]:
+    """Find the bytes that a backward pass takes at once beside ``kept`` bytes of activations, and for what.
+
+    ``in_flight``: passes that these are of.
+    """
     config, width = rank.config, WIDTH[rank.precision]
     layer = activations.worked_on(config, rank.precision).over(rank.tp) * positions
     if config.engine.recompute:  # a layer in full, once the logits have gone
@@ -242,9 +245,9 @@ def _work(rank: _Rank, positions: int, kept: float) -> tuple[int, str]:
         each = activations.logit_bytes(rank.tp, rank.precision, backward=True)
         logits = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=True)
         found.append((logits, f"{each} bytes for each logit, or the gradients of logits and output layer"))
-    if rank.stage == 0:  # the activations have gone by then
+    if rank.stage == 0:  # the activations of its micro-batch have gone by then
         table = width * max(rank.own(weight) for weight in rank.weights() if weight.name == "word_embeddings")
-        found.append((int(table - kept), "gradient of the embedding"))
+        found.append((int(table - kept / in_flight), "gradient of the embedding"))
     return max(found)
 
 
@@ -256,17 +259,24 @@ def _selection(rank: _Rank) -> dict[str, Row]:
     selection = rank.config.selection
     if selection.method == UNIFORM:
         return {}
-    entry = METHODS.find(selection.method)
-    rows = _proxy(rank) if selection.needs_proxy else {}
+    entry, found = METHODS.find(selection.method), {}
+    rows: dict[str, Row] = _proxy(rank) if selection.needs_proxy else {}
     passes = entry.micro_batches
     if entry.by_estimator:
         estimator = ESTIMATORS.find(selection.estimator)
-        rows |= {what: _taken(taken) for what, taken in scoring_memory(selection, _sizes(rank)).items()}
+        found = scoring_memory(selection, _sizes(rank, scaled="update map" in rows))
+        rows |= {what: _taken(taken) for what, taken in found.items()}
         passes = estimator.micro_batches
         if "small_model" in estimator.needs:
             rows["scoring pass"] = _float64_pass(rank)
     if passes:
-        rows["scoring pass"] = _pass(rank, "hooks" in selection.needs() or selection.redundancy > 0)
+        graph = "hooks" in selection.needs() or selection.redundancy > 0
+        beside = rows["gradients of candidates"].size if "gradients of candidates" in rows else 0
+        rows["scoring pass"] = _pass(rank, graph, beside)
+    for what, taken in found.items():
+        if taken.before is not None:  # beyond what takes its place
+            later = sum(rows[name].size for name in (*taken.before, "scoring pass") if name in rows)
+            rows[what] = rows[what]._replace(split=0, whole=max(0, taken.size - later))
     sharded = rank.shards > 1 and rank.config.engine.name == "megatron" and rank.precision == "bf16"
     return rows | (_gathered(rank, rows) if sharded and selection.needs_proxy else {})
 
@@ -284,8 +294,9 @@ def _proxy(rank: _Rank) -> dict[str, Row]:
     group = config.parallel.pp if config.parallel.vpp > 1 else 1
     micro = math.gcd(max(1, share // group), config.train.micro_batch_size)
     positions = micro * config.data.seq_len // config.parallel.cp
-    kept, how = _activations(rank, positions, max(1, share // micro))
-    work, _ = _work(rank, positions, kept.over(rank.tp))
+    micro_batches = max(1, share // micro)
+    kept, how = _activations(rank, positions, micro_batches)
+    work, _ = _work(rank, positions, kept.over(rank.tp), _in_flight(rank, micro_batches))
     rows = {
         "activations of the proxy": _row(rank, kept, how, PROXY),
         "backward pass of the proxy": Row(0, work, "as in training", (PROXY,)),
@@ -340,9 +351,10 @@ def _gathered(rank: _Rank, rows: Mapping[str, Row]) -> dict[str, Row]:
     return found
 
 
-def _sizes(rank: _Rank) -> Sizes:
+def _sizes(rank: _Rank, scaled: bool) -> Sizes:
     config = rank.config
     matrices = [weight for weight in rank.weights() if _is_sketched(weight, config)]
+    matrices.sort(key=lambda weight: not weight.name.endswith("embeddings"))
     return Sizes(
         weights=sum(map(rank.own, rank.weights())),
         replicated=int(rank.numbers().whole),
@@ -351,6 +363,8 @@ def _sizes(rank: _Rank) -> Sizes:
         candidates=_scored_share(config, rank.world_size),
         micro_batch_size=scoring_micro_batch(config, rank.world_size),
         model_width=WIDTH[rank.precision],
+        largest=max(map(rank.own, rank.weights())),
+        scaled=scaled,
     )
 
 
@@ -359,8 +373,12 @@ def _taken(taken: Taken) -> Row:
     return Row(taken.size - taken.whole, taken.whole, taken.how, phases)
 
 
-def _pass(rank: _Rank, graph: bool) -> Row:
-    """Count a pass over a micro-batch of candidates; ``graph``: with a backward pass through the activations."""
+def _pass(rank: _Rank, graph: bool, beside: int) -> Row:
+    """Count a pass over a micro-batch of candidates; ``graph``: with a backward pass through the activations.
+
+    ``beside``: bytes that are counted already, and are there only once the softmax has gone: of the logits their
+    gradient is left by then, as it is and in fp32.
+    """
     config, parallel = rank.config, rank.config.parallel
     micro = scoring_micro_batch(config, rank.world_size)
     positions = micro * config.scored_length() // parallel.cp
@@ -375,6 +393,9 @@ def _pass(rank: _Rank, graph: bool) -> Row:
     if last:
         each = activations.logit_bytes(rank.tp, rank.precision, backward=True)
         vocab_bytes = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=True)
+        if beside:
+            left = 4 if rank.precision == "fp32" else 6
+            vocab_bytes = max(vocab_bytes - beside, vocab_bytes // each * left)
         how += f", {each} bytes for each logit"
     work = int(activations.worked_on(config, rank.precision).over(rank.tp) * positions)
     return _row(rank, kept, how, SCORING)._replace(whole=int(kept.whole) + max(vocab_bytes, work))
