@@ -195,7 +195,12 @@ def _training(rank: _Rank) -> dict[str, Row]:
         logits = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=False)
         each = activations.logit_bytes(rank.tp, rank.precision, backward=False)
         work, whose = max((work, whose), (logits // each * drawn, "logits and their sums while labels are sampled"))
-    return rows | {"backward pass": Row(0, work, whose, (TRAINING,))}
+    rows["backward pass"] = Row(0, work, whose, (TRAINING,))
+    made = 4 * config.optim.spec().update_numbers * sum(map(rank.own, rank.weights())) if rank.device == "cuda" else 0
+    if made:  # both of the above have gone by then
+        made = max(0, made - sum(row.size for row in rows.values()))
+        rows["update"] = Row(0, made, "fp32, the step of all weights, beyond the two before", (TRAINING,))
+    return rows
 
 
 def _row(rank: _Rank, kept: Share, how: str, *phases: str) -> Row:
