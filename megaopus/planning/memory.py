@@ -197,8 +197,8 @@ def _training(rank: _Rank) -> dict[str, Row]:
         work, whose = max((work, whose), (logits // each * drawn, "logits and their sums while labels are sampled"))
     rows["backward pass"] = Row(0, work, whose, (TRAINING,))
     made = 4 * config.optim.spec().update_numbers * sum(map(rank.own, rank.weights())) if rank.device == "cuda" else 0
-    if made:  # both of the above have gone by then
-        made = max(0, made - sum(row.size for row in rows.values()))
+    made -= sum(row.size for row in rows.values())  # these have gone by then
+    if made > 0:
         rows["update"] = Row(0, made, "fp32, the step of all weights, beyond the two before", (TRAINING,))
     return rows
 
@@ -252,7 +252,7 @@ def _work(rank: _Rank, positions: int, kept: float, in_flight: int) -> tuple[int
         found.append((logits, f"{each} bytes for each logit, or the gradients of logits and output layer"))
     if rank.stage == 0:  # the activations of its micro-batch have gone by then
         table = width * max(rank.own(weight) for weight in rank.weights() if weight.name == "word_embeddings")
-        found.append((int(table - kept / in_flight), "gradient of the embedding"))
+        found.append((int(table - kept / max(1, in_flight)), "gradient of the embedding"))
     return max(found)
 
 
@@ -281,9 +281,10 @@ def _selection(rank: _Rank) -> dict[str, Row]:
     for what, taken in found.items():
         if taken.before is not None:  # beyond what takes its place
             later = sum(rows[name].size for name in (*taken.before, "scoring pass") if name in rows)
-            rows[what] = rows[what]._replace(split=0, whole=max(0, taken.size - later))
+            rows[what] = rows[what]._replace(split=0, whole=taken.size - later)
     sharded = rank.shards > 1 and rank.config.engine.name == "megatron" and rank.precision == "bf16"
-    return rows | (_gathered(rank, rows) if sharded and selection.needs_proxy else {})
+    rows |= _gathered(rank, rows) if sharded and selection.needs_proxy else {}
+    return {what: row for what, row in rows.items() if row.size > 0}  # what is said beyond other rows may be nothing
 
 
 def _numbers_row(rank: _Rank, width: float, how: str, *phases: str) -> Row:
@@ -350,7 +351,7 @@ def _gathered(rank: _Rank, rows: Mapping[str, Row]) -> dict[str, Row]:
     if "weights to restore" in rows:
         count = sum(map(rank.own, rank.weights()))
         later = rows["weights to restore"].size + rows["scoring pass"].size
-        together = max(0, 4 * count + 4 * count // rank.shards - later)
+        together = 4 * count + 4 * count // rank.shards - later
         how = "fp32, main weights in one piece, before others are there"
         found["gathering"] = Row(0, together, how, (SCORING,))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +93,25 @@ def test_what_scoring_holds() -> None:
     assert sizes(config, 2)["sketches"] == 4 * (32 // 2) * (4 * 4 + 1) * 100
 
 
+def test_what_is_there_before_the_pass_counts_beyond_it() -> None:
+    config = small(method="opus", estimator="countsketch")
+    rows = sizes(config, precision="bf16")
+    assert rows["hashes"] == 9 * (padded_vocab(VOCAB) + 4 * 12 * 128) * 128
+    assert "hashes in the making" not in rows  # 40 bytes of a weight of the embedding are less than a pass
+    config.selection.score_micro_batch_size, config.data.seq_len = 1, 16
+    rows = {what: row.size for what, row in memory(config, 50257, 1, "bf16", 0).items()}
+    making = 40 * padded_vocab(50257) * 128  # of the embedding, whose hashes are made first
+    later = ("hashes", "update on the proxy's sketch", "sketches", "scoring pass")
+    assert rows["hashes in the making"] == making - sum(rows[what] for what in later)
+    config = small(method="opus")
+    config.optim.name, config.engine.device, config.train.micro_batch_size = "lion", "cuda", 1
+    config.data.seq_len = 16
+    count = count_parameters(config.model, VOCAB, config.data.seq_len)
+    rows = sizes(config, precision="bf16")
+    assert rows["update"] == 4 * count - rows["activations"] - rows["backward pass"] > 0
+    assert "update" not in sizes(config)  # fp32 is of a CPU here
+
+
 def test_the_peak_is_that_of_one_phase() -> None:
     rows = {
         "always": Row(3, 1, ""),
@@ -118,6 +138,31 @@ def test_split_rows_add_up_to_the_whole_and_others_are_marked(optimizer: str, es
             assert sum(tp * row.split for row in parts) == whole[what].split, f"{what} at tp={tp} pp={pp}"
             if whole[what].split == 0:
                 assert all(row.split == 0 for row in parts), f"{what} is marked as split at tp={tp} pp={pp} only"
+
+
+# -- beside what was measured ------------------------------------------------------------------------------------------
+
+
+def test_estimates_lie_within_bounds_of_what_was_measured() -> None:
+    """Every fifth cell of benchmarks/results/memory.jsonl: a formula that changes must still fit."""
+    measured = benchmark.read(benchmark.RESULTS)
+    shapes = benchmark.every_shape()
+    wanted = {
+        (name, layout, selection)
+        for name, layout in benchmark.cells(shapes)
+        for selection in shapes[name].selections
+        if benchmark.impossible(shapes[name], layout, selection) is None
+    }
+    there = {
+        (name, layout, selection)
+        for (name, layout), row in measured.items()
+        for stage in row["stages"].values()
+        for selection in stage["scoring"]
+    }
+    assert there == wanted
+    found = list(itertools.islice(benchmark.ratios(measured), 0, None, 5))
+    outside = [each for each in found if not benchmark.LOW <= each[5] / each[4] <= benchmark.HIGH]
+    assert not outside
 
 
 # -- beside tensors ----------------------------------------------------------------------------------------------------

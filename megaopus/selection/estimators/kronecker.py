@@ -158,7 +158,7 @@ def rank_one(backend: ScoringBackend, name: str, factor: Tensor) -> tuple[Tensor
     """
     if not bool(factor.any()):
         return factor.new_zeros(factor.shape[0]), factor.new_zeros(factor.shape[1])
-    inverse = factor.double().square_().reciprocal_()  # in place: a vocabulary's is large
+    inverse = factor.double().square().reciprocal()
     sums = [inverse.sum(1), inverse.sum(0)]
     counts = [factor.shape[1], factor.shape[0]]
     shard = backend.shards().get(name)
@@ -173,9 +173,9 @@ def rank_one(backend: ScoringBackend, name: str, factor: Tensor) -> tuple[Tensor
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     of_rows, of_columns = sketch_shape(config.sketch_dim)
     dense = 4 * sum(of_rows * rows + of_columns * columns for rows, columns in sizes.shapes)
-    inverse = 8 * max(sizes.matrices, default=0) if sizes.scaled else 0
+    inverse = 16 * max(sizes.matrices, default=0) if sizes.scaled else 0
     return {
-        "rank-one fit": Taken(inverse, "float64, of one matrix at a time", whole=inverse, before=("sketches",)),
+        "rank-one fit": Taken(inverse, "float64, twice, of one matrix at a time", whole=inverse, before=("sketches",)),
         "dense sketches": Taken(dense, "fp32, of the rows and columns of each matrix", kept=True, whole=dense),
         "folded sketches": Taken(dense, "fp32, the same with the update in them", whole=dense),
         **sketch_memory(config, sizes),
