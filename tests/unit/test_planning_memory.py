@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from benchmarks import memory as benchmark
+from benchmarks import memory_cpu
 from benchmarks.fake_cuda.meter import DeviceMeter
 from megaopus.config.run_config import RunConfig
 from megaopus.distributed.config import ParallelConfig
@@ -109,7 +111,8 @@ def test_what_is_there_before_the_pass_counts_beyond_it() -> None:
     count = count_parameters(config.model, VOCAB, config.data.seq_len)
     rows = sizes(config, precision="bf16")
     assert rows["update"] == 4 * count - rows["activations"] - rows["backward pass"] > 0
-    assert "update" not in sizes(config)  # fp32 is of a CPU here
+    config.engine.device = "cpu"
+    assert "update" not in sizes(config)
 
 
 def test_the_peak_is_that_of_one_phase() -> None:
@@ -163,6 +166,17 @@ def test_estimates_lie_within_bounds_of_what_was_measured() -> None:
     found = list(itertools.islice(benchmark.ratios(measured), 0, None, 5))
     outside = [each for each in found if not benchmark.LOW <= each[5] / each[4] <= benchmark.HIGH]
     assert not outside
+
+
+def test_fake_tensors_take_what_real_ones_do() -> None:
+    """By benchmarks/results/memory_cpu.jsonl."""
+    rows = [json.loads(line) for line in memory_cpu.RESULTS.read_text().splitlines()]
+    assert [row["selection"] for row in rows] == list(memory_cpu.SELECTIONS)
+    for row in rows:
+        found = memory(memory_cpu.config_of(row["selection"]), memory_cpu.SHAPE.vocab_size, 1, "fp32", 0, "cpu")
+        del found[PROCESS_ROW]
+        assert abs(row["fake"] / row["real"] - 1) < 1e-4
+        assert benchmark.LOW <= peak(found)[1] / row["real"] <= benchmark.HIGH
 
 
 # -- beside tensors ----------------------------------------------------------------------------------------------------
