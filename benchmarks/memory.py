@@ -287,6 +287,21 @@ def table(results: Mapping[tuple[str, str], dict[str, Any]]) -> Table:
     return made
 
 
+def summary(results: Mapping[tuple[str, str], dict[str, Any]]) -> Table:
+    """Lay out a row per shape: cells (a stage and a selection of a layout each), and how their ratios spread."""
+    made = Table(title="estimate / measured, every stage", title_justify="left")
+    for heading in ("shape", "cells", "GiB measured", "least", "median", "most"):
+        made.add_column(heading, no_wrap=True)
+    found = list(ratios(results))
+    for name in dict.fromkeys(cell[0] for cell in found):
+        own = [(true / 2**30, guess / true) for shape, _, _, _, true, guess in found if shape == name]
+        size, ratio = sorted(true for true, _ in own), sorted(each for _, each in own)
+        middle = ratio[len(ratio) // 2]
+        cells = (f"{size[0]:.2f}-{size[-1]:.2f}", f"{ratio[0]:.3f}", f"{middle:.3f}", f"{ratio[-1]:.3f}")
+        made.add_row(name, str(len(own)), *cells)
+    return made
+
+
 def main() -> None:
     """Measure what is missing, and print the table."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -312,6 +327,7 @@ def main() -> None:
     chosen = {key: row for key, row in results.items() if key[0] in shapes}
     console = Console(width=200)
     console.print(table(chosen))
+    console.print(summary(chosen))
     found = ratios(chosen)
     worst = sorted((guess / true, name, layout, which, stage) for name, layout, which, stage, true, guess in found)
     outside = [each for each in worst if not LOW <= each[0] <= HIGH]

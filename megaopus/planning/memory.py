@@ -127,7 +127,7 @@ def memory(
     if device is None:
         device = config.engine.device if config.engine.device != "auto" else ("cpu" if precision == "fp32" else "cuda")
     rank = _Rank(config, vocab_size, world_size, precision, stage, device)
-    where = "Python, torch and megatron-core" if device == "cpu" else "CUDA's context and kernels, not measured"
+    where = "Python, torch and megatron-core" if device == "cpu" else "CUDA's context and kernels: a guess"
     rows = {PROCESS_ROW: Row(0, PROCESS[device], where), **_held(rank), **_training(rank)}
     return rows | _selection(rank)
 
