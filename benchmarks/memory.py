@@ -316,8 +316,10 @@ def main() -> None:
 
         warnings.simplefilter("ignore")
         for name, layout in cells(shapes):
-            empty = {"shape": name, "layout": layout, "torch": torch.__version__.split("+")[0], "stages": {}}
-            row = results.get((name, layout), empty)
+            row: dict[str, Any] = results.get(
+                (name, layout),
+                {"shape": name, "layout": layout, "torch": torch.__version__.split("+")[0], "stages": {}},
+            )
             if wanted := missing(shapes[name], layout, row):
                 for stage, found in measured(shapes[name], layout, wanted).items():
                     before = row["stages"].get(stage, {"scoring": {}})["scoring"]

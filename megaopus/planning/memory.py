@@ -264,8 +264,9 @@ def _selection(rank: _Rank) -> dict[str, Row]:
     selection = rank.config.selection
     if selection.method == UNIFORM:
         return {}
-    entry, found = METHODS.find(selection.method), {}
+    entry = METHODS.find(selection.method)
     rows: dict[str, Row] = _proxy(rank) if selection.needs_proxy else {}
+    found: dict[str, Taken] = {}
     passes = entry.micro_batches
     if entry.by_estimator:
         estimator = ESTIMATORS.find(selection.estimator)
