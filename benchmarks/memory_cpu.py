@@ -72,7 +72,7 @@ def main() -> None:
     for name in SELECTIONS:
         found = memory(config_of(name), SHAPE.vocab_size, 1, "fp32", 0, "cpu")
         process = found.pop(PROCESS_ROW).size
-        row = {"selection": name, "real": real[name], "fake": fake[name], "estimate": peak(found)[1]}
+        row: dict[str, Any] = {"selection": name, "real": real[name], "fake": fake[name], "estimate": peak(found)[1]}
         if name == "uniform":
             assert trained.training == real[name]
             row |= {"resident": resident, "estimate_with_process": row["estimate"] + process}
