@@ -25,7 +25,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +48,7 @@ from megaopus.optim.registry import OPTIMIZERS, spec_of
 from megaopus.selection import SelectionConfig, Selector, TensorCandidates, exact_utilities, sampler
 from megaopus.selection.backend import Gradient, ScoringBackend, UpdateOperator
 from tests.exact import estimators_toy as toy
-from tests.harness import tiny_engine
+from tests.harness import TokenCandidates, tiny_engine
 
 STEPS = 150
 RATES = (1e-3, 1e-4, 1e-5, 1e-6)
@@ -78,7 +77,12 @@ class Trained(NamedTuple):
     """float64 gradients of what candidates are scored for: 'proxy', 'contrast'."""
 
 
-CANDIDATES, PROXY, POOL = partial(toy.buffer, 96, 4500), partial(toy.proxy, 3), partial(toy.buffer, 32, 9000)
+def tokens(batch: TensorCandidates) -> TokenCandidates:
+    """Make candidates as the engines take them: ``length`` positions are so many tokens and one."""
+    return TokenCandidates(batch.batch(), batch.ids)
+
+
+CANDIDATES, PROXY, POOL = tokens(toy.buffer(96, 4500)), tokens(toy.proxy(3)), tokens(toy.buffer(32, 9000))
 
 
 def kinds_of_engine(optimizer: str) -> dict[str, EngineConfig | None]:
@@ -103,7 +107,7 @@ def trained(kind: EngineConfig | None, optimizer: str, dtype: str) -> Iterator[T
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
         engine = tiny_engine(mesh, optim=optim, engine=replace(kind, precision=dtype), **shape)
-        losses = [engine.train_step(toy.buffer(8, 10_000 + 7 * step)).loss for step in range(STEPS)]
+        losses = [engine.train_step(tokens(toy.buffer(8, 10_000 + 7 * step))).loss for step in range(STEPS)]
         assert losses[-1] < losses[0] - 0.5, f"{optimizer} learnt nothing: {losses[0]:.2f} -> {losses[-1]:.2f}"
         backend = engine.scoring_backend()
         plain = tiny_engine(mesh, engine=EngineConfig(device="cpu", precision="fp32"), **shape).scoring_backend()
@@ -119,13 +123,13 @@ def trained(kind: EngineConfig | None, optimizer: str, dtype: str) -> Iterator[T
 def seen_in_float64(backend: ScoringBackend, optimizers: list[Optimizer], rate: str, plain: ScoringBackend) -> Trained:
     """``plain``: of the same weights in fp32, which float64 gradients are taken of."""
 
-    def mean(batch: TensorCandidates) -> Gradient:
+    def mean(batch: TokenCandidates) -> Gradient:
         gradients = list(plain.exact_gradients(batch.batch()))
         return {name: torch.stack([each[name] for each in gradients]).mean(0) for name in gradients[0]}
 
-    proxy, pool = mean(PROXY()), mean(POOL())
+    proxy, pool = mean(PROXY), mean(POOL)
     contrast = {name: value - pool[name] for name, value in proxy.items()}
-    own = list(plain.exact_gradients(CANDIDATES().batch()))
+    own = list(plain.exact_gradients(CANDIDATES.batch()))
     return Trained(backend, optimizers, rate, own, {"proxy": proxy, "contrast": contrast})
 
 
@@ -152,9 +156,9 @@ def score(model: Trained, dtype: str, direction: str, lr: float) -> Row:
     low = torch.autocast("cpu", dtype=torch.bfloat16) if library and dtype == "bf16" else nullcontext()
     with learning_at(model, lr), low:
         selector = Selector(
-            config, model.backend, num_selected=8, proxy=lambda step: PROXY(), pool=lambda step: POOL(), seed=7
+            config, model.backend, num_selected=8, proxy=lambda step: PROXY, pool=lambda step: POOL, seed=7
         )
-        found = selector.select(CANDIDATES(), STEPS)
+        found = selector.select(CANDIDATES, STEPS)
         operator = model.backend.operator()
     assert found.utilities is not None
     assert operator is not None
@@ -293,12 +297,12 @@ def paper_picks(optimizer: str, rates: Sequence[float], steps: int, size: int = 
     )
     blind, ratios = 0, []
     for step in range(steps + 1):
-        tokens = toy.buffer(size, 10_000 + 7 * step).batch()
-        candidates = TensorCandidates(tokens, step * size + torch.arange(size))
+        candidates = TensorCandidates(toy.buffer(size, 10_000 + 7 * step).batch(), step * size + torch.arange(size))
         found = selector.select(candidates, step)
         if found.utilities is not None:
             draws = sampler.Draws(config.sampler, config.temperature, 7, step)
-            by_noise = sampler.pick(torch.zeros_like(found.utilities), candidates.ids, count, draws)
+            nothing = torch.zeros(size, size, dtype=torch.float64)  # of redundancy: draws one by one, as with it
+            by_noise = sampler.pick(nothing[0], candidates.ids, count, draws, nothing)
             blind += int(torch.isin(found.picked_ids, candidates.ids[by_noise]).sum())
             ratios.append(found.max_p_ratio)
         toy.per_sequence_loss(backend.module, candidates.take(found.indices).batch()).mean().backward()
