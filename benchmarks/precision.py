@@ -56,7 +56,7 @@ TWO_FORMS = ("muon", "namo", "namo_d")
 """Optimizers whose operator may be the paper's formula or the derivative of the step."""
 BATCHES = (70, 71)
 """Seeds of the sequences that a real step takes beside the candidate."""
-PAPER_RATES = {"adamw": ((3e-3,),), "muon": ((0.01, 8e-3), (0.02, 8e-3))}
+PAPER_RATES: dict[str, tuple[tuple[float, ...], ...]] = {"adamw": ((3e-3,),), "muon": ((0.01, 8e-3), (0.02, 8e-3))}
 """Optimizer -> learning rates of its torch optimizers: of the matrices, and AdamW's for the rest."""
 Row = dict[str, Any]
 
