@@ -283,6 +283,10 @@ def _selection(rank: _Rank) -> dict[str, Row]:
         if taken.before is not None:  # beyond what takes its place
             later = sum(rows[name].size for name in (*taken.before, "scoring pass") if name in rows)
             rows[what] = rows[what]._replace(split=0, whole=taken.size - later)
+    if "update map" in rows:  # Adam's takes three temporaries of the parameter, the largest before the others' are made
+        later = sum(rows[name].size for name in ("update map", "scoring pass", *found) if name in rows)
+        making = 12 * max(map(rank.own, rank.weights())) - later
+        rows["update map in the making"] = Row(0, making, "fp32, three of the largest parameter", (SCORING,))
     sharded = rank.shards > 1 and rank.config.engine.name == "megatron" and rank.precision == "bf16"
     rows |= _gathered(rank, rows) if sharded and selection.needs_proxy else {}
     return {what: row for what, row in rows.items() if row.size > 0}  # what is said beyond other rows may be nothing
