@@ -250,7 +250,9 @@ def missing(shape: Shape, layout: str, row: Mapping[str, Any]) -> list[str]:
 def write(path: Path, results: Mapping[tuple[str, str], dict[str, Any]]) -> None:
     """Write a row for each (shape, layout)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in results.values()))
+    partial = path.with_name(f"{path.name}.partial")  # so that a kill loses no row
+    partial.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in results.values()))
+    partial.replace(path)
 
 
 def read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
