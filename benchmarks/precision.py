@@ -1,4 +1,4 @@
-"""How true utilities are: to float64 in every precision, to the optimizer's own step, and what raw ones decide.
+"""Measures how true utilities are: to float64 in each precision and to the optimizer's step, and what raw ones decide.
 
 python benchmarks/precision.py               # rates: Spearman of ``directional`` with float64, by learning rate
 python benchmarks/precision.py operators     # P_t beside the optimizer's real step on a batch

@@ -19,9 +19,9 @@ import torch
 import torch._dynamo  # before names of torch.cuda are replaced, which it looks up
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch import library as torch_library
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import Library
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -62,17 +62,17 @@ def install() -> None:
 
 
 @cache
-def _know_coalesced() -> Library:
+def _know_coalesced() -> torch_library.Library:
     """Let fake tensors go through the collectives of several tensors, which torch has left out of its list."""
 
-    library = Library("c10d", "IMPL")
+    library = torch_library.Library("c10d", "IMPL")
     for name in ("allreduce_", "allgather_into_tensor_", "reduce_scatter_tensor_"):
         library.impl(f"{name}coalesced_", lambda *args: FakeWork().boxed(), "Meta")
     return library  # to be kept: it ends with its last reference
 
 
 @cache
-def _know_fused() -> Library:
+def _know_fused() -> torch_library.Library:
     """Let be one kernel what is one on CUDA: a build without it takes norms apart, and keeps every piece.
 
     These are all that torch has both a CUDA kernel and a composition of differentiable operations for.
@@ -81,7 +81,7 @@ def _know_fused() -> Library:
     def never(*args: Any) -> Any:
         raise AssertionError("fake tensors run no kernel")
 
-    library = Library("aten", "IMPL")
+    library = torch_library.Library("aten", "IMPL")
     for name in ("silu_backward", "_fused_rms_norm"):  # the latter since torch 2.9
         if hasattr(torch.ops.aten, name):
             library.impl(name, never, "CUDA")
