@@ -163,6 +163,12 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def commit() -> str | None:
+    """Name the commit that is checked out, with a + where tracked files differ from it; None outside a checkout."""
+    found = _git("rev-parse", "HEAD")
+    return found and found + "+" * bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
 def _cpu_model() -> str:
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())

@@ -5,7 +5,7 @@ by every estimator. What was measured is kept in a file of results, and not meas
 
     python benchmarks/memory.py                     # print the table of benchmarks/results/memory.jsonl
     python benchmarks/memory.py --measure           # measure what is missing there first
-    python benchmarks/memory.py --measure --only qwen3_8b
+    python benchmarks/memory.py --measure --only gpt2_small
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ LAYOUTS: Mapping[str, dict[str, Any]] = {
     "tp2": {"tp": 2},
     "pp2": {"pp": 2},
     "zero": {"distributed_optimizer": True},
+    "tp8": {"tp": 8},
 }
-RANKS = {"1": 1, "tp2": 2, "pp2": 2, "zero": 4}
+RANKS = {"1": 1, "tp2": 2, "pp2": 2, "zero": 4, "tp8": 8}
 _OPUS: dict[str, Any] = {"method": "opus"}
 SELECTIONS: Mapping[str, dict[str, Any]] = {
     "uniform": {},
@@ -67,12 +68,13 @@ class Shape:
     vocab_size: int = 50257
     optim: str = "adamw"
     engine: dict[str, Any] = field(default_factory=dict)
-    parallel: dict[str, Any] = field(default_factory=dict)
-    """In place of ``LAYOUTS``."""
+    layouts: tuple[str, ...] = ("1", "tp2", "pp2", "zero")
+    selections: tuple[str, ...] = tuple(SELECTIONS)
 
 
 LLAMA: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
 QWEN: dict[str, Any] = {**LLAMA, "qk_norm": True, "head_dim": 128, "num_kv_heads": 8}
+QWEN_06B = {**QWEN, "num_layers": 28, "hidden_size": 1024, "num_heads": 16, "ffn_hidden_size": 3072}
 QWEN_8B = {**QWEN, "num_layers": 36, "hidden_size": 4096, "num_heads": 32, "ffn_hidden_size": 12288, "tied": False}
 LLAMA_70B = {
     **LLAMA,
@@ -92,46 +94,47 @@ def _gpt2(layers: int, hidden: int, heads: int) -> dict[str, Any]:
 SHAPES: Mapping[str, Shape] = {
     "tiny": Shape(model=_gpt2(4, 128, 4), seq_len=128, micro=8, vocab_size=2048),
     "gpt2_small": Shape(model=_gpt2(12, 768, 12), seq_len=1024, micro=4),
-    "gpt2_medium_muon": Shape(model=_gpt2(24, 1024, 16), seq_len=1024, micro=2, optim="muon"),
-    "gpt2_xl": Shape(model=_gpt2(48, 1600, 25), seq_len=1024, micro=1),
+    "gpt2_medium_4_layers_muon": Shape(model=_gpt2(4, 1024, 16), seq_len=1024, micro=2, optim="muon"),
+    "gpt2_xl_4_layers": Shape(model=_gpt2(4, 1600, 25), seq_len=1024, micro=1),
     "llama_small": Shape(
         model={**LLAMA, **_gpt2(12, 768, 12), "num_kv_heads": 4, "tied": False}, seq_len=1024, micro=8
     ),
-    "qwen3_0p6b": Shape(
-        model={**QWEN, **_gpt2(28, 1024, 16), "ffn_hidden_size": 3072}, seq_len=4096, micro=4, vocab_size=151936
-    ),
-    "llama_1b_lion": Shape(
-        model={**LLAMA, **_gpt2(16, 2048, 32), "num_kv_heads": 8, "ffn_hidden_size": 8192},
+    "qwen3_0p6b_4_layers": Shape(model={**QWEN_06B, "num_layers": 4}, seq_len=4096, micro=4, vocab_size=151936),
+    "llama_1b_4_layers_lion": Shape(
+        model={**LLAMA, **_gpt2(4, 2048, 32), "num_kv_heads": 8, "ffn_hidden_size": 8192},
         seq_len=2048,
         micro=1,
         vocab_size=128256,
         optim="lion",
     ),
-    "qwen3_8b": Shape(model=QWEN_8B, seq_len=2048, micro=1, vocab_size=151936),
+    "qwen3_8b_4_layers": Shape(model={**QWEN_8B, "num_layers": 4}, seq_len=2048, micro=1, vocab_size=151936),
     "wide": Shape(model=_gpt2(4, 4096, 32), seq_len=2048, micro=2, vocab_size=32000),
-    "deep_dropout": Shape(
-        model={**_gpt2(32, 256, 8), "dropout": 0.1, "tied": False}, seq_len=512, micro=8, vocab_size=8192
-    ),
+    "dropout": Shape(model={**_gpt2(8, 256, 8), "dropout": 0.1, "tied": False}, seq_len=512, micro=8, vocab_size=8192),
     "recomputed": Shape(
-        model={**LLAMA, **_gpt2(16, 2048, 16), "num_kv_heads": 8},
+        model={**LLAMA, **_gpt2(4, 2048, 16), "num_kv_heads": 8},
         seq_len=2048,
         micro=4,
         vocab_size=32000,
         engine={"recompute": True},
     ),
     "biased_swiglu_sgd": Shape(
-        model={**_gpt2(8, 1024, 16), "activation": "swiglu", "position": "none", "num_kv_heads": 4, "qk_norm": True},
+        model={**_gpt2(4, 1024, 16), "activation": "swiglu", "position": "none", "num_kv_heads": 4, "qk_norm": True},
         seq_len=1024,
         micro=4,
         vocab_size=32000,
         optim="sgd",
     ),
 }
-"""Those by which the formulas were made."""
+"""Those by which the formulas were made; models of many layers with fewer of them, which are alike."""
+_FEW = ("uniform", "directional", "adjoint")
 EXAMPLES: Mapping[str, Shape] = {
-    "qwen3_8b_tp8": Shape(model=QWEN_8B, seq_len=2048, micro=1, vocab_size=151936, parallel={"tp": 8}),
-    "llama_70b_tp8": Shape(model=LLAMA_70B, seq_len=2048, micro=1, vocab_size=128256, parallel={"tp": 8}),
+    "qwen3_0p6b": Shape(model=QWEN_06B, seq_len=4096, micro=4, vocab_size=151936, layouts=("1",), selections=_FEW),
+    "qwen3_8b_tp8": Shape(model=QWEN_8B, seq_len=2048, micro=1, vocab_size=151936, layouts=("tp8",), selections=_FEW),
+    "llama_70b_tp8": Shape(
+        model=LLAMA_70B, seq_len=2048, micro=1, vocab_size=128256, layouts=("tp8",), selections=_FEW
+    ),
 }
+"""Models as they are, by a few estimators."""
 DRAWN_SEED, DRAWN = 19, 6
 
 
@@ -142,7 +145,7 @@ def drawn() -> dict[str, Shape]:
     for number in range(DRAWN):
         heads = chance.choice([4, 8, 12, 16])
         model = {
-            "num_layers": chance.choice([2, 6, 10, 18]),
+            "num_layers": chance.choice([2, 4, 6, 8]),
             "hidden_size": heads * chance.choice([32, 64, 96, 128]),
             "num_heads": heads,
             "num_kv_heads": heads // chance.choice([1, 2, 4]),
@@ -173,27 +176,22 @@ def every_shape() -> dict[str, Shape]:
 
 
 def run_config(shape: Shape, layout: str, selection: str = "uniform") -> RunConfig:
-    """The settings of a run of one micro-batch a step on each data-parallel rank (four under pp)."""
+    """The settings of a run of one micro-batch a step on each data-parallel rank for each of its stages."""
     config = RunConfig()
     config.model = ModelConfig(**shape.model)
     config.optim.name = shape.optim
-    for key, value in {**LAYOUTS.get(layout, {}), **shape.parallel}.items():
+    for key, value in LAYOUTS[layout].items():
         setattr(config.parallel, key, value)
     for key, value in {"device": "cuda", **shape.engine}.items():
         setattr(config.engine, key, value)
-    dp = world_size(shape, layout) // config.parallel.model_ranks
+    dp = RANKS[layout] // config.parallel.model_ranks
     config.data.seq_len = shape.seq_len
     config.train.micro_batch_size = shape.micro
-    config.train.global_batch_size = dp * shape.micro * (4 if config.parallel.pp > 1 else 1)
+    config.train.global_batch_size = dp * shape.micro * config.parallel.pp
     config.selection = SelectionConfig(**SELECTIONS[selection])
-    config.selection.proxy_batch_size = dp * shape.micro * config.parallel.pp
-    config.selection.score_micro_batch_size = max(1, shape.micro // 2)
+    config.selection.proxy_batch_size = config.train.global_batch_size
+    config.selection.score_micro_batch_size = shape.micro
     return config
-
-
-def world_size(shape: Shape, layout: str) -> int:
-    """Ranks of a job of this shape at this layout."""
-    return RANKS.get(layout, shape.parallel.get("tp", 1))
 
 
 def impossible(shape: Shape, layout: str, selection: str) -> str | None:
@@ -201,7 +199,8 @@ def impossible(shape: Shape, layout: str, selection: str) -> str | None:
     config = run_config(shape, layout, selection)
     model, parallel = config.model, config.parallel
     if parallel.tp > 1 and (model.num_heads % parallel.tp or model.derived_kv_heads() % parallel.tp):
-        return f"{model.num_heads} heads do not divide over tp={parallel.tp}"
+        heads = f"{model.num_heads} heads in {model.derived_kv_heads()} groups"
+        return f"{heads} do not divide over tp={parallel.tp}"
     for refusal in config.engine.refusals(parallel, config.optim, config.selection):
         return refusal.reason
     if selection == "exact":
@@ -215,23 +214,19 @@ def impossible(shape: Shape, layout: str, selection: str) -> str | None:
 def cells(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, str]]:
     """(shape, layout) of everything that is to be measured."""
     for name, shape in shapes.items():
-        for layout in ("own",) if shape.parallel else LAYOUTS:
+        for layout in shape.layouts:
             yield name, layout
 
 
-def measured(shape: Shape, layout: str) -> dict[str, Any]:
-    """Bytes of the fullest stage: {stage, built, held, training, scoring: {selection: peak}}, for each stage."""
+def measured(shape: Shape, layout: str, names: Sequence[str]) -> dict[str, Any]:
+    """Stage -> {held, training, scoring: {selection: peak}}: bytes of one of its ranks, scoring by ``names``."""
     from benchmarks.fake_cuda.measure import fake_job, measure
 
     found: dict[str, Any] = {}
-    for stage in range(LAYOUTS.get(layout, {}).get("pp", 1)):
+    for stage in range(LAYOUTS[layout].get("pp", 1)):
         base = run_config(shape, layout)
-        selections = {
-            name: run_config(shape, layout, name).selection
-            for name in SELECTIONS
-            if impossible(shape, layout, name) is None
-        }
-        ranks = world_size(shape, layout)
+        selections = {name: run_config(shape, layout, name).selection for name in names}
+        ranks = RANKS[layout]
         with fake_job(base, stage * ranks // base.parallel.pp, ranks) as (mesh, meter):
             each = measure(base, shape.vocab_size, mesh, meter, selections)
         found[str(stage)] = {"held": each.held, "training": each.training, "scoring": each.scoring}
@@ -241,9 +236,23 @@ def measured(shape: Shape, layout: str) -> dict[str, Any]:
 def estimated(shape: Shape, layout: str, selection: str, stage: int) -> int:
     """Bytes of tensors at the peak of a rank of ``stage``, by ``planning.memory``."""
     config = run_config(shape, layout, selection)
-    rows = memory(config, shape.vocab_size, world_size(shape, layout), "bf16", stage, "cuda")
+    rows = memory(config, shape.vocab_size, RANKS[layout], "bf16", stage, "cuda")
     del rows["process"]  # not tensors
     return peak(rows)[1]
+
+
+def missing(shape: Shape, layout: str, row: Mapping[str, Any]) -> list[str]:
+    """List the selections that are to be measured and are not in ``row``."""
+    there = set.intersection(*(set(found["scoring"]) for found in row["stages"].values())) if row["stages"] else set()
+    return [name for name in shape.selections if name not in there and impossible(shape, layout, name) is None]
+
+
+def write(path: Path, results: Mapping[tuple[str, str], dict[str, Any]]) -> None:
+    """Write a row for each (shape, layout)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")  # so that a kill loses no row
+    partial.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in results.values()))
+    partial.replace(path)
 
 
 def read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -280,6 +289,21 @@ def table(results: Mapping[tuple[str, str], dict[str, Any]]) -> Table:
     return made
 
 
+def summary(results: Mapping[tuple[str, str], dict[str, Any]]) -> Table:
+    """Lay out a row per shape: cells (a stage and a selection of a layout each), and how their ratios spread."""
+    made = Table(title="estimate / measured, every stage", title_justify="left")
+    for heading in ("shape", "cells", "GiB measured", "least", "median", "most"):
+        made.add_column(heading, no_wrap=True)
+    found = list(ratios(results))
+    for name in dict.fromkeys(cell[0] for cell in found):
+        own = [(true / 2**30, guess / true) for shape, _, _, _, true, guess in found if shape == name]
+        size, ratio = sorted(true for true, _ in own), sorted(each for _, each in own)
+        middle = ratio[len(ratio) // 2]
+        cells = (f"{size[0]:.2f}-{size[-1]:.2f}", f"{ratio[0]:.3f}", f"{middle:.3f}", f"{ratio[-1]:.3f}")
+        made.add_row(name, str(len(own)), *cells)
+    return made
+
+
 def main() -> None:
     """Measure what is missing, and print the table."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -294,16 +318,20 @@ def main() -> None:
 
         warnings.simplefilter("ignore")
         for name, layout in cells(shapes):
-            if (name, layout) in results or impossible(shapes[name], layout, "uniform"):
-                continue
-            row: dict[str, Any] = {"shape": name, "layout": layout, "torch": torch.__version__.split("+")[0]}
-            row["stages"] = measured(shapes[name], layout)
-            results[name, layout] = row
-            with args.results.open("a") as file:
-                file.write(json.dumps(row, separators=(",", ":")) + "\n")
+            row: dict[str, Any] = results.get(
+                (name, layout),
+                {"shape": name, "layout": layout, "torch": torch.__version__.split("+")[0], "stages": {}},
+            )
+            if wanted := missing(shapes[name], layout, row):
+                for stage, found in measured(shapes[name], layout, wanted).items():
+                    before = row["stages"].get(stage, {"scoring": {}})["scoring"]
+                    row["stages"][stage] = {**found, "scoring": {**before, **found["scoring"]}}
+                results[name, layout] = row
+                write(args.results, results)
     chosen = {key: row for key, row in results.items() if key[0] in shapes}
     console = Console(width=200)
     console.print(table(chosen))
+    console.print(summary(chosen))
     found = ratios(chosen)
     worst = sorted((guess / true, name, layout, which, stage) for name, layout, which, stage, true, guess in found)
     outside = [each for each in worst if not LOW <= each[0] <= HIGH]
@@ -312,7 +340,7 @@ def main() -> None:
     for each in outside:
         console.print(each)
     for name, layout in cells(shapes):
-        for selection in SELECTIONS:
+        for selection in shapes[name].selections:
             if why := impossible(shapes[name], layout, selection):
                 console.print(f"not measured: {name} {layout} {selection}: {why}")
 

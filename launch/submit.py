@@ -173,7 +173,7 @@ def interpreter(args: argparse.Namespace) -> str:
 
 
 def local_pythons() -> list[str]:
-    """Where megaopus may be installed on this machine, the likeliest first."""
+    """List the pythons of this machine that may have megaopus, the likeliest first."""
     venv = ROOT / ".venv" / "bin" / "python"
     return [*filter(None, [os.environ.get("PYTHON")]), *([str(venv)] if venv.exists() else []), "python3"]
 

@@ -19,15 +19,16 @@ import torch
 import torch._dynamo  # before names of torch.cuda are replaced, which it looks up
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch import library as torch_library
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import Library
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.fake_cuda.meter import DeviceMeter
 from megaopus.distributed.mesh import Mesh
 from megaopus.selection.estimators.step_size import StepJudge
+from megaopus.selection.methods import by_proxy
 
 SOURCE = Path(__file__).with_name("idle_device.cpp")
 CAPACITY = 80 << 30
@@ -61,17 +62,17 @@ def install() -> None:
 
 
 @cache
-def _know_coalesced() -> Library:
+def _know_coalesced() -> torch_library.Library:
     """Let fake tensors go through the collectives of several tensors, which torch has left out of its list."""
 
-    library = Library("c10d", "IMPL")
+    library = torch_library.Library("c10d", "IMPL")
     for name in ("allreduce_", "allgather_into_tensor_", "reduce_scatter_tensor_"):
         library.impl(f"{name}coalesced_", lambda *args: FakeWork().boxed(), "Meta")
     return library  # to be kept: it ends with its last reference
 
 
 @cache
-def _know_fused() -> Library:
+def _know_fused() -> torch_library.Library:
     """Let be one kernel what is one on CUDA: a build without it takes norms apart, and keeps every piece.
 
     These are all that torch has both a CUDA kernel and a composition of differentiable operations for.
@@ -80,7 +81,7 @@ def _know_fused() -> Library:
     def never(*args: Any) -> Any:
         raise AssertionError("fake tensors run no kernel")
 
-    library = Library("aten", "IMPL")
+    library = torch_library.Library("aten", "IMPL")
     for name in ("silu_backward", "_fused_rms_norm"):  # the latter since torch 2.9
         if hasattr(torch.ops.aten, name):
             library.impl(name, never, "CUDA")
@@ -180,13 +181,13 @@ def _attention(
     """scaled_dot_product_attention by the kernel that torch takes on CUDA, which a build without CUDA never takes.
 
     Flash attention for 16 bits without a mask; the memory-efficient one for fp32 and masks, which knows no shared
-    key/value heads: products of whole matrices then.
+    key/value heads: products of whole matrices then, and for fp64.
     """
     aten = torch.ops.aten
-    if attn_mask is None and query.dtype != torch.float32:
+    if attn_mask is None and query.element_size() == 2:
         found = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)
         return found[0]
-    if not enable_gqa:
+    if not enable_gqa and query.dtype != torch.float64:
         bias = None
         if attn_mask is not None:
             bias = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
@@ -195,8 +196,16 @@ def _attention(
             query, key, value, bias, True, dropout_p, is_causal, scale=scale
         )[0]
     return aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=True
+        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
+
+
+def _not_due(*args: Any) -> bool:
+    return False
+
+
+def _enough(*args: Any) -> tuple[()]:
+    return ()  # not a mock, which would hold on to the weights that it was given
 
 
 @contextmanager
@@ -221,9 +230,10 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
         stack.enter_context(mock.patch.dict(os.environ, place))
         stack.enter_context(mock.patch.object(dist, "init_process_group", start))
         stack.enter_context(mock.patch.object(dist, "new_group", new_group))
-        stack.enter_context(mock.patch.object(Mesh, "any", lambda self, flag: flag))
-        # it compares numbers, which fake tensors have none of, of passes like any other
-        stack.enter_context(mock.patch.object(StepJudge, "due", return_value=False))
+        stack.enter_context(mock.patch.object(Mesh, "largest", lambda self, numbers: numbers))
+        # they compare numbers, which fake tensors have none of: of passes like any other, and of weights
+        stack.enter_context(mock.patch.object(StepJudge, "due", _not_due))
+        stack.enter_context(mock.patch.object(by_proxy, "require_enough", _enough))
         yield
 
 

@@ -71,7 +71,7 @@ def fake_job(config: RunConfig, rank: int, world_size: int, device: str = "cuda"
 def measure(
     config: RunConfig, vocab_size: int, mesh: Mesh, meter: DeviceMeter, selections: dict[str, SelectionConfig]
 ) -> Measured:
-    """Train two steps, then score and train by each of ``selections`` in turn."""
+    """Train two steps, then score buffers by each of ``selections`` in turn."""
     engine = build_engine(config, mesh, vocab_size)
     built = meter.bytes
     batch = Zeros(config.train.global_batch_size, config.data.seq_len)
@@ -80,22 +80,34 @@ def measure(
         meter.reset_peak()
         engine.train_step(batch)
     held, training = meter.bytes, meter.peak
+    gc.collect()
+    gc.freeze()  # what is there by now need not be looked through again and again
     scoring, kept = {}, {}
     for name, selection in selections.items():
-        if selection.method == UNIFORM:
-            scoring[name], kept[name] = training, 0
-            continue
-        scorer = _scorer(replace(config, selection=selection), engine)
-        buffer = Zeros(replace(config, selection=selection).num_scored(), config.data.seq_len)
-        for step in range(2):
-            gc.collect()
-            meter.reset_peak()
-            scorer.score(buffer, step)
-        kept[name] = meter.bytes - held
-        scoring[name] = max(meter.peak, training + kept[name])
-        del scorer
-    gc.collect()
+        scoring[name], kept[name] = training, 0
+        if selection.method != UNIFORM:
+            peak, kept[name] = _score(replace(config, selection=selection), engine, meter)
+            scoring[name] = max(peak, training + kept[name])
+    gc.unfreeze()
     return Measured(built=built, held=held, training=training, scoring=scoring, kept=kept)
+
+
+def _score(config: RunConfig, engine: Any, meter: DeviceMeter) -> tuple[int, int]:
+    """(peak, bytes left behind) of scored buffers, as many as it takes until one leaves no more than the one before."""
+    held = meter.bytes
+    scorer = _scorer(config, engine)
+    average = {name: torch.zeros_like(value) for name, value in scorer.backend.parameters().items()}
+    scorer.load_state_dict({"count": 1, "average": average})  # of an earlier buffer, where one is kept
+    del average
+    buffer = Zeros(config.num_scored(), config.data.seq_len)
+    before, step = -1, 0
+    meter.reset_peak()
+    while meter.bytes > before + held // 1000:
+        before = meter.bytes
+        scorer.score(buffer, step)
+        gc.collect()
+        step += 1
+    return meter.peak, meter.bytes - held
 
 
 def _scorer(config: RunConfig, engine: Any) -> Scorer:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaopus.selection.candidates import tensors_of
@@ -46,7 +47,9 @@ class DeviceMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten._local_scalar_dense.default and type(args[0]).__name__ == "FakeTensor":
+        if func is torch.ops.prim.device.default:  # half of all calls: autograd asks
+            return _device_of(args[0])
+        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._answer(args[0])
         if func is aten.index.Tensor and any(each is not None and each.dtype == torch.bool for each in args[1]):
             func, args = aten.clone.default, (args[0],)  # a mask of what is finite: all is
@@ -62,7 +65,7 @@ class DeviceMeter(TorchDispatchMode):
         return result
 
     def _tensors(self, tree: Any) -> list[Tensor]:
-        return [t for t in tensors_of(tree) if t.layout == torch.strided and t.device.type == self._device]
+        return [t for t in tensors_of(tree) if t.layout == torch.strided and _device_of(t).type == self._device]
 
     def _count(self, storage: UntypedStorage, func: Any) -> None:
         key = storage._cdata
@@ -90,6 +93,11 @@ class DeviceMeter(TorchDispatchMode):
         if value.dtype == torch.bool:
             return any(value is each or value._base is each for each in self._true)
         return 1.0 if value.dtype.is_floating_point else 1
+
+
+def _device_of(tensor: Tensor) -> torch.device:
+    """As ``tensor.device`` says, which asks every mode in turn for a fake tensor's."""
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
 def _inside(func: Any, args: Any) -> int:

@@ -120,6 +120,10 @@ class EngineScoringBackend(ModuleBackend):
             parts = self._engine.local_losses(candidates, rows, micro, self._length(length))
         return parts if self._mesh.tp_rank == 0 else torch.zeros_like(parts)
 
+    def count_labelled(self, candidates: Candidates, *, length: int | None = None) -> int:
+        """All: no label is masked."""
+        return len(candidates)
+
     def _micro_batch_size(self, count: int, most: int) -> int:
         """Of a pass over ``count`` candidates, ``most`` at most."""
         return most

@@ -38,6 +38,7 @@ register_optimizer(
     Spec(
         make=make_lion,
         shaped=("exp_avg",),
+        update_numbers=1,
         elementwise=True,
         check_installed=import_lion,
         example={"lr": 5e-3, "betas": [0.95, 0.98]},

@@ -37,6 +37,8 @@ class Spec:
     """Numbers that its update operator takes for a whole m x n matrix (a vector: m x 1); None: one for each weight."""
     factored: bool = False
     """Vectors alone have ``shaped``; a matrix has ``extra_state`` in its place."""
+    update_numbers: int = 0
+    """fp32 numbers for each weight that one update makes of all weights at once, on CUDA; one tensor's do not count."""
     curvature: bool = False
     """It needs gradients of the loss on labels that the model samples (``settings.curvature_every``)."""
     elementwise: bool = False

@@ -12,8 +12,8 @@ from megaopus.config.run_config import RunConfig
 from megaopus.models.config import ModelConfig
 from megaopus.models.flops import padded_vocab
 
-WIDTH = {"fp32": 4, "bf16": 2}
-"""Bytes of a number of the model's precision."""
+WIDTH = {"fp32": 4, "bf16": 2, "fp64": 8}
+"""Bytes of a number of the model's precision; fp64: where the oracle scores."""
 
 
 class Share(NamedTuple):
@@ -63,6 +63,8 @@ def logit_bytes(tp: int, precision: str, *, backward: bool) -> int:
     One rank: torch's log-softmax of fp32 logits and two gradients, or in a forward pass logits and log-softmax; beside
     fp32 ones the 16-bit logits until the graph is left. More: megatron's works in place on fp32 logits.
     """
+    if precision == "fp64":
+        return 16  # fp64 ones, the same in fp32, their log-softmax, and its gradient
     half = 0 if precision == "fp32" else 2
     if tp > 1:
         return 4 + half

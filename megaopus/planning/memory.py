@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megaopus.config.run_config import RunConfig
@@ -127,7 +127,7 @@ def memory(
     if device is None:
         device = config.engine.device if config.engine.device != "auto" else ("cpu" if precision == "fp32" else "cuda")
     rank = _Rank(config, vocab_size, world_size, precision, stage, device)
-    where = "Python, torch and megatron-core" if device == "cpu" else "CUDA's context and kernels, not measured"
+    where = "Python, torch and megatron-core" if device == "cpu" else "CUDA's context and kernels: a guess"
     rows = {PROCESS_ROW: Row(0, PROCESS[device], where), **_held(rank), **_training(rank)}
     return rows | _selection(rank)
 
@@ -189,21 +189,26 @@ def _training(rank: _Rank) -> dict[str, Row]:
     positions = train.micro_batch_size * config.data.seq_len // config.parallel.cp
     kept, how = _activations(rank, positions, micro_batches)
     rows = {"activations": _row(rank, kept, how, TRAINING)}
-    work, whose = _work(rank, positions, kept.over(rank.tp))
+    work, whose = _work(rank, positions, kept.over(rank.tp), _in_flight(rank, micro_batches))
     if config.optim.spec().curvature and rank.last:
         drawn = 22 if rank.precision == "bf16" else 20
         logits = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=False)
         each = activations.logit_bytes(rank.tp, rank.precision, backward=False)
         work, whose = max((work, whose), (logits // each * drawn, "logits and their sums while labels are sampled"))
-    return rows | {"backward pass": Row(0, work, whose, (TRAINING,))}
+    rows["backward pass"] = Row(0, work, whose, (TRAINING,))
+    made = 4 * config.optim.spec().update_numbers * sum(map(rank.own, rank.weights())) if rank.device == "cuda" else 0
+    made -= sum(row.size for row in rows.values())  # these have gone by then
+    if made > 0:
+        rows["update"] = Row(0, made, "fp32, the step of all weights, beyond the two before", (TRAINING,))
+    return rows
 
 
 def _row(rank: _Rank, kept: Share, how: str, *phases: str) -> Row:
     return Row(int(kept.split / rank.tp), int(kept.whole), how, phases)
 
 
-def _activations(rank: _Rank, positions: int, micro_batches: int) -> tuple[Share, str]:
-    """Count what is kept of ``positions`` of each micro-batch in flight."""
+def _activations(rank: _Rank, positions: int, micro_batches: int, *, scoring: bool = False) -> tuple[Share, str]:
+    """Count what is kept of ``positions`` of each micro-batch in flight; ``scoring``: by a pass that scores."""
     config, parallel = rank.config, rank.config.parallel
     layer = activations.kept_by_layer(config, rank.precision, rank.device)
     hidden = WIDTH[rank.precision] * config.model.hidden_size
@@ -213,10 +218,10 @@ def _activations(rank: _Rank, positions: int, micro_batches: int) -> tuple[Share
     layers = config.model.num_layers // (parallel.pp * parallel.vpp)
     kept = layer.times(layers).plus(entry).times(in_flight)
     how = "layer by layer"
-    if config.engine.recompute:
+    if config.engine.recompute and not scoring:
         stored = Share(hidden) if parallel.sequence_parallel else Share(0, hidden)
-        kept = stored.times(layers).plus(entry).times(in_flight).plus(layer)
-        how = "layer inputs and one layer in full"
+        kept = stored.times(layers).plus(entry).times(in_flight)
+        how = "layer inputs"
     what = "micro-batch(es)" if parallel.vpp == 1 else "passes of a model chunk"
     return kept.times(positions), f"{how}; {in_flight} {what} of {positions:,} positions in flight"
 
@@ -230,19 +235,24 @@ def _in_flight(rank: _Rank, micro_batches: int) -> int:
     return min(2 * ahead + (parallel.vpp - 1) * parallel.pp + 1, micro_batches * parallel.vpp)
 
 
-def _work(rank: _Rank, positions: int, kept: float) -> tuple[int, str]:
-    """Find the bytes that a backward pass takes at once beside ``kept`` bytes of activations, and for what."""
+def _work(rank: _Rank, positions: int, kept: float, in_flight: int) -> tuple[int, str]:
+    """Find the bytes that a backward pass takes at once beside ``kept`` bytes of activations, and for what.
+
+    ``in_flight``: passes that these are of.
+    """
     config, width = rank.config, WIDTH[rank.precision]
     layer = activations.worked_on(config, rank.precision).over(rank.tp) * positions
+    if config.engine.recompute:  # a layer in full, once the logits have gone
+        layer += activations.kept_by_layer(config, rank.precision, rank.device).over(rank.tp) * positions
     matrices = [rank.own(weight) for weight in rank.weights() if weight.matrix]
     found = [(int(layer) + width * max(matrices, default=0), "gradients inside a layer")]
     if rank.last:
         each = activations.logit_bytes(rank.tp, rank.precision, backward=True)
         logits = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=True)
         found.append((logits, f"{each} bytes for each logit, or the gradients of logits and output layer"))
-    if rank.stage == 0:  # the activations have gone by then
+    if rank.stage == 0:  # the activations of its micro-batch have gone by then
         table = width * max(rank.own(weight) for weight in rank.weights() if weight.name == "word_embeddings")
-        found.append((int(table - kept), "gradient of the embedding"))
+        found.append((int(table - kept / max(1, in_flight)), "gradient of the embedding"))
     return max(found)
 
 
@@ -255,19 +265,31 @@ def _selection(rank: _Rank) -> dict[str, Row]:
     if selection.method == UNIFORM:
         return {}
     entry = METHODS.find(selection.method)
-    hooks = "hooks" in selection.needs()
-    rows: dict[str, Row] = {}
-    if selection.needs_proxy:
-        rows |= _proxy(rank)
+    rows: dict[str, Row] = _proxy(rank) if selection.needs_proxy else {}
+    found: dict[str, Taken] = {}
+    passes = entry.micro_batches
     if entry.by_estimator:
         estimator = ESTIMATORS.find(selection.estimator)
-        found = scoring_memory(selection, _sizes(rank))
+        found = scoring_memory(selection, _sizes(rank, scaled="update map" in rows))
         rows |= {what: _taken(taken) for what, taken in found.items()}
-        if not estimator.micro_batches:
-            return rows
-    elif not entry.micro_batches:
-        return rows
-    return rows | {"scoring pass": _pass(rank, hooks or selection.redundancy > 0)}
+        passes = estimator.micro_batches
+        if "small_model" in estimator.needs:
+            rows["scoring pass"] = _float64_pass(rank)
+    if passes:
+        graph = "hooks" in selection.needs() or selection.redundancy > 0
+        beside = rows["gradients of candidates"].size if "gradients of candidates" in rows else 0
+        rows["scoring pass"] = _pass(rank, graph, beside)
+    for what, taken in found.items():
+        if taken.before is not None:  # beyond what takes its place
+            later = sum(rows[name].size for name in (*taken.before, "scoring pass") if name in rows)
+            rows[what] = rows[what]._replace(split=0, whole=taken.size - later)
+    if "update map" in rows:  # Adam's takes three temporaries of the parameter, the largest before the others' are made
+        later = sum(rows[name].size for name in ("update map", "scoring pass", *found) if name in rows)
+        making = 12 * max(map(rank.own, rank.weights())) - later
+        rows["update map in the making"] = Row(0, making, "fp32, three of the largest parameter", (SCORING,))
+    sharded = rank.shards > 1 and rank.config.engine.name == "megatron" and rank.precision == "bf16"
+    rows |= _gathered(rank, rows) if sharded and selection.needs_proxy else {}
+    return {what: row for what, row in rows.items() if row.size > 0}  # what is said beyond other rows may be nothing
 
 
 def _numbers_row(rank: _Rank, width: float, how: str, *phases: str) -> Row:
@@ -283,8 +305,9 @@ def _proxy(rank: _Rank) -> dict[str, Row]:
     group = config.parallel.pp if config.parallel.vpp > 1 else 1
     micro = math.gcd(max(1, share // group), config.train.micro_batch_size)
     positions = micro * config.data.seq_len // config.parallel.cp
-    kept, how = _activations(rank, positions, max(1, share // micro))
-    work, _ = _work(rank, positions, kept.over(rank.tp))
+    micro_batches = max(1, share // micro)
+    kept, how = _activations(rank, positions, micro_batches)
+    work, _ = _work(rank, positions, kept.over(rank.tp), _in_flight(rank, micro_batches))
     rows = {
         "activations of the proxy": _row(rank, kept, how, PROXY),
         "backward pass of the proxy": Row(0, work, "as in training", (PROXY,)),
@@ -318,15 +341,31 @@ def _operator(rank: _Rank) -> dict[str, Row]:
     if split + whole:
         how = "fp32, the factor that bounds the direction" if selection.bounded else "fp32, the update's factor"
         rows["update map"] = Row(split, whole, how, (SCORING,))
-    if rank.shards > 1 and rank.config.engine.name == "megatron" and rank.precision == "bf16":
-        how = "fp32, gathered to be moved"
-        rows["whole main weights"] = _numbers_row(rank, 4, how, SCORING)
     return rows
 
 
-def _sizes(rank: _Rank) -> Sizes:
+def _gathered(rank: _Rank, rows: Mapping[str, Row]) -> dict[str, Row]:
+    """Count what data-parallel ranks share and scoring needs whole: squares for the update map, weights to be moved.
+
+    Weights are put together in one flat piece before they are copied out of it, and before those to restore are copied
+    and passes made: ``rows`` of scoring.
+    """
+    found = {"whole second moments": _numbers_row(rank, 4, "fp32, gathered before the proxy's gradient", PROXY)}
+    if "weights to restore" in rows or "exact gradients" in rows:
+        found["whole main weights"] = _numbers_row(rank, 4, "fp32, gathered", SCORING)
+    if "weights to restore" in rows:
+        count = sum(map(rank.own, rank.weights()))
+        later = rows["weights to restore"].size + rows["scoring pass"].size
+        together = 4 * count + 4 * count // rank.shards - later
+        how = "fp32, main weights in one piece, before others are there"
+        found["gathering"] = Row(0, together, how, (SCORING,))
+    return found
+
+
+def _sizes(rank: _Rank, scaled: bool) -> Sizes:
     config = rank.config
     matrices = [weight for weight in rank.weights() if _is_sketched(weight, config)]
+    matrices.sort(key=lambda weight: not weight.name.endswith("embeddings"))
     return Sizes(
         weights=sum(map(rank.own, rank.weights())),
         replicated=int(rank.numbers().whole),
@@ -335,6 +374,8 @@ def _sizes(rank: _Rank) -> Sizes:
         candidates=_scored_share(config, rank.world_size),
         micro_batch_size=scoring_micro_batch(config, rank.world_size),
         model_width=WIDTH[rank.precision],
+        largest=max(map(rank.own, rank.weights())),
+        scaled=scaled,
     )
 
 
@@ -343,8 +384,12 @@ def _taken(taken: Taken) -> Row:
     return Row(taken.size - taken.whole, taken.whole, taken.how, phases)
 
 
-def _pass(rank: _Rank, graph: bool) -> Row:
-    """Count a pass over a micro-batch of candidates; ``graph``: with a backward pass through the activations."""
+def _pass(rank: _Rank, graph: bool, beside: int) -> Row:
+    """Count a pass over a micro-batch of candidates; ``graph``: with a backward pass through the activations.
+
+    ``beside``: bytes that are counted already, and are there only once the softmax has gone: of the logits their
+    gradient is left by then, as it is and in fp32.
+    """
     config, parallel = rank.config, rank.config.parallel
     micro = scoring_micro_batch(config, rank.world_size)
     positions = micro * config.scored_length() // parallel.cp
@@ -354,14 +399,28 @@ def _pass(rank: _Rank, graph: bool) -> Row:
         head = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=False) if last else 0
         return Row(0, max(int(layer), head), f"{positions:,} positions at a time, without a graph", (SCORING,))
     micro_batches = max(1, _scored_share(config, rank.world_size) // micro)
-    kept, how = _activations(rank, positions, micro_batches)
+    kept, how = _activations(rank, positions, micro_batches, scoring=True)
     vocab_bytes = 0
     if last:
         each = activations.logit_bytes(rank.tp, rank.precision, backward=True)
         vocab_bytes = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=True)
+        if beside:
+            left = 4 if rank.precision == "fp32" else 6
+            vocab_bytes = max(vocab_bytes - beside, vocab_bytes // each * left)
         how += f", {each} bytes for each logit"
     work = int(activations.worked_on(config, rank.precision).over(rank.tp) * positions)
     return _row(rank, kept, how, SCORING)._replace(whole=int(kept.whole) + max(vocab_bytes, work))
+
+
+def _float64_pass(rank: _Rank) -> Row:
+    """Count one candidate's passes in float64, for which CUDA has no attention but by whole matrices."""
+    rank = replace(rank, precision="fp64")
+    model, length = rank.config.model, rank.config.scored_length()
+    kept, _ = _activations(rank, length, 1, scoring=True)
+    probabilities = 8 * model.num_heads * length**2 if rank.device == "cuda" else 0
+    logits = activations.logits(rank.config, rank.vocab_size, "fp64", length, backward=True)
+    work = probabilities * model.num_layers + max(logits, 2 * probabilities)
+    return Row(0, int(kept.over(1)) + work, "one sequence in float64", (SCORING,))
 
 
 def _is_sketched(weight: Weight, config: RunConfig) -> bool:

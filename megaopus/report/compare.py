@@ -25,7 +25,7 @@ from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 
 SEED_NOISE = 0.05
 """Nats: differences of final losses that are smaller say nothing with one seed. Twice the median standard deviation,
-over seeds, of such a difference paired by seed (.023 over the 35 arms of ``benchmarks/quality.py --no-training``)."""
+over seeds, of such a difference paired by seed (.024 over the 36 arms of ``benchmarks/quality.py --no-training``)."""
 
 MOST_SUGGESTED = 8
 """Run folders that an error names."""

@@ -171,6 +171,13 @@ class ScoringBackend(Protocol):
     def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
         """(n,) float64: this rank's part of each candidate's mean token loss; no graph, dropout off."""
 
+    def count_labelled(self, candidates: Candidates, *, length: int | None = None) -> int:
+        """Say how many of this rank's candidates have a label that counts in the loss of their first ``length`` tokens.
+
+        Whatever the model makes of them: its weights may be nan. Asked where no loss is a number; a backend that has
+        no such method is taken to have no labels then.
+        """
+
     def ghost_pass(
         self,
         candidates: Candidates,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from megaopus.events import Event
@@ -59,15 +60,31 @@ class ScoringStep:
     """``once(name, check)`` runs ``check`` in the first step that asks for it."""
 
     def lost_labels(self, losses: Tensor) -> tuple[Event, ...]:
-        """The event of candidates none of which has a loss, given those of the whole buffer (n,); nothing if one has.
+        """The event of losses of the whole buffer (n,) none of which is a number other than 0, by its cause.
 
-        Masked labels make a mean of nothing, which is nan, or zero, as the caller's loss function has it.
+        Masked labels make a mean of nothing, which is nan, or zero, as the caller's loss function has it; nan may as
+        well come from the model. Which it is follows from how many candidates have a label that is scored. Collective
+        where no loss is such a number.
         """
-        if bool((losses.nan_to_num(0.0) != 0).any()):
+        finite = losses.isfinite()
+        if bool((losses[finite] != 0).any()):
             return ()
-        text = "no candidate has a loss in what is scored of it (are its labels masked, or is selection.score_length"
-        text += f"={self.config.score_length} too short?): picked uniformly"
-        return (Event("selection.fallback.no_scored_label", text, score_length=self.config.score_length),)
+        backend, length = self.backend, self.config.score_length
+        # a backend of version 0.1 cannot count them
+        count = backend.count_labelled(self.share, length=length) if hasattr(backend, "count_labelled") else 0
+        tally = torch.tensor([count], dtype=torch.float64, device=backend.device)
+        if not float(backend.sum_over_ranks(tally[:0], tally)[1]):
+            text = (
+                "no label of a candidate counts in what is scored of it (are all masked, or is selection.score_length"
+            )
+            text += f"={length} too short?): picked uniformly"
+            return (Event("selection.fallback.no_scored_label", text, score_length=length),)
+        if bool(finite.any()):
+            return ()
+        text = (
+            "no candidate's loss is finite, though labels count in it: weights, inputs or outputs of the model are nan"
+        )
+        return (Event("selection.fallback.losses_not_finite", f"{text} or too large: picked uniformly"),)
 
     def sum_parts(self, parts: Tensor) -> Tensor:
         """(m,) float64 parts of this rank's share -> (n,) for the buffer, on the CPU. Collective."""

@@ -171,7 +171,7 @@ class Selector:
 
         Raises ValueError if ``state`` is of something else, or of a selector of another model.
         """
-        _check_state(state, self.backend.parameters())
+        _check_state(state, self.backend)
         self._scorer.load_state_dict(state)
         if counts_exposures(self.config) and "exposure" in state:
             self._exposure.load_state_dict(state["exposure"])
@@ -278,13 +278,18 @@ class Selector:
         return found
 
 
-def _check_state(state: Any, parameters: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless this is a selector's state, and its proxy gradient is one of these parameters."""
+def _check_state(state: Any, backend: ScoringBackend) -> None:
+    """Raise ValueError unless this is a selector's state, and its proxy gradient, if it has one, of this model.
+
+    Collective where the backend's parameters are, and there is a proxy gradient.
+    """
     if not isinstance(state, Mapping) or (unknown := state.keys() - _STATE):
         what = ", ".join(sorted(map(str, unknown))) if isinstance(state, Mapping) else str(type(state))
         raise ValueError(f"not what Selector.state_dict() gave: {what} (it gives a dictionary of {sorted(_STATE)})")
-    shapes = {name: tuple(value.shape) for name, value in state.get("average", {}).items()}
-    ours = {name: tuple(value.shape) for name, value in parameters.items()}
+    if not state.get("average"):
+        return
+    shapes = {name: tuple(value.shape) for name, value in state["average"].items()}
+    ours = {name: tuple(value.shape) for name, value in backend.parameters().items()}
     if wrong := sorted(name for name, shape in shapes.items() if ours.get(name) != shape):
         name = wrong[0]
         raise ValueError(

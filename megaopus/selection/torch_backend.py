@@ -117,6 +117,20 @@ class ModuleBackend(OldBackendNames):
                 found.append(self._losses(self.model, candidates.take(chunk).batch(length)).double())
         return torch.cat(found)
 
+    def count_labelled(self, candidates: Candidates, *, length: int | None = None) -> int:
+        """Count candidates whose loss is a number other than 0 once all weights and inputs are numbers.
+
+        A loss that still is not, under small equal weights, is the mean of no label.
+        """
+        values = {f"model.{name}": p.new_full((), 0.01).expand(p.shape) for name, p in self.module.named_parameters()}
+        wrapped, count = _LossModule(self.module, self.loss), 0
+        with self.scoring(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for chunk in torch.arange(len(candidates)).split(self.micro_batch_size):
+                batch = map_tensors(self._place(candidates.take(chunk).batch(length)), _known)
+                losses = torch.func.functional_call(wrapped, values, (batch,))
+                count += int((losses.isfinite() & (losses != 0)).sum())
+        return count
+
     def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
         """Gradient of the mean loss over the whole proxy batch, the same on every rank; no ``p.grad`` is touched.
 
@@ -390,6 +404,11 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     if isinstance(eager, DistributedDataParallel):
         return eager.module, eager.module
     return model, eager
+
+
+def _known(tensor: Tensor) -> Tensor:
+    """Put numbers where there are none."""
+    return tensor.nan_to_num(0.0, 0.0, 0.0) if tensor.is_floating_point() else tensor
 
 
 def _double(tensor: Tensor) -> Tensor:

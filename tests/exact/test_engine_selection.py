@@ -175,7 +175,7 @@ def differing(pool: Pool, selected: Callable[..., list[str]]) -> Jobs[str]:
 
 @pytest.mark.parametrize("differs", DIFFERING)
 def test_no_weight_changes_where_ranks_picked_differently(differs: str, differing: Jobs[str]) -> None:
-    """Whichever ranks they are, of one model too; who picked what is said on each."""
+    """Any two ranks may differ, of one model too; who picked what is said on each."""
     if DIFFERING[differs][1] == "deepspeed":
         pytest.importorskip("deepspeed", reason="deepspeed is an optional extra (megaopus[deepspeed])")
     for said, same in differing[differs]:

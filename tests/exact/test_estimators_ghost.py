@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megaopus.selection import CountSketchEstimator, ModuleBackend, TensorCandidates, directional_utilities
 from megaopus.selection.backend import GhostLayer
-from megaopus.selection.estimators.ghost import per_sample_gradient
+from megaopus.selection.estimators.ghost import GhostCapture, per_sample_gradient
 from tests.exact.estimators_toy import ToyGPT, buffer, per_sequence_loss, proxy, train
 
 
@@ -46,6 +48,23 @@ def test_ghost_gradients_are_exact_for_every_matrix_and_embedding(tied: bool) ->
     backend = ModuleBackend(model, torch.optim.SGD(model.parameters(), lr=1.0), per_sequence_loss)
     assert len(backend.ghost_layers()) == 2 + 4 * 2
     assert_exact(backend, buffer(3, seed=0).batch(), 3)
+
+
+def test_an_input_is_let_go_of_once_it_is_handed_out() -> None:
+    layer = nn.Linear(4, 3).requires_grad_(False)
+    seen = []
+    ghost = GhostLayer("weight", layer, "linear")
+    with GhostCapture([ghost], lambda layer, rows, act_a, grad_b: seen.append(act_a.shape)) as capture:
+        capture.rows = slice(0, 2)
+        act_a = torch.ones(2, 5, 4, requires_grad=True) * 2
+        alive = weakref.ref(act_a.untyped_storage())
+        loss = layer(act_a).sum()
+        del act_a
+        assert alive() is not None
+        loss.backward()
+    assert seen == [(2, 5, 4)]
+    assert alive() is None  # although the loss is there still, as a schedule keeps it through the next forward pass
+    assert loss.requires_grad
 
 
 class Unusual(nn.Module):

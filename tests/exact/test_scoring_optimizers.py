@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -19,17 +20,24 @@ from tests.exact.scoring_runs import (
 )
 from tests.pool import Jobs, Pool
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "directional": {"epsilon": 1.0},
     "adjoint": {"estimator": "adjoint", "layers": "all"},
     "countsketch": {"estimator": "countsketch", "redundancy": 0.5},
 }
+_FULL = {"epsilon": 1.0, "muon_operator": "full"}
+MORE: dict[str, dict[str, dict[str, Any]]] = {
+    "muon": {"full": _FULL, "full, every gradient": {**SETTINGS["countsketch"], "muon_operator": "full"}},
+    "namo": {"full": _FULL},
+    "namo_d": {"full": _FULL},
+    "sophia_g": {"kronecker": {"estimator": "kronecker"}},
+}
+"""More: of a step that has a derivative beside the paper's formula; of factors some of which are 0."""
 TOLERANCE = {"adafactor": 1e-4, "lion": 1e-4, "sophia_g": 1e-3}
 """They divide by a momentum or curvature with nothing added to it: what nearly cancelled is rounding, enlarged; and
 Sophia's operator is 0 from where the update is clipped, on either side of which rounding may put an entry."""
 TRIED = ("tp2-sp", "pp2")
-OTHERS = [name for name in OPTIMIZERS if name not in FIRST]
-
+OTHERS = [name for name in OPTIMIZERS if name not in FIRST or name in MORE]
 
 Case = tuple[str, str]
 """(layout, optimizer)"""
@@ -40,7 +48,9 @@ def select_case(case: Case) -> dict[str, Picks]:
     layout, optimizer = case
     with meshed(layout) as (mesh, parallel):
         engine = trained(mesh, ("llama-4-layers", optimizer), parallel)
-        return {name: select(engine, **settings) for name, settings in SETTINGS.items()}
+        found = {name: select(engine, **settings) for name, settings in SETTINGS.items() if optimizer not in FIRST}
+        derived = MORE.get(optimizer, {})
+        return found | {name: select(engine, candidates=8, **settings) for name, settings in derived.items()}
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def picks_by_text(backend: ModuleBackend, off: float) -> dict[str, list[list[int
 
 
 def disagree(backend: ModuleBackend) -> str:
-    """What is said where the second rank's sampler has a mind of its own."""
+    """Give what is said where the second rank's sampler has a mind of its own."""
     selector = Selector(SelectionConfig(method="high_ppl"), backend, num_selected=5, proxy=None, seed=3)
     selector.seed += backend.rank
     selector.config.method = "uniform"

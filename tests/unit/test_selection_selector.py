@@ -202,6 +202,30 @@ def test_a_loss_of_no_label_is_told_where_it_is_nan_and_by_methods_of_loss() -> 
             assert make(backend, method=method, score_length=3).select(batch(0), 0).method == method
 
 
+@pytest.mark.parametrize("method", ["opus", "high_ppl"])
+def test_losses_that_are_nan_for_another_cause_are_not_taken_for_masked_labels(method: str) -> None:
+    """The weights, the inputs, or what the model makes of ordinary ones; a mask is a mask whatever they are."""
+
+    def weights_of(value: float) -> ModuleBackend:
+        backend = make_backend()
+        with torch.no_grad():
+            backend.module.b.bias.fill_(value)
+        backend.gradient = lambda *args: {name: torch.ones_like(p) for name, p in backend.parameters().items()}
+        return backend
+
+    cases = {"weights": (weights_of(torch.nan), batch(0)), "inputs": (make_backend(), batch(0) * torch.nan)}
+    cases["too large"] = (weights_of(1e30), batch(0))
+    for backend, x in cases.values():
+        selection = make(backend, method=method).select(x, 0)
+        assert selection.method == "uniform"
+        kinds = [event.kind for event in selection.events if event.kind != "selection.utility_not_finite"]
+        assert kinds == ["selection.fallback.losses_not_finite"]
+        backend.loss = lambda model, x: loss(model, x[:, 4:])  # the mean of no position
+        selection = make(backend, method=method).select(x, 0)
+        kinds = [event.kind for event in selection.events if event.kind != "selection.utility_not_finite"]
+        assert kinds == ["selection.fallback.no_scored_label"]
+
+
 def test_an_optimizer_that_never_steps_is_told_from_one_that_has_not_yet() -> None:
     backend = make_backend(steps=0)
     selector = make(backend)

@@ -216,6 +216,11 @@ def sum_proxies(backend: ScoringBackend, psi: dict[str, Tensor]) -> dict[str, Te
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     weights, largest = sum(sizes.matrices), max(sizes.matrices, default=0)
     rows = {"hashes": Taken(9 * weights, "bucket and sign of each sketched weight", kept=True)}
+    done, making = 0, 0  # five of 8 bytes: index, random bits, bucket, and the sign twice before it is one byte
+    for matrix in sizes.matrices:
+        done, making = done + 9 * matrix, max(making, done + 40 * matrix)
+    later = ("hashes", "update on the proxy's sketch", "gradients of candidates", "sketches")
+    rows["hashes in the making"] = Taken(making, "int64, of one matrix at a time", whole=making, before=later)
     if not config.redundancy:
         how = "fp32, the proxy's sketches carried back, and the update on them"
         return {**rows, "update on the proxy's sketch": Taken(8 * weights, how), **sketch_memory(config, sizes)}

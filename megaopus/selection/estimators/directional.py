@@ -83,7 +83,10 @@ def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     everything = config.derived_layers() == "all"
     moved, whole = (sizes.weights, sizes.replicated) if everything else (sum(sizes.matrices), 0)
     width = sizes.model_width
+    moving = 4 * (sizes.largest if everything else max(sizes.matrices, default=0))
+    cast = {"weights moved": Taken(moving, "fp32, of one parameter at a time", whole=moving, before=())}
     return {
+        **(cast if width < 4 else {}),  # in fp32 weights are moved in place
         "direction": Taken(4 * moved, "fp32, the optimizer's step on the proxy", whole=4 * whole),
         "weights to restore": Taken(width * moved, "a copy of what is moved", whole=width * whole),
     }

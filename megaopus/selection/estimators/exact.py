@@ -59,7 +59,7 @@ def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     updates = 8 * sizes.weights * (sizes.candidates if config.redundancy else 0)
     return {
         "exact gradients": Taken(
-            48 * sizes.weights, "float64: weights, proxy gradient, a candidate's gradients, updates"
+            40 * sizes.weights, "float64: weights, proxy gradient, a candidate's gradients, and its update twice"
         ),
         **({"updates": Taken(updates, "float64, of every candidate")} if updates else {}),
     }

@@ -93,9 +93,11 @@ class GhostCapture:
             replaced = None
             if act is not output_act:
                 replaced = (act, *output[1:]) if isinstance(output, tuple) else act
+            held = [act_a]
 
             def backward_hook(grad_b: Tensor) -> None:
                 self._reached.add(index)
+                act_a = held.pop()  # the hook lives as long as the loss, through the next forward pass
                 if act_a._version != version:
                     raise RuntimeError(
                         f"the input of {layer.parameter} was changed in place after its use, so its per-sample gradient"

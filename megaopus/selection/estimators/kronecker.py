@@ -154,26 +154,34 @@ class KroneckerEstimator:
 def rank_one(backend: ScoringBackend, name: str, factor: Tensor) -> tuple[Tensor, Tensor]:
     """r (O,), c (I,) with r_i c_j near ``factor`` (O, I): 1 / factor^2 has the row and column means of its rank-1 fit.
 
-    Zero where ``factor`` is (a parameter without optimizer state). Collective where ranks share the matrix.
+    Where an entry is 0 (a weight that does not move), the factor itself has those of its fit. Collective where ranks
+    share the matrix.
     """
-    if not bool(factor.any()):
-        return factor.new_zeros(factor.shape[0]), factor.new_zeros(factor.shape[1])
-    inverse = factor.double().square().reciprocal()
-    sums = [inverse.sum(1), inverse.sum(0)]
-    counts = [factor.shape[1], factor.shape[0]]
+    if float(_means(backend, name, factor == 0)[2]) > 0:
+        rows, columns, mean = _means(backend, name, factor)
+        return (rows / mean.clamp(min=torch.finfo(mean.dtype).tiny)).to(factor.dtype), columns.to(factor.dtype)
+    rows, columns, mean = _means(backend, name, factor.double().square().reciprocal())
+    return (mean / rows).sqrt().to(factor.dtype), columns.rsqrt().to(factor.dtype)
+
+
+def _means(backend: ScoringBackend, name: str, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of this rank's rows (O,) and columns (I,) over the whole matrix, and of all of it; float64. Collective."""
+    sums = [values.sum(1, dtype=torch.float64), values.sum(0, dtype=torch.float64)]
+    counts = [values.shape[1], values.shape[0]]
     shard = backend.shards().get(name)
     if shard is not None:  # sums along the dimension that is split are parts
         sums[1 - shard.dim] = backend.sum_over_model({name: sums[1 - shard.dim]}, "matrix")[name]
         counts[1 - shard.dim] = shard.size
     rows, columns = sums[0] / counts[0], sums[1] / counts[1]
-    mean = (columns if shard is not None and shard.dim == 0 else rows).mean()
-    return (mean / rows).sqrt().to(factor.dtype), columns.rsqrt().to(factor.dtype)
+    return rows, columns, (columns if shard is not None and shard.dim == 0 else rows).mean()
 
 
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     of_rows, of_columns = sketch_shape(config.sketch_dim)
     dense = 4 * sum(of_rows * rows + of_columns * columns for rows, columns in sizes.shapes)
+    inverse = 16 * max(sizes.matrices, default=0) if sizes.scaled else 0
     return {
+        "rank-one fit": Taken(inverse, "float64, twice, of one matrix at a time", whole=inverse, before=("sketches",)),
         "dense sketches": Taken(dense, "fp32, of the rows and columns of each matrix", kept=True, whole=dense),
         "folded sketches": Taken(dense, "fp32, the same with the update in them", whole=dense),
         **sketch_memory(config, sizes),

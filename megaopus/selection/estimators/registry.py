@@ -82,7 +82,7 @@ class Sizes:
     replicated: int = 0
     """Those of ``weights`` that every tensor-parallel rank has."""
     matrices: Sequence[int]
-    """Weights of this rank's part of each matrix that ghost estimators sum over."""
+    """Weights of this rank's part of each matrix that ghost estimators sum over, as the model uses them."""
     shapes: Sequence[tuple[int, int]] = ()
     """(rows, columns) of each of them whole, over all tensor-parallel ranks."""
     candidates: int
@@ -90,6 +90,10 @@ class Sizes:
     micro_batch_size: int
     model_width: int = 4
     """Bytes of a weight that passes are made with."""
+    largest: int = 0
+    """Weights of this rank's part of the largest parameter."""
+    scaled: bool = True
+    """Whether the update map multiplies each weight's gradient by a number of its own."""
 
 
 class Taken(NamedTuple):
@@ -103,6 +107,8 @@ class Taken(NamedTuple):
     """They stay from step to step; else they are there while candidates are scored."""
     whole: int = 0
     """Bytes among them that every tensor-parallel rank has; of the others each has a part."""
+    before: tuple[str, ...] | None = None
+    """They are gone before the pass over candidates, and before the rows that this names; None: they are there."""
 
 
 Memory = Callable[[Any, Sizes], Mapping[str, "Taken | tuple[int, str]"]]
