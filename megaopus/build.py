@@ -23,6 +23,7 @@ from megaopus.data.run_data import RunData
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import Engine
+from megaopus.engine.gpt_forward import SequenceRules
 from megaopus.engine.registry import ENGINES
 from megaopus.engine.work_timer import WorkTimer
 from megaopus.errors import CheckpointError, MegaopusError
@@ -237,8 +238,7 @@ def build_trainer(
     most_bytes = config.data.read_ahead_mb << 20
     reader = TokenReader(partial(timers, "data"), pin=mesh.device.type == "cuda", most_bytes=most_bytes)
     corpus = data.pool.corpus
-    end = corpus.eod_id if config.data.document_mask else None
-    engine = build_engine(config, mesh, corpus.vocab_size, start=start, document_end=end)
+    engine = build_engine(config, mesh, corpus.vocab_size, start=start, rules=sequence_rules(config, data))
     identity = _identity(config, data, bf16=engine.bf16)
     vocab_size = config.model.derived_vocab_size(corpus.vocab_size)
     size = checkpoint_bytes(config, vocab_size, identity["precision"])
@@ -278,6 +278,19 @@ def build_trainer(
         eval_every=config.train.eval_every,
         layer_grad_norm_every=config.logging.layer_grad_norm_every,
         profiler=StepProfiler(config.logging.profile_steps, Path(config.run_dir), mesh.rank),
+    )
+
+
+def sequence_rules(config: RunConfig, data: RunData) -> SequenceRules:
+    """Say which tokens of a sequence see which, and which count in the loss, as the settings and the corpora have it.
+
+    A corpus with a loss mask marks its tokens; others of the same run have none.
+    """
+    return SequenceRules(
+        document_end=data.pool.corpus.eod_id,
+        isolated=config.data.document_mask,
+        skip_first=not config.data.first_token_loss,
+        marked=data.masked,
     )
 
 

@@ -20,6 +20,7 @@ from megaopus.errors import DataError
 from megaopus.plugins import require_plugins
 
 if TYPE_CHECKING:
+    from megaopus.corpus_tools.chat import ChatTemplate
     from megaopus.corpus_tools.split_rule import SplitRule
 
 DESCRIPTION = "Make a corpus folder: tokenizer, tokens, a table of documents and a manifest."
@@ -90,6 +91,20 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     add("--text-field", metavar="NAME", help="field that holds the document (default text)")
     add("--id-field", metavar="NAME", help="field of its id (default id)")
     add("--domain-field", metavar="NAME", help="field of its domain (default domain)")
+    add(
+        "--loss-spans",
+        metavar="NAME",
+        help="field with the ranges of the text's characters that count in the loss, [[first, last], ...]; all else is "
+        "context, which models read and do not learn (default: all counts)",
+    )
+    add(
+        "--messages",
+        metavar="NAME",
+        help="field with a conversation, [{role, content}, ...], written as a text by --chat-template; what the "
+        "--loss-roles say counts in the loss",
+    )
+    add("--chat-template", type=local_path, metavar="PATH", help="a model folder, or a file with a Jinja template")
+    add("--loss-roles", nargs="+", metavar="ROLE", help="whose messages count in the loss (default assistant)")
     add("--keep", action="append", metavar="NAME", help="field to keep in the document table, a score say; repeatable")
 
 
@@ -177,6 +192,9 @@ def _prepare(args: argparse.Namespace, console: Console) -> Path:
         args.id_field or given.id_field,
         args.domain_field or given.domain_field,
         tuple(args.keep or given.keep),
+        args.loss_spans,
+        args.messages,
+        _chat_template(args),
     )
     parse = partial(
         Source.parse,
@@ -197,6 +215,23 @@ def _prepare(args: argparse.Namespace, console: Console) -> Path:
         console=console,
         workers=args.workers,
     )
+
+
+def _chat_template(args: argparse.Namespace) -> ChatTemplate | None:
+    """Read the template of --chat-template. Raises DataError where it and --messages are not given together."""
+    from megaopus.corpus_tools.chat import ChatTemplate
+
+    if args.messages is None and (args.chat_template or args.loss_roles):
+        raise DataError(
+            "--chat-template and --loss-roles say how conversations are written: name their field, --messages"
+        )
+    if args.messages is None:
+        return None
+    if args.chat_template is None:
+        raise DataError("--messages: name the template that writes a conversation as a text, --chat-template PATH")
+    if args.loss_spans is not None:
+        raise DataError("--loss-spans are of a text, and --messages make one: give one of them")
+    return ChatTemplate.load(args.chat_template, args.loss_roles or ("assistant",))
 
 
 def closing(args: argparse.Namespace) -> str:
@@ -249,6 +284,10 @@ def _lines(manifest: Mapping[str, Any]) -> Iterator[str]:
             parts.append(f"{sum(each['count'] for each in left_out.values()):,} left out ({counts})")
         yield f"{source['name']}: {', '.join(parts)}"
         yield from (f"  first {why}: {each['first']}" for why, each in sorted((left_out or {}).items()))
+    totals = [entry for splits in manifest["counts"].values() for entry in splits.values()]
+    if all("loss_tokens" in entry for entry in totals):
+        counted = sum(entry["loss_tokens"] for entry in totals)
+        yield f"loss mask: {counted:,} of {manifest['tokens']:,} tokens count in the loss, the others are context"
     if "tokenization" in manifest:
         yield f"tokenizer: {TextLoss(**manifest['tokenization']['all']).told()}"
     yield from (f"note: {note}" for note in manifest.get("notes", ()))

@@ -26,14 +26,11 @@ from megaopus.corpus_tools.workers import cores
 from megaopus.data.corpus import (
     CODE_DTYPE,
     CODES,
-    INDEX,
     LEFT_OUT,
     MANIFEST,
     ROWS,
     SPLIT_NAMES,
     SPLITS,
-    TOKENIZER,
-    TOKENS,
     Corpus,
     fingerprint_of,
     sha256_file,
@@ -247,7 +244,7 @@ def _shares(corpus: Corpus, members: np.ndarray) -> dict[str, float]:
 
 
 def _write(corpus: Corpus, splits: np.ndarray, summary: dict[str, Any], folder: Path) -> None:
-    for name in (TOKENS, INDEX, TOKENIZER):
+    for name in sorted(set(corpus.manifest["files"]) - {ROWS, CODES}):
         try:
             os.link(corpus.path / name, folder / name)
         except OSError:  # another file system

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from megaopus.corpus_tools.sources import Document
 from megaopus.corpus_tools.text_loss import cannot_encode
@@ -52,6 +52,11 @@ class Chunk(NamedTuple):
     tokens: Path
     lengths: Path
     rows: Path
+
+    @property
+    def mask(self) -> Path:
+        """A byte for each token: whether it counts in the loss. Not there: all do."""
+        return self.tokens.with_suffix(".mask")
 
 
 def chunk_files(folder: Path, number: int) -> Chunk:
@@ -138,27 +143,65 @@ def write_chunk(
 ) -> None:
     """Tokenise documents and write their chunk; the rows last, whose file says that all is there."""
     lengths: list[int] = []
+    masked = any(entry.document.loss_spans is not None for entry in part)
+    masks: list[np.ndarray] = []
     temporary = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in files]
     with temporary[0].open("wb") as tokens, temporary[2].open("w", encoding="utf-8") as rows:
         for batch in runs(part, _BATCH_CHARACTERS):
             texts = [entry.document.text for entry in batch]
-            try:
-                encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            except Exception as error:  # the library raises bare Exception
-                raise cannot_encode(error) from error
+            encodings = _encoded(tokenizer, batch)
             ids = array(_CODES[np.dtype(dtype).itemsize])
             for entry, encoding in zip(batch, encodings, strict=True):
                 before = len(ids)
                 ids.fromlist(encoding.ids)
                 ids.append(eod)
                 lengths.append(len(ids) - before)
+                if masked:
+                    masks.append(_mask(entry.document, encoding))
                 rows.write(json.dumps(_row(entry, lengths[-1]), ensure_ascii=False) + "\n")
             np.asarray(ids).astype(dtype, copy=False).tofile(tokens)
             advance(sum(map(len, texts)))
+    if not all(mask.all() for mask in masks):
+        np.concatenate(masks).astype(np.uint8).tofile(files.mask)  # read only if the rows are there
     with temporary[1].open("wb") as stream:
         np.save(stream, np.array(lengths, dtype="<i4"))
     for made, path in zip(temporary, files, strict=True):
         os.replace(made, path)
+
+
+def _encoded(tokenizer: Tokenizer, batch: list[Entry]) -> list[Encoding]:
+    """Tokenise documents of one batch, with the places of tokens where some document needs them."""
+    found: dict[int, Encoding] = {}
+    for markup in (False, True):
+        part = {n: entry.document for n, entry in enumerate(batch) if entry.document.markup == markup}
+        places = any(document.loss_spans is not None for document in part.values())
+        plain, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, not markup
+        encode = tokenizer.encode_batch if places else tokenizer.encode_batch_fast
+        try:
+            encodings = encode([document.text for document in part.values()], add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise cannot_encode(error) from error
+        finally:
+            tokenizer.encode_special_tokens = plain
+        found |= dict(zip(part, encodings, strict=True))
+    return [found[number] for number in range(len(batch))]
+
+
+def _mask(document: Document, encoding: Encoding) -> np.ndarray:
+    """Say which of a document's tokens count in the loss: those with a character in a range; (n + 1,) bool.
+
+    The token that ends the document counts if the last range goes to the end of the text.
+    """
+    spans, count = document.loss_spans, len(encoding.ids)
+    if spans is None:
+        return np.ones(count + 1, dtype=bool)
+    counted = np.zeros(len(document.text) + 1, dtype=np.int64)
+    for first, last in spans:
+        counted[first + 1 : last + 1] = 1
+    before = counted.cumsum()  # of the characters up to each place
+    places = np.array(encoding.offsets, dtype=np.int64).reshape(count, 2)
+    ends = bool(spans) and spans[-1][1] == len(document.text)
+    return np.append(before[places[:, 1]] > before[places[:, 0]], ends)
 
 
 def _row(entry: Entry, length: int) -> dict[str, Any]:

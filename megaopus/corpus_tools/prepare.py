@@ -26,14 +26,16 @@ from megaopus.corpus_tools.workers import cores
 from megaopus.data.corpus import (
     CODE_DTYPE,
     CODES,
-    FILES,
     FORMAT_VERSION,
     INDEX,
+    LOSS_MASK,
     MANIFEST,
+    MASKED_VERSION,
     ROWS,
     SPLITS,
     TOKENIZER,
     TOKENS,
+    files_of,
     fingerprint_of,
     sha256_file,
     write_index,
@@ -102,11 +104,12 @@ def prepare(
         with new_folder(out, console) as folder:
             shutil.copyfile(work / TOKENIZER, folder / TOKENIZER)
             lengths, unknown = _join(folder, parts, scanned, dtype, unknown_id(made))
+            counted = _join_masks(folder, parts)
             losses = counted_loss(scanned.domains, scanned.domain_codes, lengths, unknown, sampled)
             refuse(losses, max_lost)
             notes = _notes(scanned, lengths, rule)
             facts = {"tokenization": described(losses), "notes": notes, "provenance": provenance or {}}
-            _write_manifest(folder, scanned, lengths, made, eod_token, rule, facts)
+            _write_manifest(folder, scanned, lengths, counted, made, eod_token, rule, facts)
     return out
 
 
@@ -223,6 +226,27 @@ def _join(
     return lengths.astype(np.int64), np.concatenate(unknown_of)
 
 
+def _join_masks(folder: Path, parts: Sequence[Chunk]) -> np.ndarray | None:
+    """Put the chunks' loss masks together, a bit for each token, if there is one.
+
+    Returns how many tokens of each document count in the loss, (D,); None: all of every one.
+    """
+    if not any(part.mask.is_file() for part in parts):
+        return None
+    found, rest = [], np.empty(0, dtype=np.uint8)
+    with (folder / LOSS_MASK).open("wb") as stream:
+        for part in parts:
+            lengths = np.load(part.lengths)
+            mask = np.fromfile(part.mask, np.uint8) if part.mask.is_file() else np.ones(int(lengths.sum()), np.uint8)
+            found.append(np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64))
+            bits = np.concatenate([rest, mask])
+            whole = len(bits) // 8 * 8
+            np.packbits(bits[:whole], bitorder="little").tofile(stream)
+            rest = bits[whole:]
+        np.packbits(rest, bitorder="little").tofile(stream)
+    return np.concatenate(found)
+
+
 def _notes(scanned: Scan, lengths: np.ndarray, rule: SplitRule) -> list[str]:
     """Say what is odd about the splits, and which hold no sequence of the length that is asked for.
 
@@ -251,21 +275,28 @@ def _write_manifest(
     folder: Path,
     scanned: Scan,
     lengths: np.ndarray,
+    counted: np.ndarray | None,
     tokenizer: Tokenizer,
     eod_token: str,
     rule: SplitRule,
     facts: dict,
 ) -> None:
-    """Write what the corpus holds and how it came to be; ``facts`` are its further entries."""
+    """Write what the corpus holds and how it came to be; ``facts`` are its further entries.
+
+    ``counted``: tokens of each document that count in the loss; None: all.
+    """
     counts: dict[str, dict[str, dict[str, int]]] = {}
     for code, domain in enumerate(scanned.domains):
         counts[domain] = {}
         for split, name in enumerate(SPLITS):
             here = (scanned.domain_codes == code) & (scanned.split_codes == split)
             counts[domain][name] = {"documents": int(here.sum()), "tokens": int(lengths[here].sum())}
+            if counted is not None:
+                counts[domain][name]["loss_tokens"] = int(counted[here].sum())
+    version = FORMAT_VERSION if counted is None else MASKED_VERSION
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _TOOLS}
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": version,
         "fingerprint": "",
         "domains": scanned.domains,
         "documents": len(lengths),
@@ -278,7 +309,8 @@ def _write_manifest(
         "split_rule": asdict(rule),
         "sources": [asdict(source) for source in scanned.sources],
         "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in FILES
+            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+            for name in files_of({"format_version": version})
         },
         "versions": versions,
         **facts,

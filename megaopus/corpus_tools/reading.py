@@ -52,7 +52,15 @@ class Reading:
         texts = cut(document.text, self.pieces[document.domain]) if document.domain in self.pieces else []
         if len(texts) < 2:
             return [document]
-        return [document._replace(id=f"{document.id}#{n}", text=text) for n, text in enumerate(texts, 1)]
+        found, first = [], 0
+        for number, text in enumerate(texts, 1):
+            spans, last = document.loss_spans, first + len(text)
+            if spans is not None:
+                inside = ((max(a, first) - first, min(b, last) - first) for a, b in spans)
+                spans = tuple((a, b) for a, b in inside if a < b)
+            found.append(document._replace(id=f"{document.id}#{number}", text=text, loss_spans=spans))
+            first = last
+        return found
 
 
 def cut(text: str, size: int) -> list[str]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from megaopus.corpus_tools.chat import ChatTemplate, Spans
 from megaopus.corpus_tools.readers.json_lines import LongNumber
 from megaopus.corpus_tools.readers.stored import FaultyError, no_text_field
 
@@ -56,6 +57,43 @@ def column_of(row: Mapping[str, Any], key: str, place: str, untyped: bool) -> An
     except OverflowError:
         message = f"'{key}' is a whole number above 1e308; keep it as text, or leave it out"
         raise _wrong(place, message) from None
+
+
+def spans_of(row: Mapping[str, Any], key: str, place: str, text: str) -> Spans | None:
+    """Which characters of ``text`` count in the loss, [[first, last), ...] in order; None, all, where there is none.
+
+    Raises FaultyError.
+    """
+    value = _found(row, key)
+    if value is None or value is _MISSING:
+        return None
+    end = 0
+    pairs: list[Any] = value if isinstance(value, list) else [None]
+    for pair in pairs:
+        numbers = isinstance(pair, list) and len(pair) == 2 and all(type(each) is int for each in pair)
+        if not numbers or not end <= pair[0] <= pair[1] <= len(text):
+            raise _wrong(place, f"'{key}' is not [[first, last], ...], character ranges of the text in order")
+        end = pair[1]
+    return tuple((first, last) for first, last in pairs)
+
+
+def conversation_of(row: Mapping[str, Any], key: str, place: str, template: ChatTemplate) -> tuple[str, Spans]:
+    """The text of a conversation, [{"role": ..., "content": ...}, ...], and what of it is learnt. Raises FaultyError.
+
+    None, or one without a message, is an empty text.
+    """
+    value = _found(row, key)
+    if value is None:
+        return "", ()
+    if value is _MISSING:
+        raise no_text_field(place, key, row)
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) and "role" in each for each in value):
+        raise _wrong(place, f"'{key}' is not a list of messages, each with a role and its content")
+    try:
+        text, spans = template.write(value) if value else ("", ())
+    except ValueError as error:
+        raise FaultyError("a conversation that the template cannot write", f"{place}: {error}") from error
+    return _encodable(text, key, place), spans
 
 
 def _found(row: Mapping[str, Any], key: str) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megaopus.corpus_tools.chat import ChatTemplate, Spans
 from megaopus.corpus_tools.folder_files import FolderFiles, folder_files
 from megaopus.corpus_tools.readers.registry import (
     PACKED,
@@ -20,7 +21,7 @@ from megaopus.corpus_tools.readers.registry import (
     reader_of_prefix,
 )
 from megaopus.corpus_tools.readers.stored import FaultyError, Stored
-from megaopus.corpus_tools.row_fields import column_of, label_of, text_of
+from megaopus.corpus_tools.row_fields import column_of, conversation_of, label_of, spans_of, text_of
 from megaopus.data.config import HUB_NAME
 from megaopus.errors import DataError
 from megaopus.settings import address_refusal
@@ -39,6 +40,10 @@ class Document(NamedTuple):
     """Line of its JSON-lines file, row of its table; 0 for a plain text file."""
     columns: Mapping[str, Any]
     """What was kept of its row, by name: numbers, text, true, false or None."""
+    loss_spans: Spans | None = None
+    """Characters that count in the loss; None: all."""
+    markup: bool = False
+    """Whether special tokens written in it are those tokens, as a chat template writes them; else they are text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,11 @@ class Fields:
     domain: str = "domain"
     keep: tuple[str, ...] = ()
     """Further fields that go into the document table, scores for example."""
+    loss_spans: str | None = None
+    """Ranges of characters that count in the loss; None: all of the text counts."""
+    messages: str | None = None
+    """A conversation, which ``chat`` writes as a text, in place of ``text``; None: there is none."""
+    chat: ChatTemplate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +241,10 @@ class SourceReader:
 
     def _of_file(self, name: str, path: Path) -> Iterator[Document]:
         fields = self.source.fields
-        wanted = [fields.text, fields.id, fields.domain, *fields.keep]
-        stored = Stored(path, fields.text, wanted, self._take, self.leave_out)
+        also = [name for name in (fields.loss_spans, fields.messages) if name]
+        text = fields.messages or fields.text
+        wanted = [text, fields.id, fields.domain, *fields.keep, *also]
+        stored = Stored(path, text, wanted, self._take, self.leave_out)
         reader = _reader(path)
         if reader.text is not None:
             domain = self._folder_domain(name) or self._single_domain
@@ -241,9 +253,11 @@ class SourceReader:
 
     def _of_table(self, reader: Reader) -> Iterator[Document]:
         """Documents of what is no file: their contents are hashed."""
-        stored = Stored(self.source.path, self.source.fields.text, None, self._take, self.leave_out)
+        fields = self.source.fields
+        stored = Stored(self.source.path, fields.messages or fields.text, None, self._take, self.leave_out)
         for document in self._of_rows(reader, stored, self.source.name, None):
-            content = [document.id, document.domain, document.text, dict(document.columns)]
+            content: list[Any] = [document.id, document.domain, document.text, dict(document.columns)]
+            content += [] if document.loss_spans is None else [document.loss_spans]
             self._take(memoryview(json.dumps(content).encode()))
             yield document
 
@@ -280,11 +294,17 @@ class SourceReader:
 
     def _of_row(self, row: Row, name: str, folder_domain: str | None, untyped: bool) -> Document:
         fields, values, place = self.source.fields, row.values, row.place
-        text = text_of(values, fields.text, place)
+        markup = fields.messages is not None and fields.chat is not None
+        if fields.messages is not None and fields.chat is not None:
+            text, spans = conversation_of(values, fields.messages, place, fields.chat)
+        else:
+            text, spans = text_of(values, fields.text, place), None
+        if fields.loss_spans is not None:
+            spans = spans_of(values, fields.loss_spans, place, text)
         domain = self.source.domain or label_of(values, fields.domain, place) or self._single_domain
         identity = label_of(values, fields.id, place) or f"{domain}/{name}:{row.number}"
         columns = {key: column_of(values, key, place, untyped) for key in fields.keep}
-        return Document(identity, folder_domain or domain, text, row.number, columns)
+        return Document(identity, folder_domain or domain, text, row.number, columns, spans, markup)
 
 
 def _reader(path: Path) -> Reader:

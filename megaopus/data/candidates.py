@@ -56,13 +56,13 @@ class CandidateBuffer:
         return self._sequences, self.sequence_ids
 
     def batch(self, length: int | None = None) -> Tensor:
-        """(N, length + 1) int64 tokens: inputs ``[:, :-1]``, labels ``[:, 1:]``.
+        """(N, length + 1) int64 tokens: inputs ``[:, :-1]``, labels ``[:, 1:]``; ~t for a token t outside the loss.
 
         All seq_len positions by default, and where ``length`` is more.
         """
         length = None if length is None else min(length, self._sequences.seq_len)
         if self._reader is None:
-            return self._sequences.tokens(self.sequence_ids, length)
+            return torch.from_numpy(self._sequences.read(self.sequence_ids, length).astype(np.int64))
         return self._reader.tokens(self._sequences, self.sequence_ids, length)
 
     def share(self) -> dict[str, float]:

@@ -124,6 +124,10 @@ class DataConfig:
     seq_len: int = setting(
         256, min=2, resume=FIXED, doc="Tokens per training sequence.", hint="256 suits a laptop, 1024 to 8192 a cluster"
     )
+    first_token_loss: bool = setting(
+        True,
+        doc="Whether the first token of a document counts in the loss; nothing of the document foretells it.",
+    )
     document_mask: bool = setting(
         False,
         doc="Documents that lie in one sequence do not see each other, and each begins at position 0; scoring and"

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from megaopus.data.tokenizer import load_tokenizer
 from megaopus.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, MASKED_VERSION = 1, 2
+"""Of a folder; the second has a loss mask, which a reader of the first would not obey."""
 SPLITS = ("pool", "proxy", "validation")
 SPLIT_NAMES = (*SPLITS, "left_out")
 LEFT_OUT = len(SPLITS)
@@ -25,6 +26,8 @@ LEFT_OUT = len(SPLITS)
 MANIFEST = "manifest.json"
 TOKENS, INDEX, ROWS, CODES, TOKENIZER = "tokens.bin", "tokens.idx", "documents.jsonl", "documents.npy", "tokenizer.json"
 FILES = (TOKENS, INDEX, ROWS, CODES, TOKENIZER)
+LOSS_MASK = "loss_mask.bin"
+"""A bit for each token, the lowest of a byte first: whether it counts in the loss. Not there: all do."""
 CODE_DTYPE = np.dtype([("domain", "<u2"), ("split", "u1")])
 """Row of documents.npy: index into the manifest's ``domains``, index into ``SPLIT_NAMES``."""
 
@@ -125,6 +128,11 @@ class Corpus:
         return self.manifest["domains"]
 
     @property
+    def masked(self) -> bool:
+        """Tell whether the loss leaves out some of the tokens."""
+        return LOSS_MASK in self.manifest["files"]
+
+    @property
     def tokenizer_sha256(self) -> str:
         """Two corpora can be mixed in a run only if theirs are equal."""
         return self.manifest["files"][TOKENIZER]["sha256"]
@@ -144,10 +152,12 @@ class Corpus:
         return self.tokenizer()
 
     @cached_property
-    def _descriptor(self) -> int:
-        descriptor = os.open(self.path / TOKENS, os.O_RDONLY)
-        weakref.finalize(self, os.close, descriptor)
-        return descriptor
+    def _descriptors(self) -> dict[str, int]:
+        names = [TOKENS, LOSS_MASK] if self.masked else [TOKENS]
+        found = {name: os.open(self.path / name, os.O_RDONLY) for name in names}
+        for descriptor in found.values():
+            weakref.finalize(self, os.close, descriptor)
+        return found
 
     def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Read stretches of the token file, one after the other: (sum of ``lengths``,) of its own dtype.
@@ -161,15 +171,30 @@ class Corpus:
         Raises:
             DataError: the file cannot be read, or was cut off after it was opened.
         """
-        path, dtype = self.path / TOKENS, self.tokens.dtype
-        spans = zip((starts * dtype.itemsize).tolist(), (lengths * dtype.itemsize).tolist(), strict=True)
+        dtype = self.tokens.dtype
+        return np.frombuffer(b"".join(self._read(TOKENS, starts * dtype.itemsize, lengths * dtype.itemsize)), dtype)
+
+    def read_mask(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Say which tokens of the same stretches count in the loss: (sum of ``lengths``,) bool. Raises as ``read``.
+
+        Only where the corpus is ``masked``.
+        """
+        first, skipped = starts // 8, starts % 8
+        pieces = self._read(LOSS_MASK, first, (skipped + lengths + 7) // 8)
+        bits = (np.unpackbits(np.frombuffer(piece, np.uint8), bitorder="little") for piece in pieces)
+        found = [each[skip : skip + count] for each, skip, count in zip(bits, skipped, lengths, strict=True)]
+        return np.concatenate(found).astype(bool) if found else np.empty(0, bool)
+
+    def _read(self, name: str, offsets: np.ndarray, counts: np.ndarray) -> list[bytes]:
+        """Read so many bytes at each of the offsets of a file."""
+        path, descriptor = self.path / name, self._descriptors[name]
         try:
-            content = b"".join([os.pread(self._descriptor, count, offset) for offset, count in spans])
+            found = [os.pread(descriptor, *each) for each in zip(counts.tolist(), offsets.tolist(), strict=True)]
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error}); restore the file, the run then goes on") from error
-        if len(content) != int(lengths.sum()) * dtype.itemsize:
+        if sum(map(len, found)) != int(counts.sum()):
             raise DataError(f"{path}: cut off since it was opened; restore the file, the run then goes on")
-        return np.frombuffer(content, dtype)
+        return found
 
     def texts(self, documents: Items[int] | np.ndarray, most: int | None = None) -> list[str]:
         """The text of documents by their numbers, without the end-of-document token; of ``most`` tokens at most."""
@@ -191,20 +216,25 @@ def _read_manifest(folder: Path) -> dict:
         raise DataError(f"{path}: not valid JSON ({error}); prepare the corpus again") from error
     if missing:
         raise DataError(f"{path}: lacks {', '.join(missing)}; prepare the corpus again")
-    if manifest["format_version"] != FORMAT_VERSION:
+    if manifest["format_version"] not in (FORMAT_VERSION, MASKED_VERSION):
         raise DataError(
-            f"{path}: format version {manifest['format_version']}, this megaopus reads {FORMAT_VERSION}; "
-            "prepare the corpus again, or use the megaopus that wrote it"
+            f"{path}: format version {manifest['format_version']}, this megaopus reads {FORMAT_VERSION} and"
+            f" {MASKED_VERSION}; prepare the corpus again, or use the megaopus that wrote it"
         )
-    if set(manifest["files"]) != set(FILES) or fingerprint_of(manifest) != manifest["fingerprint"]:
+    if set(manifest["files"]) != set(files_of(manifest)) or fingerprint_of(manifest) != manifest["fingerprint"]:
         raise DataError(
             f"{path}: its fingerprint does not fit its contents, so it was edited or mixed up; prepare the corpus again"
         )
     return manifest
 
 
+def files_of(manifest: dict) -> tuple[str, ...]:
+    """Name the files that a folder of this format has beside its manifest."""
+    return (*FILES, LOSS_MASK) if manifest["format_version"] == MASKED_VERSION else FILES
+
+
 def _check_sizes(folder: Path, manifest: dict) -> None:
-    for name in FILES:
+    for name in manifest["files"]:
         path, expected = folder / name, manifest["files"][name]["bytes"]
         if not path.is_file():
             raise DataError(f"{path}: missing, though the manifest lists it; copy the whole folder again")
@@ -217,7 +247,7 @@ def _check_sizes(folder: Path, manifest: dict) -> None:
 
 
 def _check_digests(folder: Path, manifest: dict) -> None:
-    for name in FILES:
+    for name in manifest["files"]:
         if sha256_file(folder / name) != manifest["files"][name]["sha256"]:
             raise DataError(
                 f"{folder / name}: changed since it was prepared (sha256 differs from {MANIFEST}), so the fingerprint "

@@ -90,7 +90,7 @@ class TokenReader:
             self._queue.notify()
 
     def tokens(self, sequences: Sequences, numbers: np.ndarray, length: int | None = None) -> Tensor:
-        """Give what ``Sequences.tokens`` gives: (n, length + 1) int64.
+        """Give what ``Sequences.read`` gives, as (n, length + 1) int64.
 
         Raises DataError, which names the step and the file, where it cannot be read.
         """
@@ -187,7 +187,7 @@ class TokenReader:
         again = {number: now[number] for number in numbers if number in now} if step != self._step else {}
         self._keep(step, sequences, again)
         missing = [number for number in numbers if number not in again]
-        if self._room(len(missing) * sequences.width() * sequences.corpus.tokens.itemsize):
+        if self._room(len(missing) * sequences.width() * sequences.dtype.itemsize):
             self._read(step, sequences, missing)
         else:
             with self._queue:

@@ -89,6 +89,11 @@ class RunData:
         data = self._data
         return Sequences(self._corpus(data.proxy_path or data.path), "proxy", data.seq_len, data.target_domains or None)
 
+    @property
+    def masked(self) -> bool:
+        """Tell whether the loss leaves out some of the tokens of a corpus that is open."""
+        return any(corpus.masked for corpus in self._opened.values())
+
     def candidates(self, reader: TokenReader | None = None) -> CandidateStream:
         """Draw the buffer of candidates of each step. Raises DataError for a weight of a domain without sequences.
 

@@ -123,7 +123,13 @@ class Sequences:
         Raises:
             DataError: the tokens cannot be read.
         """
-        return torch.from_numpy(self.read(ids, length).astype(np.int64))
+        found = self.read(ids, length).astype(np.int64)
+        return torch.from_numpy(np.where(found < 0, ~found, found) if self.corpus.masked else found)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of what ``read`` returns: the file's, or a signed one where the corpus has a loss mask."""
+        return np.dtype(np.int32) if self.corpus.masked else self.corpus.tokens.dtype
 
     def width(self, length: int | None = None) -> int:
         """Count the tokens of ``length`` positions (None: all) and their labels. Raises ValueError for too many."""
@@ -133,7 +139,7 @@ class Sequences:
         return width
 
     def read(self, ids: np.ndarray | Items[int], length: int | None = None) -> np.ndarray:
-        """Read sequences as ``tokens`` does: (n, length + 1) of the file's dtype, which is smaller."""
+        """Read sequences as ``tokens`` does: (n, length + 1) of ``dtype``; with ~t for a token t outside the loss."""
         width = self.width(length)
         begin, first, last = self._span(ids, width)
         # Each row is a run of segments, one per document; a segment's tokens lie at a fixed distance in the file.
@@ -144,7 +150,11 @@ class Sequences:
             self._starts[segments], begin[rows]
         )
         starts = np.maximum(self._starts[segments], begin[rows]) + self._shift[segments]
-        return self.corpus.read(starts, lengths).reshape(-1, width)
+        found = self.corpus.read(starts, lengths)
+        if self.corpus.masked:
+            found = found.astype(self.dtype)
+            np.invert(found, out=found, where=~self.corpus.read_mask(starts, lengths))
+        return found.reshape(-1, width)
 
     def first_document_of(self, ids: np.ndarray | Items[int]) -> np.ndarray:
         """Number in the corpus of the document that each sequence begins in, (n,) int64."""

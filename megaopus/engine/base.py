@@ -19,6 +19,7 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.distributed.shards import is_split
 from megaopus.engine.batch_split import seed_dropout, training_share
 from megaopus.engine.config import EngineConfig
+from megaopus.engine.gpt_forward import PLAIN, SequenceRules, loss_mask
 from megaopus.engine.work_timer import WorkTimer
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
@@ -41,12 +42,14 @@ class StepResult:
     """One optimizer step."""
 
     loss: float
-    """Mean token loss of the global batch, before the update."""
+    """Mean token loss of the global batch, before the update: the mean over sequences of their means."""
     grad_norm: float
     """Global gradient norm before clipping."""
     lr: float
     applied: bool
     """False: the loss or a gradient was not finite, or the norm above the limit; no weight was touched."""
+    loss_tokens: int | None = None
+    """Tokens of the global batch that count in the loss; None: all."""
     layer_grad_norms: dict[str, float] | None = None
     """The same of each part of the model by itself (``Engine.layer_grad_norms``), if it was asked for."""
     own_s: float = field(default=0.0, compare=False)
@@ -75,7 +78,7 @@ class Engine(ABC):
         total_steps: int,
         seed: int,
         start: Start | None = None,
-        document_end: int | None = None,
+        rules: SequenceRules = PLAIN,
     ):
         """Make the model and its optimizer.
 
@@ -88,7 +91,7 @@ class Engine(ABC):
             total_steps: updates of the whole run, over which the learning rate is scheduled.
             seed: of the initial weights and of dropout.
             start: the weights to begin with; None: they are drawn.
-            document_end: the token that ends a document, if those of a sequence are not to see each other.
+            rules: which tokens of a sequence see which, and which count in the loss.
 
         Raises:
             EngineError: the engine cannot run this model, layout or optimizer.
@@ -108,7 +111,7 @@ class Engine(ABC):
         self._dropout = model.dropout > 0
         seed_dropout(mesh, seed, 0)
         self._start = start
-        self.document_end = document_end
+        self.rules = rules
         self._build(model, optim, engine, parallel, vocab_size)
         if start is not None and self.bf16:
             self.optimizer.set_main_weights(dict(canonical_names(self.module)), start)
@@ -145,6 +148,18 @@ class Engine(ABC):
         Raises ValueError if they do not fall into equal shares and micro-batches.
         """
         return training_share(count, self.mesh, self.micro_batch_size)
+
+    def loss_tokens(self, batch: Candidates, rows: Tensor) -> int | None:
+        """Count the labels of the global batch that count in the loss, by this rank's ``rows``; None: all do.
+
+        One message between the data-parallel ranks where some do not.
+        """
+        if not self.rules.masked:
+            return None
+        mask = loss_mask(batch.take(rows).batch(self.seq_len), self.rules)
+        count = mask.sum().to(self.mesh.device)
+        dist.all_reduce(count, group=self.mesh.dp_group)
+        return int(count)
 
     @abstractmethod
     def train_step(self, batch: Candidates, limit: float = math.inf, *, layer_grad_norms: bool = False) -> StepResult:

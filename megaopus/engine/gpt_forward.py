@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,16 +15,40 @@ from megaopus.distributed.cpu import plain_calls
 from megaopus.distributed.mesh import Mesh
 
 
-def token_losses(model: Any, tokens: Tensor, cp: int = 1, cp_rank: int = 0, end: int | None = None) -> Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceRules:
+    """Says which tokens of a sequence see which, and which count in the loss."""
+
+    document_end: int | None = None
+    """The token that ends a document."""
+    isolated: bool = False
+    """Whether documents of one sequence do not see each other, and each begins at position 0."""
+    skip_first: bool = False
+    """Whether the loss leaves out the first token of a document, which nothing of it foretells."""
+    marked: bool = False
+    """Whether some tokens are context alone, which the loss leaves out: such a token t is given as ~t (-1 - t)."""
+
+    @property
+    def masked(self) -> bool:
+        """Tell whether the loss may leave out tokens."""
+        return self.skip_first or self.marked
+
+
+PLAIN = SequenceRules()
+"""A token sees all that is before it in its sequence, and all count."""
+
+
+def token_losses(model: Any, tokens: Tensor, cp: int = 1, cp_rank: int = 0, rules: SequenceRules = PLAIN) -> Tensor:
     """(B, S / cp) loss of each token of (B, S + 1) tokens: inputs are all but the last, labels all but the first.
 
-    Under context parallelism those of this rank's positions. On earlier pipeline stages: the stage's activations.
-    ``end``: the token that ends a document, whose successors do not see it nor what is before; None: they do.
+    Under context parallelism those of this rank's positions. On earlier pipeline stages: the stage's activations. Where
+    ``rules`` leave tokens out, their losses are 0 and those of the n others S / n times what they are, so that the mean
+    over S is that of the others. Of a sequence with n = 0 all are 0.
     """
-    labels = tokens[:, 1:] if cp == 1 else tokens[:, 1:].chunk(cp, 1)[cp_rank]
-    inputs, positions, starts = _inputs(tokens, cp, cp_rank, end)
+    cut = _cut(tokens, cp, cp_rank, rules)
     with plain_calls():
-        return model(inputs, positions, starts, labels=labels.contiguous())
+        output = model(cut.inputs, cut.positions, cut.starts, labels=cut.labels)
+    return _weighed(output, cut.weights)
 
 
 class SampledLabels:
@@ -32,8 +57,8 @@ class SampledLabels:
     Each is where the cumulated probability reaches a uniform number that (seed, step, sequence, position) determine.
     """
 
-    def __init__(self, mesh: Mesh, seed: int, step: int, end: int | None = None):
-        self._mesh, self._end = mesh, end
+    def __init__(self, mesh: Mesh, seed: int, step: int, rules: SequenceRules = PLAIN):
+        self._mesh, self._rules = mesh, rules
         self._key = f"{seed}:labels:{step}"
 
     def uniforms(self, rows: Tensor, length: int) -> Tensor:
@@ -46,17 +71,20 @@ class SampledLabels:
         return torch.stack(found).clamp_(min=1e-12).to(self._mesh.device)
 
     def losses(self, model: Any, tokens: Tensor, uniforms: Tensor) -> Tensor:
-        """As ``token_losses``, of sampled labels. ``model``: as the schedule hands it over, wrapped."""
+        """As ``token_losses``, of sampled labels.
+
+        ``model``: as the schedule hands it over, wrapped.
+        """
         cp, cp_rank = self._mesh.shape.cp, self._mesh.cp_rank
-        inputs, positions, starts = _inputs(tokens, cp, cp_rank, self._end)
+        cut = _cut(tokens, cp, cp_rank, self._rules)
         with plain_calls():
-            output = model(inputs, positions, starts)
+            output = model(cut.inputs, cut.positions, cut.starts)
         gpt = model.module
         if not gpt.post_process:
             return output
         uniforms = uniforms if cp == 1 else uniforms.chunk(cp, 1)[cp_rank]
         labels = self._draw(output.detach(), uniforms)
-        return gpt.compute_language_model_loss(labels, output.transpose(0, 1).contiguous())
+        return _weighed(gpt.compute_language_model_loss(labels, output.transpose(0, 1).contiguous()), cut.weights)
 
     def _draw(self, logits_BSV: Tensor, uniforms_BS: Tensor) -> Tensor:
         """(B, S) ids from this tensor-parallel rank's part of the vocabulary's logits."""
@@ -78,18 +106,58 @@ class SampledLabels:
         return labels_BS
 
 
-def _inputs(tokens: Tensor, cp: int, cp_rank: int, end: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(inputs, their positions in their documents, where these start or None) of this context-parallel rank."""
-    inputs = tokens[:, :-1]
-    positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs)
-    starts = None
-    if end is not None:
-        starts = document_starts(inputs, end)
+class _Cut(NamedTuple):
+    """Holds what one context-parallel rank is given of sequences, (B, S / cp) each."""
+
+    inputs: Tensor
+    labels: Tensor
+    positions: Tensor
+    """Of the inputs, in their documents if these are isolated."""
+    starts: Tensor | None
+    """Of their documents, in the sequence; None: documents are not isolated."""
+    weights: Tensor | None
+    """Of the losses; None: all alike."""
+
+
+def _cut(tokens: Tensor, cp: int, cp_rank: int, rules: SequenceRules) -> _Cut:
+    known = plain_tokens(tokens) if rules.marked else tokens
+    inputs = known[:, :-1]
+    positions, starts = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs), None
+    if rules.isolated:
+        assert rules.document_end is not None
+        starts = document_starts(inputs, rules.document_end)
         positions = positions - starts
-    if cp > 1:
-        inputs, positions = (x.chunk(cp, 1)[cp_rank] for x in (inputs, positions))
-        starts = starts if starts is None else starts.chunk(cp, 1)[cp_rank]
-    return inputs, positions, starts
+    weights = _weights(loss_mask(tokens, rules)) if rules.masked else None
+
+    def own(part: Tensor) -> Tensor:
+        return part if cp == 1 else part.chunk(cp, 1)[cp_rank]
+
+    parts = (None if part is None else own(part) for part in (starts, weights))
+    return _Cut(own(inputs), own(known[:, 1:]).contiguous(), own(positions), *parts)
+
+
+def plain_tokens(tokens: Tensor) -> Tensor:
+    """Give marked tokens as those that they are."""
+    return torch.where(tokens < 0, ~tokens, tokens)
+
+
+def loss_mask(tokens: Tensor, rules: SequenceRules) -> Tensor:
+    """(B, S) bool of (B, S + 1) tokens: whose labels count in the loss."""
+    mask = tokens[:, 1:] >= 0
+    if rules.skip_first:
+        mask = mask & (plain_tokens(tokens[:, :-1]) != rules.document_end)
+    return mask
+
+
+def _weights(mask_BS: Tensor) -> Tensor:
+    """(B, S) float32: S / n for each of the n labels of a sequence that count, 0 for the others."""
+    count_B1 = mask_BS.sum(1, keepdim=True).clamp(min=1)
+    return mask_BS * (mask_BS.shape[1] / count_B1)
+
+
+def _weighed(output: Tensor, weights: Tensor | None) -> Tensor:
+    """Weigh losses (B, S); what earlier stages hand on, (S, B, H), is as it was."""
+    return output if weights is None or output.dim() != 2 else output * weights
 
 
 def document_starts(tokens_BS: Tensor, end: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megaopus.distributed.collectives import gathered
 from megaopus.distributed.shards import is_split, part_of, whole_of
 from megaopus.engine.base import Engine
-from megaopus.engine.gpt_forward import token_losses
+from megaopus.engine.gpt_forward import PLAIN, SequenceRules, loss_mask, token_losses
 from megaopus.errors import EngineError
 from megaopus.models.gpt import EMBEDDING, canonical_names, is_tied, model_chunks
 from megaopus.selection import ModuleBackend
@@ -43,7 +43,7 @@ class EngineScoringBackend(ModuleBackend):
         super().__init__(
             engine.module,
             engine.optimizer.torch_optimizers,
-            partial(sequence_losses, end=engine.document_end),
+            partial(sequence_losses, rules=engine.rules),
             group=engine.mesh.dp_group if engine.mesh.shape.dp > 1 else None,
             micro_batch_size=engine.micro_batch_size,
         )
@@ -121,8 +121,13 @@ class EngineScoringBackend(ModuleBackend):
         return parts if self._mesh.tp_rank == 0 else torch.zeros_like(parts)
 
     def count_labelled(self, candidates: Candidates, *, length: int | None = None) -> int:
-        """All: no label is masked."""
-        return len(candidates)
+        """Count those that have a label which counts in the loss; by their tokens alone."""
+        rules, count = self._engine.rules, 0
+        if not rules.masked:
+            return len(candidates)
+        for rows in torch.arange(len(candidates)).split(self.micro_batch_size):
+            count += int(loss_mask(candidates.take(rows).batch(self._length(length)), rules).any(1).sum())
+        return count
 
     def _micro_batch_size(self, count: int, most: int) -> int:
         """Of a pass over ``count`` candidates, ``most`` at most."""
@@ -235,6 +240,6 @@ def _sum(values: Tensor, group: Any, size: int) -> Tensor:
     return total
 
 
-def sequence_losses(model: nn.Module, tokens: Tensor, end: int | None = None) -> Tensor:
-    """(B,) float64 mean token loss of each row of (B, S + 1) tokens; one whole model; ``end`` as ``token_losses``."""
-    return token_losses(model, tokens, end=end).double().mean(dim=1)
+def sequence_losses(model: nn.Module, tokens: Tensor, rules: SequenceRules = PLAIN) -> Tensor:
+    """(B,) float64 mean loss of the labels that count of each row of (B, S + 1) tokens; one whole model."""
+    return token_losses(model, tokens, rules=rules).double().mean(dim=1)

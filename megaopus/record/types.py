@@ -96,6 +96,14 @@ class StepRecord:
             plot=True,
         ),
     )
+    loss_tokens: int | None = field(
+        default=None,
+        metadata=metric(
+            "tokens",
+            "Tokens of the batch that count in the loss; null: all, as no loss mask was asked for.",
+            wandb="train/loss_tokens",
+        ),
+    )
     layer_grad_norms: dict[str, float] | None = field(
         default=None,
         metadata=metric(

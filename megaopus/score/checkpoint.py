@@ -23,7 +23,7 @@ from megaopus.data.scores import HIGHEST, LOWEST
 from megaopus.data.sequences import Sequences
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.engine.gpt_forward import token_losses
+from megaopus.engine.gpt_forward import PLAIN, SequenceRules, token_losses
 from megaopus.engine.megatron.scoring import MegatronScoringBackend
 from megaopus.errors import CheckpointError
 from megaopus.plugins import notes_on_missing
@@ -82,13 +82,13 @@ def windows_of(corpus: Corpus, documents: np.ndarray, size: int, first_only: boo
     return Windows(corpus, starts, np.minimum(size, lengths[owners] - number * size)), owners
 
 
-def window_losses(model: nn.Module, batch: Any, end: int | None = None) -> Tensor:
+def window_losses(model: nn.Module, batch: Any, rules: SequenceRules = PLAIN) -> Tensor:
     """(n,) float64 mean loss of the labels that count, of (tokens (n, T + 1), counts (n,)).
 
-    ``end`` as ``token_losses``.
+    ``rules`` as ``token_losses``.
     """
     tokens, counts = batch
-    losses = token_losses(model, tokens, end=end).double()
+    losses = token_losses(model, tokens, rules=rules).double()
     inside = torch.arange(losses.shape[1], device=losses.device) < counts[:, None]
     return (losses * inside).sum(1) / counts
 
@@ -98,7 +98,7 @@ class WindowBackend(MegatronScoringBackend):
 
     def __init__(self, engine: Any):
         super().__init__(engine)
-        self.loss = partial(window_losses, end=engine.document_end)
+        self.loss = partial(window_losses, rules=engine.rules)
 
     def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
         """(n,) float64 mean loss of each window; their own number of tokens decides how many go into a pass."""
@@ -149,8 +149,8 @@ class _OfCheckpoint(ABC):
         self._mesh = Mesh(self.config.parallel, self.config.engine.device, self.config.engine.timeout_minutes)
         if problem := verify(self._folder, self._mesh):
             raise CheckpointError(f"{problem}; restore it, or name another with --checkpoint")
-        end = self._corpus.eod_id if self.config.data.document_mask else None
-        engine = build_engine(self.config, self._mesh, self._corpus.vocab_size, document_end=end)
+        rules = SequenceRules(document_end=self._corpus.eod_id, isolated=self.config.data.document_mask)
+        engine = build_engine(self.config, self._mesh, self._corpus.vocab_size, rules=rules)
         engine.load(self._folder / "weights", [])
         engine.step = self._step
         self.backend = WindowBackend(engine)

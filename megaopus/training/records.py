@@ -34,6 +34,7 @@ def step_record(
         grad_norm=result.grad_norm,
         lr=result.lr,
         matrix_lr=matrix_lr,
+        loss_tokens=result.loss_tokens,
         layer_grad_norms=result.layer_grad_norms,
         time_s=time_s,
         step_s=step_s,

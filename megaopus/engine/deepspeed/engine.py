@@ -115,7 +115,7 @@ class DeepSpeedEngine(Engine):
             self.work.start()
             self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
             with self.mesh.megatron():
-                losses_BS = token_losses(self.deepspeed, self._tokens(batch, rows), end=self.document_end)
+                losses_BS = token_losses(self.deepspeed, self._tokens(batch, rows), rules=self.rules)
                 self.deepspeed.backward(losses_BS.mean() / len(micro_batches), scale_wrt_gas=False)
             losses.append(losses_BS.detach().double().mean(dim=1))
         loss = float(self._gather(torch.cat(losses)).mean())
@@ -129,7 +129,12 @@ class DeepSpeedEngine(Engine):
             self.optimizer.regather()  # as DeepSpeed does after an update
         self.step += 1
         own_s = self.work.seconds()
-        return StepResult(loss=loss, grad_norm=seen[0], lr=lr, applied=applied, layer_grad_norms=layers, own_s=own_s)
+        told: dict[str, Any] = {
+            "loss_tokens": self.loss_tokens(batch, share),
+            "layer_grad_norms": layers,
+            "own_s": own_s,
+        }
+        return StepResult(loss=loss, grad_norm=seen[0], lr=lr, applied=applied, **told)
 
     def _own_gradient(self, name: str, parameter: Any) -> Tensor | None:
         return self.optimizer.own_gradient(name)
@@ -150,7 +155,7 @@ class DeepSpeedEngine(Engine):
         losses = []
         with self.mesh.megatron(), torch.no_grad():
             for part in rows.split(micro_batch_size):
-                losses_BS = token_losses(self.module, self._tokens(batch, part, length), end=self.document_end)
+                losses_BS = token_losses(self.module, self._tokens(batch, part, length), rules=self.rules)
                 losses.append(losses_BS.double().mean(dim=1))
         return torch.cat(losses)
 
@@ -175,7 +180,7 @@ class DeepSpeedEngine(Engine):
         with self.mesh.megatron():
             micro = math.gcd(len(share), self.micro_batch_size)
             for rows, of_rows in zip(share.split(micro), weights.split(micro), strict=True):
-                losses_BS = token_losses(self.module, self._tokens(batch, rows, length), end=self.document_end)
+                losses_BS = token_losses(self.module, self._tokens(batch, rows, length), rules=self.rules)
                 weighted = losses_BS * of_rows.to(losses_BS).unsqueeze(1)
                 loss = weighted.mean() * (len(rows) / (len(share) * self.mesh.shape.dp))
                 found = torch.autograd.grad(loss, list(parameters.values()))

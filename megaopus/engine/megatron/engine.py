@@ -44,13 +44,13 @@ class MegatronEngine(MegatronPasses):
             seed_dropout(self.mesh, self._seed, self.step)
         if not self.ddp.training:
             self.ddp.train()
-        every = self.optimizer.curvature_every
+        every, counted = self.optimizer.curvature_every, self.loss_tokens(batch, share)
         with self.mesh.megatron():
             if every and self.step % every == 0:
                 self._zero_gradients()
-                sampled = SampledLabels(self.mesh, self._seed, self.step, self.document_end)
+                sampled = SampledLabels(self.mesh, self._seed, self.step, self.rules)
                 self.run_local(batch, share, self.micro_batch_size, self.seq_len, forward_only=False, sampled=sampled)
-                self.optimizer.take_curvature(len(batch) * self.seq_len)
+                self.optimizer.take_curvature(len(batch) * self.seq_len if counted is None else counted)
             self._zero_gradients()
             self.work.reset()
             self.work.start()
@@ -62,7 +62,8 @@ class MegatronEngine(MegatronPasses):
             grad_norm, applied = self.optimizer.step(limit, partial(self.refused, batch=batch))
         self.step += 1
         own_s = self.work.seconds()
-        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, layer_grad_norms=layers, own_s=own_s)
+        told: dict[str, Any] = {"loss_tokens": counted, "layer_grad_norms": layers, "own_s": own_s}
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, **told)
 
     def _own_gradient(self, name: str, parameter: Any) -> Tensor | None:
         if (piece := self.optimizer.own_piece(parameter)) is not None:

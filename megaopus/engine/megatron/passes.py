@@ -127,7 +127,7 @@ class MegatronPasses(Engine):
 
         def forward_step(iterator: Iterator[tuple[slice, Tensor]], model: Any) -> tuple[Tensor, Any]:
             capture.rows, tokens = next(iterator)
-            output = token_losses(model, tokens, cp, self.mesh.cp_rank, self.document_end)
+            output = token_losses(model, tokens, cp, self.mesh.cp_rank, self.rules)
             if not output.requires_grad:  # no layer of this stage is captured
                 output.requires_grad_()
             capture.watch(output)
@@ -174,7 +174,7 @@ class MegatronPasses(Engine):
         if sampled is not None and uniforms is not None:
             return sampled.losses(model, tokens, uniforms), sequence_losses
         cp, cp_rank = self.mesh.shape.cp, self.mesh.cp_rank
-        return token_losses(model, tokens, cp, cp_rank, self.document_end), sequence_losses
+        return token_losses(model, tokens, cp, cp_rank, self.rules), sequence_losses
 
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
         self.work.stop()
