@@ -5,12 +5,13 @@ python benchmarks/precision.py operators     # P_t beside the optimizer's real s
 python benchmarks/precision.py paper_picks   # picks of selection=opus_paper that are not those of all-zero utilities
 
 A row per cell is added to --results as it is done; cells that have one are not measured again. All on a CPU, on the
-small GPT of the tests after 150 updates, and free of timings.
+small GPT of the tests after 150 updates (``LATER``: of some also after more), and free of timings.
 
-rates        {engine, optimizer, dtype, direction, lr, spearman, signal_to_error}: 96 candidates of 48 tokens, scored as
-             a run scores them (the step is found and judged), against float64 gradients of the same weights and
-             optimizer state. ``library`` is a torch model, in bf16 under autocast; the engines train in ``dtype``.
-             lr: of the optimizer that is named; where AdamW has a part of the model, its rate is changed in proportion.
+rates        {engine, optimizer, dtype, direction, lr, updates, spearman, signal_to_error, spread}: 96 candidates of 48
+             tokens, scored as a run scores them (the step is found and judged), against float64 gradients of the same
+             weights and optimizer state. ``library`` is a torch model, in bf16 under autocast; the engines train in
+             ``dtype``. lr: of the optimizer that is named; where AdamW has a part of the model, its rate is changed in
+             proportion. spread: standard deviation of float64's utilities over the size of their mean.
 operators    {optimizer, operator, batch, fall, linear}: Spearman, and the slope of predicted over real (1 is to scale),
              with the fall of the proxy's loss in a float64 step on a batch of 8 that holds the candidate, and with that
              fall's linear part (``real_falls`` of tests/exact/estimators_toy.py); 48 candidates, two batches.
@@ -51,6 +52,9 @@ from tests.exact import estimators_toy as toy
 from tests.harness import TokenCandidates, tiny_engine
 
 STEPS = 150
+LATER = {"adafactor": 600, "sgd": 600}
+"""More updates for what has learnt little after ``STEPS``: all candidates gain alike, and ranks are of small
+differences."""
 RATES = (1e-3, 1e-4, 1e-5, 1e-6)
 TWO_FORMS = ("muon", "namo", "namo_d")
 """Optimizers whose operator may be the paper's formula or the derivative of the step."""
@@ -95,10 +99,10 @@ def kinds_of_engine(optimizer: str) -> dict[str, EngineConfig | None]:
 
 
 @contextmanager
-def trained(kind: EngineConfig | None, optimizer: str, dtype: str) -> Iterator[Trained]:
+def trained(kind: EngineConfig | None, optimizer: str, dtype: str, updates: int) -> Iterator[Trained]:
     """A model after its updates."""
     if kind is None:
-        backend = toy.train(optimizer, STEPS)
+        backend = toy.train(optimizer, updates)
         yield seen_in_float64(backend, backend.optimizers, "lr", backend)
         return
     own = {**spec_of(optimizer).example, **toy.GENTLER.get(optimizer, {})}
@@ -107,7 +111,7 @@ def trained(kind: EngineConfig | None, optimizer: str, dtype: str) -> Iterator[T
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
         engine = tiny_engine(mesh, optim=optim, engine=replace(kind, precision=dtype), **shape)
-        losses = [engine.train_step(tokens(toy.buffer(8, 10_000 + 7 * step))).loss for step in range(STEPS)]
+        losses = [engine.train_step(tokens(toy.buffer(8, 10_000 + 7 * step))).loss for step in range(updates)]
         assert losses[-1] < losses[0] - 0.5, f"{optimizer} learnt nothing: {losses[0]:.2f} -> {losses[-1]:.2f}"
         backend = engine.scoring_backend()
         plain = tiny_engine(mesh, engine=EngineConfig(device="cpu", precision="fp32"), **shape).scoring_backend()
@@ -168,6 +172,7 @@ def score(model: Trained, dtype: str, direction: str, lr: float) -> Row:
     return {
         "spearman": toy.spearman(found.utilities, exact),
         "signal_to_error": found.signal_to_error,
+        "spread": float(exact.std(correction=0) / exact.mean().abs()),
         "events": kinds,
     }
 
@@ -182,39 +187,49 @@ def measure_rates(results: Results, quick: bool, only: str, console: Console) ->
     for optimizer in ("adamw", "sgd") if quick else OPTIMIZERS:
         for engine, kind in kinds_of_engine(optimizer).items():
             for dtype in ("bf16",) if quick or engine.startswith("deepspeed") else ("bf16", "fp32"):
-                directions = ("proxy", "contrast") if kind is None and not quick else ("proxy",)
-                missing = {
-                    key: (direction, lr)
-                    for direction in directions
-                    for lr in (RATES[:: len(RATES) - 1] if quick else RATES)
-                    if (key := f"rates/{engine}/{optimizer}/{dtype}/{direction}/{lr:g}") not in results.rows
-                    and only in key
-                }
-                if not missing:
-                    continue
-                of = {"engine": engine, "optimizer": optimizer, "dtype": dtype}
-                with trained(kind, optimizer, dtype) as model:
-                    for key, (direction, lr) in missing.items():
-                        row = {**of, "direction": direction, "lr": lr, **score(model, dtype, direction, lr)}
-                        results.add(key, {**row, "commit": commit()})
-                        console.print(f"{key}: {row['spearman']:.4f}", highlight=False)
+                for updates in (STEPS, *([LATER[optimizer]] if optimizer in LATER and not quick else [])):
+                    of = {"engine": engine, "optimizer": optimizer, "dtype": dtype, "updates": updates}
+                    measure_cells(results, of, kind, quick, only, console)
+
+
+def measure_cells(
+    results: Results, of: Row, kind: EngineConfig | None, quick: bool, only: str, console: Console
+) -> None:
+    """Add the rows that one model lacks: a row a direction and a learning rate."""
+    directions = ("proxy", "contrast") if kind is None and not quick else ("proxy",)
+    later = "" if of["updates"] == STEPS else f"/{of['updates']}"
+    missing = {
+        key: (direction, lr)
+        for direction in directions
+        for lr in (RATES[:: len(RATES) - 1] if quick else RATES)
+        if (key := f"rates/{of['engine']}/{of['optimizer']}/{of['dtype']}/{direction}/{lr:g}{later}")
+        not in results.rows
+        and only in key
+    }
+    if not missing:
+        return
+    with trained(kind, of["optimizer"], of["dtype"], of["updates"]) as model:
+        for key, (direction, lr) in missing.items():
+            row = {**of, "direction": direction, "lr": lr, **score(model, of["dtype"], direction, lr)}
+            results.add(key, {**row, "commit": commit()})
+            console.print(f"{key}: {row['spearman']:.4f}", highlight=False)
 
 
 def print_rates(rows: Sequence[Row], console: Console) -> None:
     table = Table(title="Spearman of directional with float64, by learning rate", box=SIMPLE, padding=0)
     rates = sorted({row["lr"] for row in rows}, reverse=True)
-    for name in ("engine", "optimizer", "dtype", "direction", *(f"{lr:g}" for lr in rates)):
+    for name in ("engine", "optimizer", "dtype", "direction", "updates", *(f"{lr:g}" for lr in rates)):
         table.add_column(name, no_wrap=True)
     groups: dict[tuple[str, ...], dict[float, float]] = {}
     for row in rows:
-        of = tuple(row[name] for name in ("engine", "optimizer", "dtype", "direction"))
+        of = (*(row[name] for name in ("engine", "optimizer", "dtype", "direction")), str(row.get("updates", STEPS)))
         groups.setdefault(of, {})[row["lr"]] = row["spearman"]
     for of, found in groups.items():
         table.add_row(*of, *(f"{found[lr]:.4f}" if lr in found else "-" for lr in rates))
     console.print(table)
     least: dict[tuple[str, ...], list[float]] = {}
-    for (engine, _, dtype, direction), found in groups.items():
-        least.setdefault((engine, dtype, direction), []).extend(found.values())
+    for (engine, _, dtype, direction, updates), found in groups.items():
+        least.setdefault((engine, dtype, direction, f"{updates} updates"), []).extend(found.values())
     for of, values in least.items():
         console.print(f"{', '.join(of)}: {min(values):.4f} and more in {len(values)} cells", highlight=False)
 

@@ -35,7 +35,7 @@ from megaopus.record.types import StepRecord, ValidationRecord
 from megaopus.report.compare import Run, compare, load_run, paired_t_test
 from megaopus.selection import decide
 from megaopus.selection.prescreen import Prescreen
-from megaopus.side_by_side import TURN, settled_steps
+from megaopus.side_by_side import SETTLED, TURN, settled_steps
 
 SCORED = "selection.score_length=64"
 """A quarter of a sequence."""
@@ -206,7 +206,8 @@ def step_costs(
 
     try:
         steps = {
-            name: settled_steps([*overrides, f"run_dir={folder / 'timing'}"], mesh) for name, overrides in runs.items()
+            name: settled_steps([*overrides, f"run_dir={folder / 'timing'}"], mesh, SETTLED, TURN)
+            for name, overrides in runs.items()
         }
         with _PrescreenWatch(CLOCKS[clock]) as watch:
             passes = {name: watched(name, several, watch) for name, several in steps.items()}

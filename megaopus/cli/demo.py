@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     console.print()
     from megaopus.side_by_side import seconds_of_a_step  # which takes seconds, and the first run starts without it
 
-    seconds = seconds_of_a_step(arms)
+    seconds = seconds_of_a_step(arms, args.steps)
     recorded = {name: sum(row.step_s for row in run.steps) / len(run.steps) for name, run in runs.items()}
     runs = {name: with_step_seconds(run, seconds[name]) for name, run in runs.items()}
     uniform, opus = runs["uniform"], runs["opus"]

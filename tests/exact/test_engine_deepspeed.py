@@ -21,7 +21,7 @@ from megaopus.optim.build import state_names
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.muon import Muon
 from megaopus.optim.registry import OPTIMIZERS
-from tests.exact.scoring_runs import select_each, select_uneven, trained
+from tests.exact.scoring_runs import SETTINGS, select_each, select_uneven, trained
 from tests.exact.test_engine_layouts import assert_close, assert_sums_up, build, train
 from tests.exact.test_scoring_layouts import assert_same_picks
 from tests.harness import example, random_batch, save_engine, tiny_engine
@@ -34,7 +34,21 @@ LAYOUTS = {
 }
 SERVED = tuple(name for name, spec in OPTIMIZERS.items() if spec.refusal_of_pieces() is None)
 SCORED = ("adamw", "muon", "sgd")
-TRAINED = [("gpt2", "adamw"), ("llama", "adamw"), ("llama", "muon"), ("gpt2", "sgd"), ("llama", "lion")]
+EVERY_SETTING = [("adamw", 1), ("adamw", 3), ("muon", 3)]
+"""(optimizer, stage) at which every estimator and method is compared."""
+SOME_SETTINGS = [("adamw", 2), ("muon", 1), ("sgd", 3)]
+THREE = ("directional", "adjoint", "countsketch")
+"""Estimators that are compared at those."""
+UNEVEN = [("adamw", 1), ("adamw", 3), ("muon", 3)]
+"""(optimizer, stage) of candidates that do not divide over the ranks."""
+STAGES = {
+    ("gpt2", "adamw"): ZERO_STAGES,
+    ("llama", "adamw"): (3,),
+    ("llama", "muon"): ZERO_STAGES,
+    ("gpt2", "sgd"): (1, 3),
+    ("llama", "lion"): (2, 3),
+}
+TRAINED = [(case, stage) for case, stages in STAGES.items() for stage in stages]
 BOTH = [(("llama", "adamw"), 3), (("llama", "muon"), 1), (("llama", "muon"), 3)]
 """(case, stage): what is trained at the layout that is data- and tensor-parallel at once."""
 SOME_KEPT_WHOLE = 2000
@@ -55,14 +69,16 @@ def train_and_select(layout: str) -> dict[tuple, Any]:
     mesh = Mesh(parallel, "cpu")
     try:
         both = mesh.shape.dp > 1 and parallel.tp > 1
-        chosen = BOTH if both else product(TRAINED, ZERO_STAGES)
         found: dict[tuple, Any] = {
-            ("train", case, stage): train(build(mesh, case, parallel, zero(stage))) for case, stage in chosen
+            ("train", case, stage): train(build(mesh, case, parallel, zero(stage)))
+            for case, stage in (BOTH if both else TRAINED)
         }
-        for optimizer, stage in product(SCORED[:2] if both else SCORED, (3,) if both else ZERO_STAGES):
+        for optimizer, stage in EVERY_SETTING[1:] if both else [*EVERY_SETTING, *SOME_SETTINGS]:
             engine = trained(mesh, ("llama", optimizer), parallel, zero(stage))
-            found["select", optimizer, stage] = select_each(engine)
-            found["select", "uneven", optimizer, stage] = select_uneven(engine)
+            names = SETTINGS if (optimizer, stage) in EVERY_SETTING else THREE
+            found["select", optimizer, stage] = select_each(engine, names)
+            if (optimizer, stage) in UNEVEN:
+                found["select", "uneven", optimizer, stage] = select_uneven(engine)
         return found
     finally:
         mesh.close()
@@ -73,7 +89,7 @@ def megatron_alone(layout: str) -> dict[tuple, Any]:
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
         one = ParallelConfig()
-        found: dict[tuple, Any] = {("train", case): train(build(mesh, case, one)) for case in TRAINED}
+        found: dict[tuple, Any] = {("train", case): train(build(mesh, case, one)) for case in STAGES}
         for optimizer in SCORED:
             engine = trained(mesh, ("llama", optimizer), one)
             found["select", optimizer] = select_each(engine)
