@@ -73,8 +73,8 @@ class ChatTemplate:
     def write(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, Spans]:
         """Write a conversation; returns the text and the ranges of what the ``roles`` say, with what ends a message.
 
-        A message is what the template adds for it, without what prompts the model to speak. Raises ValueError if the template refuses
-        the conversation, or does not write one message after the other.
+        A message is what the template adds for it, without what prompts the model to speak. Raises ValueError if the
+        template refuses the conversation, or does not write one message after the other.
         """
         text = self._rendered(messages, False)
         spans = []

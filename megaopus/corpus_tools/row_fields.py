@@ -60,7 +60,7 @@ def column_of(row: Mapping[str, Any], key: str, place: str, untyped: bool) -> An
 
 
 def spans_of(row: Mapping[str, Any], key: str, place: str, text: str) -> Spans | None:
-    """Which characters of ``text`` count in the loss, [[first, last), ...] in order; None, all, where there is none.
+    """Read which characters of ``text`` count in the loss, [[first, last), ...] in order; None: all do.
 
     Raises FaultyError.
     """
@@ -78,9 +78,9 @@ def spans_of(row: Mapping[str, Any], key: str, place: str, text: str) -> Spans |
 
 
 def conversation_of(row: Mapping[str, Any], key: str, place: str, template: ChatTemplate) -> tuple[str, Spans]:
-    """The text of a conversation, [{"role": ..., "content": ...}, ...], and what of it is learnt. Raises FaultyError.
+    """Write a conversation, [{"role": ..., "content": ...}, ...], as (text, what of it counts in the loss).
 
-    None, or one without a message, is an empty text.
+    None, or one without a message, is an empty text. Raises FaultyError.
     """
     value = _found(row, key)
     if value is None:

@@ -72,8 +72,18 @@ class CandidateBuffer:
 
 
 def evaluation_buffers(sequences: Sequences, n_per_domain: int) -> dict[str, CandidateBuffer]:
-    """Evenly spaced sequences of each domain to evaluate on, at most ``n_per_domain``, always the same ones."""
+    """Evenly spaced sequences of each domain to evaluate on, at most ``n_per_domain``, always the same ones.
+
+    Those of which no label counts in the loss are left out. Raises DataError if none remains in a domain.
+    """
     chosen = sequences.evenly_spaced(n_per_domain)
+    if sequences.corpus.masked:
+        chosen = {name: numbers[sequences.have_labels(numbers)] for name, numbers in chosen.items()}
+    if empty := [name for name, numbers in chosen.items() if not len(numbers)]:
+        path = sequences.corpus.path
+        raise DataError(
+            f"{path}: no token of domain {empty[0]!r} that validation reads counts in the loss: prepare more"
+        )
     return {name: CandidateBuffer(sequences, numbers, numbers) for name, numbers in chosen.items()}
 
 

@@ -156,6 +156,10 @@ class Sequences:
             np.invert(found, out=found, where=~self.corpus.read_mask(starts, lengths))
         return found.reshape(-1, width)
 
+    def have_labels(self, ids: np.ndarray) -> np.ndarray:
+        """Say of which sequences some label counts in the loss, (n,) bool; they are read for it."""
+        return (self.read(ids)[:, 1:] >= 0).any(axis=1)
+
     def first_document_of(self, ids: np.ndarray | Items[int]) -> np.ndarray:
         """Number in the corpus of the document that each sequence begins in, (n,) int64."""
         return self._documents[self._span(ids, 1)[1]]

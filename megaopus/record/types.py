@@ -100,7 +100,7 @@ class StepRecord:
         default=None,
         metadata=metric(
             "tokens",
-            "Tokens of the batch that count in the loss; null: all, as no loss mask was asked for.",
+            "Tokens of the batch that count in the loss; null: all of them do.",
             wandb="train/loss_tokens",
         ),
     )

@@ -1,5 +1,7 @@
 """Every file under configs/ composes, and the published model shapes have their published number of parameters."""
 
+from pathlib import Path
+
 import pytest
 
 from megaopus.config.compose import compose, default_config_dir
@@ -11,6 +13,8 @@ from tests.unit.config_corpus import write_manifest
 
 CONFIGS = default_config_dir()
 CHOICES = sorted(str(file.relative_to(CONFIGS).with_suffix("")) for file in CONFIGS.glob("*/*.yaml"))
+FURTHER = {"model/hf": [f"model.hf={Path(__file__).parents[1] / 'fixtures' / 'smollm2_135m'}"]}
+"""What a choice needs beside it."""
 RANKS = {"parallel/tp2": 2, "parallel/pp2": 2, "parallel/tp2_pp2": 4}
 
 
@@ -28,7 +32,7 @@ def test_the_groups_are_those_of_the_settings():
 @pytest.mark.parametrize("choice", CHOICES)
 def test_each_choice_composes_and_comes_back_from_its_file(choice, corpus, tmp_path):
     group, name = choice.split("/")
-    overrides = [f"data.path={corpus}", "data.target_domains=[docs]", f"{group}={name}"]
+    overrides = [f"data.path={corpus}", "data.target_domains=[docs]", f"{group}={name}", *FURTHER.get(choice, ())]
     config = compose(overrides, world_size=RANKS.get(choice, 1))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load(tmp_path / "config.yaml") == config
