@@ -188,10 +188,11 @@ def _attention(
         found = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)
         return found[0]
     if not enable_gqa and query.dtype != torch.float64:
-        bias = None
-        if attn_mask is not None:
-            bias = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
-            bias = bias.masked_fill_(~attn_mask, -torch.inf).expand(*query.shape[:2], *attn_mask.shape)
+        bias = attn_mask
+        if bias is not None and bias.dtype == torch.bool:
+            bias = torch.zeros(bias.shape, dtype=query.dtype, device=query.device).masked_fill_(~bias, -torch.inf)
+        if bias is not None:
+            bias = bias.expand(*query.shape[:2], *bias.shape[-2:])
         return aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, True, dropout_p, is_causal, scale=scale
         )[0]

@@ -16,6 +16,7 @@ from benchmarks.fake_cuda.meter import DeviceMeter
 from megaopus.build import build_engine
 from megaopus.config.run_config import RunConfig
 from megaopus.distributed.mesh import Mesh
+from megaopus.engine.gpt_forward import SequenceRules
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.methods.registry import UNIFORM
 from megaopus.selection.scorer import Scorer
@@ -72,7 +73,8 @@ def measure(
     config: RunConfig, vocab_size: int, mesh: Mesh, meter: DeviceMeter, selections: dict[str, SelectionConfig]
 ) -> Measured:
     """Train two steps, then score buffers by each of ``selections`` in turn."""
-    engine = build_engine(config, mesh, vocab_size)
+    rules = SequenceRules(document_end=1, isolated=config.data.document_mask)
+    engine = build_engine(config, mesh, vocab_size, rules=rules)
     built = meter.bytes
     batch = Zeros(config.train.global_batch_size, config.data.seq_len)
     for _ in range(2):

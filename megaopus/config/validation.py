@@ -5,6 +5,7 @@ Where settings do not fit the ranks, the remedy is another layout: none that tra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -178,6 +179,16 @@ def _candidates(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         remedy = f"use {batch / high:.6g} ({high} candidates)"
         remedy += f" or {batch / low:.6g} ({low} candidates)"
         yield Problem("selection.rho", rho, reason, remedy)
+
+
+@RULES.reading("train.global_batch_size", "selection.groups", "selection.rho", "selection.prescreen")
+def _groups(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    groups, sizes = config.selection.groups, (config.train.global_batch_size, config.buffer_size())
+    if any(size % groups for size in sizes):
+        common = math.gcd(*sizes)
+        fits = [str(size) for size in range(2, common + 1) if common % size == 0][:6]
+        reason = f"{sizes[0]} picks of {sizes[1]} candidates cannot be shared evenly"
+        yield Problem("selection.groups", groups, reason, f"use {', '.join(['1', *fits])}")
 
 
 # -- lengths ---------------------------------------------------------------------------------------------------------

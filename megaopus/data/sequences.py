@@ -158,7 +158,8 @@ class Sequences:
 
     def have_labels(self, ids: np.ndarray) -> np.ndarray:
         """Say of which sequences some label counts in the loss, (n,) bool; they are read for it."""
-        return (self.read(ids)[:, 1:] >= 0).any(axis=1)
+        counted: np.ndarray = self.read(ids)[:, 1:] >= 0
+        return np.asarray(counted.any(axis=1))
 
     def first_document_of(self, ids: np.ndarray | Items[int]) -> np.ndarray:
         """Number in the corpus of the document that each sequence begins in, (n,) int64."""

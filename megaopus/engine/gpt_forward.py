@@ -45,9 +45,9 @@ def token_losses(model: Any, tokens: Tensor, cp: int = 1, cp_rank: int = 0, rule
     ``rules`` leave tokens out, their losses are 0 and those of the n others S / n times what they are, so that the mean
     over S is that of the others. Of a sequence with n = 0 all are 0.
     """
-    cut = _cut(tokens, cp, cp_rank, rules)
+    cut = _cut(model, tokens, cp, cp_rank, rules)
     with plain_calls():
-        output = model(cut.inputs, cut.positions, cut.starts, labels=cut.labels)
+        output = model(cut.inputs, cut.positions, cut.mask, labels=cut.labels)
     return _weighed(output, cut.weights)
 
 
@@ -76,9 +76,9 @@ class SampledLabels:
         ``model``: as the schedule hands it over, wrapped.
         """
         cp, cp_rank = self._mesh.shape.cp, self._mesh.cp_rank
-        cut = _cut(tokens, cp, cp_rank, self._rules)
+        cut = _cut(model, tokens, cp, cp_rank, self._rules)
         with plain_calls():
-            output = model(cut.inputs, cut.positions, cut.starts)
+            output = model(cut.inputs, cut.positions, cut.mask)
         gpt = model.module
         if not gpt.post_process:
             return output
@@ -113,27 +113,41 @@ class _Cut(NamedTuple):
     labels: Tensor
     positions: Tensor
     """Of the inputs, in their documents if these are isolated."""
-    starts: Tensor | None
-    """Of their documents, in the sequence; None: documents are not isolated."""
+    mask: Tensor | None
+    """(B, 1, S / cp, T) of what each position sees of the T up to this rank's last; None: all before it."""
     weights: Tensor | None
     """Of the losses; None: all alike."""
 
 
-def _cut(tokens: Tensor, cp: int, cp_rank: int, rules: SequenceRules) -> _Cut:
+def _cut(model: Any, tokens: Tensor, cp: int, cp_rank: int, rules: SequenceRules) -> _Cut:
     known = plain_tokens(tokens) if rules.marked else tokens
     inputs = known[:, :-1]
-    positions, starts = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs), None
-    if rules.isolated:
-        assert rules.document_end is not None
-        starts = document_starts(inputs, rules.document_end)
-        positions = positions - starts
-    weights = _weights(loss_mask(tokens, rules)) if rules.masked else None
 
     def own(part: Tensor) -> Tensor:
         return part if cp == 1 else part.chunk(cp, 1)[cp_rank]
 
-    parts = (None if part is None else own(part) for part in (starts, weights))
-    return _Cut(own(inputs), own(known[:, 1:]).contiguous(), own(positions), *parts)
+    positions, mask = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs), None
+    if rules.isolated:
+        assert rules.document_end is not None
+        starts = document_starts(inputs, rules.document_end)
+        mask = _document_mask(own(starts), cp_rank, next(model.parameters()).dtype)
+        positions = positions - starts
+    weights = own(_weights(loss_mask(tokens, rules))) if rules.masked else None
+    return _Cut(own(inputs), own(known[:, 1:]).contiguous(), own(positions), mask, weights)
+
+
+def _document_mask(starts_BS: Tensor, cp_rank: int, dtype: torch.dtype) -> Tensor:
+    """(B, 1, S, T) what the S positions of a context-parallel rank see, made once for all layers; T = (rank + 1) S.
+
+    On CUDA as 0 and -inf of the model's ``dtype``: of a bool mask each layer would make, and keep, such a one.
+    """
+    size, device = starts_BS.shape[1], starts_BS.device
+    before, seen = cp_rank * size, (cp_rank + 1) * size
+    mask_ST = torch.ones(size, seen, dtype=torch.bool, device=device).tril_(before)
+    mask = mask_ST & (torch.arange(seen, device=device) >= starts_BS[:, None, :, None])
+    if device.type == "cpu":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(mask.logical_not_(), -torch.inf)
 
 
 def plain_tokens(tokens: Tensor) -> Tensor:

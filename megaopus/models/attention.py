@@ -53,11 +53,14 @@ class CausalAttention(torch.nn.Module):
         packed_seq_params: Any = None,
         **unused: Any,
     ) -> Tensor:
-        """(S, B, A*D) context. ``attention_mask``: (B, S) where each position's document starts; None: at 0."""
+        """(S, B, A*D) context. ``attention_mask``: (B, 1, S, T) what is seen, bool or to be added; None: all before."""
         seq_len, batch, num_heads = query_SBAD.shape[:3]
         if self.cp_group is not None:
             key_SBAD, value_SBAD = _gathered(key_SBAD, value_SBAD, self.cp_group)
-        mask = _mask(seq_len, len(key_SBAD), self.window, attention_mask, query_SBAD.device)
+        mask = attention_mask
+        if mask is None or self.window is not None:
+            window_ST = _window(seq_len, len(key_SBAD), self.window, query_SBAD.device)
+            mask = window_ST if mask is None else mask if window_ST is None else _both(mask, window_ST)
         if mask is not None and key_SBAD.shape[2] != num_heads:  # torch's fused kernels share heads without one only
             key_SBAD, value_SBAD = (x.repeat_interleave(num_heads // x.shape[2], 2) for x in (key_SBAD, value_SBAD))
         query_BASD, key_BATD, value_BATD = (x.permute(1, 2, 0, 3) for x in (query_SBAD, key_SBAD, value_SBAD))
@@ -93,17 +96,15 @@ def _gathered(key_SBAD: Tensor, value_SBAD: Tensor, group: dist.ProcessGroup) ->
     return key_TBAD, value_TBAD
 
 
-def _mask(seq_len: int, seen: int, window: int | None, starts_BS: Tensor | None, device: torch.device) -> Tensor | None:
-    """(S, T), or (B, 1, S, T) where documents start at ``starts_BS``: which positions each of the last S of T sees.
-
-    None: all before it, and S = T.
-    """
+def _window(seq_len: int, seen: int, window: int | None, device: torch.device) -> Tensor | None:
+    """(S, T) bool: which positions each of the last S of T sees. None: all before it, and S = T."""
     first = seen - seq_len
-    if first == 0 and (window is None or seen <= window) and starts_BS is None:
+    if first == 0 and (window is None or seen <= window):
         return None
     mask_ST = torch.ones(seq_len, seen, dtype=torch.bool, device=device).tril_(first)
-    if window is not None:
-        mask_ST = mask_ST.triu_(first - window + 1)
-    if starts_BS is None:
-        return mask_ST
-    return mask_ST & (torch.arange(seen, device=device) >= starts_BS[:, None, :, None])
+    return mask_ST if window is None else mask_ST.triu_(first - window + 1)
+
+
+def _both(mask: Tensor, other: Tensor) -> Tensor:
+    """A mask, bool or to be added, that is narrowed to where ``other`` (bool) is true."""
+    return mask & other if mask.dtype == torch.bool else mask.masked_fill(~other, -torch.inf)

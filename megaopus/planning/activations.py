@@ -42,7 +42,9 @@ def kept_by_layer(config: RunConfig, precision: str, device: str) -> Share:
     if model.dropout > 0:
         stream += 2 * hidden  # masks of one byte
     inside = _attention(config, width, device) + _mlp(model) * width
-    return Share(inside + stream) if config.parallel.sequence_parallel else Share(inside, stream)
+    masks = Share(0, _masks(config, width))
+    kept = Share(inside + stream) if config.parallel.sequence_parallel else Share(inside, stream)
+    return kept.plus(masks)
 
 
 def worked_on(config: RunConfig, precision: str) -> Share:
@@ -97,6 +99,14 @@ def _rms_inside(size: int, width: int, device: str) -> float:
     return 4 + (4 * size if width == 4 else 8 * size)
 
 
+def _masks(config: RunConfig, width: int) -> float:
+    """Bytes of a position of what it sees of the others: of documents one mask for all layers, of a window one each."""
+    model, seq_len = config.model, config.data.seq_len
+    each = width * seq_len
+    windowed = model.window is not None and model.window < seq_len
+    return each * windowed + each / model.num_layers * config.data.document_mask
+
+
 def _attention(config: RunConfig, width: int, device: str) -> float:
     """Bytes of a position between the norm before attention and the projection after it."""
     model = config.model
@@ -117,6 +127,8 @@ def _attention(config: RunConfig, width: int, device: str) -> float:
             total += width * (query + key_value)  # turned or normalised
         elif shared:
             total += width * query
+    if shared and (config.data.document_mask or model.window is not None):
+        total += 2 * width * (query - key_value)  # no kernel takes a mask and shared keys and values
     if rope:  # cosines and sines of each layer's positions, for queries and keys, shared by the sequences
         total += 4 * width * size / config.train.micro_batch_size
     return total

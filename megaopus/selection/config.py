@@ -163,6 +163,13 @@ class SelectionConfig:
         doc="Share of the buffer that is picked [rho]: num_candidates N = global_batch_size / rho.",
         hint="0.5 picks half of the candidates",
     )
+    groups: int = setting(
+        1,
+        min=1,
+        doc="Equal runs of the buffer that give equally many picks each; as many as there are data-parallel ranks make "
+        "each rank choose among its own candidates, as the paper's script does.",
+        hint="1 chooses among all",
+    )
     estimator: str = setting(
         "directional",
         choices=estimators.names,
@@ -379,6 +386,9 @@ class SelectionConfig:
         """Yield ``(key, reason, remedy)`` for settings that do not go together."""
         if self.redundancy > 0 and not methods.by_estimator(self.method):
             yield "redundancy", f"method {self.method} has no Gram matrix", "set selection.redundancy=0"
+        if self.groups > 1 and self.guards.domain_floor > 0:
+            reason = "a floor of domains is kept over the whole buffer"
+            yield "groups", reason, "set selection.guards.domain_floor=0, or selection.groups=1"
         if self.check_every > 0 and not self.needs_proxy:
             yield "check_every", f"method {self.method} predicts nothing for a proxy", "set selection.check_every=0"
         if self.check_every > 0 and self.contrast:

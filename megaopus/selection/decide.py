@@ -158,6 +158,12 @@ class _Buffer:
         """The choice with what happened on the way."""
         return replace(choice, events=tuple(self.events))
 
+    def groups(self, positions: Tensor) -> Tensor | None:
+        """(n,) the group of each candidate at ``positions``; None: there is one alone."""
+        if self.config.groups == 1:
+            return None
+        return positions * self.config.groups // len(self.evidence.ids)
+
     @property
     def explained(self) -> bool:
         """Return whether the method has said why its utilities are of no use."""
@@ -284,11 +290,16 @@ def _penalty(buffer: _Buffer, among: Tensor, wild: Tensor, scored: Tensor, gram:
     norms = overlap.diagonal()
     usual = norms[~sampler.outliers(norms)].mean()
     scale = 1 / (buffer.num_selected * usual) if config.utilities == "standardised" else 1.0
+    if (groups := buffer.groups(among)) is not None:
+        overlap = overlap.masked_fill(groups[:, None] != groups, 0)  # a group knows nothing of the others' picks
     return (config.redundancy * scale / config.score_every * overlap).masked_fill(wild, 0)
 
 
 def _quotas(buffer: _Buffer, among: Tensor) -> tuple[Tensor, dict[int, int]] | None:
-    """((m,) domains at ``among``, picks that each gets at least), None without a floor."""
+    """((m,) domains or groups at ``among``, picks that each gets at least), None where nothing is due to any."""
+    if (groups := buffer.groups(among)) is not None:
+        share, members = buffer.count // buffer.config.groups, groups.bincount().tolist()
+        return groups, {group: min(share, count) for group, count in enumerate(members)}
     floor, domains = buffer.config.guards.domain_floor, buffer.evidence.domains
     if floor == 0:
         return None

@@ -7,15 +7,22 @@ import pytest
 from megaopus.config.compose import compose, default_config_dir
 from megaopus.config.parse import load, to_yaml
 from megaopus.config.run_config import differences
+from megaopus.errors import ConfigError
 from megaopus.models.flops import count_parameters
+from megaopus.planning.memory import memory, peak
 from tests.exact.resume_runs import choices, rows, train
 from tests.unit.config_corpus import write_manifest
 
 CONFIGS = default_config_dir()
 CHOICES = sorted(str(file.relative_to(CONFIGS).with_suffix("")) for file in CONFIGS.glob("*/*.yaml"))
-FURTHER = {"model/hf": [f"model.hf={Path(__file__).parents[1] / 'fixtures' / 'smollm2_135m'}"]}
+MODELS = Path(__file__).parents[1] / "fixtures"
+FURTHER = {
+    "model/hf": [f"model.hf={MODELS / 'smollm2_135m'}"],
+    "experiment/continue": [f"model.hf={MODELS / 'smollm2_135m'}"],
+    "experiment/paper_qwen3_8b": [f"model.hf={MODELS / 'qwen3_8b'}"],
+}
 """What a choice needs beside it."""
-RANKS = {"parallel/tp2": 2, "parallel/pp2": 2, "parallel/tp2_pp2": 4}
+RANKS = {"experiment/paper_qwen3_8b": 8, "parallel/tp2": 2, "parallel/pp2": 2, "parallel/tp2_pp2": 4}
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +150,14 @@ def test_boltzmann_is_exact_opus_but_for_the_draw(corpus):
     opus = differences(compose([f"data.path={corpus}", "selection=opus_exact"]))
     boltzmann = differences(compose([f"data.path={corpus}", "selection=opus_boltzmann"]))
     assert boltzmann == opus | {"selection.sampler": ("boltzmann", "top_k")}
+
+
+def test_the_paper_s_continued_model_fits_eight_gpus_of_80_gb(corpus):
+    """Weights, optimizer and scoring of a rank; the allocator's fragments come on top. Begins where the model is."""
+    overrides = [f"data.path={corpus}", "experiment=paper_qwen3_8b", *FURTHER["experiment/paper_qwen3_8b"]]
+    config = compose([*overrides, "engine.device=cuda"], world_size=8)
+    assert config.init.path == config.model.hf
+    assert count_parameters(config.model, 151936, config.data.seq_len) == 8_190_735_360
+    assert 30 < peak(memory(config, 151936, 8, "bf16", 0, "cuda"))[1] / 2**30 < 64
+    with pytest.raises(ConfigError, match="64 picks of 128 candidates cannot be shared evenly"):
+        compose([*overrides, "selection.groups=3"], world_size=8)

@@ -187,3 +187,42 @@ def test_a_selector_decides_as_the_function_does() -> None:
         choice = decide(known, selector.config, Key(0, step), K)
         assert torch.equal(choice.at(step, 0, found.ids, K).indices, found.indices)
         assert choice.ess == found.ess
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"redundancy": 0.5}, {"sampler": "boltzmann", "utilities": "raw"}])
+def test_each_group_chooses_as_if_it_were_alone(settings: dict[str, Any]) -> None:
+    """Four runs of 16 candidates with 4 picks each; redundancy at its own scale in each, here the same."""
+    factors = torch.randn(64, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    gram = factors / factors.norm(dim=1, keepdim=True)
+    gram = gram @ gram.T
+
+    def score(first: int) -> Any:
+        def found(positions: Tensor) -> Scores:
+            rows = positions + first
+            return Scores(utilities=VALUES[rows], gram=gram[rows][:, rows] if "redundancy" in settings else None)
+
+        return found
+
+    raw = {"utilities": "raw", **settings}
+    together = decide(evidence(score=score(0)), config(groups=4, **raw), Key(3, 8), 16)
+    for group in range(4):
+        first = 16 * group
+        part = Evidence(ids=IDS[first : first + 16], score=score(first), exposures=torch.ones(16, dtype=torch.int64))
+        alone = decide(part, config(**raw), Key(3, 8), 4)
+        mine = together.positions[(together.positions >= first) & (together.positions < first + 16)]
+        assert sorted(mine.tolist()) == sorted((alone.positions + first).tolist())
+
+
+def test_a_group_that_has_too_few_leaves_the_rest_to_others() -> None:
+    values = VALUES.clone()
+    values[2:16] = torch.nan
+    known = Evidence(ids=IDS, score=lambda rows: Scores(utilities=values[rows]), exposures=torch.ones(64).long())
+    choice = decide(known, config(groups=4), Key(3, 8), 16)
+    assert choice.method == "opus"
+    counts = (choice.positions // 16).bincount()
+    assert counts[0] == 2
+    assert counts.sum() == 16
+    assert counts[1:].min() >= 4
