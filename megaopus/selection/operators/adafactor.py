@@ -51,8 +51,8 @@ def adafactor(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Ten
             return _own(group, _inverse_root(rule, None) * rule.rate)
         gradient = whole(group, gradient)
         inverse = _inverse_root(rule, gradient)
-        size = _rms(inverse * gradient) / rule.threshold
-        return _own(group, inverse * (rule.rate / size.clamp(min=1)))
+        size = (inverse * gradient).square_().mean().sqrt() / rule.threshold
+        return _own(group, inverse.mul_(rule.rate / size.clamp(min=1)))
 
     return Adaptive(factor)
 
@@ -88,13 +88,14 @@ def _inverse_root(rule: _Rule, gradient: Tensor | None) -> Tensor:
         row = None if row is None else row.lerp(square.mean(-1, keepdim=True), rule.weight)
         col = None if col is None else col.lerp(square.mean(-2, keepdim=True), rule.weight)
         variance = None if variance is None else variance.lerp(square, rule.weight)
+        del square  # of the whole matrix, as is all that follows: in place
     if row is None or col is None:
         assert variance is not None
         return (variance if rule.floor is None else variance.clamp(min=rule.floor**2)).rsqrt()
     mean = row.mean(-2, keepdim=True)
     if rule.floor is None:
         return (row / mean).rsqrt() * col.rsqrt()  # apart: their product may be too small for fp32
-    return (row @ col / mean.clamp(min=rule.floor)).clamp(min=rule.floor**2).rsqrt()
+    return (row @ col).div_(mean.clamp(min=rule.floor)).clamp_(min=rule.floor**2).rsqrt_()
 
 
 def _rms(value: Tensor) -> Tensor:
