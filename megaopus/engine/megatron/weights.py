@@ -37,10 +37,11 @@ class CheckpointWeights:
         self._folder = folder
 
     def names(self) -> set[str]:
-        """Name of every weight in the whole model."""
-        found = set()
-        for key, stored in self._metadata.state_dict_metadata.items():
-            if key.startswith("optimizer") or not isinstance(stored, TensorStorageMetadata):
+        """Name of every weight in the whole model; what is kept of weights, GROUP.NAME, is none."""
+        found, kept = set(), self._metadata.state_dict_metadata
+        for key, stored in kept.items():
+            group, _, of_weight = key.partition(".")
+            if not isinstance(stored, TensorStorageMetadata) or group.startswith("optimizer") or of_weight in kept:
                 continue
             for ours, theirs in _FUSED_NORMS.items():
                 key = key.replace(theirs, ours)
