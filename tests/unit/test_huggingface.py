@@ -190,3 +190,13 @@ def test_names_and_shapes_are_those_of_the_model_that_is_built() -> None:
             assert whole_shapes(model, 130, 16) == found
     finally:
         mesh.close()
+
+
+def test_a_tensor_is_read_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, whole = ModelFolder.open(folder), load_file(folder / "model.safetensors")
+    monkeypatch.setattr("megaopus.huggingface.folder.PIECE_BYTES", 100)
+    for name, tensor in whole.items():
+        everything = tuple(slice(0, size) for size in tensor.shape)
+        assert torch.equal(opened.read(name, everything), tensor)
+        if tensor.dim() == 2:
+            assert torch.equal(opened.read(name, (slice(3, 15), slice(2, 7))), tensor[3:15, 2:7])
