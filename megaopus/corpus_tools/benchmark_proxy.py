@@ -256,11 +256,14 @@ def _write(corpus: Corpus, splits: np.ndarray, summary: dict[str, Any], folder: 
     codes["domain"], codes["split"] = corpus.domain_codes, splits
     np.save(folder / CODES, codes)
     counts: dict[str, Any] = {}
+    counted = corpus.loss_tokens() if corpus.masked else None
     for code, domain in enumerate(corpus.domains):
         counts[domain] = {}
         for split, name in enumerate(SPLIT_NAMES):
             here = (corpus.domain_codes == code) & (splits == split)
             counts[domain][name] = {"documents": int(here.sum()), "tokens": int(corpus.lengths[here].sum())}
+            if counted is not None:
+                counts[domain][name]["loss_tokens"] = int(counted[here].sum())
     provenance = {**corpus.manifest.get("provenance", {}), "proxy": summary}
     manifest = {**corpus.manifest, "counts": counts, "provenance": provenance}
     manifest["files"] = {

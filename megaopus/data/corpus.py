@@ -31,6 +31,9 @@ LOSS_MASK = "loss_mask.bin"
 CODE_DTYPE = np.dtype([("domain", "<u2"), ("split", "u1")])
 """Row of documents.npy: index into the manifest's ``domains``, index into ``SPLIT_NAMES``."""
 
+_DOCUMENTS = 1 << 12
+"""Documents whose loss mask is read at a time."""
+
 # Megatron's index file: magic, version (u64), dtype code (u8), sequences (u64), document ends (u64), then the arrays
 # lengths (i32), byte offsets (i64), document ends (i64).
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -132,6 +135,12 @@ class Corpus:
         """Tell whether the loss leaves out some of the tokens."""
         return LOSS_MASK in self.manifest["files"]
 
+    def loss_share(self, split: str) -> float | None:
+        """Share of a split's tokens that count in the loss; None: all do."""
+        counts = [splits[split] for splits in self.manifest["counts"].values()]
+        tokens = sum(each["tokens"] for each in counts)
+        return sum(each["loss_tokens"] for each in counts) / tokens if self.masked and tokens else None
+
     @property
     def tokenizer_sha256(self) -> str:
         """Two corpora can be mixed in a run only if theirs are equal."""
@@ -184,6 +193,18 @@ class Corpus:
         bits = (np.unpackbits(np.frombuffer(piece, np.uint8), bitorder="little") for piece in pieces)
         found = [each[skip : skip + count] for each, skip, count in zip(bits, skipped, lengths, strict=True)]
         return np.concatenate(found).astype(bool) if found else np.empty(0, bool)
+
+    def loss_tokens(self) -> np.ndarray:
+        """Count the tokens of each document that count in the loss: (D,) int64. Raises as ``read``."""
+        if not self.masked:
+            return self.lengths
+        found = np.empty(len(self), dtype=np.int64)
+        for first in range(0, len(self), _DOCUMENTS):
+            part = slice(first, first + _DOCUMENTS)
+            lengths = self.lengths[part]
+            mask = self.read_mask(self.offsets[part], lengths)
+            found[part] = np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
+        return found
 
     def _read(self, name: str, offsets: np.ndarray, counts: np.ndarray) -> list[bytes]:
         """Read so many bytes at each of the offsets of a file."""

@@ -49,6 +49,8 @@ class RunDataSummary:
     """Whether domains are drawn by weight."""
     kept: dict[str, str] | None
     """What the filter keeps, in words; None: there is none."""
+    loss_share: float | None
+    """Share of the pool's tokens that count in the loss, by its loss mask; None: all do."""
 
 
 class RunData:
@@ -164,6 +166,7 @@ class RunData:
             epochs=self.candidates().epochs(self._needs.steps),
             weighted=bool(self._data.weights),
             kept=None if kept is None else kept.told(corpus),
+            loss_share=corpus.loss_share("pool"),
         )
 
     def _corpus(self, path: str) -> Corpus:

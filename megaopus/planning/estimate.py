@@ -40,10 +40,21 @@ def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str,
     ]
     if data.kept is not None:
         parts.append(f"filtered {next(iter(data.kept))}: {data.kept['all']}")
+    parts += _sequence_rules(config, data)
     if data.weighted:
         drawn = ", ".join(f"{name} {epochs:.2f}" for name, epochs in data.epochs.items())
         parts.append(f"domains by weight; epochs of each by the last step: {drawn}")
     return " | ".join(parts)
+
+
+def _sequence_rules(config: RunConfig, data: RunDataSummary) -> list[str]:
+    """Tell what tokens of a sequence do not see, and what of them does not count in the loss."""
+    told = ["documents of a sequence do not see each other"] if config.data.document_mask else []
+    if data.loss_share is not None:
+        told.append(f"{data.loss_share:.1%} of its tokens count in the loss")
+    if not config.data.first_token_loss:
+        told.append("the first token of a document does not count")
+    return told
 
 
 def _picks(config: RunConfig) -> str:
@@ -79,6 +90,8 @@ def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[st
         "each validation": _validation(data),
         "epochs of candidates": _epochs(config, data),
     }
+    if rules := _sequence_rules(config, data):
+        rows["within a sequence"] = "; ".join(rules)
     if config.logging.selection:
         rows["record of choices"] = _record(config)
     rows["checkpoints"] = _checkpoints(config, vocab_size)

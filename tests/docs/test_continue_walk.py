@@ -30,7 +30,7 @@ def commands() -> list[list[str]]:
 
 def write_text(rng: np.random.Generator) -> None:
     Path("text").mkdir()
-    rows = [{"text": " ".join(rng.choice(WORDS, 60)), "id": f"d{number}"} for number in range(200)]
+    rows = [{"text": " ".join(rng.choice(WORDS, 60)), "id": f"d{number}"} for number in range(1000)]
     Path("text/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from megaopus.__main__ import main
 from megaopus.corpus_tools import encode
+from megaopus.corpus_tools.benchmark_proxy import Item, Limits, build
 from megaopus.corpus_tools.chat import ChatTemplate
 from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Fields, Source
@@ -138,6 +139,17 @@ def test_a_corpus_without_a_mask_is_as_before(tmp_path: Path) -> None:
     assert first.fingerprint == second.fingerprint
     assert not second.masked
     assert second.manifest["format_version"] == 1
+
+
+def test_a_corpus_with_another_proxy_keeps_its_mask(corpus: Corpus, tmp_path: Path) -> None:
+    items = [Item("here", "Question 7: what is so blue? Answer 7: the ether.")]
+    made = build(corpus, items, tmp_path / "out", tokens=400, limits=Limits()).path
+    other = Corpus.open(made, verify=True)
+    assert (other.path / LOSS_MASK).read_bytes() == (corpus.path / LOSS_MASK).read_bytes()
+    entries = [entry for splits in other.manifest["counts"].values() for entry in splits.values()]
+    assert sum(entry["loss_tokens"] for entry in entries) == corpus.loss_tokens().sum()
+    assert 0 < (other.loss_share("proxy") or 0) < 1
+    assert corpus.loss_tokens().tolist() == [int(counted(corpus, each).sum()) for each in range(len(corpus))]
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------
