@@ -180,6 +180,7 @@ def _first(scores: Scores, count: int) -> Scores:
 
 def _settings(config: SelectionConfig) -> str:
     """The settings that passes may depend on, in the words of version 0.1, so that its checkpoints keep their size."""
-    # a check measures no candidates
-    words = repr(replace(config, check_every=0)).replace("text_features=[", "traits=[")
+    # a check measures no candidates, and groups are about picks
+    words = repr(replace(config, check_every=0, groups=1)).replace(" groups=1,", "")
+    words = words.replace("text_features=[", "traits=[")
     return words.replace(f"proxy_half_life={config.proxy_half_life!r}", f"proxy_ema={config.proxy_decay!r}")

@@ -15,6 +15,8 @@ MADE = {
     ),
     "score": (["--corpus", "c", "--method", "dsir"], "train data.path=c data.filter.column=dsir data.filter.keep=0.3"),
     "report": (["runs/a"], "open the page in a browser"),
+    "import": (["model"], "train model=hf model.hf=model init.path=model data.path=CORPUS"),
+    "export": (["runs/a", "--out", "m"], "AutoModelForCausalLM.from_pretrained('m')"),
 }
 OWN = {"train", "demo", "check", "settings"}
 """Those that end in a line of their own (tests of theirs hold it), and a list."""
