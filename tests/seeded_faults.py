@@ -48,7 +48,10 @@ FAULTS = (
     ),
     Fault(
         "a context-parallel rank reads the labels of another's positions",
-        (("tokens[:, 1:].chunk(cp, 1)[cp_rank]", "tokens[:, 1:].chunk(cp, 1)[0]"),),
+        (
+            ("own(known[:, 1:])", "known[:, 1:].chunk(cp, 1)[0]"),
+            ("tokens[:, 1:].chunk(cp, 1)[cp_rank]", "tokens[:, 1:].chunk(cp, 1)[0]"),
+        ),
         ("test_layout_equals_one_process[cp2]",),
     ),
     Fault(
@@ -63,7 +66,10 @@ FAULTS = (
     ),
     Fault(
         "labels are shifted twice",
-        (("labels = tokens[:, 1:] if cp == 1", "labels = tokens[:, 1:].roll(-1, 1) if cp == 1"),),
+        (
+            ("labels=cut.labels)", "labels=cut.labels.roll(-1, 1))"),
+            ("labels = tokens[:, 1:] if cp == 1", "labels = tokens[:, 1:].roll(-1, 1) if cp == 1"),
+        ),
         ("test_gradient_equals_plain_pytorch",),
     ),
     Fault(
@@ -123,7 +129,13 @@ FAULTS = (
     ),
     Fault(
         "directional scoring measures uphill",
-        (("return (losses() - ahead) / (2 * epsilon)", "return (ahead - losses()) / (2 * epsilon)"),),
+        (
+            (
+                "return (backend.losses(candidates, **passes) - ahead) / 2",
+                "return (ahead - backend.losses(candidates, **passes)) / 2",
+            ),
+            ("return (losses() - ahead) / (2 * epsilon)", "return (ahead - losses()) / (2 * epsilon)"),
+        ),
         ("test_the_sign_says_following_the_proxy_lowers_the_loss",),
     ),
     Fault(
@@ -137,7 +149,10 @@ FAULTS = (
     Fault(
         "the running proxy gradient is biased towards zero",
         (("scale = 1 / (1 - self._decay**count)", "scale = 1.0"),),
-        ("test_the_running_proxy_gradient_is_a_weighted_mean",),
+        (
+            "test_a_proxy_gradient_s_weight_halves_in_training_steps",
+            "test_the_running_proxy_gradient_is_a_weighted_mean",
+        ),
     ),
     Fault(
         "a utility that is not a number may be picked",
@@ -183,6 +198,46 @@ FAULTS = (
         "the learning rate reaches its floor a step late",
         (("span = max(1, total_steps - 1 - config.warmup_steps)", "span = max(1, total_steps - config.warmup_steps)"),),
         ("test_schedules",),
+    ),
+    Fault(
+        "columns by which the vocabulary is padded count",
+        (("        output[0][..., own:] = -math.inf\n", "        output[0][..., own:] = 0.0\n"),),
+        ("test_every_number_is_that_of_an_unpadded_vocabulary[one]",),
+    ),
+    Fault(
+        "pipeline stages draw the same dropout masks",
+        (("part = (mesh.pp_rank * mesh.shape.dp + mesh.dp_rank)", "part = mesh.dp_rank"),),
+        ("test_masks_differ_where_the_numbers_do[tp2-sp-pp2]",),
+    ),
+    Fault(
+        "documents of a sequence see each other",
+        (("(torch.arange(seen, device=device) >= starts_BS[:, None, :, None])", "(starts_BS >= 0)[:, None, :, None]"),),
+        ("test_a_document_in_a_sequence_is_as_one_alone",),
+    ),
+    Fault(
+        "a masked token counts in the loss",
+        (("    mask = tokens[:, 1:] >= 0\n", "    mask = torch.ones_like(tokens[:, 1:]) > 0\n"),),
+        ("test_a_masked_token_is_context_alone",),
+    ),
+    Fault(
+        "a token counts whose characters are beside a range",
+        (("counted[first + 1 : last + 1] = 1", "counted[first:last] = 1"),),
+        ("test_tokens_with_a_character_in_a_range_count",),
+    ),
+    Fault(
+        "rotary frequencies are not scaled",
+        (("    if model.rope_scaling.factor is not None:\n", "    if model.rope_scaling.factor == 0:\n"),),
+        ("test_logits_are_those_of_transformers",),
+    ),
+    Fault(
+        "groups share their picks",
+        (
+            (
+                "    if (groups := buffer.groups(among)) is not None:\n        share",
+                "    if (groups := None) is not None:\n        share",
+            ),
+        ),
+        ("test_each_group_chooses_as_if_it_were_alone",),
     ),
 )
 

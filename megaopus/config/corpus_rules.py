@@ -131,6 +131,19 @@ def _tokenizers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
             yield Problem(key, path, f"its tokenizer is not that of data.path = {config.data.path}", remedy)
 
 
+@CORPUS_RULES.reading("data", "selection.method")
+def _document_ends(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Where documents matter, all corpora end them by the same token."""
+    if not config.data.document_mask and config.data.first_token_loss:
+        return
+    corpora = dict(_corpora(config).values())
+    ends = {key: read_manifest(Path(path)).get("eod_token") for key, path in corpora.items()}
+    for key, end in ends.items():
+        if end != ends["data.path"]:
+            reason = f"its documents end with {end!r}, those of data.path with {ends['data.path']!r}"
+            yield Problem(key, corpora[key], reason, f"prepare it again with --eod-token {ends['data.path']!r}")
+
+
 @CORPUS_RULES.reading("data.path", "model.vocab_size")
 def _vocabulary(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     needed = read_manifest(Path(config.data.path)).get("vocab_size")

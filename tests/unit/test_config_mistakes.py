@@ -344,6 +344,9 @@ def test_corpus_folders(tmp_path):
     other = write_manifest(tmp_path / "other", tokenizer="two")
     assert "its tokenizer is not that of data.path" in said(corpus, f"data.validation_path={other}")
     assert f"--tokenizer {corpus}/tokenizer.json" in said(corpus, f"data.validation_path={other}")
+    ended = write_manifest(tmp_path / "ended", eod="</s>")
+    masked = [f"data.validation_path={ended}", "data.document_mask=true"]
+    assert "its documents end with '</s>', those of data.path with '<|end|>'" in said(corpus, *masked)
 
 
 def test_a_wanted_domain_must_fill_a_sequence_on_its_own(tmp_path):
