@@ -88,15 +88,16 @@ def texts(folder: Path, path: Path, count: int, length: int) -> Tensor:
 
 
 def by_transformers(folder: Path, tokens: Tensor, dtype: torch.dtype, batch: int) -> Tensor:
-    """(n, T) token losses by transformers, computed in ``dtype``."""
+    """(n,) mean token loss of each sequence by transformers, model and loss in ``dtype``: its loss of flat logits."""
     import transformers
 
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     found = []
     with torch.no_grad():
         for part in tokens.split(batch):
-            logits = model(part[:, :-1]).logits.double()
-            found.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none"))
+            logits = model(part[:, :-1]).logits
+            each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+            found.append(each.double().view(len(part), -1).mean(1))
     return torch.cat(found)
 
 
@@ -160,7 +161,7 @@ def losses(args: argparse.Namespace, console: Console) -> None:
     kept = args.model / f"reference_{args.sequences}x{args.length}.pt"
     if not kept.exists():
         each = {
-            name: by_transformers(args.model, tokens, dtype, args.batch).mean(1)
+            name: by_transformers(args.model, tokens, dtype, args.batch)
             for name, dtype in (("fp64", torch.float64), ("fp32", torch.float32))
         }
         torch.save({"tokens": tokens, **each}, kept)
