@@ -133,7 +133,7 @@ def _tokenizers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
 
 @CORPUS_RULES.reading("data", "selection.method")
 def _document_ends(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Where documents matter, all corpora end them by the same token."""
+    """Hold the corpora to one token that ends documents, where documents matter."""
     if not config.data.document_mask and config.data.first_token_loss:
         return
     corpora = dict(_corpora(config).values())
