@@ -7,6 +7,7 @@ embeddings have rows up to a multiple of 128, of which those beyond the vocabula
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -115,12 +116,12 @@ def recipes(model: ModelConfig, vocab_size: int, *, fused: bool = False) -> dict
 
     ``vocab_size``: rows of the source's embedding. ``fused``: GPT-2's names and forms, else Llama's.
     """
-    make = _Gpt2 if fused else _Llama
+    make: type[_Names] = _Gpt2 if fused else _Llama
     return make(model, vocab_size).all()
 
 
 @dataclass(frozen=True, slots=True)
-class _Names:
+class _Names(ABC):
     """Holds what both forms share."""
 
     model: ModelConfig
@@ -132,11 +133,13 @@ class _Names:
             found |= {f"decoder.layers.{layer}.{name}": recipe for name, recipe in self.layer(layer)}
         return found
 
+    @abstractmethod
     def outside(self) -> Iterator[tuple[str, Recipe]]:
-        raise NotImplementedError
+        """Yield (our name, recipe) of what is in no layer."""
 
+    @abstractmethod
     def layer(self, number: int) -> Iterator[tuple[str, Recipe]]:
-        raise NotImplementedError
+        """Yield (our name within the layer, recipe) of a layer's weights."""
 
     def table(self, name: str) -> Recipe:
         """The embedding or the output layer."""

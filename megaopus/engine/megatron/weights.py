@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megaopus.errors import CheckpointError
@@ -73,32 +73,12 @@ class CheckpointWeights:
         return found[0] if layer else found
 
 
-class _Into(LoadPlanner):
+class _Into(DefaultLoadPlanner):
     """Has a reader put what it reads into one tensor."""
 
     def __init__(self, target: Tensor):
+        super().__init__()
         self._target = target
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        found = self._target
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            found = found.narrow(dim, start, length)
-        return found
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """It was read into the target itself."""
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise NotImplementedError
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise NotImplementedError
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._target
