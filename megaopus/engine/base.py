@@ -20,6 +20,7 @@ from megaopus.distributed.shards import is_split
 from megaopus.engine.batch_split import seed_dropout, training_share
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.gpt_forward import PLAIN, SequenceRules, loss_mask
+from megaopus.engine.token_logprobs import Asked, TokenLogprobs
 from megaopus.engine.work_timer import WorkTimer
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
@@ -69,7 +70,7 @@ class Engine(ABC):
         mesh: Mesh,
         *,
         model: ModelConfig,
-        optim: OptimConfig,
+        optim: OptimConfig | None,
         engine: EngineConfig,
         parallel: ParallelConfig,
         vocab_size: int,
@@ -84,7 +85,8 @@ class Engine(ABC):
 
         Args:
             mesh: this rank's place among the others.
-            model, optim, engine, parallel: the sections of the run's settings.
+            model, optim, engine, parallel: the sections of the run's settings; ``optim`` None: the engine holds weights
+                alone, without gradients and optimizer, and can only ``evaluate`` and tell ``token_logprobs``.
             vocab_size: token ids of the model, before padding: the softmax has no more.
             seq_len: positions of a training sequence.
             micro_batch_size: sequences of a forward pass on one rank.
@@ -104,23 +106,29 @@ class Engine(ABC):
         self.micro_batch_size = micro_batch_size
         self.seq_len = seq_len
         self.bf16 = engine.is_bf16(mesh.on_cpu)
-        self._optim_config = optim
+        self._optim = optim
         self._total_steps = total_steps
         self._seed = seed
         self._num_layers = model.num_layers
+        self._sequence_parallel = parallel.sequence_parallel
         self._dropout = model.dropout > 0
         seed_dropout(mesh, seed, 0)
         self._start = start
         self.rules = rules
         self._build(model, optim, engine, parallel, vocab_size)
-        if start is not None and self.bf16:
+        if optim is not None and start is not None and self.bf16:
             self.optimizer.set_main_weights(dict(canonical_names(self.module)), start)
 
     @abstractmethod
     def _build(
-        self, model: ModelConfig, optim: OptimConfig, engine: EngineConfig, parallel: ParallelConfig, vocab_size: int
+        self,
+        model: ModelConfig,
+        optim: OptimConfig | None,
+        engine: EngineConfig,
+        parallel: ParallelConfig,
+        vocab_size: int,
     ) -> None:
-        """Make ``module`` and ``optimizer``; the other attributes are there."""
+        """Make ``module`` and, unless ``optim`` is None, ``optimizer``; the other attributes are there."""
 
     def _fill(self, model: ModelConfig) -> None:
         """Give ``module`` its first weights."""
@@ -135,7 +143,8 @@ class Engine(ABC):
 
     def prepare_update(self) -> float:
         """Give the optimizer the learning rate and momentum of the coming update; returns the learning rate."""
-        return self.optimizer.set_step(self.step, lr_factor(self._optim_config, self.step, self._total_steps))
+        assert self._optim is not None
+        return self.optimizer.set_step(self.step, lr_factor(self._optim, self.step, self._total_steps))
 
     def matrix_lr(self) -> float | None:
         """Return the last update's learning rate of the blocks' matrices; None without an optimizer of their own."""
@@ -214,6 +223,19 @@ class Engine(ABC):
     @abstractmethod
     def evaluate(self, sequences: Candidates) -> Tensor:
         """(n,) mean token loss of each sequence, float64, the same on every rank."""
+
+    @abstractmethod
+    def token_logprobs(self, asked: Asked, micro_batch_size: int) -> TokenLogprobs:
+        """Tell how probable the tokens asked for are: the same on every rank, with dropout off.
+
+        A token sees all before it in its row. T is a multiple of ``length_unit``; ``micro_batch_size``: rows of a pass
+        on one rank, at most.
+        """
+
+    @property
+    def length_unit(self) -> int:
+        """Positions of a sequence must be a multiple of this: each rank has as many."""
+        return self.mesh.shape.cp * (self.mesh.shape.tp if self._sequence_parallel else 1)
 
     @abstractmethod
     def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:

@@ -45,7 +45,7 @@ def token_losses(model: Any, tokens: Tensor, cp: int = 1, cp_rank: int = 0, rule
     ``rules`` leave tokens out, their losses are 0 and those of the n others S / n times what they are, so that the mean
     over S is that of the others. Of a sequence with n = 0 all are 0.
     """
-    cut = _cut(model, tokens, cp, cp_rank, rules)
+    cut = cut_sequences(model, tokens, cp, cp_rank, rules)
     with plain_calls():
         output = model(cut.inputs, cut.positions, cut.mask, labels=cut.labels)
     return _weighed(output, cut.weights)
@@ -76,7 +76,7 @@ class SampledLabels:
         ``model``: as the schedule hands it over, wrapped.
         """
         cp, cp_rank = self._mesh.shape.cp, self._mesh.cp_rank
-        cut = _cut(model, tokens, cp, cp_rank, self._rules)
+        cut = cut_sequences(model, tokens, cp, cp_rank, self._rules)
         with plain_calls():
             output = model(cut.inputs, cut.positions, cut.mask)
         gpt = model.module
@@ -106,7 +106,7 @@ class SampledLabels:
         return labels_BS
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """Holds what one context-parallel rank is given of sequences, (B, S / cp) each."""
 
     inputs: Tensor
@@ -119,7 +119,7 @@ class _Cut(NamedTuple):
     """Of the losses; None: all alike."""
 
 
-def _cut(model: Any, tokens: Tensor, cp: int, cp_rank: int, rules: SequenceRules) -> _Cut:
+def cut_sequences(model: Any, tokens: Tensor, cp: int, cp_rank: int, rules: SequenceRules) -> Cut:
     known = plain_tokens(tokens) if rules.marked else tokens
     inputs = known[:, :-1]
 
@@ -133,7 +133,7 @@ def _cut(model: Any, tokens: Tensor, cp: int, cp_rank: int, rules: SequenceRules
         mask = _document_mask(own(starts), cp_rank, next(model.parameters()).dtype)
         positions = positions - starts
     weights = own(_weights(loss_mask(tokens, rules))) if rules.masked else None
-    return _Cut(own(inputs), own(known[:, 1:]).contiguous(), own(positions), mask, weights)
+    return Cut(own(inputs), own(known[:, 1:]).contiguous(), own(positions), mask, weights)
 
 
 def _document_mask(starts_BS: Tensor, cp_rank: int, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from megaopus.config.run_config import RunConfig
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
+from megaopus.engine.token_logprobs import Asked
 from megaopus.export import export
 from megaopus.huggingface.families import model_config
 from megaopus.huggingface.folder import ModelFolder, read_config
@@ -105,7 +106,8 @@ def texts() -> TokenCandidates:
 def losses(layout: str, folders: Mapping[str, Path], runs: Path) -> dict[str, torch.Tensor]:
     """Family -> mean token loss of each sequence; where a checkpoint is asked for, "trained" too: after five updates.
 
-    The checkpoints are in ``runs`` / layout / family, of step 0 and, of one family, 5.
+    "asked FAMILY": what an engine with weights alone tells of single tokens. The checkpoints are in ``runs`` / layout /
+    family, of step 0 and, of one family, 5.
     """
     _, parallel, engine = LAYOUTS[layout]
     mesh, found = Mesh(parallel, "cpu"), {}
@@ -113,6 +115,8 @@ def losses(layout: str, folders: Mapping[str, Path], runs: Path) -> dict[str, to
         for family, folder in folders.items():
             built = started(folder, mesh, parallel, engine)
             found[family] = built.evaluate(texts())
+            alone = started(folder, mesh, parallel, engine, optim=None)
+            found[f"asked {family}"] = alone.token_logprobs(asked(), micro_batch_size=2)
             if layout in STORED:
                 save(built, folder, runs / layout / family, parallel, engine)
             if layout in STORED and family == TRAINED:
@@ -139,13 +143,26 @@ def started_model(folder: Path) -> ModelConfig:
     return model_config(ModelFolder.open(folder).config)
 
 
-def started(folder: Path, mesh: Mesh, parallel: ParallelConfig, engine: EngineConfig) -> Any:
+def asked() -> Asked:
+    """Tokens 8 to 20 of each sequence, and others that could stand in place of the last: two in each half."""
+    tokens = texts().tokens.clone()
+    tokens[:, :9], tokens[:, 22:] = ~tokens[:, :9], ~tokens[:, 22:]
+    return Asked(tokens, torch.tensor([[0, 300, 10, 200]]).expand(len(tokens), -1))
+
+
+def started(
+    folder: Path,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    engine: EngineConfig,
+    optim: OptimConfig | None = OptimConfig(),  # noqa: B008
+) -> Any:
     """An engine that begins at the weights of a folder."""
     model = started_model(folder)
     return engine.spec().load_class()(
         mesh,
         model=model,
-        optim=OptimConfig(),
+        optim=optim,
         engine=engine,
         parallel=parallel,
         vocab_size=model.vocab_size,
@@ -215,6 +232,26 @@ def test_logits_are_those_of_transformers(models: dict[str, tuple[Path, Any]]) -
             assert error < 2e-6, (family, error)
     finally:
         mesh.close()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_single_tokens_are_as_probable_as_transformers_has_them(
+    layout: str, ours: Jobs[str], models: dict[str, tuple[Path, Any]], theirs: dict[str, torch.Tensor]
+) -> None:
+    """Labels asked for, the best tokens, and alternatives to the last; of weights without an optimizer."""
+    assert theirs  # from here on the models compute in float64
+    tokens, (marked, others) = texts().tokens, asked()
+    wanted = marked[:, 1:] >= 0
+    for family, (_, model) in models.items():
+        with torch.no_grad():
+            scores = model(tokens[:, :-1]).logits.log_softmax(-1)
+        logprobs = scores.gather(2, tokens[:, 1:].unsqueeze(2)).squeeze(2)
+        for found in ours[layout]:
+            told = found[f"asked {family}"]
+            torch.testing.assert_close(told.logprobs, torch.where(wanted, logprobs, 0), rtol=0, atol=2e-5)
+            torch.testing.assert_close(told.alternatives, scores[:, 20].gather(1, others), rtol=0, atol=2e-5)
+            assert torch.equal(told.best[wanted], scores.argmax(-1)[wanted]), family
+            assert not told.best[~wanted].any()
 
 
 def test_bf16_rounds_as_much_as_transformers_does(

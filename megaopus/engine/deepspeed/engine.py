@@ -27,6 +27,7 @@ from megaopus.engine.deepspeed.flat_matrices import ChainedOptimizer, over_flat_
 from megaopus.engine.deepspeed.scoring import DeepSpeedScoringBackend
 from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer, norm_limit
 from megaopus.engine.gpt_forward import token_losses
+from megaopus.engine.token_logprobs import Asked, TokenLogprobs, packed_logprobs, unpacked
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
 from megaopus.models.gpt import build_gpt, transformer_config
@@ -49,11 +50,16 @@ class DeepSpeedEngine(Engine):
     """Stage 3: parameters with fewer elements stay whole on every rank between passes."""
 
     def _build(
-        self, model: ModelConfig, optim: OptimConfig, engine: EngineConfig, parallel: ParallelConfig, vocab_size: int
+        self,
+        model: ModelConfig,
+        optim: OptimConfig | None,
+        engine: EngineConfig,
+        parallel: ParallelConfig,
+        vocab_size: int,
     ) -> None:
         mesh = self.mesh
-        deepspeed = import_deepspeed(mesh.on_cpu)
-        for key, value, reason, remedy in engine.refusals(parallel, optim):
+        import_deepspeed(mesh.on_cpu)
+        for key, value, reason, remedy in engine.refusals(parallel, optim or OptimConfig()):
             raise EngineError(f"{key}={value}: {reason} ({remedy})")
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed
@@ -63,25 +69,39 @@ class DeepSpeedEngine(Engine):
             if self.bf16:
                 self.module.bfloat16()
             self._fill(model)
-        _sum_partial_gradients(self.module, mesh)
+        if optim is not None:
+            self._make_trainable(optim, engine.zero_stage)
+        elif engine.zero_stage == 3:
+            self.deepspeed = self._initialized(3, None)[0]
+        else:  # stages 1 and 2 shard what only training has
+            self.deepspeed = self.module
+
+    def _make_trainable(self, optim: OptimConfig, stage: int) -> None:
+        """Make the optimizer, and hand both to ZeRO."""
+        _sum_partial_gradients(self.module, self.mesh)
         spec = optim.spec()
         make = partial(spec.make, cls=over_flat_parts(spec.by_matrix)) if spec.by_matrix is not None else None
-        optimizers = torch_optimizers(optim, self.module, mesh, make)
+        optimizers = torch_optimizers(optim, self.module, self.mesh, make)
         together = ChainedOptimizer(optimizers)
         groups = {id(p): index for index, group in enumerate(together.param_groups) for p in group["params"]}
         group_of = {name: groups[id(p)] for name, p in self.module.named_parameters()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.deepspeed, zero, _, _ = deepspeed.initialize(
-                model=self.module,
-                optimizer=together,
-                config=self._settings(engine.zero_stage),
-                mpu=_Ranks(mesh),
-                dist_init_required=False,
-            )
-        self.optimizer = ZeroOptimizer(zero, optimizers, self.module, group_of, mesh.dp_group)
+        self.deepspeed, zero = self._initialized(stage, together, gradient_clipping=optim.clip_grad)
+        self.optimizer = ZeroOptimizer(zero, optimizers, self.module, group_of, self.mesh.dp_group)
         self._reduce_gradients = self.deepspeed.allreduce_gradients
         self.deepspeed.allreduce_gradients = self._finalize_gradients
+
+    def _initialized(self, stage: int, optimizer: Any, **more: Any) -> tuple[Any, Any]:
+        """DeepSpeed's engine around the model, and what it made of ``optimizer``; ``more``: settings of its own."""
+        deepspeed = import_deepspeed(self.mesh.on_cpu)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return deepspeed.initialize(
+                model=self.module,
+                optimizer=optimizer,
+                config=self._settings(stage) | more,
+                mpu=_Ranks(self.mesh),
+                dist_init_required=False,
+            )[:2]
 
     def _settings(self, stage: int) -> dict[str, Any]:
         """DeepSpeed's own configuration."""
@@ -92,7 +112,6 @@ class DeepSpeedEngine(Engine):
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": 1,  # train_step scales the loss and names the last micro-batch itself
-            "gradient_clipping": self._optim_config.clip_grad,
             "zero_optimization": zero,
         }
         if self.bf16:
@@ -158,6 +177,18 @@ class DeepSpeedEngine(Engine):
                 losses_BS = token_losses(self.module, self._tokens(batch, part, length), rules=self.rules)
                 losses.append(losses_BS.double().mean(dim=1))
         return torch.cat(losses)
+
+    def token_logprobs(self, asked: Asked, micro_batch_size: int) -> TokenLogprobs:
+        num, device = len(asked.tokens), self.mesh.device
+        micro = max(1, min(micro_batch_size, -(-num // self.mesh.shape.dp)))
+        parts, found = padded_share(num, self.mesh, micro).split(micro), []
+        self.deepspeed.eval()
+        with self.mesh.megatron(), torch.no_grad():
+            for rows in parts:
+                tokens, alternatives = asked.take(rows)
+                own = Asked(tokens.to(device), alternatives.to(device))
+                found.append(packed_logprobs(self.module, own, self.mesh))
+            return unpacked(self._gather(torch.cat(found))[:num])
 
     def _tokens(self, batch: Candidates, rows: Tensor, length: int | None = None) -> Tensor:
         tokens = batch.take(rows).batch(length or self.seq_len)

@@ -24,6 +24,7 @@ from megaopus.engine.megatron.checkpoint import (
 )
 from megaopus.engine.megatron.passes import MegatronPasses
 from megaopus.engine.megatron.scoring import MegatronScoringBackend
+from megaopus.engine.token_logprobs import Asked, TokenLogprobs, unpacked
 from megaopus.errors import EngineError
 from megaopus.models.gpt import canonical_names
 from megaopus.selection.backend import Candidates, Gradient
@@ -77,6 +78,22 @@ class MegatronEngine(MegatronPasses):
         with self.mesh.megatron(), torch.no_grad():
             losses = self._run(sequences, share, self.micro_batch_size, self.seq_len, forward_only=True)
         return losses[:num]
+
+    def token_logprobs(self, asked: Asked, micro_batch_size: int) -> TokenLogprobs:
+        num, shape, group = len(asked.tokens), self.mesh.shape, self.micro_batch_group
+        micro = max(1, min(micro_batch_size, -(-num // (shape.dp * group))))
+        rows = padded_share(num, self.mesh, micro * group)
+        self.ddp.eval()
+        with self.mesh.megatron(), torch.no_grad():
+            found = self.run_logprobs(asked, rows, micro)
+        if shape.pp > 1:
+            dist.all_reduce(found, group=self.mesh.pp_group)
+        if shape.dp * shape.cp > 1:
+            of_ranks = found.new_zeros(shape.dp, *found.shape)
+            of_ranks[self.mesh.dp_rank] = found
+            dist.all_reduce(of_ranks, group=self.mesh.dp_cp_group)
+            found = of_ranks.flatten(0, 1)
+        return unpacked(found[:num])
 
     def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
         """The training path (schedule, DDP reduction) without the update; training gradients are overwritten."""

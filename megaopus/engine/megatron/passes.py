@@ -15,6 +15,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.engine.base import Engine
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.gpt_forward import SampledLabels, token_losses
+from megaopus.engine.token_logprobs import Asked, packed_logprobs
 from megaopus.models.config import ModelConfig
 from megaopus.models.gpt import build_gpt, transformer_config
 from megaopus.optim.build import MixedPrecisionOptimizer
@@ -30,13 +31,13 @@ class MegatronPasses(Engine):
     """Holds the model chunks of this rank, wrapped in megatron's DDP, and runs its schedules over them."""
 
     def _build(
-        self, model: ModelConfig, optim: OptimConfig, engine: EngineConfig, parallel: ParallelConfig, vocab_size: int
+        self,
+        model: ModelConfig,
+        optim: OptimConfig | None,
+        engine: EngineConfig,
+        parallel: ParallelConfig,
+        vocab_size: int,
     ) -> None:
-        from megatron.core.distributed import (
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-            finalize_model_grads,
-        )
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         mesh = self.mesh
@@ -51,19 +52,30 @@ class MegatronPasses(Engine):
             if self.bf16:
                 self.module.bfloat16()  # megatron leaves the position table in fp32
             self._fill(model)
-            sharded = parallel.distributed_optimizer
-            ddp_config = DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=sharded
-            )
-            self.ddp: Any = nn.ModuleList(DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks)
-            no_sync = [ddp.no_sync for ddp in self.ddp]
-            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-            self._reduce_gradients = finalize_model_grads
-            config.finalize_model_grads_func = self._finalize_gradients
-            self.optimizer = MixedPrecisionOptimizer(
-                optim, self.module, mesh, bf16=self.bf16, sharded=list(self.ddp) if sharded else None
-            )
+            self.ddp: Any = nn.ModuleList(self.chunks)
+            if optim is not None:
+                self._make_trainable(optim, config, parallel.distributed_optimizer)
             self._schedule = get_forward_backward_func()
+
+    def _make_trainable(self, optim: OptimConfig, config: Any, sharded: bool) -> None:
+        """Wrap the chunks in megatron's DDP, which holds their gradients, and make the optimizer."""
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=sharded
+        )
+        self.ddp = nn.ModuleList(DistributedDataParallel(config, settings, chunk) for chunk in self.chunks)
+        no_sync = [ddp.no_sync for ddp in self.ddp]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self._reduce_gradients = finalize_model_grads
+        config.finalize_model_grads_func = self._finalize_gradients
+        self.optimizer = MixedPrecisionOptimizer(
+            optim, self.module, self.mesh, bf16=self.bf16, sharded=list(self.ddp) if sharded else None
+        )
 
     def run_local(
         self,
@@ -110,6 +122,34 @@ class MegatronPasses(Engine):
         if not self.mesh.is_last_stage:
             return torch.zeros(len(share), dtype=torch.float64, device=self.mesh.device)
         return torch.cat(outputs)
+
+    def run_logprobs(self, asked: Asked, rows: Tensor, micro: int) -> Tensor:
+        """(len(rows), T, 2 + K) float64 of ``rows`` (k,), as ``packed_logprobs``.
+
+        What this rank knows of them: its own positions, on the last pipeline stage; 0 elsewhere.
+        """
+        cp, length = self.mesh.shape.cp, asked.tokens.shape[1] - 1
+        parts = rows.split(micro)
+
+        def step(iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
+            tokens, alternatives = asked.take(next(iterator))
+            own = Asked(tokens.to(self.mesh.device), alternatives.to(self.mesh.device))
+            return packed_logprobs(model, own, self.mesh), lambda found: (found.sum(), found)
+
+        outputs = self._schedule(
+            forward_step_func=step,
+            data_iterator=[iter(parts) for _ in self.ddp],
+            model=list(self.ddp),
+            num_microbatches=len(parts),
+            seq_length=length,
+            micro_batch_size=micro,
+            forward_only=True,
+        )
+        width = 2 + asked.alternatives.shape[1]
+        found = torch.zeros(len(rows), cp, length // cp, width, dtype=torch.float64, device=self.mesh.device)
+        if self.mesh.is_last_stage:
+            found[:, self.mesh.cp_rank] = torch.cat(outputs)
+        return found.view(len(rows), length, width)
 
     def local_losses(self, batch: Candidates, rows: Tensor, micro_batch_size: int, length: int) -> Tensor:
         with self.mesh.megatron(), torch.no_grad():
