@@ -54,7 +54,7 @@ def export(
     state = read_state(folder)
     config = restored(state["config"], str(folder / "state.json"))
     beside = folder.parent.parent / FOLDER
-    corpus = None if config.model.vocab_size and (beside / TOKENIZER).is_file() else _corpus(config, folder)
+    corpus = None if config.model.vocab_size and (beside / TOKENIZER).is_file() else trained_on(config, folder)
     model = _model(config, corpus)
     family = family_for(model)
     dtype = dtype or state["identity"]["precision"]
@@ -76,8 +76,8 @@ def export(
     return Exported(folder, family.architecture, count, dtype, tuple(names))
 
 
-def _corpus(config: RunConfig, folder: Path) -> Corpus:
-    """Open the corpus that the run was trained on, which has its tokenizer."""
+def trained_on(config: RunConfig, folder: Path) -> Corpus:
+    """Open the corpus that the run was trained on, which has its tokenizer. Raises ModelError if it is gone."""
     try:
         return Corpus.open(config.data.path)
     except DataError as error:

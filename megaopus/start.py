@@ -80,6 +80,15 @@ def open_weights(folder: Path, config: RunConfig) -> Weights:
     return CheckpointWeights(folder)
 
 
+def checkpoint_weights(folder: Path, config: RunConfig, vocab_size: int, mesh: Mesh) -> Start:
+    """Open the weights of a checkpoint of ours for this rank, at whatever layout it was written; ``config``: its own.
+
+    Raises ModelError if they are not those of its settings.
+    """
+    shapes = whole_shapes(config.model, vocab_size, config.data.seq_len)
+    return _Parts(open_weights(folder / WEIGHTS, config), shapes, vocab_size, mesh, folder)
+
+
 class _Parts:
     """Cuts a rank's parts out of whole weights. Raises ModelError if they are not those of ``shapes``."""
 

@@ -14,8 +14,11 @@ from megaopus.config.parse import Issues, typed
 from megaopus.config.run_config import SETTINGS, RunConfig, flat, settings_under
 from megaopus.config.validation import validate
 from megaopus.data.config import DataConfig
+from megaopus.distributed.config import ParallelConfig
+from megaopus.engine.config import EngineConfig
 from megaopus.errors import ConfigError, Problem
 from megaopus.fs import PACKAGE, shipped_configs
+from megaopus.models.config import ModelConfig
 from megaopus.plugins import import_plugins
 from megaopus.settings import problems
 
@@ -196,3 +199,25 @@ def _forced(text: str, groups: dict[str, list[str]]) -> str:
     """Settings are set whether or not a file names them; they are checked against the dataclasses afterwards."""
     plain = text.lstrip("+")
     return plain if plain.split("=", 1)[0] in groups else f"++{plain}"
+
+
+def layout(overrides: list[str], model: ModelConfig, world_size: int) -> tuple[ParallelConfig, EngineConfig]:
+    """Compose where and how a model that is there already is computed, of overrides of ``parallel`` and ``engine``.
+
+    Raises ConfigError for an override of anything else, and for what does not fit the model or the ranks.
+    """
+    issues = Issues()
+    for text in overrides:
+        if (key := text.lstrip("+~").partition("=")[0]).split(".")[0] not in _LAYOUT:
+            issues.add(key, text, "is not of parallel or engine: the rest is the model's own", "leave it out")
+    issues.refuse()
+    config = _composed(overrides, None, issues)
+    config.model, config.data.seq_len = model, 8 * config.parallel.cp * config.parallel.tp  # any length may be cut
+    about = (*(f"{section}." for section in _LAYOUT), "model.num_", "model.ffn_")
+    found = validate(config, world_size, frozenset(issues.tainted), corpora=False)
+    issues.problems += [problem for problem in found if problem.key.startswith(about)]
+    issues.refuse()
+    return config.parallel, config.engine
+
+
+_LAYOUT = ("parallel", "engine")

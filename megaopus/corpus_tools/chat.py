@@ -76,14 +76,14 @@ class ChatTemplate:
         A message is what the template adds for it, without what prompts the model to speak. Raises ValueError if the
         template refuses the conversation, or does not write one message after the other.
         """
-        text = self._rendered(messages, False)
+        text = self.rendered(messages, False)
         spans = []
         for number, message in enumerate(messages):
             if message.get("role") in self.roles:
-                after = self._rendered(messages[: number + 1], False)
-                before = self._rendered(messages[:number], True) if number else ""
+                after = self.rendered(messages[: number + 1], False)
+                before = self.rendered(messages[:number], True) if number else ""
                 if not after.startswith(before):  # the prompt is for another to speak
-                    before = self._rendered(messages[:number], False)
+                    before = self.rendered(messages[:number], False)
                 if not (text.startswith(after) and after.startswith(before)):
                     raise ValueError(
                         f"the template writes message {number + 1} otherwise when more follow: its part of the text"
@@ -92,7 +92,8 @@ class ChatTemplate:
                 spans.append((len(before), len(after)))
         return text, tuple(spans)
 
-    def _rendered(self, messages: Sequence[Mapping[str, Any]], prompt: bool) -> str:
+    def rendered(self, messages: Sequence[Mapping[str, Any]], prompt: bool) -> str:
+        """Write a conversation, and with ``prompt`` what asks the model to speak. Raises ValueError if refused."""
         from jinja2 import TemplateError
 
         try:

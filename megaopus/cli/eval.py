@@ -1,0 +1,118 @@
+"""Score a model on benchmarks and texts; under torchrun on many ranks."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaopus.cli._notes import tell
+from megaopus.cli._paths import local_path
+from megaopus.distributed.launcher import place
+from megaopus.errors import DataError
+
+if TYPE_CHECKING:
+    from megaopus.evaluation.model import Found
+
+DESCRIPTION = (
+    "Score a run, a checkpoint or a Hugging Face folder on benchmarks, through lm-eval, at any layout: one table as\n"
+    "JSON, and a line for every item. The same command goes on after a kill; a task that is done is not done again."
+)
+EXAMPLES = (
+    "  python -m megaopus eval runs/first --suite arc_easy,piqa --data benchmarks\n"
+    "  torchrun --nproc-per-node 8 -m megaopus eval Qwen3-8B --suite paper10 --out qwen.json parallel.tp=4"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model, what it is asked, and how."""
+    add = parser.add_argument
+    add("model", type=local_path, metavar="MODEL", help="a run folder, a checkpoint, or a Hugging Face model folder")
+    add("overrides", nargs="*", metavar="OVERRIDE", help="settings of parallel and engine, as train has them")
+    add(
+        "--suite",
+        default="",
+        metavar="NAMES",
+        help="paper10, outside6 or lm-eval's names of tasks, with commas between",
+    )
+    add(
+        "--protocol",
+        choices=("lm-eval", "opus"),
+        default="lm-eval",
+        help="whose prompts and normalisation (%(default)s)",
+    )
+    add("--data", type=local_path, metavar="FOLDER", help="files TASK_SPLIT.jsonl with the items; else from the hub")
+    add("--limit", type=_positive, metavar="N", help="items of a task, at most, from its first (default: all)")
+    add("--num-fewshot", type=int, metavar="K", help="examples before each item (default: as each task has it)")
+    add("--chat-template", action="store_true", help="write prompts as conversations, by the model's own template")
+    add("--seed", type=int, default=1234, metavar="N", help="of the choice of examples (default %(default)s)")
+    add("--out", type=local_path, metavar="FILE.json", help="table to write (default: eval.json in the run's folder)")
+    add("--overwrite", action="store_true", help="replace a table of another evaluation")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score, and show the table. Raises before anything is written for what cannot be done."""
+    if not args.suite:
+        raise argparse.ArgumentError(None, "nothing to ask: give --suite")
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise DataError(
+            f"eval needs lm-eval, which cannot be imported ({error}): pip install 'megaopus[eval]'"
+        ) from error
+    from megaopus.evaluation.model import find
+    from megaopus.evaluation.run import Request, evaluate_model
+
+    found = find(args.model)
+    args.out = args.out or _usual_file(found, args.model)
+    request = Request(
+        suite=args.suite,
+        protocol=args.protocol,
+        data=args.data,
+        limit=args.limit,
+        num_fewshot=args.num_fewshot,
+        chat=args.chat_template,
+        seed=args.seed,
+        out=args.out,
+        overwrite=args.overwrite,
+    )
+    table = evaluate_model(found, args.overrides, place().world_size, request, speaks=place().rank == 0, tell=tell)
+    if place().rank == 0:
+        _show(table)
+    return 0
+
+
+def closing(args: argparse.Namespace) -> str:
+    """Say where the table lies."""
+    return f"table in {args.out}, items beside it"
+
+
+def _usual_file(found: Found, model: Path) -> Path:
+    if found.step is None:
+        return Path(f"eval_{model.resolve().name}.json")
+    run = found.path.parent.parent
+    own = model.resolve() == found.path.resolve()
+    return run / (f"eval_{found.path.name}.json" if own else "eval.json")
+
+
+def _show(table: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=f"{table['model']}, protocol {table['protocol']}", title_justify="left")
+    for name in ("task", "metric", "value", "± stderr", "items", "bits per byte", "shots"):
+        shown.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    bits = {row["task"]: row for row in table["rows"] if row["metric"] == "bits_per_byte"}
+    for row in table["rows"]:
+        if row["headline"] and row["part_of"] is None:
+            own = bits.get(row["task"])
+            error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
+            numbers = (f"{row['value']:.4f}", error, f"{row['n']:,}", f"{own['value']:.3f}" if own else "")
+            shown.add_row(row["task"], row["metric"], *numbers, str(row["num_fewshot"]))
+    Console().print(shown)
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return number
