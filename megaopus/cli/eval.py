@@ -29,18 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=local_path, metavar="MODEL", help="a run folder, a checkpoint, or a Hugging Face model folder")
     add("overrides", nargs="*", metavar="OVERRIDE", help="settings of parallel and engine, as train has them")
-    add(
-        "--suite",
-        default="",
-        metavar="NAMES",
-        help="paper10, outside6 or lm-eval's names of tasks, with commas between",
-    )
-    add(
-        "--protocol",
-        choices=("lm-eval", "opus"),
-        default="lm-eval",
-        help="whose prompts and normalisation (%(default)s)",
-    )
+    add("--suite", default="", metavar="NAMES", help="paper10, outside6, names of lm-eval's tasks; with commas")
+    texts = "loss by domain on a corpus (its validation split) or a file or folder of text; repeatable"
+    add("--perplexity", action="append", type=local_path, default=[], metavar="PATH", help=texts)
+    add("--length", type=_positive, metavar="N", help="tokens of a sequence of these (default: as the run has them)")
+    add("--protocol", choices=("lm-eval", "opus"), default="lm-eval", help="whose prompts (default %(default)s)")
     add("--data", type=local_path, metavar="FOLDER", help="files TASK_SPLIT.jsonl with the items; else from the hub")
     add("--limit", type=_positive, metavar="N", help="items of a task, at most, from its first (default: all)")
     add("--num-fewshot", type=int, metavar="K", help="examples before each item (default: as each task has it)")
@@ -52,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score, and show the table. Raises before anything is written for what cannot be done."""
-    if not args.suite:
-        raise argparse.ArgumentError(None, "nothing to ask: give --suite")
+    if not (args.suite or args.perplexity):
+        raise argparse.ArgumentError(None, "nothing to ask: give --suite, --perplexity or both")
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -73,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         num_fewshot=args.num_fewshot,
         chat=args.chat_template,
         seed=args.seed,
+        texts=tuple(args.perplexity),
+        length=args.length,
         out=args.out,
         overwrite=args.overwrite,
     )
@@ -109,7 +104,27 @@ def _show(table: dict[str, Any]) -> None:
             error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
             numbers = (f"{row['value']:.4f}", error, f"{row['n']:,}", f"{own['value']:.3f}" if own else "")
             shown.add_row(row["task"], row["metric"], *numbers, str(row["num_fewshot"]))
-    Console().print(shown)
+    if table["rows"]:
+        Console().print(shown)
+    _show_texts(table["perplexity"])
+
+
+def _show_texts(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for corpus in dict.fromkeys(row["corpus"] for row in rows):
+        own = [row for row in rows if row["corpus"] == corpus]
+        shown = Table(title=f"loss on {corpus}", title_justify="left")
+        for name in ("domain", "nats per token", "± stderr", "bits per byte", "sequences"):
+            shown.add_column(name, justify="left" if name == "domain" else "right")
+        for row in own:
+            error, bits = ("" if row[key] is None else f"{row[key]:.4f}" for key in ("stderr", "bits_per_byte"))
+            shown.add_row(row["domain"], f"{row['nats_per_token']:.4f}", error, bits, f"{row['sequences']:,}")
+        if len(own) > 1:
+            mean = sum(row["nats_per_token"] for row in own) / len(own)
+            shown.add_row("mean over domains", f"{mean:.4f}", "", "", "")
+        Console().print(shown)
 
 
 def _positive(text: str) -> int:

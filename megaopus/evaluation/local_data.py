@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,10 +97,18 @@ class LocalData:
 
     def _rows(self, file: Path) -> list[dict[str, Any]]:
         if file not in self._read:
-            self._read[file] = _parquet(file) if file.suffix == ".parquet" else _json_lines(file)
-            if not self._read[file]:
-                raise DataError(f"{file}: no item in it")
+            self._read[file] = _same_columns(file, _parquet(file) if file.suffix == ".parquet" else _json_lines(file))
         return self._read[file]
+
+
+def _same_columns(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the columns of the first. Raises DataError where one is missing: a prompt would say None."""
+    if not rows:
+        raise DataError(f"{file}: no item in it")
+    for number, row in enumerate(rows, 1):
+        if missing := [name for name in rows[0] if name not in row]:
+            raise DataError(f"{file}, item {number}: no {missing[0]!r}, which the first has")
+    return [{name: row[name] for name in rows[0]} for row in rows]
 
 
 def _is_word(value: object) -> bool:
@@ -130,9 +138,3 @@ def _json_lines(file: Path) -> list[dict[str, Any]]:
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{file}, line {len(rows) + 1}: cannot be read ({error})") from error
     return rows
-
-
-def same_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with the columns of all of them: what one lacks is None."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [{name: row.get(name) for name in names} for row in rows]

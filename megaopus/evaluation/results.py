@@ -98,15 +98,17 @@ class Results:
         self._scored.append(scored)
         self._done[scored.part.name] = key
 
-    def write(self, *, with_items: Iterable[Scored] = (), **more: Any) -> dict[str, Any]:
-        """Write the table, and the items of ``with_items`` before it; returns it. ``more``: further entries of it."""
+    def write(self, *, with_items: Iterable[Scored] = (), perplexity: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """Write the table, and the items of ``with_items`` before it; returns it. ``perplexity``: rows of texts."""
         for scored in with_items:
             write_items(item_folder(self.file), scored)
         rows = rows_of(self._scored, self._about["protocol"], self._about["settings"]["seed"])
         others = [row for row in self._kept.get("rows", ()) if not self._told_anew(row)]
         done = {name: key for name, key in self._kept.get("done", {}).items() if name not in self._done}
         table = {"format": FORMAT, **self._about, "rows": [*rows, *others], "done": {**done, **self._done}}
-        table |= {"perplexity": self._kept.get("perplexity", [])} | more
+        named = {(row["corpus"], row["split"]) for row in perplexity}
+        before = [row for row in self._kept.get("perplexity", ()) if (row["corpus"], row["split"]) not in named]
+        table["perplexity"] = [*before, *perplexity]
         write_whole(self.file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
         return table
 

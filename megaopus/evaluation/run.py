@@ -20,6 +20,7 @@ from megaopus.evaluation.harness_model import HarnessModel
 from megaopus.evaluation.likelihood import Advance, Likelihood
 from megaopus.evaluation.local_data import LocalData
 from megaopus.evaluation.model import Found, Words, opened
+from megaopus.evaluation.perplexity import Perplexity, Text, length_of, measure, open_text, rows_of
 from megaopus.evaluation.results import Results
 from megaopus.evaluation.scored import Scored, headline, score
 from megaopus.evaluation.task_list import task_names
@@ -41,6 +42,10 @@ class Request:
     chat: bool
     seed: int
     out: Path
+    texts: tuple[Path, ...] = ()
+    """Corpora and files on which the loss is measured."""
+    length: int | None = None
+    """Tokens of their sequences; None: see ``perplexity.length_of``."""
     overwrite: bool = False
 
     def settings(self) -> dict[str, Any]:
@@ -56,6 +61,8 @@ class Request:
 
     def parts(self, words: Words) -> tuple[list[Part], list[str]]:
         """Make the tasks, and notes on what was left out of them. Raises DataError."""
+        if not self.suite:
+            return [], []
         wanted = Wanted(
             protocol=self.protocol,
             data=None if self.data is None else LocalData(self.data),
@@ -81,6 +88,8 @@ def evaluate_model(
     anything is written.
     """
     parts, notes = request.parts(found.words)
+    length = length_of(found, request.length)
+    texts = [open_text(place, found, length, request.limit) for place in request.texts]
     tell(notes)
     with opened(found, overrides, world_size) as (engine, mesh):
         about = {
@@ -101,7 +110,20 @@ def evaluate_model(
                     scored = score(part, model, limit=request.limit, chat=request.chat, seed=request.seed)
                 rank_0.add(scored)
             tell(rank_0.told(part, kept))
+        if texts:
+            bar = progress("sequences", sum(map(_count, texts)), sys.stderr) if speaks else nullcontext(_nothing)
+            with bar as advance:
+                measured = [each for text in texts for each in measure(text, engine, found, advance)]
+            rank_0.add_texts(measured)
         return rank_0.table
+
+
+def _count(text: Text) -> int:
+    return sum(map(len, text.buffers.values()))
+
+
+def _nothing(number: int) -> None:
+    """Show no progress."""
 
 
 class _OnRank0:
@@ -137,6 +159,11 @@ class _OnRank0:
             self._last = scored
             self._results.add(scored, self._key(scored.part))
             self.table = self._results.write(with_items=[scored])
+
+    def add_texts(self, measured: list[Perplexity]) -> None:
+        """Take in losses on texts, and write them."""
+        if self._results is not None:
+            self.table = self._results.write(perplexity=rows_of(measured))
 
     def _key(self, part: Part) -> str:
         """A hash of how a task is asked, besides what the whole file says: its settings, and its file."""

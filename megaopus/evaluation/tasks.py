@@ -19,7 +19,7 @@ from lm_eval.tasks._index import Entry, Kind
 
 from megaopus.errors import DataError
 from megaopus.evaluation import opus_protocol
-from megaopus.evaluation.local_data import CHOICES, PROMPT, Items, LocalData, same_columns
+from megaopus.evaluation.local_data import CHOICES, PROMPT, Items, LocalData
 from megaopus.evaluation.task_list import FOLDERS, OWN
 from megaopus.settings import did_you_mean
 
@@ -180,8 +180,8 @@ def _constructed(group: str, settings: dict[str, Any], items: Items | None, want
             form = form | opus_protocol.settings(group, whole_prompt=bool(whole_prompt))
         try:
             return ConfigurableTask(config=dict(form))
-        except (jinja2.UndefinedError, KeyError) as error:
-            missing = missing or str(error)
+        except _NOT_ITS_ITEMS as error:
+            missing = missing or f"{type(error).__name__}: {error}"
         except (ConnectionError, OSError) as error:
             said = " ".join(str(error).split())[:200]
             raise DataError(f"{name}: its items cannot be had ({said}); --data FOLDER reads them from files") from error
@@ -212,9 +212,12 @@ def _from_files(group: str, settings: dict[str, Any], data: LocalData) -> Items 
         if settings.get(key) not in splits:
             settings[key] = None
     settings["dataset_kwargs"] = None
-    settings["custom_dataset"] = partial(_dataset, {split: same_columns(rows) for split, rows in splits.items()})
+    settings["custom_dataset"] = partial(_dataset, splits)
     return items
 
+
+_NOT_ITS_ITEMS = (jinja2.TemplateError, LookupError, TypeError, ValueError, AttributeError, SyntaxError)
+"""What lm-eval raises where the first item has not the columns that its templates and functions name."""
 
 _WHOLE_PROMPT: dict[str, Any] = {
     "doc_to_text": f"{{{{{PROMPT}}}}}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import socket
 import warnings
@@ -22,6 +24,7 @@ from megaopus.evaluation.run import harness_model
 from megaopus.evaluation.task_list import SUITES
 from megaopus.evaluation.tasks import LM_EVAL, Wanted, load_parts
 from tests.evaluation_items import COUNT, write_items
+from tests.exact.resume_runs import rows, settings, train
 from tests.exact.test_huggingface import make
 from tests.pool import Jobs, Pool
 
@@ -144,13 +147,127 @@ def test_every_benchmark_of_the_paper_runs_from_files_alone(
     out = tmp_path / "eval.json"
     command = ["eval", str(folders["llama"]), "--suite", "paper10,outside6", "--data", str(data), "--out", str(out)]
     assert main([*command, "engine.device=cpu"]) == 0
-    rows = json.loads(out.read_text())["rows"]
-    told = {row["task"]: row for row in rows if row["headline"] and row["part_of"] is None}
+    found = json.loads(out.read_text())["rows"]
+    told = {row["task"]: row for row in found if row["headline"] and row["part_of"] is None}
     assert list(told) == [*SUITES["paper10"], *SUITES["outside6"]]
     for name, row in told.items():
         assert row["n"] == COUNT, name
         assert 0 <= row["value"] <= 1
         assert row["protocol"] == "lm-eval"
-    bits = {row["task"] for row in rows if row["metric"] == "bits_per_byte" and row["part_of"] is None}
+    bits = {row["task"] for row in found if row["metric"] == "bits_per_byte" and row["part_of"] is None}
     assert bits == told.keys() - {"bbh_zeroshot"}
-    assert torch.isfinite(torch.tensor([row["value"] for row in rows])).all()
+    assert torch.isfinite(torch.tensor([row["value"] for row in found])).all()
+
+
+def ask(*arguments: object) -> int:
+    return main(["eval", *map(str, arguments), "engine.device=cpu"])
+
+
+def test_a_second_call_asks_only_what_is_missing(
+    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kill after the first task: its items are kept, the second is asked, and all is as if nothing had been."""
+    whole, parts = tmp_path / "whole" / "eval.json", tmp_path / "parts" / "eval.json"
+    usual = [folders["llama"], "--data", data]
+    assert ask(*usual, "--suite", "piqa,arc_easy", "--out", whole) == 0
+    assert ask(*usual, "--suite", "piqa", "--out", parts) == 0
+    capsys.readouterr()
+    assert ask(*usual, "--suite", "piqa,arc_easy", "--out", parts) == 0
+    told = capsys.readouterr().err
+    assert "piqa: acc_norm" in told
+    assert "(from the file: done before)" in told
+    assert told.count("requests:") == 1
+    first, second = (json.loads(file.read_text()) for file in (whole, parts))
+    assert first == second
+    for name in ("piqa", "arc_easy"):
+        items = [file.with_name("eval_items") / f"{name}.jsonl" for file in (whole, parts)]
+        assert items[0].read_text() == items[1].read_text()
+    row = next(row for row in first["rows"] if row["task"] == "piqa" and row["headline"])
+    assert row.keys() >= {"task", "metric", "n", "value", "stderr", "num_fewshot", "seed", "prompts", "protocol"}
+
+
+def test_a_table_of_another_evaluation_is_not_written_over(
+    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "eval.json"
+    usual = [folders["llama"], "--suite", "piqa", "--data", data, "--out", out]
+    assert ask(*usual) == 0
+    before = out.read_text()
+    assert ask(*usual, "--limit", "2") == 2
+    assert "holds another evaluation: settings" in capsys.readouterr().err
+    assert out.read_text() == before
+    assert ask(*usual, "--limit", "2", "--overwrite") == 0
+    assert json.loads(out.read_text())["rows"][0]["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "piqa", "--data", "nowhere"], "nowhere: no such folder"),
+        (["--suite", "piqa", "train.steps=3"], "train.steps = 'train.steps=3': is not of parallel or engine"),
+        (["--suite", "piqa", "parallel.tp=3"], "num_heads = 4: cannot be split over parallel.tp = 3"),
+        (["--perplexity", "nowhere.txt"], "nowhere.txt"),
+        (["--perplexity", ".", "--length", "100"], "--length 100: .* reads 1 to 64 tokens"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_and_nothing_written(
+    arguments: list[str],
+    message: str,
+    folders: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    usual = [] if "--data" in arguments else ["--data", data]
+    assert ask(folders["llama"], *arguments, *usual, "--out", tmp_path / "eval.json") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def losses_of(run_dir: Path, corpus: Path, out: Path) -> int:
+    return main(
+        ["eval", str(run_dir), "--perplexity", str(corpus), "--limit", "4", "--out", str(out), "engine.device=cpu"]
+    )
+
+
+def losses_at_tp2(run_dir: Path, corpus: Path, out: Path) -> int:
+    return main(
+        [*("eval", str(run_dir), "--perplexity", str(corpus), "--limit", "4", "--out", str(out)), "parallel.tp=2"]
+    )
+
+
+def test_losses_by_domain_are_those_of_the_runs_own_validation(tiny_corpus: Path, tmp_path: Path, pool: Pool) -> None:
+    """With what the run has of rules; at another layout too."""
+    run_dir = tmp_path / "run"
+    more = ["train.eval_sequences=4", "data.document_mask=true", "data.first_token_loss=false", "train.steps=2"]
+    assert train([*settings(tiny_corpus, run_dir), *more]) == 0
+    expected = [row for row in rows(run_dir / "metrics.jsonl") if row["kind"] == "validation"][-1]["domains"]
+    pool.run(2, losses_at_tp2, run_dir, tiny_corpus, tmp_path / "tp2.json")
+    assert losses_of(run_dir, tiny_corpus, tmp_path / "one.json") == 0
+    for file in ("one.json", "tp2.json"):
+        told = json.loads((tmp_path / file).read_text())["perplexity"]
+        assert {row["domain"]: row["nats_per_token"] for row in told} == pytest.approx(expected, abs=1e-6)
+        assert all(row["sequences"] <= 4 and row["bits_per_byte"] > 0 for row in told)
+
+
+def test_losses_on_files_are_those_of_transformers(
+    folders: dict[str, Path], theirs: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(text := "A river ran by the garden wall, and the stones were old. " * 6)
+    out = tmp_path / "eval.json"
+    assert ask(folders["llama"], "--perplexity", tmp_path / "text.txt", "--length", 32, "--out", out) == 0
+    (row,) = json.loads(out.read_text())["perplexity"]
+    model, tokenizer = theirs["llama"].model, find(folders["llama"]).words.tokenizer
+    ids = torch.tensor([*tokenizer.encode(text).ids, 0])
+    count = (len(ids) - 1) // 32
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(
+                model(ids[None, place * 32 : place * 32 + 32]).logits[0], ids[place * 32 + 1 : place * 32 + 33]
+            )
+            for place in range(count)
+        ]
+    assert row["sequences"] == count
+    assert row["nats_per_token"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+    per_byte = len(ids) / len(text.encode())
+    assert row["bits_per_byte"] == pytest.approx(row["nats_per_token"] / math.log(2) * per_byte)
