@@ -129,13 +129,13 @@ def ours(folder: Path, tokens: Tensor, tp: int, pp: int, batch: int) -> Tensor |
             seed=0,
             start=FolderWeights(folder, model, mesh),
         )
-        found = torch.cat([engine.evaluate(_Sequences(part)) for part in tokens.split(batch * mesh.shape.dp * pp)])
+        found = torch.cat([engine.evaluate(Sequences(part)) for part in tokens.split(batch * mesh.shape.dp * pp)])
         return found if mesh.rank == 0 else None
     finally:
         mesh.close()
 
 
-class _Sequences:
+class Sequences:
     """Tokens (n, T + 1) as candidates."""
 
     def __init__(self, tokens: Tensor):
@@ -145,8 +145,8 @@ class _Sequences:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def take(self, indices: Tensor) -> _Sequences:
-        return _Sequences(self._tokens[indices])
+    def take(self, indices: Tensor) -> Sequences:
+        return Sequences(self._tokens[indices])
 
     def batch(self, length: int | None = None) -> Tensor:
         return self._tokens if length is None else self._tokens[:, : length + 1]

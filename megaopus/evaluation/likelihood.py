@@ -67,6 +67,21 @@ class Likelihood:
         Of what is longer than the model reads, the beginning is left out. Raises ValueError if that would leave out
         tokens of a continuation.
         """
+        rows = self._rows(pairs)
+        found: dict[int, Answer] = {}
+        for batch in self._passes(rows):
+            told = self._told(batch)
+            for place, row in enumerate(batch):
+                self._take(row, told, place, found)
+            self._advance(sum(len(row.requests) for row in batch))
+        return [found[number] for number in range(len(pairs))]
+
+    def passes(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[Asked]:
+        """Yield what ``continuations`` would ask the engine, pass after pass."""
+        for batch in self._passes(self._rows(pairs)):
+            yield self._asked(batch)
+
+    def _rows(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[_Row]:
         rows: dict[tuple[tuple[int, ...], int], _Row] = {}
         for number, (context, continuation) in enumerate(pairs):
             whole = [*context, *continuation][-(self.max_length + 1) :]
@@ -77,13 +92,7 @@ class Likelihood:
             row = rows.setdefault((tuple(whole[:-1]), len(continuation)), _Row(whole, len(continuation)))
             row.last.append(whole[-1])
             row.requests.append(number)
-        found: dict[int, Answer] = {}
-        for batch in self._passes(list(rows.values())):
-            told = self._told(batch)
-            for place, row in enumerate(batch):
-                self._take(row, told, place, found)
-            self._advance(sum(len(row.requests) for row in batch))
-        return [found[number] for number in range(len(pairs))]
+        return list(rows.values())
 
     def greedy(
         self, contexts: Sequence[Sequence[int]], most: int, done: Callable[[int, list[int]], bool]
@@ -140,7 +149,12 @@ class Likelihood:
         return -(-length // unit) * unit
 
     def _told(self, batch: list[_Row]) -> TokenLogprobs:
-        """Run a batch, filled up behind its rows with tokens that nothing of them sees."""
+        asked = self._asked(batch)
+        found = self._engine.token_logprobs(asked, self._rows_per_pass(asked.tokens.shape[1] - 1))
+        return TokenLogprobs(*(each.cpu() for each in found))
+
+    def _asked(self, batch: list[_Row]) -> Asked:
+        """Lay rows out, filled up behind with tokens that nothing of them sees."""
         length = self._padded(max(len(row.tokens) for row in batch) - 1)
         most = max(len(row.last) for row in batch)
         tokens = torch.full((len(batch), length + 1), ~0)
@@ -149,5 +163,4 @@ class Likelihood:
             own, first = torch.tensor(row.tokens), len(row.tokens) - row.asked
             tokens[place, :first], tokens[place, first : len(own)] = ~own[:first], own[first:]
             alternatives[place, : len(row.last)] = torch.tensor(row.last)
-        found = self._engine.token_logprobs(Asked(tokens, alternatives), self._rows_per_pass(length))
-        return TokenLogprobs(*(each.cpu() for each in found))
+        return Asked(tokens, alternatives)
