@@ -127,7 +127,7 @@ def test_the_nearest_become_the_proxy_and_leave_the_pool(
     asked = read_items([Source(items)], ["query", "choices"])
     console = Console(record=True, width=220, file=(tmp_path / "log").open("w"))
     built = build(corpus, asked, tmp_path / "new", tokens=600, limits=Limits(), drop_overlap=drop, console=console)
-    show(corpus, asked, built, console)
+    show(corpus, built, console)
     out = built.path
     made = Corpus.open(out, verify=True)
     proxy, pool = (np.flatnonzero(made.split_codes == code) for code in (1, 0))
@@ -265,7 +265,7 @@ def test_limits(limits: Limits, passed_over: tuple[int, ...], proxy: str, left_o
     documents = np.array([pages.ids.index(name) for name in PAGES])
     count, item = len(documents), np.array([item for item, _ in PAGES.values()])
     nearness, digest = np.linspace(0.9, 0.3, count), np.arange(count, dtype=np.uint64)
-    found = Found(documents, nearness, item, np.zeros(count, bool), digest, np.zeros(2, bool))
+    found = Found(documents, nearness, item, np.zeros(count, bool), np.zeros(count, bool), digest, np.zeros(2, bool))
     chosen = assign(pages, found, int(pages.lengths[documents].sum()), limits, drop_overlap=False)
     assert [pages.ids[number] for number in documents[chosen.places]] == proxy.split()
     assert tuple(chosen.passed_over.values()) == passed_over

@@ -143,8 +143,11 @@ def test_a_corpus_without_a_mask_is_as_before(tmp_path: Path) -> None:
 
 def test_a_corpus_with_another_proxy_keeps_its_mask(corpus: Corpus, tmp_path: Path) -> None:
     items = [Item("here", "Question 7: what is so blue? Answer 7: the ether.")]
-    made = build(corpus, items, tmp_path / "out", tokens=400, limits=Limits()).path
+    with pytest.raises(DataError, match="beside the 8 held out, of which others are near-duplicates; .* --held-out 0"):
+        build(corpus, items, tmp_path / "out", tokens=400, limits=Limits())
+    made = build(corpus, items, tmp_path / "out", tokens=400, limits=Limits(), held_out=0).path
     other = Corpus.open(made, verify=True)
+    assert other.target is None
     assert (other.path / LOSS_MASK).read_bytes() == (corpus.path / LOSS_MASK).read_bytes()
     entries = [entry for splits in other.manifest["counts"].values() for entry in splits.values()]
     assert sum(entry["loss_tokens"] for entry in entries) == corpus.loss_tokens().sum()
