@@ -182,7 +182,7 @@ def _taken(corpus: Corpus, made: ProxyCorpus) -> dict[str, str]:
         "per_item": f"beyond {limits['per_item']} of an item (--per-item)",
         "per_near_duplicate": "near-duplicates (--per-near-duplicate)",
     }
-    rows |= {f"passed over: {why[name]}": f"{count:,}" for name, count in passed_over.items() if limits[name] or count}
+    rows |= {f"passed over: {why[name]}": f"{count:,}" for name, count in passed_over.items() if limits[name]}
     return rows
 
 

@@ -51,7 +51,8 @@ class Limits:
     per_item: int = 0
     """Documents whose nearest item is the same."""
     per_near_duplicate: int = 0
-    """Documents that share most of their words (``near_duplicates``); the others leave the pool too, as copies do."""
+    """Documents that share most of their words (``near_duplicates``); the others leave the pool too, as copies do.
+    With any limit the proxy has none of a document that is held out, and the other way round."""
 
 
 USUAL = Limits(min_tokens=256, per_item=10, per_near_duplicate=1)
@@ -69,8 +70,7 @@ class Chosen:
     splits: np.ndarray
     """(D,) uint8 split of every document of the corpus."""
     passed_over: dict[str, int]
-    """Limit -> documents nearer than the last one chosen that it kept out. A near-duplicate of one that is held out
-    is kept out of the proxy without a limit too, and the other way round."""
+    """Limit -> documents nearer than the last one chosen that it kept out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +222,8 @@ def _within(
         text = corpus.texts([document])[0] if limits.per_near_duplicate or held_out else ""
         holds = is_held_out(text, held_out)
         own, other = (known_held, known) if holds else (known, known_held)
-        elsewhere = other.count(text)
-        if elsewhere or 0 < limits.per_near_duplicate <= own.count(text):
+        most = limits.per_near_duplicate
+        if most and (other.count(text) or own.count(text) >= most):
             passed_over["per_near_duplicate"] += 1
             alike.append(place)
             continue
