@@ -184,8 +184,8 @@ def assign(
         if limits.min_tokens:
             long, shorter = f" of documents of at least {limits.min_tokens}", ", or fewer --min-tokens"
         if len(held):
-            long += f" beside the {len(held):,} held out, of which others are near-duplicates"
-            shorter += ", or --held-out 0"
+            long += f" beside the {len(held):,} documents held out"
+            shorter += ", or a smaller --held-out"
         raise DataError(f"no document fits a proxy of {tokens:,} tokens{long}; use more --tokens{shorter}")
     splits = corpus.split_codes.copy()
     splits[found.documents] = POOL
