@@ -192,7 +192,7 @@ def _held_out(summary: dict[str, Any]) -> str:
     told = f"{items:,} of {summary['items']:,} items, {documents:,} documents"
     lacking = [name for name, count in (("item", items), ("document", documents)) if not count]
     if lacking and summary["held_out"]:
-        told += f" (no {' and no '.join(lacking)} fell into the share of {summary['held_out']:g}: --held-out)"
+        told += f" (no {' and no '.join(lacking)} fell into it; a larger --held-out takes some)"
     return told
 
 

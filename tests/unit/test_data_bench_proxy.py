@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import sys
 import types
 from collections import Counter
@@ -220,6 +221,12 @@ def test_what_is_held_out_is_seen_by_nothing_else(
     assert (target.tokenizer_sha256, target.eod_id) == (made.tokenizer_sha256, made.eod_id)
     assert (target.tokens[target.offsets + target.lengths - 1] == made.eod_id).all()
     assert sum(splits["target"]["documents"] for splits in made.manifest["counts"].values()) == len(held)
+    shutil.move(target.path, tmp_path / "aside")
+    with pytest.raises(DataError, match=r"new/target: missing, though .* names it; copy the whole folder .*new again"):
+        _ = Corpus.open(built.path).target
+    shutil.copytree(corpus.path, target.path)
+    with pytest.raises(DataError, match=r"new/target: another target than this corpus was made with; copy the whole"):
+        Corpus.open(built.path, verify=True)
     again = build(made, items, tmp_path / "without", tokens=900, limits=Limits(), held_out=0)
     assert Corpus.open(again.path).target is None
     assert "target" not in [path.name for path in again.path.iterdir()]
@@ -312,6 +319,10 @@ def test_mistakes_are_named(corpus: Corpus, items: Path, tmp_path: Path) -> None
         build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=600)
     with pytest.raises(DataError, match="larger than the pool it leaves, 0; use fewer --tokens"):
         build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=10**9, limits=Limits())
+    with pytest.raises(DataError, match=r"held-out share 1: must lie in \[0, 1\); 0.1 is usual, 0 holds nothing out"):
+        build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=600, held_out=1)
+    with pytest.raises(DataError, match=r"all of the 1 items are held out.*; name more items, or --held-out 0"):
+        build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=600, held_out=0.999999)
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(DataError, match=r"notes\.txt: not a table"):
         read_items([Source(tmp_path / "notes.txt")], ["query"])
@@ -394,6 +405,7 @@ def test_command_line(
     assert main(["proxy", *options, "--min-tokens", "20", "--per-item", "3"]) == 0
     said = capsys.readouterr().out
     assert "shares of tokens" in said
+    assert "0 of 2 items, 1 documents (no item fell into it; a larger" in said
     assert re.search(r"passed over: under 20 tokens \(--min-tokens\) +│ +\d+ ", said)
     assert re.search(r"passed over: beyond 3 of an item \(--per-item\) +│ +\d+ ", said)
     assert re.search(r"passed over: near-duplicates \(--per-near-duplicate\) +│ +[1-9]\d* ", said)

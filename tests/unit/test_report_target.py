@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from megaopus.data.target import Target
+from megaopus.report.arms import find_arms
 from megaopus.report.compare import compare, load_run
+from megaopus.report.figures import domain_figure, inks
 from megaopus.report.page import _Page
 from megaopus.report.target import target_of
 from tests.unit.report_runs import write_run
@@ -61,6 +63,10 @@ def test_report_says_which_target_it_speaks_of(case: str, tmp_path: Path, capsys
     )
     assert row[1 : 2 + named] == [f"{final:.4f}", f"{mean:.4f}"][: 1 + named]
     assert row[-2] == f"{found.tokens_ratio:.2f}"
+    panels = [
+        axis.get_title("left") for axis in domain_figure({"opus": opus}, inks(find_arms({"opus": opus}), None), 0).axes
+    ]
+    assert panels[4:] == (["target: items", "target: nearest"] if "held out" in case else [])
     parts = {row[0]: row[1:3] for row in rows if row[0].startswith("target: ")}
     held = {"target: items": -0.25, "target: nearest": 0.25} if "held out" in case else {}
     assert parts == {
