@@ -284,7 +284,8 @@ def stretch_curve(run: Run, start_step: int, window: int, start: ValidationRecor
     records = [record for record in run.validations if record.step > start_step]
     if not records:
         raise DataError(f"{run.path}: no validation after step {start_step}; set train.eval_every")
-    losses = [record.loss for record in ([start] if start else []) + records]
+    points = ([start] if start else []) + records
+    losses = [record.loss for record in points]
     if records[-1].tokens <= tokens or records[-1].time_s <= time_s:
         raise DataError(f"{run.path}: its counts of tokens and seconds do not grow after step {start_step}")
     origin = [0.0] if start else []
@@ -293,8 +294,8 @@ def stretch_curve(run: Run, start_step: int, window: int, start: ValidationRecor
         time_s=origin + [record.time_s - time_s for record in records],
         losses=trailing_mean(losses, window),
         raw=losses,
-        domains=_finals([record.domains for record in records[-window:]]),
-        held_out=_finals([record.held_out for record in records[-window:]]),
+        domains=_finals([record.domains for record in points[-window:]]),
+        held_out=_finals([record.held_out for record in points[-window:]]),
         start_tokens=tokens,
         start_time_s=time_s,
         window=window,

@@ -280,7 +280,16 @@ class _Page:
         """Arms against the baseline's, paired by seed."""
         if not self.seeds:
             return ""
-        header = ["arm", "seeds", "final loss", "baseline's", "difference", "p", "tokens to it", "time to it"]
+        header = [
+            "arm",
+            "seeds",
+            f"final {self.headline.loss}",
+            "baseline's",
+            "difference",
+            "p",
+            "tokens to it",
+            "time to it",
+        ]
         rows = []
         for arm, found in self.seeds.items():
             losses = (found.final_loss, found.final_loss_std), (found.uniform_final_loss, found.uniform_final_loss_std)
