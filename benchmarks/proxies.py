@@ -100,9 +100,9 @@ def make(data: Path, folder: Path, console: Console) -> Places:
     if not (places.near / MANIFEST).is_file():
         budget = sum(counts["proxy"]["tokens"] for counts in Corpus.open(places.random).manifest["counts"].values())
         pool = Corpus.open(places.random)
-        # as the rows in results/ were made, before there were limits
+        # as the rows in results/ were made, before there were limits and a held-out target
         no = benchmark_proxy.Limits()
-        benchmark_proxy.build(pool, items[::2], places.near, tokens=budget, limits=no, console=console)
+        benchmark_proxy.build(pool, items[::2], places.near, tokens=budget, limits=no, held_out=0, console=console)
     return places
 
 

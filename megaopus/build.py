@@ -109,7 +109,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
         trainer.config["selection"]["proxy_ema"] = decay
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    old_record = on_rank_0(mesh, lambda: _begin(config, run_dir, mesh, checkpoint, identity["corpus"], vocab_size))
+    old_record = on_rank_0(mesh, lambda: _begin(config, run_dir, mesh, checkpoint, data, vocab_size))
     monitor = Recorder(
         config.logging,
         run_dir,
@@ -195,7 +195,7 @@ def _check_room(config: RunConfig, vocab_size: int, precision: str, checkpoint: 
 
 
 def _begin(
-    config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint | None, corpus: str, vocab_size: int
+    config: RunConfig, run_dir: Path, mesh: Mesh, checkpoint: Checkpoint | None, data: RunData, vocab_size: int
 ) -> Path | None:
     """Write, on rank 0, for the first time: nothing can be refused any more. Says where an old record was moved to."""
     old_record = None
@@ -213,7 +213,8 @@ def _begin(
         world_size=mesh.shape.world_size,
         first_step=0 if checkpoint is None else checkpoint.step,
         facts={
-            "corpus": corpus,
+            "corpus": data.pool.corpus.fingerprint,
+            "target": asdict(data.target()),
             "parameters": count_parameters(config.model, vocab_size, config.data.seq_len),
             "picking": PICKING,
         },
@@ -261,7 +262,8 @@ def build_trainer(
         selector=selector,
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh, size=size),
         validation=data.evaluation_buffers(),
-        wanted=data.headline_domains(),
+        held_out=data.held_out_buffers(),
+        wanted=config.data.target_domains,
         guard=SpikeGuard(
             config.train.spike_factor,
             config.train.spike_window,

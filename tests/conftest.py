@@ -13,11 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megaopus.corpus_tools.benchmark_proxy import Limits, build
+from megaopus.corpus_tools.nearest_documents import Item
 from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Source
 from megaopus.corpus_tools.split import SplitRule
+from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.training.signals import StopSignal
 from tests.pool import Pool
 
@@ -103,6 +107,16 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sources.append(Source(path, domain))
     rule = SplitRule(proxy_fraction=0.2, validation_fraction=0.2, wanted=("docs",))
     return prepare(sources, folder / "corpus", vocab_size=320, rule=rule)
+
+
+@pytest.fixture(scope="session")
+def target_corpus(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with another proxy, the documents nearest to some of its sentences, and a third of that held out."""
+    corpus = Corpus.open(tiny_corpus)
+    texts = corpus.texts(np.flatnonzero(corpus.split_codes == SPLITS.index("validation")))
+    items = [Item(str(n), text[at : at + 200]) for n, text in enumerate(texts) for at in (0, 400)]
+    folder = tmp_path_factory.mktemp("target_corpus") / "corpus"
+    return build(corpus, items, folder, tokens=4000, limits=Limits(), held_out=0.33, workers=1).path
 
 
 @pytest.fixture(scope="session", autouse=True)

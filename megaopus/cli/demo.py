@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -144,13 +145,22 @@ def ensure_corpus(path: Path, console: Console) -> Path:
 
 
 def summarise(uniform: Run, opus: Run, comparison: Comparison, args: argparse.Namespace) -> dict[str, Any]:
-    """Make the content of summary.json; ratios are null where opus never reaches uniform's final loss."""
+    """Make the content of summary.json; ratios are null where opus never reaches uniform's final loss.
+
+    Losses and ratios are on the target, but for ``final_mean_loss``, the mean over all domains.
+    """
+    from megaopus.report.target import target_of
+
+    means = mean_losses(comparison)
     return {
+        "target": target_of(opus).told,
+        "uniform.final_loss": comparison.uniform_final_loss,
+        "opus.final_loss": comparison.final_loss,
+        "uniform.final_mean_loss": means[0],
+        "opus.final_mean_loss": means[1],
         "tokens_ratio": comparison.tokens_ratio,
         "time_ratio": comparison.time_ratio,
         "overhead": comparison.overhead,
-        "uniform.final_loss": comparison.uniform_final_loss,
-        "opus.final_loss": comparison.final_loss,
         "seeds": 1,
         "seed": args.seed,
         "uniform_fall": comparison.uniform_fall,
@@ -158,6 +168,12 @@ def summarise(uniform: Run, opus: Run, comparison: Comparison, args: argparse.Na
         "picked_share": {run.name: picked_share(run) for run in (uniform, opus)},
         "comparison": asdict(comparison),
     }
+
+
+def mean_losses(comparison: Comparison) -> tuple[float, float]:
+    """Average the final losses of the domains, uniform's and opus's."""
+    first, second = (fmean(each.values()) for each in (comparison.uniform_final_domains, comparison.final_domains))
+    return first, second
 
 
 def picked_share(run: Run) -> dict[str, float]:
@@ -174,7 +190,9 @@ def print_table(console: Console, uniform: Run, opus: Run, comparison: Compariso
     table = Table(title=f"{len(steps)} updates from the same random weights", title_style="bold")
     for column, justify in (("", "left"), ("uniform", "right"), ("opus", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    table.add_row(f"final loss on {WANTED}", f"{comparison.uniform_final_loss:.3f}", f"{comparison.final_loss:.3f}")
+    losses = comparison.uniform_final_loss, comparison.final_loss
+    table.add_row(f"final target loss ({WANTED})", *(f"{loss:.3f}" for loss in losses))
+    table.add_row("mean over all domains", *(f"{loss:.3f}" for loss in mean_losses(comparison)))
     table.add_row("seconds of a step, measured in turns", *(f"{run.steps[0].step_s:.3f}" for run in (uniform, opus)))
     reach = comparison.tokens_ratio, comparison.time_ratio
     table.add_row("update tokens to uniform's final loss", f"{tokens:,}", _reached(reach[0], tokens, "{:,.0f}"))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,10 +17,12 @@ from megaopus.plugins import require_plugins
 
 if TYPE_CHECKING:
     from megaopus.corpus_tools.benchmark_proxy import ProxyCorpus
-    from megaopus.corpus_tools.nearest_documents import Item
     from megaopus.data.corpus import Corpus
 
-DESCRIPTION = "Write a corpus anew with another proxy: the documents nearest to benchmark items, which leave its pool."
+DESCRIPTION = (
+    "Write a corpus anew with another proxy: the documents nearest to benchmark items, which leave its pool. A share\n"
+    "of items and documents is held out, and the loss on it is the first number that runs on the corpus tell."
+)
 EXAMPLES = "  python -m megaopus proxy --corpus corpus --items arc_easy.jsonl --tokens 300000 --out corpus_arc"
 _SHOWN = 10
 
@@ -29,6 +30,7 @@ _SHOWN = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the corpus, the benchmark items, and how documents are found and taken."""
     from megaopus.corpus_tools.benchmark_proxy import USUAL
+    from megaopus.corpus_tools.held_out import USUAL_SHARE
     from megaopus.corpus_tools.nearest_documents import HASHED, OVERLAP_WORDS
 
     add = parser.add_argument
@@ -63,6 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drop-overlap",
         action="store_true",
         help=f"leave out documents sharing {OVERLAP_WORDS} words in a row with an item",
+    )
+    add(
+        "--held-out",
+        type=float,
+        default=USUAL_SHARE,
+        metavar="SHARE",
+        help="share of the items, and of the documents near to the others, to measure by: in neither pool nor proxy"
+        " (default %(default)s; 0: none)",
     )
     add("--workers", type=int, metavar="N", help="processes that search (default: one a core; with a model, this one)")
     add(
@@ -102,11 +112,12 @@ def run(args: argparse.Namespace) -> int:
         limits=Limits(**limits),
         encoder=args.encoder,
         drop_overlap=args.drop_overlap,
+        held_out=args.held_out,
         overwrite=args.overwrite,
         workers=args.workers,
         console=console,
     )
-    show(corpus, items, made, console)
+    show(corpus, made, console)
     return 0
 
 
@@ -116,7 +127,7 @@ def closing(args: argparse.Namespace) -> str:
     return f"corpus in {args.out} | next: python -m megaopus train data.path={folder} selection=opus"
 
 
-def show(corpus: Corpus, items: Sequence[Item], made: ProxyCorpus, console: Console) -> None:
+def show(corpus: Corpus, made: ProxyCorpus, console: Console) -> None:
     """Print what was taken and passed over, shares of the domains, the nearest documents with their items, overlaps."""
     from megaopus.corpus_tools.nearest_documents import OVERLAP_WORDS
 
@@ -138,13 +149,17 @@ def show(corpus: Corpus, items: Sequence[Item], made: ProxyCorpus, console: Cons
     for place in chosen[:_SHOWN]:
         document = found.documents[place]
         text = corpus.texts([document], 80)[0]
-        cells = (corpus.domains[corpus.domain_codes[document]], _short(text), _short(items[found.item[place]].text))
+        cells = (
+            corpus.domains[corpus.domain_codes[document]],
+            _short(text),
+            _short(made.items[found.item[place]].text),
+        )
         nearest.add_row(f"{found.similarity[place]:.3f}", *map(escape, cells))
     console.print(nearest)
     overlaps = ", ".join(f"{name} {count:,}" for name, count in summary["overlapping_documents"].items())
     console.print(
         f"documents that share {OVERLAP_WORDS} words in a row with an item: {overlaps};"
-        f" items met: {summary['overlapping_items']:,} of {len(items):,}",
+        f" items met: {summary['overlapping_items']:,} of {summary['items']:,}",
         highlight=False,
     )
 
@@ -158,8 +173,9 @@ def _taken(corpus: Corpus, made: ProxyCorpus) -> dict[str, str]:
         "documents": f"{summary['documents']:,}",
         "tokens": f"{tokens:,} of {summary['tokens']:,}",
         "similarity to an item": f"{found.similarity[chosen[0]]:.3f} to {found.similarity[chosen[-1]]:.3f}",
-        "items that are nearest to one": f"{summary['items_with_documents']:,} of {summary['items']:,},"
+        "items that are nearest to one": f"{summary['items_with_documents']:,} of {len(made.items):,},"
         f" {summary['most_documents_of_an_item']:,} documents at most",
+        "held out to measure by": _held_out(made.summary),
     }
     why = {
         "min_tokens": f"under {limits['min_tokens']} tokens (--min-tokens)",
@@ -168,6 +184,16 @@ def _taken(corpus: Corpus, made: ProxyCorpus) -> dict[str, str]:
     }
     rows |= {f"passed over: {why[name]}": f"{count:,}" for name, count in passed_over.items() if limits[name]}
     return rows
+
+
+def _held_out(summary: dict[str, Any]) -> str:
+    """Tell how much was held out, and what to do where it is nothing though something was asked for."""
+    items, documents = summary["items_held_out"], summary["documents_held_out"]
+    told = f"{items:,} of {summary['items']:,} items, {documents:,} documents"
+    lacking = [name for name, count in (("item", items), ("document", documents)) if not count]
+    if lacking and summary["held_out"]:
+        told += f" (no {' and no '.join(lacking)} fell into it; a larger --held-out takes some)"
+    return told
 
 
 def _short(text: str) -> str:

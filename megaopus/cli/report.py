@@ -64,6 +64,7 @@ def write_page(args: argparse.Namespace, texts: Texts | None = None) -> int:
     """Write the page. Raises DataError before anything is written if a run folder cannot be read."""
     from megaopus.report.compare import load_run
     from megaopus.report.page import write_report
+    from megaopus.report.target import headline_of
 
     paths = [Path(path) for path in args.runs]
     if args.start_step is not None and args.start_step < 0:
@@ -74,6 +75,7 @@ def write_page(args: argparse.Namespace, texts: Texts | None = None) -> int:
             print(f"note: {note}")
     resolved = [path.resolve() for path in paths]
     out = Path(args.out) if args.out else Path(os.path.commonpath(resolved)) / "report.html"
+    print(f"target: {headline_of(runs).target.told}")
     print(f"wrote {write_report(runs, out, start_step=args.start_step, texts=texts)}")
     return 0
 

@@ -19,6 +19,8 @@ ANY_LAYOUT = {"estimator": "selection.estimator=directional", "method": "selecti
 """What works with every model at every layout."""
 
 CORPUS_RULES = RuleBook()
+_TARGET = "target"
+"""The split that the verb proxy holds out, the folder in a corpus that has it, and the key in its manifest."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -58,12 +60,14 @@ for _name in ("path", "proxy_path", "validation_path"):
 
 
 def _corpora(config: RunConfig) -> dict[str, tuple[str, str]]:
-    """Split -> (the setting that names its corpus, path); the proxy only where it is used."""
+    """Split -> (the setting that names its corpus, path); the proxy only where it is used, the target where it is."""
     data = config.data
     proxy = ("data.proxy_path", data.proxy_path) if data.proxy_path else ("data.path", data.path)
     validation = ("data.validation_path", data.validation_path) if data.validation_path else ("data.path", data.path)
     corpora = {"pool": ("data.path", data.path), "validation": validation}
     used = config.selection.needs_proxy or config.selection.needs_text_features
+    if _TARGET in read_manifest(Path(proxy[1])):  # every validation reads it, whatever chooses the batches
+        corpora[_TARGET] = proxy
     return corpora | ({"proxy": proxy} if used else {})
 
 
@@ -74,8 +78,8 @@ def _splits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     for split, (key, path) in _corpora(config).items():
         if _corpus_problem(key, path):
             continue  # said by the rule of that setting
-        counts = read_manifest(Path(path))["counts"]
-        targets = config.data.target_domains if split != "pool" else []
+        counts = read_manifest(Path(path) / _TARGET if split == _TARGET else Path(path)).get("counts", {})
+        targets = config.data.target_domains if split in ("proxy", "validation") else []
         for name in targets:
             if name not in counts and (path, name) not in said:
                 said.add((path, name))
@@ -111,6 +115,8 @@ def _split_problem(
     remedy = f"prepare it with a larger --{split}-fraction, or name another corpus with data.{split}_path"
     if split == "pool":
         remedy = "prepare it with more text, or with smaller proxy and validation fractions"
+    if split == _TARGET:
+        remedy = "make it again with a larger 'proxy --held-out', or with 0"
     longest = max(tokens[name] for name in short)
     if longest == 0:
         yield Problem(key, path, f"its split '{split}' is empty for {', '.join(short)}", remedy)

@@ -2,15 +2,14 @@
 
 As arXiv 2602.05400 builds its Bench-Proxy: embed items and documents with a frozen encoder, take the documents of the
 largest cosine similarity with any item up to a budget of tokens. Tokens stay where they are: the new corpus differs
-from the old one in which split each document belongs to.
+from the old one in which split each document belongs to. A share of the items and of the nearest documents is held out
+as a target to measure by (``held_out``): no document is looked for by the ones, and the others are in no other split.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from megaopus.corpus_tools.held_out import USUAL_SHARE, divide, is_held_out, share_file, write_target
+from megaopus.corpus_tools.manifest import split_counts, write_manifest
 from megaopus.corpus_tools.near_duplicates import NearDuplicates
 from megaopus.corpus_tools.nearest_documents import CHUNK, HASHED, OVERLAP_WORDS, Found, Item, search
 from megaopus.corpus_tools.sources import Source, SourceReader
@@ -26,14 +27,14 @@ from megaopus.corpus_tools.workers import cores
 from megaopus.data.corpus import (
     CODE_DTYPE,
     CODES,
+    HELD_OUT,
     LEFT_OUT,
     MANIFEST,
     ROWS,
     SPLIT_NAMES,
     SPLITS,
+    TARGET,
     Corpus,
-    fingerprint_of,
-    sha256_file,
 )
 from megaopus.data.folder import new_folder, refuse_existing, work_folder
 from megaopus.errors import DataError
@@ -50,7 +51,8 @@ class Limits:
     per_item: int = 0
     """Documents whose nearest item is the same."""
     per_near_duplicate: int = 0
-    """Documents that share most of their words (``near_duplicates``); the others leave the pool too, as copies do."""
+    """Documents that share most of their words (``near_duplicates``); the others leave the pool too, as copies do.
+    With any limit the proxy has none of a document that is held out, and the other way round."""
 
 
 USUAL = Limits(min_tokens=256, per_item=10, per_near_duplicate=1)
@@ -63,6 +65,8 @@ class Chosen:
 
     places: np.ndarray
     """(P,) in ``Found`` of the proxy's documents, nearest first."""
+    held_out: np.ndarray
+    """(H,) in ``Found`` of those of the held-out target, nearest first."""
     splits: np.ndarray
     """(D,) uint8 split of every document of the corpus."""
     passed_over: dict[str, int]
@@ -75,8 +79,10 @@ class ProxyCorpus:
 
     path: Path
     """The new corpus."""
+    items: list[Item]
+    """Those that documents were looked for by."""
     found: Found
-    """Every candidate document with the item it is nearest to."""
+    """Every candidate document with the item of ``items`` it is nearest to."""
     chosen: np.ndarray
     """(P,) places in ``found`` of the documents of the proxy, nearest first."""
     summary: dict[str, Any]
@@ -124,6 +130,7 @@ def build(
     limits: Limits = USUAL,
     encoder: str = HASHED,
     drop_overlap: bool = False,
+    held_out: float = USUAL_SHARE,
     overwrite: bool = False,
     workers: int | None = None,
     console: Console | None = None,
@@ -132,67 +139,77 @@ def build(
 
     Documents of the old proxy are candidates like those of the pool; validation stays. Copies of a chosen document
     leave the pool too. ``drop_overlap``: so do documents that share OVERLAP_WORDS words in a row with an item.
+    ``held_out``: share of the items, and of the documents that would be the proxy, that become ``Corpus.target``
+    instead, by a hash of their texts; what shares such words with a held-out item leaves the pool in any case.
     ``workers``: processes that search; None: one for each core with the hashed encoder, else this one.
 
     Raises:
-        DataError: a budget that no document fits, or that leaves no pool; anything wrong with ``out``.
+        DataError: a budget that no document fits, or that leaves no pool; a share that leaves no item; anything wrong
+            with ``out``.
     """
     console = console or Console(quiet=True)
     workers = workers or (cores() if encoder == HASHED else 1)
     refuse_existing(out, overwrite, MANIFEST)
-    plan = json.dumps(
-        [
-            corpus.fingerprint,
-            encoder,
-            OVERLAP_WORDS,
-            CHUNK,
-            [hashlib.sha256(i.text.encode()).hexdigest() for i in items],
-        ]
-    )
+    searched, kept = divide(items, held_out)
+    told = [[hashlib.sha256(item.text.encode()).hexdigest() for item in part] for part in (searched, kept)]
+    plan = json.dumps([corpus.fingerprint, encoder, OVERLAP_WORDS, CHUNK, *told])
     with work_folder(out, plan, console) as work:
-        found = search(corpus, items, encoder, work, workers, CHUNK, console)
-        chosen = assign(corpus, found, tokens, limits, drop_overlap)
+        found = search(corpus, searched, kept, encoder, work, workers, CHUNK, console)
+        chosen = assign(corpus, found, tokens, limits, drop_overlap, held_out)
         asked = {"encoder": encoder, "tokens": tokens, "limits": asdict(limits), "drop_overlap": drop_overlap}
-        summary = asked | _summary(corpus, items, found, chosen)
+        summary = asked | {"held_out": held_out} | _summary(corpus, searched, kept, found, chosen)
         with new_folder(out, console) as folder:
-            _write(corpus, chosen.splits, summary, folder)
-    return ProxyCorpus(out, found, chosen.places, summary)
+            target = None
+            if kept or len(chosen.held_out):
+                target = write_target(corpus, found.documents[chosen.held_out], kept, folder / TARGET)
+            _write(corpus, chosen.splits, summary, target, folder)
+    return ProxyCorpus(out, searched, found, chosen.places, summary)
 
 
-def assign(corpus: Corpus, found: Found, tokens: int, limits: Limits, drop_overlap: bool) -> Chosen:
-    """Choose the proxy, nearest first. Raises DataError if no document fits, or no pool is left."""
-    usable = ~found.overlaps if drop_overlap else np.ones(len(found.documents), dtype=bool)
+def assign(
+    corpus: Corpus, found: Found, tokens: int, limits: Limits, drop_overlap: bool, held_out: float = 0.0
+) -> Chosen:
+    """Choose the proxy, nearest first. Raises DataError if no document fits, or no pool is left.
+
+    A share ``held_out`` of what would be chosen is held out instead; its tokens do not count among ``tokens``.
+    """
+    usable = ~found.overlaps if drop_overlap else ~found.overlaps_held_out
     order = np.lexsort((found.documents, -found.similarity))
     order = order[usable[order]]
     first = np.sort(np.unique(found.digest[order], return_index=True)[1])  # one of each, nearest first
     order = order[first]
-    chosen, alike, passed_over = _within(limits, corpus, found, order, tokens)
+    chosen, held, alike, passed_over = _within(limits, corpus, found, order, tokens, held_out)
     if not len(chosen):
         long, shorter = "", ""
         if limits.min_tokens:
             long, shorter = f" of documents of at least {limits.min_tokens}", ", or fewer --min-tokens"
+        if len(held):
+            long += f" beside the {len(held):,} documents held out"
+            shorter += ", or a smaller --held-out"
         raise DataError(f"no document fits a proxy of {tokens:,} tokens{long}; use more --tokens{shorter}")
     splits = corpus.split_codes.copy()
     splits[found.documents] = POOL
     splits[found.documents[~usable]] = LEFT_OUT
-    copies = np.isin(found.digest, found.digest[np.concatenate([chosen, alike])])
+    copies = np.isin(found.digest, found.digest[np.concatenate([chosen, held, alike])])
     splits[found.documents[copies]] = LEFT_OUT
     splits[found.documents[chosen]] = PROXY
+    splits[found.documents[held]] = HELD_OUT
     proxy, pool = (int(corpus.lengths[splits == code].sum()) for code in (PROXY, POOL))
     if proxy > pool:
         raise DataError(f"a proxy of {proxy:,} tokens is larger than the pool it leaves, {pool:,}; use fewer --tokens")
-    return Chosen(chosen, splits, passed_over)
+    return Chosen(chosen, held, splits, passed_over)
 
 
 def _within(
-    limits: Limits, corpus: Corpus, found: Found, order: np.ndarray, tokens: int
-) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """(places of the proxy's documents, places of near-duplicates of them, ``Chosen.passed_over``), in ``order``."""
+    limits: Limits, corpus: Corpus, found: Found, order: np.ndarray, tokens: int, held_out: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, int]]:
+    """(places of the proxy, places held out, places of near-duplicates of them, ``Chosen.passed_over``), in order."""
     chosen: list[int] = []
+    held: list[int] = []
     alike: list[int] = []
     passed_over = dict.fromkeys(asdict(limits), 0)
     of_item = np.zeros(len(found.items_met), dtype=np.int64)
-    known, total = NearDuplicates(), 0
+    known, known_held, total = NearDuplicates(), NearDuplicates(), 0
     for place in order.tolist():
         document, item = found.documents[place], found.item[place]
         length = int(corpus.lengths[document])
@@ -202,31 +219,43 @@ def _within(
         if limits.per_item and of_item[item] >= limits.per_item:
             passed_over["per_item"] += 1
             continue
-        text = corpus.texts([document])[0] if limits.per_near_duplicate else ""
-        if limits.per_near_duplicate and known.count(text) >= limits.per_near_duplicate:
+        text = corpus.texts([document])[0] if limits.per_near_duplicate or held_out else ""
+        holds = is_held_out(text, held_out)
+        own, other = (known_held, known) if holds else (known, known_held)
+        most = limits.per_near_duplicate
+        if most and (other.count(text) or own.count(text) >= most):
             passed_over["per_near_duplicate"] += 1
             alike.append(place)
             continue
-        total += length
-        if total > tokens:
-            break
-        chosen.append(place)
+        if not holds:
+            total += length
+            if total > tokens:
+                break
+        (held if holds else chosen).append(place)
         of_item[item] += 1
-        known.add(text)
-    return np.array(chosen, dtype=np.int64), np.array(alike, dtype=np.int64), passed_over
+        own.add(text)
+    first, second, third = (np.array(places, dtype=np.int64) for places in (chosen, held, alike))
+    return first, second, third, passed_over
 
 
-def _summary(corpus: Corpus, items: Sequence[Item], found: Found, chosen: Chosen) -> dict[str, Any]:
-    """Sum up for the manifest: what was taken and passed over, shares of the domains, overlaps."""
-    splits = chosen.splits
+def _summary(
+    corpus: Corpus, searched: Sequence[Item], kept: Sequence[Item], found: Found, chosen: Chosen
+) -> dict[str, Any]:
+    """Sum up for the manifest: what was taken, passed over and held out, shares of the domains, overlaps."""
+    splits, items = chosen.splits, [*searched, *kept]
     here = splits[found.documents]
-    of_item = np.bincount(found.item[chosen.places], minlength=len(items))
-    overlapping = {SPLIT_NAMES[code]: int((found.overlaps & (here == code)).sum()) for code in (POOL, PROXY, LEFT_OUT)}
+    of_item = np.bincount(found.item[chosen.places], minlength=len(searched))
+    overlapping = {
+        SPLIT_NAMES[code]: int((found.overlaps & (here == code)).sum())
+        for code in (POOL, PROXY, LEFT_OUT, *([HELD_OUT] if len(chosen.held_out) else []))
+    }
     return {
         "from": corpus.fingerprint,
         "items": len(items),
         "items_sha256": hashlib.sha256("\0".join(item.text for item in items).encode()).hexdigest(),
+        "items_held_out": len(kept),
         "documents": len(chosen.places),
+        "documents_held_out": len(chosen.held_out),
         "passed_over": chosen.passed_over,
         "items_with_documents": int((of_item > 0).sum()),
         "most_documents_of_an_item": int(of_item.max()),
@@ -243,32 +272,20 @@ def _shares(corpus: Corpus, members: np.ndarray) -> dict[str, float]:
     return dict(zip(corpus.domains, (counts / max(1, counts.sum())).round(4).tolist(), strict=True))
 
 
-def _write(corpus: Corpus, splits: np.ndarray, summary: dict[str, Any], folder: Path) -> None:
+def _write(corpus: Corpus, splits: np.ndarray, summary: dict[str, Any], target: str | None, folder: Path) -> None:
+    """Write the files of the new corpus into ``folder``; ``target``: the fingerprint of what lies in it held out."""
     for name in sorted(set(corpus.manifest["files"]) - {ROWS, CODES}):
-        try:
-            os.link(corpus.path / name, folder / name)
-        except OSError:  # another file system
-            shutil.copyfile(corpus.path / name, folder / name)
+        share_file(corpus.path / name, folder / name)
     with (corpus.path / ROWS).open(encoding="utf-8") as old, (folder / ROWS).open("w", encoding="utf-8") as new:
         for line, split in zip(old, splits.tolist(), strict=True):
             new.write(json.dumps({**json.loads(line), "split": SPLIT_NAMES[split]}, ensure_ascii=False) + "\n")
     codes = np.empty(len(splits), dtype=CODE_DTYPE)
     codes["domain"], codes["split"] = corpus.domain_codes, splits
     np.save(folder / CODES, codes)
-    counts: dict[str, Any] = {}
     counted = corpus.loss_tokens() if corpus.masked else None
-    for code, domain in enumerate(corpus.domains):
-        counts[domain] = {}
-        for split, name in enumerate(SPLIT_NAMES):
-            here = (corpus.domain_codes == code) & (splits == split)
-            counts[domain][name] = {"documents": int(here.sum()), "tokens": int(corpus.lengths[here].sum())}
-            if counted is not None:
-                counts[domain][name]["loss_tokens"] = int(counted[here].sum())
-    provenance = {**corpus.manifest.get("provenance", {}), "proxy": summary}
-    manifest = {**corpus.manifest, "counts": counts, "provenance": provenance}
-    manifest["files"] = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-        for name in corpus.manifest["files"]
-    }
-    manifest["fingerprint"] = fingerprint_of(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    facts = {name: value for name, value in corpus.manifest.items() if name != TARGET}
+    facts["counts"] = split_counts(corpus.domains, codes, corpus.lengths, counted, SPLIT_NAMES)
+    facts["provenance"] = {**corpus.manifest.get("provenance", {}), "proxy": summary}
+    if target is not None:
+        facts[TARGET] = {"fingerprint": target}
+    write_manifest(folder, facts)

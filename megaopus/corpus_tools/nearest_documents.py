@@ -51,37 +51,46 @@ class Found:
     item: np.ndarray
     overlaps: np.ndarray
     """Whether a run of words is shared with any item."""
+    overlaps_held_out: np.ndarray
+    """Whether one is with an item that is held out."""
     digest: np.ndarray
     """Of the tokens, equal for equal documents."""
     items_met: np.ndarray
-    """(items,) whether the item shares a run of words with any candidate."""
+    """(items,) whether the item shares a run of words with any candidate; of those held out too, which come last."""
 
 
 def search(
-    corpus: Corpus, items: Sequence[Item], encoder: str, work: Path, workers: int, chunk: int, console: Console
+    corpus: Corpus,
+    items: Sequence[Item],
+    held_out: Sequence[Item],
+    encoder: str,
+    work: Path,
+    workers: int,
+    chunk: int,
+    console: Console,
 ) -> Found:
     """Every document that is not held out for validation, ``chunk`` of them a file in ``work``.
 
-    Raises StoppedError if a worker dies.
+    Similarity is to ``items`` alone; shared words are looked for in those ``held_out`` too. Raises StoppedError if a
+    worker dies.
     """
     documents = _documents(corpus)
     files = [work / f"near-{number:06d}.npz" for number in range(-(-len(documents) // chunk))]
     left = [(number, file) for number, file in enumerate(files) if not file.is_file()]
     if workers == 1 or len(left) <= 1:
-        done = _alone(Searcher(corpus, items, encoder, chunk), left) if left else iter(())
+        done = _alone(Searcher(corpus, items, held_out, encoder, chunk), left) if left else iter(())
     else:
-        done = _shared(corpus, items, encoder, chunk, left, min(workers, len(left)))
+        done = _shared(corpus, items, held_out, encoder, chunk, left, min(workers, len(left)))
     for _ in track(done, "finding the nearest", total=len(left), console=console, disable=console.quiet):
         pass
     parts = []
     for file in files:
         with np.load(file, allow_pickle=False) as held:
             parts.append(dict(held))
-    joined = {
-        name: np.concatenate([part[name] for part in parts]) for name in ("similarity", "item", "overlaps", "digest")
-    }
+    names = ("similarity", "item", "overlaps", "overlaps_held_out", "digest")
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in names}
     met_anywhere = np.unique(np.concatenate([part["met"] for part in parts]))
-    items_met = np.array([bool(np.isin(run, met_anywhere).any()) for run in _runs(items)])
+    items_met = np.array([bool(np.isin(run, met_anywhere).any()) for run in _runs([*items, *held_out])])
     return Found(documents, items_met=items_met, **joined)
 
 
@@ -100,9 +109,15 @@ def _alone(searcher: Searcher, left: Sequence[tuple[int, Path]]) -> Iterator[Non
 
 
 def _shared(
-    corpus: Corpus, items: Sequence[Item], encoder: str, chunk: int, left: Sequence[tuple[int, Path]], workers: int
+    corpus: Corpus,
+    items: Sequence[Item],
+    held_out: Sequence[Item],
+    encoder: str,
+    chunk: int,
+    left: Sequence[tuple[int, Path]],
+    workers: int,
 ) -> Iterator[None]:
-    pool = worker_pool(workers, _start, corpus.path.resolve(), list(items), encoder, chunk)
+    pool = worker_pool(workers, _start, corpus.path.resolve(), list(items), list(held_out), encoder, chunk)
     try:
         for future in as_completed([pool.submit(_work, number, file) for number, file in left]):
             future.result()
@@ -119,11 +134,13 @@ def _shared(
 class Searcher:
     """Items as the encoder sees them, beside a corpus."""
 
-    def __init__(self, corpus: Corpus, items: Sequence[Item], encoder: str, chunk: int):
+    def __init__(self, corpus: Corpus, items: Sequence[Item], held_out: Sequence[Item], encoder: str, chunk: int):
         self._corpus, self._chunk = corpus, chunk
         self._documents = documents = _documents(corpus)
-        runs = _runs(items)
-        self._known = np.unique(np.concatenate(runs)) if runs else np.empty(0, np.uint64)
+        self._known, self._held_out = (
+            np.unique(np.concatenate([*_runs(part), np.empty(0, np.uint64)]))
+            for part in ([*items, *held_out], held_out)
+        )
         asked = [item.text for item in items]
         self._encoding: HashedTfidf | SentenceEncoder
         if encoder == HASHED:
@@ -147,6 +164,7 @@ class Searcher:
                 similarity=similarity,
                 item=item,
                 overlaps=np.array([len(each) > 0 for each in met]),
+                overlaps_held_out=np.array([len(_among(each, self._held_out)) > 0 for each in met]),
                 digest=np.array([_digest(self._corpus, n) for n in here], dtype=np.uint64),
                 met=np.unique(np.concatenate(met)),
             )
@@ -171,10 +189,10 @@ def _digest(corpus: Corpus, document: int) -> int:
 _searcher: Searcher | None = None
 
 
-def _start(corpus: Path, items: list[Item], encoder: str, chunk: int) -> None:
+def _start(corpus: Path, items: list[Item], held_out: list[Item], encoder: str, chunk: int) -> None:
     global _searcher
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _searcher = Searcher(Corpus.open(corpus), items, encoder, chunk)
+    _searcher = Searcher(Corpus.open(corpus), items, held_out, encoder, chunk)
 
 
 def _work(number: int, file: Path) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from megaopus.corpus_tools.encode import CHUNK_CHARACTERS, Chunk, Entry, encode
+from megaopus.corpus_tools.manifest import split_counts, write_manifest
 from megaopus.corpus_tools.progress import Advance, stages
 from megaopus.corpus_tools.readers.stored import FaultyError
 from megaopus.corpus_tools.sources import Source, SourceReader
@@ -35,9 +36,6 @@ from megaopus.data.corpus import (
     SPLITS,
     TOKENIZER,
     TOKENS,
-    files_of,
-    fingerprint_of,
-    sha256_file,
     write_index,
 )
 from megaopus.data.folder import new_folder, refuse_existing, work_folder
@@ -284,19 +282,11 @@ def _write_manifest(
 
     ``counted``: tokens of each document that count in the loss; None: all.
     """
-    counts: dict[str, dict[str, dict[str, int]]] = {}
-    for code, domain in enumerate(scanned.domains):
-        counts[domain] = {}
-        for split, name in enumerate(SPLITS):
-            here = (scanned.domain_codes == code) & (scanned.split_codes == split)
-            counts[domain][name] = {"documents": int(here.sum()), "tokens": int(lengths[here].sum())}
-            if counted is not None:
-                counts[domain][name]["loss_tokens"] = int(counted[here].sum())
     version = FORMAT_VERSION if counted is None else MASKED_VERSION
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _TOOLS}
+    codes = np.load(folder / CODES)
     manifest = {
         "format_version": version,
-        "fingerprint": "",
         "domains": scanned.domains,
         "documents": len(lengths),
         "tokens": int(lengths.sum()),
@@ -304,15 +294,10 @@ def _write_manifest(
         "eod_token": eod_token,
         "eod_id": eod_id(tokenizer, eod_token, "tokenizer"),
         "token_dtype": _token_dtype(tokenizer).name,
-        "counts": counts,
+        "counts": split_counts(scanned.domains, codes, lengths, counted, SPLITS),
         "split_rule": asdict(rule),
         "sources": [asdict(source) for source in scanned.sources],
-        "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-            for name in files_of({"format_version": version})
-        },
         "versions": versions,
         **facts,
     }
-    manifest["fingerprint"] = fingerprint_of(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    write_manifest(folder, manifest)

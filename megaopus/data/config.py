@@ -134,7 +134,9 @@ class DataConfig:
         " validation too. false: a token sees all that is before it in its sequence.",
     )
     target_domains: list[str] = setting(
-        [], doc="Domains that training is for: proxy and headline validation loss come from them; empty: every domain."
+        [],
+        doc="Domains that training is for: the proxy comes from them, and the target loss, unless the proxy's corpus "
+        "has a held-out target (`proxy --held-out`); empty: every domain.",
     )
     weights: list[Any] = setting(
         [],
@@ -145,7 +147,10 @@ class DataConfig:
     )
     filter: FilterConfig = field(default_factory=FilterConfig)
     proxy_path: str | None = setting(
-        None, schemes=(), doc="Another prepared corpus to draw the proxy from; null: the split 'proxy' of `path`."
+        None,
+        schemes=(),
+        doc="Another prepared corpus to draw the proxy from, whose held-out target is the run's; null: the split "
+        "'proxy' of `path`.",
     )
     text_features_path: str | None = setting(
         None,

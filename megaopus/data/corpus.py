@@ -20,9 +20,11 @@ from megaopus.errors import DataError
 FORMAT_VERSION, MASKED_VERSION = 1, 2
 """Of a folder; the second has a loss mask, which a reader of the first would not obey."""
 SPLITS = ("pool", "proxy", "validation")
-SPLIT_NAMES = (*SPLITS, "left_out")
-LEFT_OUT = len(SPLITS)
-"""A document that is in no split: the verb proxy leaves copies of its choice there."""
+TARGET = "target"
+"""The split of what a proxy was not made with (``Corpus.target``), and the folder in a corpus that holds it."""
+SPLIT_NAMES = (*SPLITS, "left_out", TARGET)
+LEFT_OUT, HELD_OUT = len(SPLITS), len(SPLITS) + 1
+"""Of a document that is in no split, as copies of the choice of the verb proxy, and of one of the held-out target."""
 MANIFEST = "manifest.json"
 TOKENS, INDEX, ROWS, CODES, TOKENIZER = "tokens.bin", "tokens.idx", "documents.jsonl", "documents.npy", "tokenizer.json"
 FILES = (TOKENS, INDEX, ROWS, CODES, TOKENIZER)
@@ -105,7 +107,10 @@ class Corpus:
         tokens = np.memmap(folder / TOKENS, dtype=manifest["token_dtype"], mode="r")
         if verify:
             _check_vocabulary(folder / TOKENS, tokens, manifest["vocab_size"])
-        return cls(folder, manifest, tokens, lengths, offsets, codes["domain"], codes["split"])
+        found = cls(folder, manifest, tokens, lengths, offsets, codes["domain"], codes["split"])
+        if verify and found.target is not None:
+            cls.open(found.target.path, verify=True)
+        return found
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -145,6 +150,26 @@ class Corpus:
     def tokenizer_sha256(self) -> str:
         """Two corpora can be mixed in a run only if theirs are equal."""
         return self.manifest["files"][TOKENIZER]["sha256"]
+
+    @cached_property
+    def target(self) -> Corpus | None:
+        """Open, when first asked, what the verb proxy held out; None: nothing.
+
+        A small corpus of its own in the folder ``target``, all of it in the split of that name: benchmark items that no
+        document was looked for by (domain ``items``), and documents near to the other items (domain ``nearest``).
+
+        Raises:
+            DataError: it is not there, or not the one that this corpus was made with.
+        """
+        if TARGET not in self.manifest:
+            return None
+        folder, remedy = self.path / TARGET, f"copy the whole folder {self.path} again"
+        if not folder.is_dir():
+            raise DataError(f"{folder}: missing, though the manifest of its corpus names it; {remedy}")
+        found = Corpus.open(folder)
+        if found.fingerprint != self.manifest[TARGET]["fingerprint"]:
+            raise DataError(f"{folder}: another target than this corpus was made with; {remedy}")
+        return found
 
     @cached_property
     def ids(self) -> list[str]:

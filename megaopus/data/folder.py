@@ -63,7 +63,7 @@ def new_folder(out: Path, console: Console) -> Iterator[Path]:
         lock = _locked(partial, out)
         try:
             yield partial
-            for path in partial.iterdir():
+            for path in partial.rglob("*"):
                 sync(path)
             if out.exists():
                 out.rename(old)

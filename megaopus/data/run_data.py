@@ -12,12 +12,13 @@ from torch import Tensor
 
 from megaopus.data.candidates import CandidateBuffer, CandidateStream, evaluation_buffers
 from megaopus.data.config import DataConfig
-from megaopus.data.corpus import Corpus
+from megaopus.data.corpus import TARGET, Corpus
 from megaopus.data.mixture import parse_stages
 from megaopus.data.needs import DataNeeds
 from megaopus.data.read_ahead import TokenReader
 from megaopus.data.score_filter import kept_documents
 from megaopus.data.sequences import Sequences
+from megaopus.data.target import Target, held_out_target, target_of_domains
 from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
@@ -37,12 +38,14 @@ class RunDataSummary:
     domains: list[str]
     """Domains of the pool corpus."""
     sequences: dict[str, int]
-    """Split -> sequences that the run draws from: pool (filtered), validation (every domain), and proxy if it is read.
-    """
+    """Split -> sequences that the run draws from: pool (filtered), validation (every domain), target if something was
+    held out, and proxy if it is read."""
     validation: dict[str, int]
     """Domain -> sequences that each validation runs through."""
-    headline: list[str]
-    """Domains whose mean is the headline validation loss."""
+    held_out: dict[str, int]
+    """The same of each part of the target that was held out; empty: nothing was."""
+    target: Target
+    """What the headline loss is taken on."""
     epochs: dict[str, float]
     """Domain -> times that the run goes through its sequences of the pool; equal for all without weights."""
     weighted: bool
@@ -91,9 +94,22 @@ class RunData:
         data = self._data
         return Sequences(self._corpus(data.proxy_path or data.path), "proxy", data.seq_len, data.target_domains or None)
 
+    @cached_property
+    def held_out(self) -> Sequences | None:
+        """Open, when first asked, the target that the proxy's corpus held out, read or not; None: none was.
+
+        Raises DataError, also where none of it fills a sequence.
+        """
+        path = self._data.proxy_path or self._data.path
+        if (found := self._corpus(path).target) is None:
+            return None
+        self._opened[str(found.path)] = found
+        return Sequences(found, TARGET, self._data.seq_len)
+
     @property
     def masked(self) -> bool:
         """Tell whether the loss leaves out some of the tokens of a corpus that is open."""
+        _ = self.held_out  # which every validation reads
         return any(corpus.masked for corpus in self._opened.values())
 
     def candidates(self, reader: TokenReader | None = None) -> CandidateStream:
@@ -127,9 +143,17 @@ class RunData:
         """Choose the sequences of each domain that every validation runs through."""
         return evaluation_buffers(self.validation, self._needs.eval_sequences)
 
-    def headline_domains(self) -> list[str]:
-        """Name the domains whose mean is the headline validation loss: the wanted ones, else every one."""
-        return self._data.target_domains or self.validation.domains
+    def held_out_buffers(self) -> dict[str, CandidateBuffer]:
+        """Choose the sequences of each part of the held-out target that every validation runs through; none: empty."""
+        if (held_out := self.held_out) is None:
+            return {}
+        return evaluation_buffers(held_out, self._needs.eval_sequences)
+
+    def target(self) -> Target:
+        """Name what the headline loss is taken on: the held-out target, else the domains named, else all."""
+        if self.held_out is not None:
+            return held_out_target(self.held_out, self._data.proxy_path or self._data.path)
+        return target_of_domains(self._data.target_domains)
 
     def in_wanted_domains(self, candidates: Any) -> Tensor:
         """Say which of N candidates are of a wanted domain, (N,) bool; none where no domain is named."""
@@ -156,13 +180,16 @@ class RunData:
         drawn = {"pool": self.pool, "validation": self.validation}
         if self._needs.reads_proxy:
             drawn["proxy"] = self.proxy
+        if self.held_out is not None:
+            drawn[TARGET] = self.held_out
         return RunDataSummary(
             fingerprint=corpus.fingerprint,
             vocab_size=corpus.vocab_size,
             domains=list(corpus.domains),
             sequences={split: len(sequences) for split, sequences in drawn.items()},
             validation={domain: len(buffer) for domain, buffer in self.evaluation_buffers().items()},
-            headline=list(self.headline_domains()),
+            held_out={part: len(buffer) for part, buffer in self.held_out_buffers().items()},
+            target=self.target(),
             epochs=self.candidates().epochs(self._needs.steps),
             weighted=bool(self._data.weights),
             kept=None if kept is None else kept.told(corpus),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaopus.data.corpus import SPLITS, Corpus
+from megaopus.data.corpus import SPLIT_NAMES, SPLITS, TARGET, Corpus
 from megaopus.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Sequences:
 
         Args:
             corpus: an open corpus.
-            split: pool, proxy or validation.
+            split: pool, proxy, validation, or target (of a ``Corpus.target``).
             seq_len: L, at least 1.
             domains: names to take; None: every domain that fills at least one sequence.
             kept: the documents of the pool to take; None: all.
@@ -43,8 +43,8 @@ class Sequences:
         Raises:
             DataError: unknown split or domain, or a named domain (or the whole split) fills no sequence.
         """
-        if split not in SPLITS:
-            raise DataError(f"{corpus.path}: no split {split!r}; use one of: {', '.join(SPLITS)}")
+        if split not in (known := (*SPLITS, TARGET)):
+            raise DataError(f"{corpus.path}: no split {split!r}; use one of: {', '.join(known)}")
         if seq_len < 1:
             raise DataError(f"{corpus.path}: seq_len = {seq_len}; sequences need at least 1 token")
         unknown = sorted(set(domains or ()) - set(corpus.domains))
@@ -63,7 +63,7 @@ class Sequences:
 
     def _lay_out(self, wanted: set[str], explicit: bool) -> None:
         corpus, seq_len = self.corpus, self.seq_len
-        in_split = corpus.split_codes == SPLITS.index(self.split)
+        in_split = corpus.split_codes == SPLIT_NAMES.index(self.split)
         remedy = "use a smaller seq_len, or prepare more text"
         if self.kept is not None:
             in_split &= self.kept.documents

@@ -40,7 +40,7 @@ def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str,
     ]
     if data.kept is not None:
         parts.append(f"filtered {next(iter(data.kept))}: {data.kept['all']}")
-    parts += _sequence_rules(config, data)
+    parts += [*_sequence_rules(config, data), f"target: {data.target.told}"]
     if data.weighted:
         drawn = ", ".join(f"{name} {epochs:.2f}" for name, epochs in data.epochs.items())
         parts.append(f"domains by weight; epochs of each by the last step: {drawn}")
@@ -88,6 +88,7 @@ def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[st
         "corpus": f"{len(data.domains)} domains ({', '.join(data.domains)})",
         "sequences": ", ".join(f"{split} {count:,}" for split, count in data.sequences.items()),
         "each validation": _validation(data),
+        "target (the headline loss)": data.target.told,
         "epochs of candidates": _epochs(config, data),
     }
     if rules := _sequence_rules(config, data):
@@ -130,8 +131,11 @@ def _checkpoints(config: RunConfig, vocab_size: int) -> str:
 def _validation(data: RunDataSummary) -> str:
     """Tell which sequences a validation runs through."""
     each = ", ".join(f"{domain} {count:,}" for domain, count in data.validation.items())
-    headline = "every domain" if data.headline == list(data.validation) else ", ".join(data.headline)
-    return f"{sum(data.validation.values()):,} sequences ({each}), headline loss over {headline}"
+    told = f"{sum(data.validation.values()):,} sequences ({each})"
+    if data.held_out:
+        parts = ", ".join(f"{part} {count:,}" for part, count in data.held_out.items())
+        told += f", and {sum(data.held_out.values()):,} of the held-out target ({parts})"
+    return told
 
 
 def _epochs(config: RunConfig, data: RunDataSummary) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -56,7 +56,7 @@ class Console:
         self._began = clock()
         self._selects = selects
         self._legend_shown = False
-        self._loss: float | None = None  # of the last validation
+        self._validated: ValidationRecord | None = None  # the last
         self._done = 0
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_LINES + 1)
         self._steps: list[StepRecord] = []  # since the last progress line
@@ -123,13 +123,15 @@ class Console:
 
     def validation(self, record: ValidationRecord) -> None:
         """Print one validation line."""
-        self._loss, self._done = record.loss, record.step
-        parts = [
-            (f"validation after {record.step} steps, {format_count(record.tokens)} tokens", "bold"),
-            (f"loss {record.loss:.4f}", "bold cyan"),
-        ]
+        self._validated, self._done = record, record.step
+        parts = [(f"validation after {record.step} steps, {format_count(record.tokens)} tokens", "bold")]
+        if record.target:
+            parts.append((f"target loss {record.loss:.4f} ({_each(record.target)})", "bold cyan"))
+            parts += _mean(record)
+        else:
+            parts.append((f"loss {record.loss:.4f}", "bold cyan"))
         if len(record.domains) > 1:
-            parts.append((", ".join(f"{domain} {loss:.3f}" for domain, loss in record.domains.items()), ""))
+            parts.append((_each(record.domains), ""))
         self._write(parts)
 
     def event(self, event: Event) -> None:
@@ -157,8 +159,11 @@ class Console:
         """
         parts = [(f"done: {self._done} of {self._total_steps} steps", "bold")]
         parts.append((f"{format_duration(self._clock() - self._began)} in this process", ""))
-        if self._loss is not None:
-            parts.append((f"last validation loss {self._loss:.4f}", "bold cyan"))
+        if (last := self._validated) is not None and last.target:
+            parts.append((f"last target loss {last.loss:.4f}", "bold cyan"))
+            parts += _mean(last)
+        elif last is not None:
+            parts.append((f"last validation loss {last.loss:.4f}", "bold cyan"))
         parts.append((f"saved in {saved}" if saved else "nothing saved, for no update was made", ""))
         parts.append((f"next: {following}", "green"))
         self._write(parts)
@@ -175,6 +180,14 @@ class Console:
             line.append(joint, "dim").append(text, style)
             place += len(joint.lstrip("\n")) + len(text)
         self._rich.print(line, soft_wrap=True)
+
+
+def _mean(record: ValidationRecord) -> list[tuple[str, str]]:
+    return [] if record.mean_loss is None else [(f"mean over all domains {record.mean_loss:.4f}", "")]
+
+
+def _each(losses: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
 
 
 @contextmanager

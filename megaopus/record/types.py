@@ -267,9 +267,34 @@ class ValidationRecord:
     time_s: float = field(metadata=metric("s", "Time before it, as of the step.", wandb="time_s", reproducible=False))
     loss: float = field(
         metadata=metric(
-            "nats per token", "Mean loss on the wanted domains; on all if none is named.", wandb="validation/loss"
+            "nats per token",
+            "The headline: mean over `target`; over `domains` if that is empty.",
+            wandb="validation/loss",
         )
+    )
+    target: dict[str, float] = field(
+        default_factory=dict,
+        metadata=metric(
+            "nats per token",
+            "Mean loss on each part of the target; see [the target](#the-target).",
+            wandb="validation/target",
+        ),
+    )
+    mean_loss: float | None = field(
+        default=None,
+        metadata=metric("nats per token", "The mean over `domains`.", wandb="validation/mean_loss"),
     )
     domains: dict[str, float] = field(
         metadata=metric("nats per token", "Mean loss on each domain.", wandb="validation/domain")
     )
+
+    def __post_init__(self) -> None:
+        """Work out ``mean_loss``, which rows of older versions lack."""
+        if self.mean_loss is None and self.domains:
+            self.mean_loss = sum(self.domains.values()) / len(self.domains)
+
+    @property
+    def held_out(self) -> dict[str, float]:
+        """Return the loss of each part of a held-out target; none where the target is domains."""
+        same = {name: repr(loss) for name, loss in self.domains.items()}  # not a number is equal to itself here
+        return {name: loss for name, loss in self.target.items() if repr(loss) != same.get(name)}

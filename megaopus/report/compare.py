@@ -232,9 +232,15 @@ class Curve:
     losses: list[float]
     raw: list[float]  # the losses before smoothing
     domains: dict[str, float]  # final, smoothed
+    held_out: dict[str, float]  # the same of each part of a held-out target
     start_tokens: float
     start_time_s: float
     window: int
+
+    @property
+    def mean_loss(self) -> float:
+        """Average the domains, which count alike; not a number where there are none."""
+        return _mean(list(self.domains.values())) if self.domains else math.nan
 
     def reach(self, target: float) -> tuple[float, float] | None:
         """(tokens, seconds) at which the loss first is ``target`` or less, linear between points; None: never."""
@@ -278,11 +284,8 @@ def stretch_curve(run: Run, start_step: int, window: int, start: ValidationRecor
     records = [record for record in run.validations if record.step > start_step]
     if not records:
         raise DataError(f"{run.path}: no validation after step {start_step}; set train.eval_every")
-    losses = [record.loss for record in ([start] if start else []) + records]
-    finals: dict[str, float] = {}
-    for domain in records[-1].domains:
-        series = [record.domains[domain] for record in records[-window:] if domain in record.domains]
-        finals[domain] = sum(series) / len(series)
+    points = ([start] if start else []) + records
+    losses = [record.loss for record in points]
     if records[-1].tokens <= tokens or records[-1].time_s <= time_s:
         raise DataError(f"{run.path}: its counts of tokens and seconds do not grow after step {start_step}")
     origin = [0.0] if start else []
@@ -291,11 +294,17 @@ def stretch_curve(run: Run, start_step: int, window: int, start: ValidationRecor
         time_s=origin + [record.time_s - time_s for record in records],
         losses=trailing_mean(losses, window),
         raw=losses,
-        domains=finals,
+        domains=_finals([record.domains for record in points[-window:]]),
+        held_out=_finals([record.held_out for record in points[-window:]]),
         start_tokens=tokens,
         start_time_s=time_s,
         window=window,
     )
+
+
+def _finals(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Average what the last row has over the rows that have it."""
+    return {name: _mean([row[name] for row in rows if name in row]) for name in rows[-1]}
 
 
 def compare(uniform: Run, arm: Run, start_step: int = 0, window: int = 3) -> Comparison:

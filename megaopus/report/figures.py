@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megaopus.record.formatting import format_bytes, format_count
 from megaopus.record.metrics import metrics_of, values_of
-from megaopus.record.types import SelectionRecord, StepRecord
+from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 from megaopus.report.arms import Arm
 from megaopus.report.choice_summary import ChoiceSummary
 from megaopus.report.compare import Comparison, Curve, Run
@@ -448,16 +448,20 @@ def overhead_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step:
     return _share_of_each_step(figure, max(0.01, 1.15 * highest), "selection time\n(share of training time)")
 
 
+def _parts(record: ValidationRecord) -> dict[str, float]:
+    return {f"target: {name}": loss for name, loss in record.held_out.items()} | record.domains
+
+
 def domain_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: int) -> Figure:
-    """Validation loss of each domain in a panel of its own, one line a run, as measured."""
-    domains = sorted({domain for run in runs.values() for record in run.validations for domain in record.domains})
+    """Validation loss of each domain, and part of a held-out target, in a panel, one line a run, as measured."""
+    domains = sorted({part for run in runs.values() for record in run.validations for part in _parts(record)})
     columns = 2 if len(domains) > 1 else 1
     rows = -(-len(domains) // columns)
     figure, axes = _figure(rows, columns, height=0.7 + 2.3 * rows)
     for at, (axis, domain) in enumerate(zip(axes, domains, strict=False)):
         for name, run in runs.items():
-            records = [record for record in run.validations if record.step >= start_step and domain in record.domains]
-            x, y = [record.tokens for record in records], [record.domains[domain] for record in records]
+            records = [each for each in run.validations if each.step >= start_step and domain in _parts(each)]
+            x, y = [record.tokens for record in records], [_parts(record)[domain] for record in records]
             _line(axis, x, y, ink[name], marker=".")
         low, high = axis.get_ylim()
         if high - low < MIN_LOSS_SPAN:  # or noise would fill the panel like a difference that matters

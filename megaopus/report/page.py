@@ -26,6 +26,7 @@ from megaopus.report.compare import (
     validation_at,
 )
 from megaopus.report.sections import STYLE, Texts, table
+from megaopus.report.target import headline_of
 
 WINDOW = 3
 PLATEAU_FALL = 0.15  # nats: below this fall of the baseline, "tokens to reach" is mostly noise
@@ -114,11 +115,12 @@ class _Page:
         from megaopus.report import figures  # matplotlib is slow to import, and only this verb needs it
 
         self.figures = figures
-        self.runs = runs
+        self.headline = headline_of(runs)
+        self.runs = runs = self.headline.runs
         self.start_step = start_step
         self.notes = notes
         self.texts = texts
-        self.warnings: list[str] = []
+        self.warnings = [self.headline.warning] if self.headline.warning else []
         self.baseline = find_baseline(runs) if len(runs) > 1 else None
         self.arms = find_arms(runs)
         self.same = next((list(arm.runs.values()) for arm in self.arms if self.baseline in arm.runs.values()), [])
@@ -185,7 +187,9 @@ class _Page:
 
     def render(self, title: str) -> str:
         """The whole page."""
-        parts = [f"<h1>{html.escape(title)}</h1>", self._lead(), sections.origins(self.runs, self._name)]
+        opening = html.escape(self.headline.sentence(self.arms, self.curves))
+        parts = [f"<h1>{html.escape(title)}</h1><p>{opening}</p>", self._lead()]
+        parts.append(sections.origins(self.runs, self._name))
         parts += [self._summary(), self._over_seeds()]
         parts += [f'<p class="warn">{html.escape(text)}</p>' for text in dict.fromkeys(self.warnings)]
         parts += [f"<p>{html.escape(text)}</p>" for text in self.notes]
@@ -207,7 +211,7 @@ class _Page:
         return f'<span class="swatch" style="background:{self.inks[name].colour}"></span>{html.escape(name)}'
 
     def _lead(self) -> str:
-        sentences = []
+        sentences, loss = [], self.headline.loss
         for arm, mean in self.seeds.items():
             own = f"{mean.final_loss:.3f} ± {mean.final_loss_std:.3f}"
             base = f"{mean.uniform_final_loss:.3f} ± {mean.uniform_final_loss_std:.3f}"
@@ -216,7 +220,7 @@ class _Page:
             )
         for name, found in {} if self.seeds else self.comparisons.items():
             if not found.uniform_fall > 0:
-                sentences.append(f"{self.baseline}'s loss does not fall, so there is nothing for {name} to reach.")
+                sentences.append(f"{self.baseline}'s {loss} does not fall, so there is nothing for {name} to reach.")
             elif not found.measurable:
                 sentences.append(
                     f"No difference measurable with one seed: {name} ends at {found.final_loss:.3f}, {self.baseline} "
@@ -225,11 +229,11 @@ class _Page:
                 )
             elif found.tokens_ratio is None or found.time_ratio is None:
                 sentences.append(
-                    f"{name} does not reach {self.baseline}'s final loss of {found.uniform_final_loss:.3f}."
+                    f"{name} does not reach {self.baseline}'s final {loss} of {found.uniform_final_loss:.3f}."
                 )
             else:
                 sentences.append(
-                    f"{name} reaches {self.baseline}'s final loss of {found.uniform_final_loss:.3f} after "
+                    f"{name} reaches {self.baseline}'s final {loss} of {found.uniform_final_loss:.3f} after "
                     f"{found.tokens_ratio:.0%} of its update tokens and {found.time_ratio:.0%} of its time."
                 )
         if self.start_step:
@@ -237,7 +241,9 @@ class _Page:
         return f"<p>{html.escape(' '.join(sentences))}</p>" if sentences else ""
 
     def _summary(self) -> str:
-        header = ["run", "final loss", "tokens", "time", "selection / training"]
+        named = self.headline.target.named
+        header = ["run", f"final {self.headline.loss}", *(["mean over all domains"] if named else [])]
+        header += ["tokens", "time", "selection / training"]
         if self.comparisons:
             header += ["tokens to baseline's loss", "time to baseline's loss"]
         rows = []
@@ -249,6 +255,7 @@ class _Page:
             row = [
                 self._name(name),
                 f"{curve.losses[-1]:.4f}" if curve else "–",
+                *([f"{curve.mean_loss:.4f}" if curve else "–"] if named else []),
                 format_count(curve.tokens[-1]) if curve else "–",
                 format_duration(curve.time_s[-1]) if curve else "–",
                 f"{select_s / train_s:.1%}" if train_s > 0 else "–",
@@ -260,8 +267,8 @@ class _Page:
             rows.append(row)
         window = next(iter(self.curves.values())).window if self.curves else WINDOW
         caption = (
-            f"Losses are means over the last {window} validations on the wanted domains, in nats per token. Time is "
-            "data, selection and training, without validation and saving. Ratios: fractions of what the baseline used."
+            f"Losses are means over the last {window} validations, in nats per token. Time is data, "
+            " selection and training, without validation and saving. Ratios: fractions of what the baseline used."
         )
         return f'{table(header, rows, range(1, len(header)))}<p class="quiet">{caption}</p>'
 
@@ -273,7 +280,16 @@ class _Page:
         """Arms against the baseline's, paired by seed."""
         if not self.seeds:
             return ""
-        header = ["arm", "seeds", "final loss", "baseline's", "difference", "p", "tokens to it", "time to it"]
+        header = [
+            "arm",
+            "seeds",
+            f"final {self.headline.loss}",
+            "baseline's",
+            "difference",
+            "p",
+            "tokens to it",
+            "time to it",
+        ]
         rows = []
         for arm, found in self.seeds.items():
             losses = (found.final_loss, found.final_loss_std), (found.uniform_final_loss, found.uniform_final_loss_std)
@@ -309,7 +325,7 @@ class _Page:
             marks, target = ({}, None) if several else (measurable, self.baseline)
             for over, text in (("tokens", "update tokens"), ("time", "time, every cost of selection counted")):
                 picture = figures.loss_figure(self.curves, self.inks, marks, over, target)
-                caption = f"Validation loss on the wanted domains over {text}, as measured."
+                caption = f"Validation loss over {text}, as measured; target: {self.headline.target.told}."
                 marked = (
                     " Marked: where the mean of the last validations (thin) is what the baseline's is at its end; "
                     "while a loss falls that mean lies above it, in all runs alike."
@@ -330,7 +346,7 @@ class _Page:
             caption = "Seconds spent choosing each batch over the other seconds of its step (running median)."
             found.append((figures.overhead_figure(self.runs, self.inks, self.start_step), caption))
         if any(len(record.domains) > 1 for each in self.runs.values() for record in each.validations):
-            caption = "Validation loss of each domain, as measured."
+            caption = "Validation loss of each domain and of each part of a held-out target, as measured."
             found.append((figures.domain_figure(self.runs, self.inks, self.start_step), caption))
         shown = [
             f'<figure><img alt="{html.escape(caption)}" src="{figures.to_png(picture)}">'
@@ -386,6 +402,9 @@ class _Page:
         header = ["domain", *(f"loss: {html.escape(name)}" for name in curves)]
         header += [text for name in selected for text in (f"pool: {html.escape(name)}", f"picks: {html.escape(name)}")]
         body = []
+        for held in sorted({held for curve in curves.values() for held in curve.held_out}):
+            losses = [f"{curve.held_out[held]:.3f}" if held in curve.held_out else "–" for curve in curves.values()]
+            body.append([f"target: {html.escape(held)}", *losses, *["–"] * (2 * len(selected))])
         for domain in names:
             row = [html.escape(domain)]
             for curve in curves.values():

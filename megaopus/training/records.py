@@ -1,13 +1,13 @@
-"""Makes the records of a step from what the engine and the selector return."""
+"""Makes the records of a step, and of a validation, from what the engine and the selector return."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megaopus.data.candidates import CandidateBuffer
 from megaopus.engine.base import StepResult
 from megaopus.events import Event
-from megaopus.record.types import SelectionRecord, StepRecord
+from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
 from megaopus.selection import Selection
 from megaopus.selection.candidate_table import CandidateTable
 
@@ -66,4 +66,22 @@ def selection_record(
             {**selection.columns, "sequence": candidates.sequence_ids, "domain": candidates.domains},
             candidates.domain_names,
         ),
+    )
+
+
+def validation_record(
+    target: Mapping[str, float], domains: Mapping[str, float], *, step: int, tokens: int, time_s: float
+) -> ValidationRecord:
+    """Make the record of a validation from the losses of each part of the target (empty: none named) and each domain.
+
+    Every part counts alike in the headline, as every domain does in the mean, however many tokens it has.
+    """
+    losses = list((target or domains).values())
+    return ValidationRecord(
+        step=step,
+        tokens=tokens,
+        time_s=time_s,
+        loss=sum(losses) / len(losses),
+        target=dict(target),
+        domains=dict(domains),
     )

@@ -12,9 +12,8 @@ from megaopus.data.candidates import CandidateBuffer, CandidateStream
 from megaopus.data.read_ahead import Reads, TokenReader
 from megaopus.engine.base import Engine
 from megaopus.record.recorder import Recorder
-from megaopus.record.types import ValidationRecord
 from megaopus.selection import Selector
-from megaopus.training.records import selection_record, step_record
+from megaopus.training.records import selection_record, step_record, validation_record
 from megaopus.training.signals import time_to_save
 from megaopus.training.spike_guard import SpikeGuard
 from megaopus.training.step_profiler import StepProfiler
@@ -35,7 +34,8 @@ class Trainer:
     selector: Selector
     checkpointer: Checkpointer
     validation: Mapping[str, CandidateBuffer]  # by domain
-    wanted: list[str]  # domains whose mean is the headline validation loss
+    held_out: Mapping[str, CandidateBuffer]  # by part of the held-out target, the headline where there is one
+    wanted: list[str]  # domains of the headline without that; none: all
     guard: SpikeGuard
     stragglers: StragglerDetector
     timers: Timers
@@ -136,15 +136,20 @@ class Trainer:
 
     def _validate(self, recorder: Recorder) -> str | None:
         """Validate and record it; a reason to stop cuts it short, and is returned."""
-        losses, step = {}, self.engine.step
-        for domain, buffer in self.validation.items():
-            if reason := self.stop_requested():
-                return reason
-            with self.timers("evaluate"):
-                losses[domain] = float(self.engine.evaluate(buffer).mean())
-        headline = sum(losses[domain] for domain in self.wanted) / len(self.wanted)
-        tokens, time_s = step * self.tokens_per_step, self.time_s
-        recorder.validation(ValidationRecord(step=step, tokens=tokens, time_s=time_s, loss=headline, domains=losses))
+        step, found = self.engine.step, []
+        for buffers in (self.held_out, self.validation):
+            losses = {}
+            for name, buffer in buffers.items():
+                if reason := self.stop_requested():
+                    return reason
+                with self.timers("evaluate"):
+                    losses[name] = float(self.engine.evaluate(buffer).mean())
+            found.append(losses)
+        held_out, domains = found
+        target = held_out or {name: domains[name] for name in self.wanted}
+        recorder.validation(
+            validation_record(target, domains, step=step, tokens=step * self.tokens_per_step, time_s=self.time_s)
+        )
         return None
 
     def _save(self, recorder: Recorder, *, wait: bool) -> None:

@@ -241,7 +241,7 @@ def test_the_same_items_make_the_same_proxy(tmp_path: Path) -> None:
     golden = GOLDEN["data"]["bench_proxy"]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in golden["items"]))
     asked = ["--corpus", "corpus", "--items", "items.jsonl", "--tokens", "600", "--workers", "1", "--out", "out"]
-    asked += ["--min-tokens", "0", "--per-item", "0", "--per-near-duplicate", "0"]  # of which version 0.1 knew nothing
+    asked += ["--min-tokens", "0", "--per-item", "0", "--per-near-duplicate", "0", "--held-out", "0"]  # not in 0.1
     assert megaopus(copied(tmp_path), "proxy", *asked) == 0
     made = Corpus.open(tmp_path / "out")
     assert made.split_codes.tolist() == golden["splits"]

@@ -60,6 +60,9 @@ def test_summary(folder: Path) -> None:
     assert summary["uniform.final_loss"] > 0
     assert summary["opus.final_loss"] > 0
     assert summary["overhead"] > 0
+    assert summary["target"] == "domains docs"
+    last = load_run(folder / "opus_seed1234").validations[-3:]
+    assert summary["opus.final_mean_loss"] == pytest.approx(sum(record.mean_loss or 0 for record in last) / len(last))
     if summary["tokens_ratio"] is not None:
         cost = summary["step_s"]["opus"] / summary["step_s"]["uniform"]
         assert summary["time_ratio"] == pytest.approx(summary["tokens_ratio"] * cost), "as measured in turns"
@@ -88,7 +91,7 @@ def test_a_finished_demo_is_not_trained_again(folder: Path, capfd: pytest.Captur
     before = (folder / "opus_seed1234" / "metrics.jsonl").stat().st_mtime_ns
     main(["demo", "--out", str(folder), "--steps", str(STEPS)])
     assert (folder / "opus_seed1234" / "metrics.jsonl").stat().st_mtime_ns == before
-    assert "final loss on docs" in capfd.readouterr().out
+    assert "final target loss (docs)" in capfd.readouterr().out
 
 
 def test_quality_rows(folder: Path, tmp_path: Path) -> None:

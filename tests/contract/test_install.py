@@ -74,7 +74,7 @@ def test_a_demo_from_the_wheel(place: Path, tmp_path: Path) -> None:
     build_demo_corpus(tmp_path / "demo" / "corpus", vocab_size=512, limits=LIMITS)
     script = place / "bin" / "megaopus"
     said = python(script, "demo", "--steps", str(STEPS), "--out", "demo", place=place, cwd=tmp_path).stdout
-    assert "final loss on docs" in said
+    assert "final target loss (docs)" in said
     assert json.loads((tmp_path / "demo" / "summary.json").read_text())["steps"] == STEPS
     run = tmp_path / "demo" / "opus_seed1234"
     assert len((run / "selection.jsonl").read_text().splitlines()) == STEPS

@@ -44,7 +44,8 @@ def test_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
             {"text": rows, "id": [f"{part}-{n}" for n in range(len(rows))], "score": rng.random(len(rows))}
         )
         pq.write_table(table, f"parquet/{part}.parquet")
-    items = [{"query": "Which gas does a plant give off in light?", "choices": ["oxygen", "star light"]}]
+    asked = ("Which gas does a plant give off in light?", "What makes a star shine?", "Is light a force?")
+    items = [{"query": query, "choices": ["oxygen", f"cell {n}"]} for n in range(8) for query in asked]
     Path("arc_easy.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     for command in commands():
         assert command[:3] == ["python", "-m", "megaopus"]
@@ -54,4 +55,11 @@ def test_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "oxygen" in text
     assert "price" not in text
     assert len(Path("runs/first/metrics.jsonl").read_text().splitlines()) >= 3
+    target = re.search(
+        r"target: held-out slice of (\d+) items and (\d+) documents of corpus corpus_arc", capsys.readouterr().out
+    )
+    assert target is not None
+    assert target[0] in Path("first.html").read_text()
+    assert 0 < int(target[1]) < 8
+    assert int(target[2]) == (corpus.split_codes == 4).sum() > 0
     assert Path("first.html").stat().st_size > 10_000

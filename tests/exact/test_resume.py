@@ -40,7 +40,7 @@ CASES = {  # of the other optimizers: test_resume_optimizers.py
     "predict-adamw": ("predict", "adamw", 7, []),
     "cascade-muon": ("cascade", "muon", 6, []),
     "high_ppl-sgd": ("high_ppl", "sgd", 8, []),
-    "uniform-adamw-from-the-start": ("uniform", "adamw", 3, []),
+    "uniform-adamw-from-the-start-held-out-target": ("uniform", "adamw", 3, ["data.proxy_path=TARGET_CORPUS"]),
     "dropout": ("directional", "adamw", 6, ["model.dropout=0.1"]),
     "bf16": ("directional", "muon", 7, ["engine.precision=bf16"]),
     "llama-untied": (
@@ -65,8 +65,9 @@ CASES |= {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_killed_and_resumed_equals_straight(case: str, tiny_corpus: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_straight(case: str, tiny_corpus: Path, target_corpus: Path, tmp_path: Path) -> None:
     selection, optimizer, last, more = CASES[case]
+    more = [text.replace("TARGET_CORPUS", str(target_corpus)) for text in more]
     chosen = [*SELECTIONS[selection], *OPTIMIZERS[optimizer], *more]
     assert train(settings(tiny_corpus, tmp_path / "straight", *chosen)) == 0
     again = settings(tiny_corpus, tmp_path / "killed", *chosen)
@@ -77,6 +78,8 @@ def test_killed_and_resumed_equals_straight(case: str, tiny_corpus: Path, tmp_pa
     straight = everything(tmp_path / "straight")
     assert_same(everything(tmp_path / "killed"), straight)
     assert_meaningful(straight, selection, optimizer)
+    targets = [set(row["target"]) for row in straight["metrics"] if row["kind"] == "validation"]
+    assert targets == [{"items", "nearest"} if "data.proxy_path" in str(more) else {"docs"}] * 5
     config = load(tmp_path / "straight" / "config.yaml")
     stored = sum(tensor.nbytes for tensor in straight["tensors"].values())
     vocab_size = Corpus.open(tiny_corpus).vocab_size

@@ -5,9 +5,11 @@ import math
 import random
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from megaopus.data.target import Target
 from megaopus.events import Event
 from megaopus.record.parquet import FOLDER, ChoiceSink
 from megaopus.record.sinks import JsonlSink
@@ -19,8 +21,22 @@ POOL = {"docs": 0.25, "source": 0.35, "readme": 0.25, "noise": 0.15}
 TOKENS = 16 * 256
 
 
-def write_run(path: Path, method: str, *, start: int = 100, steps: int = 240, pace: float = 1.0, seed: int = 0) -> Path:
-    """A run folder that continues a warm-up of ``start`` steps; ``pace``: how many times faster its loss falls."""
+def write_run(
+    path: Path,
+    method: str,
+    *,
+    start: int = 100,
+    steps: int = 240,
+    pace: float = 1.0,
+    seed: int = 0,
+    domains: str = "",
+    held_out: Target | None = None,
+) -> Path:
+    """A run folder that continues a warm-up of ``start`` steps; ``pace``: how many times faster its loss falls.
+
+    ``domains``: those that its settings name as the target, one after the other; ``held_out``: the target that its
+    environment names, whose parts have losses around that of the domain docs.
+    """
     rng = random.Random(seed)
     path.mkdir(parents=True)
     metrics, selection = JsonlSink(path / "metrics.jsonl"), JsonlSink(path / "selection.jsonl")
@@ -33,8 +49,11 @@ def write_run(path: Path, method: str, *, start: int = 100, steps: int = 240, pa
     def validate(step: int) -> None:
         noise = 0.004 * rng.gauss(0, 1) if step > start else 0.0
         wanted = loss(step) + noise
-        domains = {"docs": wanted, "source": 2.2 + wanted / 4, "readme": 2.9 + wanted / 5, "noise": 7.2 + 0.02 * pace}
-        record = ValidationRecord(step=step, tokens=step * TOKENS, time_s=time_s, loss=wanted, domains=domains)
+        losses = {"docs": wanted, "source": 2.2 + wanted / 4, "readme": 2.9 + wanted / 5, "noise": 7.2 + 0.02 * pace}
+        target = {"items": wanted - 0.25, "nearest": wanted + 0.25} if held_out else {}
+        record = ValidationRecord(
+            step=step, tokens=step * TOKENS, time_s=time_s, loss=wanted, target=target, domains=losses
+        )
         metrics.write({"kind": "validation", **asdict(record)})
 
     validate(start)
@@ -64,9 +83,13 @@ def write_run(path: Path, method: str, *, start: int = 100, steps: int = 240, pa
     choices.flush()
     settings = f"run_dir: {path}\nseed: {seed}\nselection:\n  method: {method}\n  rho: 0.5\n"
     settings += "model:\n  num_layers: 4\n  hidden_size: 128\noptim:\n  name: adamw\n"
-    path.joinpath("config.yaml").write_text(settings)
-    facts = {"git": "abc12345678900", "packages": {"torch": "2.13.0"}, "started": "2026-11-29T09:13:58+00:00"}
-    facts["parameters"] = 1_071_872
+    path.joinpath("config.yaml").write_text(settings + (f"data:\n  target_domains: [{domains}]\n" if domains else ""))
+    facts: dict[str, Any] = {
+        "git": "abc12345678900",
+        "packages": {"torch": "2.13.0"},
+        "started": "2026-11-29T09:13:58+00:00",
+    }
+    facts |= {"parameters": 1_071_872} | ({"target": asdict(held_out)} if held_out else {})
     path.joinpath("environment.json").write_text(json.dumps(facts))
     return path
 

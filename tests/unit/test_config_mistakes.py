@@ -1,5 +1,7 @@
 """Bad settings: each is refused with its key, why, and what to do; all of them in one list."""
 
+import json
+
 import pytest
 
 from megaopus.config.compose import compose
@@ -347,6 +349,24 @@ def test_corpus_folders(tmp_path):
     ended = write_manifest(tmp_path / "ended", eod="</s>")
     masked = [f"data.validation_path={ended}", "data.document_mask=true"]
     assert "its documents end with '</s>', those of data.path with '<|end|>'" in said(corpus, *masked)
+
+
+def test_a_held_out_target_must_fill_a_sequence_and_be_of_the_tokenizer(tmp_path):
+    """Of the corpus that a proxy is of, also where nothing is chosen by it."""
+    corpus = write_manifest(tmp_path / "corpus")
+    for name, tokens, tokenizer in (("short", 256, "one"), ("long", 257, "one"), ("other", 257, "two")):
+        folder = write_manifest(tmp_path / name, tokenizer=tokenizer)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "target": {"fingerprint": "abc"}}))
+        counts = {part: {"target": {"documents": 1, "tokens": n}} for part, n in (("items", 9), ("nearest", tokens))}
+        write_manifest(folder / "target", counts=counts)
+    for method in ("uniform", "opus"):
+        compose([f"data.path={corpus}", f"data.proxy_path={tmp_path / 'long'}", f"selection={method}"])
+        error = str(problems([f"data.proxy_path={tmp_path / 'short'}", f"selection={method}"], corpus))
+        assert "its split 'target' fills no sequence of data.seq_len = 256 for items, nearest" in error
+        assert "below 256 (its longest), or make it again with a larger 'proxy --held-out', or with 0" in error
+        error = str(problems([f"data.proxy_path={tmp_path / 'other'}", f"selection={method}"], corpus))
+        assert "its tokenizer is not that of data.path" in error
 
 
 def test_a_wanted_domain_must_fill_a_sequence_on_its_own(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
+import shutil
 import sys
 import types
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from megaopus.cli.proxy import show
 from megaopus.corpus_tools import benchmark_proxy, nearest_documents
 from megaopus.corpus_tools.benchmark_proxy import USUAL, Limits, assign, build, read_items
 from megaopus.corpus_tools.near_duplicates import ALIKE, NearDuplicates
-from megaopus.corpus_tools.nearest_documents import Found, Item
+from megaopus.corpus_tools.nearest_documents import OVERLAP_WORDS, Found, Item
 from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.similarity import HashedTfidf, shared_runs
 from megaopus.corpus_tools.sources import Source
@@ -127,7 +130,7 @@ def test_the_nearest_become_the_proxy_and_leave_the_pool(
     asked = read_items([Source(items)], ["query", "choices"])
     console = Console(record=True, width=220, file=(tmp_path / "log").open("w"))
     built = build(corpus, asked, tmp_path / "new", tokens=600, limits=Limits(), drop_overlap=drop, console=console)
-    show(corpus, asked, built, console)
+    show(corpus, built, console)
     out = built.path
     made = Corpus.open(out, verify=True)
     proxy, pool = (np.flatnonzero(made.split_codes == code) for code in (1, 0))
@@ -155,6 +158,100 @@ def test_the_nearest_become_the_proxy_and_leave_the_pool(
     assert "nearest documents" in said
     assert "items met: 1 of 2" in said
     Sequences(made, "pool", 16)
+
+
+def questions() -> list[Item]:
+    """Forty items of each topic, some of them twice."""
+    rng = np.random.default_rng(5)
+    found = [Item(f"{topic} {n}", " ".join(rng.choice(words, 8))) for topic, words in TOPICS.items() for n in range(40)]
+    return [*found, *(Item(f"{item.name} again", item.text) for item in found[::7])]
+
+
+def is_held(text: str, share: float) -> bool:
+    """As it is described: the first 8 bytes of a digest of the text, as a fraction."""
+    return hash_of(text) < share
+
+
+def test_what_is_held_out_is_seen_by_nothing_else(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items by which no document was looked for, documents in no other split, chosen by hash: in a corpus of them."""
+    asked, items, share = [], questions(), 0.2
+    law = np.flatnonzero((corpus.domain_codes == corpus.domains.index("law")) & (corpus.split_codes == 0))
+    shared = corpus.texts([law[0]])[0]  # a document that an item held out is a part of
+    leaked = next(
+        Item(f"leaked {n}", text)
+        for n in range(20)
+        if is_held(text := " ".join(shared.split()[n : n + OVERLAP_WORDS]), share)
+    )
+    items.append(leaked)
+
+    def recorded(texts: list[str], sample: Iterator[str]) -> HashedTfidf:
+        asked.extend(texts)
+        return HashedTfidf(texts, sample)
+
+    monkeypatch.setattr(nearest_documents, "HashedTfidf", recorded)
+    built = build(corpus, items, tmp_path / "new", tokens=900, limits=Limits(), held_out=share, workers=1)
+    made, old = Corpus.open(built.path, verify=True), np.asarray(corpus.split_codes)
+    held_items = [item for item in items if is_held(item.text, share)]
+    assert 0.1 < len(held_items) / len(items) < 0.3
+    assert asked == [item.text for item in items if item not in held_items]
+    held, proxy, pool = (np.flatnonzero(made.split_codes == code) for code in (4, 1, 0))
+    contents = [made.tokens[made.offsets[n] : made.offsets[n] + made.lengths[n]].tolist() for n in range(len(made))]
+    taken = built.found.documents[np.lexsort((built.found.documents, -built.found.similarity))]
+    taken = [n for place, n in enumerate(taken) if contents[n] not in [contents[m] for m in taken[:place]]]
+    reached = max(taken.index(n) for n in proxy)
+    near = [n for n in taken[: reached + 1] if made.split_codes[n] != 3]
+    for text, document in zip(corpus.texts(near), near, strict=True):
+        assert (document in held) == is_held(text, share)
+    assert 2 < len(held) < len(proxy)
+    assert not {tuple(contents[n]) for n in held} & {tuple(contents[n]) for n in (*proxy, *pool)}
+    assert made.lengths[proxy].sum() <= 900
+    assert not any(shared in text for text in made.texts([*proxy, *pool]))
+    assert not any(old[n] == 2 for n in (*held, *proxy))
+    target = made.target
+    assert target is not None
+    assert target.domains == ["items", "nearest"]
+    assert set(target.split_codes) == {4}
+    assert target.texts(range(len(target))) == [item.text for item in held_items] + made.texts(held)
+    assert target.ids == [item.name for item in held_items] + [made.ids[n] for n in held]
+    assert [target.domains[code] for code in target.domain_codes] == ["items"] * len(held_items) + ["nearest"] * len(
+        held
+    )
+    assert (target.tokenizer_sha256, target.eod_id) == (made.tokenizer_sha256, made.eod_id)
+    assert (target.tokens[target.offsets + target.lengths - 1] == made.eod_id).all()
+    assert sum(splits["target"]["documents"] for splits in made.manifest["counts"].values()) == len(held)
+    shutil.move(target.path, tmp_path / "aside")
+    with pytest.raises(DataError, match=r"new/target: missing, though .* names it; copy the whole folder .*new again"):
+        _ = Corpus.open(built.path).target
+    shutil.copytree(corpus.path, target.path)
+    with pytest.raises(DataError, match=r"new/target: another target than this corpus was made with; copy the whole"):
+        Corpus.open(built.path, verify=True)
+    again = build(made, items, tmp_path / "without", tokens=900, limits=Limits(), held_out=0)
+    assert Corpus.open(again.path).target is None
+    assert "target" not in [path.name for path in again.path.iterdir()]
+
+
+def test_near_duplicates_of_what_is_held_out_are_not_in_the_proxy(pages: Corpus) -> None:
+    """The other way round too, whatever their number may be."""
+    names = ["a0", "a1", "a2", "b0", "b1"]
+    documents, items = np.array([pages.ids.index(name) for name in names]), np.array([0, 0, 0, 1, 1])
+    digest, no = np.arange(5, dtype=np.uint64), np.zeros(5, dtype=bool)
+    found = Found(documents, np.linspace(0.9, 0.5, 5), items, no, no, digest, np.zeros(2, bool))
+    mixed = 0
+    for share in sorted(hash_of(PAGES[name][1]) for name in names)[:-1]:
+        chosen = assign(pages, found, 10**6, Limits(per_near_duplicate=3), False, share + 1e-9)
+        proxy, held, left = ({pages.ids[n] for n in np.flatnonzero(chosen.splits == code)} for code in (1, 4, 3))
+        assert proxy | held | left == set(names)
+        assert held == {name for name in names if hash_of(PAGES[name][1]) <= share} - left
+        assert not {name[0] for name in proxy} & {name[0] for name in held}
+        assert chosen.passed_over["per_near_duplicate"] == len(left)
+        mixed += bool(left)
+    assert mixed
+
+
+def hash_of(text: str) -> float:
+    return int(hashlib.sha256(f"target:{text}".encode()).hexdigest()[:16], 16) / 16**16
 
 
 @pytest.mark.slow
@@ -222,6 +319,10 @@ def test_mistakes_are_named(corpus: Corpus, items: Path, tmp_path: Path) -> None
         build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=600)
     with pytest.raises(DataError, match="larger than the pool it leaves, 0; use fewer --tokens"):
         build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=10**9, limits=Limits())
+    with pytest.raises(DataError, match=r"held-out share 1: must lie in \[0, 1\); 0.1 is usual, 0 holds nothing out"):
+        build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=600, held_out=1)
+    with pytest.raises(DataError, match=r"all of the 1 items are held out.*; name more items, or --held-out 0"):
+        build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=600, held_out=0.999999)
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(DataError, match=r"notes\.txt: not a table"):
         read_items([Source(tmp_path / "notes.txt")], ["query"])
@@ -265,7 +366,7 @@ def test_limits(limits: Limits, passed_over: tuple[int, ...], proxy: str, left_o
     documents = np.array([pages.ids.index(name) for name in PAGES])
     count, item = len(documents), np.array([item for item, _ in PAGES.values()])
     nearness, digest = np.linspace(0.9, 0.3, count), np.arange(count, dtype=np.uint64)
-    found = Found(documents, nearness, item, np.zeros(count, bool), digest, np.zeros(2, bool))
+    found = Found(documents, nearness, item, np.zeros(count, bool), np.zeros(count, bool), digest, np.zeros(2, bool))
     chosen = assign(pages, found, int(pages.lengths[documents].sum()), limits, drop_overlap=False)
     assert [pages.ids[number] for number in documents[chosen.places]] == proxy.split()
     assert tuple(chosen.passed_over.values()) == passed_over
@@ -304,6 +405,7 @@ def test_command_line(
     assert main(["proxy", *options, "--min-tokens", "20", "--per-item", "3"]) == 0
     said = capsys.readouterr().out
     assert "shares of tokens" in said
+    assert "0 of 2 items, 1 documents (no item fell into it; a larger" in said
     assert re.search(r"passed over: under 20 tokens \(--min-tokens\) +│ +\d+ ", said)
     assert re.search(r"passed over: beyond 3 of an item \(--per-item\) +│ +\d+ ", said)
     assert re.search(r"passed over: near-duplicates \(--per-near-duplicate\) +│ +[1-9]\d* ", said)

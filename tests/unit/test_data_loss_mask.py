@@ -142,14 +142,22 @@ def test_a_corpus_without_a_mask_is_as_before(tmp_path: Path) -> None:
 
 
 def test_a_corpus_with_another_proxy_keeps_its_mask(corpus: Corpus, tmp_path: Path) -> None:
-    items = [Item("here", "Question 7: what is so blue? Answer 7: the ether.")]
-    made = build(corpus, items, tmp_path / "out", tokens=400, limits=Limits()).path
-    other = Corpus.open(made, verify=True)
+    items = [Item(str(n), f"Question {n}: what is so blue? Answer {n}: the ether.") for n in range(5)]
+    built = build(corpus, items, tmp_path / "out", tokens=300, limits=Limits(), held_out=0.3)
+    other, target = Corpus.open(built.path, verify=True), Corpus.open(built.path).target
     assert (other.path / LOSS_MASK).read_bytes() == (corpus.path / LOSS_MASK).read_bytes()
     entries = [entry for splits in other.manifest["counts"].values() for entry in splits.values()]
     assert sum(entry["loss_tokens"] for entry in entries) == corpus.loss_tokens().sum()
     assert 0 < (other.loss_share("proxy") or 0) < 1
     assert corpus.loss_tokens().tolist() == [int(counted(corpus, each).sum()) for each in range(len(corpus))]
+    assert target is not None
+    held = {other.ids[each]: counted(other, each).tolist() for each in np.flatnonzero(other.split_codes == 4)}
+    masks = {name: counted(target, each) for each, name in enumerate(target.ids)}
+    wholly = {name for name, mask in masks.items() if name in [item.name for item in items] and mask.all()}
+    assert len(held) > 1
+    assert len(wholly) == built.summary["items_held_out"] > 0
+    assert {name: mask.tolist() for name, mask in masks.items() if name not in wholly} == held
+    assert sum(map(sum, held.values())) < sum(map(len, held.values()))
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------

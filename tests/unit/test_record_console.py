@@ -220,6 +220,19 @@ def test_validation_line() -> None:
     assert lines(stream) == ["validation after 20 steps, 1.28k tokens | loss 2.0000 | docs 3.000, noise 7.000"]
 
 
+def test_the_target_loss_is_the_first_number() -> None:
+    stream = io.StringIO()
+    target, domains = {"items": 2.5, "nearest": 1.5}, {"docs": 3.0, "noise": 7.0}
+    validation = ValidationRecord(step=20, tokens=1280, time_s=9.0, loss=2.0, target=target, domains=domains)
+    console = Console(20, 1, stream, Clock())
+    console.validation(validation)
+    console.closing(Path("saved"), "another command")
+    shown, closing = lines(stream)
+    start = "validation after 20 steps, 1.28k tokens | target loss 2.0000"
+    assert shown == f"{start} (items 2.500, nearest 1.500) | mean over all domains 5.0000 | docs 3.000, noise 7.000"
+    assert " | last target loss 2.0000 | mean over all domains 5.0000 | saved in saved | " in closing
+
+
 def test_no_colour_codes_outside_a_terminal_and_no_field_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     plain, terminal = io.StringIO(), Terminal()

@@ -88,7 +88,9 @@ def logged(folder: Path) -> list[dict]:
 
 def validation_record(step: int) -> ValidationRecord:
     domains = {"docs": 3.0, "noise": 7.0}
-    return ValidationRecord(step=step, tokens=64 * step, time_s=random.random(), loss=4 - step / 10, domains=domains)
+    target, time_s = {"items": 4 - step / 5, "nearest": 4.0}, random.random()
+    loss = 4 - step / 10
+    return ValidationRecord(step=step, tokens=64 * step, time_s=time_s, loss=loss, target=target, domains=domains)
 
 
 def rows(path: Path) -> list[dict]:
@@ -291,6 +293,18 @@ def test_a_row_of_a_record_is_read_back_as_that_record() -> None:
         row = json.loads(json.dumps(write_record(record)))
         assert read_record(type(record), row) == record
         assert read_record(type(record), {**row, "of_a_newer_version": 1}) == record
+
+
+def test_a_validation_of_an_older_version_has_no_target_and_a_mean() -> None:
+    row = {"step": 3, "tokens": 8, "time_s": 1, "loss": 3.5, "domains": {"docs": 3.5, "noise": 7.0}}
+    found = read_record(ValidationRecord, row)
+    assert (found.loss, found.target, found.held_out, found.mean_loss) == (3.5, {}, {}, 5.25)
+    named = read_record(ValidationRecord, {**row, "target": {"docs": 3.5}})
+    assert (named.target, named.held_out) == ({"docs": 3.5}, {})
+    lost = read_record(ValidationRecord, {**row, "target": {"docs": "nan"}, "domains": {"docs": "nan"}})
+    assert lost.held_out == {}
+    held = read_record(ValidationRecord, {**row, "target": {"docs": 3.0}})
+    assert held.held_out == {"docs": 3.0}
 
 
 def test_rows_of_version_0_1_are_read() -> None:

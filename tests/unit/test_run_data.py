@@ -16,6 +16,9 @@ from rich.console import Console
 from megaopus import build
 from megaopus.cli.check import show
 from megaopus.config.compose import compose
+from megaopus.corpus_tools.benchmark_proxy import Limits
+from megaopus.corpus_tools.benchmark_proxy import build as build_proxy
+from megaopus.corpus_tools.nearest_documents import Item
 from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Fields, Source
 from megaopus.corpus_tools.split import SplitRule
@@ -30,6 +33,7 @@ from megaopus.errors import DataError
 from tests.exact.resume_runs import settings
 
 DOMAINS = ("code", "docs", "notes")
+HELD = {"items": "items", "nearest": "documents"}
 EACH = 5
 """Sequences of a domain to validate on: fewer than there are of two domains, more than of the third."""
 
@@ -49,10 +53,13 @@ def written(folder: Path, name: str, sizes: tuple[int, ...], **options: Any) -> 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the corpora ``main`` and ``other``, of one tokenizer."""
+    """Holds the corpora ``main`` and ``other``, of one tokenizer, and ``near``: that with a held-out target."""
     folder = tmp_path_factory.mktemp("run_data")
     main = written(folder, "main", (60, 40, 5))
-    written(folder, "other", (30, 50, 20), tokenizer=main / TOKENIZER)
+    other = written(folder, "other", (30, 50, 20), tokenizer=main / TOKENIZER)
+    items = [Item(str(number), " ".join(f"d{(number + place) % 31}" for place in range(12))) for number in range(12)]
+    near = folder / "near"
+    build_proxy(Corpus.open(other), items, near, tokens=1200, limits=Limits(), held_out=0.4, workers=1)
     return folder
 
 
@@ -64,6 +71,8 @@ VARIANTS = {
     "weighted": ["selection=opus", "data.weights=[[0,{docs:2,code:1}]]", "selection.score_every=2"],
     "filtered and weighted": ["data.filter={column: quality, at_least: 9}", "data.weights=[[0,{docs:2,code:1}]]"],
     "proxy elsewhere": ["selection=opus", "data.proxy_path=PLACE/other"],
+    "proxy elsewhere, with a target": ["selection=opus", "data.proxy_path=PLACE/near"],
+    "the target of an unread proxy": ["selection=uniform", "data.proxy_path=PLACE/near"],
     "validation elsewhere": ["selection=opus", "data.validation_path=PLACE/other"],
     "text features": ["selection=dsir", "data.text_features_path=NEW/features"],
 }
@@ -114,10 +123,21 @@ def test_check_prints_what_the_run_opens(
     assert row, printed
     counts = {split: [int(count.replace(",", ""))] for split, count in re.findall(r"(\w+) ([\d,]+)", row[1])}
     assert counts == opened.sequences
+    parts = {part: opened.validated.pop(part) for part in ("items", "nearest") if part in opened.validated}
     each = ", ".join(f"{domain} {count}" for domain, count in opened.validated.items())
-    headline = ", ".join(config.data.target_domains) or "every domain"
-    line = f"{opened.validated.total()} sequences ({each}), headline loss over {headline}"
-    assert line in printed
+    line = f"│ {opened.validated.total()} sequences ({each})"
+    target = "target: " + {"[]": "none named, the mean over all domains"}.get(
+        str(config.data.target_domains), f"domains {', '.join(config.data.target_domains)}"
+    )
+    if "near" in str(config.data.proxy_path):
+        told = ", ".join(f"{part} {count}" for part, count in parts.items())
+        line += f", and {sum(parts.values())} of the held-out target ({told})"
+        counts = Corpus.open(place / "near" / "target").manifest["counts"]
+        held = [f"{counts[part]['target']['documents']} {what}" for part, what in HELD.items()]
+        target = f"target: held-out slice of {' and '.join(held)} of corpus {place / 'near'}"
+    assert f"{line} " in printed
+    assert f"│ {target.removeprefix('target: ')} " in printed
+    assert f" {target} " in " ".join((started := capsys.readouterr().out).split())
     assert list(opened.validated) == list(DOMAINS)
     assert max(opened.validated.values()) == EACH
     stream = opened.stream
@@ -125,7 +145,7 @@ def test_check_prints_what_the_run_opens(
     if config.data.weights:
         epochs = ", ".join(f"{name} {drawn:.2f}" for name, drawn in stream.epochs(1).items())
         assert f"│ {epochs} in 1 steps" in printed
-        assert epochs in " ".join(capsys.readouterr().out.split())
+        assert epochs in " ".join(started.split())
     else:
         assert f"one in {len(stream.sequences) * config.selection.score_every / stream.num_candidates:,.1f}" in printed
 
@@ -138,7 +158,7 @@ def test_filters_and_weights_change_the_counts(place: Path) -> None:
     plain = RunData.describe(data, NEEDS)
     whole = Sequences(Corpus.open(place / "main"), "validation", 16)
     assert plain.sequences == {"pool": len(RunData.open(data, NEEDS).pool), "validation": len(whole)}
-    assert plain.headline == ["docs"]
+    assert (plain.target.told, plain.held_out) == ("domains docs", {})
     assert len(set(plain.epochs.values())) == 1
     data.filter.column, data.filter.keep = "quality", 0.4
     filtered = RunData.describe(data, NEEDS)
