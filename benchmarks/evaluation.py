@@ -30,8 +30,8 @@ from megaopus.evaluation.local_data import LocalData
 from megaopus.evaluation.model import find, opened
 from megaopus.evaluation.run import harness_model
 from megaopus.evaluation.scored import BITS, Scored, headline, score
-from megaopus.evaluation.task_list import task_names
-from megaopus.evaluation.tasks import LM_EVAL, Part, Wanted, load_parts
+from megaopus.evaluation.task_list import LM_EVAL, task_names
+from megaopus.evaluation.tasks import Part, Wanted, load_parts
 
 SUITE = "arc_easy,arc_challenge,piqa,hellaswag,openbookqa,commonsense_qa,lambada"
 PUBLISHED = {"hellaswag": ("acc_norm", 0.430), "piqa": ("acc_norm", 0.669), "arc_easy": ("acc", 0.541)}

@@ -278,9 +278,19 @@ def build_trainer(
         total_steps=config.train.steps,
         tokens_per_step=config.train.global_batch_size * config.data.seq_len,
         eval_every=config.train.eval_every,
+        tasks=_tasks(config, engine, mesh, corpus),
         layer_grad_norm_every=config.logging.layer_grad_norm_every,
         profiler=StepProfiler(config.logging.profile_steps, Path(config.run_dir), mesh.rank),
     )
+
+
+def _tasks(config: RunConfig, engine: Engine, mesh: Mesh, corpus: Corpus) -> Any:
+    """Make what scores the model on benchmarks while it trains; None if it is asked for none. Raises DataError."""
+    if not config.tasks.every:
+        return None
+    from megaopus.evaluation.during import DuringTraining
+
+    return DuringTraining(config, engine, mesh, corpus)
 
 
 def sequence_rules(config: RunConfig, data: RunData) -> SequenceRules:

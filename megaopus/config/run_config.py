@@ -11,6 +11,7 @@ from megaopus.data.config import DataConfig
 from megaopus.data.needs import DataNeeds
 from megaopus.distributed.config import ParallelConfig
 from megaopus.engine.config import EngineConfig
+from megaopus.evaluation.config import TasksConfig
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.record.config import LoggingConfig
@@ -54,6 +55,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -82,7 +82,7 @@ def find(path: Path) -> Found:
         folder = ModelFolder.open(path)
         model = model_config(folder.config)
         assert model.vocab_size is not None
-        words = _words(path)
+        words = words_of(path)
         length = _length(folder.config)
         return Found(
             path=path, step=None, run=None, model=model, vocab_size=model.vocab_size, max_length=length, words=words
@@ -96,16 +96,15 @@ def find(path: Path) -> Found:
 
 
 def _found_run(checkpoint: Path, config: RunConfig, step: int) -> Found:
-    beside, length = checkpoint.parent.parent / FOLDER, config.data.seq_len
+    beside = checkpoint.parent.parent / FOLDER
     size = config.model.vocab_size
     if size is not None and (beside / "tokenizer.json").is_file():
-        words = _words(beside)
+        words = words_of(beside)
     else:
         corpus = trained_on(config, checkpoint)
         size = config.model.derived_vocab_size(corpus.vocab_size)
-        words = _words(corpus.path, corpus.eod_id)
-    if (beside / CONFIG).is_file():  # what a model was made for, though it went on with shorter sequences
-        length = _length(json.loads((beside / CONFIG).read_text(encoding="utf-8")))
+        words = words_of(corpus.path, corpus.eod_id)
+    length = positions_of(config, beside)
     return Found(
         path=checkpoint, step=step, run=config, model=config.model, vocab_size=size, max_length=length, words=words
     )
@@ -153,6 +152,17 @@ def engine_of(found: Found, mesh: Mesh, parallel: ParallelConfig, engine: Engine
     )
 
 
+def positions_of(config: RunConfig, *folders: Path) -> int:
+    """Say how many positions the model of a run was made for: more than its sequences have, if it came from elsewhere.
+
+    ``folders``: where what came with the model may lie.
+    """
+    for folder in folders:
+        if (folder / CONFIG).is_file():
+            return _length(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    return config.data.seq_len
+
+
 def _length(config: Mapping[str, Any]) -> int:
     found = next((config[key] for key in _LENGTHS if isinstance(config.get(key), int)), None)
     if found is None:
@@ -160,8 +170,8 @@ def _length(config: Mapping[str, Any]) -> int:
     return found
 
 
-def _words(folder: Path, end: int | None = None) -> Words:
-    """Read the tokenizer of a folder; ``end``: the end-of-document token of a corpus.
+def words_of(folder: Path, end: int | None = None) -> Words:
+    """Read the tokenizer of a folder; ``end``: the end-of-document token of a corpus. Raises ModelError.
 
     Special tokens written in a text are read as such: chat templates write them.
     """

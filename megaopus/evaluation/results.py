@@ -48,10 +48,11 @@ def _rows(task: str, scores: Sequence[Score], told: Mapping[str, Any]) -> list[d
     return [{"task": task, **asdict(each), "headline": each.metric == best, **told} for each in scores]
 
 
-def write_items(folder: Path, scored: Scored) -> None:
-    """Write the items of one task, all of them or nothing."""
-    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in scored.items)
-    write_whole(folder / f"{scored.part.name}.jsonl", lines)
+def write_items(folder: Path, *scored: Scored) -> None:
+    """Write the items of tasks, a file each, all of one or nothing."""
+    for each in scored:
+        lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in each.items)
+        write_whole(folder / f"{each.part.name}.jsonl", lines)
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -100,8 +101,7 @@ class Results:
 
     def write(self, *, with_items: Iterable[Scored] = (), perplexity: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """Write the table, and the items of ``with_items`` before it; returns it. ``perplexity``: rows of texts."""
-        for scored in with_items:
-            write_items(item_folder(self.file), scored)
+        write_items(item_folder(self.file), *with_items)
         rows = rows_of(self._scored, self._about["protocol"], self._about["settings"]["seed"])
         others = [row for row in self._kept.get("rows", ()) if not self._told_anew(row)]
         done = {name: key for name, key in self._kept.get("done", {}).items() if name not in self._done}

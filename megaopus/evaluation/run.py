@@ -23,8 +23,8 @@ from megaopus.evaluation.model import Found, Words, opened
 from megaopus.evaluation.perplexity import Perplexity, Text, length_of, measure, open_text, rows_of
 from megaopus.evaluation.results import Results
 from megaopus.evaluation.scored import Scored, headline, score
-from megaopus.evaluation.task_list import task_names
-from megaopus.evaluation.tasks import OPUS, Part, Wanted, load_parts
+from megaopus.evaluation.task_list import OPUS, task_names
+from megaopus.evaluation.tasks import Part, Wanted, load_parts
 from megaopus.record.console import progress
 
 VERSIONS = ("lm_eval", "datasets", "torch", "tokenizers")

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+LM_EVAL, OPUS = "lm-eval", "opus"
+PROTOCOLS = (LM_EVAL, OPUS)
+"""lm-eval's own prompts, and those of the paper's evaluation (opus_protocol.py)."""
+
 SUITES: Mapping[str, tuple[str, ...]] = {
     "paper10": (
         "mmlu",

@@ -20,11 +20,8 @@ from lm_eval.tasks._index import Entry, Kind
 from megaopus.errors import DataError
 from megaopus.evaluation import opus_protocol
 from megaopus.evaluation.local_data import CHOICES, PROMPT, Items, LocalData
-from megaopus.evaluation.task_list import FOLDERS, OWN
+from megaopus.evaluation.task_list import FOLDERS, LM_EVAL, OPUS, OWN
 from megaopus.settings import did_you_mean
-
-LM_EVAL, OPUS = "lm-eval", "opus"
-PROTOCOLS = (LM_EVAL, OPUS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from megaopus.events import Event
 from megaopus.record.formatting import format_count, format_duration, format_share
 from megaopus.record.metrics import progress_parts
 from megaopus.record.quiet import quiet
-from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.record.types import SelectionRecord, StepRecord, TasksRecord, ValidationRecord
 
 PLAIN_PROGRESS_SECONDS = 5.0
 LEGEND = {
@@ -132,6 +132,14 @@ class Console:
             parts.append((f"loss {record.loss:.4f}", "bold cyan"))
         if len(record.domains) > 1:
             parts.append((_each(record.domains), ""))
+        self._write(parts)
+
+    def tasks(self, record: TasksRecord) -> None:
+        """Print one line on what was scored on benchmarks."""
+        parts = [(f"benchmarks after {record.step} steps", "bold")]
+        for row in record.headlines:
+            error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
+            parts.append((f"{row['task']} {row['metric']} {row['value']:.3f}{error}", "cyan"))
         self._write(parts)
 
     def event(self, event: Event) -> None:

@@ -17,21 +17,24 @@ from megaopus.record.sinks import (
     METRICS_FILE,
     RUN_ID_FILE,
     SELECTION_FILE,
+    TASKS_FILE,
     JsonlSink,
     TensorBoardSink,
     WandbSink,
     read_rows,
 )
-from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.record.types import SelectionRecord, StepRecord, TasksRecord, ValidationRecord
 
 Meter = Callable[[StepRecord], Mapping[str, Any]]
 """Works out further metrics of a step, by name, from its record so far."""
-RECORD = (METRICS_FILE, SELECTION_FILE, EVENTS_FILE, FOLDER, RUN_ID_FILE, TensorBoardSink.FOLDER)
+SCORES = (TASKS_FILE, "eval.json", "eval_items")
+"""Of benchmarks: while the run trained, and of its checkpoints later."""
+RECORD = (METRICS_FILE, SELECTION_FILE, EVENTS_FILE, FOLDER, RUN_ID_FILE, TensorBoardSink.FOLDER, *SCORES)
 """Files and folders of a record, in the run folder."""
 
 
 class Recorder:
-    """Writes metrics.jsonl, selection.jsonl, events.jsonl and choices/, prints, and feeds W&B and TensorBoard.
+    """Writes metrics, selection, events and eval.jsonl, and choices/, prints, and feeds W&B and TensorBoard.
 
     On the writer rank only; on every other rank all methods do nothing.
     """
@@ -67,8 +70,9 @@ class Recorder:
         self._metrics = JsonlSink(run_dir / METRICS_FILE)
         self._selection = JsonlSink(run_dir / SELECTION_FILE)
         self._events = JsonlSink(run_dir / EVENTS_FILE)
+        self._tasks = JsonlSink(run_dir / TASKS_FILE)
         self._choices = ChoiceSink(run_dir / FOLDER, config.selection_every, config.overlaps_mb)
-        for sink in (self._metrics, self._selection, self._events, self._choices):
+        for sink in (self._metrics, self._selection, self._events, self._tasks, self._choices):
             for message in sink.truncate_after(resume_step):
                 self._console.note(message)
         # A run killed between validation and the next update validates at that step again: one row is enough.
@@ -111,6 +115,16 @@ class Recorder:
         for tracker in self._trackers:
             tracker.validation(record)
 
+    def tasks(self, record: TasksRecord) -> None:
+        """Record what was scored on benchmarks; a run that goes on at this step scores again, and writes it then."""
+        if self._console is None:
+            return
+        for line in record.lines():
+            self._tasks.write(line)
+        self._console.tasks(record)
+        for tracker in self._trackers:
+            tracker.tasks(record)
+
     def flush(self) -> None:
         """Put everything on disk: a checkpoint is about to say that these steps need not be taken again."""
         if self._console is not None:
@@ -133,6 +147,7 @@ class Recorder:
         self._metrics.close()
         self._selection.close()
         self._events.close()
+        self._tasks.close()
         self._choices.flush()
         self._console.close()
         while self._trackers:

@@ -18,11 +18,12 @@ from megaopus.events import Event
 from megaopus.fs import disk_full
 from megaopus.record.config import WANDB_REMEDY
 from megaopus.record.metrics import wandb_row
-from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
+from megaopus.record.types import SelectionRecord, StepRecord, TasksRecord, ValidationRecord
 
 METRICS_FILE = "metrics.jsonl"
 SELECTION_FILE = "selection.jsonl"
 EVENTS_FILE = "events.jsonl"
+TASKS_FILE = "eval.jsonl"
 RUN_ID_FILE = "wandb_run_id"
 
 
@@ -179,6 +180,10 @@ class WandbSink:
         """Log one validation, each domain on its own."""
         self._run.log(wandb_row(record))
 
+    def tasks(self, record: TasksRecord) -> None:
+        """Log what was scored on benchmarks."""
+        self._run.log(record.tracked())
+
     def close(self) -> None:
         """Hand over what is left and end the run."""
         self._run.finish()
@@ -211,6 +216,10 @@ class TensorBoardSink:
         """Write one validation, each domain on its own."""
         row = wandb_row(record)
         self._write({name: value for name, value in row.items() if name.startswith("validation/")}, record.step)
+
+    def tasks(self, record: TasksRecord) -> None:
+        """Write what was scored on benchmarks."""
+        self._write({name: value for name, value in record.tracked().items() if "/" in name}, record.step)
 
     def close(self) -> None:
         """Write what is left."""

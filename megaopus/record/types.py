@@ -259,6 +259,34 @@ class SelectionRecord:
 
 
 @dataclass(slots=True, kw_only=True)
+class TasksRecord:
+    """Records what a run scored on benchmarks after ``step`` updates."""
+
+    step: int
+    tokens: int
+    """Update tokens before it."""
+    time_s: float
+    """Time before it, as of the step."""
+    rows: list[dict[str, Any]]
+    """A row for each metric of each task, as in a table of ``eval`` (docs/evaluation.md)."""
+
+    @property
+    def headlines(self) -> list[dict[str, Any]]:
+        """The row of each whole task that speaks for it."""
+        return [row for row in self.rows if row["headline"] and row["part_of"] is None]
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Make the rows of eval.jsonl."""
+        when = {"step": self.step, "tokens": self.tokens, "time_s": self.time_s}
+        return [{**when, **row} for row in self.rows]
+
+    def tracked(self) -> dict[str, Any]:
+        """Make what W&B and TensorBoard are sent: tasks/TASK/METRIC of whole tasks."""
+        own = {f"tasks/{row['task']}/{row['metric']}": row["value"] for row in self.rows if row["part_of"] is None}
+        return {"step": self.step, "tokens": self.tokens, **own}
+
+
+@dataclass(slots=True, kw_only=True)
 class ValidationRecord:
     """Records the mean token loss on the validation split after ``step`` updates."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, split_groups
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
 from megaopus.data.read_ahead import Reads, TokenReader
 from megaopus.engine.base import Engine
 from megaopus.record.recorder import Recorder
+from megaopus.record.types import TasksRecord
 from megaopus.selection import Selector
 from megaopus.training.records import selection_record, step_record, validation_record
 from megaopus.training.signals import time_to_save
@@ -22,6 +23,23 @@ from megaopus.training.timers import Timers
 
 TIMED = ("data", "select", "train")
 """Phases that count as the time of a run."""
+
+
+class TaskScoring(Protocol):
+    """Scores the model that is being trained on benchmarks (``evaluation.during.DuringTraining``)."""
+
+    every: int
+    """Steps from one scoring to the next."""
+
+    @property
+    def names(self) -> list[str]:
+        """Tasks, each of which is scored by itself."""
+
+    def score(self, name: str, advance: Callable[[int], None]) -> Any:
+        """Score one; ``advance`` is told how many requests are answered. Collective."""
+
+    def keep(self, step: int, scored: list[Any]) -> list[dict[str, Any]]:
+        """Write the items of all, and return the rows of a table."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +63,7 @@ class Trainer:
     total_steps: int
     tokens_per_step: int
     eval_every: int
+    tasks: TaskScoring | None  # None: the run is scored on no benchmark
     profiler: StepProfiler
     layer_grad_norm_every: int  # steps from one that records the norm of each layer's gradient to the next; 0: none
     time_s: float = 0.0
@@ -68,6 +87,8 @@ class Trainer:
             self.timers.step = step = self.engine.step
             if step >= self.total_steps or (self.eval_every > 0 and step % self.eval_every == 0):
                 reason = self._validate(recorder)
+            if self.tasks is not None and not reason and (step >= self.total_steps or step % self.tasks.every == 0):
+                reason = self._score(recorder, self.tasks)
             if reason or step >= self.total_steps or (reason := self.stop_requested()):
                 break
             with self.profiler.step(step):
@@ -151,6 +172,23 @@ class Trainer:
             validation_record(target, domains, step=step, tokens=step * self.tokens_per_step, time_s=self.time_s)
         )
         return None
+
+    def _score(self, recorder: Recorder, tasks: TaskScoring) -> str | None:
+        """Score the model on benchmarks and record it; a reason to stop cuts it short, and is returned."""
+        step, scored = self.engine.step, []
+        for name in tasks.names:
+            if reason := self.stop_requested():
+                return reason
+            with self.timers("evaluate"):
+                scored.append(tasks.score(name, self._progressed))
+        rows = tasks.keep(step, scored)
+        recorder.tasks(TasksRecord(step=step, tokens=step * self.tokens_per_step, time_s=self.time_s, rows=rows))
+        return None
+
+    def _progressed(self, requests: int) -> None:
+        """Let it be seen, by who looks for a hang, that answers come."""
+        with self.timers("evaluate"):
+            pass
 
     def _save(self, recorder: Recorder, *, wait: bool) -> None:
         if not self.updated:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.evaluation.local_data import LocalData
 from megaopus.evaluation.model import engine_of, find, opened
 from megaopus.evaluation.run import harness_model
-from megaopus.evaluation.task_list import SUITES
-from megaopus.evaluation.tasks import LM_EVAL, Wanted, load_parts
+from megaopus.evaluation.task_list import LM_EVAL, SUITES
+from megaopus.evaluation.tasks import Wanted, load_parts
 from tests.evaluation_items import COUNT, write_items
-from tests.exact.resume_runs import rows, settings, train
+from tests.exact.resume_runs import OPTIMIZERS, SELECTIONS, assert_same, everything, rows, settings, train
 from tests.exact.test_huggingface import make
+from tests.faults import Interrupted, at_step, interrupt
 from tests.pool import Jobs, Pool
 
 FAMILIES = ("gpt2", "llama", "qwen3")
@@ -271,3 +273,39 @@ def test_losses_on_files_are_those_of_transformers(
     assert row["nats_per_token"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
     per_byte = len(ids) / len(text.encode())
     assert row["bits_per_byte"] == pytest.approx(row["nats_per_token"] / math.log(2) * per_byte)
+
+
+def test_a_run_is_scored_while_it_trains_and_is_no_other_for_it(
+    data: Path, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed and resumed too; what it says of its last step is what the verb says of its last checkpoint."""
+    scored = ["tasks.every=4", "tasks.suite=[arc_easy,lambada]", f"tasks.data={data}", "tasks.limit=3"]
+    more = [*SELECTIONS["directional"], *OPTIMIZERS["adamw"]]
+    assert train([*settings(tiny_corpus, tmp_path / "plain"), *more]) == 0
+    capsys.readouterr()
+    assert train([*settings(tiny_corpus, tmp_path / "scored"), *more, *scored]) == 0
+    assert "benchmarks after 4 steps | arc_easy acc_norm" in capsys.readouterr().out
+    with at_step(6, interrupt), suppress(Interrupted):
+        train([*settings(tiny_corpus, tmp_path / "killed"), *more, *scored])
+    assert train([*settings(tiny_corpus, tmp_path / "killed"), *more, *scored]) == 0
+    plain, *others = (everything(tmp_path / name) for name in ("plain", "scored", "killed"))
+    for other in others:
+        assert_same(other, plain)
+    told = {name: rows(tmp_path / name / "eval.jsonl") for name in ("scored", "killed")}
+    assert [{**row, "time_s": 0} for row in told["killed"]] == [{**row, "time_s": 0} for row in told["scored"]]
+    steps = sorted({row["step"] for row in told["scored"]})
+    assert steps == [0, 4, 8, 10]
+    items = tmp_path / "scored" / "eval_items" / "step_00000010" / "arc_easy.jsonl"
+    assert len(items.read_text().splitlines()) == 3
+    out = tmp_path / "eval.json"
+    usual = [tmp_path / "scored", "--suite", "arc_easy,lambada", "--data", data, "--limit", 3, "--out", out]
+    assert ask(*usual) == 0
+    last = [row for row in told["scored"] if row["step"] == 10]
+    for row, wanted in zip(json.loads(out.read_text())["rows"], last, strict=True):
+        assert row["value"] == pytest.approx(wanted["value"], abs=1e-6)
+        assert {**row, "value": 0, "stderr": 0, "seed": 0}.items() <= {
+            **wanted,
+            "value": 0,
+            "stderr": 0,
+            "seed": 0,
+        }.items()

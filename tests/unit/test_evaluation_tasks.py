@@ -16,8 +16,8 @@ from megaopus.errors import DataError
 from megaopus.evaluation.local_data import LocalData
 from megaopus.evaluation.opus_protocol import NORMALISED
 from megaopus.evaluation.scored import Score, Scored, headline, of_group
-from megaopus.evaluation.task_list import SUITES, task_names
-from megaopus.evaluation.tasks import LM_EVAL, OPUS, Part, Wanted, load_parts
+from megaopus.evaluation.task_list import LM_EVAL, OPUS, SUITES, task_names
+from megaopus.evaluation.tasks import Part, Wanted, load_parts
 from tests.evaluation_items import ROWS, write_items
 
 OPUS_ASKS: Mapping[str, tuple[str, list[str], int]] = {
