@@ -56,7 +56,7 @@ def read_scores(run_folder: Path, name: str | None = None) -> RunScores | None:
 def compare_scores(
     base: Sequence[RunScores], other: Sequence[RunScores], *, last: int = LAST, resamples: int = 1000
 ) -> tuple[list[Difference], list[str]]:
-    """Compare two arms, a run a seed: what every run has of both, averages over tasks first.
+    """Compare two arms, a run a seed: what every run has of both, averages over tasks first, then headline scores.
 
     Averages are over tasks of their own and groups, of headline scores that are better higher, and of bits per byte,
     each where there are two or more.
@@ -88,6 +88,7 @@ def compare_scores(
         if len(group) > 1:
             weights = {(each.task, each.metric): 1 / len(group) for each in group}
             averages.append(_difference(base, other, subjects, weights, last, resamples))
+    found.sort(key=lambda each: not each.headline)
     return averages + found, list(dict.fromkeys(refused))
 
 
@@ -152,13 +153,17 @@ def _noise(
         return noise_between_seeds(
             [[float(np.mean([_value(each, weights) for each in run])) for run in arm] for arm in arms]
         )
-    lasts = [
-        [[_value(each, weights) for each in run.history if weights.keys() <= each.scores.keys()][-last:] for run in arm]
-        for arm in (base, other)
-    ]
+    lasts = [[last_scores(run.history, weights, last) for run in arm] for arm in (base, other)]
     if any(len(scores) < last for arm in lasts for scores in arm):
         return None
     return noise_between_checkpoints(lasts, len(arms[0][0]))
+
+
+def last_scores(
+    history: Sequence[Evaluation], weights: Mapping[tuple[str, str], float], last: int = LAST
+) -> list[float]:
+    """Return a weighted sum of scores in the last evaluations of a run that have all of them, ``last`` at most."""
+    return [_value(each, weights) for each in history if weights.keys() <= each.scores.keys()][-last:]
 
 
 # -- items ------------------------------------------------------------------------------------------------------------

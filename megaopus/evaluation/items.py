@@ -16,6 +16,7 @@ from megaopus.errors import DataError
 from megaopus.record.sinks import read_rows
 
 EVALUATION_FILE, HISTORY_FILE, ITEMS_FOLDER = "eval.json", "eval.jsonl", "eval_items"
+CONTAMINATION_FILE = "contamination.json"
 FORMAT = 1
 ACCURACIES = ("acc", "acc_norm", "exact_match")
 """Metrics that are the mean of their items in every task; of others that is looked at."""
@@ -264,3 +265,21 @@ def _whole(row: Mapping[str, Any], name: str, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise DataError(f"{where}: {name} is {value!r}, not a whole number; {_AGAIN}")
     return value
+
+
+def read_contamination(run_folder: Path) -> dict[str, Any] | None:
+    """Read a run's ``contamination.json``, as ``contamination.py`` writes it; None where there is none.
+
+    Raises DataError for a file that cannot be read or is of another form.
+    """
+    path = run_folder / CONTAMINATION_FILE
+    if not path.is_file():
+        return None
+    again = "find it again with 'python -m megaopus eval RUN --contamination'"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {again}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("tasks"), list):
+        raise DataError(f"{path}: not of the form that this megaopus reads; {again}")
+    return found
