@@ -29,19 +29,20 @@ from megaopus.corpus_tools.similarity import WORD, among, runs_of_words, word_di
 from megaopus.corpus_tools.workers import cores, worker_pool
 from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.data.folder import StoppedError
-from megaopus.data.run_data import RunData
-from megaopus.data.sequences import Sequences
 from megaopus.errors import DataError
 from megaopus.evaluation.items import CONTAMINATION_FILE, FORMAT
 from megaopus.record.parquet import FOLDER, parts, read_part
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # workers need no torch
     from megaopus.config.run_config import RunConfig
+    from megaopus.data.sequences import Sequences
 
 SHORTEST = 8
 """Words of an item below which it is too short to say."""
 BLOCK_TOKENS = 1 << 20
 """Decoded at a time by a worker; a longer document is a block of its own."""
+FEW_TOKENS = 2 * BLOCK_TOKENS
+"""Tokens that are looked through before a worker would have started."""
 _AHEAD = 3
 """Blocks a worker that wait for it."""
 _CUT = "\ufffd"
@@ -97,7 +98,8 @@ def find_contamination(
 
         def search(name: str, corpus: Corpus, blocks: Iterable[Spans], total: int) -> tuple[np.ndarray, np.ndarray]:
             advance = stage(f"looking in the {name}", total, "M tokens/s")
-            return _search(corpus, blocks, wanted, workers or cores(), advance)
+            processes = 1 if total <= FEW_TOKENS else workers or cores()
+            return _search(corpus, blocks, wanted, processes, advance)
 
         members = _members(pool)
         met["pool"], documents = search("pool", pool.corpus, _documents(pool.corpus, members), _tokens(pool, members))
@@ -157,6 +159,8 @@ def _identity(corpus: Corpus) -> dict[str, str]:
 
 def _open(run_folder: Path, notes: list[str]) -> tuple[Sequences, Sequences | None]:
     """Open a run's pool and proxy; the latter None, and a note, where there is none."""
+    from megaopus.data.run_data import RunData
+
     config = _config(run_folder / "config.yaml")
     data = RunData.open(config.data, config.data_needs())
     path = run_folder / "environment.json"

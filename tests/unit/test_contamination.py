@@ -143,13 +143,19 @@ def made_items(corpus: Corpus) -> dict[str, list[str]]:
     return found
 
 
+def edges(corpus: Corpus, tokens: np.ndarray) -> list[str]:
+    """The first and the last words of a sequence's own text, with the parts of words that it begins and ends in."""
+    words = re.findall(r"[^\W_]+", corpus.tokenizer().decode(corpus.tokens[tokens].tolist()))
+    return [" ".join(words[:13]), " ".join(words[-13:])]
+
+
 def test_items_are_met_where_brute_force_meets_them(corpus: Corpus, tmp_path: Path) -> None:
     pool = Sequences(corpus, "pool", L)
     picked = list(range(0, len(pool), 3)) + list(range(1, len(pool), 9))  # some of them neighbours
     line = places(corpus, pool)
     held = [set(line[number].tolist()) for number in picked]
     in_pool, in_proxy = Brute(corpus, "pool"), Brute(corpus, "proxy")
-    items = made_items(corpus)
+    items = made_items(corpus) | {"edges": [edge for tokens in line for edge in edges(corpus, tokens)]}
     found = find_contamination(run_folder(tmp_path / "run", corpus, picked), items, workers=1)
     assert [row["task"] for row in found["tasks"]] == list(items)
     for row in found["tasks"]:
@@ -160,7 +166,8 @@ def test_items_are_met_where_brute_force_meets_them(corpus: Corpus, tmp_path: Pa
         assert row["pool"] == sum(in_pool.meets(text) for text in long)
         assert row["proxy"] == sum(in_proxy.meets(text) for text in long)
         assert row["picks"] == sum(in_pool.meets(text, held) for text in long)
-    taken, straddling, new, short = found["tasks"]
+    taken, straddling, new, short, edge = found["tasks"]
+    assert edge["picks"] < edge["pool"] < edge["items"] - edge["too_short"]
     assert 0 < taken["picks"] < taken["pool"] < taken["items"]
     assert taken["proxy"] > 0
     assert straddling["pool"] + straddling["proxy"] + new["pool"] == 0
@@ -213,6 +220,7 @@ def test_workers_and_blocks_do_not_change_what_is_found(
     alone = find_contamination(run, items, workers=1)
     monkeypatch.setattr(contamination, "BLOCK_TOKENS", 500)
     assert find_contamination(run, items, workers=1) == alone
+    monkeypatch.setattr(contamination, "FEW_TOKENS", 500)
     monkeypatch.setattr(contamination, "_shared", through_workers)
     assert find_contamination(run, items, workers=2) == alone
 
