@@ -12,7 +12,8 @@ another seed, or a few updates later, has another score; no number of items show
   the updates between these checkpoints do, once it is made up for that checkpoints near each other are alike: with an
   average correlation c of their noise, a spread s^2 is an estimate of (1 - c) of the variance, of which the mean of m
   checkpoints has (1 + (m - 1) c) / m. CORRELATION is what is taken for c. Where a score still rises, the rise counts
-  as spread: what can be told is less, never more;
+  as spread: what can be told is less, never more, and a lead that a seed keeps, which no checkpoint shows, is made up
+  for in part;
 - else it is not known, and no winner is named, however many items there are.
 
 A difference is told if it holds against both, their variances added: p <= LEVEL / (number of differences looked at) by
@@ -109,6 +110,11 @@ class Difference:
         parts += self.noise.parts if self.noise else ()
         total = sum(variance for variance, _ in parts)
         return total**2 / sum(variance**2 / freedom for variance, freedom in parts) if total else 0.0
+
+    def against_items(self) -> bool:
+        """Tell whether it is more than other items would change (p <= LEVEL), whatever training changes."""
+        error = self.items_stderr
+        return bool(error) and student_t_p(self.value / (error or 1.0), self.n - 1) <= LEVEL
 
     def verdict(self, looked_at: int = 1) -> Verdict:
         """Tell whether it is more than noise, as one of ``looked_at`` differences of the two arms."""

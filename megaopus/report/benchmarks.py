@@ -194,7 +194,7 @@ def _lead(arm: str, baseline: str, found: Sequence[Difference]) -> str:
     better, worse = (verdicts.count(each) for each in (Verdict.BETTER, Verdict.WORSE))
     what = f"{first.task}, {first.metric}: {first.value:+.4f} ± {_error(first.stderr)}"
     if verdicts[0] in (Verdict.BETTER, Verdict.WORSE):
-        text = f"{arm} is {verdicts[0]} than {baseline} by {what}."
+        text = f"{arm} is {verdicts[0]} than {baseline} ({what})."
     elif verdicts[0] is Verdict.UNKNOWN:
         text = (
             f"{arm} and {baseline} differ on these items by more than other items would change ({what}), but what "
@@ -202,6 +202,11 @@ def _lead(arm: str, baseline: str, found: Sequence[Difference]) -> str:
         )
     else:
         text = f"Between {arm} and {baseline} no difference can be told from noise ({what})."
+        if first.noise is not None and first.against_items():
+            text += (
+                f" It holds against the sampling of items ({_error(first.items_stderr)}), not against what training "
+                f"alone changes ({_error(first.noise.std)}): more seeds, or evaluations nearer to the end, say more."
+            )
     if len(found) > 1:
         text += f" Of {len(found)} differences {better} can be told to be better, {worse} to be worse."
     return text
