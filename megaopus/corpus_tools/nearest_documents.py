@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from megaopus.corpus_tools.similarity import HashedTfidf, SentenceEncoder, shared_runs
+from megaopus.corpus_tools.similarity import HashedTfidf, SentenceEncoder, among, shared_runs
 from megaopus.corpus_tools.workers import worker_pool
 from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.data.folder import StoppedError
@@ -156,7 +156,7 @@ class Searcher:
         here = self._documents[number * self._chunk : (number + 1) * self._chunk]
         content = self._corpus.texts(here)
         similarity, item = self._encoding.nearest(content)
-        met = [_among(shared_runs(text, OVERLAP_WORDS), self._known) for text in content]
+        met = [among(shared_runs(text, OVERLAP_WORDS), self._known) for text in content]
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         with partial.open("wb") as stream:
             np.savez(
@@ -169,13 +169,6 @@ class Searcher:
                 met=np.unique(np.concatenate(met)),
             )
         os.replace(partial, file)
-
-
-def _among(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Those of ``values`` that are in ``known``, which is sorted."""
-    if not len(known):
-        return values[:0]
-    return values[known[np.searchsorted(known, values).clip(max=len(known) - 1)] == values]
 
 
 def _digest(corpus: Corpus, document: int) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 from megaopus.corpus_tools.readers.stored import needed
 
 _BUCKETS = 1 << 18
-_WORD = re.compile(r"[^\W_]+")
+WORD = re.compile(r"[^\W_]+")
+"""A word: letters and digits in a row."""
 _ITEMS_AT_ONCE = 1024
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
@@ -90,12 +91,21 @@ class SentenceEncoder:
 
 def distinct_words(text: str) -> np.ndarray:
     """(k,) uint64 digests of a text's distinct words, ascending; lower case, marks left out."""
-    return np.unique(np.array([_digest(word) for word in _WORD.findall(text.lower())], dtype=np.uint64))
+    return np.unique(word_digests(text))
 
 
 def shared_runs(text: str, length: int) -> np.ndarray:
     """(words - length + 1,) uint64 digests of each run of ``length`` words in a row; lower case, marks left out."""
-    words = np.array([_digest(word) for word in _WORD.findall(text.lower())], dtype=np.uint64)
+    return runs_of_words(word_digests(text), length)
+
+
+def word_digests(text: str) -> np.ndarray:
+    """(words,) uint64 digests of a text's words in their order; lower case, marks left out."""
+    return np.array([_digest(word) for word in WORD.findall(text.lower())], dtype=np.uint64)
+
+
+def runs_of_words(words: np.ndarray, length: int) -> np.ndarray:
+    """(words - length + 1,) uint64 digests of each run of ``length`` of the words whose digests are given."""
     count = max(0, len(words) - length + 1)
     total = np.zeros(count, dtype=np.uint64)
     for place in range(length):
@@ -104,8 +114,15 @@ def shared_runs(text: str, length: int) -> np.ndarray:
     return total
 
 
+def among(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Those of ``values`` that are in ``known``, which is sorted."""
+    if not len(known):
+        return values[:0]
+    return values[known[np.searchsorted(known, values).clip(max=len(known) - 1)] == values]
+
+
 def _buckets(text: str) -> np.ndarray:
-    return np.array([_digest(word) % _BUCKETS for word in _WORD.findall(text.lower())], dtype=np.int64)
+    return np.array([_digest(word) % _BUCKETS for word in WORD.findall(text.lower())], dtype=np.int64)
 
 
 @lru_cache(1 << 20)

@@ -242,6 +242,10 @@ class Corpus:
             raise DataError(f"{path}: cut off since it was opened; restore the file, the run then goes on")
         return found
 
+    def decode(self, start: int, end: int) -> str:
+        """The text of the tokens from position ``start`` to before ``end`` in the token file."""
+        return str(self._decoder.decode(self.tokens[start:end].tolist(), skip_special_tokens=False))
+
     def texts(self, documents: Items[int] | np.ndarray, most: int | None = None) -> list[str]:
         """The text of documents by their numbers, without the end-of-document token; of ``most`` tokens at most."""
         lengths = self.lengths[documents] - 1

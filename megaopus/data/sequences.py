@@ -170,6 +170,28 @@ class Sequences:
         _, first, last = self._span([sequence], self.seq_len + 1)
         return [self.corpus.ids[index] for index in self._documents[first[0] : last[0] + 1]]
 
+    def stretches_of(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Say which tokens of ``documents``, by their numbers in the corpus, which sequences have.
+
+        Returns:
+            (sequences, documents, first tokens, ends), (n,) int64 each, a row for each sequence that has tokens of a
+            document; the last two are positions in the token file. Documents of no stream have none.
+        """
+        order = np.argsort(self._documents)
+        place = np.searchsorted(self._documents, documents, sorter=order).clip(max=len(order) - 1)
+        at = order[place][self._documents[order[place]] == documents]
+        codes = np.searchsorted(self._begins, self._starts[at], side="right") - 1
+        begin, end = self._starts[at] - self._begins[codes], self._starts[at + 1] - self._begins[codes]
+        first = np.maximum(0, -(-(begin - self.seq_len) // self.seq_len))  # a sequence has the next one's first token
+        last = np.minimum(np.diff(self._first)[codes] - 1, (end - 1) // self.seq_len)
+        counts = np.maximum(0, last - first + 1)
+        rows = np.repeat(np.arange(len(at)), counts)
+        inside = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows] + first[rows]
+        starts = np.maximum(begin[rows], inside * self.seq_len)
+        ends = np.minimum(end[rows], (inside + 1) * self.seq_len + 1)
+        shift = self._begins[codes][rows] + self._shift[at][rows]
+        return self._first[codes][rows] + inside, self._documents[at][rows], starts + shift, ends + shift
+
     def evenly_spaced(self, n_per_domain: int) -> dict[str, np.ndarray]:
         """Numbers of evenly spaced sequences of each domain, at most ``n_per_domain``, always the same ones."""
         chosen = {}

@@ -18,6 +18,7 @@ import yaml
 
 from megaopus.config.aliases import renamed
 from megaopus.errors import DataError
+from megaopus.evaluation.noise import student_t_p
 from megaopus.events import Event, read_event
 from megaopus.record.metrics import read_record
 from megaopus.record.sinks import EVENTS_FILE, read_rows
@@ -396,27 +397,3 @@ def paired_t_test(first: Sequence[float], second: Sequence[float]) -> float:
         return 1.0 if mean == 0 else 0.0
     t = mean / (std / math.sqrt(len(differences)))
     return student_t_p(t, len(differences) - 1)
-
-
-def student_t_p(t: float, df: int) -> float:
-    """P(|T| >= |t|) for Student's t with ``df`` degrees of freedom."""
-    return _incomplete_beta(df / 2, 0.5, df / (df + t * t))
-
-
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularised incomplete beta function I_x(a, b) by its continued fraction (Abramowitz and Stegun 26.5.8)."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # the fraction converges fast only below this point
-        return 1 - _incomplete_beta(b, a, 1 - x)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    # 1 / (1 + d1 / (1 + d2 / (1 + ...))), evaluated from the far end; 200 terms are ample for df below a thousand.
-    tail = 1.0
-    for term in range(200, 0, -1):
-        m = term // 2
-        if term % 2:
-            factor = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        else:
-            factor = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        tail = 1 + factor / tail
-    return math.exp(log_front) / (a * tail)

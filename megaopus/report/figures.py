@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from megaopus.evaluation.items import Evaluation
 from megaopus.record.formatting import format_bytes, format_count
 from megaopus.record.metrics import metrics_of, values_of
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
@@ -469,6 +470,27 @@ def domain_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: i
         _token_axis(axis, ticks=4)
         _labels(axis, "update tokens" if at >= len(domains) - columns else "", "" if at % columns else LOSS, domain)
     for axis in axes[len(domains) :]:
+        axis.set_visible(False)
+    _legend_above(figure, axes, 3)
+    return figure
+
+
+def benchmark_figure(
+    histories: Mapping[str, Sequence[Evaluation]], keys: Sequence[tuple[str, str]], ink: Mapping[str, Ink]
+) -> Figure:
+    """Scores (task, metric) over update tokens with their standard errors, a panel each, one line a run."""
+    columns = 2 if len(keys) > 1 else 1
+    rows = -(-len(keys) // columns)
+    figure, axes = _figure(rows, columns, height=0.7 + 2.3 * rows)
+    for at, (axis, key) in enumerate(zip(axes, keys, strict=False)):
+        for name, history in histories.items():
+            there = [(each.tokens or 0, each.scores[key]) for each in history if key in each.scores]
+            x, y = [tokens for tokens, _ in there], [score.value for _, score in there]
+            axis.errorbar(x, y, [score.stderr or 0.0 for _, score in there], fmt="none", ecolor=ink[name].colour)
+            _line(axis, x, y, ink[name], marker=".")
+        _token_axis(axis, ticks=4)
+        _labels(axis, "update tokens" if at >= len(keys) - columns else "", key[1], key[0])
+    for axis in axes[len(keys) :]:
         axis.set_visible(False)
     _legend_above(figure, axes, 3)
     return figure

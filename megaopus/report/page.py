@@ -13,7 +13,7 @@ from typing import Any
 from megaopus.errors import DataError
 from megaopus.record.formatting import format_count, format_duration
 from megaopus.record.types import SelectionRecord
-from megaopus.report import sections
+from megaopus.report import benchmarks, sections
 from megaopus.report.arms import find_arms, over_seeds, partner
 from megaopus.report.choice_summary import ChoiceSummary, summarise_choices
 from megaopus.report.compare import (
@@ -193,6 +193,7 @@ class _Page:
         parts += [self._summary(), self._over_seeds()]
         parts += [f'<p class="warn">{html.escape(text)}</p>' for text in dict.fromkeys(self.warnings)]
         parts += [f"<p>{html.escape(text)}</p>" for text in self.notes]
+        parts += [benchmarks.section(self.runs, self.arms, self.baseline, self._name, self._benchmark_curves)]
         parts += [self._figures(), self._domains(), sections.repeats(self.summaries, self._name)]
         parts += [sections.useful_text(self.runs, self._stand_ins(), self.texts, self._name)]
         parts += [
@@ -316,6 +317,9 @@ class _Page:
     def _settings_of(self) -> dict[str, Run]:
         """By name, the runs that stand for their arms; named after the arm where that has more."""
         return {arm.name if len(arm.runs) > 1 else arm.first: self.runs[arm.first] for arm in self.arms}
+
+    def _benchmark_curves(self, histories: benchmarks.Histories, keys: Sequence[benchmarks.Key]) -> str:
+        return self.figures.to_png(self.figures.benchmark_figure(histories, keys, self.inks))
 
     def _figures(self) -> str:
         figures, found = self.figures, []

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from megaopus.errors import DataError
+from megaopus.evaluation.noise import student_t_p
 from megaopus.record.types import StepRecord, ValidationRecord
-from megaopus.report.compare import Comparison, Run, aggregate, compare, paired_t_test, student_t_p, trailing_mean
+from megaopus.report.compare import Comparison, Run, aggregate, compare, paired_t_test, trailing_mean
 
 TOKENS = 1000  # a step
 
