@@ -40,6 +40,7 @@ MAY_IMPORT: Mapping[str, set[str] | None] = {
         "models.flops",
         "training.config",
         "engine.config",
+        "evaluation.config",
         "data.needs",
     }
     | {f"{room}.config" for room in LIBRARY},
@@ -54,10 +55,11 @@ MAY_IMPORT: Mapping[str, set[str] | None] = {
         "data",
         "distributed",
         "engine",
+        "export",
         "huggingface",
         "models",
         "record",
-        "selection.candidate_table",
+        "selection",
         "start",
     },
     "report": {
@@ -85,12 +87,13 @@ ONLY_IN = {
     "omegaconf": {"config"},
     "wandb": {"record"},
     "tensorboard": {"record"},
-    "tokenizers": {"data", "corpus_tools"},
+    "tokenizers": {"data", "corpus_tools", "evaluation"},
     "matplotlib": {"report"},
-    "pyarrow": {"data", "corpus_tools", "record", "report"},
+    "pyarrow": {"data", "corpus_tools", "evaluation", "record", "report"},
     "pytorch_optimizer": {"optim"},
     "transformers": {"score"},
     "fasttext": {"score"},
+    "lm_eval": {"evaluation"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted(

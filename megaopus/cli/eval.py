@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from megaopus.cli._notes import tell
 from megaopus.cli._paths import local_path
 from megaopus.distributed.launcher import place
 from megaopus.errors import DataError
+from megaopus.evaluation.config import REMEDY
 
 if TYPE_CHECKING:
     from megaopus.evaluation.model import Found
@@ -47,12 +49,8 @@ def run(args: argparse.Namespace) -> int:
     """Score, and show the table. Raises before anything is written for what cannot be done."""
     if not (args.suite or args.perplexity):
         raise argparse.ArgumentError(None, "nothing to ask: give --suite, --perplexity or both")
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise DataError(
-            f"eval needs lm-eval, which cannot be imported ({error}): pip install 'megaopus[eval]'"
-        ) from error
+    if find_spec("lm_eval") is None:
+        raise DataError(f"needs lm-eval, which is not installed: {REMEDY}")
     from megaopus.evaluation.model import find
     from megaopus.evaluation.run import Request, evaluate_model
 

@@ -164,7 +164,7 @@ class Searcher:
                 similarity=similarity,
                 item=item,
                 overlaps=np.array([len(each) > 0 for each in met]),
-                overlaps_held_out=np.array([len(_among(each, self._held_out)) > 0 for each in met]),
+                overlaps_held_out=np.array([len(among(each, self._held_out)) > 0 for each in met]),
                 digest=np.array([_digest(self._corpus, n) for n in here], dtype=np.uint64),
                 met=np.unique(np.concatenate(met)),
             )
