@@ -50,6 +50,8 @@ class DomainLoss:
     """Holds the loss on one domain of a corpus."""
 
     corpus: str
+    split: str | None
+    """None: all of it, which is no prepared corpus."""
     domain: str
     sequences: int
     tokens: int
@@ -228,6 +230,7 @@ def _score(row: Any, where: str) -> Score:
 def _loss(row: Any, where: str) -> DomainLoss:
     return DomainLoss(
         corpus=_text(row, "corpus", where),
+        split=row.get("split"),
         domain=_text(row, "domain", where),
         sequences=_whole(row, "sequences", where),
         tokens=_whole(row, "tokens", where),

@@ -252,10 +252,13 @@ def _perplexity(found: Mapping[str, RunScores], shown: Name) -> str:
     held = {name: each.final.perplexity for name, each in found.items() if each.final and each.final.perplexity}
     if not held:
         return ""
-    by_domain = {name: {(each.corpus, each.domain): each for each in losses} for name, losses in held.items()}
+    by_domain = {
+        name: {(each.corpus, each.split or NONE, each.domain): each for each in losses} for name, losses in held.items()
+    }
     keys = list(dict.fromkeys(key for losses in by_domain.values() for key in losses))
     header = [
         "corpus",
+        "split",
         "domain",
         *(text for name in held for text in (f"{shown(name)}<br>nats per token", "bits/byte")),
     ]
@@ -270,7 +273,7 @@ def _perplexity(found: Mapping[str, RunScores], shown: Name) -> str:
                 row += [f"{each.nats_per_token:.4f}{error}", _error(each.bits_per_byte)]
         rows.append(row)
     caption = "Nats per token can be compared between models of one tokenizer only, bits per byte between all."
-    return f'<h2>Loss on domains of text</h2>{table(header, rows, range(2, len(header)))}<p class="quiet">{caption}</p>'
+    return f'<h2>Loss on domains of text</h2>{table(header, rows, range(3, len(header)))}<p class="quiet">{caption}</p>'
 
 
 def _contamination(runs: Mapping[str, Run], shown: Name) -> str:

@@ -19,7 +19,7 @@ from megaopus.report.page import _Page, find_baseline, write_report
 from tests.unit.evaluations import ItemRows, add_history, write_evaluation
 from tests.unit.report_runs import TOKENS, write_run
 
-BOOKS = {"corpus": "c", "domain": "books", "sequences": 64, "tokens": 8192}
+BOOKS = {"corpus": "c", "split": "validation", "domain": "books", "sequences": 64, "tokens": 8192}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_perplexity_of_domains(root: Path) -> None:
         loss: dict[str, Any] = BOOKS | {"nats_per_token": nats, "bits_per_byte": nats / 3, "stderr": 0.02}
         write_evaluation(root / name, {}, perplexity=[loss])
     text = page(root)
-    assert ["c", "books", "3.2500 ± 0.0200", "1.0833", "3.1250 ± 0.0200", "1.0417"] in told(text)
+    assert ["c", "validation", "books", "3.2500 ± 0.0200", "1.0833", "3.1250 ± 0.0200", "1.0417"] in told(text)
     assert "Benchmarks" not in text
 
 
