@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chat-template", action="store_true", help="write prompts as conversations, by the model's own template")
     add("--seed", type=int, default=1234, metavar="N", help="of the choice of examples (default %(default)s)")
     add("--out", type=local_path, metavar="FILE.json", help="table to write (default: eval.json in the run's folder)")
+    against = "table of another model on the same items: what the two differ by, item by item"
+    add("--against", type=local_path, metavar="FILE.json", help=against)
+    add("--contamination", action="store_true", help="look for the items in the run's pool, proxy and picks")
     add("--overwrite", action="store_true", help="replace a table of another evaluation")
 
 
@@ -51,10 +54,16 @@ def run(args: argparse.Namespace) -> int:
         raise argparse.ArgumentError(None, "nothing to ask: give --suite, --perplexity or both")
     if find_spec("lm_eval") is None:
         raise DataError(f"needs lm-eval, which is not installed: {REMEDY}")
+    from megaopus.evaluation.items import read_evaluation
     from megaopus.evaluation.model import find
     from megaopus.evaluation.run import Request, evaluate_model
 
     found = find(args.model)
+    run_folder = None if found.run is None else found.path.parent.parent
+    if args.contamination and run_folder is None:
+        raise DataError(f"--contamination: {args.model} is no run of ours, whose data is known; leave it out")
+    if args.against is not None:
+        read_evaluation(args.against)
     args.out = args.out or _usual_file(found, args.model)
     request = Request(
         suite=args.suite,
@@ -72,12 +81,53 @@ def run(args: argparse.Namespace) -> int:
     table = evaluate_model(found, args.overrides, place().world_size, request, speaks=place().rank == 0, tell=tell)
     if place().rank == 0:
         _show(table)
+        if args.against is not None:
+            _show_differences(args.against, args.out)
+        if args.contamination and run_folder is not None:
+            _look_for_items(run_folder, args.out)
     return 0
 
 
+def _show_differences(first: Path, second: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from megaopus.evaluation.differences import RunScores, compare_scores
+    from megaopus.evaluation.items import read_evaluation
+
+    base, other = (RunScores(str(file), read_evaluation(file), ()) for file in (first, second))
+    found, refused = compare_scores([base], [other])
+    shown = Table(title=f"{second} less {first}", title_justify="left")
+    for name in ("task", "metric", "difference", "± stderr", "95 % of resamples", ""):
+        shown.add_column(name, justify="left" if name in ("task", "metric", "") else "right")
+    for each in found:
+        error = "" if each.items_stderr is None else f"{each.items_stderr:.4f}"
+        interval = "" if each.interval is None else "{:+.4f} to {:+.4f}".format(*each.interval)
+        verdict = each.verdict(len(found)).value
+        shown.add_row(each.task, each.metric, f"{each.value:+.4f}", error, interval, verdict)
+    Console().print(shown)
+    for reason in refused:
+        print(f"not compared: {reason}")
+
+
+def _look_for_items(run_folder: Path, table: Path) -> None:
+    from rich.console import Console
+
+    from megaopus.evaluation.contamination import find_contamination, write_contamination
+    from megaopus.evaluation.items import item_texts
+    from megaopus.evaluation.results import item_folder
+
+    found = find_contamination(run_folder, item_texts(item_folder(table)), console=Console(stderr=True))
+    write_contamination(run_folder, found)
+    for row in found["tasks"]:
+        print(f"contamination of {row['task']}: " + ", ".join(f"{key} {row[key]}" for key in row if key != "task"))
+
+
 def closing(args: argparse.Namespace) -> str:
-    """Say where the table lies."""
-    return f"table in {args.out}, items beside it"
+    """Say where the table lies, and what it can be compared with."""
+    if args.model.is_dir() and (args.model / "config.yaml").is_file():
+        return f"table in {args.out}, items beside it | next: python -m megaopus report {args.model}"
+    return f"table in {args.out}, items beside it | next: eval another model with --against {args.out}"
 
 
 def _usual_file(found: Found, model: Path) -> Path:

@@ -105,7 +105,7 @@ class HarnessModel(TemplateLM):
         return done
 
     def _cut(self, tokens: list[int], stops: Sequence[str]) -> str:
-        """What was generated, up to the first stop string."""
+        """Write what was generated, up to the first stop string."""
         text = self._decoded(tokens[:-1] if tokens and tokens[-1] == self._words.end else tokens)
         for stop in filter(None, stops):
             text = text.split(stop)[0]

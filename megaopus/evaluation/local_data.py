@@ -77,7 +77,7 @@ class LocalData:
         return any(self._file(name, split, False) is not None for name in (task, group))
 
     def _words(self, split: str) -> tuple[str, ...]:
-        """How a split is written: one that is one of several of its kind (test_r1) by its own name, or its kind."""
+        """Say how a split is written: one of several of its kind (test_r1) by its own name, or as its kind."""
         kind = next((kind for kind in SPLIT_WORDS if split == kind or split.startswith(f"{kind}_")), split)
         return tuple(dict.fromkeys((split, *SPLIT_WORDS.get(kind, ()))))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megaopus.corpus_tools.sources import Source, SourceReader
 from megaopus.data.candidates import CandidateBuffer, evaluation_buffers
-from megaopus.data.corpus import MANIFEST, SPLIT_NAMES, Corpus
+from megaopus.data.corpus import MANIFEST, SPLIT_NAMES, TARGET, Corpus
 from megaopus.data.sequences import Sequences
 from megaopus.engine.base import Engine
 from megaopus.engine.gpt_forward import SequenceRules
@@ -72,15 +72,19 @@ def length_of(found: Found, asked: int | None) -> int:
     return asked or usual
 
 
-def open_text(place: Path, found: Found, length: int, limit: int | None) -> Text:
-    """Open a corpus, whose validation split is read, or files of text, whole.
+def open_texts(place: Path, found: Found, length: int, limit: int | None) -> list[Text]:
+    """Open a corpus (its validation split, and what its proxy held out as the target), or files of text, whole.
 
     ``limit``: sequences of a domain, at most, spread evenly. Raises DataError or ModelError: it cannot be read, has
     other tokens than the model, or no whole sequence.
     """
-    if (place / MANIFEST).is_file():
-        return _of_corpus(Corpus.open(place), "validation", found, length, limit)
-    return _of_files(place, found, length, limit)
+    if not (place / MANIFEST).is_file():
+        return [_of_files(place, found, length, limit)]
+    corpus = Corpus.open(place)
+    texts = [_of_corpus(corpus, "validation", found, length, limit)]
+    if corpus.target is not None:
+        texts.append(_of_corpus(corpus.target, TARGET, found, length, limit))
+    return texts
 
 
 def _of_corpus(corpus: Corpus, split: str, found: Found, length: int, limit: int | None) -> Text:
@@ -116,7 +120,9 @@ def _of_files(place: Path, found: Found, length: int, limit: int | None) -> Text
     for domain, ids in tokens.items():
         count = (len(ids) - 1) // length
         if not count:
-            raise DataError(f"{place}: domain {domain!r} has {len(ids):,} tokens, no sequence of {length}; --length")
+            raise DataError(
+                f"{place}: domain {domain!r} has {len(ids):,} tokens, no sequence of {length}; give a smaller --length"
+            )
         rows = (2 * np.arange(taken := min(limit or count, count)) + 1) * count // (2 * taken)
         whole = torch.tensor(ids[: count * length + 1])
         starts = torch.from_numpy(rows).unsqueeze(1) * length

@@ -118,7 +118,7 @@ class Results:
 
 
 def _stated(about: Mapping[str, Any], key: str) -> Any:
-    """What a file is compared by; which tasks were asked for is no part of it."""
+    """Return what a file is compared by; which tasks were asked for is no part of it."""
     value = about.get(key)
     return {name: each for name, each in value.items() if name != "suite"} if isinstance(value, dict) else value
 

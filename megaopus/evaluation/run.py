@@ -20,7 +20,7 @@ from megaopus.evaluation.harness_model import HarnessModel
 from megaopus.evaluation.likelihood import Advance, Likelihood
 from megaopus.evaluation.local_data import LocalData
 from megaopus.evaluation.model import Found, Words, opened
-from megaopus.evaluation.perplexity import Perplexity, Text, length_of, measure, open_text, rows_of
+from megaopus.evaluation.perplexity import Perplexity, Text, length_of, measure, open_texts, rows_of
 from megaopus.evaluation.results import Results
 from megaopus.evaluation.scored import Scored, headline, score
 from megaopus.evaluation.task_list import OPUS, task_names
@@ -89,7 +89,7 @@ def evaluate_model(
     """
     parts, notes = request.parts(found.words)
     length = length_of(found, request.length)
-    texts = [open_text(place, found, length, request.limit) for place in request.texts]
+    texts = [text for place in request.texts for text in open_texts(place, found, length, request.limit)]
     tell(notes)
     with opened(found, overrides, world_size) as (engine, mesh):
         about = {

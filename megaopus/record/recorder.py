@@ -27,7 +27,7 @@ from megaopus.record.types import SelectionRecord, StepRecord, TasksRecord, Vali
 
 Meter = Callable[[StepRecord], Mapping[str, Any]]
 """Works out further metrics of a step, by name, from its record so far."""
-SCORES = (TASKS_FILE, "eval.json", "eval_items")
+SCORES = (TASKS_FILE, "eval.json", "eval_items", "contamination.json")
 """Of benchmarks: while the run trained, and of its checkpoints later."""
 RECORD = (METRICS_FILE, SELECTION_FILE, EVENTS_FILE, FOLDER, RUN_ID_FILE, TensorBoardSink.FOLDER, *SCORES)
 """Files and folders of a record, in the run folder."""

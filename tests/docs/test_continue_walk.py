@@ -13,6 +13,7 @@ import torch
 
 from megaopus.__main__ import main
 from megaopus.data.tokenizer import EOD, train_tokenizer
+from tests.evaluation_items import write_items
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "continue.md"
 LITTLE = "data.seq_len=32 train.steps=4 train.global_batch_size=4 train.micro_batch_size=4 train.eval_every=0"
@@ -32,6 +33,9 @@ def write_text(rng: np.random.Generator) -> None:
     Path("text").mkdir()
     rows = [{"text": " ".join(rng.choice(WORDS, 60)), "id": f"d{number}"} for number in range(1000)]
     Path("text/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("held_out").mkdir()
+    Path("held_out/rest.txt").write_text(" ".join(rng.choice(WORDS, 2000)))
+    write_items(Path("items"))
 
 
 def write_model(folder: str) -> None:
@@ -64,5 +68,9 @@ def test_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         with torch.no_grad():
             losses.append(float(model(tokens, labels=tokens).loss))
     assert losses[1] < losses[0] - 0.3, losses  # it has learnt something of the text
+    tables = [json.loads(Path(name).read_text()) for name in ("before.json", "after.json")]
+    told = [{row["domain"]: row["nats_per_token"] for row in table["perplexity"]}["held_out"] for table in tables]
+    assert told[0] - told[1] > 0.3
+    assert "after.json less before.json" in capsys.readouterr().out
     first = json.loads(Path("runs/continued/metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(losses[0], abs=0.4)  # and began where the model was

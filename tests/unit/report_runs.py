@@ -43,12 +43,9 @@ def write_run(
     choices = ChoiceSink(path / FOLDER)
     time_s = 0.4 * start
 
-    def loss(step: int) -> float:
-        return 2.6 + 1.9 * math.exp(-(start + (step - start) * pace) / 180)
-
     def validate(step: int) -> None:
         noise = 0.004 * rng.gauss(0, 1) if step > start else 0.0
-        wanted = loss(step) + noise
+        wanted = falling(start, step, pace) + noise
         losses = {"docs": wanted, "source": 2.2 + wanted / 4, "readme": 2.9 + wanted / 5, "noise": 7.2 + 0.02 * pace}
         target = {"items": wanted - 0.25, "nearest": wanted + 0.25} if held_out else {}
         record = ValidationRecord(
@@ -65,7 +62,7 @@ def write_run(
         record = StepRecord(
             step=step,
             tokens=(step + 1) * TOKENS,
-            loss=loss(step) + 0.05 * rng.gauss(0, 1),
+            loss=falling(start, step, pace) + 0.05 * rng.gauss(0, 1),
             grad_norm=0.9 + 0.2 * rng.random(),
             lr=1e-3,
             time_s=time_s,
@@ -81,6 +78,17 @@ def write_run(
     metrics.close()
     selection.close()
     choices.flush()
+    write_settings(path, method, seed, domains, held_out)
+    return path
+
+
+def falling(start: int, step: int, pace: float) -> float:
+    """Loss after ``step`` updates."""
+    return 2.6 + 1.9 * math.exp(-(start + (step - start) * pace) / 180)
+
+
+def write_settings(path: Path, method: str, seed: int, domains: str, held_out: Target | None) -> None:
+    """What a launch writes into the folder of a run."""
     settings = f"run_dir: {path}\nseed: {seed}\nselection:\n  method: {method}\n  rho: 0.5\n"
     settings += "model:\n  num_layers: 4\n  hidden_size: 128\noptim:\n  name: adamw\n"
     path.joinpath("config.yaml").write_text(settings + (f"data:\n  target_domains: [{domains}]\n" if domains else ""))
@@ -91,7 +99,6 @@ def write_run(
     }
     facts |= {"parameters": 1_071_872} | ({"target": asdict(held_out)} if held_out else {})
     path.joinpath("environment.json").write_text(json.dumps(facts))
-    return path
 
 
 def selection_record(step: int, chosen: bool, ramp: float, rng: random.Random) -> SelectionRecord:

@@ -41,7 +41,7 @@ def test_every_setting_has_one_class() -> None:
         "engine.precision",
         "train.global_batch_size",
     ]
-    sections = ("engine", "parallel", "checkpoint", "logging", "data.prepare")
+    sections = ("engine", "parallel", "checkpoint", "logging", "data.prepare", "tasks")
     assert [key for key in groups[HARMLESS] if not key.startswith(tuple(f"{name}." for name in sections))] == [
         "run_dir",
         "resume",

@@ -16,6 +16,7 @@ MADE = {
     "score": (["--corpus", "c", "--method", "dsir"], "train data.path=c data.filter.column=dsir data.filter.keep=0.3"),
     "report": (["runs/a"], "open the page in a browser"),
     "import": (["model"], "train model=hf model.hf=model init.path=model data.path=CORPUS"),
+    "eval": (["model", "--out", "e.json"], "eval another model with --against e.json"),
     "export": (["runs/a", "--out", "m"], "AutoModelForCausalLM.from_pretrained('m')"),
 }
 OWN = {"train", "demo", "check", "settings"}
