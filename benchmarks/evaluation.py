@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 
-from benchmarks.real_model import Sequences
 from megaopus.engine.gpt_forward import plain_tokens
 from megaopus.engine.token_logprobs import Asked
 from megaopus.evaluation.harness_model import HarnessModel
 from megaopus.evaluation.likelihood import Likelihood
 from megaopus.evaluation.local_data import LocalData
 from megaopus.evaluation.model import find, opened
+from megaopus.evaluation.perplexity import Rows
 from megaopus.evaluation.run import harness_model
 from megaopus.evaluation.scored import BITS, Scored, headline, score
 from megaopus.evaluation.task_list import LM_EVAL, task_names
@@ -103,7 +103,7 @@ def speed(args: argparse.Namespace, console: Console) -> None:
                 spent["evaluation"] += time.perf_counter() - began
                 engine.seq_len, engine.micro_batch_size = length, rows
                 began = time.perf_counter()
-                engine.evaluate(Sequences(plain_tokens(asked.tokens)))
+                engine.evaluate(Rows(plain_tokens(asked.tokens)))
                 spent["validation"] += time.perf_counter() - began
             for name, seconds in spent.items():
                 times[name] += [seconds] if repeat else []  # the first is not warm

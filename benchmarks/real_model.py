@@ -107,6 +107,7 @@ def ours(folder: Path, tokens: Tensor, tp: int, pp: int, batch: int) -> Tensor |
     from megaopus.distributed.mesh import Mesh
     from megaopus.engine.config import EngineConfig
     from megaopus.engine.megatron.engine import MegatronEngine
+    from megaopus.evaluation.perplexity import Rows
     from megaopus.huggingface.families import model_config
     from megaopus.huggingface.folder import read_config
     from megaopus.huggingface.start import FolderWeights
@@ -129,27 +130,10 @@ def ours(folder: Path, tokens: Tensor, tp: int, pp: int, batch: int) -> Tensor |
             seed=0,
             start=FolderWeights(folder, model, mesh),
         )
-        found = torch.cat([engine.evaluate(Sequences(part)) for part in tokens.split(batch * mesh.shape.dp * pp)])
+        found = torch.cat([engine.evaluate(Rows(part)) for part in tokens.split(batch * mesh.shape.dp * pp)])
         return found if mesh.rank == 0 else None
     finally:
         mesh.close()
-
-
-class Sequences:
-    """Tokens (n, T + 1) as candidates."""
-
-    def __init__(self, tokens: Tensor):
-        self._tokens = tokens
-        self.ids = torch.arange(len(tokens))
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def take(self, indices: Tensor) -> Sequences:
-        return Sequences(self._tokens[indices])
-
-    def batch(self, length: int | None = None) -> Tensor:
-        return self._tokens if length is None else self._tokens[:, : length + 1]
 
 
 def losses(args: argparse.Namespace, console: Console) -> None:

@@ -126,7 +126,7 @@ def _of_files(place: Path, found: Found, length: int, limit: int | None) -> Text
         rows = (2 * np.arange(taken := min(limit or count, count)) + 1) * count // (2 * taken)
         whole = torch.tensor(ids[: count * length + 1])
         starts = torch.from_numpy(rows).unsqueeze(1) * length
-        buffers[domain] = _Rows(whole[starts + torch.arange(length + 1)])
+        buffers[domain] = Rows(whole[starts + torch.arange(length + 1)])
     rates = {domain: sizes[domain] / len(ids) for domain, ids in tokens.items()}
     words = found.words
     return Text(
@@ -134,7 +134,7 @@ def _of_files(place: Path, found: Found, length: int, limit: int | None) -> Text
     )
 
 
-class _Rows:
+class Rows:
     """Holds sequences (n, T + 1) as candidates."""
 
     def __init__(self, tokens: Tensor):
@@ -144,8 +144,8 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def take(self, indices: Tensor) -> _Rows:
-        return _Rows(self._tokens[indices])
+    def take(self, indices: Tensor) -> Rows:
+        return Rows(self._tokens[indices])
 
     def batch(self, length: int | None = None) -> Tensor:
         return self._tokens if length is None else self._tokens[:, : length + 1]
