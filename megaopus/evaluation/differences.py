@@ -192,9 +192,18 @@ def _parts(arms: Sequence[Sequence[Evaluation]], key: tuple[str, str], weight: f
         if differences is None:
             found.append(_Part(part, None, _unpaired(arms, leaf, part)))
         else:
-            error = standard_error(differences)
-            found.append(_Part(part, differences, None if error is None else (part * error) ** 2))
+            found.append(_part(part, differences))
+    known = [(each.weight, each.differences) for each in found if each.differences is not None]
+    if len(known) == len(found) and any(len(values) == 1 for _, values in known):
+        shares = [weight / len(values) for weight, values in known]
+        if math.isclose(max(shares), min(shares)):  # every item counts the same, so that they are one sample
+            return [_part(weight, np.concatenate([values for _, values in known]))]
     return found
+
+
+def _part(weight: float, differences: np.ndarray) -> _Part:
+    error = standard_error(differences)
+    return _Part(weight, differences, None if error is None else (weight * error) ** 2)
 
 
 def _same_prompts(every: Sequence[Evaluation], key: tuple[str, str]) -> None:

@@ -40,7 +40,7 @@ def _number(value: float) -> str:
 
 
 def _error(value: float | None) -> str:
-    return NONE if value is None or math.isnan(value) else f"{value:.4f}"
+    return NONE if value is None or math.isnan(value) else _number(value)
 
 
 def _latest(found: RunScores) -> Evaluation:

@@ -214,6 +214,25 @@ def test_a_group_is_paired_by_the_items_of_its_parts(tmp_path, mean_over):
     assert found.items_stderr == pytest.approx(error)
 
 
+def test_parts_of_one_item_are_one_sample_with_the_others(tmp_path):
+    runs, values = [], []
+    for seed in (0, 10):
+        tasks = {name: answers(seed + at, n, task=name) for at, (name, n) in enumerate((("x", 9), ("y", 1)))}
+        write_evaluation(tmp_path / str(seed), tasks, part_of="xy")
+        content = json.loads((tmp_path / str(seed) / "eval.json").read_text())
+        values.append(np.array([float(item["bits_per_byte"]) for each in tasks.values() for item in each]))
+        row = next(row for row in content["rows"] if row["metric"] == "bits_per_byte")
+        group = row | {"task": "xy", "n": 10, "value": float(values[-1].mean()), "part_of": None}
+        (tmp_path / str(seed) / "eval.json").write_text(json.dumps(content | {"rows": [group, *content["rows"]]}))
+        runs.append(run_of(tmp_path / str(seed)))
+    (found,), _ = compare_scores(runs[:1], runs[1:])
+    gaps = values[1] - values[0]
+    assert (found.value, found.items_stderr) == (
+        pytest.approx(gaps.mean()),
+        pytest.approx(gaps.std(ddof=1) / math.sqrt(10)),
+    )
+
+
 def test_the_average_over_tasks(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     sets = [{task: answers(seed + at, 30, task=task) for at, task in enumerate("uvw")} for seed in (0, 10)]
