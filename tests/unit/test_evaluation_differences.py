@@ -59,7 +59,7 @@ def crowned(pairs: int, **arms: float) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("pairs", "arms"),
-    [(200, {"noise": 0.5}), (120, {"noise": 0.5, "final": True}), (40, {"noise": 0.3, "tasks": 5, "items": 120})],
+    [(120, {"noise": 0.5}), (60, {"noise": 0.5, "final": True}), (30, {"noise": 0.3, "tasks": 5, "items": 120})],
     ids=["mean of the last", "final", "many tasks"],
 )
 def test_no_winner_between_two_seeds(pairs, arms):
@@ -128,15 +128,15 @@ def test_noise_is_the_spread_between_checkpoints_or_seeds():
     """By simulation of scores alone: the estimates are the variances that differences have."""
     random = np.random.default_rng(3)
     chol = np.linalg.cholesky(np.full((5, 5), CORRELATION) + (1 - CORRELATION) * np.eye(5))
-    scores = random.normal(size=(1500, 2, 5)) @ chol.T
+    scores = random.normal(size=(800, 2, 5)) @ chol.T
     for compared in (1, 5):
         estimated = np.mean([noise_between_checkpoints(pair[:, None], compared).std ** 2 for pair in scores])
         means = scores[:, :, -compared:].mean(axis=2)
-        assert estimated == pytest.approx(np.var(means[:, 1] - means[:, 0]), rel=0.08)
-    seeds = random.normal(size=(4000, 5))
+        assert estimated == pytest.approx(np.var(means[:, 1] - means[:, 0]), rel=0.12)
+    seeds = random.normal(size=(2000, 5))
     pairs = [(each[:2].tolist(), each[2:].tolist()) for each in seeds]
     estimated = np.mean([noise_between_seeds(pair).std ** 2 for pair in pairs])
-    assert estimated == pytest.approx(np.var(seeds[:, :2].mean(axis=1) - seeds[:, 2:].mean(axis=1)), rel=0.08)
+    assert estimated == pytest.approx(np.var(seeds[:, :2].mean(axis=1) - seeds[:, 2:].mean(axis=1)), rel=0.12)
 
 
 def test_training_noise_takes_evaluations_enough():
