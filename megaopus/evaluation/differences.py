@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megaopus.errors import DataError
-from megaopus.evaluation.items import EVALUATION_FILE, Evaluation, Score, read_evaluation, read_history
+from megaopus.evaluation.items import BITS, EVALUATION_FILE, Evaluation, Score, read_evaluation, read_history
 from megaopus.evaluation.noise import (
     LAST,
     Difference,
@@ -21,8 +21,6 @@ from megaopus.evaluation.noise import (
     noise_between_seeds,
     standard_error,
 )
-
-BITS = "bits_per_byte"
 
 
 class NotComparable(DataError):

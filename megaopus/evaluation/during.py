@@ -11,14 +11,12 @@ from megaopus.data.corpus import Corpus
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import Engine
+from megaopus.evaluation.items import ITEMS_FOLDER
 from megaopus.evaluation.model import positions_of, words_of
 from megaopus.evaluation.results import rows_of, write_items
 from megaopus.evaluation.run import Request, harness_model
 from megaopus.evaluation.scored import Scored, score
 from megaopus.huggingface.side_files import FOLDER, side_folder
-
-ITEMS = "eval_items"
-"""Folder of the run folder with what came of each item: step_NNNNNNNN/TASK.jsonl."""
 
 
 class DuringTraining:
@@ -57,6 +55,6 @@ class DuringTraining:
 
     def keep(self, step: int, scored: list[Scored]) -> list[dict[str, Any]]:
         """Write the items of all, and return the rows of a table. Collective."""
-        folder = self._run_dir / ITEMS / f"step_{step:08d}"
+        folder = self._run_dir / ITEMS_FOLDER / f"step_{step:08d}"
         on_rank_0(self._mesh, lambda: write_items(folder, *scored))
         return rows_of(scored, self._request.protocol, self._request.seed)

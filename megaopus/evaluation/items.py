@@ -18,6 +18,8 @@ from megaopus.record.sinks import read_rows
 EVALUATION_FILE, HISTORY_FILE, ITEMS_FOLDER = "eval.json", "eval.jsonl", "eval_items"
 CONTAMINATION_FILE = "contamination.json"
 FORMAT = 1
+BITS = "bits_per_byte"
+"""Of the right answer: -log2 of its probability after the prompt, by the bytes of the continuation that it is."""
 ACCURACIES = ("acc", "acc_norm", "exact_match")
 """Metrics that are the mean of their items in every task; of others that is looked at."""
 _AGAIN = "evaluate again"

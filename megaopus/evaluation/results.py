@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megaopus.errors import DataError
+from megaopus.evaluation.items import FORMAT
 from megaopus.evaluation.scored import Score, Scored, headline, of_group
 from megaopus.evaluation.tasks import Part
 
-FORMAT = 1
 _FIXED = ("model", "weights", "step", "protocol")
 """Entries of a file that say what was evaluated; ``settings`` say how."""
 

@@ -15,10 +15,9 @@ from lm_eval.evaluator import evaluate
 
 from megaopus.evaluation import opus_protocol
 from megaopus.evaluation.harness_model import HarnessModel
+from megaopus.evaluation.items import BITS
 from megaopus.evaluation.tasks import Part
 
-BITS = "bits_per_byte"
-"""Of the right answer: -log2 of its probability after the prompt, by the bytes of the continuation that it is."""
 _HEADLINES = (opus_protocol.NORMALISED, "acc_norm", "acc", "exact_match")
 RESAMPLES = 200
 """Of a bootstrap over items, where a metric is no mean."""
