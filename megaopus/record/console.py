@@ -139,7 +139,9 @@ class Console:
         parts = [(f"benchmarks after {record.step} steps", "bold")]
         for row in record.headlines:
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
-            parts.append((f"{row['task']} {row['metric']} {row['value']:.3f}{error}", "cyan"))
+            bits = record.bits_per_byte(row["task"])
+            smooth = "" if bits is None else f" ({bits:.3f} bits/byte)"
+            parts.append((f"{row['task']} {row['metric']} {row['value']:.3f}{error}{smooth}", "cyan"))
         self._write(parts)
 
     def event(self, event: Event) -> None:

@@ -275,6 +275,12 @@ class TasksRecord:
         """The row of each whole task that speaks for it."""
         return [row for row in self.rows if row["headline"] and row["part_of"] is None]
 
+    def bits_per_byte(self, task: str) -> float | None:
+        """Find those of a task's right answers, which move before its headline does; None: they are not known."""
+        return next(
+            (row["value"] for row in self.rows if (row["task"], row["metric"]) == (task, "bits_per_byte")), None
+        )
+
     def lines(self) -> list[dict[str, Any]]:
         """Make the rows of eval.jsonl."""
         when = {"step": self.step, "tokens": self.tokens, "time_s": self.time_s}
