@@ -125,7 +125,7 @@ def _look_for_items(run_folder: Path, table: Path) -> None:
 
 def closing(args: argparse.Namespace) -> str:
     """Say where the table lies, and what it can be compared with."""
-    if args.model.is_dir() and (args.model / "config.yaml").is_file():
+    if args.out == args.model / "eval.json":
         return f"table in {args.out}, items beside it | next: python -m megaopus report {args.model}"
     return f"table in {args.out}, items beside it | next: eval another model with --against {args.out}"
 

@@ -38,24 +38,24 @@ DOMAINS = ("items", "nearest")
 
 def is_held_out(text: str, share: float) -> bool:
     """Say whether a text is of the share that is held out: it depends on the text alone, so equal ones go together."""
-    return int.from_bytes(hashlib.sha256(b"target:" + text.encode()).digest()[:8], "big") < share * 2**64
+    return _draw(text) < share
+
+
+def _draw(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(b"target:" + text.encode()).digest()[:8], "big") / 2**64
 
 
 def divide(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
     """Return the items that documents are looked for by, and those that are held out.
 
-    Raises DataError for a share outside [0, 1), or if it leaves no item to look for documents by.
+    Where all of a few would be held out, the text that is the last to be stays. Raises DataError for a share outside
+    [0, 1).
     """
     if not 0 <= share < 1:
         raise DataError(f"held-out share {share}: must lie in [0, 1); {USUAL_SHARE} is usual, 0 holds nothing out")
+    share = min(share, max((_draw(item.text) for item in items), default=share))
     held = [item for item in items if is_held_out(item.text, share)]
-    searched = [item for item in items if not is_held_out(item.text, share)]
-    if not searched:
-        raise DataError(
-            f"all of the {len(items):,} items are held out, which leaves none to look for documents by; name more"
-            " items, or --held-out 0"
-        )
-    return searched, held
+    return [item for item in items if not is_held_out(item.text, share)], held
 
 
 def write_target(corpus: Corpus, documents: np.ndarray, items: Sequence[Item], folder: Path) -> str:

@@ -104,7 +104,8 @@ def prepare_megatron(on_cpu: bool) -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if on_cpu:
         keep_freed_memory()
-        warnings.filterwarnings("ignore", "When using async grad allreduce", UserWarning)  # concerns CUDA streams
+        for begins in ("When using async grad allreduce", "When using sequence parallelism"):  # concerns CUDA streams
+            warnings.filterwarnings("ignore", begins, UserWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Transformer Engine and Apex are not installed", once per module
         if not on_cpu:

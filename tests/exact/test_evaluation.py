@@ -38,6 +38,11 @@ LAYOUTS: Mapping[str, tuple[int, list[str]]] = {
     "dp2": (2, []),
     "zero3": (2, ["engine=deepspeed", "engine.zero_stage=3"]),
 }
+TEMPLATE = (
+    "{% for each in messages %}<{{ each.role }}>{{ each.content | trim }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHAT = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": "Where is it?"}]
 ASKED = ["arc_easy", "winogrande", "mmlu", "lambada_openai"]
 """Answers of several tokens, prompts of several forms, answers of one letter, single words."""
 
@@ -61,6 +66,7 @@ def folders(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
             (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
         shutil.copyfile(tiny_corpus / "tokenizer.json", folder / "tokenizer.json")
         ends = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend", **ends}))
     return found
 
@@ -133,6 +139,7 @@ def test_whole_texts_and_greedy_answers_too(theirs: dict[str, Any], folders: dic
             own = harness_model(engine, mesh, model.words, model.max_length, LM_EVAL)
             found = own.loglikelihood_rolling(whole)
             assert found == pytest.approx(theirs[family].loglikelihood_rolling(whole, disable_tqdm=True), abs=1e-3)
+            assert own.apply_chat_template(CHAT) == theirs[family].apply_chat_template(CHAT)
             if model.max_length > 12:
                 assert own.generate_until(more) == theirs[family].generate_until(more, disable_tqdm=True)
 

@@ -21,6 +21,7 @@ from megaopus.__main__ import main
 from megaopus.cli.proxy import show
 from megaopus.corpus_tools import benchmark_proxy, nearest_documents
 from megaopus.corpus_tools.benchmark_proxy import USUAL, Limits, assign, build, read_items
+from megaopus.corpus_tools.held_out import divide
 from megaopus.corpus_tools.near_duplicates import ALIKE, NearDuplicates
 from megaopus.corpus_tools.nearest_documents import OVERLAP_WORDS, Found, Item
 from megaopus.corpus_tools.prepare import prepare
@@ -232,6 +233,14 @@ def test_what_is_held_out_is_seen_by_nothing_else(
     assert "target" not in [path.name for path in again.path.iterdir()]
 
 
+def test_of_few_items_one_is_always_looked_for_by() -> None:
+    items = [Item(text, text) for text in ("algae", "orbit", "court")]
+    for count in (1, 3):
+        searched, held = divide(items[:count], 0.999999)
+        assert len(searched) == 1
+        assert sorted(item.text for item in [*searched, *held]) == sorted(item.text for item in items[:count])
+
+
 def test_near_duplicates_of_what_is_held_out_are_not_in_the_proxy(pages: Corpus) -> None:
     """The other way round too, whatever their number may be."""
     names = ["a0", "a1", "a2", "b0", "b1"]
@@ -321,8 +330,6 @@ def test_mistakes_are_named(corpus: Corpus, items: Path, tmp_path: Path) -> None
         build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=10**9, limits=Limits())
     with pytest.raises(DataError, match=r"held-out share 1: must lie in \[0, 1\); 0.1 is usual, 0 holds nothing out"):
         build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=600, held_out=1)
-    with pytest.raises(DataError, match=r"all of the 1 items are held out.*; name more items, or --held-out 0"):
-        build(corpus, [Item("one", "algae")], tmp_path / "new", tokens=600, held_out=0.999999)
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(DataError, match=r"notes\.txt: not a table"):
         read_items([Source(tmp_path / "notes.txt")], ["query"])

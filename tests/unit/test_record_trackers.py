@@ -4,6 +4,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from megaopus.record.config import LoggingConfig
 from megaopus.record.metrics import metrics_of
 from megaopus.record.recorder import Recorder
 from megaopus.record.sinks import RUN_ID_FILE, read_rows
-from megaopus.record.types import StepRecord, ValidationRecord
+from megaopus.record.types import StepRecord, TasksRecord, ValidationRecord
 from tests.unit.test_record_files import SLOW, SPIKE, selection_record, step_record, validation_record
 
 
@@ -34,6 +35,9 @@ def test_tensorboard_shows_what_the_files_say_also_after_a_kill(tmp_path: Path) 
             record = replace(step_record(at, loss=3.0 + first - at / 8), layer_grad_norms={"layers.1": 0.5 + at})
             recorder.step(record, selection_record(at), ["a warning"])
         recorder.validation(validation_record(first + 3))
+        recorder.tasks(
+            TasksRecord(step=first + 3, tokens=9, time_s=1.0, rows=[score("piqa", None), score("part", "all")])
+        )
         recorder.close()
     shown = event_files.EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0}).Reload()
     rows = [row for _, _, row in read_rows(tmp_path / "metrics.jsonl")]
@@ -48,6 +52,15 @@ def test_tensorboard_shows_what_the_files_say_also_after_a_kill(tmp_path: Path) 
     assert curves["train/layer_grad_norm/layers.1"] == [(at, 0.5 + at) for at in range(5)]
     assert curves["events"] == [(at, 1) for at in range(5)]
     assert "selection/ess" in curves
+    assert curves["tasks/piqa/acc"] == [(5, 0.5)]
+    assert "tasks/part/acc" not in curves
+    told = [(row["step"], row["task"]) for _, _, row in read_rows(tmp_path / "eval.jsonl")]
+    assert told == [(5, "piqa"), (5, "part")]
+
+
+def score(task: str, part_of: str | None) -> dict[str, Any]:
+    """A row of what a run scored on a benchmark."""
+    return {"task": task, "metric": "acc", "value": 0.5, "stderr": 0.1, "headline": True, "part_of": part_of}
 
 
 def test_wandb_missing_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +79,7 @@ def test_wandb_offline_run_continues_one_curve(tmp_path: Path, monkeypatch: pyte
         monitor = Recorder(LoggingConfig(wandb="offline"), tmp_path, 10, True, step, {"optim": {"beta": 0.9371}})
         monitor.step(step_record(step, loss=loss), selection_record(step, (SLOW,)), [SPIKE])
         monitor.validation(validation_record(step + 1))
+        monitor.tasks(TasksRecord(step=step + 1, tokens=9, time_s=1.0, rows=[score("piqa", None)]))
         monitor.close()
         time.sleep(1.1)  # offline pieces are named by the second
     pieces = [path.read_bytes() for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))]
@@ -78,6 +92,7 @@ def test_wandb_offline_run_continues_one_curve(tmp_path: Path, monkeypatch: pyte
             b"selection/share/docs",
             b"selection/realised_fall",
             b"selection/events",
+            b"tasks/piqa/acc",
             b"events/rank.slow",
             b"events/update.skipped.spike",
             b"0.1357924",
