@@ -224,13 +224,13 @@ class Engine(ABC):
     def evaluate(self, sequences: Candidates) -> Tensor:
         """(n,) mean token loss of each sequence, float64, the same on every rank."""
 
-    @abstractmethod
     def token_logprobs(self, asked: Asked, micro_batch_size: int) -> TokenLogprobs:
         """Tell how probable the tokens asked for are: the same on every rank, with dropout off.
 
         A token sees all before it in its row. T is a multiple of ``length_unit``; ``micro_batch_size``: rows of a pass
-        on one rank, at most.
+        on one rank, at most. Raises EngineError where the engine cannot tell.
         """
+        raise EngineError("this engine tells no probabilities of tokens: benchmarks need one of ours")
 
     @property
     def length_unit(self) -> int:

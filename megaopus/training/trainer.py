@@ -85,11 +85,14 @@ class Trainer:
         reason: str | None = None
         while True:
             self.timers.step = step = self.engine.step
-            if step >= self.total_steps or (self.eval_every > 0 and step % self.eval_every == 0):
-                reason = self._validate(recorder)
-            if self.tasks is not None and not reason and (step >= self.total_steps or step % self.tasks.every == 0):
+            last = step >= self.total_steps
+            if self.tasks is not None and (last or step % self.tasks.every == 0):
                 reason = self._score(recorder, self.tasks)
-            if reason or step >= self.total_steps or (reason := self.stop_requested()):
+            if not reason and (last or (self.eval_every > 0 and step % self.eval_every == 0)):
+                reason = self._validate(
+                    recorder
+                )  # after the last step the end of all: by it a run is known as finished
+            if reason or last or (reason := self.stop_requested()):
                 break
             with self.profiler.step(step):
                 self.update(recorder)
