@@ -25,6 +25,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name first, so that it is there whole or not at all. Raises OSError."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that can still be written where ``path`` is, or would be if it were made."""
     path = path.absolute()

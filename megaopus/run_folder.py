@@ -21,7 +21,7 @@ from typing import Any
 
 from megaopus import __version__
 from megaopus.errors import CheckpointError
-from megaopus.fs import disk_full
+from megaopus.fs import disk_full, write_whole
 
 LOCK = "lock"
 LAUNCHES = "launches"
@@ -175,10 +175,10 @@ def write_run_folder(
         partial = launches / "partial"
         partial.mkdir(exist_ok=True)
         for name, text in contents.items():
-            _write(partial / name, text)
+            write_whole(partial / name, text)
         partial.rename(launches / f"{number:03d}")
         for name, text in contents.items():
-            _write(run_dir / name, text)
+            write_whole(run_dir / name, text)
     except OSError as error:
         raise CheckpointError(_unwritable(run_dir, error)) from error
 
@@ -200,12 +200,6 @@ def _launch_script(world_size: int) -> str:
         program = f"torchrun {nodes}--nproc-per-node {per_node}"
     command = os.environ.get("MEGAOPUS_LAUNCHER") or f"{program} -m megaopus {shlex.join(sys.argv[1:])}"
     return f"#!/usr/bin/env bash\nset -euo pipefail\ncd {shlex.quote(os.getcwd())}\n{command}\n"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _version(package: str) -> str:

@@ -31,6 +31,7 @@ from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.data.folder import StoppedError
 from megaopus.errors import DataError
 from megaopus.evaluation.items import CONTAMINATION_FILE, FORMAT
+from megaopus.fs import write_whole
 from megaopus.record.parquet import FOLDER, parts, read_part
 
 if TYPE_CHECKING:  # workers need no torch
@@ -125,12 +126,9 @@ def find_contamination(
 def write_contamination(run_folder: Path, found: Mapping[str, Any]) -> Path:
     """Write a run's ``contamination.json`` in one go and return its path. Raises DataError if it cannot be written."""
     path = run_folder / CONTAMINATION_FILE
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(found, indent=1) + "\n")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(f"{path}: cannot be written ({error}); mend that, then start again") from error
     return path
 

@@ -25,6 +25,7 @@ class HarnessModel(TemplateLM):
         """``apart``: context and continuation are encoded each by itself, not as one text that is then cut."""
         super().__init__()
         self._likelihood, self._words, self._apart = likelihood, words, apart
+        self._start = words.tokenizer.decode([words.prefix], skip_special_tokens=False)
         self._chat: ChatTemplate | None = None
 
     # -- text and tokens --------------------------------------------------------------------------------------------
@@ -39,8 +40,7 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; with what the tokenizer puts around a text, unless that is there or not wanted."""
-        start = self._words.tokenizer.decode([self._words.prefix], skip_special_tokens=False)
-        special = not string.startswith(start) if add_special_tokens is None else add_special_tokens
+        special = not string.startswith(self._start) if add_special_tokens is None else add_special_tokens
         return self._words.tokenizer.encode(string, add_special_tokens=special).ids
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -100,7 +100,10 @@ class HarnessModel(TemplateLM):
 
     def _stopping(self, stops: Sequence[str]) -> Callable[[int, list[int]], bool]:
         def done(number: int, tokens: list[int]) -> bool:
-            return tokens[-1] == self._words.end or any(stop and stop in self._decoded(tokens) for stop in stops)
+            if tokens[-1] == self._words.end:
+                return True
+            text = self._decoded(tokens)
+            return any(stop and stop in text for stop in stops)
 
         return done
 

@@ -32,7 +32,6 @@ class Answer(NamedTuple):
     """Natural logarithm of its probability, the sum over its tokens."""
     greedy: bool
     """Whether each of its tokens is the most probable one."""
-    tokens: int
 
 
 @dataclass(slots=True)
@@ -128,10 +127,10 @@ class Likelihood:
         before = slice(end - row.asked + 1, end)
         logprob = float(told.logprobs[place, before].sum())
         labels = torch.tensor(row.tokens[1:][before], dtype=torch.int64)
-        greedy = torch.equal(told.best[place, before].cpu(), labels)
+        greedy = torch.equal(told.best[place, before], labels)
         for which, (number, last) in enumerate(zip(row.requests, row.last, strict=True)):
             own = float(told.alternatives[place, which])
-            found[number] = Answer(logprob + own, greedy and int(told.best[place, end]) == last, row.asked)
+            found[number] = Answer(logprob + own, greedy and int(told.best[place, end]) == last)
 
     def _passes(self, rows: list[_Row]) -> Iterator[list[_Row]]:
         """Yield rows in batches, the longest first: what does not fit fails at once, and rows of a batch are alike."""

@@ -22,7 +22,6 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import Engine
 from megaopus.engine.config import EngineConfig
-from megaopus.engine.gpt_forward import SequenceRules
 from megaopus.errors import CheckpointError, DataError, ModelError
 from megaopus.export import trained_on
 from megaopus.huggingface.families import model_config
@@ -127,14 +126,13 @@ def opened(found: Found, overrides: list[str], world_size: int) -> Iterator[tupl
 def engine_of(found: Found, mesh: Mesh, parallel: ParallelConfig, engine: EngineConfig) -> Engine:
     """Build the model with its weights alone, for this rank. Raises as ``opened``."""
     weights: Start
-    seq_len, rules = found.max_length, SequenceRules()
+    seq_len = found.max_length
     if found.run is None:
         weights = FolderWeights(found.path, found.model, mesh)
     else:
         if problem := verify(found.path, mesh):
             raise CheckpointError(f"{problem}; restore it, or name another checkpoint")
         seq_len = found.run.data.seq_len
-        rules = SequenceRules(document_end=found.words.end, isolated=found.run.data.document_mask)
         weights = checkpoint_weights(found.path, found.run, found.vocab_size, mesh)
     return engine.spec().load_class()(
         mesh,
@@ -148,7 +146,6 @@ def engine_of(found: Found, mesh: Mesh, parallel: ParallelConfig, engine: Engine
         total_steps=1,
         seed=0,
         start=weights,
-        rules=rules,
     )
 
 

@@ -88,8 +88,8 @@ def by_token(task: Any, count: Callable[[str], int]) -> Callable[[Mapping[str, A
 
     def scored(doc: Mapping[str, Any], results: Any) -> dict[str, float]:
         logprobs = np.array([logprob for logprob, _ in results])
-        tokens = np.array([count(f" {choice}") for choice in task.doc_to_choice(doc)])
         gold, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
+        tokens = np.array([count(f" {choice}") for choice in choices])
         gold = choices.index(gold) if isinstance(gold, str) else int(gold)
         return {"acc": float(logprobs.argmax() == gold), NORMALISED: float((logprobs / tokens).argmax() == gold)}
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -182,8 +181,3 @@ def measure(text: Text, engine: Engine, found: Found, advance: Callable[[int], N
             stderr=spread,
             bits_per_byte=None if text.masked else bits,
         )
-
-
-def rows_of(measured: list[Perplexity]) -> list[dict[str, Any]]:
-    """Return rows as a file of results has them."""
-    return [asdict(each) for each in measured]

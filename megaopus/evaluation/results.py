@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from megaopus.errors import DataError
 from megaopus.evaluation.items import FORMAT
 from megaopus.evaluation.scored import Score, Scored, headline, of_group
 from megaopus.evaluation.tasks import Part
+from megaopus.fs import write_whole
 
 _FIXED = ("model", "weights", "step", "protocol")
 """Entries of a file that say what was evaluated; ``settings`` say how."""
@@ -50,17 +50,10 @@ def _rows(task: str, scores: Sequence[Score], told: Mapping[str, Any]) -> list[d
 
 def write_items(folder: Path, *scored: Scored) -> None:
     """Write the items of tasks, a file each, all of one or nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
     for each in scored:
         lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in each.items)
         write_whole(folder / f"{each.part.name}.jsonl", lines)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file under another name first, so that it is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 class Results:
@@ -85,9 +78,9 @@ class Results:
     def kept(self, part: Part, key: str) -> Scored | None:
         """Take over what the file has of a task that was asked in the same way (``key``); None: it has nothing."""
         items = item_folder(self.file) / f"{part.name}.jsonl"
-        if self._kept.get("done", {}).get(part.name) != key or not items.is_file():
+        rows = [row for row in self._kept.get("rows", ()) if row["task"] == part.name]
+        if self._kept.get("done", {}).get(part.name) != key or not rows or not items.is_file():
             return None
-        rows = [row for row in self._kept["rows"] if row["task"] == part.name]
         lines = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()]
         names = ("metric", "n", "value", "stderr", "higher_is_better")
         scores = [Score(**{name: row[name] for name in names}) for row in rows]
@@ -99,9 +92,17 @@ class Results:
         self._scored.append(scored)
         self._done[scored.part.name] = key
 
-    def write(self, *, with_items: Iterable[Scored] = (), perplexity: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """Write the table, and the items of ``with_items`` before it; returns it. ``perplexity``: rows of texts."""
-        write_items(item_folder(self.file), *with_items)
+    def add_new(self, scored: Scored, key: str) -> None:
+        """Take in a task that was asked now, and write its items and the table: a kill loses none that was asked."""
+        self.add(scored, key)
+        write_items(item_folder(self.file), scored)
+        self.write()
+
+    def write(self, *, perplexity: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """Write the table, and return it. ``perplexity``: rows of texts.
+
+        What an earlier table had of tasks that were not taken in yet stays in it.
+        """
         rows = rows_of(self._scored, self._about["protocol"], self._about["settings"]["seed"])
         others = [row for row in self._kept.get("rows", ()) if not self._told_anew(row)]
         done = {name: key for name, key in self._kept.get("done", {}).items() if name not in self._done}
@@ -109,12 +110,12 @@ class Results:
         named = {(row["corpus"], row["split"]) for row in perplexity}
         before = [row for row in self._kept.get("perplexity", ()) if (row["corpus"], row["split"]) not in named]
         table["perplexity"] = [*before, *perplexity]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
         return table
 
     def _told_anew(self, row: Mapping[str, Any]) -> bool:
-        groups = {each.part.group for each in self._scored}
-        return row["task"] in self._done or row["task"] in groups or row["part_of"] in groups
+        return row["task"] in self._done or row["task"] in {each.part.group for each in self._scored}
 
 
 def _stated(about: Mapping[str, Any], key: str) -> Any:

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from megaopus.evaluation.harness_model import HarnessModel
 from megaopus.evaluation.likelihood import Advance, Likelihood
 from megaopus.evaluation.local_data import LocalData
 from megaopus.evaluation.model import Found, Words, opened
-from megaopus.evaluation.perplexity import Perplexity, Text, length_of, measure, open_texts, rows_of
+from megaopus.evaluation.perplexity import Perplexity, Text, length_of, measure, open_texts
 from megaopus.evaluation.results import Results
 from megaopus.evaluation.scored import Scored, headline, score
 from megaopus.evaluation.task_list import OPUS, task_names
@@ -82,7 +82,7 @@ def evaluate_model(
     speaks: bool,
     tell: Callable[[Iterable[str]], None],
 ) -> dict[str, Any]:
-    """Ask the model every task of ``request``; returns the table, as it is written. Collective.
+    """Ask the model every task of ``request``; returns the table, on rank 0. Collective.
 
     ``speaks``: this rank shows how far it is. Raises DataError, ConfigError, CheckpointError or ModelError before
     anything is written.
@@ -110,12 +110,12 @@ def evaluate_model(
                     scored = score(part, model, limit=request.limit, chat=request.chat, seed=request.seed)
                 rank_0.add(scored)
             tell(rank_0.told(part, kept))
+        measured = []
         if texts:
             bar = progress("sequences", sum(map(_count, texts)), sys.stderr) if speaks else nullcontext(_nothing)
             with bar as advance:
                 measured = [each for text in texts for each in measure(text, engine, found, advance)]
-            rank_0.add_texts(measured)
-        return rank_0.table
+        return rank_0.finish(measured)
 
 
 def _count(text: Text) -> int:
@@ -134,7 +134,6 @@ class _OnRank0:
         self._mesh, self._request = mesh, request
         self._results: Results | None = None
         self._last: Scored | None = None
-        self.table: dict[str, Any] = {}
         on_rank_0(mesh, lambda: self._open(about))
 
     def _open(self, about: dict[str, Any]) -> None:
@@ -150,20 +149,19 @@ class _OnRank0:
         self._last = self._results.kept(part, key)
         if self._last is not None:
             self._results.add(self._last, key)
-            self.table = self._results.write()
         return self._last is not None
 
     def add(self, scored: Scored) -> None:
         """Take in what was found, and write it."""
         if self._results is not None:
             self._last = scored
-            self._results.add(scored, self._key(scored.part))
-            self.table = self._results.write(with_items=[scored])
+            self._results.add_new(scored, self._key(scored.part))
 
-    def add_texts(self, measured: list[Perplexity]) -> None:
-        """Take in losses on texts, and write them."""
-        if self._results is not None:
-            self.table = self._results.write(perplexity=rows_of(measured))
+    def finish(self, measured: list[Perplexity]) -> dict[str, Any]:
+        """Write it all, with losses on texts; returns the table on rank 0, nothing elsewhere."""
+        if self._results is None:
+            return {}
+        return self._results.write(perplexity=[asdict(each) for each in measured])
 
     def _key(self, part: Part) -> str:
         """A hash of how a task is asked, besides what the whole file says: its settings, and its file."""

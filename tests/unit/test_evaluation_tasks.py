@@ -15,6 +15,7 @@ import pytest
 from megaopus.errors import DataError
 from megaopus.evaluation.local_data import LocalData
 from megaopus.evaluation.opus_protocol import NORMALISED
+from megaopus.evaluation.results import Results
 from megaopus.evaluation.scored import Score, Scored, headline, of_group
 from megaopus.evaluation.task_list import LM_EVAL, OPUS, SUITES, task_names
 from megaopus.evaluation.tasks import Part, Wanted, load_parts
@@ -203,3 +204,25 @@ def test_the_headline_is_the_metric_that_is_normalised() -> None:
     assert headline(named("acc", "acc_norm", "bits_per_byte")) == "acc_norm"
     assert headline(named("perplexity", "acc")) == "acc"
     assert headline(named("exact_match,strict-match", "exact_match,flexible-extract")).endswith("flexible-extract")
+
+
+def test_a_kill_while_parts_are_taken_over_loses_none(tmp_path: Path) -> None:
+    """Of a group with two parts, both done: the second is still there after the first has been written again."""
+    file = tmp_path / "eval.json"
+    about = {"model": "m", "weights": "w", "step": None, "protocol": LM_EVAL, "settings": {"seed": 1}}
+    first, second = scored("a", [1, 1, 0], True), scored("b", [0, 1], True)
+    results = Results(file, about)
+    for each in (first, second):
+        results.add_new(each, "key")
+    whole = json.loads(file.read_text())
+    again = Results(file, about)
+    found = again.kept(first.part, "key")
+    assert found is not None
+    again.add_new(found, "key")  # and no more: killed
+    after = Results(file, about)
+    for each in (first, second):
+        kept = after.kept(each.part, "key")
+        assert kept is not None
+        assert kept.items == each.items
+        after.add(kept, "key")
+    assert after.write() == whole
