@@ -40,7 +40,9 @@ def write_text(rng: np.random.Generator) -> None:
 
 def write_model(folder: str) -> None:
     """A random Llama with a tokenizer that was trained on other text."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is an optional extra (megaopus[transformers])"
+    )
     tokenizer = train_tokenizer(iter([" ".join(WORDS)] * 9), 300)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)

@@ -29,7 +29,9 @@ STILL += ["optim=sgd", "optim.lr=1e-12", "train.steps=1", "train.eval_every=1"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Path:
     """A random Llama with the corpus's tokenizer, its vectors random too."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is an optional extra (megaopus[transformers])"
+    )
     made = tmp_path_factory.mktemp("start") / "model"
     torch.manual_seed(3)
     config = transformers.LlamaConfig(vocab_size=Corpus.open(tiny_corpus).vocab_size, num_key_value_heads=2, **SHAPE)

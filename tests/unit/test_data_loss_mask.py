@@ -183,7 +183,9 @@ def test_what_the_assistant_says_counts() -> None:
 
 
 def test_templates_are_those_of_transformers(tokenizer: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is an optional extra (megaopus[transformers])"
+    )
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer / "tokenizer.json"))
     theirs.chat_template = CHATML
     for turns in (TURNS, TURNS[:1]):
