@@ -267,7 +267,7 @@ def test_without_a_good_checkpoint_nothing_is_started(killed: Path, tiny_corpus:
 def test_a_run_folder_that_cannot_be_written(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(self: Path, text: str) -> None:
+    def refused(self: Path, text: str, encoding: str) -> None:
         raise OSError(30, "Read-only file system", str(self))
 
     with monkeypatch.context() as patch:
