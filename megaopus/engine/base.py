@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from megaopus.models.gpt import (
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.schedule import lr_factor
 from megaopus.selection.agreement import digest, disagreement, extremes
-from megaopus.selection.backend import Candidates, Gradient, ScoringBackend
+from megaopus.selection.backend import Candidates, Gradient, Piece, ScoringBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,11 +238,21 @@ class Engine(ABC):
         return self.mesh.shape.cp * (self.mesh.shape.tp if self._sequence_parallel else 1)
 
     @abstractmethod
-    def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
-        """Mean gradient of a batch of any size, dropout off, by whole-model name; fp32, the same on every dp rank.
+    def mean_gradient(
+        self, batch: Candidates, length: int | None = None, *, against: Candidates | None = None
+    ) -> Gradient:
+        """Mean gradient of a batch, dropout off, by whole-model name, fp32; in ``pieces``, if there are any.
 
-        ``length``: positions of each sequence from its start; None: all.
+        ``length``: positions of each sequence from its start; None: all. ``against``: less that of another batch, in
+        the same passes. Where ``lends_gradient`` it lies where training's own does, until the next one is made.
         """
+
+    lends_gradient = False
+    """Whether ``mean_gradient`` gives tensors that the next gradient overwrites."""
+
+    def pieces(self) -> Mapping[str, Piece]:
+        """Whole-model name -> which run of the parameter this rank updates; empty: all of each."""
+        return {}
 
     @abstractmethod
     def local_losses(self, batch: Candidates, rows: Tensor, micro_batch_size: int, length: int) -> Tensor:
@@ -257,7 +267,7 @@ class Engine(ABC):
 
     @abstractmethod
     def prepare_save(self, folder: Path, groups: dict[str, Gradient], copy: bool) -> PendingSave:
-        """A save of weights, optimizer state and further parameter-shaped tensors (by group, then whole-model name).
+        """A save of weights, optimizer state and further tensors as gradients are (by group, then whole-model name).
 
         ``copy``: it keeps copies, so that training may go on while it writes; else it must be carried out at once.
         """

@@ -5,7 +5,8 @@ Data-parallel ranks share the candidates; tensor-, context- and pipeline-paralle
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from megaopus.distributed.collectives import gathered
 from megaopus.distributed.shards import is_split, part_of, whole_of
 from megaopus.engine.base import Engine
 from megaopus.engine.gpt_forward import PLAIN, SequenceRules, loss_mask, token_losses
+from megaopus.engine.wholes import Wholes
 from megaopus.errors import EngineError
 from megaopus.models.gpt import EMBEDDING, canonical_names, is_tied, model_chunks
 from megaopus.selection import ModuleBackend
@@ -25,10 +27,12 @@ from megaopus.selection.backend import (
     Candidates,
     GhostLayer,
     Gradient,
+    Piece,
     Shard,
     UpdateOperator,
 )
 from megaopus.selection.operators.build import Held, operator_of
+from megaopus.selection.operators.piecewise import PiecewiseOperator
 
 
 class EngineScoringBackend(ModuleBackend):
@@ -48,10 +52,13 @@ class EngineScoringBackend(ModuleBackend):
             micro_batch_size=engine.micro_batch_size,
         )
         local = dict(engine.named_parameters())
+        self._name_of = dict(canonical_names(engine.module))
+        self._pieces = engine.pieces()
         self._weights = {name: local[own] for own, name in canonical_names(engine.module)}
-        self._split = dict(self._find_shards())
+        self.split = dict(self._find_shards())
+        """Parts of matrices and of vectors, for update rules; estimators ask for those of matrices alone."""
         dims = {name: len(self._shape(p)) for name, p in self._weights.items()}
-        self._shards = {name: shard for name, shard in self._split.items() if dims[name] == 2}
+        self._shards = {name: shard for name, shard in self.split.items() if dims[name] == 2}
 
     # -- what there is ----------------------------------------------------------------------------------------------
 
@@ -64,10 +71,13 @@ class EngineScoringBackend(ModuleBackend):
         return False
 
     def counts(self, name: str) -> bool:
-        """One of the ranks that share the positions, of those that hold the whole weight, of a tied one's stages."""
+        """One of the ranks that share the positions, of those that hold the whole weight, of a tied one's stages.
+
+        Ranks that share the positions hold pieces of their own, where there are pieces.
+        """
         mesh = self._mesh
         first_stage = name != EMBEDDING or mesh.pp_rank == 0 or not is_tied(self.module)
-        return mesh.cp_rank == 0 and (name in self._split or mesh.tp_rank == 0) and first_stage
+        return (mesh.cp_rank == 0 or bool(self._pieces)) and (name in self.split or mesh.tp_rank == 0) and first_stage
 
     def parameters(self) -> dict[str, Tensor]:
         """The fp32 weights that the optimizer updates: under bf16 the main copies, gathered where sharded."""
@@ -101,16 +111,31 @@ class EngineScoringBackend(ModuleBackend):
     def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
         """P_t with the learning rate and momentum of the coming update, not those of the last one."""
         self._engine.prepare_update()
-        names = dict(canonical_names(self._engine.module))
         held = (
-            Held(names[each.name], self._weights[names[each.name]], each.optimizer, each.group, each.state)
+            Held(name, self._weights[name], each.optimizer, each.group, each.state)
             for each in self._engine.optimizer.states()
+            for name in [self._name_of[each.name]]
         )
-        return operator_of(held, muon_operator, self._split)
+        operator = operator_of(held, muon_operator, self.split)
+        return operator if operator is None or not self._pieces else PiecewiseOperator(operator.maps, backend=self)
 
-    def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
+    def gradient(self, proxy: Candidates, length: int | None = None, *, against: Candidates | None = None) -> Gradient:
         """The training path without the update."""
-        return self._engine.mean_gradient(proxy, length)
+        return self._engine.mean_gradient(proxy, length, against=against)
+
+    @property
+    def lends_gradient(self) -> bool:
+        return self._engine.lends_gradient
+
+    def pieces(self) -> Mapping[str, Piece]:
+        return self._pieces
+
+    def gathered(self, values: Mapping[str, Tensor]) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """One at a time, when it is read; the last one read is kept."""
+        return nullcontext(Wholes(values, self._pieces, self._mesh.dp_cp_group))
+
+    def sum_pieces(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._sum_each(values, [(self._mesh.dp_cp_group, self._mesh.shape.dp * self._mesh.shape.cp)])
 
     def losses(self, candidates: Candidates, *, length: int | None = None, micro_batch_size: int = 16) -> Tensor:
         """(n,) float64: tensor-parallel rank 0 of the last stage has the losses (its positions' part of them)."""

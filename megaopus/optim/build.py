@@ -29,7 +29,18 @@ class ParameterState(NamedTuple):
     group: dict[str, Any]
     """The settings that the parameter is updated with."""
     state: dict[str, Any]
-    """torch's names -> values; tensors are shaped as the whole local parameter. Empty before the first update."""
+    """torch's names -> values; tensors are shaped as the local parameter, or of this rank's run of it, (numel,). Empty
+    before the first update."""
+
+
+class WeightPiece(NamedTuple):
+    """Holds what a rank's optimizer updates of a local parameter: all of it, or a run of its flattened elements."""
+
+    start: int
+    main: Tensor
+    """The fp32 weights."""
+    model: Tensor
+    """Where they lie, rounded, in the model; ``main`` itself in fp32."""
 
 
 class MixedPrecisionOptimizer:
@@ -49,6 +60,7 @@ class MixedPrecisionOptimizer:
         self._module = module
         self._sharded = sharded is not None
         self._bf16 = bf16
+        self._updates = 0
         self.curvature_every = config.own_settings()["curvature_every"] if config.spec().curvature else 0
         """Updates from one ``take_curvature`` to the next; 0: it is not asked for."""
         megatron_config = OptimizerConfig(
@@ -73,21 +85,62 @@ class MixedPrecisionOptimizer:
         """The optimizers underneath; their parameters are the fp32 main weights, or this rank's pieces of them."""
         return [wrapped.optimizer for wrapped in self.chained.chained_optimizers]
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each of the dp and cp ranks updates runs of the parameters."""
+        return self._sharded
+
     def states(self) -> list[ParameterState]:
         """Each local parameter's group and state, in the order of ``module.named_parameters()``.
 
-        References to the optimizers' own tensors. Where AdamW is sharded, ``state`` holds ``step`` and ``exp_avg_sq``
-        only, gathered over dp and cp: a collective call then.
+        References to the optimizers' own tensors; ``step`` is on the CPU. Where AdamW is sharded, ``state`` holds
+        ``step`` and this rank's run of ``exp_avg_sq`` only.
         """
+        step = {"step": torch.tensor(float(self._updates))}
         if self._sharded:
-            return self._gathered_states()
+            wrapped = self.chained.chained_optimizers[0]
+            return [
+                ParameterState(
+                    name,
+                    wrapped.optimizer,
+                    wrapped.group_of(p),
+                    step | {"exp_avg_sq": wrapped.piece(p, "exp_avg_sq")} if self._updates else {},
+                )
+                for name, p in self._module.named_parameters()
+            ]
         held = {id(p): (o, group) for o in self.torch_optimizers for group in o.param_groups for p in group["params"]}
         found = []
         for name, parameter in self._module.named_parameters():
             main = getattr(parameter, "main_param", parameter)
             optimizer, group = held[id(main)]
-            found.append(ParameterState(name, optimizer, group, dict(optimizer.state.get(main, {}))))
+            state = dict(optimizer.state.get(main, {}))
+            found.append(ParameterState(name, optimizer, group, state | step if "step" in state else state))
         return found
+
+    def pieces(self) -> dict[str, WeightPiece]:
+        """What this rank's optimizer updates of each local parameter; parameters themselves where nothing is shared."""
+        found = {}
+        for name, parameter in self._module.named_parameters():
+            if not self._sharded:
+                main = getattr(parameter, "main_param", parameter)
+                found[name] = WeightPiece(0, main.detach(), parameter.detach())
+                continue
+            wrapped = self.chained.chained_optimizers[0]
+            run = wrapped.own_piece(parameter) or slice(0, 0)
+            found[name] = WeightPiece(run.start, wrapped.piece(parameter, "param"), parameter.detach().view(-1)[run])
+        return found
+
+    def gather_weights(self) -> None:
+        """Bring the model's weights up to date with what each rank has put where ``pieces`` say. Collective."""
+        if self._sharded:
+            self.chained.chained_optimizers[0].gather_weights()
+
+    def gather_into_gradients(self, read: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+        """As ``ShardedAdamW.gather_into_gradients``, by local name."""
+        parameters = dict(self._module.named_parameters())
+        names = {parameters[name]: name for name in read}
+        found = self.chained.chained_optimizers[0].gather_into_gradients({p: read[name] for p, name in names.items()})
+        return {names[parameter]: value for parameter, value in found.items()}
 
     def main_weights(self) -> dict[str, Tensor]:
         """The fp32 weights by local name: the parameters themselves, or under bf16 their main copies.
@@ -113,16 +166,6 @@ class MixedPrecisionOptimizer:
                 self.chained.chained_optimizers[0].set_main_weight(parameter, part)
             else:
                 parameter.main_param.copy_(part)  # type: ignore[attr-defined]
-
-    def _gathered_states(self) -> list[ParameterState]:
-        wrapped = self.chained.chained_optimizers[0]
-        steps = wrapped.steps()
-        squares = wrapped.whole("exp_avg_sq") if steps else {}
-        found = []
-        for name, parameter in self._module.named_parameters():
-            state = {"step": torch.tensor(float(steps)), "exp_avg_sq": squares[parameter]} if steps else {}
-            found.append(ParameterState(name, wrapped.optimizer, wrapped.group_of(parameter), state))
-        return found
 
     def set_step(self, step: int, factor: float) -> float:
         """As the function ``set_step``."""
@@ -153,6 +196,7 @@ class MixedPrecisionOptimizer:
             parameters = [p for wrapped in self.chained.chained_optimizers for p in wrapped.get_parameters()]
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self._clip / norm)
         self.chained.step_with_ready_grads()
+        self._updates += 1
         return norm, True
 
     def own_piece(self, parameter: nn.Parameter) -> slice | None:
@@ -235,6 +279,8 @@ class MixedPrecisionOptimizer:
                 group.update({key: value for key, value in settings.items() if key != "params"})
             for parameter in [parameter for parameter, kept in optimizer.state.items() if not kept]:
                 del optimizer.state[parameter]
+        counted = [float(kept["step"]) for o in self.torch_optimizers for kept in o.state.values() if "step" in kept]
+        self._updates = self.chained.chained_optimizers[0].updates if self._sharded else int(max(counted, default=0))
 
     def _complete(self, state: dict[str, Any]) -> None:
         """Give ``state`` an entry for every parameter, which megatron then gives its count of updates.

@@ -1,14 +1,14 @@
 """AdamW with its state sharded over the data- and context-parallel ranks: megatron's DistributedOptimizer.
 
 Each rank keeps the moments (and, under bf16, the fp32 main weights) of a contiguous piece of the gradient buffer, which
-pays no heed to where parameters begin. What others read is whole parameters: the update operator, and checkpoints,
-which are those of the unsharded optimizer, so that either can go on from the other's at any layout. megatron's own
+pays no heed to where parameters begin. Selection reads its runs of parameters; checkpoints have whole parameters, as
+those of the unsharded optimizer, so that either can go on from the other's at any layout. megatron's own
 formats do not restore without Apex or Transformer Engine. Import only after ``distributed.cpu.prepare_megatron``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -56,13 +56,14 @@ class ShardedAdamW(DistributedOptimizer):
         )
         self.tp_group = mesh.tp_group
         self.grad_stats_parallel_group = dist.group.WORLD
+        self.updates = 0
+        """So far; the same on every rank, also where a rank owns no piece."""
 
-    def steps(self) -> int:
-        """Updates so far; the same on every rank, also where a rank owns no piece. Collective."""
-        local = max((float(state.get("step", 0)) for state in self.optimizer.state.values()), default=0.0)
-        count = torch.tensor(local, device=self.buffers[0].grad_data.device)
-        dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.data_parallel_group)
-        return int(count)
+    def step_with_ready_grads(self) -> bool:
+        """Update, and count it on the host."""
+        done: bool = super().step_with_ready_grads()
+        self.updates += 1
+        return done
 
     def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The settings that ``parameter`` is updated with."""
@@ -75,11 +76,48 @@ class ShardedAdamW(DistributedOptimizer):
         owned = self._get_model_param_range_map(parameter)["param"]
         return slice(owned.start, owned.end)
 
+    def piece(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """(numel,) this rank's run of ``exp_avg``, ``exp_avg_sq`` or ``param`` of a parameter; empty: it has none.
+
+        The moments exist only once there was an update.
+        """
+        if parameter not in self.model_param_gbuf_map:
+            return torch.empty(0, device=self.buffers[0].grad_data.device)
+        return self._get_main_param_and_optimizer_states(parameter)[key].detach()
+
+    def gather_weights(self) -> None:
+        """Bring the model's weights up to date with the runs of all ranks, as after an update. Collective."""
+        for chunk in self.model_chunks:
+            chunk.start_param_sync()
+
+    @torch.no_grad()
+    def gather_into_gradients(self, read: Mapping[nn.Parameter, Callable[[], Tensor]]) -> dict[nn.Parameter, Tensor]:
+        """Put runs of all ranks together in the buffer that training has its gradients in; views of it. Collective.
+
+        ``read``: parameter -> what gives this rank's run, (numel,) fp32, which does not lie in that buffer.
+        """
+        from megatron.core.distributed.param_and_grad_buffer import dist_all_gather_func, shard_buffer
+
+        found: dict[nn.Parameter, Tensor] = {}
+        size, rank = dist.get_world_size(self.data_parallel_group), dist.get_rank(self.data_parallel_group)
+        for buffer, index, pieces in self._buckets():
+            bucket = buffer.buckets[index]
+            own = shard_buffer(bucket.grad_data, size)[rank]
+            for parameter, ranges in pieces.items():
+                if parameter in read:
+                    own[ranges["gbuf_local"].start : ranges["gbuf_local"].end] = read[parameter]()
+            dist_all_gather_func(bucket.grad_data, own, group=self.data_parallel_group)
+            for parameter, (start, end, where) in buffer.param_index_map.items():
+                if where == index and parameter in read:
+                    run = bucket.grad_data[start - bucket.offset : end - bucket.offset]
+                    found[parameter] = run.view(parameter.shape)
+        return found
+
     @torch.no_grad()
     def whole(self, key: str) -> dict[nn.Parameter, Tensor]:
         """``exp_avg``, ``exp_avg_sq`` or ``param`` (fp32 weights) of each whole local parameter, fp32. Collective.
 
-        The moments exist only where ``steps() > 0``.
+        The moments exist only once there was an update.
         """
         values: dict[nn.Parameter, Tensor] = {}
         for buffer, index, pieces in self._buckets():
@@ -116,7 +154,7 @@ class ShardedAdamW(DistributedOptimizer):
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, **unused: Any
     ) -> dict[str, Any]:
         """State for megatron's dist_checkpointing, gathered to whole parameters on the CPU. Collective."""
-        parameters, steps = list(chain.from_iterable(self._groups)), self.steps()
+        parameters, steps = list(chain.from_iterable(self._groups)), self.updates
         moments = MOMENTS if is_loading or steps else ()
         keys = (*moments, MAIN) if self.config.bf16 else moments
         if is_loading:
@@ -159,6 +197,7 @@ class ShardedAdamW(DistributedOptimizer):
             for parameter, value in zip(chain.from_iterable(self._groups), saved, strict=True):
                 found[parameter][MAIN] = value
         step = float(inner["state"]["common_step"])
+        self.updates = int(step)
         for _, _, pieces in self._buckets():
             for parameter, ranges in pieces.items():
                 mine = self._get_main_param_and_optimizer_states(parameter)

@@ -6,7 +6,7 @@ ones (tensor, pipeline, context) share one model, work on the same candidates an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from megaopus.selection.old_names import warn
 
 Batch = Any  # whatever the loss function takes: a tensor, or a tuple/dict of tensors, leading axis n
-Gradient = dict[str, Tensor]  # parameter name -> tensor of the parameter's shape
+Gradient = dict[str, Tensor]
+"""Parameter -> tensor of the parameter's shape; of a backend that has ``pieces`` this rank's run of it, (numel,)."""
 
 
 class Candidates(Protocol):
@@ -48,6 +49,17 @@ class Shard:
     """Of the whole along ``dim``."""
     gather: Callable[[Tensor], Tensor]
     """This rank's part -> the whole; a collective call of the ranks that share the matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The run of a flattened parameter that the optimizer of one data-parallel rank updates."""
+
+    start: int
+    numel: int
+    """0: other ranks update all of it."""
+    shape: torch.Size
+    """Of what this rank's model holds of the parameter."""
 
 
 class TextFeatures(Protocol):
@@ -83,7 +95,20 @@ class UpdateOperator(Protocol):
         """u = P_t g, so that the optimizer's own step moves the weights by -u.
 
         Takes any subset of the parameters, as this rank holds them (collective where a matrix is shared); leading axes
-        beyond a parameter's own are batch axes.
+        beyond a parameter's own are batch axes. Where optimizers share the work it is inside ``whole`` that it can.
+        """
+
+    def direction(self, gradient: Mapping[str, Tensor], names: Iterable[str]) -> Gradient:
+        """P_t^T g of the parameters ``names`` of a gradient as ``ScoringBackend.gradient`` gives it, in such pieces.
+
+        New tensors, made piece by piece. Collective where ranks share a matrix. Operators of version 0.1 have none.
+        """
+
+    def whole(self) -> AbstractContextManager[UpdateOperator]:
+        """Give, inside, the map of whole parameters, whose numbers may be asked for again and again.
+
+        Collective where optimizers share the work, and so is what is asked for then. Operators of version 0.1 have no
+        such method.
         """
 
     def transposed(self) -> UpdateOperator:
@@ -92,7 +117,7 @@ class UpdateOperator(Protocol):
     def diagonal(self, name: str) -> Tensor | None:
         """P_t of one parameter as an elementwise factor (or scalar tensor); None where it is not diagonal."""
 
-    def bounded(self, gradient: Gradient) -> UpdateOperator:
+    def bounded(self, gradient: Mapping[str, Tensor]) -> UpdateOperator:
         """The same map once the optimizer has seen how large ``gradient`` is: P gradient is then a step it could take.
 
         Adam's second moment takes the gradient in; other states do not bound a step and stay frozen. Linear as before.
@@ -195,8 +220,38 @@ class ScoringBackend(Protocol):
     def ghost_layers(self) -> list[GhostLayer]:
         """Every use of every linear and embedding matrix on this rank."""
 
-    def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
-        """Mean gradient over the whole proxy batch (each rank takes its share), as this rank's weights are held."""
+    def gradient(self, proxy: Candidates, length: int | None = None, *, against: Candidates | None = None) -> Gradient:
+        """Mean gradient over the whole proxy batch (each rank takes its share), as this rank's weights are held.
+
+        ``against``: less that over another batch, in the same pass. Backends of version 0.1 do not know it.
+        """
+
+    @property
+    def lends_gradient(self) -> bool:
+        """Return whether what ``gradient`` gives lies where training's own does: gone with the next, and ``gathered``.
+
+        It may be changed either way. A backend that has no such property keeps what it gave.
+        """
+
+    def pieces(self) -> Mapping[str, Piece]:
+        """Parameter -> which run of it gradients have on this rank; empty: the whole of each, on every rank.
+
+        A backend that has no such method gives whole gradients.
+        """
+
+    def gathered(self, values: Mapping[str, Tensor]) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """Give, inside, the whole of ``values`` (parameter -> this rank's run, (numel,)), in the parameters' shapes.
+
+        All at once where there is room for them that training had taken anyway; else one is put together when it is
+        read, and gone with the next. Collective, and so may reading be: every rank reads the same ones in the same
+        order.
+        """
+
+    def sum_pieces(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum each of ``values`` (all of one shape) over the ranks that share the pieces of a parameter; one message.
+
+        Asked only where there are ``pieces``.
+        """
 
     def exact_gradients(self, batch: Batch) -> Iterator[Gradient]:
         """The gradient of each sequence's mean loss, in float64, one sequence at a time."""

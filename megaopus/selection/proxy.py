@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaopus.selection.backend import Gradient
+from megaopus.selection.pieces import Scaled, chunks
 
 
 class ProxyGradient:
@@ -19,45 +21,63 @@ class ProxyGradient:
     def __init__(self, decay: float, kept: bool = False):
         self._decay = decay
         self._kept = kept or decay > 0
-        self._average: dict[str, Tensor] = {}
+        self._average: Gradient = {}
         self._count = 0
-        self._offered: dict[str, Tensor] = {}
+        self._offered: Gradient = {}
+        self._lent = False
 
-    def offer(self, gradient: Gradient) -> Gradient:
+    def offer(self, gradient: Gradient, *, in_place: bool = False, lent: bool = False) -> Mapping[str, Tensor]:
         """The average with this step's gradient in it; it is forgotten unless ``keep`` follows.
 
+        ``in_place``: ``gradient`` becomes it. ``lent``: and lies where the next will, so that ``keep`` takes a copy.
         Raises ValueError if the parameters are not those kept.
         """
         if not self._kept:
             return gradient
-        if not self._count:
-            self._offered = {name: value * (1 - self._decay) for name, value in gradient.items()}
-        elif self._average.keys() != gradient.keys():
+        if self._count and self._average.keys() != gradient.keys():
             changed = sorted(self._average.keys() ^ gradient.keys())
             raise ValueError(
                 f"the running proxy gradient is of other parameters than the model's: {', '.join(changed)}"
             )
-        else:
-            self._offered = {
-                name: torch.add(self._average[name].to(value.device) * self._decay, value, alpha=1 - self._decay)
-                for name, value in gradient.items()
-            }
+        self._offered = gradient if in_place else _like(gradient)
+        self._lent = in_place and lent
+        self._blend(list(gradient.values()), list(self._offered.values()))
         return self._unbiased(self._offered, self._count + 1)
 
-    def last(self) -> Gradient | None:
+    @torch.no_grad()
+    def _blend(self, gradients: list[Tensor], into: list[Tensor]) -> None:
+        """decay A + (1 - decay) g, a chunk at a time."""
+        if not self._count:
+            for given, found in chunks([gradients, into]):
+                torch._foreach_copy_(found, torch._foreach_mul(given, 1 - self._decay))
+            return
+        for name, value in zip(self._average, gradients, strict=True):
+            self._average[name] = self._average[name].to(value.device)
+        for kept, given, found in chunks([list(self._average.values()), gradients, into]):
+            old = torch._foreach_mul(kept, self._decay)
+            torch._foreach_add_(old, given, alpha=1 - self._decay)
+            torch._foreach_copy_(found, old)
+
+    def last(self) -> Mapping[str, Tensor] | None:
         """The average as kept last, None before; an offer that was not kept is forgotten."""
         self._offered = {}
         return self._unbiased(self._average, self._count) if self._count else None
 
-    def _unbiased(self, average: Gradient, count: int) -> Gradient:
-        scale = 1 / (1 - self._decay**count)
-        return {name: value * scale for name, value in average.items()}
+    def _unbiased(self, average: Gradient, count: int) -> Mapping[str, Tensor]:
+        return Scaled(average, 1 / (1 - self._decay**count))
 
+    @torch.no_grad()
     def keep(self) -> None:
         """Make the offered average the one to go on from."""
-        if self._offered:
-            self._average, self._offered = self._offered, {}
-            self._count += 1
+        if not self._offered:
+            return
+        if self._lent:
+            self._average = self._average or _like(self._offered)
+            torch._foreach_copy_(list(self._average.values()), list(self._offered.values()))
+        else:
+            self._average = self._offered
+        self._offered = {}
+        self._count += 1
 
     def state_dict(self) -> dict[str, Any]:
         """{'count': updates so far, 'average': name -> copy}; empty before the first update."""
@@ -72,3 +92,7 @@ class ProxyGradient:
         else:
             self._average = {name: value.detach().clone() for name, value in state["average"].items()}
             self._count = int(state["count"])
+
+
+def _like(gradient: Gradient) -> Gradient:
+    return {name: torch.empty_like(value) for name, value in gradient.items()}

@@ -20,6 +20,7 @@ from megaopus.selection.decide import Evidence, Key, counts_exposures, decide, d
 from megaopus.selection.foresight import foresee
 from megaopus.selection.methods.registry import needs
 from megaopus.selection.old_names import renamed_argument, with_new_names
+from megaopus.selection.pieces import parameter_shapes, pieces_of
 from megaopus.selection.prescreen import Prescreen
 from megaopus.selection.scorer import Scorer
 from megaopus.selection.scoring import Scores
@@ -279,17 +280,15 @@ class Selector:
 
 
 def _check_state(state: Any, backend: ScoringBackend) -> None:
-    """Raise ValueError unless this is a selector's state, and its proxy gradient, if it has one, of this model.
-
-    Collective where the backend's parameters are, and there is a proxy gradient.
-    """
+    """Raise ValueError unless this is a selector's state, and its proxy gradient, if it has one, of this model."""
     if not isinstance(state, Mapping) or (unknown := state.keys() - _STATE):
         what = ", ".join(sorted(map(str, unknown))) if isinstance(state, Mapping) else str(type(state))
         raise ValueError(f"not what Selector.state_dict() gave: {what} (it gives a dictionary of {sorted(_STATE)})")
     if not state.get("average"):
         return
     shapes = {name: tuple(value.shape) for name, value in state["average"].items()}
-    ours = {name: tuple(value.shape) for name, value in backend.parameters().items()}
+    ours: dict[str, tuple[int, ...]] = {name: (piece.numel,) for name, piece in pieces_of(backend).items()}
+    ours = ours or {name: tuple(shape) for name, shape in parameter_shapes(backend).items()}
     if wrong := sorted(name for name, shape in shapes.items() if ours.get(name) != shape):
         name = wrong[0]
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import itemgetter
 from typing import Any
@@ -15,7 +15,16 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaopus.selection.agreement import digest, disagreement, extremes
-from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient, Shard, UpdateOperator
+from megaopus.selection.backend import (
+    Batch,
+    Candidates,
+    GhostConsumer,
+    GhostLayer,
+    Gradient,
+    Piece,
+    Shard,
+    UpdateOperator,
+)
 from megaopus.selection.candidates import even_share, map_tensors, tensors_of
 from megaopus.selection.estimators.ghost import GhostCapture
 from megaopus.selection.old_names import OldBackendNames
@@ -131,24 +140,42 @@ class ModuleBackend(OldBackendNames):
                 count += int((losses.isfinite() & (losses != 0)).sum())
         return count
 
-    def gradient(self, proxy: Candidates, length: int | None = None) -> Gradient:
+    def gradient(self, proxy: Candidates, length: int | None = None, *, against: Candidates | None = None) -> Gradient:
         """Gradient of the mean loss over the whole proxy batch, the same on every rank; no ``p.grad`` is touched.
 
-        Each rank takes a contiguous share; every sequence has the same weight even where a rank has fewer, or none.
+        ``against``: less that over another batch. Each rank takes a contiguous share; every sequence of a batch has the
+        same weight even where a rank has fewer, or none.
         """
         parameters = self.parameters()
         tensors = list(parameters.values())
         total = [torch.zeros_like(tensor) for tensor in tensors]
-        rows, weights = even_share(len(proxy), self.world_size, self.rank)
+        for batch, sign in ((proxy, 1), (against, -1)):
+            if batch is not None:
+                self._add_gradient(batch, length, tensors, total, sign)
+        self.all_reduce(total)
+        return dict(zip(parameters, total, strict=True))
+
+    def _add_gradient(
+        self, batch: Candidates, length: int | None, tensors: list[Tensor], total: list[Tensor], sign: int
+    ) -> None:
+        """Add this rank's part of ``sign`` times the mean gradient of a batch to ``total``."""
+        rows, weights = even_share(len(batch), self.world_size, self.rank)
         share = rows[weights > 0]
         with self.scoring(), torch.enable_grad():
             for chunk in share.split(self.micro_batch_size) if len(share) else ():
-                losses = self._losses(self.model, proxy.take(chunk).batch(length))
-                found = torch.autograd.grad(losses.sum() / len(proxy), tensors, allow_unused=True)
+                losses = self._losses(self.model, batch.take(chunk).batch(length))
+                found = torch.autograd.grad(losses.sum() / (sign * len(batch)), tensors, allow_unused=True)
                 used = [(t, g) for t, g in zip(total, found, strict=True) if g is not None]
                 torch._foreach_add_([t for t, _ in used], [g for _, g in used])
-        self.all_reduce(total)
-        return dict(zip(parameters, total, strict=True))
+
+    @property
+    def lends_gradient(self) -> bool:
+        """What ``gradient`` gives is the caller's."""
+        return False
+
+    def pieces(self) -> Mapping[str, Piece]:
+        """Every rank's optimizer updates all of its weights."""
+        return {}
 
     @contextmanager
     def perturbed(self, direction: Gradient) -> Iterator[Callable[[float], None]]:

@@ -138,7 +138,7 @@ def step_of_differences(engine: Any) -> tuple[float, float]:
     """(the change of the proxy's loss that an optimizer step predicts, the step that directional scoring takes)."""
     backend = engine.scoring_backend()
     gradient = backend.gradient(random_batch(4, 702))
-    direction = backend.operator().bounded(gradient).transposed().apply(gradient)
+    direction = backend.operator().bounded(gradient).direction(gradient, gradient)
     return predicted_change(backend, direction, gradient), step_size(backend, direction, gradient)
 
 

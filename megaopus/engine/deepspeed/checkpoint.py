@@ -8,11 +8,12 @@ data-parallel ranks and the stage may change; the tensor-parallel degree may not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.distributed.mesh import Mesh
@@ -25,8 +26,16 @@ def _path(folder: Path, mesh: Mesh, dp_rank: int) -> Path:
     return folder / f"zero_tp{mesh.tp_rank:03d}_dp{dp_rank:05d}.pt"
 
 
-def prepare_save(folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: dict[str, Gradient]) -> PendingSave:
-    """A save of copies of this rank's fragments; data-parallel rank 0 also ``groups``, which all of them hold whole."""
+def prepare_save(
+    folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: Mapping[str, Mapping[str, Tensor]]
+) -> PendingSave:
+    """A save of copies of this rank's fragments; data-parallel rank 0 also ``groups``, whole. Collective."""
+    wholes: dict[str, Gradient] = {group: {} for group in groups}
+    for group, values in groups.items():
+        for name in values:
+            whole = values[name]  # put together by all ranks when it is read
+            if mesh.dp_rank == 0:
+                wholes[group][name] = whole.detach().cpu().clone()
     content = {
         "tp": mesh.shape.tp,
         "dp": mesh.shape.dp,
@@ -39,7 +48,7 @@ def prepare_save(folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: dict[str
             }
             for name, fragment in zero.fragments.items()
         },
-        "groups": _on_cpu(groups) if mesh.dp_rank == 0 else {},
+        "groups": wholes if mesh.dp_rank == 0 else {},
     }
     path = _path(folder, mesh, mesh.dp_rank)
 
@@ -48,13 +57,6 @@ def prepare_save(folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: dict[str
         return [path]
 
     return PendingSave(write, list)
-
-
-def _on_cpu(groups: dict[str, Gradient]) -> dict[str, Gradient]:
-    return {
-        group: {name: value.detach().cpu().clone() for name, value in values.items()}
-        for group, values in groups.items()
-    }
 
 
 def load(folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: list[str]) -> dict[str, Gradient]:
@@ -81,7 +83,10 @@ def load(folder: Path, zero: ZeroOptimizer, mesh: Mesh, groups: list[str]) -> di
     if incomplete := [name for name, count in missing.items() if count]:
         raise EngineError(f"the checkpoint does not hold all of {', '.join(incomplete)}")
     zero.refresh()
-    return {group: {name: value.to(mesh.device) for name, value in values.items()} for group, values in found.items()}
+    return {
+        group: {name: zero.fragments[name].cut(value).to(mesh.device, copy=True) for name, value in values.items()}
+        for group, values in found.items()
+    }
 
 
 def _files(folder: Path, mesh: Mesh) -> Iterator[dict[str, Any]]:

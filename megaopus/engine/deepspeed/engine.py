@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from megaopus.distributed.collectives import gathered
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import Engine, StepResult
-from megaopus.engine.batch_split import padded_share, seed_dropout
+from megaopus.engine.batch_split import padded_share, seed_dropout, signed
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.deepspeed import checkpoint
 from megaopus.engine.deepspeed.flat_matrices import ChainedOptimizer, over_flat_parts
@@ -28,12 +28,13 @@ from megaopus.engine.deepspeed.scoring import DeepSpeedScoringBackend
 from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer, norm_limit
 from megaopus.engine.gpt_forward import token_losses
 from megaopus.engine.token_logprobs import Asked, TokenLogprobs, packed_logprobs, unpacked
+from megaopus.engine.wholes import Wholes
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
 from megaopus.models.gpt import build_gpt, transformer_config
 from megaopus.optim.build import torch_optimizers
 from megaopus.optim.config import OptimConfig
-from megaopus.selection.backend import Candidates, Gradient
+from megaopus.selection.backend import Candidates, Gradient, Piece
 from megaopus.selection.candidates import even_share
 
 LARGEST_BUCKET = 500_000_000
@@ -144,6 +145,8 @@ class DeepSpeedEngine(Engine):
         with norm_limit(self.deepspeed.optimizer, limit) as seen:
             self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
+        if applied:
+            self.optimizer.updated()
         if not applied and self.optimizer.sharded:
             self.optimizer.regather()  # as DeepSpeed does after an update
         self.step += 1
@@ -198,29 +201,30 @@ class DeepSpeedEngine(Engine):
         """Concatenate over the data-parallel ranks."""
         return torch.cat(gathered(local, self.mesh.dp_group, self.mesh.shape.dp))
 
-    def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
-        """Mean gradient of a global batch, dropout off, by parameter name; fp32, whole, the same on every dp rank.
-
-        ``autograd.grad`` leaves ZeRO's gradient hooks alone, so nothing of it enters the next update.
-        """
+    def mean_gradient(
+        self, batch: Candidates, length: int | None = None, *, against: Candidates | None = None
+    ) -> Gradient:
+        """As ``Engine.mean_gradient``; ``autograd.grad`` leaves ZeRO's hooks alone, so that no update sees it."""
+        batch, signs = signed(batch, against)
         share, weights = even_share(len(batch), self.mesh.shape.dp, self.mesh.dp_rank)
+        weights = weights * signs[share]
         length = min(length or self.seq_len, self.seq_len)
-        parameters = dict(self.module.named_parameters())
-        total = {name: self.optimizer.zeros(name) for name in parameters}
+        parameters = list(self.module.parameters())
         self.deepspeed.eval()
-        with self.mesh.megatron():
+        with self.mesh.megatron(), self.optimizer.reduced() as total:
             micro = math.gcd(len(share), self.micro_batch_size)
             for rows, of_rows in zip(share.split(micro), weights.split(micro), strict=True):
                 losses_BS = token_losses(self.module, self._tokens(batch, rows, length), rules=self.rules)
                 weighted = losses_BS * of_rows.to(losses_BS).unsqueeze(1)
-                loss = weighted.mean() * (len(rows) / (len(share) * self.mesh.shape.dp))
-                found = torch.autograd.grad(loss, list(parameters.values()))
-                for value, gradient in zip(total.values(), found, strict=True):
-                    value += gradient
-        for value in total.values():
-            dist.all_reduce(value, group=self.mesh.dp_group)
+                torch.autograd.grad(weighted.mean() * (len(rows) / (len(share) * self.mesh.shape.dp)), parameters)
         self.deepspeed.train()
         return total
+
+    def pieces(self) -> Mapping[str, Piece]:
+        return {
+            name: Piece(fragment.start, fragment.numel, self.optimizer.shape(name))
+            for name, fragment in self.optimizer.fragments.items()
+        }
 
     # -- selection and checkpoints ----------------------------------------------------------------------------------
 
@@ -228,7 +232,8 @@ class DeepSpeedEngine(Engine):
         return DeepSpeedScoringBackend(self)
 
     def prepare_save(self, folder: Path, groups: dict[str, Gradient], copy: bool) -> PendingSave:
-        return checkpoint.prepare_save(folder, self.optimizer, self.mesh, groups)
+        wholes = {group: Wholes(values, self.pieces(), self.mesh.dp_group) for group, values in groups.items()}
+        return checkpoint.prepare_save(folder, self.optimizer, self.mesh, wholes)
 
     def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
         return checkpoint.load(folder, self.optimizer, self.mesh, groups)

@@ -33,6 +33,8 @@ class ChainedOptimizer(Optimizer):
 class Matrix(NamedTuple):
     """A matrix of which every data-parallel rank owns a run of elements, in rank order, possibly none."""
 
+    name: str
+    """Of the parameter."""
     parameter: Tensor
     """Says how tensor-parallel ranks share it."""
     shape: torch.Size
@@ -62,27 +64,55 @@ class FlatMatrices:
 
     def direction(self, update: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """As the optimizer's own, of every matrix in the flat ``parameter``. Collective."""
-        found = torch.zeros_like(update)
-        matrices, size = self._matrices[parameter], dist.get_world_size(self._dp_group)
-        for first in range(0, len(matrices), size):
-            self._share(matrices[first : first + size], update, found, group)
+        found, own = torch.zeros_like(update), super().direction  # type: ignore[misc]
+        matrices, rank = self._matrices[parameter], dist.get_rank(self._dp_group)
+
+        def run(flat: Tensor, matrix: Matrix) -> Tensor:
+            return flat.narrow(0, matrix.offset, matrix.counts[rank])
+
+        made = by_owner(
+            matrices,
+            lambda matrix: [run(update, matrix)],
+            lambda matrix, parts: own(parts[0], matrix.parameter, group),
+            self._dp_group,
+        )
+        for matrix, part in zip(matrices, made, strict=True):
+            run(found, matrix).copy_(part)
         return found
 
-    def _share(self, matrices: list[Matrix], update: Tensor, found: Tensor, group: dict[str, Any]) -> None:
-        """``direction`` of up to dp matrices, rank r's that of ``matrices[r]``: from ``update`` into ``found``."""
-        rank, size = dist.get_rank(self._dp_group), dist.get_world_size(self._dp_group)
-        mine = matrices[rank] if rank < len(matrices) else None
-        theirs = [matrix.counts[rank] for matrix in matrices] + [0] * (size - len(matrices))
+    def matrices(self) -> list[Matrix]:
+        """Those in the flat parts, in the order in which ranks take turns."""
+        return [matrix for each in self._matrices.values() for matrix in each]
+
+
+def by_owner(
+    matrices: Sequence[Matrix],
+    runs: Callable[[Matrix], list[Tensor]],
+    work: Callable[[Matrix, list[Tensor]], Tensor],
+    group: dist.ProcessGroup,
+) -> list[Tensor]:
+    """Have one rank, in turns, put each of ``matrices`` together and work on it; (numel,) runs of what it made.
+
+    ``runs``: this rank's run of each of the tensors that belong to a matrix. ``work``: these tensors whole, in its
+    shape -> one of that shape. Only matrices of one turn are whole at a time. Collective.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    found: list[Tensor] = []
+    for first in range(0, len(matrices), size):
+        turn = matrices[first : first + size]
+        mine = turn[rank] if rank < len(turn) else None
+        theirs = [matrix.counts[rank] for matrix in turn] + [0] * (size - len(turn))
         own = [0] * size if mine is None else mine.counts
-        parts = [update.narrow(0, matrix.offset, matrix.counts[rank]) for matrix in matrices]
-        whole = update.new_empty(sum(own))
-        dist.all_to_all_single(whole, torch.cat(parts), own, theirs, group=self._dp_group)
-        if mine is not None:
-            whole = super().direction(whole.view(mine.shape), mine.parameter, group).reshape(-1)  # type: ignore[misc]
-        back = update.new_empty(sum(theirs))
-        dist.all_to_all_single(back, whole, theirs, own, group=self._dp_group)
-        for matrix, part in zip(matrices, back.split(theirs), strict=False):
-            found.narrow(0, matrix.offset, matrix.counts[rank]).copy_(part)
+        wholes = []
+        for parts in zip(*map(runs, turn), strict=True):
+            whole = parts[0].new_empty(sum(own))
+            dist.all_to_all_single(whole, torch.cat(parts), own, theirs, group=group)
+            wholes.append(whole)
+        made = wholes[0] if mine is None else work(mine, [whole.view(mine.shape) for whole in wholes]).reshape(-1)
+        back = made.new_empty(sum(theirs))
+        dist.all_to_all_single(back, made, theirs, own, group=group)
+        found.extend(back.split(theirs)[: len(turn)])
+    return found
 
 
 @cache

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from megaopus.engine.base import Engine
+from megaopus.engine.deepspeed.owned_matrices import OwnedMatrices
 from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer
 from megaopus.engine.scoring_base import EngineScoringBackend
 from megaopus.errors import EngineError
-from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient
+from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient, UpdateOperator
+from megaopus.selection.operators.piecewise import PiecewiseOperator
+from megaopus.selection.pieces import chunks
 
 
 class DeepSpeedScoringBackend(EngineScoringBackend):
-    """The backend of the DeepSpeed engine; gradient, direction and optimizer state are whole on every rank."""
+    """The backend of the DeepSpeed engine; gradient, direction and optimizer state are in ZeRO's fragments."""
 
     def __init__(self, engine: Engine):
         self._zero: ZeroOptimizer = engine.optimizer
@@ -29,35 +32,30 @@ class DeepSpeedScoringBackend(EngineScoringBackend):
     def _shape(self, parameter: Tensor) -> torch.Size:
         return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
+    def operator(self, muon_operator: str = "paper") -> UpdateOperator | None:
+        found = super().operator(muon_operator)
+        if found is None or muon_operator == "raw" or not self._zero.matrices():
+            return found
+        assert isinstance(found, PiecewiseOperator)
+        return found.with_matrices(OwnedMatrices(self._zero, self, muon_operator))
+
     @contextmanager
     def perturbed(self, direction: Gradient) -> Iterator[Callable[[float], None]]:
-        """The model's weights become the cast of the fp32 ones moved, under stage 3 each rank's part."""
-        zero, steps = self._zero, direction
-        if zero.sharded:
-            weights = zero.shards(direction)
-            steps = {name: zero.fragments[name].cut(step) for name, step in direction.items()}
-        else:
-            weights = {name: self._weights[name].detach() for name in direction}
-        main = saved = {name: weight.clone() for name, weight in weights.items()}
-        if self._engine.bf16 and zero.sharded:
-            main = {name: zero.local(name, "weight") for name in direction}
-        elif self._engine.bf16:
-            main = zero.main_weights()
+        """Each rank moves its fragments of the model's weights; they become the cast of the fp32 ones in the end."""
+        zero = self._zero
+        main = [zero.local(name, "weight") for name in direction]
+        steps, model = list(direction.values()), [zero.model_run(name) for name in direction]
 
-        def move(scale: float) -> None:
-            self._set(weights, {name: torch.add(main[name], step, alpha=scale) for name, step in steps.items()})
+        @torch.no_grad()
+        def put(scale: float) -> None:
+            for base, step, weight in chunks([main, steps, model]):
+                torch._foreach_copy_(weight, torch._foreach_add(base, step, alpha=scale) if scale else base)
+            zero.gather_weights()
 
         try:
-            yield move
+            yield put
         finally:
-            self._set(weights, saved)
-
-    @torch.no_grad()
-    def _set(self, weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            weights[name].copy_(value)
-        if self._zero.sharded:
-            self._zero.regather()
+            put(0.0)
 
     def ghost_pass(
         self,

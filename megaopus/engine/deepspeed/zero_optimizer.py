@@ -8,9 +8,10 @@ parts; stage 3 cuts each parameter. ``ZeroOptimizer`` hides the difference. "Who
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class ZeroOptimizer:
         self._zero = zero
         self.torch_optimizers = optimizers
         """AdamW, or Muon and AdamW, over this rank's flat fp32 weights."""
-        self._group = group
+        self.group = group
         held = [(optimizer, settings) for optimizer in optimizers for settings in optimizer.param_groups]
         self._held = {name: held[index] for name, index in group_of.items()}
         self._group_of = group_of
@@ -69,20 +70,38 @@ class ZeroOptimizer:
         self.sharded = hasattr(zero, "fp16_partitioned_groups_flat")
         """Stage 3: the model's weights are partitioned too."""
         locate = self._locate_in_parameter if self.sharded else self._locate_in_group
+        self._steps: int | None = None
         self.fragments = {name: locate(name, p) for name, p in self._parameters.items()}
+        self._runs = self._find_runs()
         for optimizer in optimizers:
             if isinstance(optimizer, FlatMatrices):
                 optimizer.place(self._matrices(optimizer), group)
 
+    def _find_runs(self) -> dict[str, list[tuple[int, int]]]:
+        """Parameter -> (start, numel) of every data-parallel rank's fragment; collective."""
+        own = torch.tensor([(f.start, f.numel) for f in self.fragments.values()], device=self._device)
+        everyone = torch.stack(gathered(own, self.group, dist.get_world_size(self.group)), 1).tolist()
+        return {
+            name: [(start, numel) for start, numel in runs] for name, runs in zip(self.fragments, everyone, strict=True)
+        }
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.fragments.values())).flat.device
+
     def _matrices(self, optimizer: torch.optim.Optimizer) -> list[Matrix]:
-        """Return where the parameters of ``optimizer`` lie; collective."""
+        """Return where the parameters of ``optimizer`` lie."""
         names = [name for name, (holder, _) in self._held.items() if holder is optimizer]
-        fragments = [self.fragments[name] for name in names]
-        numels = torch.tensor([f.numel for f in fragments], device=fragments[0].flat.device)
-        counts = torch.stack(gathered(numels, self._group, dist.get_world_size(self._group)), 1).tolist()
         return [
-            Matrix(self._parameters[name], self.shape(name), fragment.flat, fragment.offset, count)
-            for name, fragment, count in zip(names, fragments, counts, strict=True)
+            Matrix(
+                name,
+                self._parameters[name],
+                self.shape(name),
+                self.fragments[name].flat,
+                self.fragments[name].offset,
+                [numel for _, numel in self._runs[name]],
+            )
+            for name in names
         ]
 
     def set_step(self, step: int, factor: float) -> float:
@@ -104,15 +123,27 @@ class ZeroOptimizer:
             fragment.flat.narrow(0, fragment.offset, fragment.numel).copy_(piece)
 
     def states(self) -> list[ParameterState]:
-        """Each parameter's group, step and, whole, what the update operator needs; collective."""
-        steps = self.steps()
-        found = []
+        """Each parameter's group, step and this rank's run of what the update operator needs."""
+        steps, found = self.steps(), []
         for name in self._parameters:
             state = {"step": torch.tensor(float(steps))} if steps else {}
             if steps and (keys := self.keys(name)):
-                state[keys[-1]] = self.whole(name, keys[-1])
+                state[keys[-1]] = self.local(name, keys[-1])
             found.append(ParameterState(name, *self._held[name], state))
         return found
+
+    def matrices(self) -> list[Matrix]:
+        """Those whose update is that of the whole matrix, in the order in which ranks take turns with them."""
+        return [m for each in self.torch_optimizers if isinstance(each, FlatMatrices) for m in each.matrices()]
+
+    def updated(self) -> None:
+        """Say that there was an update, so that its number need not be read off the device."""
+        if self._steps is not None:
+            self._steps = self._steps + 1 if self._counts() else 1
+
+    def held(self, name: str) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
+        """Return which optimizer updates a parameter, and by which settings."""
+        return self._held[name]
 
     def keys(self, name: str) -> tuple[str, ...]:
         """Return what the optimizer keeps of the size of the parameter."""
@@ -130,7 +161,7 @@ class ZeroOptimizer:
     def _locate_in_parameter(self, name: str, parameter: Any) -> Fragment:
         zero = self._zero
         group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-        start = min(dist.get_rank(self._group) * size, parameter.ds_numel)
+        start = min(dist.get_rank(self.group) * size, parameter.ds_numel)
         numel = min(size, parameter.ds_numel - start)  # the last ranks' parts are filled up with padding
         return Fragment(start, numel, zero.fp32_partitioned_groups_flat[group], offset)
 
@@ -147,9 +178,14 @@ class ZeroOptimizer:
 
     def steps(self) -> int:
         """Updates that the optimizer's state has seen; where it does not count them, 1 for any number."""
-        states = list(self._zero.optimizer.state.values())
-        counted = [int(state["step"]) for state in states if "step" in state]
-        return max(counted) if counted else int(any(states))
+        if self._steps is None:
+            states = list(self._zero.optimizer.state.values())
+            counted = [int(state["step"]) for state in states if "step" in state]
+            self._steps = max(counted) if counted else int(any(states))
+        return self._steps
+
+    def _counts(self) -> bool:
+        return any(counts_steps(optimizer) for optimizer in self.torch_optimizers)
 
     def local(self, name: str, key: str) -> Tensor:
         """(numel,) view of this rank's fragment: of the weights (key 'weight') or of one of ``keys``."""
@@ -172,7 +208,7 @@ class ZeroOptimizer:
         """The parameter's fp32 weights, or one of its ``keys``, in its shape; collective."""
         whole = self.zeros(name)
         self.fragments[name].cut(whole).copy_(self.local(name, key))
-        dist.all_reduce(whole, group=self._group)  # each element is owned by one rank, the others add zero
+        dist.all_reduce(whole, group=self.group)  # each element is owned by one rank, the others add zero
         return whole
 
     def _state(self, name: str) -> dict[str, Tensor]:
@@ -189,6 +225,7 @@ class ZeroOptimizer:
 
     def set_steps(self, steps: int) -> None:
         """Set the number of updates behind the state."""
+        self._steps = steps
         for state in map(self._state, self.fragments):
             if "step" in state:
                 state["step"].fill_(steps)
@@ -203,9 +240,70 @@ class ZeroOptimizer:
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         self.regather()
 
-    def shards(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Stage 3: (numel,) view of this rank's fragment of the model's own weights (see ``regather``)."""
-        return {n: self._parameters[n].ds_tensor.detach().narrow(0, 0, self.fragments[n].numel) for n in names}
+    def model_run(self, name: str) -> Tensor:
+        """(numel,) view of this rank's fragment of the model's own weights (see ``gather_weights``)."""
+        fragment, parameter = self.fragments[name], self._parameters[name]
+        own = parameter.ds_tensor.view(-1) if self.sharded else parameter.detach().view(-1)
+        start = 0 if self.sharded else fragment.start
+        return own.detach().narrow(0, start, fragment.numel)
+
+    @torch.no_grad()
+    def gather_weights(self) -> None:
+        """Give all ranks the model's own weights as each has them in its fragments; collective."""
+        if self.sharded:
+            self.regather()
+            return
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        zero = self._zero
+        is_bf16_optimizer = hasattr(zero, "bf16_groups_flat")
+        all_gather_dp_groups(
+            groups_flat=zero.bf16_groups_flat if is_bf16_optimizer else zero.bit16_groups_flat,
+            partitioned_param_groups=(
+                zero.bf16_partitioned_groups if is_bf16_optimizer else zero.parallel_partitioned_bit16_groups
+            ),
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )
+
+    @contextmanager
+    def reduced(self) -> Iterator[dict[str, Tensor]]:
+        """Add up, inside, what backward passes find of each parameter's gradient, over all ranks, in this rank's run.
+
+        Yields parameter -> (numel,) fp32. A gradient is reduced as soon as it is there, and gone then: what
+        ``autograd.grad`` returns is zeros without memory. Collective, and so are the passes.
+        """
+        total = {
+            name: torch.zeros(fragment.numel, device=fragment.flat.device) for name, fragment in self.fragments.items()
+        }
+        handles = [
+            parameter.register_hook(partial(self._reduce, name, total[name]))
+            for name, parameter in self._parameters.items()
+        ]
+        try:
+            yield total
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _reduce(self, name: str, total: Tensor, gradient: Tensor) -> Tensor:
+        """Add this rank's run of a gradient, summed over the ranks, to ``total``; zeros of no memory take its place."""
+        whole, fragment, size = gradient.float().reshape(-1), self.fragments[name], dist.get_world_size(self.group)
+        if self.sharded:
+            each = self._parameters[name].ds_tensor.numel()
+            padded = torch.nn.functional.pad(whole, (0, each * size - len(whole)))
+            own = padded.new_empty(each)
+            dist.reduce_scatter_tensor(own, padded, group=self.group)
+            total += own[: fragment.numel]
+        else:
+            for rank, (start, numel) in enumerate(self._runs[name]):
+                if numel:
+                    part = whole[start : start + numel].contiguous()
+                    dist.reduce(part, group_dst=rank, group=self.group)
+                    if rank == dist.get_rank(self.group):
+                        total += part
+        return gradient.new_zeros(()).expand(gradient.shape)
 
     @torch.no_grad()
     def regather(self) -> None:

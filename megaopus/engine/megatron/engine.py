@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.engine.base import StepResult
-from megaopus.engine.batch_split import padded_share, seed_dropout
+from megaopus.engine.batch_split import padded_share, seed_dropout, signed
 from megaopus.engine.gpt_forward import SampledLabels
 from megaopus.engine.megatron.checkpoint import (
     check_index,
@@ -95,9 +95,12 @@ class MegatronEngine(MegatronPasses):
             found = of_ranks.flatten(0, 1)
         return unpacked(found[:num])
 
-    def mean_gradient(self, batch: Candidates, length: int | None = None) -> Gradient:
-        """The training path (schedule, DDP reduction) without the update; training gradients are overwritten."""
+    def mean_gradient(
+        self, batch: Candidates, length: int | None = None, *, against: Candidates | None = None
+    ) -> Gradient:
+        """The training path (schedule, DDP reduction) without the update, into training's own gradients."""
         group, mesh = self.micro_batch_group, self.mesh
+        batch, signs = signed(batch, against)
         share, weights = even_share(len(batch), mesh.shape.dp, mesh.dp_rank, group)
         length = min(length or self.seq_len, self.seq_len)
         self.ddp.eval()
@@ -106,12 +109,11 @@ class MegatronEngine(MegatronPasses):
         with self.mesh.megatron():
             self._zero_gradients()
             micro = math.gcd(len(share) // group, self.micro_batch_size)
-            self.run_local(batch, share, micro, length, forward_only=False, whole_gradient=True, weights=weights)
+            self.run_local(batch, share, micro, length, forward_only=False, weights=weights * signs[share])
+        self.ddp.train()
         # main_grad: megatron's DDP keeps each parameter's reduced gradient there
         names = dict(canonical_names(self.module))
-        gradient = {names[local]: p.main_grad.clone() for local, p in self.named_parameters()}
-        self.ddp.train()
-        return gradient
+        return self.cut({names[local]: p.main_grad for local, p in self.named_parameters()})
 
     def _zero_gradients(self) -> None:
         # The optimizer leaves param.grad aliased to main_grad: kept, the next backward pass would add it twice.
@@ -141,6 +143,11 @@ class MegatronEngine(MegatronPasses):
         from megatron.core import dist_checkpointing
 
         with self.mesh.megatron():
+            if self.optimizer.is_sharded:  # as an optimizer that shares nothing has them
+                groups = {
+                    group: {name: value.cpu() for name, value in self.gather(values).items()}
+                    for group, values in groups.items()
+                }
             state = self._sharded_state(groups, is_loading=False)
             request = dist_checkpointing.save(
                 state, str(folder), sharded_strategy=in_process_strategy(), async_sharded_save=True
@@ -153,9 +160,9 @@ class MegatronEngine(MegatronPasses):
         check_index(folder)
         weights = dict(self.named_parameters())
         names = list(canonical_names(self.module))
+        device = "cpu" if self.optimizer.is_sharded else self.mesh.device
         empty = {
-            group: {name: torch.empty_like(weights[local], dtype=torch.float32) for local, name in names}
-            for group in groups
+            group: {name: torch.empty(weights[local].shape, device=device) for local, name in names} for group in groups
         }
         with self.mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # megatron reads through names that torch deprecates
@@ -164,7 +171,11 @@ class MegatronEngine(MegatronPasses):
             self._load_weights(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.optimizer.load_whole(state.get("optimizer_whole", {}))
-        return {group: {name: state[group][local] for local, name in names} for group in groups}
+        found = {group: self.cut({name: state[group][local] for local, name in names}) for group in groups}
+        return {
+            group: {name: value.to(self.mesh.device, copy=self.optimizer.is_sharded) for name, value in values.items()}
+            for group, values in found.items()
+        }
 
     def _load_weights(self, state: dict[str, Any]) -> None:
         missing, unexpected = self.module.load_state_dict(state, strict=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,10 +17,10 @@ from megaopus.engine.config import EngineConfig
 from megaopus.engine.gpt_forward import SampledLabels, token_losses
 from megaopus.engine.token_logprobs import Asked, packed_logprobs
 from megaopus.models.config import ModelConfig
-from megaopus.models.gpt import build_gpt, transformer_config
+from megaopus.models.gpt import build_gpt, canonical_names, transformer_config
 from megaopus.optim.build import MixedPrecisionOptimizer
 from megaopus.optim.config import OptimConfig
-from megaopus.selection.backend import Candidates
+from megaopus.selection.backend import Candidates, Gradient, Piece
 from megaopus.selection.estimators.ghost import GhostCapture
 
 _MicroBatch = tuple[Tensor, Tensor | None, Tensor | None]
@@ -77,6 +77,33 @@ class MegatronPasses(Engine):
             optim, self.module, self.mesh, bf16=self.bf16, sharded=list(self.ddp) if sharded else None
         )
 
+    lends_gradient = True
+
+    def pieces(self) -> Mapping[str, Piece]:
+        if not self.optimizer.is_sharded:
+            return {}
+        runs, shapes = self.optimizer.pieces(), {local: p.shape for local, p in self.named_parameters()}
+        return {
+            name: Piece(runs[local].start, runs[local].main.numel(), shapes[local])
+            for local, name in canonical_names(self.module)
+        }
+
+    def gather(self, values: Mapping[str, Tensor]) -> Gradient:
+        """Put pieces of all ranks together where training has its gradients; whole-model name -> view. Collective."""
+        names = {local: name for local, name in canonical_names(self.module) if name in values}
+        found = self.optimizer.gather_into_gradients(
+            {local: partial(values.__getitem__, name) for local, name in names.items()}
+        )
+        return {names[local]: value for local, value in found.items()}
+
+    def cut(self, wholes: Gradient) -> Gradient:
+        """This rank's pieces of tensors of the parameters' shapes; themselves where there are none."""
+        pieces = self.pieces()
+        return {
+            name: value.view(-1).narrow(0, pieces[name].start, pieces[name].numel) if pieces else value
+            for name, value in wholes.items()
+        }
+
     def run_local(
         self,
         batch: Candidates,
@@ -85,7 +112,6 @@ class MegatronPasses(Engine):
         length: int,
         *,
         forward_only: bool,
-        whole_gradient: bool = False,
         sampled: SampledLabels | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
@@ -93,7 +119,6 @@ class MegatronPasses(Engine):
 
         They are this rank's part of each sequence's mean token loss: zeros before the last pipeline stage, the sum over
         its own positions / ``length`` on the last. Their sum over the cp and pp ranks is the mean loss.
-        ``whole_gradient``: reduce gradients to every dp and cp rank, where the distributed optimizer needs pieces only.
         ``sampled``: labels are drawn by it, not read off the sequences. ``weights`` (len(share),), of mean 1 over all
         data-parallel ranks: gradients are those of the weighted mean loss.
         """
@@ -117,7 +142,6 @@ class MegatronPasses(Engine):
             seq_length=length,
             micro_batch_size=micro,
             forward_only=forward_only,
-            force_all_reduce=whole_gradient,
         )
         if not self.mesh.is_last_stage:
             return torch.zeros(len(share), dtype=torch.float64, device=self.mesh.device)

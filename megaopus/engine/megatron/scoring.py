@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
+from torch import Tensor
 
 from megaopus.engine.megatron.passes import MegatronPasses
 from megaopus.engine.scoring_base import EngineScoringBackend
 from megaopus.errors import EngineError
 from megaopus.selection.backend import Candidates, GhostConsumer, GhostLayer, Gradient
 from megaopus.selection.estimators.ghost import GhostCapture
+from megaopus.selection.pieces import chunks
 
 _PIPELINE_FILL = 4  # micro-batches per stage that keep the idle share of a pipeline small
 
@@ -20,6 +22,7 @@ class MegatronScoringBackend(EngineScoringBackend):
     """The backend of the megatron engine, through whose schedule every pass runs."""
 
     _engine: MegatronPasses
+    _gradients_free = True
 
     @property
     def multiple(self) -> int:
@@ -28,25 +31,42 @@ class MegatronScoringBackend(EngineScoringBackend):
 
     @contextmanager
     def perturbed(self, direction: Gradient) -> Iterator[Callable[[float], None]]:
-        """16-bit model weights become the cast of the fp32 ones moved, which are gathered once where sharded."""
-        if not self._engine.bf16:
-            with super().perturbed(direction) as move:
-                yield move
-            return
-        main = self.parameters()
-        saved = {name: self._weights[name].detach().clone() for name in direction}
+        """Each rank moves what its optimizer updates; training's own gathering of weights does the rest.
+
+        16-bit weights become the cast of the fp32 ones moved, and in the end of these as they are: what training made
+        of them.
+        """
+        optimizer, rounded = self._engine.optimizer, self._engine.bf16
+        pieces = {self._name_of[local]: piece for local, piece in optimizer.pieces().items()}
+        steps = [direction[name] for name in direction]
+        model = [pieces[name].model for name in direction]
+        main = [pieces[name].main if rounded else pieces[name].model.clone() for name in direction]
 
         @torch.no_grad()
-        def move_cast(scale: float) -> None:
-            for name, step in direction.items():
-                self._weights[name].copy_(torch.add(main[name], step, alpha=scale))
+        def put(scale: float) -> None:
+            for base, step, weight in chunks([main, steps, model]):
+                torch._foreach_copy_(weight, torch._foreach_add(base, step, alpha=scale) if scale else base)
+            with self._mesh.megatron():
+                optimizer.gather_weights()
 
         try:
-            yield move_cast
+            yield put
         finally:
-            with torch.no_grad():
-                for name, value in saved.items():
-                    self._weights[name].copy_(value)
+            put(0.0)
+
+    def gathered(self, values: Mapping[str, Tensor]) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """Where training has its gradients; what is asked for inside of that, one at a time."""
+        return self._in_gradients(values) if self._gradients_free else super().gathered(values)
+
+    @contextmanager
+    def _in_gradients(self, values: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+        self._gradients_free = False
+        try:
+            with self._mesh.megatron():
+                found = self._engine.gather(values)
+            yield found
+        finally:
+            self._gradients_free = True
 
     def ghost_pass(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from megaopus.selection.backend import (
     Candidates,
     GhostConsumer,
     GhostLayer,
-    Gradient,
+    Piece,
     ScoringBackend,
     UpdateOperator,
 )
@@ -23,6 +23,7 @@ from megaopus.selection.estimators.layers import ghost_layers
 from megaopus.selection.estimators.registry import Sizes, Taken, register_estimator
 from megaopus.selection.estimators.sketches import SketchEstimator, sketch_memory
 from megaopus.selection.old_names import renamed_argument
+from megaopus.selection.pieces import pieces_of, shapes_of, whole_operator
 
 if TYPE_CHECKING:
     from megaopus.selection.config import SelectionConfig
@@ -33,23 +34,62 @@ class CountSketch:
 
     <Pi x, Pi y> is unbiased for <x, y> over seeds, with variance (|x|^2 |y|^2 + <x,y>^2 - 2 sum_i x_i^2 y_i^2) / m.
     h and s are functions of (seed, name, index); ``indices`` (d,) are positions in the whole matrix, so sketches of its
-    shards add up to the sketch of the whole.
+    shards add up to the sketch of the whole. Hashes are worked out anew at each use, ``AT_ONCE`` at a time; ``kept``:
+    at the first, 9 bytes for each of d.
     """
 
-    def __init__(self, name: str, indices: Tensor, dim: int, seed: int):
-        self._bucket, self._sign = hashes(name, indices, dim, seed)
-        self.dim = dim
+    def __init__(self, name: str, indices: Indices, dim: int, seed: int, kept: bool = False):
+        self._name, self._indices, self._seed, self.dim = name, indices, seed, dim
+        self._kept = [*self._hashed()] if kept else None
+
+    def _hashed(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(which of d, their buckets, their signs), a part at a time."""
+        for start in range(0, len(self._indices), AT_ONCE):
+            part = slice(start, min(start + AT_ONCE, len(self._indices)))
+            yield part, *hashes(self._name, self._indices[part], self.dim, self._seed)
 
     def __call__(self, rows: Tensor, factor: Tensor | None = None) -> Tensor:
         """(n, d) -> (n, m): sketch of each row, multiplied elementwise by ``factor`` (d,) or scalar first if given."""
-        weight = self._sign.to(rows.dtype)
-        if factor is not None:
-            weight = weight * factor.to(rows.dtype)
-        return rows.new_zeros(len(rows), self.dim).scatter_add_(1, self._bucket.expand_as(rows), rows * weight)
+        sketch = rows.new_zeros(len(rows), self.dim)
+        for part, bucket, sign in self._kept or self._hashed():
+            weight, values = sign.to(rows.dtype), rows[:, part]
+            if factor is not None:
+                weight = weight * (factor[part] if factor.ndim else factor).to(rows.dtype)
+            sketch.scatter_add_(1, bucket.expand_as(values), values * weight)
+        return sketch
 
     def transpose(self, sketch: Tensor) -> Tensor:
         """(m,) -> (d,): Pi^T, so that <Pi x, s> = <x, Pi^T s>."""
-        return sketch[self._bucket] * self._sign.to(sketch.dtype)
+        found = sketch.new_empty(len(self._indices))
+        for part, bucket, sign in self._kept or self._hashed():
+            found[part] = sketch[bucket] * sign.to(sketch.dtype)
+        return found
+
+
+class Places:
+    """Says where in the whole matrix a run of this rank's flattened part of it lies; worked out when it is sliced."""
+
+    def __init__(self, rows: Tensor, columns: Tensor, width: int, start: int, count: int):
+        """``rows``, ``columns``: of the part, in the whole, which is ``width`` wide."""
+        self._rows, self._columns, self._width = rows, columns, width
+        self._start, self._count = start, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """(n,) int64 positions in the flattened whole matrix."""
+        first, end, _ = part.indices(self._count)
+        flat = torch.arange(self._start + first, self._start + end, device=self._rows.device)
+        own = len(self._columns)
+        return self._rows[flat // own] * self._width + self._columns[flat % own]
+
+
+Indices = Tensor | Places
+AT_ONCE = 1 << 22
+"""Hashes that are worked out at a time."""
+_KEPT_ON_CPU = 256 << 20
+"""Bytes of hashes that are kept on a CPU, which takes as long to work them out as to sketch by them."""
 
 
 def hashes(name: str, indices: Tensor, dim: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -59,17 +99,19 @@ def hashes(name: str, indices: Tensor, dim: int, seed: int) -> tuple[Tensor, Ten
     return bucket, ((bits & 1) * 2 - 1).to(torch.int8)
 
 
-def whole_coordinates(backend: ScoringBackend, name: str, weight: Tensor, spread: int | None) -> tuple[Tensor, Tensor]:
+def whole_coordinates(
+    backend: ScoringBackend, name: str, shape: torch.Size, spread: int | None
+) -> tuple[Tensor, Tensor]:
     """(rows, columns) in the whole matrix of this rank's part; ``spread``: the dimension that is whole already."""
     shard = backend.shards().get(name)
     axes = []
     for dim in (0, 1):
         if shard is None or shard.dim != dim:
-            axes.append(torch.arange(weight.shape[dim], device=weight.device))
+            axes.append(torch.arange(shape[dim], device=backend.device))
         elif spread == dim:
-            axes.append(torch.arange(shard.size, device=weight.device))
+            axes.append(torch.arange(shard.size, device=backend.device))
         else:
-            axes.append(shard.index.to(weight.device))
+            axes.append(shard.index.to(backend.device))
     return axes[0], axes[1]
 
 
@@ -86,14 +128,15 @@ def spread_dim(sides: tuple[Tensor | None, Tensor | None] | None) -> int | None:
 class CountSketchEstimator:
     """Alignment sum_r <phi_r, psi_r>, phi_r = Pi_r(P_r sum_t b_t a_t^T), psi_r = Pi_r(proxy gradient of layer r).
 
-    Keeps each layer's hashes (9 bytes per weight) between steps. ``layers``: see ``layers.ghost_layers``.
+    ``layers``: see ``layers.ghost_layers``.
     """
 
     def __init__(self, dim: int, seed: int, layers: str = "linear"):
         self._dim = dim
         self._seed = seed
         self._which = layers
-        self._sketches: dict[tuple[str, int | None], CountSketch] = {}
+        self._kept: dict[tuple[str, int | None], CountSketch] = {}
+        self._room = _KEPT_ON_CPU
 
     def layers(self, backend: ScoringBackend) -> list[GhostLayer]:
         """The uses on this rank that are summed over."""
@@ -104,7 +147,7 @@ class CountSketchEstimator:
         backend: ScoringBackend,
         candidates: Candidates,
         operator: UpdateOperator,
-        proxy_gradient: Gradient,
+        proxy_gradient: Mapping[str, Tensor],
         *,
         length: int | None = None,
         micro_batch_size: int = 16,
@@ -123,10 +166,11 @@ class CountSketchEstimator:
         extra_consumer = renamed_argument("also", also, "extra_consumer", extra_consumer)
         assert extra_consumer is None or keep_sketches
         uses = self.layers(backend)
-        proxy = self._proxy(backend, uses, proxy_gradient)
+        shapes = shapes_of(backend, proxy_gradient)
+        proxy = self._proxy(backend, uses, proxy_gradient, shapes)
         if not keep_sketches:
             carried = {
-                name: self._of(backend, name, proxy_gradient[name], None).transpose(psi).view_as(proxy_gradient[name])
+                name: self._of_piece(backend, name, shapes[name]).transpose(psi).view_as(proxy_gradient[name])
                 for name, psi in proxy.items()
             }
             parts = adjoint_utilities(
@@ -142,30 +186,36 @@ class CountSketchEstimator:
         parts = torch.zeros(len(candidates), dtype=torch.float64, device=backend.device)
         phi = {name: psi.new_zeros(len(candidates), self._dim) for name, psi in proxy.items()}
 
-        def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
-            weight = proxy_gradient[layer.parameter]
-            if extra_consumer is not None:
-                extra_consumer(layer, rows, act_a, grad_b)
-            grad_b = grad_b.to(weight.dtype)
-            for span in spans(len(grad_b), weight.numel()):
-                sketch = self._sketch(backend, layer, weight, operator, act_a[span], grad_b[span])
-                where = slice(rows.start + span.start, rows.start + span.stop)
-                # linear in the sketch: parts of it, by shard or by use, give parts of the alignment
-                parts[where] += (sketch * proxy[layer.parameter]).sum(1, dtype=torch.float64)
-                phi[layer.parameter][where] += sketch
+        with torch.no_grad(), whole_operator(operator) as of_whole:
 
-        with torch.no_grad():
+            def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
+                name = layer.parameter
+                if extra_consumer is not None:
+                    extra_consumer(layer, rows, act_a, grad_b)
+                grad_b = grad_b.to(proxy[name].dtype)
+                for span in spans(len(grad_b), shapes[name].numel()):
+                    sketch = self._sketch(backend, layer, shapes[name], of_whole, act_a[span], grad_b[span])
+                    where = slice(rows.start + span.start, rows.start + span.stop)
+                    # linear in the sketch: parts of it, by shard or by use, give parts of the alignment
+                    parts[where] += (sketch * proxy[name]).sum(1, dtype=torch.float64)
+                    phi[name][where] += sketch
+
             backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
         return parts, phi
 
-    def _proxy(self, backend: ScoringBackend, uses: list[GhostLayer], gradient: Gradient) -> dict[str, Tensor]:
+    def _proxy(
+        self,
+        backend: ScoringBackend,
+        uses: list[GhostLayer],
+        gradient: Mapping[str, Tensor],
+        shapes: Mapping[str, torch.Size],
+    ) -> dict[str, Tensor]:
         """psi (m,) by layer, of whole matrices: one message where ranks share them."""
         names = dict.fromkeys(layer.parameter for layer in uses)
         counted = {layer.parameter for layer in uses if layer.counted}
         psi = {}
         for name in names:
-            flat = gradient[name].reshape(1, -1)
-            sketch = self._of(backend, name, gradient[name], None)(flat)[0]
+            sketch = self._of_piece(backend, name, shapes[name])(gradient[name].reshape(1, -1))[0]
             psi[name] = sketch if name in counted else torch.zeros_like(sketch)
         return sum_proxies(backend, psi)
 
@@ -173,7 +223,7 @@ class CountSketchEstimator:
         self,
         backend: ScoringBackend,
         layer: GhostLayer,
-        weight: Tensor,
+        shape: torch.Size,
         operator: UpdateOperator,
         act_a: Tensor,
         grad_b: Tensor,
@@ -191,36 +241,52 @@ class CountSketchEstimator:
                 act_a = act_a.to(grad_b.dtype) @ right.to(grad_b.dtype)
             elif right is not None:
                 grad_b = grad_b @ right.to(grad_b.dtype)
-        gradient = per_sample_gradient(layer, weight.shape, act_a, grad_b)
+        gradient = per_sample_gradient(layer, shape, act_a, grad_b)
         if factor is None and not through_factors:
             gradient = operator.apply({name: gradient})[name]
         spread = spread_dim(sides) if through_factors else None
         flat = None if factor is None else factor.flatten() if factor.ndim else factor
-        return self._of(backend, name, weight, spread)(gradient.flatten(1), flat)
+        return self._of(backend, name, shape, spread)(gradient.flatten(1), flat)
 
-    def _of(self, backend: ScoringBackend, name: str, weight: Tensor, spread: int | None) -> CountSketch:
-        if (name, spread) not in self._sketches:
-            rows, columns = whole_coordinates(backend, name, weight, spread)
-            shard = backend.shards().get(name)
-            width = shard.size if shard is not None and shard.dim == 1 else weight.shape[1]
-            indices = (rows.unsqueeze(1) * width + columns).flatten()
-            self._sketches[name, spread] = CountSketch(name, indices, self._dim, self._seed)
-        return self._sketches[name, spread]
+    def _of(self, backend: ScoringBackend, name: str, shape: torch.Size, spread: int | None) -> CountSketch:
+        """Of this rank's part of the whole matrix ``name``; ``spread`` as in ``whole_coordinates``."""
+        if (name, spread) in self._kept:
+            return self._kept[name, spread]
+        places = _places(backend, name, shape, spread, None)
+        kept = backend.device.type == "cpu" and 9 * len(places) <= self._room
+        made = CountSketch(name, places, self._dim, self._seed, kept)
+        if kept:
+            self._room -= 9 * len(places)
+            self._kept[name, spread] = made
+        return made
+
+    def _of_piece(self, backend: ScoringBackend, name: str, shape: torch.Size) -> CountSketch:
+        """Of the run of it that gradients have."""
+        if (piece := pieces_of(backend).get(name)) is None:
+            return self._of(backend, name, shape, None)
+        return CountSketch(name, _places(backend, name, shape, None, piece), self._dim, self._seed)
+
+
+def _places(backend: ScoringBackend, name: str, shape: torch.Size, spread: int | None, piece: Piece | None) -> Places:
+    rows, columns = whole_coordinates(backend, name, shape, spread)
+    shard = backend.shards().get(name)
+    width = shard.size if shard is not None and shard.dim == 1 else shape[1]
+    start, count = (0, len(rows) * len(columns)) if piece is None else (piece.start, piece.numel)
+    return Places(rows, columns, width, start, count)
 
 
 def sum_proxies(backend: ScoringBackend, psi: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sketches of the proxy gradient's shards -> of the whole matrices; one message."""
+    """Sketches of the proxy gradient's shards and pieces -> of the whole matrices; one message each."""
+    if psi and pieces_of(backend):
+        psi = backend.sum_pieces(psi)
     return backend.sum_over_model(psi, "matrix") if psi else psi
 
 
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     weights, largest = sum(sizes.matrices), max(sizes.matrices, default=0)
-    rows = {"hashes": Taken(9 * weights, "bucket and sign of each sketched weight", kept=True)}
-    done, making = 0, 0  # five of 8 bytes: index, random bits, bucket, and the sign twice before it is one byte
-    for matrix in sizes.matrices:
-        done, making = done + 9 * matrix, max(making, done + 40 * matrix)
-    later = ("hashes", "update on the proxy's sketch", "gradients of candidates", "sketches")
-    rows["hashes in the making"] = Taken(making, "int64, of one matrix at a time", whole=making, before=later)
+    # five of 8 bytes: index, random bits, bucket, and the sign twice before it is one byte
+    making = 40 * min(AT_ONCE, largest)
+    rows = {"hashes": Taken(making, "int64, of one matrix at a time", whole=making)}
     if not config.redundancy:
         how = "fp32, the proxy's sketches carried back, and the update on them"
         return {**rows, "update on the proxy's sketch": Taken(8 * weights, how), **sketch_memory(config, sizes)}
@@ -236,6 +302,7 @@ def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     sketches=True,
     needs={"hooks": "captures the activations of layers"},
     memory=_memory,
+    pieces=True,
     example={"sampler": "boltzmann"},
 )
 def _countsketch(config: SelectionConfig) -> SketchEstimator:

@@ -17,6 +17,7 @@ from megaopus.selection.backend import Candidates, Gradient, ScoringBackend, Upd
 from megaopus.selection.estimators.layers import parameter_names
 from megaopus.selection.estimators.registry import ESTIMATORS, Request, Sizes, Sketch, Taken, register_estimator
 from megaopus.selection.estimators.step_size import StepJudge, judge, step_size
+from megaopus.selection.pieces import direction
 
 if TYPE_CHECKING:
     from megaopus.selection.config import SelectionConfig
@@ -26,7 +27,7 @@ def directional_utilities(
     backend: ScoringBackend,
     candidates: Candidates,
     operator: UpdateOperator,
-    proxy_gradient: Gradient,
+    proxy_gradient: Mapping[str, Tensor],
     *,
     epsilon: float | None = None,
     sides: str = "central",
@@ -49,9 +50,9 @@ def directional_utilities(
     return _differences(backend, candidates, update, epsilon, sides, passes) / epsilon
 
 
-def _update(backend: ScoringBackend, operator: UpdateOperator, gradient: Gradient, layers: str) -> Gradient:
+def _update(backend: ScoringBackend, operator: UpdateOperator, gradient: Mapping[str, Tensor], layers: str) -> Gradient:
     """P^T g of the parameters that are moved: the direction is -d."""
-    return operator.transposed().apply({name: gradient[name] for name in parameter_names(backend, gradient, layers)})
+    return direction(operator, gradient, parameter_names(backend, gradient, layers))
 
 
 def _observe(backend: ScoringBackend, candidates: Candidates, length: int | None) -> None:
@@ -97,6 +98,7 @@ def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     flops=(2 / 3, "two forwards: 4 of the 6 FLOPs per parameter and token that training takes"),
     auto_layers="all",
     memory=_memory,
+    pieces=True,
     # a whole step: the difference of two fp32 losses is then well above their rounding
     example={"redundancy": 0.5, "epsilon": 1.0},
 )
@@ -110,13 +112,14 @@ class Directional:
         self._judge = StepJudge()
         self._epsilon = 1.0
 
-    def uses(self, backend: ScoringBackend, gradient: Gradient) -> list[str]:
+    def uses(self, backend: ScoringBackend, gradient: Mapping[str, Tensor]) -> list[str]:
         return parameter_names(backend, gradient, self._layers)
 
     def estimate(self, request: Request) -> tuple[Tensor, dict[str, Tensor] | None]:
         update = _update(request.backend, request.operator, request.proxy_gradient, self._layers)
         self._epsilon = self._config.epsilon or self._step_size(request, update)
         parts = self._differences(request, update, self._epsilon) / self._epsilon
+        del update  # before sketches are made
         return parts, self._gram.sketches(request) if self._gram is not None and request.keep_updates else None
 
     def _step_size(self, request: Request, update: Gradient) -> float:

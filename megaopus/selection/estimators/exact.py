@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megaopus.selection.backend import Candidates, Gradient, ScoringBackend, UpdateOperator
+from megaopus.selection.backend import Candidates, ScoringBackend, UpdateOperator
 from megaopus.selection.estimators.layers import parameter_names
 from megaopus.selection.estimators.registry import Request, Sizes, Taken, register_estimator
 
@@ -20,7 +20,7 @@ def exact_utilities(
     backend: ScoringBackend,
     candidates: Candidates,
     operator: UpdateOperator,
-    proxy_gradient: Gradient,
+    proxy_gradient: Mapping[str, Tensor],
     *,
     parameters: Collection[str] | None = None,
     length: int | None = None,
@@ -33,7 +33,7 @@ def exact_estimate(
     backend: ScoringBackend,
     candidates: Candidates,
     operator: UpdateOperator,
-    proxy_gradient: Gradient,
+    proxy_gradient: Mapping[str, Tensor],
     *,
     parameters: Collection[str] | None = None,
     length: int | None = None,
@@ -87,7 +87,7 @@ class Exact:
     def __init__(self, config: SelectionConfig):
         self._layers = config.derived_layers()
 
-    def uses(self, backend: ScoringBackend, gradient: Gradient) -> list[str]:
+    def uses(self, backend: ScoringBackend, gradient: Mapping[str, Tensor]) -> list[str]:
         return parameter_names(backend, gradient, self._layers)
 
     def estimate(self, request: Request) -> tuple[Tensor, dict[str, Tensor] | None]:

@@ -18,7 +18,7 @@ from megaopus.selection.backend import (
     Candidates,
     GhostConsumer,
     GhostLayer,
-    Gradient,
+    Piece,
     ScoringBackend,
     UpdateOperator,
 )
@@ -28,6 +28,7 @@ from megaopus.selection.estimators.layers import ghost_layers
 from megaopus.selection.estimators.registry import Sizes, Taken, register_estimator
 from megaopus.selection.estimators.sketches import SketchEstimator, sketch_memory
 from megaopus.selection.old_names import renamed_argument
+from megaopus.selection.pieces import pieces_of, shapes_of, unscaled, whole_operator
 
 if TYPE_CHECKING:
     from megaopus.selection.config import SelectionConfig
@@ -50,13 +51,14 @@ class KroneckerEstimator:
         self._seed = seed
         self._which = layers
         self._kept: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def estimate(
         self,
         backend: ScoringBackend,
         candidates: Candidates,
         operator: UpdateOperator,
-        proxy_gradient: Gradient,
+        proxy_gradient: Mapping[str, Tensor],
         *,
         length: int | None = None,
         micro_batch_size: int = 16,
@@ -71,70 +73,84 @@ class KroneckerEstimator:
         """
         extra_consumer = renamed_argument("also", also, "extra_consumer", extra_consumer)
         uses = ghost_layers(backend, self._which)
-        counted = {layer.parameter for layer in uses if layer.counted}
-        folded, psi = {}, {}
-        for name in dict.fromkeys(layer.parameter for layer in uses):
-            weight = proxy_gradient[name]
-            folded[name] = self._fold(backend, name, weight, operator)
-            left, right = self._sketches(backend, name, weight, None)
-            psi[name] = left @ weight @ right.t() * (name in counted)
-        psi = sum_proxies(backend, psi)
-        parts = torch.zeros(len(candidates), dtype=torch.float64, device=backend.device)
-        size = self._shape[0] * self._shape[1]
-        phi = {name: value.new_zeros(len(candidates), size) for name, value in psi.items() if keep_sketches}
+        shapes = shapes_of(backend, proxy_gradient)
+        self._dtypes = {name: value.dtype for name, value in unscaled(proxy_gradient).items()}
+        with torch.no_grad(), whole_operator(operator) as of_whole:
+            folded = {
+                name: self._fold(backend, name, shapes[name], of_whole)
+                for name in dict.fromkeys(layer.parameter for layer in uses)
+            }
+            psi = self._proxy(backend, uses, proxy_gradient, shapes)
+            parts = torch.zeros(len(candidates), dtype=torch.float64, device=backend.device)
+            size = self._shape[0] * self._shape[1]
+            phi = {name: value.new_zeros(len(candidates), size) for name, value in psi.items() if keep_sketches}
 
-        def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
-            if extra_consumer is not None:
-                extra_consumer(layer, rows, act_a, grad_b)
-            name, weight = layer.parameter, proxy_gradient[layer.parameter]
-            grad_b = grad_b.to(weight.dtype)
-            if (fold := folded[name]) is None:
-                left, right = self._sketches(backend, name, weight, None)
-                for span in spans(len(grad_b), weight.numel()):
-                    gradient = per_sample_gradient(layer, weight.shape, act_a[span], grad_b[span])
-                    update = operator.apply({name: gradient})[name]
-                    add(name, slice(rows.start + span.start, rows.start + span.stop), left @ update @ right.t())
-                return
-            left, right = fold
-            if layer.kind == "linear":
-                of_rows, of_columns = grad_b @ left.t(), act_a.to(left.dtype) @ right.t()
-            else:
-                index, mine = local_rows(layer, left.shape[1], act_a)
-                of_rows, of_columns = left.t()[index] * mine.unsqueeze(-1), grad_b @ right.t()
-            add(name, rows, torch.bmm(of_rows.transpose(1, 2), of_columns))
+            def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
+                if extra_consumer is not None:
+                    extra_consumer(layer, rows, act_a, grad_b)
+                name, shape = layer.parameter, shapes[layer.parameter]
+                grad_b = grad_b.to(psi[name].dtype)
+                if (fold := folded[name]) is None:
+                    left, right = self._sketches(backend, name, shape, None)
+                    for span in spans(len(grad_b), shape.numel()):
+                        gradient = per_sample_gradient(layer, shape, act_a[span], grad_b[span])
+                        update = of_whole.apply({name: gradient})[name]
+                        add(name, slice(rows.start + span.start, rows.start + span.stop), left @ update @ right.t())
+                    return
+                left, right = fold
+                if layer.kind == "linear":
+                    of_rows, of_columns = grad_b @ left.t(), act_a.to(left.dtype) @ right.t()
+                else:
+                    index, mine = local_rows(layer, left.shape[1], act_a)
+                    of_rows, of_columns = left.t()[index] * mine.unsqueeze(-1), grad_b @ right.t()
+                add(name, rows, torch.bmm(of_rows.transpose(1, 2), of_columns))
 
-        def add(name: str, rows: slice, sketch: Tensor) -> None:
-            parts[rows] += (sketch * psi[name]).flatten(1).sum(1, dtype=torch.float64)
-            if keep_sketches:
-                phi[name][rows] += sketch.flatten(1)
+            def add(name: str, rows: slice, sketch: Tensor) -> None:
+                parts[rows] += (sketch * psi[name]).flatten(1).sum(1, dtype=torch.float64)
+                if keep_sketches:
+                    phi[name][rows] += sketch.flatten(1)
 
-        with torch.no_grad():
             backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
         return parts, phi if keep_sketches else None
 
+    def _proxy(
+        self,
+        backend: ScoringBackend,
+        uses: list[GhostLayer],
+        gradient: Mapping[str, Tensor],
+        shapes: Mapping[str, torch.Size],
+    ) -> dict[str, Tensor]:
+        """C1 G C2^T of the proxy gradient by layer, of whole matrices."""
+        counted, psi = {layer.parameter for layer in uses if layer.counted}, {}
+        for name in dict.fromkeys(layer.parameter for layer in uses):
+            left, right = self._sketches(backend, name, shapes[name], None)
+            first, matrix = _rows_of(pieces_of(backend).get(name), gradient[name])
+            psi[name] = left[:, first : first + len(matrix)] @ matrix @ right.t() * (name in counted)
+        return sum_proxies(backend, psi)
+
     def _sketches(
-        self, backend: ScoringBackend, name: str, weight: Tensor, spread: int | None
+        self, backend: ScoringBackend, name: str, shape: torch.Size, spread: int | None
     ) -> tuple[Tensor, Tensor]:
         """C1 (rows, O) and C2 (columns, I) as dense matrices."""
         if (name, spread) in self._kept:
             return self._kept[name, spread]
         made = []
-        coordinates = whole_coordinates(backend, name, weight, spread)
+        coordinates = whole_coordinates(backend, name, shape, spread)
         for side, indices, dim in zip(("rows", "columns"), coordinates, self._shape, strict=True):
             bucket, sign = hashes(f"{name} {side}", indices, dim, self._seed)
-            matrix = weight.new_zeros(dim, len(indices))
-            matrix[bucket, torch.arange(len(indices), device=weight.device)] = sign.to(weight.dtype)
+            matrix = torch.zeros(dim, len(indices), dtype=self._dtypes[name], device=indices.device)
+            matrix[bucket, torch.arange(len(indices), device=indices.device)] = sign.to(matrix.dtype)
             made.append(matrix)
         self._kept[name, spread] = made[0], made[1]
         return made[0], made[1]
 
     def _fold(
-        self, backend: ScoringBackend, name: str, weight: Tensor, operator: UpdateOperator
+        self, backend: ScoringBackend, name: str, shape: torch.Size, operator: UpdateOperator
     ) -> tuple[Tensor, Tensor] | None:
         """(C1 L, C2 R^T): sketches of the rows and columns of P g = L g R from those of g; None for another P."""
         factor = operator.diagonal(name)
         if factor is not None:
-            left, right = self._sketches(backend, name, weight, None)
+            left, right = self._sketches(backend, name, shape, None)
             if factor.ndim == 0:
                 return left * factor, right
             of_rows, of_columns = rank_one(backend, name, factor)
@@ -142,13 +158,24 @@ class KroneckerEstimator:
         sides = operator.sides(name)
         if sides is None:
             return None
-        left, right = self._sketches(backend, name, weight, spread_dim(sides))
+        left, right = self._sketches(backend, name, shape, spread_dim(sides))
         of_left, of_right = sides
         if of_left is not None:
             left = left @ of_left.to(left.dtype)
         if of_right is not None:
             right = right @ of_right.t().to(right.dtype)
         return left, right
+
+
+def _rows_of(piece: Piece | None, values: Tensor) -> tuple[int, Tensor]:
+    """(number of the first row, rows of a matrix filled up with zeros) that hold a run of it; all rows of a whole."""
+    if piece is None:
+        return 0, values
+    width = piece.shape[1]
+    first, skipped = divmod(piece.start, width)
+    rows = values.new_zeros(-(-(skipped + len(values)) // width), width)
+    rows.view(-1)[skipped : skipped + len(values)] = values
+    return first, rows
 
 
 def rank_one(backend: ScoringBackend, name: str, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,6 +225,7 @@ _COST = (2 / 3, "forward and input gradients; the sketches of activations not co
     sketches=True,
     needs={"hooks": "captures the activations of layers"},
     memory=_memory,
+    pieces=True,
     example={"redundancy": 0.5},
 )
 def _kronecker(config: SelectionConfig) -> SketchEstimator:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from megaopus.events import Event
-from megaopus.selection.backend import GhostLayer, Gradient, ScoringBackend
+from megaopus.selection.backend import GhostLayer, ScoringBackend
 
 ENOUGH = 0.9
 """Share of the trained matrices' weights that activations are captured of, below which it is said."""
@@ -33,7 +32,7 @@ def ghost_layers(backend: ScoringBackend, which: str) -> list[GhostLayer]:
     return [layer for layer in every if re.search(which, layer.parameter)]
 
 
-def parameter_names(backend: ScoringBackend, gradient: Gradient, which: str) -> list[str]:
+def parameter_names(backend: ScoringBackend, gradient: Iterable[str], which: str) -> list[str]:
     """Those of the parameters in ``gradient`` that ``which`` (see ``ghost_layers``) means where all kinds can count."""
     names = list(gradient)
     if which == "all":
@@ -45,20 +44,20 @@ def parameter_names(backend: ScoringBackend, gradient: Gradient, which: str) -> 
 
 
 def require_enough(
-    backend: ScoringBackend, weights: Mapping[str, Tensor], uses: Sequence[GhostLayer], which: str
+    backend: ScoringBackend, shapes: Mapping[str, torch.Size], uses: Sequence[GhostLayer], which: str
 ) -> tuple[Event, ...]:
     """Say so where layers that activations are captured of hold less than ``ENOUGH`` of the weights they should hold.
 
     Those are of every parameter of two axes or more (a fused stack of experts too) that ``which`` means, but of
-    embeddings only where they are captured. ``weights``: the trained ones, by name, as this rank holds them. Raises
+    embeddings only where they are captured. ``shapes``: of the trained ones, by name, as this rank holds them. Raises
     ValueError below ``TOO_FEW``. Collective.
     """
     captured = {layer.parameter for layer in uses}
     embeddings = {layer.parameter for layer in backend.ghost_layers() if layer.kind == "embedding"}
     meant = {
-        name: weight.numel()
-        for name, weight in weights.items()
-        if weight.ndim > 1 and (name in captured or (_means(which, name) and name not in embeddings))
+        name: shape.numel()
+        for name, shape in shapes.items()
+        if len(shape) > 1 and (name in captured or (_means(which, name) and name not in embeddings))
     }
     missing = sorted((name for name in meant if name not in captured), key=lambda name: -meant[name])
     counts = [sum(meant.values()), sum(meant[name] for name in missing)]

@@ -14,7 +14,7 @@ from megaopus.selection.registry import Flops, Registry, origin_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megaopus.selection.backend import Candidates, GhostConsumer, Gradient, ScoringBackend, UpdateOperator
+    from megaopus.selection.backend import Candidates, GhostConsumer, ScoringBackend, UpdateOperator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,8 @@ class Request:
     candidates: Candidates
     """Those of this data-parallel rank."""
     operator: UpdateOperator
-    proxy_gradient: Gradient
+    proxy_gradient: Mapping[str, Tensor]
+    """As ``ScoringBackend.gradient`` gives it if the estimator was registered to take ``pieces``, else whole."""
     length: int | None
     """Tokens of each candidate that are scored; None: all."""
     micro_batch_size: int
@@ -38,7 +39,7 @@ class Request:
 class Estimator(Protocol):
     """Estimates utilities step after step; made once for each selector."""
 
-    def uses(self, backend: ScoringBackend, gradient: Gradient) -> Sequence[Any]:
+    def uses(self, backend: ScoringBackend, gradient: Mapping[str, Tensor]) -> Sequence[Any]:
         """The parameters, or uses of matrices, on this rank that it sums over."""
 
     def estimate(self, request: Request) -> tuple[Tensor, dict[str, Tensor] | None]:
@@ -137,6 +138,8 @@ class EstimatorEntry:
     needs: Mapping[str, str]
     """Need (``registry.NEEDS``) -> the reason for it, as a sentence goes on."""
     memory: Memory
+    pieces: bool
+    """Whether it takes a gradient in pieces, as the optimizers of data-parallel ranks share it; else it is gathered."""
     example: Mapping[str, Any]
     """Settings with which tests compare it over layouts."""
     origin: str
@@ -162,6 +165,7 @@ def register_estimator(
     micro_batches: bool = True,
     needs: Mapping[str, str] | None = None,
     memory: Memory = _nothing,
+    pieces: bool = False,
     example: Mapping[str, Any] | None = None,
 ) -> Callable[[Made], Made]:
     """Decorate what makes an estimator from a SelectionConfig (a class will do), so that ``estimator`` can name it.
@@ -182,6 +186,7 @@ def register_estimator(
             micro_batches=micro_batches,
             needs=dict(needs or {}),
             memory=memory,
+            pieces=pieces,
             example=dict(example or {}),
             origin=origin_of(make),
         )

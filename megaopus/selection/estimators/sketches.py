@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from megaopus.selection.backend import Candidates, GhostConsumer, GhostLayer, Gradient, ScoringBackend, UpdateOperator
+from megaopus.selection.backend import Candidates, GhostConsumer, GhostLayer, ScoringBackend, UpdateOperator
 from megaopus.selection.estimators.layers import ghost_layers
 from megaopus.selection.estimators.registry import Request, Sizes, Taken
 
@@ -23,7 +23,7 @@ class _Sketching(Protocol):
         backend: ScoringBackend,
         candidates: Candidates,
         operator: UpdateOperator,
-        proxy_gradient: Gradient,
+        proxy_gradient: Mapping[str, Tensor],
         *,
         length: int | None,
         micro_batch_size: int,
@@ -39,7 +39,7 @@ class SketchEstimator:
         self._layers = config.ghost_layers()
         self._sketch = sketch
 
-    def uses(self, backend: ScoringBackend, gradient: Gradient) -> list[GhostLayer]:
+    def uses(self, backend: ScoringBackend, gradient: Mapping[str, Tensor]) -> list[GhostLayer]:
         return ghost_layers(backend, self._layers)
 
     def estimate(self, request: Request) -> tuple[Tensor, dict[str, Tensor] | None]:

@@ -7,13 +7,14 @@ about nats, not about optimizer steps, which shrink with the learning rate (docs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megaopus.selection.backend import Gradient, ScoringBackend
+from megaopus.selection.pieces import Scaled, chunks, pieces_of, unscaled
 
 NATS = {False: 0.005, True: 0.025}
 """Change of the proxy's loss that a step should make; True: where the model computes in 16 bits."""
@@ -41,7 +42,7 @@ class Judgement(NamedTuple):
     """Standard deviation of the error of a difference, in nats: rounding, and what is left of curvature."""
 
 
-def step_size(backend: ScoringBackend, direction: Gradient, gradient: Gradient, *, level: int = 0) -> float:
+def step_size(backend: ScoringBackend, direction: Gradient, gradient: Mapping[str, Tensor], *, level: int = 0) -> float:
     """The power of two, in units of ``direction``, nearest to a change of the proxy's loss by ``NATS``; times 2^level.
 
     ``gradient``: of the proxy's loss. A power of two, since ranks and layouts round the change to other last bits; the
@@ -54,16 +55,23 @@ def step_size(backend: ScoringBackend, direction: Gradient, gradient: Gradient, 
     return 2.0 ** max(-_LARGEST_POWER, min(_LARGEST_POWER, power))
 
 
-def predicted_change(backend: ScoringBackend, direction: Gradient, gradient: Gradient) -> float:
+def predicted_change(backend: ScoringBackend, direction: Gradient, gradient: Mapping[str, Tensor]) -> float:
     """<direction, gradient> over the whole model, each weight once: by how much a loss changes along it, in nats.
 
-    Rank 0's on every rank. Collective.
+    Both in pieces, if the backend has them. Rank 0's on every rank. Collective.
     """
     counts: Callable[[str], bool] = getattr(backend, "counts", lambda name: True)  # version 0.1 had no such method
-    products = [(direction[name] * gradient[name]).sum(dtype=torch.float64) for name in direction if counts(name)]
+    names = [name for name in direction if counts(name)]
+    given, factor = unscaled(gradient), gradient.factor if isinstance(gradient, Scaled) else 1.0
     start = torch.zeros(1, dtype=torch.float64, device=backend.device)
-    total = start if not products else torch.stack(products).sum().view(1).to(start)
-    everywhere = backend.sum_over_ranks(start[:0], total)[1] / backend.world_size
+    sums = [
+        product.sum(dtype=torch.float64)
+        for here, there in chunks([[direction[name] for name in names], [given[name] for name in names]])
+        for product in torch._foreach_mul(here, there)
+    ]
+    total = start if not sums else (torch.stack(sums).sum() * factor).view(1).to(start)
+    copies = 1 if pieces_of(backend) else backend.world_size
+    everywhere = backend.sum_over_ranks(start[:0], total)[1] / copies
     return float(backend.from_rank_0(everywhere))
 
 

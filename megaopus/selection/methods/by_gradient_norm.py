@@ -18,6 +18,7 @@ from megaopus.selection.backend import Candidates, GhostLayer, ScoringBackend
 from megaopus.selection.estimators.ghost import per_sample_gradient
 from megaopus.selection.estimators.layers import require_enough, require_some
 from megaopus.selection.methods.registry import register_method
+from megaopus.selection.pieces import parameter_shapes
 from megaopus.selection.scoring import Scores, ScoringStep
 
 
@@ -35,7 +36,7 @@ def grad_norm(step: ScoringStep) -> Scores:
     uses = [layer for layer in step.backend.ghost_layers() if layer.kind == "linear" and not layer.tied]
     step.once("some layer is scored", lambda: require_some(step.backend, len(uses), "linear"))
     told: list[Event] = []
-    enough = functools.partial(require_enough, step.backend, step.backend.parameters(), uses, "linear")
+    enough = functools.partial(require_enough, step.backend, parameter_shapes(step.backend), uses, "linear")
     step.once("enough weights are captured", lambda: told.extend(enough()))
     # The parts of a matrix that ranks hold do not overlap, so neither do their squares.
     squares = step.measured(lambda passes: squared_norms(step.backend, step.share, uses, passes))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megaopus.selection.estimators.layers import ghost_layers, require_enough, r
 from megaopus.selection.estimators.registry import ESTIMATORS, Refining, Request
 from megaopus.selection.estimators.step_size import DROWNED
 from megaopus.selection.methods.registry import register_method
+from megaopus.selection.pieces import direction, finite, shapes_of, whole_gradient, whole_operator
 from megaopus.selection.scoring import Scores, ScoringStep
 
 _NEEDS = {"proxy": "scores candidates against a proxy"}
@@ -58,25 +60,28 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
     told: list[Event] = []
     if config.captures:
         which = config.ghost_layers()
-        enough = functools.partial(require_enough, backend, average, ghost_layers(backend, which), which)
+        enough = functools.partial(
+            require_enough, backend, shapes_of(backend, average), ghost_layers(backend, which), which
+        )
         step.once("enough weights are captured", lambda: told.extend(enough()))
     if config.bounded:
         operator = operator.bounded(average)
+    with _as_taken(step, operator, average) as (taken, gradient):
 
-    def request(passes: Mapping[str, Any]) -> Request:
-        return Request(
-            backend=backend,
-            candidates=step.share,
-            operator=operator,
-            proxy_gradient=average,
-            keep_updates=config.redundancy > 0,
-            total=len(step.buffer),
-            **passes,
-        )
+        def request(passes: Mapping[str, Any]) -> Request:
+            return Request(
+                backend=backend,
+                candidates=step.share,
+                operator=taken,
+                proxy_gradient=gradient,
+                keep_updates=config.redundancy > 0,
+                total=len(step.buffer),
+                **passes,
+            )
 
-    parts, rows = step.measured(lambda passes: estimator.estimate(request(passes)))
-    if isinstance(estimator, Refining):
-        parts = step.measured(lambda passes: estimator.refine(request(passes), parts, step.step))
+        parts, rows = step.measured(lambda passes: estimator.estimate(request(passes)))
+        if isinstance(estimator, Refining):
+            parts = step.measured(lambda passes: estimator.refine(request(passes), parts, step.step))
     # A stage or shard may be the only one to see a bad gradient: the word travels with the utilities.
     utilities, count = backend.sum_over_ranks(parts, bad.double().view(1))
     gram = None if rows is None else _gram(step, rows)
@@ -90,7 +95,22 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
     return Scores(utilities=utilities, gram=gram, signal_to_error=precision, events=events)
 
 
-def _why_equal(step: ScoringStep, utilities: Tensor, operator: UpdateOperator, gradient: Gradient) -> tuple[Event, ...]:
+@contextmanager
+def _as_taken(
+    step: ScoringStep, operator: UpdateOperator, gradient: Mapping[str, Tensor]
+) -> Iterator[tuple[UpdateOperator, Mapping[str, Tensor]]]:
+    """Give both, inside, as the estimator takes them: as they are, or whole."""
+    if ESTIMATORS.find(step.config.estimator).pieces:
+        yield operator, gradient
+        return
+    whole = whole_gradient(step.backend, gradient)
+    with whole_operator(operator) as of_whole:
+        yield of_whole, whole
+
+
+def _why_equal(
+    step: ScoringStep, utilities: Tensor, operator: UpdateOperator, gradient: Mapping[str, Tensor]
+) -> tuple[Event, ...]:
     """Say why utilities (n,) tell no candidate from another, where they do not; collective then."""
     finite = utilities[utilities.isfinite()]
     if len(finite) and bool(finite.min() < finite.max()):
@@ -101,7 +121,7 @@ def _why_equal(step: ScoringStep, utilities: Tensor, operator: UpdateOperator, g
     if events := step.lost_labels(losses):
         return events
     # A pipeline stage may hold weights that have no gradient: what counts is that nowhere is any.
-    found = torch.stack([_any(gradient), _any(operator.apply(gradient))]).double()
+    found = torch.stack([_any(gradient), _any(direction(operator, gradient, gradient))]).double()
     has_gradient, has_step = (backend.sum_over_ranks(found[:0], found)[1] > 0).tolist()
     if rates and not any(rates):
         text = "the learning rate is 0, so that no update changes anything: picked uniformly"
@@ -115,7 +135,7 @@ def _why_equal(step: ScoringStep, utilities: Tensor, operator: UpdateOperator, g
     return ()
 
 
-def _any(gradient: Gradient) -> Tensor:
+def _any(gradient: Mapping[str, Tensor]) -> Tensor:
     """() bool: whether a number of it is not 0."""
     return torch.stack([value.any() for value in gradient.values()]).any()
 
@@ -130,18 +150,33 @@ def _drowned(precision: float | None) -> tuple[Event, ...]:
     return (Event("selection.imprecise", text, signal_to_error=precision, level=DROWNED),)
 
 
-def _average(step: ScoringStep) -> tuple[Gradient, Tensor]:
+def _average(step: ScoringStep) -> tuple[Mapping[str, Tensor], Tensor]:
     """(the average to score by, whether this step's gradient is not finite)."""
-    if step.step % step.config.proxy_every and (average := step.average.last()) is not None:
-        return average, torch.zeros((), device=step.backend.device)
+    config, backend = step.config, step.backend
+    if step.step % config.proxy_every and (average := step.average.last()) is not None:
+        return average, torch.zeros((), dtype=torch.bool, device=backend.device)
+    gradient = _gradient(step)
+    bad = ~finite(gradient, backend.device)
+    lent = getattr(backend, "lends_gradient", None)
+    entry = ESTIMATORS.find(config.estimator)
+    if lent and (not entry.pieces or "hooks" in entry.needs or config.redundancy > 0):
+        gradient, lent = {name: value.clone() for name, value in gradient.items()}, False  # wholes are gathered there
+    return step.average.offer(gradient, in_place=lent is not None, lent=bool(lent)), bad
+
+
+def _gradient(step: ScoringStep) -> Gradient:
+    """The proxy batch's mean gradient; with contrast less the pool's."""
+    backend = step.backend
     assert step.proxy is not None  # checked when the selector was made
-    gradient = step.backend.gradient(as_candidates(step.proxy(step.step), step.step))
-    if step.config.contrast:
-        assert step.pool is not None  # checked when the selector was made
-        other = step.backend.gradient(as_candidates(step.pool(step.step), step.step))
-        gradient = {name: value - other[name] for name, value in gradient.items()}
-    bad = torch.stack([~value.isfinite().all() for value in gradient.values()]).any()
-    return step.average.offer(gradient), bad
+    proxy = as_candidates(step.proxy(step.step), step.step)
+    if not step.config.contrast:
+        return backend.gradient(proxy)
+    assert step.pool is not None
+    pool = as_candidates(step.pool(step.step), step.step)
+    if hasattr(backend, "lends_gradient"):
+        return backend.gradient(proxy, against=pool)
+    gradient, other = backend.gradient(proxy), backend.gradient(pool)
+    return {name: value - other[name] for name, value in gradient.items()}
 
 
 def _gram(step: ScoringStep, rows: dict[str, Tensor]) -> Tensor:

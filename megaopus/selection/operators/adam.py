@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,76 @@ from torch import Tensor
 from megaopus.selection.operators.maps import Adaptive, ParameterOperator
 from megaopus.selection.operators.registry import operator_of_class
 from megaopus.selection.operators.rule import refuse_maximize
+from megaopus.selection.pieces import chunks
+
+
+class AdamMap(Adaptive):
+    """Adam's P_t of one parameter; those of many that have the same settings make their directions together."""
+
+    def __init__(self, v: Tensor, largest: Tensor | None, settings: tuple[float, float, float, float, float]):
+        """``settings``: scale, beta2, eps, and by what v is divided as it stands, and once it took a gradient in."""
+        super().__init__(self._inverse_root)
+        self._v, self._largest, self._settings = v, largest, settings
+
+    @property
+    def alike(self) -> Any:
+        """Equal for those that can make their directions together."""
+        return type(self), self._settings, self._largest is None, self._v.dtype, self._v.device
+
+    @torch.no_grad()
+    def _inverse_root(self, gradient: Tensor | None) -> Tensor:
+        found = torch.empty_like(self._v)
+        given = None if gradient is None else [gradient.to(self._v.dtype)]
+        self._inverse_roots([found], [self._v], [] if self._largest is None else [self._largest], given)
+        return found
+
+    def _inverse_roots(
+        self,
+        found: list[Tensor],
+        v: list[Tensor],
+        largest: list[Tensor],
+        gradients: list[Tensor] | None,
+    ) -> None:
+        """Put C_t / (sqrt(v / correction) + eps) into each of ``found``, by the settings of this parameter."""
+        scale, beta2, eps, correction, coming = self._settings
+        if gradients is None:
+            torch._foreach_copy_(found, largest or v)
+        else:
+            torch._foreach_copy_(found, v)
+            torch._foreach_mul_(found, beta2)
+            square = torch._foreach_mul(gradients, gradients)
+            torch._foreach_mul_(square, 1 - beta2)
+            torch._foreach_add_(found, square)
+            if largest:
+                torch._foreach_maximum_(found, largest)
+            correction = coming
+        torch._foreach_div_(found, correction)
+        torch._foreach_sqrt_(found)
+        torch._foreach_add_(found, eps)
+        torch._foreach_reciprocal_(found)
+        torch._foreach_mul_(found, scale)
+
+    def takes(self, gradient: Tensor) -> bool:
+        """Say whether ``directions`` can be given this gradient."""
+        tensors = (gradient, self._v) if self._largest is None else (gradient, self._v, self._largest)
+        return gradient.dtype == self._v.dtype and all(tensor.is_contiguous() for tensor in tensors)
+
+    @staticmethod
+    @torch.no_grad()
+    def directions(maps: Sequence[AdamMap], gradients: Sequence[Tensor], factor: float, bounded: bool) -> list[Tensor]:
+        """P g of each of ``factor`` times ``gradients``, to the bit as one by one, in few launches.
+
+        ``bounded``: by these gradients. ``maps`` are alike.
+        """
+        found = [torch.empty_like(gradient) for gradient in gradients]
+        largest = [each._largest for each in maps if each._largest is not None]
+        lists = [found, gradients, [each._v for each in maps], *([largest] if largest else [])]
+        for out, g, v, *most in chunks(lists):
+            if factor != 1:
+                g = list(torch._foreach_mul(g, factor))
+            maps[0]._inverse_roots(out, v, most[0] if most else [], g if bounded else None)
+            torch._foreach_mul_(out, g)
+        return found
 
 
 @operator_of_class("Adam", "AdamW", "FusedAdam", state=("exp_avg_sq",))
@@ -29,16 +99,7 @@ def adam(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) 
     beta1, beta2 = (float(beta) for beta in group["betas"])
     corrected = group.get("bias_correction", True)
     first, second = (1 - beta1 ** (step + 1), 1 - beta2**step) if corrected else (1.0, 1.0)
-    v, largest = state["exp_avg_sq"], state["max_exp_avg_sq"] if group.get("amsgrad") else None
-    scale = group["lr"] * (1 - beta1) / first
-
-    @torch.no_grad()
-    def factor(gradient: Tensor | None) -> Tensor:
-        moment, correction = v if largest is None else largest, second
-        if gradient is not None:
-            moment = v * beta2 + (1 - beta2) * gradient.to(v.dtype).square()
-            moment = moment if largest is None else moment.maximum(largest)
-            correction = 1 - beta2 ** (step + 1) if corrected else 1.0
-        return (moment / correction).sqrt_().add_(group["eps"]).reciprocal_().mul_(scale)
-
-    return Adaptive(factor)
+    coming = 1 - beta2 ** (step + 1) if corrected else 1.0
+    largest = state["max_exp_avg_sq"] if group.get("amsgrad") else None
+    settings = (group["lr"] * (1 - beta1) / first, beta2, group["eps"], second, coming)
+    return AdamMap(state["exp_avg_sq"], largest, settings)

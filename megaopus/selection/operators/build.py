@@ -3,54 +3,121 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from megaopus.selection.backend import Gradient, Shard
-from megaopus.selection.operators.maps import Diagonal, ParameterOperator
+from megaopus.selection.operators.adam import AdamMap
+from megaopus.selection.operators.maps import Deferred, Diagonal, ParameterOperator
 from megaopus.selection.operators.registry import check_state, factory_of
 from megaopus.selection.operators.rule import scalar
+from megaopus.selection.pieces import Scaled, unscaled
 
 
 class OptimizerOperator:
-    """P_t of every parameter of one or several optimizers (``UpdateOperator``)."""
+    """P_t of every parameter of one or several optimizers (``UpdateOperator``).
 
-    def __init__(self, operators: dict[str, ParameterOperator]):
-        self._operators = operators
+    Worked out when it is asked for, parameter by parameter, and kept only inside ``whole``: the optimizers' state must
+    stay as it is, and so must a gradient that the map is bounded by.
+    """
+
+    def __init__(
+        self,
+        maps: Mapping[str, ParameterOperator],
+        bound: Mapping[str, Tensor] | None = None,
+        *,
+        adjoint: bool = False,
+        keeps: bool = False,
+    ):
+        """``bound``: the gradient that it is bounded by; ``adjoint``: P_t^T; ``keeps``: what was worked out is kept."""
+        self.maps = maps
+        self._bound = bound
+        self._adjoint = adjoint
+        self._kept: dict[str, ParameterOperator] | None = {} if keeps else None
 
     def apply(self, gradient: Gradient) -> Gradient:
         """P g for each parameter given; one without optimizer state (never trained so far) maps to zero."""
         return {
-            name: self._operators[name].apply(value) if name in self._operators else torch.zeros_like(value)
+            name: torch.zeros_like(value) if (map_ := self.map(name)) is None else map_.apply(value)
             for name, value in gradient.items()
         }
 
-    def bounded(self, gradient: Gradient) -> OptimizerOperator:
+    def direction(self, gradient: Mapping[str, Tensor], names: Iterable[str]) -> Gradient:
+        """As ``UpdateOperator.direction``."""
+        names, found = list(names), dict[str, Tensor]()
+        alike: dict[Any, list[str]] = {}
+        raw = unscaled(gradient)
+        together = self._kept is None and (self._bound is None or self._bound is gradient)
+        for name in names if together else ():
+            one = self.maps.get(name)
+            if isinstance(one, AdamMap) and one.takes(raw[name]):
+                alike.setdefault(one.alike, []).append(name)
+        for group in alike.values():
+            factor = gradient.factor if isinstance(gradient, Scaled) else 1.0
+            maps = [cast(AdamMap, self.maps[name]) for name in group]
+            made = AdamMap.directions(maps, [raw[name] for name in group], factor, self._bound is not None)
+            found.update(zip(group, made, strict=True))
+        turned = self.transposed()
+        return {name: found[name] if name in found else turned._one(name, gradient[name]) for name in names}
+
+    def _one(self, name: str, value: Tensor) -> Tensor:
+        return self.apply({name: value})[name]
+
+    def bounded(self, gradient: Mapping[str, Tensor]) -> OptimizerOperator:
         """As ``UpdateOperator.bounded``; parameters that have no gradient there stay as they are."""
-        return OptimizerOperator(
-            {
-                name: operator.bounded(gradient[name]) if name in gradient else operator
-                for name, operator in self._operators.items()
-            }
-        )
+        found = self._with(bound=gradient)
+        if found._kept is not None:
+            for name in gradient:
+                found.map(name)
+        return found
 
     def transposed(self) -> OptimizerOperator:
         """As ``UpdateOperator.transposed``."""
-        return OptimizerOperator({name: operator.transposed() for name, operator in self._operators.items()})
+        return self._with(adjoint=not self._adjoint)
 
     def diagonal(self, name: str) -> Tensor | None:
         """Elementwise factor of one parameter, or None where P is not diagonal."""
-        if name not in self._operators:
-            return torch.zeros(())
-        return self._operators[name].diagonal()
+        return torch.zeros(()) if (map_ := self.map(name)) is None else map_.diagonal()
 
     def sides(self, name: str) -> tuple[Tensor | None, Tensor | None] | None:
         """(left, right) factors of one parameter, or None where P is not of that form."""
-        operator = self._operators.get(name)
-        return None if operator is None else operator.sides()
+        return None if (map_ := self.map(name)) is None else map_.sides()
+
+    @contextmanager
+    def whole(self) -> Iterator[OptimizerOperator]:
+        """As ``UpdateOperator.whole``."""
+        yield self._with(keeps=True)
+
+    def eager(self) -> OptimizerOperator:
+        """Work out now what the state says, and when it is bounded what that says: the optimizer may step then."""
+        return self._with(maps={name: _worked_out(each) for name, each in self.maps.items()}, keeps=True)
+
+    def _with(self, **changed: Any) -> OptimizerOperator:
+        given = {"maps": self.maps, "bound": self._bound, "adjoint": self._adjoint, "keeps": self._kept is not None}
+        return OptimizerOperator(**(given | changed))
+
+    def map(self, name: str) -> ParameterOperator | None:
+        """P_t of one parameter, as it is asked for."""
+        if self._kept is not None and name in self._kept:
+            return self._kept[name]
+        found = self.maps.get(name)
+        if found is None:
+            return None
+        if self._bound is not None and name in self._bound:
+            found = found.bounded(self._bound[name])
+        if self._adjoint:
+            found = found.transposed()
+        if self._kept is not None:
+            found = self._kept[name] = _worked_out(found)
+        return found
+
+
+def _worked_out(operator: ParameterOperator) -> ParameterOperator:
+    return operator.kept() if isinstance(operator, Deferred) else operator
 
 
 class Held(NamedTuple):
@@ -81,7 +148,8 @@ def build_operator(
     ``muon_operator``: 'paper' or 'full' for Muon's; 'raw' for lr I whatever the optimizer, as GREATS has it.
     Raises TypeError for an optimizer without a registered operator, or with the state of another.
     """
-    return operator_of(held_by(optimizers, parameters), muon_operator)
+    operator = operator_of(held_by(optimizers, parameters), muon_operator)
+    return None if operator is None else operator.eager()
 
 
 @torch.no_grad()

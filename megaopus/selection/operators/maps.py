@@ -84,6 +84,37 @@ class Adaptive:
         return self
 
 
+class Deferred:
+    """A map that is worked out each time that it is asked for something, since it takes as much memory as a matrix.
+
+    ``kept`` gives what was worked out. ``build`` is collective where ranks share the matrix.
+    """
+
+    def __init__(self, build: Callable[[], ParameterOperator], adjoint: bool = False):
+        self._build = build
+        self._adjoint = adjoint
+
+    def kept(self) -> ParameterOperator:
+        """Work the map out, to be used several times."""
+        built = self._build()
+        return built.transposed() if self._adjoint else built
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        return self.kept().apply(gradient)
+
+    def diagonal(self) -> Tensor | None:
+        return None
+
+    def sides(self) -> tuple[Tensor | None, Tensor | None] | None:
+        return self.kept().sides()
+
+    def bounded(self, gradient: Tensor) -> Deferred:
+        return self
+
+    def transposed(self) -> Deferred:
+        return Deferred(self._build, not self._adjoint)
+
+
 @dataclass(frozen=True, slots=True)
 class OneSided:
     """Multiplication by a symmetric matrix, ``matrix @ g`` where ``left``, else ``g @ matrix``; then by ``columns``.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaopus.selection.operators.maps import Derivative, OneSided, ParameterOperator
+from megaopus.selection.operators.maps import Deferred, Derivative, OneSided, ParameterOperator
 from megaopus.selection.operators.registry import operator_of_class
 from megaopus.selection.operators.rule import whole
 
@@ -19,6 +19,7 @@ Scale = Callable[[Tensor], Tensor | float]
 @operator_of_class("Muon", state=("momentum_buffer",))
 def muon(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> ParameterOperator | None:
     """Muon: s = lr times the optimizer's scale for the shape, the same whatever the gradient."""
+    _muon_shape_scale(group, 1, 1)  # an unknown rule is refused here
     return _operator(group, state, lambda update: group["lr"] * _muon_shape_scale(group, *update.shape))
 
 
@@ -63,6 +64,12 @@ def _operator(group: Mapping[str, Any], state: Mapping[str, Any], scale: Scale) 
     """
     if state.get("momentum_buffer") is None or ("step" in state and float(state["step"]) < 1):
         return None
+    return Deferred(lambda: _built(group, state, scale))
+
+
+@torch.no_grad()
+def _built(group: Mapping[str, Any], state: Mapping[str, Any], scale: Scale) -> ParameterOperator:
+    """Work ``_operator`` out. Collective where ranks share the matrix."""
     momentum, mu, shard = whole(group, state["momentum_buffer"]), group["momentum"], group.get("shard")
     momentum = momentum.to(torch.promote_types(momentum.dtype, torch.float32))
     length = momentum.norm()
