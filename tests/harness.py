@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
+from megaopus.engine.wholes import Wholes
 from megaopus.models.config import ModelConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.registry import spec_of
@@ -116,3 +119,11 @@ class TokenCandidates:
 
     def batch(self, length: int | None = None) -> torch.Tensor:
         return self.tokens if length is None else self.tokens[:, : length + 1]
+
+
+def wholes(engine: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put pieces that data-parallel ranks have of parameters together; tensors themselves where they are whole."""
+    if not (pieces := engine.pieces()):
+        return dict(values)
+    found = Wholes(values, pieces, engine.mesh.dp_cp_group)
+    return {name: found[name] for name in values}

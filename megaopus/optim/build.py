@@ -60,7 +60,7 @@ class MixedPrecisionOptimizer:
         self._module = module
         self._sharded = sharded is not None
         self._bf16 = bf16
-        self._updates = 0
+        self._updates: int | None = None
         self.curvature_every = config.own_settings()["curvature_every"] if config.spec().curvature else 0
         """Updates from one ``take_curvature`` to the next; 0: it is not asked for."""
         megatron_config = OptimizerConfig(
@@ -96,7 +96,8 @@ class MixedPrecisionOptimizer:
         References to the optimizers' own tensors; ``step`` is on the CPU. Where AdamW is sharded, ``state`` holds
         ``step`` and this rank's run of ``exp_avg_sq`` only.
         """
-        step = {"step": torch.tensor(float(self._updates))}
+        updates = self._count()
+        step = {"step": torch.tensor(float(updates))}
         if self._sharded:
             wrapped = self.chained.chained_optimizers[0]
             return [
@@ -104,7 +105,7 @@ class MixedPrecisionOptimizer:
                     name,
                     wrapped.optimizer,
                     wrapped.group_of(p),
-                    step | {"exp_avg_sq": wrapped.piece(p, "exp_avg_sq")} if self._updates else {},
+                    step | {"exp_avg_sq": wrapped.piece(p, "exp_avg_sq")} if updates else {},
                 )
                 for name, p in self._module.named_parameters()
             ]
@@ -116,6 +117,14 @@ class MixedPrecisionOptimizer:
             state = dict(optimizer.state.get(main, {}))
             found.append(ParameterState(name, optimizer, group, state | step if "step" in state else state))
         return found
+
+    def _count(self) -> int:
+        """Updates that the state has seen: read off it once, and counted on the host from then on."""
+        if self._updates is None:
+            states = [state for optimizer in self.torch_optimizers for state in optimizer.state.values()]
+            found = max((float(state["step"]) for state in states if "step" in state), default=0.0)
+            self._updates = self.chained.chained_optimizers[0].updates if self._sharded else int(found)
+        return self._updates
 
     def pieces(self) -> dict[str, WeightPiece]:
         """What this rank's optimizer updates of each local parameter; parameters themselves where nothing is shared."""
@@ -196,7 +205,8 @@ class MixedPrecisionOptimizer:
             parameters = [p for wrapped in self.chained.chained_optimizers for p in wrapped.get_parameters()]
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self._clip / norm)
         self.chained.step_with_ready_grads()
-        self._updates += 1
+        if self._updates is not None:
+            self._updates += 1
         return norm, True
 
     def own_piece(self, parameter: nn.Parameter) -> slice | None:
@@ -279,8 +289,7 @@ class MixedPrecisionOptimizer:
                 group.update({key: value for key, value in settings.items() if key != "params"})
             for parameter in [parameter for parameter, kept in optimizer.state.items() if not kept]:
                 del optimizer.state[parameter]
-        counted = [float(kept["step"]) for o in self.torch_optimizers for kept in o.state.values() if "step" in kept]
-        self._updates = self.chained.chained_optimizers[0].updates if self._sharded else int(max(counted, default=0))
+        self._updates = None
 
     def _complete(self, state: dict[str, Any]) -> None:
         """Give ``state`` an entry for every parameter, which megatron then gives its count of updates.

@@ -133,8 +133,8 @@ def weights_of(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 
 
 def states_of(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """Second moments or momentum."""
-    return {each.name: each.state[state_names(each.optimizer)[-1]] for each in engine.optimizer.states()}
+    """This rank's fragments of second moments or momentum."""
+    return {each.name: each.state[state_names(each.optimizer)[-1]].clone() for each in engine.optimizer.states()}
 
 
 def resumed(mesh: Mesh, optimizer: str, stage: int, folder: Path) -> bool:
@@ -142,7 +142,8 @@ def resumed(mesh: Mesh, optimizer: str, stage: int, folder: Path) -> bool:
     first, second = (tiny_engine(mesh, optim=example(optimizer), engine=zero(stage)) for _ in range(2))
     for step in range(2):
         first.train_step(random_batch(8, step))
-    average = {name: value + 1 for name, value in first.optimizer.main_weights().items()}
+    fragments = first.optimizer.fragments
+    average = {name: fragments[name].cut(value) + 1 for name, value in first.optimizer.main_weights().items()}
     folder.mkdir(exist_ok=True)
     save_engine(first, folder, {"average": average, "states": states_of(first)})
     second.train_step(random_batch(8, 50))  # state that the checkpoint has to replace

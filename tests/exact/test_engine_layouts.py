@@ -18,7 +18,7 @@ from megaopus.models.gpt import canonical_names, full_parameters
 from megaopus.optim.build import state_names
 from megaopus.optim.registry import OPTIMIZERS
 from tests.exact import resume_runs
-from tests.harness import MODELS, gentle, random_batch, save_engine, tiny_engine
+from tests.harness import MODELS, gentle, random_batch, save_engine, tiny_engine, wholes
 from tests.pool import Jobs, Pool
 
 Case = tuple[str, str]
@@ -44,9 +44,9 @@ def train(built: MegatronEngine, first: int = 0, last: int = STEPS) -> dict[str,
     weights = {names[own]: value for own, value in built.optimizer.main_weights().items()}
     return {
         "weights": full_parameters(built.module, built.mesh, weights),
-        "state": full_parameters(built.module, built.mesh, states),
+        "state": full_parameters(built.module, built.mesh, wholes(built, states)),
         "state of another shape": whole,
-        "gradient": full_parameters(built.module, built.mesh, built.mean_gradient(random_batch(8, 98))),
+        "gradient": full_parameters(built.module, built.mesh, wholes(built, built.mean_gradient(random_batch(8, 98)))),
         "numbers": {
             "losses": torch.tensor([r.loss for r in results]),
             "gradient norms": torch.tensor([r.grad_norm for r in results]),
@@ -82,7 +82,10 @@ def resume(built: MegatronEngine, folder: Path) -> dict[str, dict[str, torch.Ten
     """The update after the saved one, and the group that was saved with it."""
     average = built.load(folder, ["average"])["average"]
     built.step = STEPS
-    return {"average": full_parameters(built.module, built.mesh, average), **train(built, STEPS, STEPS + 1)}
+    return {
+        "average": full_parameters(built.module, built.mesh, wholes(built, average)),
+        **train(built, STEPS, STEPS + 1),
+    }
 
 
 EVERY = [(m, o) for m in ("gpt2", "llama") for o in ("adamw", "muon")]
