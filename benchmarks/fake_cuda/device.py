@@ -21,14 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch import library as torch_library
 from torch._C._distributed_c10d import FakeWork
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.fake_cuda.meter import DeviceMeter
-from megaopus.distributed.mesh import Mesh
-from megaopus.selection.estimators.step_size import StepJudge
-from megaopus.selection.methods import by_proxy
 
 SOURCE = Path(__file__).with_name("idle_device.cpp")
 CAPACITY = 80 << 30
@@ -88,6 +85,15 @@ def _know_fused() -> torch_library.Library:
     return library
 
 
+_meters: list[DeviceMeter] = []
+"""Of the device that is there now: the last."""
+
+
+def _waited(what: str) -> None:
+    work = _meters[-1].work
+    work.asked(work.waits, what)
+
+
 class _Event:
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -99,7 +105,7 @@ class _Event:
         pass
 
     def synchronize(self) -> None:
-        pass
+        _waited("event")
 
     def query(self) -> bool:
         return True
@@ -113,7 +119,7 @@ class _Stream:
         self.device, self.cuda_stream = torch.device("cuda", 0), 0
 
     def synchronize(self) -> None:
-        pass
+        _waited("stream")
 
     def wait_stream(self, other: _Stream) -> None:
         pass
@@ -127,8 +133,9 @@ class _Stream:
 
 def _cuda_names(meter: DeviceMeter) -> Mapping[str, Any]:
     """Answer as torch.cuda would for the idle device: its memory is that of ``meter``."""
-    idle = ("set_device", "synchronize", "empty_cache", "_lazy_init")
+    idle = ("set_device", "empty_cache", "_lazy_init")
     return {
+        "synchronize": lambda device=None: _waited("device"),
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "get_device_capability": lambda device=None: (9, 0),
@@ -201,14 +208,6 @@ def _attention(
     )[0]
 
 
-def _not_due(*args: Any) -> bool:
-    return False
-
-
-def _enough(*args: Any) -> tuple[()]:
-    return ()  # not a mock, which would hold on to the weights that it was given
-
-
 @contextmanager
 def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
     """Let a ``Mesh`` made inside be ``rank`` of a job of ``world_size`` ranks, whose collectives send nothing.
@@ -231,10 +230,6 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
         stack.enter_context(mock.patch.dict(os.environ, place))
         stack.enter_context(mock.patch.object(dist, "init_process_group", start))
         stack.enter_context(mock.patch.object(dist, "new_group", new_group))
-        stack.enter_context(mock.patch.object(Mesh, "largest", lambda self, numbers: numbers))
-        # they compare numbers, which fake tensors have none of: of passes like any other, and of weights
-        stack.enter_context(mock.patch.object(StepJudge, "due", _not_due))
-        stack.enter_context(mock.patch.object(by_proxy, "require_enough", _enough))
         yield
 
 
@@ -254,6 +249,9 @@ def fake_tensors(device: str) -> Iterator[DeviceMeter]:
             stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", property(lambda self: True)))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _convert))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda self: meter.tolist(self)))
+        _meters.append(meter)
+        stack.callback(_meters.pop)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(meter)
         yield meter

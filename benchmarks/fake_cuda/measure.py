@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.fake_cuda.device import fake_ranks, fake_tensors
 from benchmarks.fake_cuda.meter import DeviceMeter
+from benchmarks.fake_cuda.work import Work
 from megaopus.build import build_engine
 from megaopus.config.run_config import RunConfig
 from megaopus.distributed.mesh import Mesh
@@ -56,6 +57,10 @@ class Measured:
     """Selection (its name) -> peak of the scoring of a buffer, or of the training step after it if that is larger."""
     kept: dict[str, int] = field(default_factory=dict)
     """Selection -> alive after scoring, beyond ``held``."""
+    train_work: Work = field(default_factory=Work)
+    """What the second training step asked of the device."""
+    score_work: dict[str, Work] = field(default_factory=dict)
+    """Selection -> what the scoring of a buffer did, the last of those made."""
 
 
 @contextmanager
@@ -80,18 +85,21 @@ def measure(
     for _ in range(2):
         gc.collect()
         meter.reset_peak()
+        meter.work = Work()
         engine.train_step(batch)
-    held, training = meter.bytes, meter.peak
+    held, training, train_work = meter.bytes, meter.peak, meter.work
     gc.collect()
     gc.freeze()  # what is there by now need not be looked through again and again
-    scoring, kept = {}, {}
+    scoring, kept, score_work = {}, {}, {}
     for name, selection in selections.items():
         scoring[name], kept[name] = training, 0
         if selection.method != UNIFORM:
             peak, kept[name] = _score(replace(config, selection=selection), engine, meter)
+            score_work[name] = meter.work
             scoring[name] = max(peak, training + kept[name])
     gc.unfreeze()
-    return Measured(built=built, held=held, training=training, scoring=scoring, kept=kept)
+    peaks = {"built": built, "held": held, "training": training, "scoring": scoring, "kept": kept}
+    return Measured(**peaks, train_work=train_work, score_work=score_work)
 
 
 def _score(config: RunConfig, engine: Any, meter: DeviceMeter) -> tuple[int, int]:
@@ -99,13 +107,15 @@ def _score(config: RunConfig, engine: Any, meter: DeviceMeter) -> tuple[int, int
     held = meter.bytes
     scorer = _scorer(config, engine)
     average = {name: torch.zeros_like(value) for name, value in scorer.backend.parameters().items()}
-    scorer.load_state_dict({"count": 1, "average": average})  # of an earlier buffer, where one is kept
+    # of an earlier buffer: the average, where one is kept, and how far along the step to go, which was judged then
+    judged = {"level": 0, "error": 1e-3, "period": 0}
+    scorer.load_state_dict({"count": 1, "average": average, "estimator": judged})
     del average
     buffer = Zeros(config.num_scored(), config.data.seq_len)
     before, step = -1, 0
     meter.reset_peak()
     while meter.bytes > before + held // 1000:
-        before = meter.bytes
+        before, meter.work = meter.bytes, Work()
         scorer.score(buffer, step)
         gc.collect()
         step += 1

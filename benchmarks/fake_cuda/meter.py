@@ -1,4 +1,4 @@
-"""Counts the bytes of one device's tensors, fake or real, and tells what was alive when there were most."""
+"""Counts the bytes of one device's tensors, fake or real, and has what runs there counted (``work.Work``)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from benchmarks.fake_cuda.numbers import Numbers
+from benchmarks.fake_cuda.work import OURS, Work, device_of, known
 from megaopus.selection.candidates import tensors_of
 
 aten = torch.ops.aten
 BLOCK = 512
 """CUDA's allocator hands out multiples of this many bytes."""
-OURS = Path(__file__).parents[2] / "megaopus"
 
 
 class DeviceMeter(TorchDispatchMode):
     """Context manager: ``bytes`` alive now and ``peak`` of tensors on ``device``, each storage counted once.
 
-    Reads of fake values to the host are answered: numbers are 1, ``any``, ``all`` and ``<`` are true, ``>`` is false,
-    as of gradients that are finite and utilities that differ; a mask takes all. Not seen: what kernels take inside
-    themselves, but for ``_inside``.
+    Reads of fake values to the host are answered: as they are where ``Numbers`` knows them, else numbers are 1,
+    ``any``, ``all`` and ``<`` are true, ``>`` is false, as of gradients that are finite and utilities that differ; a
+    mask takes all. Not seen: what kernels take inside themselves, but for ``_inside``.
     """
 
     def __init__(self, device: str, trace: bool = False):
@@ -35,6 +36,9 @@ class DeviceMeter(TorchDispatchMode):
         self.bytes = self.peak = 0
         self.at_peak: Counter[tuple[str, str]] = Counter()
         """(operation, line of ours or of megatron) -> bytes alive at the peak."""
+        self.work = Work()
+        """What ran on a CUDA device; to be replaced by another to begin anew."""
+        self._numbers = Numbers()
         self._device, self._trace = device, trace
         self._alive: dict[int, tuple[weakref.ref[UntypedStorage], int, tuple[str, str]]] = {}
         self._true: weakref.WeakSet[Tensor] = weakref.WeakSet()
@@ -48,10 +52,17 @@ class DeviceMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # half of all calls: autograd asks
-            return _device_of(args[0])
+            return device_of(args[0])
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            self._asked(args[0])
             return self._answer(args[0])
+        if func is aten.nonzero.default and isinstance(args[0], FakeTensor):
+            return self._nonzero(args[0])
+        if func is aten.equal.default and isinstance(args[0], FakeTensor):
+            self._asked(args[0])
+            return True
         if func is aten.index.Tensor and any(each is not None and each.dtype == torch.bool for each in args[1]):
+            self._asked(args[0])
             func, args = aten.clone.default, (args[0],)  # a mask of what is finite: all is
         given = {tensor.untyped_storage()._cdata for tensor in self._tensors((args, kwargs))}
         result = func(*args, **kwargs)
@@ -62,10 +73,38 @@ class DeviceMeter(TorchDispatchMode):
                 self._count(storage, func)
         if func in (aten.any.default, aten.all.default, aten.lt.Tensor):
             self._true.add(result)
+        if self._device == "cuda":
+            self.work.operation(func, args, kwargs, result)
+            written = [each for place in known(func).written for each in tensors_of(args[place : place + 1])]
+            self._numbers.follow(func, args, kwargs, result, written)
         return result
 
+    def tolist(self, tensor: Tensor) -> Any:
+        """What ``tensor.tolist()`` gives: one read, of a tensor on the device, whatever it holds."""
+        self._asked(tensor)
+        numbers = self._numbers.of(tensor)
+        if numbers is not None:
+            with _disable_current_modes():
+                return numbers.tolist()
+        found: Any = self._answer(tensor)
+        for size in reversed(tensor.shape):
+            found = [found] * size
+        return found
+
+    def _asked(self, tensor: Tensor) -> None:
+        if device_of(tensor).type == "cuda":
+            self.work.asked(self.work.reads)
+
+    def _nonzero(self, tensor: Tensor) -> Tensor:
+        self._asked(tensor)
+        numbers = self._numbers.nonzero(tensor)
+        if numbers is None:  # all of them
+            return torch.empty(tensor.numel(), tensor.ndim, dtype=torch.int64, device=device_of(tensor))
+        made = torch.empty(numbers.shape, dtype=torch.int64, device=device_of(tensor))
+        return self._numbers.learn(made, numbers)
+
     def _tensors(self, tree: Any) -> list[Tensor]:
-        return [t for t in tensors_of(tree) if t.layout == torch.strided and _device_of(t).type == self._device]
+        return [t for t in tensors_of(tree) if t.layout == torch.strided and device_of(t).type == self._device]
 
     def _count(self, storage: UntypedStorage, func: Any) -> None:
         key = storage._cdata
@@ -90,14 +129,13 @@ class DeviceMeter(TorchDispatchMode):
                 self.at_peak[label] += size
 
     def _answer(self, value: Tensor) -> bool | int | float:
+        numbers = self._numbers.of(value)
+        if numbers is not None and numbers.numel() == 1:
+            with _disable_current_modes():
+                return numbers.item()
         if value.dtype == torch.bool:
             return any(value is each or value._base is each for each in self._true)
         return 1.0 if value.dtype.is_floating_point else 1
-
-
-def _device_of(tensor: Tensor) -> torch.device:
-    """As ``tensor.device`` says, which asks every mode in turn for a fake tensor's."""
-    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
 def _inside(func: Any, args: Any) -> int:
