@@ -20,6 +20,7 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.gpt_forward import SequenceRules
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.methods.registry import UNIFORM
+from megaopus.selection.pieces import parameter_shapes
 from megaopus.selection.scorer import Scorer
 
 
@@ -106,7 +107,9 @@ def _score(config: RunConfig, engine: Any, meter: DeviceMeter) -> tuple[int, int
     """(peak, bytes left behind) of scored buffers, as many as it takes until one leaves no more than the one before."""
     held = meter.bytes
     scorer = _scorer(config, engine)
-    average = {name: torch.zeros_like(value) for name, value in scorer.backend.parameters().items()}
+    pieces = scorer.backend.pieces()
+    sizes = {name: (piece.numel,) for name, piece in pieces.items()} or parameter_shapes(scorer.backend)
+    average = {name: torch.zeros(size, device=scorer.backend.device) for name, size in sizes.items()}
     # of an earlier buffer: the average, where one is kept, and how far along the step to go, which was judged then
     judged = {"level": 0, "error": 1e-3, "period": 0}
     scorer.load_state_dict({"count": 1, "average": average, "estimator": judged})

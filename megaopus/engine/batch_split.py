@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
 from torch import Tensor
 
 from megaopus.distributed.mesh import Mesh
-from megaopus.selection.backend import Candidates
 from megaopus.selection.candidates import even_share
 
 
@@ -42,41 +40,3 @@ def seed_dropout(mesh: Mesh, seed: int, step: int) -> None:
     digest = hashlib.sha256(f"{seed}:dropout:{step}:{part}".encode()).digest()
     with mesh.megatron():
         model_parallel_cuda_manual_seed(int.from_bytes(digest[:4], "big"))
-
-
-class _Joined:
-    """Candidates of one batch, then those of another; their tokens are tensors (n, T)."""
-
-    def __init__(self, first: Candidates, second: Candidates, rows: Tensor):
-        self._parts, self._rows = (first, second), rows
-
-    @property
-    def ids(self) -> Tensor:
-        """(n,) int64; those of both batches may be equal."""
-        return torch.cat([part.ids for part in self._parts])[self._rows]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def take(self, indices: Tensor) -> _Joined:
-        """The candidates at ``indices`` (n,), in that order."""
-        return _Joined(*self._parts, self._rows[indices])
-
-    def batch(self, length: int | None = None) -> Tensor:
-        """Their tokens."""
-        first, second = self._parts
-        in_second = self._rows >= len(first)
-        parts = [first.take(self._rows[~in_second]), second.take(self._rows[in_second] - len(first))]
-        tokens = torch.cat([part.batch(length) for part in parts if len(part)])
-        order = torch.cat([(~in_second).nonzero(), in_second.nonzero()]).flatten()
-        return tokens[order.argsort().to(tokens.device)]
-
-
-def signed(batch: Candidates, against: Candidates | None) -> tuple[Candidates, Tensor]:
-    """(sequences, their weights (n,) float64) whose mean weighted gradient is ``batch``'s mean less ``against``'s."""
-    if against is None:
-        return batch, torch.ones(len(batch), dtype=torch.float64)
-    counts = torch.tensor([len(batch), len(against)])
-    total = int(counts.sum())
-    weights = torch.tensor([total / len(batch), -total / len(against)], dtype=torch.float64).repeat_interleave(counts)
-    return _Joined(batch, against, torch.arange(total)), weights

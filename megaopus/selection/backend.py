@@ -104,8 +104,8 @@ class UpdateOperator(Protocol):
         New tensors, made piece by piece. Collective where ranks share a matrix. Operators of version 0.1 have none.
         """
 
-    def whole(self) -> AbstractContextManager[UpdateOperator]:
-        """Give, inside, the map of whole parameters, whose numbers may be asked for again and again.
+    def whole(self, keeps: bool = True) -> AbstractContextManager[UpdateOperator]:
+        """Give, inside, the map of whole parameters; ``keeps``: what was worked out for one is kept.
 
         Collective where optimizers share the work, and so is what is asked for then. Operators of version 0.1 have no
         such method.

@@ -5,7 +5,7 @@ Where optimizers share no work (``pieces_of`` is empty) a piece is a whole param
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -32,6 +32,22 @@ class Scaled(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.inner)
+
+
+class OnDemand(Mapping[str, Tensor]):
+    """Tensors that are made anew each time that one is read."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]):
+        self._names, self._make = list(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def unscaled(gradient: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -66,9 +82,12 @@ def direction(operator: UpdateOperator, gradient: Mapping[str, Tensor], names: I
     return operator.transposed().apply({name: gradient[name] for name in names})  # of version 0.1
 
 
-def whole_operator(operator: UpdateOperator) -> AbstractContextManager[UpdateOperator]:
-    """Give, inside, P_t of whole parameters, which gradients of single sequences are of. Collective with pieces."""
-    return operator.whole() if hasattr(operator, "whole") else nullcontext(operator)
+def whole_operator(operator: UpdateOperator, keeps: bool = True) -> AbstractContextManager[UpdateOperator]:
+    """Give, inside, P_t of whole parameters, which gradients of single sequences are of. Collective with pieces.
+
+    ``keeps``: what was worked out for one is kept, since it is asked for again.
+    """
+    return operator.whole(keeps) if hasattr(operator, "whole") else nullcontext(operator)
 
 
 def gathered(backend: ScoringBackend, values: Mapping[str, Tensor]) -> AbstractContextManager[Mapping[str, Tensor]]:

@@ -20,7 +20,7 @@ from megaopus.distributed.collectives import gathered
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.base import Engine, StepResult
-from megaopus.engine.batch_split import padded_share, seed_dropout, signed
+from megaopus.engine.batch_split import padded_share, seed_dropout
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.deepspeed import checkpoint
 from megaopus.engine.deepspeed.flat_matrices import ChainedOptimizer, over_flat_parts
@@ -205,20 +205,24 @@ class DeepSpeedEngine(Engine):
         self, batch: Candidates, length: int | None = None, *, against: Candidates | None = None
     ) -> Gradient:
         """As ``Engine.mean_gradient``; ``autograd.grad`` leaves ZeRO's hooks alone, so that no update sees it."""
-        batch, signs = signed(batch, against)
-        share, weights = even_share(len(batch), self.mesh.shape.dp, self.mesh.dp_rank)
-        weights = weights * signs[share]
         length = min(length or self.seq_len, self.seq_len)
-        parameters = list(self.module.parameters())
         self.deepspeed.eval()
         with self.mesh.megatron(), self.optimizer.reduced() as total:
-            micro = math.gcd(len(share), self.micro_batch_size)
-            for rows, of_rows in zip(share.split(micro), weights.split(micro), strict=True):
-                losses_BS = token_losses(self.module, self._tokens(batch, rows, length), rules=self.rules)
-                weighted = losses_BS * of_rows.to(losses_BS).unsqueeze(1)
-                torch.autograd.grad(weighted.mean() * (len(rows) / (len(share) * self.mesh.shape.dp)), parameters)
+            self._add_gradient(batch, length, 1)
+            if against is not None:
+                self._add_gradient(against, length, -1)
         self.deepspeed.train()
         return total
+
+    def _add_gradient(self, batch: Candidates, length: int, sign: int) -> None:
+        """Make backward passes of ``sign`` times the mean loss of a batch, of which this rank takes its share."""
+        share, weights = even_share(len(batch), self.mesh.shape.dp, self.mesh.dp_rank)
+        micro, parameters = math.gcd(len(share), self.micro_batch_size), list(self.module.parameters())
+        for rows, of_rows in zip(share.split(micro), weights.split(micro), strict=True):
+            losses_BS = token_losses(self.module, self._tokens(batch, rows, length), rules=self.rules)
+            weighted = losses_BS * of_rows.to(losses_BS).unsqueeze(1)
+            loss = weighted.mean() * (sign * len(rows) / (len(share) * self.mesh.shape.dp))
+            torch.autograd.grad(loss, parameters)
 
     def pieces(self) -> Mapping[str, Piece]:
         return {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.engine.base import StepResult
-from megaopus.engine.batch_split import padded_share, seed_dropout, signed
+from megaopus.engine.batch_split import padded_share, seed_dropout
 from megaopus.engine.gpt_forward import SampledLabels
 from megaopus.engine.megatron.checkpoint import (
     check_index,
@@ -100,16 +100,22 @@ class MegatronEngine(MegatronPasses):
     ) -> Gradient:
         """The training path (schedule, DDP reduction) without the update, into training's own gradients."""
         group, mesh = self.micro_batch_group, self.mesh
-        batch, signs = signed(batch, against)
-        share, weights = even_share(len(batch), mesh.shape.dp, mesh.dp_rank, group)
+        shares = [
+            (each, *even_share(len(each), mesh.shape.dp, mesh.dp_rank, group)) for each in (batch, against) if each
+        ]
         length = min(length or self.seq_len, self.seq_len)
+        micro = math.gcd(*(len(rows) // group for _, rows, _ in shares), self.micro_batch_size)
+        total = sum(len(rows) for _, rows, _ in shares)
+        weights = [
+            of_rows * (sign * total / len(rows)) for sign, (_, rows, of_rows) in zip((1, -1), shares, strict=False)
+        ]
         self.ddp.eval()
         for chunk in self.chunks:
             chunk.decoder.training = True  # whether it recomputes; dropout is decided by the modules inside
         with self.mesh.megatron():
             self._zero_gradients()
-            micro = math.gcd(len(share) // group, self.micro_batch_size)
-            self.run_local(batch, share, micro, length, forward_only=False, weights=weights * signs[share])
+            of_each = [(each, part) for each, rows, _ in shares for part in rows.split(micro)]
+            self.run_micro_batches(of_each, length, weights=torch.cat(weights))
         self.ddp.train()
         # main_grad: megatron's DDP keeps each parameter's reduced gradient there
         names = dict(canonical_names(self.module))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -113,23 +113,35 @@ class MegatronPasses(Engine):
         *,
         forward_only: bool,
         sampled: SampledLabels | None = None,
+    ) -> Tensor:
+        """``run_micro_batches`` of this rank's ``share`` of a batch, ``micro`` sequences at a time."""
+        micro_batches = [(batch, rows) for rows in share.split(micro)]
+        return self.run_micro_batches(micro_batches, length, forward_only=forward_only, sampled=sampled)
+
+    def run_micro_batches(
+        self,
+        micro_batches: Sequence[tuple[Candidates, Tensor]],
+        length: int,
+        *,
+        forward_only: bool = False,
+        sampled: SampledLabels | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Run the schedule over this rank's share, without exchanging the losses: (len(share),) float64.
+        """Run the schedule over rows of batches, equally many at a time, without exchanging the losses: (n,) float64.
 
-        They are this rank's part of each sequence's mean token loss: zeros before the last pipeline stage, the sum over
-        its own positions / ``length`` on the last. Their sum over the cp and pp ranks is the mean loss.
-        ``sampled``: labels are drawn by it, not read off the sequences. ``weights`` (len(share),), of mean 1 over all
-        data-parallel ranks: gradients are those of the weighted mean loss.
+        They are this rank's part of each of the n sequences' mean token loss: zeros before the last pipeline stage, the
+        sum over its own positions / ``length`` on the last. Their sum over the cp and pp ranks is the mean loss.
+        ``sampled``: labels are drawn by it, not read off the sequences. ``weights`` (n,): gradients are those of the
+        mean over n, and over data-parallel ranks, of the weighted losses.
         """
+        micro, count = len(micro_batches[0][1]), sum(len(rows) for _, rows in micro_batches)
         if length % self.mesh.shape.cp:
             raise ValueError(
                 f"{length} positions cannot be split evenly over {self.mesh.shape.cp} context-parallel ranks"
             )
-        micro_batches = share.split(micro)
 
         def tokens() -> Iterator[_MicroBatch]:
-            for number, rows in enumerate(micro_batches):
+            for number, (batch, rows) in enumerate(micro_batches):
                 uniforms = None if sampled is None else sampled.uniforms(rows, length)
                 found = batch.take(rows).batch(length).to(self.mesh.device, non_blocking=True)
                 yield found, uniforms, None if weights is None else weights.split(micro)[number]
@@ -144,7 +156,7 @@ class MegatronPasses(Engine):
             forward_only=forward_only,
         )
         if not self.mesh.is_last_stage:
-            return torch.zeros(len(share), dtype=torch.float64, device=self.mesh.device)
+            return torch.zeros(count, dtype=torch.float64, device=self.mesh.device)
         return torch.cat(outputs)
 
     def run_logprobs(self, asked: Asked, rows: Tensor, micro: int) -> Tensor:

@@ -23,7 +23,7 @@ from megaopus.selection.estimators.layers import ghost_layers
 from megaopus.selection.estimators.registry import Sizes, Taken, register_estimator
 from megaopus.selection.estimators.sketches import SketchEstimator, sketch_memory
 from megaopus.selection.old_names import renamed_argument
-from megaopus.selection.pieces import pieces_of, shapes_of, whole_operator
+from megaopus.selection.pieces import OnDemand, pieces_of, shapes_of, whole_operator
 
 if TYPE_CHECKING:
     from megaopus.selection.config import SelectionConfig
@@ -169,10 +169,12 @@ class CountSketchEstimator:
         shapes = shapes_of(backend, proxy_gradient)
         proxy = self._proxy(backend, uses, proxy_gradient, shapes)
         if not keep_sketches:
-            carried = {
-                name: self._of_piece(backend, name, shapes[name]).transpose(psi).view_as(proxy_gradient[name])
-                for name, psi in proxy.items()
-            }
+
+            def carry(name: str) -> Tensor:
+                found = self._of_piece(backend, name, shapes[name]).transpose(proxy[name])
+                return found if pieces_of(backend) else found.view(shapes[name])
+
+            carried = OnDemand(proxy, carry)
             parts = adjoint_utilities(
                 backend,
                 candidates,

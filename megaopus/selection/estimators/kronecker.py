@@ -9,6 +9,7 @@ gradients are made, mapped by P, and sketched.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,12 +76,14 @@ class KroneckerEstimator:
         uses = ghost_layers(backend, self._which)
         shapes = shapes_of(backend, proxy_gradient)
         self._dtypes = {name: value.dtype for name, value in unscaled(proxy_gradient).items()}
-        with torch.no_grad(), whole_operator(operator) as of_whole:
+        with torch.no_grad(), whole_operator(operator, keeps=False) as each:
             folded = {
-                name: self._fold(backend, name, shapes[name], of_whole)
+                name: self._fold(backend, name, shapes[name], each)
                 for name in dict.fromkeys(layer.parameter for layer in uses)
             }
-            psi = self._proxy(backend, uses, proxy_gradient, shapes)
+        psi = self._proxy(backend, uses, proxy_gradient, shapes)
+        unfolded = None in folded.values()
+        with torch.no_grad(), whole_operator(operator) if unfolded else nullcontext(operator) as of_whole:
             parts = torch.zeros(len(candidates), dtype=torch.float64, device=backend.device)
             size = self._shape[0] * self._shape[1]
             phi = {name: value.new_zeros(len(candidates), size) for name, value in psi.items() if keep_sketches}

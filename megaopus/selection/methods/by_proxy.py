@@ -17,7 +17,7 @@ from megaopus.selection.estimators.layers import ghost_layers, require_enough, r
 from megaopus.selection.estimators.registry import ESTIMATORS, Refining, Request
 from megaopus.selection.estimators.step_size import DROWNED
 from megaopus.selection.methods.registry import register_method
-from megaopus.selection.pieces import direction, finite, shapes_of, whole_gradient, whole_operator
+from megaopus.selection.pieces import direction, finite, pieces_of, shapes_of, whole_gradient, whole_operator
 from megaopus.selection.scoring import Scores, ScoringStep
 
 _NEEDS = {"proxy": "scores candidates against a proxy"}
@@ -159,7 +159,7 @@ def _average(step: ScoringStep) -> tuple[Mapping[str, Tensor], Tensor]:
     bad = ~finite(gradient, backend.device)
     lent = getattr(backend, "lends_gradient", None)
     entry = ESTIMATORS.find(config.estimator)
-    if lent and (not entry.pieces or "hooks" in entry.needs or config.redundancy > 0):
+    if lent and pieces_of(backend) and (not entry.pieces or "hooks" in entry.needs or config.redundancy > 0):
         gradient, lent = {name: value.clone() for name, value in gradient.items()}, False  # wholes are gathered there
     return step.average.offer(gradient, in_place=lent is not None, lent=bool(lent)), bad
 

@@ -15,7 +15,7 @@ from megaopus.selection.operators.adam import AdamMap
 from megaopus.selection.operators.maps import Deferred, Diagonal, ParameterOperator
 from megaopus.selection.operators.registry import check_state, factory_of
 from megaopus.selection.operators.rule import scalar
-from megaopus.selection.pieces import Scaled, unscaled
+from megaopus.selection.pieces import OnDemand, Scaled, unscaled
 
 
 class OptimizerOperator:
@@ -52,6 +52,7 @@ class OptimizerOperator:
         alike: dict[Any, list[str]] = {}
         raw = unscaled(gradient)
         together = self._kept is None and (self._bound is None or self._bound is gradient)
+        together &= not isinstance(gradient, OnDemand)
         for name in names if together else ():
             one = self.maps.get(name)
             if isinstance(one, AdamMap) and one.takes(raw[name]):
@@ -88,9 +89,9 @@ class OptimizerOperator:
         return None if (map_ := self.map(name)) is None else map_.sides()
 
     @contextmanager
-    def whole(self) -> Iterator[OptimizerOperator]:
+    def whole(self, keeps: bool = True) -> Iterator[OptimizerOperator]:
         """As ``UpdateOperator.whole``."""
-        yield self._with(keeps=True)
+        yield self._with(keeps=True) if keeps else self
 
     def eager(self) -> OptimizerOperator:
         """Work out now what the state says, and when it is bounded what that says: the optimizer may step then."""

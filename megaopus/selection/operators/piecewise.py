@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from megaopus.selection.backend import Gradient, Piece, ScoringBackend
+from megaopus.selection.backend import Gradient, ScoringBackend
 from megaopus.selection.operators.build import OptimizerOperator
 from megaopus.selection.operators.maps import Diagonal, ParameterOperator
+from megaopus.selection.pieces import OnDemand
 
 
 class Matrices(Protocol):
@@ -63,7 +63,7 @@ class PiecewiseOperator(OptimizerOperator):
         return PiecewiseOperator(**(given | {"backend": self._backend, "matrices": self._matrices} | changed))
 
     @contextmanager
-    def whole(self) -> Iterator[OptimizerOperator]:
+    def whole(self, keeps: bool = True) -> Iterator[OptimizerOperator]:
         """As ``UpdateOperator.whole``; factors that are one number need no gathering."""
         pieces, maps = self._backend.pieces(), dict[str, ParameterOperator]()
         for name in pieces:
@@ -71,29 +71,16 @@ class PiecewiseOperator(OptimizerOperator):
                 maps[name] = self._matrices.map(name)
             elif isinstance(one := self.maps.get(name), Diagonal) and not one.factor.ndim:
                 maps[name] = one
-        factors = _Factors(self, {name: piece for name, piece in pieces.items() if name not in maps})
+
+        def factor(name: str) -> Tensor:
+            found = self.diagonal(name)
+            assert found is not None  # the optimizer is elementwise
+            return found.expand(pieces[name].numel).float()
+
+        factors = OnDemand([name for name in pieces if name not in maps], factor)
         with self._backend.gathered(factors) as wholes:
-            kept = OptimizerOperator(maps, adjoint=self._adjoint, keeps=True)
+            kept = OptimizerOperator(maps, adjoint=self._adjoint, keeps=keeps)
             yield OptimizerOperator({name: _Read(kept, wholes, name) for name in pieces})
-
-
-class _Factors(Mapping[str, Tensor]):
-    """Works out this rank's run of each parameter's factor when it is read."""
-
-    def __init__(self, operator: PiecewiseOperator, pieces: Mapping[str, Piece]):
-        self._operator, self._pieces = operator, pieces
-
-    def __getitem__(self, name: str) -> Tensor:
-        factor = self._operator.diagonal(name)
-        assert factor is not None  # the optimizer is elementwise
-        like = torch.empty(self._pieces[name].numel, device=factor.device)
-        return factor.expand_as(like).to(like.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._pieces)
-
-    def __len__(self) -> int:
-        return len(self._pieces)
 
 
 class _Read:
