@@ -58,8 +58,8 @@ FAULTS = (
         "data-parallel ranks weigh the proxy by their share, not by the batch",
         (
             (
-                "found = torch.autograd.grad(losses.sum() / len(proxy)",
-                "found = torch.autograd.grad(losses.sum() / len(share)",
+                "found = torch.autograd.grad(losses.sum() / (sign * len(batch))",
+                "found = torch.autograd.grad(losses.sum() / (sign * len(share))",
             ),
         ),
         ("test_two_ranks_select_what_one_process_selects",),
@@ -119,7 +119,7 @@ FAULTS = (
     ),
     Fault(
         "a bounded step forgets the gradient's weight",
-        (("v * beta2 + (1 - beta2) * gradient", "v * beta2 + gradient"),),
+        (("torch._foreach_mul_(square, 1 - beta2)", "torch._foreach_mul_(square, 1.0)"),),
         ("test_bounded_adam_operator_is_the_update_without_its_history",),
     ),
     Fault(
@@ -148,7 +148,7 @@ FAULTS = (
     ),
     Fault(
         "the running proxy gradient is biased towards zero",
-        (("scale = 1 / (1 - self._decay**count)", "scale = 1.0"),),
+        (("Scaled(average, 1 / (1 - self._decay**count))", "Scaled(average, 1.0)"),),
         (
             "test_a_proxy_gradient_s_weight_halves_in_training_steps",
             "test_the_running_proxy_gradient_is_a_weighted_mean",

@@ -87,7 +87,7 @@ class MixedPrecisionOptimizer:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each of the dp and cp ranks updates runs of the parameters."""
+        """Return whether each of the dp and cp ranks updates runs of the parameters."""
         return self._sharded
 
     def states(self) -> list[ParameterState]:
@@ -127,7 +127,7 @@ class MixedPrecisionOptimizer:
         return self._updates
 
     def pieces(self) -> dict[str, WeightPiece]:
-        """What this rank's optimizer updates of each local parameter; parameters themselves where nothing is shared."""
+        """Give what this rank's optimizer updates of each local parameter: all of it where nothing is shared."""
         found = {}
         for name, parameter in self._module.named_parameters():
             if not self._sharded:

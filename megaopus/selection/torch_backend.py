@@ -170,7 +170,7 @@ class ModuleBackend(OldBackendNames):
 
     @property
     def lends_gradient(self) -> bool:
-        """What ``gradient`` gives is the caller's."""
+        """Return False: what ``gradient`` gives is the caller's."""
         return False
 
     def pieces(self) -> Mapping[str, Piece]:

@@ -55,7 +55,7 @@ class MegatronScoringBackend(EngineScoringBackend):
             put(0.0)
 
     def gathered(self, values: Mapping[str, Tensor]) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """Where training has its gradients; what is asked for inside of that, one at a time."""
+        """Put them where training has its gradients; what is asked for inside of that, one at a time."""
         return self._in_gradients(values) if self._gradients_free else super().gathered(values)
 
     @contextmanager

@@ -169,17 +169,11 @@ class CountSketchEstimator:
         shapes = shapes_of(backend, proxy_gradient)
         proxy = self._proxy(backend, uses, proxy_gradient, shapes)
         if not keep_sketches:
-
-            def carry(name: str) -> Tensor:
-                found = self._of_piece(backend, name, shapes[name]).transpose(proxy[name])
-                return found if pieces_of(backend) else found.view(shapes[name])
-
-            carried = OnDemand(proxy, carry)
             parts = adjoint_utilities(
                 backend,
                 candidates,
                 operator,
-                carried,
+                self._carried(backend, proxy, shapes),
                 layers=self._which,
                 length=length,
                 micro_batch_size=micro_batch_size,
@@ -220,6 +214,17 @@ class CountSketchEstimator:
             sketch = self._of_piece(backend, name, shapes[name])(gradient[name].reshape(1, -1))[0]
             psi[name] = sketch if name in counted else torch.zeros_like(sketch)
         return sum_proxies(backend, psi)
+
+    def _carried(
+        self, backend: ScoringBackend, proxy: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+    ) -> Mapping[str, Tensor]:
+        """Pi^T psi of each layer, as gradients are."""
+
+        def carry(name: str) -> Tensor:
+            found = self._of_piece(backend, name, shapes[name]).transpose(proxy[name])
+            return found if pieces_of(backend) else found.view(shapes[name])
+
+        return OnDemand(proxy, carry)
 
     def _sketch(
         self,

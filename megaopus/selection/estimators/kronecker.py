@@ -76,11 +76,9 @@ class KroneckerEstimator:
         uses = ghost_layers(backend, self._which)
         shapes = shapes_of(backend, proxy_gradient)
         self._dtypes = {name: value.dtype for name, value in unscaled(proxy_gradient).items()}
+        names = dict.fromkeys(layer.parameter for layer in uses)
         with torch.no_grad(), whole_operator(operator, keeps=False) as each:
-            folded = {
-                name: self._fold(backend, name, shapes[name], each)
-                for name in dict.fromkeys(layer.parameter for layer in uses)
-            }
+            folded = {name: self._fold(backend, name, shapes[name], each) for name in names}
         psi = self._proxy(backend, uses, proxy_gradient, shapes)
         unfolded = None in folded.values()
         with torch.no_grad(), whole_operator(operator) if unfolded else nullcontext(operator) as of_whole:
