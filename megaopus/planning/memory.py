@@ -14,7 +14,7 @@ from megaopus.config.run_config import RunConfig
 from megaopus.models.flops import Weight, stage_weights
 from megaopus.planning import activations
 from megaopus.planning.activations import WIDTH, Share
-from megaopus.selection.config import SelectionConfig, most_per_pass
+from megaopus.selection.config import CHUNK, SelectionConfig, most_per_pass
 from megaopus.selection.estimators.registry import ESTIMATORS, Sizes, Taken, scoring_memory
 from megaopus.selection.methods.registry import METHODS, UNIFORM
 
@@ -270,7 +270,7 @@ def _selection(rank: _Rank) -> dict[str, Row]:
     passes = entry.micro_batches
     if entry.by_estimator:
         estimator = ESTIMATORS.find(selection.estimator)
-        found = scoring_memory(selection, _sizes(rank, scaled="update map" in rows))
+        found = scoring_memory(selection, _sizes(rank, scaled=_is_scaled(rank)))
         rows |= {what: _taken(taken) for what, taken in found.items()}
         passes = estimator.micro_batches
         if "small_model" in estimator.needs:
@@ -283,12 +283,11 @@ def _selection(rank: _Rank) -> dict[str, Row]:
         if taken.before is not None:  # beyond what takes its place
             later = sum(rows[name].size for name in (*taken.before, "scoring pass") if name in rows)
             rows[what] = rows[what]._replace(split=0, whole=taken.size - later)
-    if "update map" in rows:  # Adam's takes three temporaries of the parameter, the largest before the others' are made
-        later = sum(rows[name].size for name in ("update map", "scoring pass", *found) if name in rows)
-        making = 12 * max(map(rank.own, rank.weights())) - later
-        rows["update map in the making"] = Row(0, making, "fp32, three of the largest parameter", (SCORING,))
-    sharded = rank.shards > 1 and rank.config.engine.name == "megatron" and rank.precision == "bf16"
-    rows |= _gathered(rank, rows) if sharded and selection.needs_proxy else {}
+    if selection.needs_proxy and entry.by_estimator and _is_scaled(rank):
+        # Adam's takes two temporaries of a chunk, made before there are passes
+        later = sum(rows[name].size for name in ("scoring pass", "sketches") if name in rows)
+        making = 8 * min(CHUNK, sum(map(rank.own, rank.weights())) // rank.shards) - later
+        rows["update map in the making"] = Row(0, making, "fp32, two of a chunk at a time", (SCORING,))
     return {what: row for what, row in rows.items() if row.size > 0}  # what is said beyond other rows may be nothing
 
 
@@ -305,28 +304,46 @@ def _proxy(rank: _Rank) -> dict[str, Row]:
     group = config.parallel.pp if config.parallel.vpp > 1 else 1
     micro = math.gcd(max(1, share // group), config.train.micro_batch_size)
     positions = micro * config.data.seq_len // config.parallel.cp
-    micro_batches = max(1, share // micro)
+    micro_batches = max(1, share // micro) * (2 if selection.contrast else 1)
     kept, how = _activations(rank, positions, micro_batches)
     work, _ = _work(rank, positions, kept.over(rank.tp), _in_flight(rank, micro_batches))
     rows = {
         "activations of the proxy": _row(rank, kept, how, PROXY),
         "backward pass of the proxy": Row(0, work, "as in training", (PROXY,)),
     }
-    if selection.contrast:
-        rows["proxy's own gradient"] = _numbers_row(rank, 4, "fp32, while the pool's is taken for contrast", PROXY)
+    sharded, each = _shares_gradients(rank), 4 / rank.shards
     if selection.proxy_decay > 0 or selection.proxy_period > 1:
-        rows["average of proxy gradients"] = _numbers_row(rank, 4, "fp32, kept from step to step")
-        rows["average with this step's"] = _numbers_row(rank, 4, "fp32", SCORING)
-        rows["average without bias"] = _numbers_row(rank, 4, "fp32, what candidates are scored by", SCORING)
-    else:
-        rows["proxy gradient"] = _numbers_row(rank, 4, "fp32", SCORING)
+        rows["average of proxy gradients"] = _numbers_row(rank, each, "fp32, kept from step to step")
+    if config.engine.name == "deepspeed":
+        rows["proxy gradient"] = _numbers_row(rank, each, "fp32", PROXY, SCORING)
+    elif sharded and _gathers(selection):
+        rows["proxy gradient"] = _numbers_row(rank, each, "fp32, apart from training's gradients", SCORING)
+    if sharded and "whole_weights" in selection.needs():
+        rows["whole gradient and weights"] = _numbers_row(rank, 8, "fp32, gathered", SCORING)
     return rows | _operator(rank)
 
 
+def _shares_gradients(rank: _Rank) -> bool:
+    return rank.config.engine.spec().shards_optimizer(rank.config.parallel)
+
+
+def _gathers(selection: SelectionConfig) -> bool:
+    """Say whether pieces of gradients are put together while scoring."""
+    return bool(selection.needs().keys() & {"hooks", "whole_weights"}) or selection.redundancy > 0
+
+
+def _is_scaled(rank: _Rank) -> bool:
+    """Say whether the update map multiplies each weight's gradient by a number of its own."""
+    spec = rank.config.optim.spec()
+    return rank.config.selection.method != "greats" and (spec.map_size is None or spec.matrices)
+
+
 def _operator(rank: _Rank) -> dict[str, Row]:
-    """Count what the optimizer's linear map P_t is made of."""
+    """Count what is kept of the optimizer's linear map P_t, where it is asked for many times."""
     selection, optim = rank.config.selection, rank.config.optim
-    if selection.method == "greats":
+    sketches = selection.estimator == "countsketch" or selection.gram == "countsketch"
+    asked = (selection.redundancy > 0 and sketches) or "whole_weights" in selection.needs()
+    if selection.method == "greats" or not asked or _shares_gradients(rank):
         return {}
     spec, rows = optim.spec(), {}
     split = whole = 0
@@ -344,24 +361,6 @@ def _operator(rank: _Rank) -> dict[str, Row]:
     return rows
 
 
-def _gathered(rank: _Rank, rows: Mapping[str, Row]) -> dict[str, Row]:
-    """Count what data-parallel ranks share and scoring needs whole: squares for the update map, weights to be moved.
-
-    Weights are put together in one flat piece before they are copied out of it, and before those to restore are copied
-    and passes made: ``rows`` of scoring.
-    """
-    found = {"whole second moments": _numbers_row(rank, 4, "fp32, gathered before the proxy's gradient", PROXY)}
-    if "weights to restore" in rows or "exact gradients" in rows:
-        found["whole main weights"] = _numbers_row(rank, 4, "fp32, gathered", SCORING)
-    if "weights to restore" in rows:
-        count = sum(map(rank.own, rank.weights()))
-        later = rows["weights to restore"].size + rows["scoring pass"].size
-        together = 4 * count + 4 * count // rank.shards - later
-        how = "fp32, main weights in one piece, before others are there"
-        found["gathering"] = Row(0, together, how, (SCORING,))
-    return found
-
-
 def _sizes(rank: _Rank, scaled: bool) -> Sizes:
     config = rank.config
     matrices = [weight for weight in rank.weights() if _is_sketched(weight, config)]
@@ -376,6 +375,8 @@ def _sizes(rank: _Rank, scaled: bool) -> Sizes:
         model_width=WIDTH[rank.precision],
         largest=max(map(rank.own, rank.weights())),
         scaled=scaled,
+        shards=rank.shards,
+        gathers=rank.config.engine.name == "deepspeed",
     )
 
 

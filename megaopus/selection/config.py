@@ -20,6 +20,8 @@ WINDOWS = ("first", "random", "strided")
 MUON_OPERATORS = ("paper", "full")
 PRESCREENS = ("off", "cascade", "predict")
 TEXT_FEATURES = ("ngrams", "domain", "likelihood", "shape")
+CHUNK = 1 << 24
+"""Numbers of the temporaries at a time of what goes through a gradient piece by piece."""
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a scoring pass beyond which larger ones are hardly faster (CPU: docs/benchmarks.md; CUDA: not measured)."""
 

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from megaopus.selection.backend import Gradient, Piece, ScoringBackend, UpdateOperator
-
-CHUNK = 1 << 24
-"""Numbers of the temporaries at a time of what goes through a gradient piece by piece."""
+from megaopus.selection.config import CHUNK
 
 
 class Scaled(Mapping[str, Tensor]):

@@ -18,6 +18,7 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.models.flops import count_parameters, padded_vocab
 from megaopus.optim.registry import OPTIMIZERS
 from megaopus.planning.memory import PHASES, PROCESS_ROW, Row, memory, peak, rows_at_peak
+from megaopus.selection.estimators.countsketch import AT_ONCE
 from tests.harness import LLAMA, TINY, random_batch, tiny_engine
 
 VOCAB = 500
@@ -50,7 +51,8 @@ def test_weights_gradients_and_state() -> None:
     assert sizes(config)["optimizer state"] == 8 * count - 4 * matrices
     config.engine.name, config.selection.method = "deepspeed", "opus"
     rows = sizes(config, 2)
-    assert (rows["optimizer state"], rows["gathered state"]) == (4 * count - 2 * matrices, 4 * count)
+    assert rows["optimizer state"] == 4 * count - 2 * matrices
+    assert rows["average of proxy gradients"] == rows["proxy gradient"] == rows["direction"] == 2 * count
     config = small()
     config.parallel.distributed_optimizer = True
     rows = sizes(config, 4, "bf16")
@@ -81,30 +83,43 @@ def test_what_scoring_holds() -> None:
     config = small(method="opus")
     count = count_parameters(config.model, VOCAB, config.data.seq_len)
     rows = sizes(config, precision="bf16")
-    held = ("average of proxy gradients", "average with this step's", "average without bias", "update map", "direction")
-    assert {rows[what] for what in held} == {4 * count}
-    assert rows["weights to restore"] == 2 * count
+    assert rows["average of proxy gradients"] == rows["direction"] == 4 * count
+    assert "proxy gradient" not in rows  # it lies where training's does
+    assert "weights to restore" not in rows  # they are the main ones, rounded
+    assert sizes(config)["weights to restore"] == 4 * count
     config.selection.proxy_half_life = 0.0
     assert "average of proxy gradients" not in sizes(config)
-    assert sizes(config)["proxy gradient"] == 4 * count
     config.selection.contrast = True
-    assert memory(config, VOCAB, 1, "fp32", 0)["proxy's own gradient"].phases == (PHASES[1],)
+    assert sizes(config) == sizes(replace(config, selection=replace(config.selection, contrast=False)))
+    config = small(method="opus", estimator="countsketch", redundancy=1.0, sketch_dim=100)
+    matrices = (padded_vocab(VOCAB) + 4 * 12 * 128) * 128
+    assert sizes(config, 2)["sketches"] == 4 * (32 // 2) * (4 * 4 + 1) * 100
+    assert sizes(config)["update map"] == 4 * count > 4 * matrices
     config.optim.name = "sgd"
     assert "update map" not in sizes(config)
-    config = small(method="opus", estimator="countsketch", redundancy=1.0, sketch_dim=100)
-    assert sizes(config, 2)["sketches"] == 4 * (32 // 2) * (4 * 4 + 1) * 100
+
+
+def test_what_scoring_holds_where_optimizers_share_the_work() -> None:
+    config = small(method="opus")
+    config.parallel.distributed_optimizer = True
+    count = count_parameters(config.model, VOCAB, config.data.seq_len)
+    rows = sizes(config, 4, "bf16")
+    assert rows["average of proxy gradients"] == rows["direction"] == 4 * count // 4
+    config.selection.estimator = "adjoint"
+    rows, matrices = sizes(config, 4, "bf16"), (padded_vocab(VOCAB) + 4 * 12 * 128) * 128
+    assert rows["update on the proxy"] == 4 * matrices // 4
+    assert rows["proxy gradient"] == 4 * count // 4  # apart from where matrices are put together
+    config.parallel.distributed_optimizer, config.engine.name = False, "deepspeed"
+    assert sizes(config, 4, "bf16")["matrix put together"] == 4 * padded_vocab(VOCAB) * 128
 
 
 def test_what_is_there_before_the_pass_counts_beyond_it() -> None:
     config = small(method="opus", estimator="countsketch")
-    rows = sizes(config, precision="bf16")
-    assert rows["hashes"] == 9 * (padded_vocab(VOCAB) + 4 * 12 * 128) * 128
-    assert "hashes in the making" not in rows  # 40 bytes of a weight of the embedding are less than a pass
+    assert "hashes" not in sizes(config, precision="bf16")  # 40 bytes of a weight of the embedding are less than a pass
     config.selection.score_micro_batch_size, config.data.seq_len = 1, 16
     rows = {what: row.size for what, row in memory(config, 50257, 1, "bf16", 0).items()}
-    making = 40 * padded_vocab(50257) * 128  # of the embedding, whose hashes are made first
-    later = ("hashes", "update on the proxy's sketch", "sketches", "scoring pass")
-    assert rows["hashes in the making"] == making - sum(rows[what] for what in later)
+    making = 40 * min(AT_ONCE, padded_vocab(50257) * 128)
+    assert rows["hashes"] == making - rows["sketches"] - rows["scoring pass"]
     config = small(method="opus")
     config.optim.name, config.engine.device, config.train.micro_batch_size = "lion", "cuda", 1
     config.data.seq_len = 16

@@ -55,13 +55,10 @@ def _memory(engine: EngineConfig, count: int, precision: str, shards: int, score
     model, gradients = (shards if engine.zero_stage == 3 else 1), (shards if engine.zero_stage >= 2 else 1)
     parts = "both" if engine.zero_stage == 3 else "the copies"
     how = f"{precision} and fp32 copies, {parts} over {shards} ranks"
-    rows = {
+    return {
         "weights": (width * count // model + 4 * count // shards, how),
         "gradients": (4 * count // gradients, f"fp32, over {gradients} ranks, without buckets"),
     }
-    if scores and shards > 1:
-        rows["gathered state"] = (4 * count, "fp32 second moments or Muon's momentum, for scoring")
-    return rows
 
 
 register_engine(

@@ -22,7 +22,15 @@ from megaopus.selection.backend import (
 )
 from megaopus.selection.estimators.ghost import local_rows
 from megaopus.selection.estimators.layers import ghost_layers
-from megaopus.selection.estimators.registry import ESTIMATORS, Request, Sizes, Sketch, Taken, register_estimator
+from megaopus.selection.estimators.registry import (
+    ESTIMATORS,
+    Request,
+    Sizes,
+    Sketch,
+    Taken,
+    put_together,
+    register_estimator,
+)
 from megaopus.selection.pieces import direction, gathered
 
 if TYPE_CHECKING:
@@ -81,7 +89,8 @@ def adjoint_consumer(
 
 
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
-    return {"update on the proxy": Taken(4 * sum(sizes.matrices), "fp32, P g_proxy of each matrix")}
+    rows = {"update on the proxy": Taken(4 * sum(sizes.matrices) // sizes.shards, "fp32, P g_proxy of each matrix")}
+    return rows | put_together(sizes)
 
 
 @register_estimator(

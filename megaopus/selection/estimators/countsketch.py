@@ -20,7 +20,7 @@ from megaopus.selection.backend import (
 from megaopus.selection.estimators.adjoint import adjoint_utilities
 from megaopus.selection.estimators.ghost import held_at_once, per_sample_gradient, spans
 from megaopus.selection.estimators.layers import ghost_layers
-from megaopus.selection.estimators.registry import Sizes, Taken, register_estimator
+from megaopus.selection.estimators.registry import Sizes, Taken, put_together, register_estimator
 from megaopus.selection.estimators.sketches import SketchEstimator, sketch_memory
 from megaopus.selection.old_names import renamed_argument
 from megaopus.selection.pieces import OnDemand, pieces_of, shapes_of, whole_operator
@@ -293,13 +293,20 @@ def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     weights, largest = sum(sizes.matrices), max(sizes.matrices, default=0)
     # five of 8 bytes: index, random bits, bucket, and the sign twice before it is one byte
     making = 40 * min(AT_ONCE, largest)
-    rows = {"hashes": Taken(making, "int64, of one matrix at a time", whole=making)}
+    before = ("gradients of candidates",) if config.redundancy else ("sketches",)
+    rows = {"hashes": Taken(making, "int64, of one matrix at a time", whole=making, before=before)}
     if not config.redundancy:
-        how = "fp32, the proxy's sketches carried back, and the update on them"
-        return {**rows, "update on the proxy's sketch": Taken(8 * weights, how), **sketch_memory(config, sizes)}
+        how = "fp32, the update on the proxy's sketches carried back"
+        update = {"update on the proxy's sketch": Taken(4 * weights // sizes.shards, how)}
+        return {**rows, **update, **put_together(sizes), **sketch_memory(config, sizes)}
     at_once = min(sizes.micro_batch_size, held_at_once(max(1, largest)))
     how = f"fp32, of {at_once} candidate(s) in the largest matrix, twice, and its signs"
-    return {**rows, "gradients of candidates": Taken((8 * at_once + 4) * largest, how), **sketch_memory(config, sizes)}
+    return {
+        **rows,
+        **put_together(sizes),
+        "gradients of candidates": Taken((8 * at_once + 4) * largest, how),
+        **sketch_memory(config, sizes),
+    }
 
 
 @register_estimator(

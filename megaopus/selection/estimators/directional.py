@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megaopus.selection.backend import Candidates, Gradient, ScoringBackend, UpdateOperator
+from megaopus.selection.config import CHUNK
 from megaopus.selection.estimators.layers import parameter_names
 from megaopus.selection.estimators.registry import ESTIMATORS, Request, Sizes, Sketch, Taken, register_estimator
 from megaopus.selection.estimators.step_size import StepJudge, judge, step_size
@@ -83,14 +84,15 @@ def _differences(
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     everything = config.derived_layers() == "all"
     moved, whole = (sizes.weights, sizes.replicated) if everything else (sum(sizes.matrices), 0)
-    width = sizes.model_width
-    moving = 4 * (sizes.largest if everything else max(sizes.matrices, default=0))
-    cast = {"weights moved": Taken(moving, "fp32, of one parameter at a time", whole=moving, before=())}
-    return {
-        **(cast if width < 4 else {}),  # in fp32 weights are moved in place
+    moved, whole = moved // sizes.shards, whole // sizes.shards
+    moving = 4 * min(CHUNK, moved)
+    rows = {
+        "weights moved": Taken(moving, "fp32, a chunk at a time", whole=moving, before=()),
         "direction": Taken(4 * moved, "fp32, the optimizer's step on the proxy", whole=4 * whole),
-        "weights to restore": Taken(width * moved, "a copy of what is moved", whole=width * whole),
     }
+    if sizes.model_width == 4:  # 16-bit weights are those of the optimizer, rounded
+        rows["weights to restore"] = Taken(4 * moved, "a copy of what is moved", whole=4 * whole)
+    return rows
 
 
 @register_estimator(

@@ -95,6 +95,10 @@ class Sizes:
     """Weights of this rank's part of the largest parameter."""
     scaled: bool = True
     """Whether the update map multiplies each weight's gradient by a number of its own."""
+    shards: int = 1
+    """Ranks that share the optimizer's work, and with it what is of a gradient's size."""
+    gathers: bool = False
+    """Whether one parameter at a time is put together of their pieces, in memory of its own."""
 
 
 class Taken(NamedTuple):
@@ -148,6 +152,12 @@ class EstimatorEntry:
 ESTIMATORS: Registry[EstimatorEntry] = Registry("estimator", __name__.rpartition(".")[0])
 """Every estimator."""
 Made = TypeVar("Made", bound=Callable[[Any], Any])
+
+
+def put_together(sizes: Sizes) -> Mapping[str, Taken]:
+    """Return the row of the matrix that is put together of pieces, if one is."""
+    size = 4 * max(sizes.matrices, default=0) if sizes.gathers else 0
+    return {"matrix put together": Taken(size, "fp32, one at a time", whole=size)} if size else {}
 
 
 def _nothing(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
