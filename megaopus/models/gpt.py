@@ -60,6 +60,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, parallel: ParallelConfig,
         # The interleaved schedule posts each receive on its own: gloo pairs batched ones wrongly, without an error.
         overlap_p2p_comm=parallel.vpp > 1,
         batch_p2p_comm=parallel.vpp == 1,
+        batch_p2p_sync=False,  # a wait for the device that PyTorch needed before its pull request 82450, of 2022
         context_parallel_size=mesh.shape.cp,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,

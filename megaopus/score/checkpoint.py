@@ -32,6 +32,7 @@ from megaopus.score.hub import FIRST, MEAN
 from megaopus.selection import directional_utilities, exact_utilities
 from megaopus.selection.backend import Candidates, Gradient, UpdateOperator
 from megaopus.selection.config import PASS_TOKENS
+from megaopus.selection.pieces import finite, whole_gradient, whole_operator
 from megaopus.start import check_same_tokenizer
 
 PROXY_SEQUENCES = 64
@@ -239,11 +240,8 @@ class Utility(_OfCheckpoint):
         if operator is None:
             raise CheckpointError(f"{self._folder}: its optimizer has no state, so that its update is not known")
         advance = begin("proxy gradient", len(self._proxy) * self.config.data.seq_len)
-        self._gradient = self.backend.gradient(self._proxy)
-        if self._pool is not None:
-            other = self.backend.gradient(self._pool)
-            self._gradient = {name: value - other[name] for name, value in self._gradient.items()}
-        if not all(bool(value.isfinite().all()) for value in self._gradient.values()):
+        self._gradient = self.backend.gradient(self._proxy, against=self._pool)
+        if not bool(finite(self._gradient, self.backend.device)):
             raise CheckpointError(
                 f"{self._folder}: the gradient of the proxy's loss is not finite; use another checkpoint"
             )
@@ -252,8 +250,11 @@ class Utility(_OfCheckpoint):
 
     def _values(self, windows: Windows) -> Tensor:
         assert self._operator is not None
-        estimate = exact_utilities if self._estimator == "exact" else directional_utilities
-        return estimate(self.backend, windows, self._operator, self._gradient)
+        if self._estimator != "exact":
+            return directional_utilities(self.backend, windows, self._operator, self._gradient)
+        gradient = whole_gradient(self.backend, self._gradient)
+        with whole_operator(self._operator) as operator:
+            return exact_utilities(self.backend, windows, operator, gradient)
 
 
 def _one_process(state: dict[str, Any], folder: Path, device: str) -> RunConfig:
