@@ -240,7 +240,8 @@ class Utility(_OfCheckpoint):
         if operator is None:
             raise CheckpointError(f"{self._folder}: its optimizer has no state, so that its update is not known")
         advance = begin("proxy gradient", len(self._proxy) * self.config.data.seq_len)
-        self._gradient = self.backend.gradient(self._proxy, against=self._pool)
+        lent = self.backend.gradient(self._proxy, against=self._pool)
+        self._gradient = {name: value.clone() for name, value in lent.items()}
         if not bool(finite(self._gradient, self.backend.device)):
             raise CheckpointError(
                 f"{self._folder}: the gradient of the proxy's loss is not finite; use another checkpoint"
