@@ -104,6 +104,7 @@ def select(engine: Any, candidates: int = 16, proxies: int = 4, **settings: Any)
         engine.scoring_backend(),
         num_selected=6,
         proxy=lambda step: random_batch(proxies, 700 + step),
+        pool=lambda step: random_batch(5, 800 + step),
         seed=7,
         wanted=lambda buffer: buffer.ids % 3 == 0,
     )
@@ -124,6 +125,7 @@ def select_uneven(engine: Any) -> dict[str, Picks]:
     """Numbers of candidates and proxy sequences that divide over no ranks; some ranks have none of the latter."""
     sizes = {"directional": 3, "adjoint": 1, "mid_ppl": 3}
     found = {name: select(engine, 13, proxies, **SETTINGS[name]) for name, proxies in sizes.items()}
+    found["contrast"] = select(engine, 13, 3, **SETTINGS["directional"] | {"contrast": True})
     return found | {"step size": select(engine, 13, 3)}
 
 
