@@ -92,7 +92,7 @@ CASES: Mapping[str, Case] = {
         vocab_size=128256,
         seq_len=4096,
         micro=1,
-        micro_batches=8,
+        micro_batches=8,  # a pipeline with fewer is idle for longer
         parallel={"tp": 8, "pp": 4, "cp": 2, "sequence_parallel": True, "distributed_optimizer": True},
         ranks=2048,
     ),

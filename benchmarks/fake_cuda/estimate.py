@@ -49,6 +49,7 @@ def counts(work: Work) -> dict[str, Any]:
         "world_reductions": work.world_reductions(),
         "messages": {str(key): count for key, count in work.messages.items()},
         "message_bytes": {str(key): size for key, size in work.sizes.items()},
+        "message_sent_bytes": {str(key): sent for key, sent in work.sent.items()},
         "sent_bytes": sum(work.sent.values()),
         "flops": dict(kinds),
         "moved_bytes": sum(work.moved.values()),

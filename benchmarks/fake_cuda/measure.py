@@ -91,6 +91,7 @@ def measure(
     meter.work = Work()
     engine.train_step(Zeros(config.train.global_batch_size, config.data.seq_len))
     held, training, train_work = meter.bytes, meter.peak, meter.work
+    meter.work = Work()
     gc.collect()
     gc.freeze()  # what is there by now need not be looked through again and again
     scoring, kept, score_work = {}, {}, {}
