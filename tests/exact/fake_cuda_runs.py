@@ -1,6 +1,6 @@
 """Runs the engines' CUDA branch on fake tensors, a rank of any job, and tells plainly what was counted.
 
-    python -m tests.exact.fake_cuda_runs        # write tests/fixtures/fake_cuda.json anew, for a change that is meant
+python -m tests.exact.fake_cuda_runs        # write tests/fixtures/fake_cuda.json anew, for a change that is meant
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from megaopus.optim.registry import OPTIMIZERS
 from megaopus.planning.memory import PROCESS_ROW, memory, peak
 from megaopus.selection.config import SelectionConfig
 from tests.harness import example
+from tests.pool import Pool
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "fake_cuda.json"
 RENEW = "python -m tests.exact.fake_cuda_runs"
@@ -148,9 +149,6 @@ def layout(name: str) -> dict[str, Any]:
     return {
         "work": {step: plain(work) for step, work in works.items()},
         "peaks": {"train": found.training, **found.scoring},
-        "world": {step: work.world_reductions() for step, work in works.items()},
-        "sent": {step: sum(work.sent.values()) for step, work in works.items()},
-        "parameters": found.parameters,
     }
 
 
@@ -210,18 +208,14 @@ def saved(name: str) -> dict[str, list[Any]]:
     return {each.key: [list(each.global_shape), str(each.dtype)] for each in tensors}
 
 
-def everything() -> dict[str, Any]:
-    """Every case's counts."""
-    return {
-        "layouts": {name: layout(name) for name in RUNS},
-        "optimizers": {name: optimizer(name) for name in OPTIMIZERS},
-    }
-
-
 def main() -> None:
-    """Write the fixture."""
+    """Write the fixture's numbers for this version of torch, each case in a process of its own as in the test."""
+    kinds = {"layouts": (layout, RUNS), "optimizers": (optimizer, OPTIMIZERS)}
     known = json.loads(FIXTURE.read_text()) if FIXTURE.exists() else {}
-    known[torch.__version__.split("+")[0]] = everything()
+    with Pool() as pool:
+        jobs = {kind: {name: pool.submit(1, case, name) for name in names} for kind, (case, names) in kinds.items()}
+        found = {kind: {name: job.result()[0] for name, job in each.items()} for kind, each in jobs.items()}
+    known[torch.__version__.split("+")[0]] = found
     FIXTURE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     print(f"{FIXTURE}: {', '.join(known)}")
 

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.fake_cuda.device import fake_ranks, fake_tensors, missing
+from benchmarks.fake_cuda.estimate import estimate, row
+from benchmarks.gpu_shapes import Case
 from megaopus.optim.registry import OPTIMIZERS
-from tests.exact.fake_cuda_runs import FIXTURE, RENEW, RUNS, estimated, layout, optimizer, saved
+from tests.exact.fake_cuda_runs import FIXTURE, RENEW, RUNS, VOCAB, estimated, layout, optimizer, saved
 from tests.pool import Pool
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no fake CUDA device: {missing()}")
@@ -62,14 +64,33 @@ def test_every_layout_puts_the_same_tensors_into_a_checkpoint(pool: Pool) -> Non
     assert sharded == whole
     assert "optimizer.state.exp_avg_sq.decoder.layers.mlp.linear_fc1.weight" in whole
     assert whole["average.embedding.word_embeddings.weight"] == [[2048, 128], "torch.float32"]
-    depth = {name: [[4, *shape[1:]], kind] if "decoder.layers." in name else [shape, kind] for name, (shape, kind) in whole.items()}
-    assert stage.items() <= depth.items()
+    # its model is twice as deep: layers lie along the first axis
+    deeper = {key: [[4, *shape[1:]], kind] for key, (shape, kind) in whole.items() if "decoder.layers." in key}
+    assert stage.items() <= {**whole, **deeper}.items()
     split, alone = pool.run(1, _saved, ("tp8 sp", "cp2"))[0]
     assert split == alone
 
 
 def _saved(names: tuple[str, ...]) -> list[dict[str, Any]]:
     return [saved(name) for name in names]
+
+
+def _row() -> dict[str, Any]:
+    case = Case(model={"num_layers": 2, "hidden_size": 128, "num_heads": 8}, vocab_size=VOCAB, seq_len=64, **_BATCHES)
+    return row("tiny", case, [estimate(case, 0)])
+
+
+_BATCHES: dict[str, Any] = {"micro": 1, "micro_batches": 2, "ranks": 4, "parallel": {"distributed_optimizer": True}}
+FIELDS = ("shape", "layout", "estimator", "optimizer", "train_peak_gib", "score_peak_gib", "launches", "host_reads")
+
+
+def test_the_gpu_benchmark_makes_a_row_of_estimates(pool: Pool) -> None:
+    (found,) = pool.run(1, _row)
+    assert tuple(found)[:9] == (*FIELDS, "mfu_ceiling")
+    assert (found["layout"], found["estimator"], found["estimate"]) == ("dp4 zero", "directional", True)
+    assert found["launches"] == found["train_launches"] + found["score_launches"] > 0
+    assert 0 < found["mfu_ceiling"] < 1
+    assert json.loads(json.dumps(found)) == found
 
 
 MIXED: dict[str, Callable[[], Any]] = {
