@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from benchmarks.fake_cuda.numbers import Numbers
-from benchmarks.fake_cuda.work import OURS, Work, device_of, known
+from benchmarks.fake_cuda.operation import Operation, device_of
+from benchmarks.fake_cuda.work import OURS, Work
 from megaopus.selection.candidates import tensors_of
 
 aten = torch.ops.aten
@@ -64,19 +65,21 @@ class DeviceMeter(TorchDispatchMode):
         if func is aten.index.Tensor and any(each is not None and each.dtype == torch.bool for each in args[1]):
             self._asked(args[0])
             func, args = aten.clone.default, (args[0],)  # a mask of what is finite: all is
-        given = {tensor.untyped_storage()._cdata for tensor in self._tensors((args, kwargs))}
+        given = list(tensors_of((args, kwargs)))
+        there = {tensor.untyped_storage()._cdata for tensor in self._there(given)}
         result = func(*args, **kwargs)
+        made = list(tensors_of(result))
         self._reached(self.bytes + _inside(func, args))
-        for tensor in self._tensors(result):
+        for tensor in self._there(made):
             storage = tensor.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self._alive:  # neither a view nor in place
+            if storage._cdata not in there and storage._cdata not in self._alive:  # neither a view nor in place
                 self._count(storage, func)
         if func in (aten.any.default, aten.all.default, aten.lt.Tensor):
             self._true.add(result)
         if self._device == "cuda":
-            self.work.operation(func, args, kwargs, result)
-            written = [each for place in known(func).written for each in tensors_of(args[place : place + 1])]
-            self._numbers.follow(func, args, kwargs, result, written)
+            operation = Operation(func, args, kwargs, given, result, made)
+            self.work.operation(operation)
+            self._numbers.follow(operation)
         return result
 
     def tolist(self, tensor: Tensor) -> Any:
@@ -103,8 +106,8 @@ class DeviceMeter(TorchDispatchMode):
         made = torch.empty(numbers.shape, dtype=torch.int64, device=device_of(tensor))
         return self._numbers.learn(made, numbers)
 
-    def _tensors(self, tree: Any) -> list[Tensor]:
-        return [t for t in tensors_of(tree) if t.layout == torch.strided and device_of(t).type == self._device]
+    def _there(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [t for t in tensors if t.layout == torch.strided and device_of(t).type == self._device]
 
     def _count(self, storage: UntypedStorage, func: Any) -> None:
         key = storage._cdata

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
@@ -11,6 +9,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from benchmarks.fake_cuda.operation import Operation
 from megaopus.selection.candidates import tensors_of
 
 aten = torch.ops.aten
@@ -35,24 +34,25 @@ class Numbers:
         found = self._known.get(tensor)
         return None if found is None or found.untyped_storage()._cdata in self._lost else found
 
-    def follow(self, func: Any, args: Any, kwargs: Any, result: Any, written: Any) -> None:
-        """Take note of an operation on fake tensors; ``written``: those of its tensors that it changed."""
+    def follow(self, operation: Operation) -> None:
+        """Take note of an operation on fake tensors."""
+        func, given, made = operation.func, operation.given, operation.made
         if func.namespace == "c10d":
             return
-        given = list(tensors_of((args, kwargs)))
         if func is aten.lift_fresh.default and not isinstance(given[0], FakeTensor):  # a list became a tensor
             if given[0].numel() <= MOST:
-                self._known[result] = given[0]
+                self._known[operation.result] = given[0]
             return
-        if all(self.of(each) is not None for each in given) and torch.Tag.nondeterministic_seeded not in func.tags:
-            made = list(tensors_of(result))
-            small = made and all(each.numel() <= MOST for each in made)
-            if written or (small and not func.name().startswith("aten::empty")):
-                self._repeat(func, args, kwargs, made)
-                return
-        for each in written:
-            if (lost := self._known.get(each)) is not None:
-                self._lost[lost.untyped_storage()._cdata] = lost.untyped_storage()
+        known = all(self.of(each) is not None for each in given) and not operation.schema.random
+        if known and operation.schema.written:
+            self._repeat(operation)
+        elif known and made and not operation.schema.name.startswith("empty"):
+            if all(each.numel() <= MOST for each in made):
+                self._repeat(operation)
+        else:
+            for each in operation.written():
+                if (lost := self._known.get(each)) is not None:
+                    self._lost[lost.untyped_storage()._cdata] = lost.untyped_storage()
 
     def nonzero(self, tensor: Tensor) -> Tensor | None:
         """``tensor.nonzero()``, real; None where the numbers are not known."""
@@ -67,11 +67,11 @@ class Numbers:
         self._known[tensor] = numbers
         return tensor
 
-    def _repeat(self, func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> None:
+    def _repeat(self, operation: Operation) -> None:
         with _disable_current_modes():
-            here = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}
-            args, here = tree_map_only(Tensor, self.of, (args, here))
-            real = list(tensors_of(func(*args, **here)))
-        for fake, number in zip(made, real, strict=True):
-            if fake is not None and self._known.get(fake) is not number:
+            here = {key: torch.device("cpu") if key == "device" else value for key, value in operation.kwargs.items()}
+            args, here = tree_map_only(Tensor, self.of, (operation.args, here))
+            real = list(tensors_of(operation.func(*args, **here)))
+        for fake, number in zip(operation.made, real, strict=True):
+            if self._known.get(fake) is not number:
                 self._known[fake] = number

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.fake_cuda import roofline
+from benchmarks.fake_cuda.operation import Operation, device_of
 from megaopus.selection.candidates import tensors_of
 
 aten = torch.ops.aten
@@ -25,6 +24,8 @@ _LISTS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 """Tensors that one multi-tensor kernel takes, by how many lists of them it has (torch: MultiTensorApply.cuh)."""
 _CHUNK, _CHUNKS = 65536, 320
 """Elements of a piece of a tensor, and pieces that one multi-tensor kernel takes (the same file)."""
+_MULTI = ("_foreach", "_fused_ad", "_fused_sgd")
+"""How the names of operations on lists of tensors begin."""
 _KERNELS = {"_scaled_dot_product_flash_attention_backward": 3, "_scaled_dot_product_efficient_attention_backward": 2}
 """Operations of several kernels each; of any other one is counted, what libraries split off is not seen."""
 _OVERWRITE = ("copy_", "zero_", "fill_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_")
@@ -35,31 +36,6 @@ _SCATTER = ("index_add_", "index_put_", "scatter_add_", "embedding_dense_backwar
 """Those that write no more of a tensor than they are given; the last two write all of it first."""
 _DEPENDENT = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "bincount")
 """Those whose result the host must wait for."""
-
-
-class _Known(NamedTuple):
-    """What is to be known of an operation, whatever it is called with."""
-
-    name: str
-    free: bool
-    """It runs no kernel: a view, an allocation, a question."""
-    written: tuple[int, ...]
-    """Places of the arguments that it changes."""
-
-
-@cache
-def known(func: Any) -> _Known:
-    """Read off an operation's schema what it does to its arguments."""
-    name = func._schema.name.split("::")[1]
-    arguments = func._schema.arguments
-    written = tuple(i for i, each in enumerate(arguments) if each.alias_info is not None and each.alias_info.is_write)
-    returns = func._schema.returns
-    views = any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
-    makes = name.startswith(("empty", "new_empty")) or name in ("_unsafe_view", "lift_fresh", "record_stream", "set_")
-    free = views or makes or func.namespace == "prim" or name.startswith(("sym_", "is_"))
-    if name.startswith("_fused_adam"):
-        written = tuple(place for place in written if place != 1)  # gradients, which only a scaler changes
-    return _Known(name, free, written)
 
 
 class Message(NamedTuple):
@@ -114,34 +90,44 @@ class Work:
         counter[f"{what} {function}".strip()] += 1
         self.lines[f"{what} {line}".strip()] += 1
 
-    def operation(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def operation(self, call: Operation) -> None:
         """Count an operation that has run; one without a tensor of the device is none."""
+        func, args, kwargs, given = call.func, call.args, call.kwargs, call.given
         if func.namespace == "c10d":
             self._message(func, args)
             return
-        about = known(func)
-        given, made = list(tensors_of((args, kwargs))), list(tensors_of(result))
+        name = call.schema.name
         on_device = [each for each in given if device_of(each).type == "cuda"]
-        made_there = [each for each in made if device_of(each).type == "cuda"]
-        if about.free or not (on_device or made_there):
+        made_there = [each for each in call.made if device_of(each).type == "cuda"]
+        if call.schema.free or not (on_device or made_there):
             return
-        _refuse_mixed(about.name, given, on_device)
-        if about.name in ("_to_copy", "copy_") and self._between(args, kwargs, result):
+        _refuse_mixed(name, given, on_device)
+        if name in ("_to_copy", "copy_") and self._between(args, kwargs, call.result):
             return
-        if about.name in _DEPENDENT:
+        if name in _DEPENDENT:
             self.asked(self.reads)
-        if about.name.startswith("index") and any(device_of(each).type == "cpu" for each in given):
-            self.asked(self.copies_in)
+        if name.startswith("index"):
+            self._index(call)
         if not any(each.numel() for each in on_device + made_there):
             return
-        self.launches[about.name] += _count_kernels(about.name, args)
-        moved = _moved(about, args, given, made)
-        self.moved[about.name] += moved
-        flops, kind, dtype = _flops(func, args, kwargs, result), "memory", torch.float32
+        self.launches[name] += _count_kernels(name, args)
+        moved = _moved(call)
+        self.moved[name] += moved
+        flops, kind, dtype = _flops(call), "memory", torch.float32
         if flops:
-            kind, dtype = ("attention" if "attention" in about.name else "products"), on_device[0].dtype
-            self.flops[f"{kind}{' backward' if 'backward' in about.name else ''}", dtype] += flops
+            kind, dtype = ("attention" if "attention" in name else "products"), on_device[0].dtype
+            self.flops[f"{kind}{' backward' if 'backward' in name else ''}", dtype] += flops
         self.seconds[kind] += roofline.kernel_seconds(flops, dtype, moved)
+
+    def _index(self, call: Operation) -> None:
+        """Count what has the host wait: an index of its own that goes to the device, a mask that is to be counted."""
+        places = [each for each in tensors_of(call.args[1:]) if not each.is_floating_point()]
+        if any(each.ndim and device_of(each).type == "cpu" for each in places):
+            self.asked(self.copies_in)
+        # one number is put by a kernel that takes a mask as it is
+        filled = call.schema.name in ("index_put_", "index_put") and call.args[2].numel() == 1
+        if any(each.dtype == torch.bool for each in places) and not filled:
+            self.asked(self.reads)
 
     def _between(self, args: Any, kwargs: Any, result: Any) -> bool:
         """Count a copy between the device and the host; False: it stays on the device."""
@@ -213,11 +199,6 @@ _SHARE = {
 """What a rank sends of a message by a ring, over its size; any other is sent once."""
 
 
-def device_of(tensor: Tensor) -> torch.device:
-    """As ``tensor.device`` says, which asks every mode in turn for a fake tensor's."""
-    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
-
-
 def _bytes(tensor: Tensor) -> int:
     """Of what a tensor sees, each element that it repeats once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
@@ -225,14 +206,14 @@ def _bytes(tensor: Tensor) -> int:
 
 def _refuse_mixed(name: str, given: list[Tensor], on_device: list[Tensor]) -> None:
     """Raise RuntimeError for what CUDA refuses and fake tensors let through: lists of both devices."""
-    if not name.startswith(("_foreach", "_fused")) or len(on_device) == len(given):
+    if not name.startswith(_MULTI) or len(on_device) == len(given):
         return
     if name.startswith("_fused") or any(each.ndim and device_of(each).type == "cpu" for each in given):
         raise RuntimeError(f"{name} is given tensors of the device and of the host together")
 
 
 def _count_kernels(name: str, args: Any) -> int:
-    if not name.startswith(("_foreach", "_fused")):
+    if not name.startswith(_MULTI):
         return _KERNELS.get(name, 1)
     lists = [each for each in args if isinstance(each, list | tuple) and each and isinstance(each[0], Tensor)]
     pieces = sum(math.ceil(each.numel() / _CHUNK) for each in lists[0])
@@ -241,37 +222,30 @@ def _count_kernels(name: str, args: Any) -> int:
     return max(1, math.ceil(pieces / _CHUNKS), math.ceil(len(lists[0]) / each_takes)) + more
 
 
-def _moved(about: _Known, args: Any, given: list[Tensor], made: list[Tensor]) -> int:
+def _moved(call: Operation) -> int:
     """Bytes that a kernel reads and writes, each once."""
-    written = [each for place in about.written if place < len(args) for each in tensors_of(args[place])]
+    name, written = call.schema.name, call.written()
     ours = {id(each) for each in written}
-    fresh = sum(_bytes(each) for each in made if id(each) not in ours)
-    if about.name in _PICK:
+    fresh = sum(_bytes(each) for each in call.made if id(each) not in ours)
+    if name in _PICK:
         return 2 * fresh
-    if about.name in _SCATTER:
-        source = min((_bytes(each) for each in given if each.ndim and each.is_floating_point()), default=0)
+    if name in _SCATTER:
+        source = min((_bytes(each) for each in call.given if each.ndim and each.is_floating_point()), default=0)
         return 3 * source + fresh
-    back = sum(map(_bytes, written))
-    read = sum(_bytes(each) for each in given if about.name not in _OVERWRITE or id(each) not in ours)
-    return read + back + fresh
+    read = sum(_bytes(each) for each in call.given if name not in _OVERWRITE or id(each) not in ours)
+    return read + sum(map(_bytes, written)) + fresh
 
 
-def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+def _flops(call: Operation) -> int:
     """By torch's own counter; of attention that sees no later positions half."""
-    formula = flop_registry.get(func._overloadpacket)
+    formula = flop_registry.get(call.func._overloadpacket)
     if formula is None:
         return 0
-    found = formula(*args, **kwargs, out_val=result)
-    causal = any(each is True for each in _causal(func, args, kwargs))
+    found = formula(*call.args, **call.kwargs, out_val=call.result)
+    names = [each.name for each in call.func._schema.arguments]
+    place = names.index("is_causal") if "is_causal" in names else len(names)
+    causal = call.args[place] if place < len(call.args) else call.kwargs.get("is_causal", False)
     return found // 2 if causal else found
-
-
-def _causal(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    names = [each.name for each in func._schema.arguments]
-    if "is_causal" not in names:
-        return []
-    place = names.index("is_causal")
-    return [args[place] if place < len(args) else kwargs.get("is_causal")]
 
 
 def _asker() -> tuple[str, str]:

@@ -1,0 +1,128 @@
+"""Measures training and scoring on a CUDA device; or, with --fake, estimates both for an H100 without one.
+
+Plain, each model that this job's ranks hold (alone: those of one rank; under torchrun others) trains and scores on the
+device: time, tokens per second, MFU, peak memory, kernels, host reads. With --fake the real engine runs on fake CUDA
+tensors (benchmarks/fake_cuda), which needs g++ and no GPU: every operation that it asks for is counted, and times are
+the least that an H100's data sheet allows for them. Every number of it is an estimate.
+
+    python benchmarks/gpu.py --json gpu.json                # on a GPU
+    python benchmarks/gpu.py --fake --json fake.json        # anywhere
+    python benchmarks/gpu.py --fake --only gpt2_small --json fake.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.fake_cuda.device import missing
+from benchmarks.gpu_shapes import CASES, PRESET
+
+COLUMNS: Mapping[str, str] = {
+    "shape": "shape",
+    "layout": "layout",
+    "train_peak_gib": "train GiB",
+    "score_peak_gib": "score GiB",
+    "train_launches": "train kernels",
+    "score_launches": "score kernels",
+    "train_host_reads": "train reads",
+    "score_host_reads": "score reads",
+    "train_sent_gib": "train sent GiB",
+    "score_sent_gib": "score sent GiB",
+    "mfu_ceiling": "MFU at most",
+}
+"""Field of a row -> what the table calls it."""
+
+
+def fake_stage(name: str, stage: int) -> dict[str, Any]:
+    """Estimate what one rank of a pipeline stage of a case takes and asks of its device."""
+    from benchmarks.fake_cuda.estimate import estimate
+
+    warnings.simplefilter("ignore")
+    return estimate(CASES[name], stage)
+
+
+def fake_rows(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Estimate a row for each case, of the fuller of its first and last stage; two processes at a time."""
+    from benchmarks.fake_cuda.device import install
+    from benchmarks.fake_cuda.estimate import row
+
+    if not missing():
+        install()  # compiled once, before two processes do
+    stages = {name: sorted({0, CASES[name].config().parallel.pp - 1}) for name in names}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=spawn) as pool:
+        largest_first = sorted(names, key=lambda name: -CASES[name].model["num_layers"])
+        found = {name: [pool.submit(fake_stage, name, stage) for stage in stages[name]] for name in largest_first}
+        return [row(name, CASES[name], [each.result() for each in found[name]]) for name in names]
+
+
+def table(rows: Sequence[Mapping[str, Any]], fake: bool) -> Table:
+    """Lay out rows for a person."""
+    how = "ESTIMATES for an H100 80GB SXM by fake tensors and data sheet; nothing was run on a GPU"
+    made = Table(title=how if fake else "measured", title_justify="left")
+    columns = {key: name for key, name in COLUMNS.items() if any(key in row for row in rows)}
+    if not fake:
+        columns |= {"train_tokens_per_s": "tokens/s", "train_s": "train s", "score_s": "score s", "mfu": "MFU"}
+    for name in columns.values():
+        made.add_column(name, justify="left" if name in ("shape", "layout") else "right")
+    for row in rows:
+        made.add_row(*(_readable(row.get(key)) for key in columns))
+    return made
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 1 else f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value if value is not None else "-")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure or estimate, print and write; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fake", action="store_true", help="estimate without a GPU")
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), metavar="SHAPE", help=", ".join(CASES))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, one array")
+    args = parser.parse_args(arguments)
+    console = Console(width=200)
+    if args.fake:
+        if why := missing():
+            console.print(f"--fake cannot run here: {why}", style="red", highlight=False)
+            return 2
+        rows = fake_rows(args.only)
+    else:
+        from benchmarks.gpu_measure import measured_rows, no_device
+
+        if why := no_device():
+            console.print(f"{why}: use --fake for estimates", style="red", highlight=False)
+            return 2
+        rows = measured_rows(args.only, console)
+        if int(os.environ.get("RANK", "0")):
+            return 0
+    console.print(table(rows, args.fake))
+    if args.fake:
+        console.print(f"estimator and batches are those of selection={PRESET}; times and MFU: the data sheet's peaks")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        partial = args.json.with_name(f"{args.json.name}.partial")
+        partial.write_text(json.dumps(rows, indent=1) + "\n")
+        partial.replace(args.json)
+        console.print(f"{'estimates' if args.fake else 'rows'}: {args.json}", highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,224 @@
+"""Runs the engines' CUDA branch on fake tensors, a rank of any job, and tells plainly what was counted.
+
+python -m tests.exact.fake_cuda_runs        # write tests/fixtures/fake_cuda.json anew, for a change that is meant
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.fake_cuda.measure import Zeros, fake_job, measure
+from benchmarks.fake_cuda.work import Work
+from megaopus.build import build_engine
+from megaopus.config.run_config import RunConfig
+from megaopus.models.config import ModelConfig
+from megaopus.optim.registry import OPTIMIZERS
+from megaopus.planning.memory import PROCESS_ROW, memory, peak
+from megaopus.selection.config import SelectionConfig
+from tests.harness import example
+from tests.pool import Pool
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "fake_cuda.json"
+RENEW = "python -m tests.exact.fake_cuda_runs"
+VOCAB, SEQ_LEN = 2048, 128
+GPT2 = ModelConfig(num_layers=2, hidden_size=128, num_heads=8)
+LLAMA = replace(
+    GPT2, num_kv_heads=8, position="rope", norm="rmsnorm", activation="swiglu", bias=False, tied=False, qk_norm=True
+)
+DEEP = replace(GPT2, num_layers=4)
+SHALLOW = replace(LLAMA, num_layers=1)
+_OPUS: dict[str, Any] = {"method": "opus"}
+SELECTIONS: Mapping[str, dict[str, Any]] = {
+    "directional": {**_OPUS, "contrast": True},
+    "adjoint": {**_OPUS, "estimator": "adjoint"},
+    "countsketch": {**_OPUS, "estimator": "countsketch"},
+    "kronecker": {**_OPUS, "estimator": "kronecker"},
+    "gram": {**_OPUS, "estimator": "adjoint", "redundancy": 0.5},
+    "exact": {**_OPUS, "estimator": "exact"},
+}
+"""Every estimator, contrast, and a Gram matrix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One rank of a job."""
+
+    model: ModelConfig = field(default_factory=lambda: GPT2)
+    parallel: Mapping[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    ranks: int = 1
+    rank: int = 0
+    micro_batches: int = 2
+    selections: tuple[str, ...] = tuple(name for name in SELECTIONS if name != "exact")
+
+    def config(self, optimizer: str = "adamw") -> RunConfig:
+        """The settings of such a run."""
+        config = RunConfig()
+        config.model, config.optim = self.model, example(optimizer)
+        for key, value in self.parallel.items():
+            setattr(config.parallel, key, value)
+        for key, value in {"device": "cuda", "precision": "bf16", **self.engine}.items():
+            setattr(config.engine, key, value)
+        dp = self.ranks // config.parallel.model_ranks
+        config.data.seq_len = SEQ_LEN
+        config.train.micro_batch_size = 2
+        config.train.global_batch_size = dp * 2 * self.micro_batches
+        return config
+
+    def selection(self, name: str) -> SelectionConfig:
+        """The settings of a scoring of as many candidates as are trained on, by a proxy of one micro-batch."""
+        config = self.config()
+        size, parallel = config.train.global_batch_size, config.parallel
+        proxies = size // self.micro_batches * (parallel.pp if parallel.vpp > 1 else 1)
+        return SelectionConfig(
+            **SELECTIONS[name], rho=1.0, proxy_batch_size=proxies, score_micro_batch_size=4, sketch_dim=64
+        )
+
+
+RUNS: Mapping[str, Run] = {
+    "1": Run(selections=tuple(SELECTIONS)),
+    "tp8 sp": Run(model=SHALLOW, parallel={"tp": 8, "sequence_parallel": True}, ranks=8, rank=3),
+    "pp4": Run(
+        model=DEEP,
+        parallel={"pp": 4},
+        ranks=4,
+        rank=3,
+        micro_batches=4,
+        selections=("directional", "adjoint", "gram"),
+    ),
+    "pp2 vpp2": Run(model=DEEP, parallel={"pp": 2, "vpp": 2}, ranks=2, micro_batches=4, selections=("directional",)),
+    "cp2": Run(
+        model=SHALLOW,
+        parallel={"cp": 2},
+        ranks=2,
+        rank=1,
+        selections=("directional", "kronecker", "gram"),
+    ),
+    "dp32 zero": Run(
+        parallel={"distributed_optimizer": True},
+        ranks=32,
+        rank=31,
+        selections=("directional", "adjoint", "countsketch"),
+    ),
+    "tp8 sp pp4 cp2 dp32 zero": Run(
+        model=replace(LLAMA, num_layers=4),
+        parallel={"tp": 8, "pp": 4, "cp": 2, "sequence_parallel": True, "distributed_optimizer": True},
+        ranks=2048,
+        rank=2047,
+        micro_batches=4,
+        selections=("directional", "adjoint"),
+    ),
+}
+"""Layout -> a rank of a job of it."""
+TENSOR_PARALLEL = Run(model=replace(SHALLOW, num_kv_heads=2), micro_batches=1, parallel={"tp": 2}, ranks=4, rank=3)
+"""Where optimizers that need a whole matrix exchange it."""
+
+
+def plain(work: Work) -> dict[str, Any]:
+    """What was counted, in values that JSON has."""
+    kinds: Counter[str] = Counter()
+    for (kind, dtype), flops in work.flops.items():
+        kinds[f"{kind} {str(dtype).removeprefix('torch.')}"] += flops
+    return {
+        "launches": work.kernels(),
+        "reads": dict(sorted(work.reads.items())),
+        "waits": dict(sorted(work.waits.items())),
+        "copies_in": dict(sorted(work.copies_in.items())),
+        "messages": {str(key): [count, work.sizes[key]] for key, count in sorted(work.messages.items())},
+        "flops": dict(sorted(kinds.items())),
+    }
+
+
+def layout(name: str) -> dict[str, Any]:
+    """Train and score at a layout, by every estimator that there is for it."""
+    warnings.simplefilter("ignore")
+    run = RUNS[name]
+    config = run.config()
+    with fake_job(config, run.rank, run.ranks) as (mesh, meter):
+        found = measure(config, VOCAB, mesh, meter, {each: run.selection(each) for each in run.selections})
+    works = {"train": found.train_work, **found.score_work}
+    return {
+        "work": {step: plain(work) for step, work in works.items()},
+        "peaks": {"train": found.training, **found.scoring},
+    }
+
+
+def estimated(name: str) -> dict[str, int]:
+    """Step -> bytes at its peak, as ``check`` estimates them."""
+    run = RUNS[name]
+    config, found = run.config(), {}
+    stage = run.rank * config.parallel.pp // run.ranks
+    for step in ("train", *run.selections):
+        config.selection = SelectionConfig() if step == "train" else run.selection(step)
+        rows = memory(config, VOCAB, run.ranks, "bf16", stage, "cuda")
+        del rows[PROCESS_ROW]
+        found[step] = peak(rows)[1]
+    return found
+
+
+def optimizer(name: str) -> dict[str, Any]:
+    """Make two updates with an optimizer and the map that selection needs of it, tensor- and data-parallel."""
+    warnings.simplefilter("ignore")
+    run = TENSOR_PARALLEL
+    config = run.config(name)
+    found: dict[str, Any] = {}
+    with fake_job(config, run.rank, run.ranks) as (mesh, meter):
+        engine = build_engine(config, mesh, VOCAB)
+        batch = Zeros(config.train.global_batch_size, SEQ_LEN)
+        for step in ("first", "second"):
+            gc.collect()
+            meter.reset_peak()
+            meter.work = Work()
+            engine.train_step(batch)
+            found[step] = plain(meter.work)
+        peaks = {"train": meter.peak}
+        meter.work = Work()
+        operator = engine.scoring_backend().operator()
+        gradient = {key: torch.zeros_like(value) for key, value in engine.scoring_backend().parameters().items()}
+        moved = operator.transposed().apply(gradient)
+        assert all(moved[key].shape == value.shape for key, value in gradient.items())
+        found["operator"] = plain(meter.work)
+    return {"work": found, "peaks": peaks}
+
+
+def saved(name: str) -> dict[str, list[Any]]:
+    """Key -> [whole shape, type] of every tensor that this rank would put into a checkpoint."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    warnings.simplefilter("ignore")
+    run = RUNS[name]
+    config = run.config()
+    with fake_job(config, run.rank, run.ranks) as (mesh, _):
+        engine = build_engine(config, mesh, VOCAB)
+        engine.train_step(Zeros(config.train.global_batch_size, SEQ_LEN))
+        groups = {"average": engine.scoring_backend().parameters()}
+        with mesh.megatron():
+            state = engine._sharded_state(groups, is_loading=False)
+        tensors = [each for each in nested_values(state) if isinstance(each, ShardedTensor)]
+    return {each.key: [list(each.global_shape), str(each.dtype)] for each in tensors}
+
+
+def main() -> None:
+    """Write the fixture's numbers for this version of torch, each case in a process of its own as in the test."""
+    kinds = {"layouts": (layout, RUNS), "optimizers": (optimizer, OPTIMIZERS)}
+    known = json.loads(FIXTURE.read_text()) if FIXTURE.exists() else {}
+    with Pool() as pool:
+        jobs = {kind: {name: pool.submit(1, case, name) for name in names} for kind, (case, names) in kinds.items()}
+        found = {kind: {name: job.result()[0] for name, job in each.items()} for kind, each in jobs.items()}
+    known[torch.__version__.split("+")[0]] = found
+    FIXTURE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    print(f"{FIXTURE}: {', '.join(known)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The engine's CUDA branch, run on fake CUDA tensors without a GPU: what it asks of the device is pinned.
+
+The numbers are in tests/fixtures/fake_cuda.json. Where a change is meant to move them, write them anew with
+``python -m tests.exact.fake_cuda_runs`` and look at the difference: it is what the change does on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.fake_cuda.device import fake_ranks, fake_tensors, missing
+from benchmarks.fake_cuda.estimate import estimate, row
+from benchmarks.gpu_shapes import Case
+from megaopus.optim.registry import OPTIMIZERS
+from tests.exact.fake_cuda_runs import FIXTURE, RENEW, RUNS, VOCAB, estimated, layout, optimizer, saved
+from tests.pool import Pool
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no fake CUDA device: {missing()}")
+VERSION = torch.__version__.split("+")[0]
+PINNED = json.loads(FIXTURE.read_text())
+LATEST = max(PINNED, key=lambda version: [int(part) for part in version.split(".")])
+BY_VERSION = ("launches", "flops")
+"""What torch's own composition of operations decides as well."""
+WITHIN = 0.15
+"""How far ``check`` may be off."""
+
+
+def hold(found: dict[str, Any], kind: str, name: str) -> None:
+    """Compare one case's counts with those that are pinned."""
+    pinned = PINNED.get(VERSION, PINNED[LATEST])[kind][name]
+    hint = f"if the change is meant: {RENEW}, and look at the difference"
+    for step, expected in pinned["work"].items():
+        for what, value in expected.items():
+            if VERSION in PINNED or what not in BY_VERSION:
+                assert found["work"][step][what] == value, f"{what} of {step} at {name}; {hint}"
+    if VERSION in PINNED:
+        assert found["peaks"] == pinned["peaks"], f"peak bytes at {name}; {hint}"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_layout_asks_of_the_device_what_is_pinned(pool: Pool, name: str) -> None:
+    (found,) = pool.run(1, layout, name)
+    hold(found, "layouts", name)
+    guesses = estimated(name)
+    off = {step: guesses[step] / true for step, true in found["peaks"].items() if step in guesses}
+    assert all(abs(ratio - 1) <= WITHIN for ratio in off.values()), f"check's estimate over what is true: {off}"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_asks_of_the_device_what_is_pinned(pool: Pool, name: str) -> None:
+    (found,) = pool.run(1, optimizer, name)
+    hold(found, "optimizers", name)
+
+
+def test_every_layout_puts_the_same_tensors_into_a_checkpoint(pool: Pool) -> None:
+    names = ("1", "pp4", "dp32 zero")
+    whole, stage, sharded = pool.run(1, _saved, names)[0]
+    assert sharded == whole
+    assert "optimizer.state.exp_avg_sq.decoder.layers.mlp.linear_fc1.weight" in whole
+    assert whole["average.embedding.word_embeddings.weight"] == [[2048, 128], "torch.float32"]
+    # its model is twice as deep: layers lie along the first axis
+    deeper = {key: [[4, *shape[1:]], kind] for key, (shape, kind) in whole.items() if "decoder.layers." in key}
+    assert stage.items() <= {**whole, **deeper}.items()
+    split, alone = pool.run(1, _saved, ("tp8 sp", "cp2"))[0]
+    assert split == alone
+
+
+def _saved(names: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [saved(name) for name in names]
+
+
+def _row() -> dict[str, Any]:
+    case = Case(model={"num_layers": 2, "hidden_size": 128, "num_heads": 8}, vocab_size=VOCAB, seq_len=64, **_BATCHES)
+    return row("tiny", case, [estimate(case, 0)])
+
+
+_BATCHES: dict[str, Any] = {"micro": 1, "micro_batches": 2, "ranks": 4, "parallel": {"distributed_optimizer": True}}
+FIELDS = ("shape", "layout", "estimator", "optimizer", "train_peak_gib", "score_peak_gib", "launches", "host_reads")
+
+
+def test_the_gpu_benchmark_makes_a_row_of_estimates(pool: Pool) -> None:
+    (found,) = pool.run(1, _row)
+    assert tuple(found)[:9] == (*FIELDS, "mfu_ceiling")
+    assert (found["layout"], found["estimator"], found["estimate"]) == ("dp4 zero", "directional", True)
+    assert found["launches"] == found["train_launches"] + found["score_launches"] > 0
+    assert 0 < found["mfu_ceiling"] < 1
+    assert json.loads(json.dumps(found)) == found
+
+
+MIXED: dict[str, Callable[[], Any]] = {
+    "add": lambda: torch.ones(2, device="cuda") + torch.ones(2),
+    "mm": lambda: torch.ones(2, 2, device="cuda") @ torch.ones(2, 2),
+    "cat": lambda: torch.cat([torch.ones(2, device="cuda"), torch.ones(2)]),
+    "where": lambda: torch.where(torch.ones(2, device="cuda") > 0, 1.0, torch.ones(2)),
+    "_foreach_add_": lambda: torch._foreach_add_([torch.ones(2, device="cuda")], [torch.ones(2)]),
+    "all_reduce": lambda: dist.all_reduce(torch.ones(2)),
+}
+
+
+def _refused(name: str) -> str | None:
+    with fake_ranks(0, 2), fake_tensors("cuda"):
+        dist.init_process_group("nccl")
+        try:
+            torch.ones(2, device="cuda") + torch.tensor(1.0)  # a number may come from the host
+            MIXED[name]()
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            dist.destroy_process_group()
+    return None
+
+
+def test_an_operation_that_mixes_device_and_host_raises(pool: Pool) -> None:
+    assert [name for name in MIXED if pool.run(1, _refused, name)[0] is None] == []
+
+
+def _reads() -> dict[str, int]:
+    with fake_tensors("cuda") as meter:
+        value = torch.arange(6, device="cuda") * 2
+        assert (value.tolist(), int(value[4]), value.nonzero().shape) == ([0, 2, 4, 6, 8, 10], 8, (5, 1))
+        values = torch.rand(100, device="cuda")
+        float(values.sum()), values.cpu(), values[values > 0.5], values.to("cpu", non_blocking=True)
+        reads = sum(meter.work.reads.values())
+        torch.tensor([1.0], device="cuda"), torch.ones(3).to("cuda", non_blocking=True), values[torch.arange(3)]
+        torch.cuda.synchronize(), torch.cuda.Event().synchronize(), torch.cuda.Stream().synchronize()
+        launches = meter.work.kernels()
+        parameters = [torch.empty(1000, device="cuda") for _ in range(65)]
+        torch._foreach_add_(parameters, parameters)
+        parameters[0].view(10, 100)[3].t()
+        return {
+            "reads": reads,
+            "copies_in": sum(meter.work.copies_in.values()),
+            "waits": sum(meter.work.waits.values()),
+            "foreach": meter.work.kernels() - launches,
+        }
+
+
+def test_the_meter_counts_what_makes_the_host_wait(pool: Pool) -> None:
+    (found,) = pool.run(1, _reads)
+    # tolist, int, nonzero; float, cpu, a mask; a list of numbers and a host's index that go to the device
+    assert found == {"reads": 6, "copies_in": 2, "waits": 3, "foreach": 2}
+
+
+def _messages() -> tuple[dict[str, list[int]], int, float]:
+    with fake_ranks(5, 16), fake_tensors("cuda") as meter:
+        dist.init_process_group("nccl")
+        group = dist.new_group(list(range(4, 8)), group_desc="SOME_GROUP")
+        whole, part = torch.zeros(1024, device="cuda"), torch.zeros(256, device="cuda")
+        dist.all_reduce(whole)
+        dist.all_reduce(whole, group=group)
+        dist.all_gather_into_tensor(whole, part, group=group)
+        dist.reduce_scatter_tensor(part, whole, group=group)
+        dist.all_gather(list(whole.split(256)), part, group=group)
+        dist.broadcast(part, src=4, group=group)
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, part, 6), dist.P2POp(dist.irecv, part, 4)]):
+            work.wait()
+        dist.destroy_process_group()
+        work = meter.work
+        products = torch.ones(64, 32, dtype=torch.bfloat16, device="cuda") @ torch.ones(
+            32, 16, dtype=torch.bfloat16, device="cuda"
+        )
+        assert products.shape == (64, 16)
+        found = {str(key): [count, work.sizes[key], work.sent[key]] for key, count in work.messages.items()}
+        return found, work.world_reductions(), work.flops["products", torch.bfloat16]
+
+
+def test_the_meter_counts_messages_by_their_group_and_what_a_ring_sends(pool: Pool) -> None:
+    found, world, flops = pool.run(1, _messages)[0]
+    assert found == {
+        "all-reduce world/16": [1, 4096, 7680],
+        "all-reduce some/4": [1, 4096, 6144],
+        "all-gather some/4": [2, 8192, 6144],
+        "reduce-scatter some/4": [1, 4096, 3072],
+        "broadcast some/4": [1, 1024, 1024],
+        "send world/16": [1, 1024, 1024],
+        "receive world/16": [1, 1024, 0],
+    }
+    assert world == 1
+    assert flops == 2 * 64 * 32 * 16
