@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ class Work:
         self.sent: Counter[Message] = Counter()
         self.flops: Counter[tuple[str, torch.dtype]] = Counter()
         self.moved: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.to_device = 0
         """Bytes that came from the host's memory."""
 
@@ -253,9 +253,9 @@ def _asker() -> tuple[str, str]:
     frame = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
-        start = next((path.index(each) for each in THEIRS if each in path), None)
-        if start is None and path.startswith(str(OURS)):
-            start = len(str(OURS)) - len(OURS.name)
+        start = len(str(OURS)) - len(OURS.name) if path.startswith(str(OURS)) else None
+        if start is None:
+            start = next((path.index(each) for each in THEIRS if each in path), None)
         if start is not None:
             module = path[start:].removesuffix(".py").replace("/", ".")
             return f"{module}.{frame.f_code.co_qualname}", f"{path[start:]}:{frame.f_lineno}"

@@ -21,7 +21,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import columns, common, estimators, faults, filters, pools, quality, study, throughput
+from benchmarks import columns, common, estimators, faults, filters, gpu, pools, quality, study, throughput
 from benchmarks.scoring import count_bytes
 from megaopus.config.compose import compose
 from megaopus.corpus_tools.split import SplitRule
@@ -349,3 +349,11 @@ def test_faults_are_summed_up() -> None:
     assert (found["max_lost_steps"], found["max_lost_steps_background"], found["save_interval"]) == (3, 7, 4)
     assert (found["goodput"], found["naive_goodput"], found["episodes"]) == (0.5, 0.25, 3)
     assert found["by_kind"]["SIGTERM"] == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to measure on")
+def test_gpus_are_not_measured_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.json"
+    assert gpu.main(["--json", str(rows)]) == 2
+    assert "torch sees no CUDA device here, so nothing can be measured: use --fake" in capsys.readouterr().out
+    assert not rows.exists()
