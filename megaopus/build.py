@@ -39,7 +39,7 @@ from megaopus.record.recorder import RECORD, Recorder, last_validation
 from megaopus.record.sinks import METRICS_FILE
 from megaopus.run_folder import run_lock, set_record_aside, write_run_folder
 from megaopus.selection import Selector
-from megaopus.selection.decide import PICKING
+from megaopus.selection.decide import PICKING, counts_exposures
 from megaopus.selection.methods.registry import UNIFORM
 from megaopus.start import start_weights
 from megaopus.training.memory import out_of_memory_explained
@@ -245,6 +245,8 @@ def build_trainer(
     size = checkpoint_bytes(config, vocab_size, identity["precision"])
     engine.work = WorkTimer(mesh.on_cpu, timers.clock, partial(timers.seconds, "data"))
     proxy, contrast = data.proxy_batches(reader), data.contrast_batches(reader)
+    text_features = data.text_features(mesh, RichConsole())
+    by_tokens = text_features is None and counts_exposures(config.selection)
     selector = Selector(
         config.selection,
         engine.scoring_backend(),
@@ -253,11 +255,11 @@ def build_trainer(
         pool=None if contrast is None else contrast.at,
         seed=config.seed,
         wanted=data.in_wanted_domains,
-        text_features=data.text_features(mesh, RichConsole()),
+        text_features=text_features,
     )
     return Trainer(
         engine=engine,
-        stream=data.candidates(reader),
+        stream=data.candidates(reader, data.signatures(mesh) if by_tokens else None),
         reader=reader,
         selector=selector,
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh, size=size),

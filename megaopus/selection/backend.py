@@ -21,7 +21,11 @@ Gradient = dict[str, Tensor]  # parameter name -> tensor of the parameter's shap
 
 
 class Candidates(Protocol):
-    """A buffer of N sequences; tokens are read only when asked for."""
+    """A buffer of N sequences; tokens are read only when asked for.
+
+    It may have ``signatures``, (N,) int64 or None, as ``guards.token_signatures`` makes them of its tokens, where they
+    are known unread: on every rank or none.
+    """
 
     @property
     def ids(self) -> Tensor:
