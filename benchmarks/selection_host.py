@@ -123,6 +123,10 @@ class Work:
         choice = decide(self.evidence(gram), config, Key(0, 0), self.plan.picks)
         assert choice.method == "opus", choice.events
 
+    def pairs(self) -> None:
+        """Compare the pairs of tokens of all picks with a draw's, as where a method has no proxy."""
+        guards.token_pair_check(self.buffer, None, 0.5, 0, 0, 0)(self.choice.positions)
+
     def rows(self) -> None:
         """Make the rows of the record; files are written once in 16 such steps."""
         selection = self.choice.at(0, 0, self.buffer.ids, self.plan.picks)
@@ -144,6 +148,7 @@ def stages(work: Work, gram: torch.Tensor) -> dict[str, Callable[[], Any]]:
         "choice with a domain floor": lambda: work.decide(sampler="top_k", floor=0.5),
         "rows of the record": work.rows,
         "signatures hashed by one rank": work.hashed,
+        "token pairs compared without a proxy": work.pairs,
         "choice with redundancy": lambda: work.decide(gram, sampler="top_k", redundancy=1.0),
         "choice with redundancy, drawn": lambda: work.decide(gram, sampler="boltzmann", redundancy=1.0),
     }
@@ -158,13 +163,14 @@ def measure(plan: Plan, clock: str, console: Console) -> dict[str, float]:
         work = Work(plan, Path(folder))
         for name, stage in stages(work, gram).items():
             seconds: list[float] = []
-            repeats = 33 if name == "rows of the record" else plan.repeats
-            while len(seconds) <= repeats and sum(seconds) < 20:
+            files = name == "rows of the record"
+            repeats, warm_up = (32, 16) if files else (plan.repeats, 1)
+            while len(seconds) < warm_up + repeats and sum(seconds) < 20:
                 before = now()
                 stage()
                 seconds.append(now() - before)
-            kept = seconds[1:] or seconds  # the first warms up
-            middle = statistics.mean(kept) if name == "rows of the record" else statistics.median(kept)
+            kept = seconds[warm_up:] or seconds
+            middle = statistics.mean(kept) if files else statistics.median(kept)
             found[name] = 1000 * middle
             console.print(f"{name}: {found[name]:.2f} ms", highlight=False)
     for name, choice in (("sum", "choice"), ("sum with a domain floor", "choice with a domain floor")):

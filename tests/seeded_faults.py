@@ -74,7 +74,7 @@ FAULTS = (
     ),
     Fault(
         "copies in one buffer do not count as one sequence",
-        (("counts.get(signature, 0) + copies[signature]", "counts.get(signature, 0) + 1"),),
+        (("repeat_interleave(sizes) + copies)", "repeat_interleave(sizes) + 1)"),),
         ("test_copies_in_one_buffer_count_as_one_sequence",),
     ),
     Fault(

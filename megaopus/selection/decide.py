@@ -23,6 +23,8 @@ from megaopus.selection.samplers.registry import SAMPLERS
 from megaopus.selection.scoring import Scores
 from megaopus.selection.uniformity import share_by_utility
 
+_LINE = 8
+"""Numbers in a line of the processor's cache, the least that it fetches from memory."""
 _UNIFORM_SHARE = 0.1  # of picks that utilities decide, below which a draw is uniform for all purposes
 PICKING = 2
 """Number of the rules by which picks follow from evidence; 1 is that of records that name none (version 0.1). Whoever
@@ -283,45 +285,43 @@ def _outliers(buffer: _Buffer, among: Tensor, values: Tensor) -> Tensor:
 class _Penalty:
     """Gives what each pick takes off the others among those who may be picked; those that are ``wild`` nothing.
 
-    One in ``score_every`` of the picks goes into the same update; which ones is not known yet. Columns of the matrix
-    are read as they are asked for, and kept: a choice needs those of its picks alone.
+    One in ``score_every`` of the picks goes into the same update; which ones is not known yet. Of the matrix the
+    columns of picks alone are looked at.
     """
 
     def __init__(self, buffer: _Buffer, among: Tensor, wild: Tensor, scored: Tensor, gram: Tensor):
         """``among``, ``wild``: (m,) positions and whether each is an outlier; ``gram``: (n, n) of ``scored`` (n,)."""
-        self._wild, self._scored, self._gram = wild, scored, gram
-        config, self._size = buffer.config, len(buffer.evidence.ids)
-        self._rows = torch.full((self._size,), -1).index_copy(0, scored, torch.arange(len(scored)))[among]
-        norms = gram.diagonal()[self._rows]
+        config, size = buffer.config, len(buffer.evidence.ids)
+        self._wild, self._scored, self._size = wild, scored, size
+        self._norms, self._columns = gram.diagonal().clone(), gram.t()
+        if _LINE * buffer.count > len(scored):  # reading that many columns fetches more memory than all rows
+            self._columns = self._columns.contiguous()
+        self._rows = torch.full((size,), -1).index_copy(0, scored, torch.arange(len(scored)))[among]
+        norms = self._norms[self._rows]
         usual = norms[~sampler.outliers(norms)].mean()
         scale = 1 / (buffer.num_selected * usual) if config.utilities == "standardised" else 1.0
         self._factor = config.redundancy * scale / config.score_every
         self._groups = buffer.groups(among)
-        self._columns: dict[int, Tensor] = {}
 
     def __call__(self, pick: int) -> Tensor:
         """(m,) what the pick of the ``pick``-th takes off each."""
         if self._wild[pick]:
-            return torch.zeros(len(self._rows), dtype=self._gram.dtype)
-        overlap = self._column(pick)[self._rows]
+            return torch.zeros(len(self._rows), dtype=self._columns.dtype)
+        overlap = self._columns[self._rows[pick]]
+        if len(self._rows) < len(overlap):
+            overlap = overlap[self._rows]
         if self._groups is not None:  # a group knows nothing of the others' picks
             overlap = overlap.masked_fill(self._groups != self._groups[pick], 0)
         return self._factor * overlap
 
     def redundancy(self, picks: Tensor, positions: Tensor) -> Redundancy:
         """What was taken off, as the whole buffer sees it. ``picks`` (P,): by place among (m,), and in the buffer."""
-        overlaps = torch.stack([self._column(pick) for pick in picks.tolist()])
-        norms = self._gram.diagonal().clone()
+        overlaps, norms = self._columns[self._rows[picks]], self._norms
         if len(self._scored) < self._size:
             unknown = torch.full((len(picks), self._size), torch.nan, dtype=torch.float64)
             overlaps = unknown.index_copy(1, self._scored, overlaps)
             norms = unknown.new_full((self._size,), torch.nan).index_copy(0, self._scored, norms)
         return Redundancy(norms, positions, overlaps)
-
-    def _column(self, pick: int) -> Tensor:
-        if (found := self._columns.get(pick)) is None:
-            found = self._columns[pick] = self._gram[:, self._rows[pick]].contiguous()
-        return found
 
 
 def _quotas(buffer: _Buffer, among: Tensor) -> tuple[Tensor, dict[int, int]] | None:

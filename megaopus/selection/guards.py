@@ -34,13 +34,12 @@ class Exposure:
 
     def times(self, signatures: Tensor, ids: Tensor) -> Tensor:
         """(N,) how often each would have been trained on if it were picked now, copies with smaller ids too."""
-        order, counts = torch.argsort(ids), self._counts
-        copies: dict[int, int] = {}
-        found = []
-        for signature in signatures[order].tolist():
-            copies[signature] = copies.get(signature, 0) + 1
-            found.append(counts.get(signature, 0) + copies[signature])
-        return torch.empty_like(order).index_copy(0, order, torch.tensor(found, dtype=torch.int64))
+        order = torch.argsort(ids)
+        order = order[signatures[order].argsort(stable=True)]  # copies one after the other, smaller ids first
+        different, sizes = signatures[order].unique_consecutive(return_counts=True)
+        trained_on = torch.tensor([self._counts.get(each, 0) for each in different.tolist()], dtype=torch.int64)
+        copies = torch.arange(1, len(order) + 1) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        return torch.empty_like(order).index_copy(0, order, trained_on.repeat_interleave(sizes) + copies)
 
     def record(self, step: int, signatures: Tensor) -> None:
         """These were trained on in ``step``; what lies ``window`` steps back is forgotten."""

@@ -143,7 +143,9 @@ def test_known_signatures_are_those_of_tokens_that_need_not_be_read(every: int) 
 
     def chosen() -> Selector:
         off = GuardConfig(min_ess=0, min_distinct=0, min_unique=0, exposure_window=3)
-        config = SelectionConfig(method="high_ppl", sampler="top_k", guards=off, score_every=every)
+        config = SelectionConfig(
+            method="high_ppl", sampler="top_k", guards=off, score_every=every, score_micro_batch_size=30
+        )
         return Selector(config, ByTable(), num_selected=K, proxy=None, seed=0)  # type: ignore[arg-type]
 
     tokens, ids = rows(list(range(30))), torch.arange(30)
