@@ -23,8 +23,8 @@ Gradient = dict[str, Tensor]  # parameter name -> tensor of the parameter's shap
 class Candidates(Protocol):
     """A buffer of N sequences; tokens are read only when asked for.
 
-    It may have ``signatures``, (N,) int64 or None, as ``guards.token_signatures`` makes them of its tokens, where they
-    are known unread: on every rank or none.
+    It may have ``signatures``, (N,) int64 that are equal for equal sequences, where they are known unread; None: they
+    are not. On every rank or none, and the same as in the run that a state of a selector comes from.
     """
 
     @property
