@@ -245,8 +245,6 @@ def build_trainer(
     size = checkpoint_bytes(config, vocab_size, identity["precision"])
     engine.work = WorkTimer(mesh.on_cpu, timers.clock, partial(timers.seconds, "data"))
     proxy, contrast = data.proxy_batches(reader), data.contrast_batches(reader)
-    text_features = data.text_features(mesh, RichConsole())
-    by_tokens = text_features is None and counts_exposures(config.selection)
     selector = Selector(
         config.selection,
         engine.scoring_backend(),
@@ -255,11 +253,11 @@ def build_trainer(
         pool=None if contrast is None else contrast.at,
         seed=config.seed,
         wanted=data.in_wanted_domains,
-        text_features=text_features,
+        text_features=data.text_features(mesh, RichConsole()),
     )
     return Trainer(
         engine=engine,
-        stream=data.candidates(reader, data.signatures(mesh) if by_tokens else None),
+        stream=data.candidates(reader, _signatures(config, data, mesh)),
         reader=reader,
         selector=selector,
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh, size=size),
@@ -284,6 +282,12 @@ def build_trainer(
         layer_grad_norm_every=config.logging.layer_grad_norm_every,
         profiler=StepProfiler(config.logging.profile_steps, Path(config.run_dir), mesh.rank),
     )
+
+
+def _signatures(config: RunConfig, data: RunData, mesh: Mesh) -> Any:
+    """Map what tells copies apart in the pool, if picks depend on it and no text features say so; else None."""
+    by_features = config.data_needs().text_features is not None
+    return data.signatures(mesh) if counts_exposures(config.selection) and not by_features else None
 
 
 def _tasks(config: RunConfig, engine: Engine, mesh: Mesh, corpus: Corpus) -> Any:

@@ -103,8 +103,7 @@ def prepare(
         with new_folder(out, console) as folder:
             shutil.copyfile(work / TOKENIZER, folder / TOKENIZER)
             lengths, unknown = _join(folder, parts, scanned, dtype, unknown_id(made))
-            losses = counted_loss(scanned.domains, scanned.domain_codes, lengths, unknown, sampled)
-            refuse(losses, max_lost)
+            refuse(losses := counted_loss(scanned.domains, scanned.domain_codes, lengths, unknown, sampled), max_lost)
             notes = _notes(scanned, lengths, rule)
             facts = {"tokenization": described(losses), "notes": notes, "provenance": provenance or {}}
             _write_manifest(folder, scanned, lengths, _join_masks(folder, parts), made, eod_token, rule, facts)
