@@ -166,8 +166,10 @@ def quotas(floor: float, domains: Tensor, usable: Tensor, count: int, seed: int,
     present, sizes = domains.unique(return_counts=True)
     due = floor * sizes.double() * count / len(domains)
     rounded = (due + counter_rng.uniform(counter_rng.key(seed, "floor", step), present)).floor().long()
+    names, sizes = usable.unique(return_counts=True)
+    there = dict(zip(names.tolist(), sizes.tolist(), strict=True))
     found, left = {}, count
     for domain, quota in zip(present.tolist(), rounded.tolist(), strict=True):
-        found[domain] = min(quota, int((usable == domain).sum()), left)
+        found[domain] = min(quota, there.get(domain, 0), left)
         left -= found[domain]
     return found
