@@ -315,7 +315,7 @@ class _Penalty:
         return self._factor * overlap
 
     def redundancy(self, picks: Tensor, positions: Tensor) -> Redundancy:
-        """What was taken off, as the whole buffer sees it. ``picks`` (P,): by place among (m,), and in the buffer."""
+        """Give what was taken off, as the whole buffer sees it. ``picks`` (P,): in (m,), ``positions``: in it."""
         overlaps, norms = self._columns[self._rows[picks]], self._norms
         if len(self._scored) < self._size:
             unknown = torch.full((len(picks), self._size), torch.nan, dtype=torch.float64)
