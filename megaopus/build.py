@@ -39,7 +39,7 @@ from megaopus.record.recorder import RECORD, Recorder, last_validation
 from megaopus.record.sinks import METRICS_FILE
 from megaopus.run_folder import run_lock, set_record_aside, write_run_folder
 from megaopus.selection import Selector
-from megaopus.selection.decide import PICKING
+from megaopus.selection.decide import PICKING, counts_exposures
 from megaopus.selection.methods.registry import UNIFORM
 from megaopus.start import start_weights
 from megaopus.training.memory import out_of_memory_explained
@@ -257,7 +257,7 @@ def build_trainer(
     )
     return Trainer(
         engine=engine,
-        stream=data.candidates(reader),
+        stream=data.candidates(reader, _signatures(config, data, mesh)),
         reader=reader,
         selector=selector,
         checkpointer=Checkpointer(config.checkpoint, Path(config.run_dir), mesh, size=size),
@@ -282,6 +282,12 @@ def build_trainer(
         layer_grad_norm_every=config.logging.layer_grad_norm_every,
         profiler=StepProfiler(config.logging.profile_steps, Path(config.run_dir), mesh.rank),
     )
+
+
+def _signatures(config: RunConfig, data: RunData, mesh: Mesh) -> Any:
+    """Map what tells copies apart in the pool, if picks depend on it and no text features say so; else None."""
+    by_features = config.data_needs().text_features is not None
+    return data.signatures(mesh) if counts_exposures(config.selection) and not by_features else None
 
 
 def _tasks(config: RunConfig, engine: Engine, mesh: Mesh, corpus: Corpus) -> Any:

@@ -152,7 +152,8 @@ def _add_splits(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="tokens of a sequence of the runs to come: held-out splits of little text get at least one, and long "
-        f"documents are cut where that needs it (default {rule.seq_len}, or data.seq_len of --data)",
+        "documents are cut where that needs it; copies among such sequences are told apart beforehand "
+        f"(default {rule.seq_len}, or data.seq_len of --data)",
     )
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from megaopus.corpus_tools.held_out import USUAL_SHARE, divide, is_held_out, sha
 from megaopus.corpus_tools.manifest import split_counts, write_manifest
 from megaopus.corpus_tools.near_duplicates import NearDuplicates
 from megaopus.corpus_tools.nearest_documents import CHUNK, HASHED, OVERLAP_WORDS, Found, Item, search
+from megaopus.corpus_tools.progress import stages
+from megaopus.corpus_tools.signatures import sign_pool
 from megaopus.corpus_tools.sources import Source, SourceReader
 from megaopus.corpus_tools.workers import cores
 from megaopus.data.corpus import (
@@ -163,6 +166,10 @@ def build(
             if kept or len(chosen.held_out):
                 target = write_target(corpus, found.documents[chosen.held_out], kept, folder / TARGET)
             _write(corpus, chosen.splits, summary, target, folder)
+            if seq_len := corpus.manifest.get("split_rule", {}).get("seq_len"):
+                with stages(console) as stage:
+                    line = partial(stage, "signatures", unit="sequences/s", scale=1)
+                    sign_pool(folder, seq_len, cores(), line)
     return ProxyCorpus(out, searched, found, chosen.places, summary)
 
 

@@ -19,6 +19,7 @@ from megaopus.corpus_tools.encode import CHUNK_CHARACTERS, Chunk, Entry, encode
 from megaopus.corpus_tools.manifest import split_counts, write_manifest
 from megaopus.corpus_tools.progress import Advance, stages
 from megaopus.corpus_tools.readers.stored import FaultyError
+from megaopus.corpus_tools.signatures import sign_pool
 from megaopus.corpus_tools.sources import Source, SourceReader
 from megaopus.corpus_tools.split import Scan, scan
 from megaopus.corpus_tools.split_rule import POOL, PROXY, VALIDATION, SplitRule
@@ -102,11 +103,11 @@ def prepare(
         with new_folder(out, console) as folder:
             shutil.copyfile(work / TOKENIZER, folder / TOKENIZER)
             lengths, unknown = _join(folder, parts, scanned, dtype, unknown_id(made))
-            losses = counted_loss(scanned.domains, scanned.domain_codes, lengths, unknown, sampled)
-            refuse(losses, max_lost)
+            refuse(losses := counted_loss(scanned.domains, scanned.domain_codes, lengths, unknown, sampled), max_lost)
             notes = _notes(scanned, lengths, rule)
             facts = {"tokenization": described(losses), "notes": notes, "provenance": provenance or {}}
             _write_manifest(folder, scanned, lengths, _join_masks(folder, parts), made, eod_token, rule, facts)
+            sign_pool(folder, rule.seq_len, workers, lambda count: stage("signatures", count, "sequences/s", 1))
     return out
 
 

@@ -20,15 +20,21 @@ class CandidateBuffer:
     """N sequences, by number; their tokens are read when ``batch`` asks for them."""
 
     def __init__(
-        self, sequences: Sequences, ids: np.ndarray, sequence_ids: np.ndarray, reader: TokenReader | None = None
+        self,
+        sequences: Sequences,
+        ids: np.ndarray,
+        sequence_ids: np.ndarray,
+        reader: TokenReader | None = None,
+        signatures: np.ndarray | None = None,
     ):
         """Args:
         sequences: where the tokens come from.
         ids: (N,) what the selector calls them, unique in the buffer.
         sequence_ids: (N,) their numbers in ``sequences``.
         reader: reads them once a step; None: they are read whenever they are asked for.
+        signatures: of every one of ``sequences``, as ``read_signatures`` maps them; None: not known unread.
         """
-        self._sequences, self._reader = sequences, reader
+        self._sequences, self._reader, self._signatures = sequences, reader, signatures
         self.ids: Tensor = torch.from_numpy(np.array(ids, dtype=np.int64))
         self.sequence_ids = np.asarray(sequence_ids, dtype=np.int64)
 
@@ -48,7 +54,13 @@ class CandidateBuffer:
     def take(self, indices: Tensor) -> CandidateBuffer:
         """The candidates at ``indices`` (n,), in that order."""
         rows = torch.as_tensor(indices).cpu().numpy()
-        return CandidateBuffer(self._sequences, self.ids.numpy()[rows], self.sequence_ids[rows], self._reader)
+        ids, numbers = self.ids.numpy()[rows], self.sequence_ids[rows]
+        return CandidateBuffer(self._sequences, ids, numbers, self._reader, self._signatures)
+
+    @property
+    def signatures(self) -> Tensor | None:
+        """(N,) int64 that tell their tokens apart; None where they would have to be read for it."""
+        return None if self._signatures is None else torch.from_numpy(self._signatures[self.sequence_ids])
 
     @property
     def reads(self) -> Reads:
@@ -108,6 +120,7 @@ class CandidateStream:
         steps_per_buffer: int = 1,
         stages: Items[Stage] = (),
         reader: TokenReader | None = None,
+        signatures: np.ndarray | None = None,
         serves: int | None = None,
     ):
         """Args:
@@ -118,6 +131,7 @@ class CandidateStream:
         steps_per_buffer: consecutive steps that get the same buffer.
         stages: weights of the domains over the steps; none: every sequence alike.
         reader: reads the tokens of the buffers.
+        signatures: as ``CandidateBuffer`` takes them.
         serves: the name of ``steps_per_buffer`` in version 0.1.
 
         Raises:
@@ -131,7 +145,7 @@ class CandidateStream:
         self.sequences = sequences
         self.num_candidates = num_candidates
         self._steps_per_buffer = steps_per_buffer
-        self._reader = reader
+        self._reader, self._signatures = reader, signatures
         self._key = f"{seed}/{purpose}/{sequences.key}"
         self._latest: dict[int, CandidateBuffer] = {}
         self._mixture = None
@@ -162,7 +176,7 @@ class CandidateStream:
         for epoch in range(epochs[0], epochs[-1] + 1):
             here = epochs == epoch
             numbers[here] = permute(places[here], n, f"{self._key}/{epoch}")
-        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers, self._reader)
+        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers, self._reader, self._signatures)
 
     def _mixed(self, mixture: Mixture, buffer: int, n: int) -> CandidateBuffer:
         domains, ranks = mixture.at(buffer)
@@ -174,7 +188,7 @@ class CandidateStream:
             here = (domains == domain) & (epochs == epoch)
             key = f"{self._key}/{self.sequences.domains[domain]}/{epoch}"
             numbers[here] = firsts[domain] + permute(places[here], int(counts[domain]), key)
-        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers, self._reader)
+        return CandidateBuffer(self.sequences, epochs * n + numbers, numbers, self._reader, self._signatures)
 
     def epochs(self, step: int) -> dict[str, float]:
         """Times that the candidates of each domain were gone through before ``step``."""

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from megaopus.data.needs import DataNeeds
 from megaopus.data.read_ahead import TokenReader
 from megaopus.data.score_filter import kept_documents
 from megaopus.data.sequences import Sequences
+from megaopus.data.signatures import read_signatures
 from megaopus.data.target import Target, held_out_target, target_of_domains
 from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features
 from megaopus.distributed.collectives import on_rank_0
@@ -112,10 +114,10 @@ class RunData:
         _ = self.held_out  # which every validation reads
         return any(corpus.masked for corpus in self._opened.values())
 
-    def candidates(self, reader: TokenReader | None = None) -> CandidateStream:
+    def candidates(self, reader: TokenReader | None = None, signatures: np.ndarray | None = None) -> CandidateStream:
         """Draw the buffer of candidates of each step. Raises DataError for a weight of a domain without sequences.
 
-        ``reader``, here and below: reads the tokens of the buffers.
+        ``reader``, here and below: reads the tokens of the buffers. ``signatures``: what ``signatures`` gives.
         """
         needs = self._needs
         return CandidateStream(
@@ -125,7 +127,16 @@ class RunData:
             steps_per_buffer=needs.steps_per_buffer,
             stages=parse_stages(self._data.weights),
             reader=reader,
+            signatures=signatures,
         )
+
+    def signatures(self, mesh: Mesh) -> np.ndarray | None:
+        """Map what tells copies apart in the pool; None on every rank if one has none. Collective.
+
+        Raises DataError if the file is broken.
+        """
+        found = read_signatures(self.pool)
+        return None if mesh.any(found is None) else found
 
     def proxy_batches(self, reader: TokenReader | None = None) -> CandidateStream | None:
         """Draw the proxy batch of each step; None: the run takes none."""

@@ -22,7 +22,11 @@ Gradient = dict[str, Tensor]
 
 
 class Candidates(Protocol):
-    """A buffer of N sequences; tokens are read only when asked for."""
+    """A buffer of N sequences; tokens are read only when asked for.
+
+    It may have ``signatures``, (N,) int64 that are equal for equal sequences, where they are known unread; None: they
+    are not. On every rank or none, and the same as in the run that a state of a selector comes from.
+    """
 
     @property
     def ids(self) -> Tensor:

@@ -36,20 +36,25 @@ def key(*parts: int | str) -> int:
 
 def bits(seed: int, counters: Tensor) -> Tensor:
     """64 pseudo-random bits per counter: int64 in, int64 of the same shape out."""
-    x = counters.to(torch.int64) * _signed(_GAMMA) + _signed(seed)  # int64 arithmetic wraps
+    x = counters.to(torch.int64) * _signed(
+        _GAMMA
+    )  # int64 arithmetic wraps; a new tensor, changed in place from here on
+    x += _signed(seed)
     for shift, factor in _MIX:
-        x = (x ^ _logical_shift(x, shift)) * _signed(factor)
-    return x ^ _logical_shift(x, 31)
+        x ^= _logical_shift(x, shift)
+        x *= _signed(factor)
+    x ^= _logical_shift(x, 31)
+    return x
 
 
 def _logical_shift(x: Tensor, shift: int) -> Tensor:
-    """``>>`` on int64 copies the sign bit; the mask clears those copies."""
-    return (x >> shift) & ((1 << (64 - shift)) - 1)
+    """``>>`` on int64 copies the sign bit; the mask clears those copies. A new tensor."""
+    return (x >> shift).bitwise_and_((1 << (64 - shift)) - 1)
 
 
 def uniform(seed: int, counters: Tensor) -> Tensor:
     """float64 in the open interval (0, 1), one per counter."""
-    return (_logical_shift(bits(seed, counters), 12).to(torch.float64) + 0.5) * 2.0**-52
+    return _logical_shift(bits(seed, counters), 12).to(torch.float64).add_(0.5).mul_(2.0**-52)
 
 
 def spread(counters: Tensor) -> Tensor:
@@ -59,4 +64,4 @@ def spread(counters: Tensor) -> Tensor:
 
 def gumbel(seed: int, counters: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, one per counter."""
-    return -torch.log(-torch.log(uniform(seed, counters)))
+    return uniform(seed, counters).log_().neg_().log_().neg_()

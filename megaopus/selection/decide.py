@@ -23,6 +23,8 @@ from megaopus.selection.samplers.registry import SAMPLERS
 from megaopus.selection.scoring import Scores
 from megaopus.selection.uniformity import share_by_utility
 
+_LINE = 8
+"""Numbers in a line of the processor's cache, the least that it fetches from memory."""
 _UNIFORM_SHARE = 0.1  # of picks that utilities decide, below which a draw is uniform for all purposes
 PICKING = 2
 """Number of the rules by which picks follow from evidence; 1 is that of records that name none (version 0.1). Whoever
@@ -239,11 +241,12 @@ def _pick(
         return _uniform(buffer, among)
     wild = _outliers(buffer, among, values)
     used = sampler.standardise(values[among]) if config.utilities == "standardised" else values[among]
-    penalty = None if gram is None else _penalty(buffer, among, wild, *gram)
+    penalty = None if gram is None else _Penalty(buffer, among, wild, *gram)
     draws = sampler.Draws(config.sampler, config.temperature, buffer.seed, period)
     quotas = _quotas(buffer, among)
-    picked = among[sampler.pick(used, ids[among], count, draws, penalty, quotas, over_cap[among])]
-    redundancy = None if gram is None else _redundancy(*gram, picked, len(ids))
+    picks = sampler.pick(used, ids[among], count, draws, penalty, quotas, over_cap[among])
+    picked = among[picks]
+    redundancy = None if penalty is None else penalty.redundancy(picks, picked)
     p = sampler.probabilities(used, config.temperature)
     ess, ratio = _ess(p), float(p.max()) * len(ids)
     # an outlier is sure of its place and takes no other's: the draw that could collapse is the one of the others
@@ -279,20 +282,46 @@ def _outliers(buffer: _Buffer, among: Tensor, values: Tensor) -> Tensor:
     return wild
 
 
-def _penalty(buffer: _Buffer, among: Tensor, wild: Tensor, scored: Tensor, gram: Tensor) -> Tensor:
-    """Return what each pick takes off the others at ``among`` (m,): (m, m); those that are ``wild`` (m,) nothing.
+class _Penalty:
+    """Gives what each pick takes off the others among those who may be picked; those that are ``wild`` nothing.
 
-    One in ``score_every`` of the picks goes into the same update; which ones is not known yet.
+    One in ``score_every`` of the picks goes into the same update; which ones is not known yet. Of the matrix the
+    columns of picks alone are looked at.
     """
-    config, size = buffer.config, len(buffer.evidence.ids)
-    rows = torch.full((size,), -1).index_copy(0, scored, torch.arange(len(scored)))[among]
-    overlap = gram[rows][:, rows]
-    norms = overlap.diagonal()
-    usual = norms[~sampler.outliers(norms)].mean()
-    scale = 1 / (buffer.num_selected * usual) if config.utilities == "standardised" else 1.0
-    if (groups := buffer.groups(among)) is not None:
-        overlap = overlap.masked_fill(groups[:, None] != groups, 0)  # a group knows nothing of the others' picks
-    return (config.redundancy * scale / config.score_every * overlap).masked_fill(wild, 0)
+
+    def __init__(self, buffer: _Buffer, among: Tensor, wild: Tensor, scored: Tensor, gram: Tensor):
+        """``among``, ``wild``: (m,) positions and whether each is an outlier; ``gram``: (n, n) of ``scored`` (n,)."""
+        config, size = buffer.config, len(buffer.evidence.ids)
+        self._wild, self._scored, self._size = wild, scored, size
+        self._norms, self._columns = gram.diagonal().clone(), gram.t()
+        if _LINE * buffer.count > len(scored):  # reading that many columns fetches more memory than all rows
+            self._columns = self._columns.contiguous()
+        self._rows = torch.full((size,), -1).index_copy(0, scored, torch.arange(len(scored)))[among]
+        norms = self._norms[self._rows]
+        usual = norms[~sampler.outliers(norms)].mean()
+        scale = 1 / (buffer.num_selected * usual) if config.utilities == "standardised" else 1.0
+        self._factor = config.redundancy * scale / config.score_every
+        self._groups = buffer.groups(among)
+
+    def __call__(self, pick: int) -> Tensor:
+        """(m,) what the pick of the ``pick``-th takes off each."""
+        if self._wild[pick]:
+            return torch.zeros(len(self._rows), dtype=self._columns.dtype)
+        overlap = self._columns[self._rows[pick]]
+        if len(self._rows) < len(overlap):
+            overlap = overlap[self._rows]
+        if self._groups is not None:  # a group knows nothing of the others' picks
+            overlap = overlap.masked_fill(self._groups != self._groups[pick], 0)
+        return self._factor * overlap
+
+    def redundancy(self, picks: Tensor, positions: Tensor) -> Redundancy:
+        """Give what was taken off, as the whole buffer sees it. ``picks`` (P,): in (m,), ``positions``: in it."""
+        overlaps, norms = self._columns[self._rows[picks]], self._norms
+        if len(self._scored) < self._size:
+            unknown = torch.full((len(picks), self._size), torch.nan, dtype=torch.float64)
+            overlaps = unknown.index_copy(1, self._scored, overlaps)
+            norms = unknown.new_full((self._size,), torch.nan).index_copy(0, self._scored, norms)
+        return Redundancy(norms, positions, overlaps)
 
 
 def _quotas(buffer: _Buffer, among: Tensor) -> tuple[Tensor, dict[int, int]] | None:
@@ -305,17 +334,6 @@ def _quotas(buffer: _Buffer, among: Tensor) -> tuple[Tensor, dict[int, int]] | N
         return None
     assert domains is not None  # a floor needs them
     return domains[among], guards.quotas(floor, domains, domains[among], buffer.count, buffer.seed, buffer.period)
-
-
-def _redundancy(scored: Tensor, gram: Tensor, picked: Tensor, size: int) -> Redundancy:
-    """``gram`` (n, n) of the candidates at ``scored`` (n,), as the whole buffer of ``size`` sees it."""
-    rows = torch.full((size,), -1).index_copy(0, scored, torch.arange(len(scored)))[picked]
-    unknown = torch.full((len(picked), size), torch.nan, dtype=torch.float64)
-    return Redundancy(
-        torch.full((size,), torch.nan, dtype=torch.float64).index_copy(0, scored, gram.diagonal()),
-        picked,
-        unknown.index_copy(1, scored, gram.t()[rows]),
-    )
 
 
 # -- guards ----------------------------------------------------------------------------------------------------------
@@ -355,7 +373,7 @@ def _alarm(buffer: _Buffer, picked: Tensor, ess: float) -> Event | None:
 
 
 def _tell_uniform(
-    buffer: _Buffer, utilities: Tensor, ids: Tensor, draws: sampler.Draws, penalty: Tensor | None, ratio: float
+    buffer: _Buffer, utilities: Tensor, ids: Tensor, draws: sampler.Draws, penalty: _Penalty | None, ratio: float
 ) -> None:
     """Say that raw utilities are too small for the temperature."""
     config = buffer.config

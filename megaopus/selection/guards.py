@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,41 +13,50 @@ from torch import Tensor
 
 from megaopus.events import Event
 from megaopus.selection import counter_rng, sampler
-from megaopus.selection.backend import Batch, Candidates, Proxy
-from megaopus.selection.candidates import as_candidates, tensors_of
+from megaopus.selection.backend import Batch, Candidates, Proxy, ScoringBackend
+from megaopus.selection.candidates import as_candidates, even_share, tensors_of
+
+_CACHED = 1 << 15
+"""Numbers that are hashed at a time."""
 
 
 class Exposure:
     """Counts how often each sequence was trained on over the last ``window`` steps.
 
-    Sequences are told apart by a 64-bit signature of their tokens, so copies count as one.
+    Sequences are told apart by a 64-bit signature of their tokens, so copies count as one. What a step costs depends on
+    its own sequences, not on the window.
     """
 
     def __init__(self, window: int):
         self._window = window
-        self._steps: deque[tuple[int, list[int]]] = deque()
-        self._counts: Counter[int] = Counter()
+        self._steps: deque[tuple[int, Tensor]] = deque()
+        self._counts: dict[int, int] = {}
 
     def times(self, signatures: Tensor, ids: Tensor) -> Tensor:
         """(N,) how often each would have been trained on if it were picked now, copies with smaller ids too."""
-        values, times = signatures.tolist(), torch.empty(len(ids), dtype=torch.int64)
-        copies: Counter[int] = Counter()
-        for position in torch.argsort(ids).tolist():
-            signature = values[position]
-            copies[signature] += 1
-            times[position] = self._counts[signature] + copies[signature]
-        return times
+        order = torch.argsort(ids)
+        order = order[signatures[order].argsort(stable=True)]  # copies one after the other, smaller ids first
+        different, sizes = signatures[order].unique_consecutive(return_counts=True)
+        trained_on = torch.tensor([self._counts.get(each, 0) for each in different.tolist()], dtype=torch.int64)
+        copies = torch.arange(1, len(order) + 1) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        return torch.empty_like(order).index_copy(0, order, trained_on.repeat_interleave(sizes) + copies)
 
     def record(self, step: int, signatures: Tensor) -> None:
         """These were trained on in ``step``; what lies ``window`` steps back is forgotten."""
-        self._add(step, signatures.tolist())
+        self._add(step, signatures)
         while self._steps[0][0] <= step - self._window:
             _, old = self._steps.popleft()
-            self._counts -= Counter(old)  # drops what falls to zero
+            for signature in old.tolist():
+                if self._counts[signature] == 1:
+                    del self._counts[signature]
+                else:
+                    self._counts[signature] -= 1
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values: the steps, how many sequences each had, and their signatures as base64 of int64."""
-        packed = array("q", [signature for _, found in self._steps for signature in found])
+        packed = array("q")
+        for _, found in self._steps:
+            packed.extend(found.tolist())
         return {
             "steps": [step for step, _ in self._steps],
             "sizes": [len(found) for _, found in self._steps],
@@ -58,14 +67,15 @@ class Exposure:
         """Continue from ``state_dict()``."""
         self._steps.clear()
         self._counts.clear()
-        packed = array("q", base64.b64decode(state["signatures"])).tolist()
-        for step, size in zip(state["steps"], state["sizes"], strict=True):
-            self._add(step, packed[:size])
-            del packed[:size]
+        packed = torch.tensor(array("q", base64.b64decode(state["signatures"])).tolist(), dtype=torch.int64)
+        for step, found in zip(state["steps"], packed.split(state["sizes"]), strict=True):
+            self._add(step, found)
 
-    def _add(self, step: int, found: list[int]) -> None:
+    def _add(self, step: int, found: Tensor) -> None:
         self._steps.append((step, found))
-        self._counts.update(found)
+        counts = self._counts
+        for signature in found.tolist():
+            counts[signature] = counts.get(signature, 0) + 1
 
 
 def token_signatures(batch: Batch) -> Tensor:
@@ -73,7 +83,24 @@ def token_signatures(batch: Batch) -> Tensor:
     tokens = next(tensors_of(batch)).cpu().flatten(1)
     tokens = tokens.double().view(torch.int64) if tokens.is_floating_point() else tokens.to(torch.int64)
     places = torch.arange(tokens.shape[1]) << 32
-    return counter_rng.bits(0, counter_rng.bits(0, tokens + places).sum(dim=1))  # int64 sums wrap
+    rows = max(1, _CACHED // max(1, tokens.shape[1]))  # what is hashed at a time stays in the processor's cache
+    sums = [counter_rng.bits(0, part + places).sum(dim=1) for part in tokens.split(rows)]  # int64 sums wrap
+    return counter_rng.bits(0, torch.cat(sums))
+
+
+def shared_signatures(candidates: Candidates, backend: ScoringBackend) -> Tensor:
+    """``token_signatures`` of all candidates (N,), each data-parallel rank hashing its share; collective."""
+    own = token_signatures(own_share(candidates, backend).batch())
+    if backend.world_size == 1:
+        return own
+    return backend.gather_candidates(own.to(backend.device)).cpu()[: len(candidates)]
+
+
+def own_share(candidates: Candidates, backend: ScoringBackend) -> Candidates:
+    """Those of the candidates that this data-parallel rank hashes, as many on each; copies of the last fill up."""
+    if backend.world_size == 1:
+        return candidates
+    return candidates.take(even_share(len(candidates), backend.world_size, backend.rank)[0])
 
 
 def as_many(batches: Sequence[Candidates]) -> list[Candidates]:
@@ -139,8 +166,10 @@ def quotas(floor: float, domains: Tensor, usable: Tensor, count: int, seed: int,
     present, sizes = domains.unique(return_counts=True)
     due = floor * sizes.double() * count / len(domains)
     rounded = (due + counter_rng.uniform(counter_rng.key(seed, "floor", step), present)).floor().long()
+    names, sizes = usable.unique(return_counts=True)
+    there = dict(zip(names.tolist(), sizes.tolist(), strict=True))
     found, left = {}, count
     for domain, quota in zip(present.tolist(), rounded.tolist(), strict=True):
-        found[domain] = min(quota, int((usable == domain).sum()), left)
+        found[domain] = min(quota, there.get(domain, 0), left)
         left -= found[domain]
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,10 @@ class Draws:
         return SAMPLERS.find(self.sampler).draw(utilities, ids, self.temperature, key)
 
 
+Penalty = Tensor | Callable[[int], Tensor]
+"""(n, n), its column s what a pick of s takes off every utility, or the function that gives that column (n,)."""
+
+
 class Quotas:
     """Says which candidates may be picked next so that each domain still gets the least that is its due.
 
@@ -83,13 +87,53 @@ class Quotas:
         """(n,) bool: everyone while picks are left beyond those that are due, then those of domains that lack some."""
         return (self._due > 0)[self._domain] | (self._free > 0)
 
-    def take(self, position: int) -> None:
-        """Count the pick of the candidate at ``position``."""
+    def take(self, position: int) -> bool:
+        """Count the pick of the candidate at ``position``; returns whether someone else may not be picked any more."""
         domain = self._domain[position]
         if self._due[domain] > 0:
             self._due[domain] -= 1
-        else:
-            self._free -= 1
+            return self._free <= 0 and not self._due[domain]
+        self._free -= 1
+        return self._free == 0
+
+    def among(self, order: Tensor) -> Tensor:
+        """Those of ``order`` (n,), all candidates from the best on, that are picked if one after another is, (m,)."""
+        domain = self._domain[order]
+        by_domain = domain.argsort(stable=True)
+        sizes = domain.bincount(minlength=len(self._due))
+        firsts = sizes.cumsum(0) - sizes
+        place = torch.empty_like(order).index_copy(0, by_domain, torch.arange(len(order)) - firsts[domain[by_domain]])
+        is_due = place < self._due[domain]  # of a domain the best
+        return order[is_due | ((~is_due).cumsum(0) <= self._free)]
+
+
+class _Closed:
+    """Keeps who may not be picked next: whom a quota bars, and who is above the lowest level of the others."""
+
+    def __init__(self, size: int, quotas: Quotas | None, levels: Tensor | None):
+        self._free, self._quotas, self._levels = torch.ones(size, dtype=torch.bool), quotas, levels
+        self._renew()
+
+    def take(self, position: int) -> None:
+        """Count the pick of the candidate at ``position``."""
+        self._free[position], self.mask[position] = False, True
+        self._left -= 1
+        if (self._quotas is not None and self._quotas.take(position)) or not self._left:
+            self._renew()
+
+    def _renew(self) -> None:
+        may = self._free if self._quotas is None else self._free & self._quotas.open()
+        if self._levels is not None and bool(may.any()):
+            may = may & (self._levels == self._levels[may].min())
+        self.mask, self._left = ~may, int(may.sum())
+
+    def best(self, scores: Tensor) -> int:
+        """Find who has the largest of ``scores`` (n,) of those who may be picked, the first of equal ones."""
+        found = int(scores.masked_fill(self.mask, -torch.inf).argmax())
+        if self.mask[found]:  # all others are as low as can be
+            may = (~self.mask).nonzero().flatten()
+            found = int(may[scores[may].argmax()])
+        return found
 
 
 def pick(
@@ -97,7 +141,7 @@ def pick(
     ids: Tensor,
     count: int,
     draws: Draws,
-    penalty: Tensor | None = None,
+    penalty: Penalty | None = None,
     quotas: tuple[Tensor, Mapping[int, int]] | None = None,
     levels: Tensor | None = None,
 ) -> Tensor:
@@ -108,33 +152,41 @@ def pick(
         ids: (n,) int64, which key the noise.
         count: how many.
         draws: how picks follow from utilities: by one noise, with ``penalty`` by noise of its own for every pick.
-        penalty: (n, n); each pick s lowers every other utility z by ``penalty[z, s]``.
+        penalty: each pick s lowers every other utility z by ``penalty[z, s]``.
         quotas: ((n,) domains, domain -> picks that it gets at least).
         levels: (n,) int64; nobody is picked while there is someone of a lower level who may be.
     """
     if penalty is None and quotas is None:
         return _largest(draws(utilities, ids, draws.sampler), ids, count, levels)
     order = torch.argsort(ids)
-    left, ids = utilities[order], ids[order]
-    penalty = None if penalty is None else penalty[order][:, order]
     levels = None if levels is None or not bool(levels.any()) else levels[order]
     least = None if quotas is None else Quotas(quotas[0][order], quotas[1], count)
-    free, picked = torch.ones(len(ids), dtype=torch.bool), []
-    scores = draws(left, ids, draws.sampler) if penalty is None else left
+    if penalty is not None:
+        return order[
+            _one_by_one(utilities[order], ids[order], order, count, draws, penalty, _Closed(len(ids), least, levels))
+        ]
+    assert least is not None
+    best = _descending(draws(utilities[order], ids[order], draws.sampler), levels)
+    picked = order[least.among(best)[:count]]
+    if len(picked) < count:
+        raise ValueError(f"{count} picks: quotas, which ask for more of some domain than there is, leave {len(picked)}")
+    return picked
+
+
+def _one_by_one(
+    left: Tensor, ids: Tensor, order: Tensor, count: int, draws: Draws, penalty: Penalty, closed: _Closed
+) -> list[int]:
+    """Pick as ``pick`` does, each pick lowering the others; ``order``: positions in ``penalty`` of ascending ids."""
+    ordered = torch.equal(order, torch.arange(len(order)))
+    picked = []
     for number in range(count):
-        may = (free if least is None else free & least.open()).nonzero().flatten()
-        if levels is not None:
-            may = may[levels[may] == levels[may].min()]
-        if penalty is not None:
-            scores = draws(left, ids, "diverse", number)
-        best = int(may[scores[may].argmax()])  # the first of equal ones: the smallest id
+        best = closed.best(draws(left, ids, "diverse", number))
+        closed.take(best)
         picked.append(best)
-        free[best] = False
-        if least is not None:
-            least.take(best)
-        if penalty is not None:
-            left = left - penalty[:, best]
-    return order[picked]
+        at = int(order[best])
+        taken = penalty[:, at] if isinstance(penalty, Tensor) else penalty(at)
+        left = left - (taken if ordered else taken[order])
+    return picked
 
 
 def pick_uniform(ids: Tensor, count: int, seed: int, step: int) -> Tensor:
@@ -149,7 +201,10 @@ def pick_top_k(utilities: Tensor, ids: Tensor, count: int, levels: Tensor | None
 
 def _largest(scores: Tensor, ids: Tensor, count: int, levels: Tensor | None = None) -> Tensor:
     order = torch.argsort(ids)
-    order = order[torch.argsort(scores[order], descending=True, stable=True)]
-    if levels is not None:
-        order = order[torch.argsort(levels[order], stable=True)]
-    return order[:count]
+    return order[_descending(scores[order], None if levels is None else levels[order])[:count]]
+
+
+def _descending(scores: Tensor, levels: Tensor | None) -> Tensor:
+    """(n,) positions from the best on, those of lower levels first, then by scores; of equal ones the first."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    return order if levels is None else order[torch.argsort(levels[order], stable=True)]

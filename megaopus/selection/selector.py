@@ -76,6 +76,7 @@ class Selector:
             assert text_features is not None
             self._prescreen = Prescreen(config.prescreen, text_features)
         self._choice: Choice | None = None
+        self._signatures: Tensor | None = None  # (N,) of the buffer of the choice; None: nothing asked for them
         self._said: set[str] = set()
 
     def select(self, candidates: Candidates | Batch, step: int) -> Selection:
@@ -98,7 +99,11 @@ class Selector:
         if check_alike := getattr(self.backend, "check_alike", None):  # backends of version 0.1 have none
             check_alike(selection.picked_ids)
         if counts_exposures(self.config):
-            self._exposure.record(step, self._signatures(candidates.take(selection.indices)))
+            of_buffer = self._signatures
+            picked = (
+                self._signed(candidates.take(selection.indices)) if of_buffer is None else of_buffer[selection.indices]
+            )
+            self._exposure.record(step, picked)
         return replace(
             selection,
             correlation=None if self._prescreen is None else self._prescreen.correlation,
@@ -116,12 +121,14 @@ class Selector:
         turn_of = slice(turn * self.num_selected, (turn + 1) * self.num_selected)
         if turn and self._choice is not None and self._choice.period == period:
             return [], self._choice.positions[turn_of].sort().values
-        ids, blind = candidates.ids.cpu(), counts_exposures(config) and self._text_features is None
-        evidence = self._known(candidates, ids, step, lambda own: own, exposures=not blind)
+        ids = candidates.ids.cpu()
+        signatures = self._prepared(candidates) if counts_exposures(config) else None
+        evidence = self._known(ids, step, lambda own: own, signatures)
         scored, picked, by_value = foresee(evidence, config, Key(self.seed, step), self.num_selected)
         reads = self._scorer.foresee(candidates, scored, step)
-        if blind:  # signatures are of tokens then
-            reads.append(candidates.take(picked[turn_of]) if len(picked) else candidates)
+        if counts_exposures(config) and signatures is None:  # they are of tokens then
+            signed = candidates.take(picked[turn_of].sort().values) if len(picked) else candidates
+            reads.append(guards.own_share(signed, self.backend))
         if config.guards.min_distinct > 0 and by_value:
             picks = [candidates.take(picked)] if len(picked) else []
             count = self.num_selected * config.score_every
@@ -178,7 +185,7 @@ class Selector:
             self._exposure.load_state_dict(state["exposure"])
         if self._prescreen is not None and "prescreen" in state:
             self._prescreen.load_state_dict(state["prescreen"])
-        self._choice = None
+        self._choice = self._signatures = None
         if "choice" in state:
             saved = dict(state["choice"])
             probabilities = torch.tensor(saved.pop("probabilities"), dtype=torch.float64)
@@ -204,8 +211,10 @@ class Selector:
 
     def _evidence(self, candidates: Candidates, ids: Tensor, step: int) -> Evidence:
         """Gather what is known of the buffer, as rank 0 knows it; collective."""
+        asked = counts_exposures(self.config) and not draws_uniformly(self.config, step)
+        self._signatures = self._signed(candidates) if asked else None
         return replace(
-            self._known(candidates, ids, step, self.backend.from_rank_0),
+            self._known(ids, step, self.backend.from_rank_0, self._signatures),
             score=lambda positions: self._score(candidates, positions, step),
             token_pair_alarm=guards.token_pair_check(
                 candidates,
@@ -218,15 +227,9 @@ class Selector:
         )
 
     def _known(
-        self,
-        candidates: Candidates,
-        ids: Tensor,
-        step: int,
-        from_rank_0: Callable[[Tensor], Tensor],
-        *,
-        exposures: bool = True,
+        self, ids: Tensor, step: int, from_rank_0: Callable[[Tensor], Tensor], signatures: Tensor | None
     ) -> Evidence:
-        """Gather what is known of the buffer without a model; ``exposures`` False: without reading tokens.
+        """Gather what is known of the buffer without a model or its tokens; ``signatures`` None: without exposures.
 
         ``from_rank_0`` takes one message with all of it: another processor may have rounded otherwise, another node may
         have other files.
@@ -235,8 +238,8 @@ class Selector:
         if draws_uniformly(config, step):
             return Evidence(ids=ids)
         found: dict[str, Tensor] = {}
-        if exposures and counts_exposures(config):
-            found["exposures"] = self._exposure.times(self._signatures(candidates), ids)
+        if signatures is not None:
+            found["exposures"] = self._exposure.times(signatures, ids)
         if config.guards.domain_floor > 0 and text_features is not None:
             found["domains"] = text_features.domains(ids)
         if prescreen is not None:
@@ -256,10 +259,16 @@ class Selector:
         """``Scorer.score`` of the candidates at ``positions`` (n,)."""
         return self._scorer.score(candidates.take(positions), step)
 
-    def _signatures(self, candidates: Candidates) -> Tensor:
+    def _signed(self, candidates: Candidates) -> Tensor:
+        """(n,) the signatures that exposures are counted by; collective where they are of tokens yet to be hashed."""
+        found = self._prepared(candidates)
+        return guards.shared_signatures(candidates, self.backend) if found is None else found
+
+    def _prepared(self, candidates: Candidates) -> Tensor | None:
+        """(n,) the same as far as they are known without a look at tokens, on all ranks or none."""
         if self._text_features is not None:
             return self._text_features.signatures(candidates.ids, self.config.guards.near_duplicates)
-        return guards.token_signatures(candidates.batch())
+        return getattr(candidates, "signatures", None)
 
     def _unsaid(self, events: Iterable[Event]) -> list[Event]:
         """``events`` without those that go on as they were said before."""

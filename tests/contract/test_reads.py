@@ -14,9 +14,11 @@ import pytest
 from megaopus import build
 from megaopus.config.compose import compose
 from megaopus.config.run_config import RunConfig
+from megaopus.corpus_tools.signatures import write_signatures
 from megaopus.data.read_ahead import TokenReader
 from megaopus.data.run_data import RunData
 from megaopus.data.sequences import Sequences
+from megaopus.data.signatures import signatures_path
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.record.config import LoggingConfig
@@ -38,6 +40,8 @@ RECIPES = {
     ],
     "cascade": ["selection=opus_cascade"],
     "exact": ["selection=opus_exact", "selection.score_length=8"],
+    "oracle": ["selection=domain_oracle"],
+    "oracle, signed": ["selection=domain_oracle"],
     "uniform": ["selection=uniform"],
 }
 
@@ -109,29 +113,34 @@ def idle(reader: TokenReader) -> None:
         time.sleep(0.001)
 
 
-def expected(config: RunConfig, data: RunData, record: SelectionRecord) -> set[tuple[str, int]]:
-    """Return what one process needs to score, to compare token pairs, and to train in this step."""
+def expected(config: RunConfig, data: RunData, record: SelectionRecord, signed: bool) -> set[tuple[str, int]]:
+    """Return what one process needs to score, to compare token pairs, and to train in this step.
+
+    ``signed``: preparation has told copies apart.
+    """
     step, selection, choices = record.step, config.selection, record.choices
     assert choices is not None
     sequences, utility = choices["sequence"], choices.get("utility")
-    scored = np.zeros(len(choices), dtype=bool) if utility is None else utility.known.numpy()
+    by_names = selection.method == "domain_oracle"  # whose utilities ask for no token
+    scored = np.zeros(len(choices), dtype=bool) if utility is None or by_names else utility.known.numpy()
     pool = {*sequences[choices["picked"].numpy()], *sequences[scored]}
     proxy: set[int] = set()
     proxies, contrasts = data.proxy_batches(), data.contrast_batches()
     period, first = step // selection.score_every, step % selection.score_every == 0
-    if selection.method != "uniform" and not (selection.needs_text_features or record.method == "uniform"):
+    known = signed or selection.needs_text_features
+    if selection.method != "uniform" and first and not (known or record.method == "uniform"):
         pool |= set(sequences)  # signatures are of tokens then
     if scored.any() and (step % selection.proxy_every == 0 or step == selection.warmup_steps):  # the first, or in turn
         assert proxies is not None
         proxy |= set(proxies.at(step).sequence_ids)
         if contrasts is not None:
             pool |= set(contrasts.at(step).sequence_ids)
-    if record.method != "uniform" and first and proxies is not None:  # the alarm compares as many pairs of tokens
+    if record.method != "uniform" and first:  # the alarm compares as many pairs of tokens
         chosen = PICKED * selection.score_every
         several = sampler.pick_uniform(choices["id"], chosen, config.seed, period)
-        count = min(chosen, PROXY)
+        count = chosen if proxies is None else min(chosen, PROXY)
         pool |= set(sequences[several[:count]])
-        proxy |= set(proxies.at(step).sequence_ids[:count])
+        proxy |= set() if proxies is None else set(proxies.at(step).sequence_ids[:count])
     return {("pool", int(n)) for n in pool} | {("proxy", int(n)) for n in proxy}
 
 
@@ -146,14 +155,22 @@ def test_a_step_reads_what_it_uses_once(recipe: str, tiny_corpus: Path, tmp_path
     overrides = settings(tiny_corpus, tmp_path, *more)
     config = compose([each for each in overrides if not each.startswith("selection.proxy_batch_size")])
     config.selection.proxy_batch_size = PROXY
-    data = run(config, mesh, log, 9, idle)
+    signed = recipe.endswith("signed")
+    if signed:
+        pool = RunData.open(config.data, config.data_needs()).pool
+        write_signatures(pool, 1, lambda done: None)
+    try:
+        data = run(config, mesh, log, 9, idle)
+    finally:
+        if signed:
+            signatures_path(pool).unlink()
     assert len(log.records) == 9
     for record in log.records:
         found = log.reads[record.step]
         assert len(found) == len(set(found)), record.step
         missing, needless = (
-            expected(config, data, record) - set(found),
-            set(found) - expected(config, data, record),
+            expected(config, data, record, signed) - set(found),
+            set(found) - expected(config, data, record, signed),
         )
         assert not missing, record.step
         assert not needless, record.step
@@ -164,8 +181,8 @@ def test_a_step_reads_what_it_uses_once(recipe: str, tiny_corpus: Path, tmp_path
     picks = {record.step: np.flatnonzero(record.choices["picked"]).tolist() for record in log.records}
     known = {step: foreseen for step, foreseen in log.foreseen.items() if foreseen}
     assert known == {step: picks[step] for step in known}
-    by_scores = {"cascade": {0, 1}, "exact": {0, 1}}  # what scores decide is not known ahead
-    assert known.keys() >= set(range(1, 9)) & by_scores.get(recipe, set(range(9)))
+    by_scores = {"cascade": {0, 1}, "exact": {0, 1}, "oracle": {0, 1}}  # what scores decide is not known ahead
+    assert known.keys() >= set(range(1, 9)) & by_scores.get(recipe.removesuffix(", signed"), set(range(9)))
 
 
 def test_picks_do_not_depend_on_what_is_read_ahead(tiny_corpus: Path, tmp_path: Path, mesh: Mesh, log: Log) -> None:

@@ -163,8 +163,8 @@ def test_what_an_older_version_picked_otherwise_is_told_from_a_changed_record(
     tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the rules of version 0.1 redundancy grew with the steps that a buffer serves."""
-    rule = decide._penalty
-    monkeypatch.setattr(decide, "_penalty", lambda *args: rule(*args) * args[0].config.score_every)
+    rule = decide._Penalty.__call__
+    monkeypatch.setattr(decide._Penalty, "__call__", lambda self, pick: rule(self, pick) * 2)
     diverse = ["selection=opus_exact", *SMALL, "selection.redundancy=20", "selection.score_every=2"]
     run = tmp_path / "run"
     assert train(settings(tiny_corpus, run, *diverse)) == 0

@@ -21,7 +21,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import columns, common, estimators, faults, filters, gpu, pools, quality, study, throughput
+from benchmarks import (
+    columns,
+    common,
+    estimators,
+    faults,
+    filters,
+    gpu,
+    pools,
+    quality,
+    selection_host,
+    study,
+    throughput,
+)
 from benchmarks.scoring import count_bytes
 from megaopus.config.compose import compose
 from megaopus.corpus_tools.split import SplitRule
@@ -131,6 +143,18 @@ def test_machine_is_recorded_beside_the_rows(output: Path) -> None:
     assert [each["optimizer"] for each in about["optimizers"]] == ["adamw", "muon"]
     assert all(each["proxy_cost_ratio"] > 0 and each["loss_last"] < each["loss_first"] for each in about["optimizers"])
     assert sorted(path.name for path in output.parent.iterdir()) == ["rows.json", "rows.machine.json"]
+
+
+def test_every_stage_of_a_selection_has_its_milliseconds(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    plan = selection_host.Plan(candidates=96, picks=24, seq_len=16, window=3, proxy=4, repeats=1)
+    for _ in range(2):
+        assert selection_host.main(["--results", str(path)], plan) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["candidates"] for row in rows] == [96, 96]
+    found = rows[0]["ms"]
+    assert set(selection_host.BUDGET) < set(found)
+    assert found["sum"] == pytest.approx(sum(found[stage] for stage in selection_host.BUDGET))
 
 
 @pytest.mark.slow

@@ -12,8 +12,10 @@ from megaopus.events import Event
 from megaopus.selection import Scores, SelectionConfig, TensorCandidates, sampler
 from megaopus.selection.config import GuardConfig, PrescreenConfig
 from megaopus.selection.decide import Evidence, Key, decide
+from megaopus.selection.guards import quotas as quotas_of
 from megaopus.selection.guards import token_pair_check
 from tests.unit.selection_net import UNGUARDED, K, N, batch, make, make_backend
+from tests.unit.test_selection_sampler import one_after_another
 
 IDS = torch.arange(64) + 500
 VALUES = torch.randn(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -171,6 +173,55 @@ def test_quota_picks_count_for_redundancy() -> None:
     diverse.guards = GuardConfig(domain_floor=0.6, exposure_cap=0, min_ess=0, min_distinct=0, min_unique=0)
     for step in range(8):  # with one pick or two that are somebody's due
         assert sorted(decide(known, diverse, Key(0, step), 2).positions.tolist()) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"sampler": "boltzmann", "utilities": "raw", "temperature": 0.3},
+        {"groups": 4},
+        {"guards": GuardConfig(domain_floor=0.6, min_ess=0, min_distinct=0, min_unique=0)},
+        {"prescreen": PrescreenConfig(mode="cascade", slice=8, multiple=2)},
+    ],
+)
+def test_redundancy_takes_columns_of_the_whole_matrix_off(settings: dict[str, Any]) -> None:
+    """Picks are those of a plain loop over the matrix of all pairs, an outlier's column zero, to the last one."""
+    generator = torch.Generator().manual_seed(5)
+    vectors = torch.randn(64, 4, generator=generator, dtype=torch.float64)
+    gram = vectors @ vectors.t() + 0.1 * torch.randn(64, 64, generator=generator, dtype=torch.float64)  # not symmetric
+    values, asked = VALUES.clone(), list[Tensor]()
+    values[7] = 1e6
+
+    def score(positions: Tensor) -> Scores:
+        asked.append(positions)
+        return Scores(utilities=values[positions], gram=gram[positions][:, positions])
+
+    exposures, domains = torch.arange(64) % 3, torch.arange(64) % 2
+    ids = IDS[torch.randperm(64, generator=generator)]
+    known = Evidence(ids=ids, score=score, exposures=exposures, domains=domains, prescreen_score=VALUES)
+    used = config(**{"sampler": "top_k", "redundancy": 0.7, **settings})
+    choice = decide(known, used, Key(3, 9), 16)
+    (among,) = asked
+    own, overlap = values[among], gram[among][:, among]
+    wild, norms = sampler.outliers(own), overlap.diagonal()
+    standard = used.utilities == "standardised"
+    scale = 1 / (16 * norms[~sampler.outliers(norms)].mean()) if standard else 1.0
+    places, quotas = among * used.groups // 64, None
+    if used.groups > 1:
+        overlap, quotas = overlap * (places[:, None] == places), (places, dict.fromkeys(range(4), 4))
+    if used.guards.domain_floor:
+        quotas = domains[among], quotas_of(0.6, domains, domains[among], 16, 3, 9)
+    penalty = (0.7 * scale * overlap).masked_fill(wild, 0)
+    draws = sampler.Draws(used.sampler, used.temperature, 3, 9)
+    levels = (exposures[among] - 1).clamp_min(0) if used.guards.exposure_cap else None
+    taken = sampler.standardise(own) if standard else own
+    picked = among[one_after_another(taken, ids[among], 16, draws, penalty, quotas, levels)]
+    assert choice.positions.tolist() == picked.tolist()
+    assert choice.redundancy is not None
+    assert torch.equal(choice.redundancy.overlaps[:, among], gram[among][:, picked].t())
+    assert torch.equal(choice.redundancy.squared_norms[among], norms)
+    assert int(choice.redundancy.overlaps.isnan().sum()) == 16 * (64 - len(among))
 
 
 def test_a_selector_decides_as_the_function_does() -> None:

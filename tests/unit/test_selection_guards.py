@@ -116,6 +116,122 @@ def test_signatures_of_tokens_count_every_place() -> None:
     assert token_signatures(floats).unique().numel() == 2
 
 
+class Signed:
+    """Candidates whose signatures are known; says how often tokens were asked for."""
+
+    def __init__(self, tokens: Tensor, ids: Tensor, known: bool, asked: list[int]):
+        self.tokens, self.ids, self.known, self.asked = tokens, ids, known, asked
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def signatures(self) -> Tensor | None:
+        return token_signatures(self.tokens) if self.known else None
+
+    def take(self, indices: Tensor) -> Signed:
+        return Signed(self.tokens[indices], self.ids[indices], self.known, self.asked)
+
+    def batch(self, length: int | None = None) -> Tensor:
+        self.asked.append(len(self))
+        return self.tokens
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_known_signatures_are_those_of_tokens_that_need_not_be_read(every: int) -> None:
+    """A checkpoint of a run that hashed goes on with them, and each buffer is hashed once."""
+
+    def chosen() -> Selector:
+        off = GuardConfig(min_ess=0, min_distinct=0, min_unique=0, exposure_window=3)
+        config = SelectionConfig(
+            method="high_ppl", sampler="top_k", guards=off, score_every=every, score_micro_batch_size=30
+        )
+        return Selector(config, ByTable(), num_selected=K, proxy=None, seed=0)  # type: ignore[arg-type]
+
+    tokens, ids = rows(list(range(30))), torch.arange(30)
+    hashing, signed = chosen(), chosen()
+    for step in range(6):
+        asked: tuple[list[int], list[int]] = ([], [])
+        picks = [
+            each.select(Signed(tokens, ids + 30 * (step // every), known, log), step).indices.tolist()
+            for each, known, log in zip((hashing, signed), (False, True), asked, strict=True)
+        ]
+        assert picks[0] == picks[1]
+        state = hashing.state_dict()
+        assert state == signed.state_dict()
+        assert asked[0] == ([30, 30] if step % every == 0 else [])  # to be hashed, and for its losses
+        assert asked[1] == ([30] if step % every == 0 else [])
+        signed = chosen()
+        signed.load_state_dict(json.loads(json.dumps(state)))
+
+
+class CountedByHand:
+    """What ``Exposure`` is to say, from a list of all that was ever recorded."""
+
+    def __init__(self, window: int):
+        self.window, self.seen = window, list[tuple[int, int]]()
+
+    def times(self, signatures: list[int], ids: list[int]) -> list[int]:
+        trained = [each for _, each in self.seen]
+        return [
+            trained.count(own) + sum(s == own and i <= place for s, i in zip(signatures, ids, strict=True))
+            for own, place in zip(signatures, ids, strict=True)
+        ]
+
+    def record(self, step: int, signatures: list[int]) -> None:
+        self.seen += [(step, each) for each in signatures]
+        self.seen = [(then, each) for then, each in self.seen if then > step - self.window]
+
+
+def test_exposures_are_counted_over_the_window_whatever_steps_are_left_out() -> None:
+    generator = torch.Generator().manual_seed(4)
+    found, expected, step = Exposure(5), CountedByHand(5), 0
+    for turn in range(40):
+        step += int(torch.randint(1, 4, (), generator=generator))
+        asked, ids = torch.randint(-6, 6, (9,), generator=generator), torch.randperm(9, generator=generator)
+        assert found.times(asked, ids).tolist() == expected.times(asked.tolist(), ids.tolist())
+        trained = torch.randint(-6, 6, (int(torch.randint(0, 7, (), generator=generator)),), generator=generator)
+        found.record(step, trained)
+        expected.record(step, trained.tolist())
+        if turn % 9 == 0:
+            state = json.loads(json.dumps(found.state_dict()))
+            found = Exposure(5)
+            found.load_state_dict(state)
+
+
+def test_a_step_forgets_what_it_recorded_and_looks_at_nothing_else() -> None:
+    """Its cost follows from its own sequences: however many the window holds, as many counts are looked at."""
+
+    class Watched(dict):
+        def __init__(self) -> None:
+            super().__init__()
+            self.looks = 0
+
+        def __getitem__(self, key: int) -> int:
+            self.looks += 1
+            return int(super().__getitem__(key))
+
+        def get(self, key: int, default: int) -> int:  # type: ignore[override]
+            self.looks += 1
+            return int(super().get(key, default))
+
+        def __iter__(self):
+            raise AssertionError("walks the window")
+
+        keys = values = items = __iter__
+
+    looks = []
+    for window in (2, 100):
+        exposure = Exposure(window)
+        exposure._counts = counts = Watched()
+        for step in range(window + 3):
+            counts.looks = 0
+            exposure.times(torch.arange(6) + 5 * step, torch.arange(6))
+            exposure.record(step, torch.arange(5) + 5 * step)
+        looks.append(counts.looks)
+    assert looks[0] == looks[1] < 30
+
+
 # -- domains -----------------------------------------------------------------------------------------------------------
 
 

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from megaopus.selection import ModuleBackend, SelectionConfig, Selector, sampler
+from megaopus.selection import ModuleBackend, SelectionConfig, Selector, TensorCandidates, sampler
 from megaopus.selection.agreement import digest, disagreement
 from megaopus.selection.config import GuardConfig, PrescreenConfig
+from megaopus.selection.guards import own_share, shared_signatures, token_signatures
 from tests.pool import Pool
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -140,13 +141,22 @@ def disagree(backend: ModuleBackend) -> str:
     return str(caught.value)
 
 
+def hashed(backend: ModuleBackend) -> list[tuple[Tensor, int]]:
+    """Give the signatures of 5 candidates and of 1, each with how many of them this rank hashed."""
+    found = []
+    for count in (5, 1):
+        candidates = TensorCandidates(batch(7, count))
+        found.append((shared_signatures(candidates, backend), len(own_share(candidates, backend))))
+    return found
+
+
 def worker() -> dict[str, Any]:
     dist.init_process_group("gloo")
     try:
         found = run(dist.group.WORLD)
         backend = make_backend(dist.group.WORLD)
         by_text = picks_by_text(backend, float(backend.rank))
-        return found | {"by text": by_text, "disagreement": disagree(backend)}
+        return found | {"by text": by_text, "disagreement": disagree(backend), "hashed": hashed(backend)}
     finally:
         dist.destroy_process_group()
 
@@ -162,6 +172,13 @@ def test_picks_rest_on_what_rank_0_knows_of_text(ranks: list[dict[str, Any]]) ->
         assert rank["by text"] == one
     for name, picks in one.items():
         assert picks != other[name], name  # the second rank's own would have picked otherwise
+
+
+def test_each_rank_hashes_its_share_of_the_candidates(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for (signatures, own), (count, share) in zip(rank["hashed"], ((5, 3), (1, 1)), strict=True):
+            assert own == share
+            assert torch.equal(signatures, token_signatures(batch(7, count)))
 
 
 def test_ranks_that_picked_differently_are_named_with_their_picks(ranks: list[dict[str, Any]]) -> None:

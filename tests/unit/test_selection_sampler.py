@@ -178,6 +178,69 @@ def test_quotas_bound_one_row_of_picks_that_all_take_their_overlap_off() -> None
             assert found.tolist() == by_hand(utilities.tolist(), taken_off, domains.tolist(), least, 7)
 
 
+def one_after_another(utilities, ids, count, draws, penalty=None, quotas=None, levels=None) -> torch.Tensor:
+    """What ``sampler.pick`` says it does, a look at every candidate for every pick."""
+    order = torch.argsort(ids)
+    left, ids = utilities[order], ids[order]
+    free, picked = torch.ones(len(ids), dtype=torch.bool), []
+    due = {} if quotas is None else dict(quotas[1])
+    domains = None if quotas is None else quotas[0][order].tolist()
+    scores = draws(left, ids, draws.sampler)
+    for number in range(count):
+        may = free.clone()
+        if domains is not None and count - number <= sum(due.values()):
+            may &= torch.tensor([due.get(domain, 0) > 0 for domain in domains])
+        may = may.nonzero().flatten()
+        if levels is not None:
+            may = may[levels[order][may] == levels[order][may].min()]
+        if penalty is not None:
+            scores = draws(left, ids, "diverse", number)
+        best = int(may[scores[may].argmax()])  # the first of equal ones: the smallest id
+        picked.append(best)
+        free[best] = False
+        if domains is not None and due.get(domains[best], 0) > 0:
+            due[domains[best]] -= 1
+        if penalty is not None:
+            left = left - penalty[order][:, order][:, best]
+    return order[picked]
+
+
+def test_picks_are_those_of_a_plain_loop() -> None:
+    """To the last one, over ties, quotas, levels, penalties and utilities that are infinite, in any combination."""
+    generator = torch.Generator().manual_seed(3)
+
+    def integers(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, high, shape, generator=generator)
+
+    for case in range(150):
+        n = int(integers(30)) + 1
+        ids, count = 10 * torch.randperm(n, generator=generator), int(integers(n)) + 1
+        utilities = integers(4, n).double() if case % 3 else torch.randn(n, generator=generator, dtype=torch.float64)
+        if case % 7 == 0:
+            utilities[integers(2, n) == 0] = -torch.inf
+        domains, levels, penalty, quotas = integers(4, n), None, None, None
+        if case % 2:
+            members = domains.bincount(minlength=4)
+            wished = [int(integers(int(each) + 1)) for each in members]
+            least = {name: min(due, count // 4) for name, due in enumerate(wished) if name != 3}
+            quotas = domains, least
+        if case % 4 > 1:
+            levels = integers(3, n)
+        if case % 8 > 3:
+            penalty = integers(3, n, n).double() / 2 if case % 3 else torch.randn(n, n, generator=generator).double()
+        draws = sampler.Draws(("top_k", "boltzmann")[case % 5 % 2], 0.7, 1, case)
+        expected = one_after_another(utilities, ids, count, draws, penalty, quotas, levels)
+        assert sampler.pick(utilities, ids, count, draws, penalty, quotas, levels).tolist() == expected.tolist(), case
+        if penalty is not None:
+            found = sampler.pick(utilities, ids, count, draws, penalty.t().__getitem__, quotas, levels)
+            assert found.tolist() == expected.tolist(), case
+
+
+def test_quotas_of_more_than_there_is_are_refused() -> None:
+    with pytest.raises(ValueError, match="leave 2"):
+        sampler.pick(torch.zeros(4).double(), torch.arange(4), 3, TOP, None, (torch.tensor([0, 1, 1, 1]), {0: 2}))
+
+
 @pytest.mark.parametrize("penalty", [None, torch.zeros(40, 40, dtype=torch.float64)])
 def test_levels_come_first_and_leave_values_to_the_last_bit(penalty: torch.Tensor | None) -> None:
     ids = torch.randperm(40, generator=torch.Generator().manual_seed(0))
