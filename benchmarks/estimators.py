@@ -18,7 +18,8 @@ bias_z           countsketch: largest |mean error over seeds| in standard errors
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -104,10 +105,16 @@ class PlainGradient:
     def sides(self, name: str) -> None:
         return None
 
+    def direction(self, gradient: Mapping[str, Tensor], names: Iterable[str]) -> Gradient:
+        return {name: gradient[name] for name in names}
+
+    def whole(self, keeps: bool = True) -> AbstractContextManager[PlainGradient]:
+        return nullcontext(self)
+
     def transposed(self) -> PlainGradient:
         return self
 
-    def bounded(self, gradient: Gradient) -> PlainGradient:
+    def bounded(self, gradient: Mapping[str, Tensor]) -> PlainGradient:
         return self
 
 

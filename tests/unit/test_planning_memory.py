@@ -165,9 +165,9 @@ def test_estimates_lie_within_bounds_of_what_was_measured() -> None:
     """Every fifth cell of benchmarks/results/memory.jsonl: a formula that changes must still fit."""
     measured = benchmark.read(benchmark.RESULTS)
     shapes = {**benchmark.SHAPES, **benchmark.EXAMPLES}
-    for name, layout in benchmark.cells(shapes):
-        if benchmark.impossible(shapes[name], layout, "uniform") is None:
-            assert not benchmark.missing(shapes[name], layout, measured[name, layout])
+    assert len(measured) > 10
+    for name, layout in measured:
+        assert name not in shapes or not benchmark.missing(shapes[name], layout, measured[name, layout])
     found = list(itertools.islice(benchmark.ratios(measured), 0, None, 5))
     # what was drawn after the formulas stood has a few cells outside (docs/benchmarks.md)
     outside = [each for each in found if each[0] in shapes and not _fits(each)]

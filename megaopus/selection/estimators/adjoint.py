@@ -90,7 +90,7 @@ def adjoint_consumer(
 
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     rows = {"update on the proxy": Taken(4 * sum(sizes.matrices) // sizes.shards, "fp32, P g_proxy of each matrix")}
-    return rows | put_together(sizes)
+    return {**rows, **put_together(sizes)}
 
 
 @register_estimator(

@@ -297,7 +297,11 @@ def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     rows = {"hashes": Taken(making, "int64, of one matrix at a time", whole=making, before=before)}
     if not config.redundancy:
         how = "fp32, the update on the proxy's sketches carried back"
-        update = {"update on the proxy's sketch": Taken(4 * weights // sizes.shards, how)}
+        making = 16 * largest // sizes.shards  # the sketch carried back, what bounds the map, its factor and a square
+        update = {
+            "update in the making": Taken(making, "fp32, of one matrix at a time", whole=making, before=("sketches",)),
+            "update on the proxy's sketch": Taken(4 * weights // sizes.shards, how),
+        }
         return {**rows, **update, **put_together(sizes), **sketch_memory(config, sizes)}
     at_once = min(sizes.micro_batch_size, held_at_once(max(1, largest)))
     how = f"fp32, of {at_once} candidate(s) in the largest matrix, twice, and its signs"
