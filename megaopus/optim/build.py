@@ -121,7 +121,7 @@ class MixedPrecisionOptimizer:
     def _count(self) -> int:
         """Updates that the state has seen: read off it once, and counted on the host from then on."""
         if self._updates is None:
-            states = [state for optimizer in self.torch_optimizers for state in optimizer.state.values()]
+            states = [next(iter(optimizer.state.values()), {}) for optimizer in self.torch_optimizers]
             found = max((float(state["step"]) for state in states if "step" in state), default=0.0)
             self._updates = self.chained.chained_optimizers[0].updates if self._sharded else int(found)
         return self._updates
@@ -204,9 +204,9 @@ class MixedPrecisionOptimizer:
         if 0 < self._clip < norm:
             parameters = [p for wrapped in self.chained.chained_optimizers for p in wrapped.get_parameters()]
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self._clip / norm)
+        before = self._count()
         self.chained.step_with_ready_grads()
-        if self._updates is not None:
-            self._updates += 1
+        self._updates = before + 1
         return norm, True
 
     def own_piece(self, parameter: nn.Parameter) -> slice | None:

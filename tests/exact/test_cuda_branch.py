@@ -64,7 +64,7 @@ def test_every_layout_puts_the_same_tensors_into_a_checkpoint(pool: Pool) -> Non
     assert sharded == whole
     assert "optimizer.state.exp_avg_sq.decoder.layers.mlp.linear_fc1.weight" in whole
     assert whole["average.embedding.word_embeddings.weight"] == [[2048, 128], "torch.float32"]
-    # its model is twice as deep: layers lie along the first axis
+    # its model is deeper: layers lie along the first axis
     deeper = {key: [[4, *shape[1:]], kind] for key, (shape, kind) in whole.items() if "decoder.layers." in key}
     assert stage.items() <= {**whole, **deeper}.items()
     split, alone = pool.run(1, _saved, ("tp8 sp", "cp2"))[0]
