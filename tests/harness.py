@@ -122,8 +122,8 @@ class TokenCandidates:
 
 
 def wholes(engine: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put pieces that data-parallel ranks have of parameters together; tensors themselves where they are whole."""
+    """Put pieces that data-parallel ranks have of parameters together; copies, also where they are whole already."""
     if not (pieces := engine.pieces()):
-        return dict(values)
+        return {name: value.clone() for name, value in values.items()}
     found = Wholes(values, pieces, engine.mesh.dp_cp_group)
     return {name: found[name] for name in values}
