@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megaopus.corpus_tools.progress import Advance
 from megaopus.data.corpus import Corpus
 from megaopus.data.permutation import mix
-from megaopus.data.sequences import Sequences
 from megaopus.data.signatures import signatures_path
 from megaopus.errors import DataError
+
+if TYPE_CHECKING:
+    from megaopus.data.sequences import Sequences
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _CACHED = 1 << 15
@@ -63,6 +66,8 @@ def sign_pool(folder: Path, seq_len: int, workers: int, line: Callable[[int], Ad
 
     ``line``: starts a line of progress for so many sequences. Where no domain fills a sequence there are none.
     """
+    from megaopus.data.sequences import Sequences  # and torch, which --help is to do without
+
     corpus = Corpus.open(folder)
     try:
         pool = Sequences(corpus, "pool", seq_len)
