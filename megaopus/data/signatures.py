@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megaopus.data.sequences import Sequences
 from megaopus.errors import DataError
+
+if TYPE_CHECKING:
+    from megaopus.data.sequences import Sequences
 
 
 def signatures_path(pool: Sequences) -> Path:

@@ -121,7 +121,7 @@ class MixedPrecisionOptimizer:
     def _count(self) -> int:
         """Updates that the state has seen: read off it once, and counted on the host from then on."""
         if self._updates is None:
-            states = [next(iter(optimizer.state.values()), {}) for optimizer in self.torch_optimizers]
+            states = [dict(next(iter(optimizer.state.values()), {})) for optimizer in self.torch_optimizers]
             found = max((float(state["step"]) for state in states if "step" in state), default=0.0)
             self._updates = self.chained.chained_optimizers[0].updates if self._sharded else int(found)
         return self._updates
