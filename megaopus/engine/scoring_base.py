@@ -5,8 +5,8 @@ Data-parallel ranks share the candidates; tensor-, context- and pipeline-paralle
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from megaopus.selection.backend import (
 )
 from megaopus.selection.operators.build import Held, operator_of
 from megaopus.selection.operators.piecewise import PiecewiseOperator
+from megaopus.selection.pieces import chunks
 
 
 class EngineScoringBackend(ModuleBackend):
@@ -255,6 +256,27 @@ class EngineScoringBackend(ModuleBackend):
 
         whole = _sum(values[EMBEDDING], parallel_state.get_embedding_group(), 2)
         return values | {EMBEDDING: whole if self._mesh.pp_rank == 0 else torch.zeros_like(whole)}
+
+
+@contextmanager
+def moved_weights(
+    main: list[Tensor], steps: list[Tensor], model: list[Tensor], gather: Callable[[], None]
+) -> Iterator[Callable[[float], None]]:
+    """Yield what puts ``main`` plus a number times ``steps`` where the ``model`` has its weights; ``main`` in the end.
+
+    ``gather``: what tells the other ranks of them.
+    """
+
+    @torch.no_grad()
+    def put(scale: float) -> None:
+        for base, step, weight in chunks([main, steps, model]):
+            torch._foreach_copy_(weight, torch._foreach_add(base, step, alpha=scale) if scale else base)
+        gather()
+
+    try:
+        yield put
+    finally:
+        put(0.0)
 
 
 def _sum(values: Tensor, group: Any, size: int) -> Tensor:

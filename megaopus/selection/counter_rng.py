@@ -36,9 +36,8 @@ def key(*parts: int | str) -> int:
 
 def bits(seed: int, counters: Tensor) -> Tensor:
     """64 pseudo-random bits per counter: int64 in, int64 of the same shape out."""
-    x = counters.to(torch.int64) * _signed(
-        _GAMMA
-    )  # int64 arithmetic wraps; a new tensor, changed in place from here on
+    # int64 arithmetic wraps; a new tensor, changed in place from here on
+    x = counters.to(torch.int64) * _signed(_GAMMA)
     x += _signed(seed)
     for shift, factor in _MIX:
         x ^= _logical_shift(x, shift)

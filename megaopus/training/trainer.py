@@ -89,9 +89,8 @@ class Trainer:
             if self.tasks is not None and (last or step % self.tasks.every == 0):
                 reason = self._score(recorder, self.tasks)
             if not reason and (last or (self.eval_every > 0 and step % self.eval_every == 0)):
-                reason = self._validate(
-                    recorder
-                )  # after the last step the end of all: by it a run is known as finished
+                # after the last step the end of all: by it a run is known as finished
+                reason = self._validate(recorder)
             if reason or last or (reason := self.stop_requested()):
                 break
             with self.profiler.step(step):

@@ -147,7 +147,7 @@ class DeepSpeedEngine(Engine):
         applied = self.deepspeed.was_step_applied()
         if applied:
             self.optimizer.updated()
-        if not applied and self.optimizer.sharded:
+        elif self.optimizer.sharded:
             self.optimizer.regather()  # as DeepSpeed does after an update
         self.step += 1
         own_s = self.work.seconds()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megaopus.engine.deepspeed.flat_matrices import Matrix, by_owner
 from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer
-from megaopus.engine.wholes import Wholes
 from megaopus.selection.backend import Gradient
 from megaopus.selection.operators.maps import Deferred, ParameterOperator
 from megaopus.selection.operators.registry import factory_of
@@ -32,7 +31,7 @@ class OwnedMatrices:
 
     def map(self, name: str) -> ParameterOperator:
         """P_t of a whole matrix. Collective, and so is what it is asked for."""
-        return Deferred(lambda: self._of(name, self._gathered(name)))
+        return Deferred(lambda: self._of(name, self._zero.whole(name, self._zero.keys(name)[-1])))
 
     def direction(self, gradient: Mapping[str, Tensor], names: Iterable[str], adjoint: bool) -> Gradient:
         """P_t^T g of matrices (P_t g if ``adjoint``), in this rank's runs. Collective."""
@@ -59,6 +58,3 @@ class OwnedMatrices:
 
     def _momentum(self, name: str) -> Tensor:
         return self._zero.local(name, self._zero.keys(name)[-1])
-
-    def _gathered(self, name: str) -> Tensor:
-        return Wholes({name: self._momentum(name)}, self._backend.pieces(), self._zero.group)[name]

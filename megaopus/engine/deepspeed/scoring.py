@@ -15,11 +15,10 @@ from torch import Tensor
 from megaopus.engine.base import Engine
 from megaopus.engine.deepspeed.owned_matrices import OwnedMatrices
 from megaopus.engine.deepspeed.zero_optimizer import ZeroOptimizer
-from megaopus.engine.scoring_base import EngineScoringBackend
+from megaopus.engine.scoring_base import EngineScoringBackend, moved_weights
 from megaopus.errors import EngineError
 from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient, UpdateOperator
 from megaopus.selection.operators.piecewise import PiecewiseOperator
-from megaopus.selection.pieces import chunks
 
 
 class DeepSpeedScoringBackend(EngineScoringBackend):
@@ -44,18 +43,9 @@ class DeepSpeedScoringBackend(EngineScoringBackend):
         """Each rank moves its fragments of the model's weights; they become the cast of the fp32 ones in the end."""
         zero = self._zero
         main = [zero.local(name, "weight") for name in direction]
-        steps, model = list(direction.values()), [zero.model_run(name) for name in direction]
-
-        @torch.no_grad()
-        def put(scale: float) -> None:
-            for base, step, weight in chunks([main, steps, model]):
-                torch._foreach_copy_(weight, torch._foreach_add(base, step, alpha=scale) if scale else base)
-            zero.gather_weights()
-
-        try:
-            yield put
-        finally:
-            put(0.0)
+        model = [zero.model_run(name) for name in direction]
+        with moved_weights(main, list(direction.values()), model, zero.gather_weights) as move:
+            yield move
 
     def ghost_pass(
         self,

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from megaopus.engine.megatron.passes import MegatronPasses
-from megaopus.engine.scoring_base import EngineScoringBackend
+from megaopus.engine.scoring_base import EngineScoringBackend, moved_weights
 from megaopus.errors import EngineError
 from megaopus.selection.backend import Candidates, GhostConsumer, GhostLayer, Gradient
 from megaopus.selection.estimators.ghost import GhostCapture
-from megaopus.selection.pieces import chunks
 
 _PIPELINE_FILL = 4  # micro-batches per stage that keep the idle share of a pipeline small
 
@@ -38,21 +37,15 @@ class MegatronScoringBackend(EngineScoringBackend):
         """
         optimizer, rounded = self._engine.optimizer, self._engine.bf16
         pieces = {self._name_of[local]: piece for local, piece in optimizer.pieces().items()}
-        steps = [direction[name] for name in direction]
         model = [pieces[name].model for name in direction]
         main = [pieces[name].main if rounded else pieces[name].model.clone() for name in direction]
 
-        @torch.no_grad()
-        def put(scale: float) -> None:
-            for base, step, weight in chunks([main, steps, model]):
-                torch._foreach_copy_(weight, torch._foreach_add(base, step, alpha=scale) if scale else base)
+        def gather() -> None:
             with self._mesh.megatron():
                 optimizer.gather_weights()
 
-        try:
-            yield put
-        finally:
-            put(0.0)
+        with moved_weights(main, list(direction.values()), model, gather) as move:
+            yield move
 
     def gathered(self, values: Mapping[str, Tensor]) -> AbstractContextManager[Mapping[str, Tensor]]:
         """Put them where training has its gradients; what is asked for inside of that, one at a time."""

@@ -19,7 +19,6 @@ class AdamMap(Adaptive):
 
     def __init__(self, v: Tensor, largest: Tensor | None, settings: tuple[float, float, float, float, float]):
         """``settings``: scale, beta2, eps, and by what v is divided as it stands, and once it took a gradient in."""
-        super().__init__(self._inverse_root)
         self._v, self._largest, self._settings = v, largest, settings
 
     @property
@@ -28,7 +27,7 @@ class AdamMap(Adaptive):
         return type(self), self._settings, self._largest is None, self._v.dtype, self._v.device
 
     @torch.no_grad()
-    def _inverse_root(self, gradient: Tensor | None) -> Tensor:
+    def _factor(self, gradient: Tensor | None) -> Tensor:
         found = torch.empty_like(self._v)
         given = None if gradient is None else [gradient.to(self._v.dtype)]
         self._inverse_roots([found], [self._v], [] if self._largest is None else [self._largest], given)
