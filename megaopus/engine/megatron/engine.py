@@ -101,11 +101,7 @@ class MegatronEngine(MegatronPasses):
         """The training path (schedule, DDP reduction) without the update, into training's own gradients."""
         group, mesh = self.micro_batch_group, self.mesh
         batches = [each for each in (batch, against) if each is not None]
-        shares = [
-            (each, *even_share(len(each), mesh.shape.dp, mesh.dp_rank, group))
-            for each in (batch, against)
-            if each is not None
-        ]
+        shares = [(each, *even_share(len(each), mesh.shape.dp, mesh.dp_rank, group)) for each in batches]
         length = min(length or self.seq_len, self.seq_len)
         micro = math.gcd(*(len(rows) // group for _, rows, _ in shares), self.micro_batch_size)
         total = sum(len(rows) for _, rows, _ in shares)
