@@ -232,7 +232,7 @@ def _recorded(path: Path) -> Iterator[None]:
 @contextmanager
 def _weather(here: bool) -> Iterator[None]:
     """NaN and a spike in the gradient of one rank alone, before it is reduced, and an infinite loss."""
-    finalize, run, train_step = MegatronEngine._finalize_gradients, MegatronEngine._run, MegatronEngine.train_step
+    finalize, run, train_step = MegatronEngine._finalize_gradients, MegatronEngine.run_local, MegatronEngine.train_step
     training: list[bool] = []
 
     def finalize_gradients(self: MegatronEngine, *args: Any, **kwargs: Any) -> None:
@@ -254,7 +254,7 @@ def _weather(here: bool) -> Iterator[None]:
 
     with (
         _replaced(MegatronEngine, "_finalize_gradients", finalize_gradients),
-        _replaced(MegatronEngine, "_run", losses),
+        _replaced(MegatronEngine, "run_local", losses),
         _replaced(MegatronEngine, "train_step", step),
     ):
         yield

@@ -243,6 +243,7 @@ def build_trainer(
     identity = _identity(config, data, bf16=engine.bf16)
     vocab_size = config.model.derived_vocab_size(corpus.vocab_size)
     size = checkpoint_bytes(config, vocab_size, identity["precision"])
+    engine.stop_asked = lambda: stop.reason is not None
     engine.work = WorkTimer(mesh.on_cpu, timers.clock, partial(timers.seconds, "data"))
     proxy, contrast = data.proxy_batches(reader), data.contrast_batches(reader)
     selector = Selector(

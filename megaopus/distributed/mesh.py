@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.cpu import cpu_mode, prepare_megatron
@@ -120,15 +121,19 @@ class Mesh:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if ``flag`` is true on one."""
-        return bool(self.largest([int(flag)])[0])
+        return self.total(torch.tensor([float(flag)]))[0] > 0
 
-    def largest(self, numbers: list[int]) -> list[int]:
-        """The largest of each of the numbers (int64) over all ranks; one message."""
-        if self.shape.world_size == 1:
-            return numbers
-        values = torch.tensor(numbers, device=self.device)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return values.tolist()
+    def to_device(self, values: Tensor) -> Tensor:
+        """Copy ``values`` from the host to this rank's device, for which the host does not wait."""
+        return values if self.on_cpu else values.pin_memory().to(self.device, non_blocking=True)
+
+    def total(self, parts: Tensor) -> list[float]:
+        """Sum ``parts`` (k,) of each rank over all ranks; one message, and one wait for the device."""
+        parts = parts if parts.device == self.device else self.to_device(parts)
+        if self.shape.world_size > 1:
+            parts = parts.clone()
+            dist.all_reduce(parts)
+        return parts.tolist()
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank."""

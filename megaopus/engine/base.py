@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaopus.checkpoint.pending_save import PendingSave
@@ -34,7 +34,7 @@ from megaopus.models.gpt import (
 )
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.schedule import lr_factor
-from megaopus.selection.agreement import digest, disagreement, extremes
+from megaopus.selection.agreement import alike, disagreement, fingerprint
 from megaopus.selection.backend import Candidates, Gradient, Piece, ScoringBackend
 
 
@@ -55,6 +55,8 @@ class StepResult:
     """The same of each part of the model by itself (``Engine.layer_grad_norms``), if it was asked for."""
     own_s: float = field(default=0.0, compare=False)
     """Seconds of this rank's forward and backward passes without the reduction of gradients and waits for data."""
+    stop_asked: bool | None = field(default=None, compare=False)
+    """Whether some rank had been asked to stop when gradients were there; None: it was not told."""
 
 
 class Engine(ABC):
@@ -103,6 +105,8 @@ class Engine(ABC):
         """Updates so far: what the learning rate depends on."""
         self.work = WorkTimer(mesh.on_cpu)
         """Times ``StepResult.own_s``; the loop puts one in that knows its clock and its waits for data."""
+        self.stop_asked: Callable[[], bool] = lambda: False
+        """Says whether this rank has been asked to stop, for ``StepResult.stop_asked``; the loop puts its own in."""
         self.micro_batch_size = micro_batch_size
         self.seq_len = seq_len
         self.bf16 = engine.is_bf16(mesh.on_cpu)
@@ -158,33 +162,33 @@ class Engine(ABC):
         """
         return training_share(count, self.mesh, self.micro_batch_size)
 
-    def loss_tokens(self, batch: Candidates, rows: Tensor) -> int | None:
-        """Count the labels of the global batch that count in the loss, by this rank's ``rows``; None: all do.
+    def loss_tokens(self, batch: Candidates, rows: Tensor) -> Tensor | None:
+        """(1,) float64, on the host: how many labels of this rank's ``rows`` count in the loss; None: all do.
 
-        One message between the data-parallel ranks where some do not.
+        0 where another rank counts those of the same rows, so that the sum over all ranks is that of the batch.
         """
+        mesh = self.mesh
         if not self.rules.masked:
             return None
-        mask = loss_mask(batch.take(rows).batch(self.seq_len), self.rules)
-        count = mask.sum().to(self.mesh.device)
-        dist.all_reduce(count, group=self.mesh.dp_group)
-        return int(count)
+        if mesh.tp_rank or mesh.cp_rank or mesh.pp_rank:
+            return torch.zeros(1, dtype=torch.float64)
+        return loss_mask(batch.take(rows).batch(self.seq_len), self.rules).sum(dtype=torch.float64).view(1)
 
     @abstractmethod
     def train_step(self, batch: Candidates, limit: float = math.inf, *, layer_grad_norms: bool = False) -> StepResult:
         """Make one update from a global batch of K sequences; each data-parallel rank reads only its share.
 
         ``limit``: the largest gradient norm with which the update is made. ``layer_grad_norms``: the result has those.
-        Raises EngineError, with no weight changed, if ranks were given different sequences: an engine asks ``refused``
+        Raises EngineError, with no weight changed, if ranks were given different sequences: an engine calls ``settle``
         last before it changes any.
         """
 
     @torch.no_grad()
-    def layer_grad_norms(self) -> dict[str, float]:
-        """Norm of the reduced gradient, not clipped, of each part of the model: the same on every rank; one reduction.
+    def layer_squares(self) -> Tensor:
+        """(parts,) float64: this rank's share of the square of the gradient's norm, of each part of the model.
 
-        To be called between the backward passes and the update. Every weight counts once, a tied matrix with the
-        embedding, so that the sum of their squares is the square of the whole gradient's norm.
+        Of the reduced gradient, not clipped: to be called between the backward passes and the update. Every weight
+        counts once over all ranks, a tied matrix with the embedding, so that they add up to that of the whole.
         """
         names, places, pieces = dict(canonical_names(self.module)), [], []
         parts = {part: place for place, part in enumerate(parts_of_model(self._num_layers))}
@@ -198,9 +202,8 @@ class Engine(ABC):
         squares = torch.zeros(len(parts), dtype=torch.float64, device=self.mesh.device)
         if pieces:
             norms = torch.stack(torch._foreach_norm(pieces)).double()
-            squares.index_add_(0, torch.tensor(places, device=self.mesh.device), norms.square())
-        dist.all_reduce(squares)
-        return dict(zip(parts, squares.sqrt().tolist(), strict=True))
+            squares.index_add_(0, self.mesh.to_device(torch.tensor(places)), norms.square())
+        return squares
 
     def _own_gradient(self, name: str, parameter: Any) -> Tensor | None:
         """Elements, fp32, of a parameter's reduced gradient that this one of the dp and cp ranks counts; None: none.
@@ -209,16 +212,39 @@ class Engine(ABC):
         """
         raise EngineError("this engine tells no gradients by layer: leave logging.layer_grad_norm_every at 0")
 
-    def refused(self, flag: bool, batch: Candidates) -> bool:
-        """Return whether ``flag`` is true on some rank: the last word before an update by ``batch``, one message.
+    def settle(self, batch: Candidates, parts: Mapping[str, Tensor | None]) -> dict[str, list[float]]:
+        """Sum what each rank knows of an update over all ranks: the last word before one by ``batch``.
 
-        It carries a hash of what each rank trains on. Raises EngineError if they differ; no weight has changed then.
+        One message, and the only wait for the device in a step. ``parts``: by any name (k,) float64, on the device or
+        on the host, or None, which is left out. "stop_asked" is found as well, and a hash of what each rank trains on
+        goes with it. Raises EngineError if ranks have different sequences; no weight has changed then.
         """
-        some, *found = self.mesh.largest([int(flag), *extremes(digest(batch.ids))])
-        if found != extremes(found[0]):
+        asked = torch.tensor([float(self.stop_asked())], dtype=torch.float64)
+        given = {**parts, "stop_asked": asked, "picks": fingerprint(batch.ids)}
+        known = {name: part for name, part in given.items() if part is not None}
+        there = {name: part for name, part in known.items() if part.device.type != "cpu"}
+        here = {name: part for name, part in known.items() if name not in there}
+        found = iter(self.mesh.total(torch.cat([*there.values(), self.mesh.to_device(torch.cat([*here.values()]))])))
+        sums = {name: list(islice(found, len(part))) for name, part in (there | here).items()}
+        if not alike(sums.pop("picks"), self.mesh.shape.world_size):
             picks = self.mesh.gather_objects(batch.ids.tolist())
             raise EngineError(f"step {self.step}: {disagreement(picks)}")
-        return bool(some)
+        return sums
+
+    def loss_part(self, losses: Tensor) -> Tensor:
+        """(1,) float64: the sum of this rank's (n,) losses; 0 where another tensor-parallel rank has the same."""
+        return losses.sum().view(1) if self.mesh.tp_rank == 0 else losses.new_zeros(1)
+
+    def told(self, sums: Mapping[str, list[float]]) -> dict[str, Any]:
+        """Name as ``StepResult`` does what was settled: loss tokens, norms by layer, requests to stop; and own time."""
+        tokens, squares = sums.get("loss_tokens"), sums.get("layers")
+        norms = dict(zip(parts_of_model(self._num_layers), map(math.sqrt, squares or ()), strict=bool(squares)))
+        return {
+            "loss_tokens": None if tokens is None else int(tokens[0]),
+            "layer_grad_norms": norms or None,
+            "stop_asked": sums["stop_asked"][0] > 0,
+            "own_s": self.work.seconds(),
+        }
 
     @abstractmethod
     def evaluate(self, sequences: Candidates) -> Tensor:

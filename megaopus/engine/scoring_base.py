@@ -261,16 +261,22 @@ class EngineScoringBackend(ModuleBackend):
 @contextmanager
 def moved_weights(
     main: list[Tensor], steps: list[Tensor], model: list[Tensor], gather: Callable[[], None]
-) -> Iterator[Callable[[float], None]]:
+) -> Iterator[Callable[[float | Tensor], None]]:
     """Yield what puts ``main`` plus a number times ``steps`` where the ``model`` has its weights; ``main`` in the end.
 
     ``gather``: what tells the other ranks of them.
     """
 
     @torch.no_grad()
-    def put(scale: float) -> None:
+    def put(scale: float | Tensor) -> None:
         for base, step, weight in chunks([main, steps, model]):
-            torch._foreach_copy_(weight, torch._foreach_add(base, step, alpha=scale) if scale else base)
+            moved: list[Tensor] | tuple[Tensor, ...] = base
+            if isinstance(scale, Tensor):
+                moved = torch._foreach_mul(step, scale.to(step[0].dtype))
+                torch._foreach_add_(moved, base)
+            elif scale:
+                moved = torch._foreach_add(base, step, alpha=scale)
+            torch._foreach_copy_(weight, moved)
         gather()
 
     try:

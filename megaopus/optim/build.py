@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -185,50 +184,48 @@ class MixedPrecisionOptimizer:
 
         False, and nothing is changed, if one of them anywhere is not finite.
         """
-        if self.chained.prepare_grads() or not math.isfinite(self._gradient_norm()):
+        if not math.isfinite(self._mesh.total(self.prepare().view(1))[0]):
             return False
         for optimizer in self.torch_optimizers:
             if isinstance(optimizer, CurvatureOptimizer):
                 optimizer.estimate(tokens)
         return True
 
-    def step(self, limit: float = math.inf, refused: Callable[[bool], bool] | None = None) -> tuple[float, bool]:
-        """(gradient norm before clipping, applied).
+    @torch.no_grad()
+    def prepare(self) -> Tensor:
+        """() float64: this rank's part of the square of the whole model's gradient norm, every weight counted once.
 
-        A gradient that is not finite anywhere, or a norm above ``limit`` on any rank, leaves every weight as it is.
-        ``refused``: what this rank would refuse -> whether any does; ``Mesh.any`` unless more is to be asked.
+        The parts of all ranks add up to it. Makes the gradients ready for ``step``. megatron's own norm takes one call
+        per tensor where neither Apex nor Transformer Engine is installed.
         """
-        norm = math.nan if self.chained.prepare_grads() else self._gradient_norm()
-        if (refused or self._mesh.any)(not math.isfinite(norm) or norm > limit):
-            return norm, False
+        bad = self.chained.prepare_grads()
+        gradients = [g for wrapped in self.chained.chained_optimizers for g in wrapped.get_main_grads_for_grad_norm()]
+        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros((), device=self._mesh.device)]
+        square = torch.stack(norms).square().sum().double()
+        # each rank has the gradients of its pieces, or all that share a model have the same
+        copies = 1 if self._sharded else self._mesh.shape.dp * self._mesh.shape.cp
+        return square * math.nan if bad else square / copies
+
+    def step(self, norm: float, limit: float = math.inf) -> bool:
+        """Update the weights by the gradients of ``prepare``, whose norm is ``norm``; returns whether that was done.
+
+        A norm that is not finite, or above ``limit``, leaves every weight as it is.
+        """
+        if not math.isfinite(norm) or norm > limit:
+            return False
         if 0 < self._clip < norm:
             parameters = [p for wrapped in self.chained.chained_optimizers for p in wrapped.get_parameters()]
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self._clip / norm)
         before = self._count()
         self.chained.step_with_ready_grads()
         self._updates = before + 1
-        return norm, True
+        return True
 
     def own_piece(self, parameter: nn.Parameter) -> slice | None:
         """Say which elements of a parameter's reduced gradient this one of the dp and cp ranks counts; None: none."""
         if self._sharded:
             return self.chained.chained_optimizers[0].own_piece(parameter)
         return slice(None) if self._mesh.dp_rank == self._mesh.cp_rank == 0 else None
-
-    @torch.no_grad()
-    def _gradient_norm(self) -> float:
-        """Norm of the whole model's gradient, every weight counted once; the same on every rank.
-
-        megatron's own takes one call per tensor where neither Apex nor Transformer Engine is installed.
-        """
-        gradients = [g for wrapped in self.chained.chained_optimizers for g in wrapped.get_main_grads_for_grad_norm()]
-        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros((), device=self._mesh.device)]
-        square = torch.stack(norms).square().sum()
-        if self._sharded:  # each rank has the gradients of its pieces
-            dist.all_reduce(square)
-        elif self._mesh.shape.tp * self._mesh.shape.pp > 1:
-            dist.all_reduce(square, group=self._mesh.model_parallel_group)
-        return math.sqrt(square)
 
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
         """State for megatron's dist_checkpointing; ``model_state`` is the model's own sharded state.

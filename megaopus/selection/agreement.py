@@ -19,9 +19,22 @@ def digest(ids: Tensor) -> int:
     return int(counter_rng.bits(0, counter_rng.bits(0, ids) + torch.arange(len(ids))).sum())  # int64 sums wrap
 
 
-def extremes(number: int) -> list[int]:
-    """Two int64 whose maxima over ranks are the largest ``number`` and the complement of the smallest."""
-    return [number, ~number]
+def fingerprint(ids: Tensor) -> Tensor:
+    """(8,) float64 whose sums over ranks tell, by ``alike``, whether all had these (n,) int64 ids in this order.
+
+    16-bit parts h of a hash, and their squares. They are exact in the sums of up to 2^21 ranks.
+    """
+    number = digest(ids)
+    parts = [number >> shift & 0xFFFF for shift in range(0, 64, 16)]
+    return torch.tensor([*parts, *(part**2 for part in parts)], dtype=torch.float64)
+
+
+def alike(sums: Sequence[float], ranks: int) -> bool:
+    """Say whether ``fingerprint``s that add up to ``sums`` (8,) were equal on as many ``ranks``.
+
+    By Cauchy and Schwarz ranks * sum h^2 = (sum h)^2 only where all h are the same.
+    """
+    return all(ranks * int(squares) == int(total) ** 2 for total, squares in zip(sums[:4], sums[4:], strict=True))
 
 
 def disagreement(picks: Sequence[Sequence[int]]) -> str:

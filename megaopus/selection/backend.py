@@ -260,10 +260,11 @@ class ScoringBackend(Protocol):
     def exact_gradients(self, batch: Batch) -> Iterator[Gradient]:
         """The gradient of each sequence's mean loss, in float64, one sequence at a time."""
 
-    def perturbed(self, direction: Gradient) -> AbstractContextManager[Callable[[float], None]]:
+    def perturbed(self, direction: Gradient) -> AbstractContextManager[Callable[[float | Tensor], None]]:
         """Gives ``move``: ``move(scale)`` sets the weights to what they were before, plus ``scale * direction``.
 
-        They are restored to the last bit after. Collective, and so is ``move``.
+        They are restored to the last bit after. Collective, and so is ``move``. ``scale`` may be () float64 on the
+        device, so that nobody waits for it; a backend without ``lends_gradient``, of before, is given a number.
         """
 
     def sum_over_ranks(self, parts: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megaopus.selection.agreement import digest, disagreement, extremes
+from megaopus.selection.agreement import alike, disagreement, fingerprint
 from megaopus.selection.backend import (
     Batch,
     Candidates,
@@ -30,6 +30,7 @@ from megaopus.selection.estimators.ghost import GhostCapture
 from megaopus.selection.old_names import OldBackendNames
 from megaopus.selection.operators.build import held_by, operator_of
 from megaopus.selection.operators.registry import factory_of, unwrapped
+from megaopus.selection.pieces import chunks
 
 Loss = Callable[[nn.Module, Batch], Tensor]  # (model, batch of n sequences) -> (n,) mean token loss of each
 
@@ -178,7 +179,7 @@ class ModuleBackend(OldBackendNames):
         return {}
 
     @contextmanager
-    def perturbed(self, direction: Gradient) -> Iterator[Callable[[float], None]]:
+    def perturbed(self, direction: Gradient) -> Iterator[Callable[[float | Tensor], None]]:
         """``move(scale)`` inside moves weights from a copy, which they are restored from (to the last bit) after.
 
         Raises ValueError for 16-bit weights: a step of the optimizer's size would be rounded away.
@@ -200,10 +201,13 @@ class ModuleBackend(OldBackendNames):
             torch.clear_autocast_cache()
 
         @torch.no_grad()
-        def move(scale: float) -> None:
+        def move(scale: float | Tensor) -> None:
             restore()
-            if tensors:
-                torch._foreach_add_(tensors, steps, alpha=scale)
+            for weight, step in chunks([tensors, steps]):
+                if isinstance(scale, Tensor):
+                    torch._foreach_add_(weight, torch._foreach_mul(step, scale.to(step[0].dtype)))
+                else:
+                    torch._foreach_add_(weight, step, alpha=scale)
 
         try:
             yield move
@@ -310,9 +314,9 @@ class ModuleBackend(OldBackendNames):
         """Compare the picks of all ranks by a hash, in one message; they are gathered if it differs."""
         if self.world_size == 1:
             return
-        found = torch.tensor(extremes(digest(picked_ids)), device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
-        if found.tolist() == extremes(int(found[0])):
+        found = fingerprint(picked_ids).to(self.device)
+        dist.all_reduce(found, group=self.group)
+        if alike(found.tolist(), self.world_size):
             return
         picks: list[Any] = [None] * self.world_size
         dist.all_gather_object(picks, picked_ids.tolist(), group=self.group)

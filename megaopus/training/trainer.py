@@ -69,6 +69,8 @@ class Trainer:
     time_s: float = 0.0
     updated: bool = False
     """Some update has been applied. Until then the run is what it was at the start, and there is nothing to save."""
+    stop_asked: bool | None = None
+    """What the last update told of requests to stop; None: nothing, or much time went by since."""
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
@@ -80,7 +82,8 @@ class Trainer:
     def run(self, recorder: Recorder) -> str | None:
         """Train from ``engine.step`` to ``total_steps``; returns the reason if stopped before, None when done.
 
-        A request to stop is noticed before each update and before each domain of a validation.
+        A request to stop is noticed before each update and before each domain of a validation; one that comes once
+        the gradients of an update are there, after the next.
         """
         reason: str | None = None
         while True:
@@ -91,7 +94,7 @@ class Trainer:
             if not reason and (last or (self.eval_every > 0 and step % self.eval_every == 0)):
                 # after the last step the end of all: by it a run is known as finished
                 reason = self._validate(recorder)
-            if reason or last or (reason := self.stop_requested()):
+            if reason or last or (reason := self._stop_reason()):
                 break
             with self.profiler.step(step):
                 self.update(recorder)
@@ -132,6 +135,7 @@ class Trainer:
         step_s = timers.seconds(*TIMED) - before
         timers.book(OWN_WORK, result.own_s)
         self.time_s, self.updated = self.time_s + step_s, self.updated or result.applied
+        self.stop_asked = result.stop_asked
         if check and result.applied:
             with timers("check"):
                 realised_fall = proxy_loss - self.selector.proxy_loss(step)
@@ -146,6 +150,10 @@ class Trainer:
             [*skipped, *self.stragglers.check(timers)],
         )
 
+    def _stop_reason(self) -> str | None:
+        """Find the reason to stop, the same on every rank; in a message of its own unless the last update told."""
+        return None if self.stop_asked is False else self.stop_requested()
+
     def _foreseen(self, step: int) -> Iterator[Reads]:
         """Tell the reader, in its thread, which tokens this rank will probably ask for at ``step``."""
         candidates = self.stream.at(step)
@@ -159,7 +167,7 @@ class Trainer:
 
     def _validate(self, recorder: Recorder) -> str | None:
         """Validate and record it; a reason to stop cuts it short, and is returned."""
-        step, found = self.engine.step, []
+        step, found, self.stop_asked = self.engine.step, [], None
         for buffers in (self.held_out, self.validation):
             losses = {}
             for name, buffer in buffers.items():
@@ -177,7 +185,7 @@ class Trainer:
 
     def _score(self, recorder: Recorder, tasks: TaskScoring) -> str | None:
         """Score the model on benchmarks and record it; a reason to stop cuts it short, and is returned."""
-        step, scored = self.engine.step, []
+        step, scored, self.stop_asked = self.engine.step, [], None
         for name in tasks.names:
             if reason := self.stop_requested():
                 return reason
@@ -199,5 +207,6 @@ class Trainer:
         groups, plain = split_groups(self.selector.state_dict())
         state = {"time_s": self.time_s, "selector": plain, "guard": self.guard.state_dict()}
         state |= {"identity": self.identity, "config": self.config}
+        self.stop_asked = None
         with self.timers("save"):
             self.checkpointer.save(self.engine.step, self.engine, groups, state, wait=wait)

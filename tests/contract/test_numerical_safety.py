@@ -29,7 +29,7 @@ CHOSEN = [*SELECTIONS["directional"], "train.spike_factor=5", "train.spike_windo
 @contextmanager
 def in_training(steps: dict[int, Callable[[MegatronEngine, torch.Tensor], torch.Tensor]]) -> Iterator[None]:
     """Do something to the gradients or losses of training passes of these steps."""
-    original = MegatronEngine._run
+    original = MegatronEngine.run_local
 
     def faulty(self: MegatronEngine, *args: Any, forward_only: bool) -> torch.Tensor:
         losses = original(self, *args, forward_only=forward_only)
@@ -37,7 +37,7 @@ def in_training(steps: dict[int, Callable[[MegatronEngine, torch.Tensor], torch.
         return losses if fault is None else fault(self, losses)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MegatronEngine, "_run", faulty)
+        patch.setattr(MegatronEngine, "run_local", faulty)
         yield
 
 

@@ -141,7 +141,7 @@ def step_of_differences(engine: Any) -> tuple[float, float]:
     backend = engine.scoring_backend()
     gradient = backend.gradient(random_batch(4, 702))
     direction = backend.operator().bounded(gradient).direction(gradient, gradient)
-    return predicted_change(backend, direction, gradient), step_size(backend, direction, gradient)
+    return float(predicted_change(backend, direction, gradient)), float(step_size(backend, direction, gradient))
 
 
 def served(engine: Any, names: Iterable[str] = SETTINGS) -> list[str]:

@@ -52,6 +52,19 @@ def test_a_layout_asks_of_the_device_what_is_pinned(pool: Pool, name: str) -> No
     assert all(abs(ratio - 1) <= WITHIN for ratio in off.values()), f"check's estimate over what is true: {off}"
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_the_host_waits_once_a_step(name: str) -> None:
+    """Of what is pinned: where all that is to be known is read, once it is summed over all ranks."""
+    for step, work in PINNED[LATEST]["layouts"][name]["work"].items():
+        world = {key: count for key, (count, _) in work["messages"].items() if " world/" in key and "reduce" in key}
+        assert work["waits"] == {}
+        if step != "exact":  # in float64, for tests
+            assert work["copies_in"] == {}
+        # a Gram matrix is brought to all ranks besides; and how far to go along a step is known before it is gone
+        assert sum(work["reads"].values()) == (2 if step == "gram" else 1), step
+        assert sum(world.values()) <= (2 if step == "directional" else 1), step
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_asks_of_the_device_what_is_pinned(pool: Pool, name: str) -> None:
     (found,) = pool.run(1, optimizer, name)

@@ -156,7 +156,10 @@ def train_on_other_picks(layout: str) -> tuple[str, bool]:
         engine = tiny_engine(
             mesh, parallel=parallel, engine=EngineConfig(name=name, device="cpu", precision="fp32"), micro_batch_size=2
         )
-        assert engine.train_step(random_batch(8, 0)).applied
+        engine.stop_asked = lambda: mesh.rank == 1
+        first = engine.train_step(random_batch(8, 0))
+        assert first.applied
+        assert first.stop_asked  # on each rank, though one alone was
         before, batch = state_of(engine), random_batch(16, 1)
         own = torch.arange(8) + (torch.arange(8) > 6) * mesh.rank
         with pytest.raises(EngineError) as caught:
@@ -303,6 +306,11 @@ def test_perturbed_weights_come_back_to_the_last_bit(precision: str, fails: bool
             inside = [p.detach().clone() for p in engine.module.parameters()]
             move(-1.0)
             move(0.37)
+            again = engine.module.parameters()
+            assert all(torch.equal(p, first) for p, first in zip(again, inside, strict=True))
+            move(0.25)
+            inside = [p.detach().clone() for p in engine.module.parameters()]
+            move(torch.tensor(0.25, dtype=torch.float64))  # as where it is on a device
             again = engine.module.parameters()
             assert all(torch.equal(p, first) for p, first in zip(again, inside, strict=True))
             if fails:

@@ -216,7 +216,7 @@ def test_without_an_applied_update_there_is_nothing_to_save(
     """The optimizer has no state yet, so a checkpoint could not be restored; beginning again gives the same run."""
     overrides = settings(tiny_corpus, tmp_path / "run", "checkpoint.every=1", "train.steps=3")
     with monkeypatch.context() as patch:
-        patch.setattr(MixedPrecisionOptimizer, "step", lambda self, limit, refused: (float("nan"), False))
+        patch.setattr(MixedPrecisionOptimizer, "step", lambda self, norm, limit: False)
         with at_step(2, interrupt), pytest.raises(Interrupted):
             train(overrides)
     assert complete_checkpoints(tmp_path / "run") == []

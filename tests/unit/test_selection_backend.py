@@ -92,8 +92,11 @@ def test_an_error_while_scoring_restores_weights_and_modes() -> None:
 
     def fail() -> None:
         with backend.perturbed(direction) as move:
-            move(0.1)
-            assert not torch.equal(backend.module.up.weight, before["up.weight"])
+            move(0.5)
+            moved = backend.module.up.weight.clone()
+            assert torch.equal(moved, before["up.weight"] + 0.5)
+            move(torch.tensor(0.5, dtype=torch.float64))  # as where it is on a device
+            assert torch.equal(backend.module.up.weight, moved)
             backend.losses(TensorCandidates({"x": torch.zeros(2, 5, 6)}))  # no labels
 
     with pytest.raises(KeyError):

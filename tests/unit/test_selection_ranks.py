@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megaopus.selection import ModuleBackend, SelectionConfig, Selector, TensorCandidates, sampler
-from megaopus.selection.agreement import digest, disagreement
+from megaopus.selection.agreement import alike, digest, disagreement, fingerprint
 from megaopus.selection.config import GuardConfig, PrescreenConfig
 from megaopus.selection.guards import own_share, shared_signatures, token_signatures
 from tests.pool import Pool
@@ -191,6 +191,19 @@ def test_ranks_that_picked_differently_are_named_with_their_picks(ranks: list[di
     assert "ranks 0, 2 picked 1, 2; rank 1 picked 2, 1." in disagreement([[1, 2], [2, 1], [1, 2]])
     assert "rank 0 picked 0, 1, 2, 3, 4, 5, 6, 7 and 92 more;" in disagreement([[*range(100)], [*range(100, 200)]])
     assert len({digest(torch.tensor(each)) for each in ([1, 2], [2, 1], [1], [1, 2, 0], [0, 1, 2], [2, 2])}) == 6
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 2048])
+def test_fingerprints_add_up_to_whether_all_are_alike(ranks: int) -> None:
+    """As one sum in any order gives them, at sizes where a float32 would round."""
+    ids = torch.tensor([5, 3, 8])
+    same, other = fingerprint(ids), fingerprint(torch.tensor([3, 5, 8]))
+    assert alike((same * ranks).tolist(), ranks)
+    assert not alike((same * (ranks - 1) + other).tolist(), ranks) or ranks == 1
+    largest = torch.tensor([65535.0, 65535.0**2], dtype=torch.float64).repeat_interleave(4)
+    assert alike((largest * 2**21).tolist(), 2**21)
+    one_less = largest * (2**21 - 1) + torch.tensor([65534.0, 65534.0**2], dtype=torch.float64).repeat_interleave(4)
+    assert not alike(one_less.tolist(), 2**21)
 
 
 def test_two_ranks_select_what_one_process_selects(ranks: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megaopus.selection import ModuleBackend, SelectionConfig, Selector, TensorCandidates
 from megaopus.selection.estimators.exact import exact_utilities
-from megaopus.selection.estimators.step_size import NATS, PERIOD, StepJudge, judge, step_size
+from megaopus.selection.estimators.step_size import NATS, PERIOD, StepJudge, judge, nearest_power, step_size
 from tests.exact.estimators_toy import spearman
 from tests.unit.selection_net import UNGUARDED, batch, make, make_backend, proxy
 
@@ -98,6 +98,16 @@ def test_the_step_is_a_power_of_two_and_follows_the_learning_rate() -> None:
             assert 2**-0.5 <= step_size(backend, direction, gradient) * change / NATS[True] <= 2**0.5
         backend.optimizers[0].param_groups[0]["lr"] /= 1024
     assert found[1] == 1024 * found[0]
+
+
+def test_powers_of_two_are_those_of_math() -> None:
+    rng = torch.Generator().manual_seed(5)
+    for change in (10 ** (60 * torch.rand(400, generator=rng, dtype=torch.float64) - 30)).tolist():
+        for level in (0, -3, 2):
+            power = max(-64, min(64, round(math.log2(0.005 / change)) + level))
+            assert float(nearest_power(0.005, torch.tensor(change, dtype=torch.float64), level)) == 2.0**power
+    for change in (0.0, math.nan, math.inf):
+        assert float(nearest_power(0.005, torch.tensor(change, dtype=torch.float64), 4)) == 1.0
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])

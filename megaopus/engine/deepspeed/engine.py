@@ -138,11 +138,15 @@ class DeepSpeedEngine(Engine):
                 losses_BS = token_losses(self.deepspeed, self._tokens(batch, rows), rules=self.rules)
                 self.deepspeed.backward(losses_BS.mean() / len(micro_batches), scale_wrt_gas=False)
             losses.append(losses_BS.detach().double().mean(dim=1))
-        loss = float(self._gather(torch.cat(losses)).mean())
         lr = self.prepare_update()
-        layers = self.layer_grad_norms() if layer_grad_norms else None
-        limit = -1.0 if self.refused(not math.isfinite(loss), batch) else limit
-        with norm_limit(self.deepspeed.optimizer, limit) as seen:
+        parts = {
+            "loss": self.loss_part(torch.cat(losses)),
+            "layers": self.layer_squares() if layer_grad_norms else None,
+            "loss_tokens": self.loss_tokens(batch, share),
+        }
+        sums = self.settle(batch, parts)
+        loss = sums["loss"][0] / len(batch)
+        with norm_limit(self.deepspeed.optimizer, limit if math.isfinite(loss) else -1.0) as seen:
             self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
         if applied:
@@ -150,13 +154,7 @@ class DeepSpeedEngine(Engine):
         elif self.optimizer.sharded:
             self.optimizer.regather()  # as DeepSpeed does after an update
         self.step += 1
-        own_s = self.work.seconds()
-        told: dict[str, Any] = {
-            "loss_tokens": self.loss_tokens(batch, share),
-            "layer_grad_norms": layers,
-            "own_s": own_s,
-        }
-        return StepResult(loss=loss, grad_norm=seen[0], lr=lr, applied=applied, **told)
+        return StepResult(loss=loss, grad_norm=seen[0], lr=lr, applied=applied, **self.told(sums))
 
     def _own_gradient(self, name: str, parameter: Any) -> Tensor | None:
         return self.optimizer.own_gradient(name)
@@ -217,6 +215,7 @@ class DeepSpeedEngine(Engine):
     def _add_gradient(self, batch: Candidates, length: int, sign: int) -> None:
         """Make backward passes of ``sign`` times the mean loss of a batch, of which this rank takes its share."""
         share, weights = even_share(len(batch), self.mesh.shape.dp, self.mesh.dp_rank)
+        weights = self.mesh.to_device(weights)
         micro, parameters = math.gcd(len(share), self.micro_batch_size), list(self.module.parameters())
         for rows, of_rows in zip(share.split(micro), weights.split(micro), strict=True):
             losses_BS = token_losses(self.module, self._tokens(batch, rows, length), rules=self.rules)

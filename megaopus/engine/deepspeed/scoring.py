@@ -39,7 +39,7 @@ class DeepSpeedScoringBackend(EngineScoringBackend):
         return found.with_matrices(OwnedMatrices(self._zero, self, muon_operator))
 
     @contextmanager
-    def perturbed(self, direction: Gradient) -> Iterator[Callable[[float], None]]:
+    def perturbed(self, direction: Gradient) -> Iterator[Callable[[float | Tensor], None]]:
         """Each rank moves its fragments of the model's weights; they become the cast of the fp32 ones in the end."""
         zero = self._zero
         main = [zero.local(name, "weight") for name in direction]

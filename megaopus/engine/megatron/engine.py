@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +44,30 @@ class MegatronEngine(MegatronPasses):
             seed_dropout(self.mesh, self._seed, self.step)
         if not self.ddp.training:
             self.ddp.train()
-        every, counted = self.optimizer.curvature_every, self.loss_tokens(batch, share)
+        every, tokens = self.optimizer.curvature_every, self.loss_tokens(batch, share)
         with self.mesh.megatron():
             if every and self.step % every == 0:
                 self._zero_gradients()
                 sampled = SampledLabels(self.mesh, self._seed, self.step, self.rules)
                 self.run_local(batch, share, self.micro_batch_size, self.seq_len, forward_only=False, sampled=sampled)
-                self.optimizer.take_curvature(len(batch) * self.seq_len if counted is None else counted)
+                counted = len(batch) * self.seq_len if tokens is None else self.mesh.total(tokens)[0]
+                self.optimizer.take_curvature(int(counted))
             self._zero_gradients()
             self.work.reset()
             self.work.start()
-            losses = self._run(batch, share, self.micro_batch_size, self.seq_len, forward_only=False)
-            loss = float(losses.mean())
+            losses = self.run_local(batch, share, self.micro_batch_size, self.seq_len, forward_only=False)
             lr = self.prepare_update()
-            layers = self.layer_grad_norms() if layer_grad_norms else None
-            limit = limit if math.isfinite(loss) else -math.inf
-            grad_norm, applied = self.optimizer.step(limit, partial(self.refused, batch=batch))
+            parts = {
+                "loss": self.loss_part(losses),
+                "square": self.optimizer.prepare().view(1),
+                "layers": self.layer_squares() if layer_grad_norms else None,
+                "loss_tokens": tokens,
+            }
+            sums = self.settle(batch, parts)
+            loss, grad_norm = sums["loss"][0] / len(batch), math.sqrt(sums["square"][0])
+            applied = math.isfinite(loss) and self.optimizer.step(grad_norm, limit)
         self.step += 1
-        own_s = self.work.seconds()
-        told: dict[str, Any] = {"loss_tokens": counted, "layer_grad_norms": layers, "own_s": own_s}
-        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, **told)
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, **self.told(sums))
 
     def _own_gradient(self, name: str, parameter: Any) -> Tensor | None:
         if (piece := self.optimizer.own_piece(parameter)) is not None:
@@ -76,8 +79,7 @@ class MegatronEngine(MegatronPasses):
         share = padded_share(num, self.mesh, self.micro_batch_size * self.micro_batch_group)
         self.ddp.eval()
         with self.mesh.megatron(), torch.no_grad():
-            losses = self._run(sequences, share, self.micro_batch_size, self.seq_len, forward_only=True)
-        return losses[:num]
+            return self._losses(sequences, share)[:num]
 
     def token_logprobs(self, asked: Asked, micro_batch_size: int) -> TokenLogprobs:
         num, shape, group = len(asked.tokens), self.mesh.shape, self.micro_batch_group
@@ -114,7 +116,7 @@ class MegatronEngine(MegatronPasses):
         with self.mesh.megatron():
             self._zero_gradients()
             of_each = [(each, part) for each, rows, _ in shares for part in rows.split(micro)]
-            self.run_micro_batches(of_each, length, weights=torch.cat(weights))
+            self.run_micro_batches(of_each, length, weights=mesh.to_device(torch.cat(weights)))
         self.ddp.train()
         # main_grad: megatron's DDP keeps each parameter's reduced gradient there
         names = dict(canonical_names(self.module))
@@ -126,9 +128,9 @@ class MegatronEngine(MegatronPasses):
         for ddp in self.ddp:
             ddp.zero_grad_buffer()
 
-    def _run(self, batch: Candidates, share: Tensor, micro: int, length: int, *, forward_only: bool) -> Tensor:
-        """Run the schedule over this rank's share; (dp * len(share),) sequence losses, float64, on every rank."""
-        local = self.run_local(batch, share, micro, length, forward_only=forward_only)
+    def _losses(self, batch: Candidates, share: Tensor) -> Tensor:
+        """(dp * len(share),) sequence losses, float64, on every rank; each makes the passes of its share."""
+        local = self.run_local(batch, share, self.micro_batch_size, self.seq_len, forward_only=True)
         shape = self.mesh.shape
         if shape.pp > 1:
             dist.all_reduce(local, group=self.mesh.pp_group)

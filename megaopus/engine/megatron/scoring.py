@@ -29,7 +29,7 @@ class MegatronScoringBackend(EngineScoringBackend):
         return self.world_size * self._engine.micro_batch_group
 
     @contextmanager
-    def perturbed(self, direction: Gradient) -> Iterator[Callable[[float], None]]:
+    def perturbed(self, direction: Gradient) -> Iterator[Callable[[float | Tensor], None]]:
         """Each rank moves what its optimizer updates; training's own gathering of weights does the rest.
 
         16-bit weights become the cast of the fp32 ones moved, and in the end of these as they are: what training made

@@ -30,7 +30,7 @@ def directional_utilities(
     operator: UpdateOperator,
     proxy_gradient: Mapping[str, Tensor],
     *,
-    epsilon: float | None = None,
+    epsilon: float | Tensor | None = None,
     sides: str = "central",
     layers: str = "all",
     length: int | None = None,
@@ -66,7 +66,7 @@ def _differences(
     backend: ScoringBackend,
     candidates: Candidates,
     update: Gradient,
-    epsilon: float,
+    epsilon: float | Tensor,
     sides: str,
     passes: Mapping[str, Any],
 ) -> Tensor:
@@ -112,7 +112,7 @@ class Directional:
         self._layers = config.derived_layers()
         self._gram = cast(Sketch, ESTIMATORS.find(config.gram).make(config)) if config.redundancy > 0 else None
         self._judge = StepJudge()
-        self._epsilon = 1.0
+        self._epsilon: float | Tensor = 1.0
 
     def uses(self, backend: ScoringBackend, gradient: Mapping[str, Tensor]) -> list[str]:
         return parameter_names(backend, gradient, self._layers)
@@ -124,11 +124,11 @@ class Directional:
         del update  # before sketches are made
         return parts, self._gram.sketches(request) if self._gram is not None and request.keep_updates else None
 
-    def _step_size(self, request: Request, update: Gradient) -> float:
+    def _step_size(self, request: Request, update: Gradient) -> float | Tensor:
         _observe(request.backend, request.candidates, request.length)
         return step_size(request.backend, update, request.proxy_gradient, level=self._judge.level)
 
-    def _differences(self, request: Request, update: Gradient, epsilon: float) -> Tensor:
+    def _differences(self, request: Request, update: Gradient, epsilon: float | Tensor) -> Tensor:
         passes = {"length": request.length, "micro_batch_size": request.micro_batch_size}
         return _differences(request.backend, request.candidates, update, epsilon, self._config.sides, passes)
 
@@ -159,9 +159,18 @@ class Directional:
         self._epsilon = first * 2.0**found.level
         return own[found.level] / self._epsilon
 
+    def unread(self) -> Tensor:
+        """Give how far along the step it went, (1,) float64; (0,) where the host knows it."""
+        return self._epsilon.view(1) if isinstance(self._epsilon, Tensor) else torch.empty(0, dtype=torch.float64)
+
+    def read(self, numbers: Tensor) -> None:
+        """Take what was ``unread``."""
+        if len(numbers):
+            self._epsilon = float(numbers)
+
     def signal_to_error(self, utilities: Tensor) -> float | None:
         """Spread of the latest utilities (N,) over the error of each, as judged last; None: not known."""
-        return self._judge.signal_to_error(utilities, self._epsilon)
+        return self._judge.signal_to_error(utilities, float(self._epsilon))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values: what was found out about steps."""

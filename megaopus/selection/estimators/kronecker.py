@@ -185,11 +185,13 @@ def rank_one(backend: ScoringBackend, name: str, factor: Tensor) -> tuple[Tensor
     Where an entry is 0 (a weight that does not move), the factor itself has those of its fit. Collective where ranks
     share the matrix.
     """
-    if float(_means(backend, name, factor == 0)[2]) > 0:
-        rows, columns, mean = _means(backend, name, factor)
-        return (rows / mean.clamp(min=torch.finfo(mean.dtype).tiny)).to(factor.dtype), columns.to(factor.dtype)
+    some_zero = _means(backend, name, factor == 0)[2] > 0  # both are worked out: nobody waits to know which
+    rows, columns, mean = _means(backend, name, factor)
+    of_zeros = rows / mean.clamp(min=torch.finfo(mean.dtype).tiny), columns
     rows, columns, mean = _means(backend, name, factor.double().square().reciprocal())
-    return (mean / rows).sqrt().to(factor.dtype), columns.rsqrt().to(factor.dtype)
+    others = (mean / rows).sqrt(), columns.rsqrt()
+    found = [torch.where(some_zero, *pair).to(factor.dtype) for pair in zip(of_zeros, others, strict=True)]
+    return found[0], found[1]
 
 
 def _means(backend: ScoringBackend, name: str, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

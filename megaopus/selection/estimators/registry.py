@@ -67,6 +67,17 @@ class Refining(Protocol):
         """Continue from ``state_dict()``."""
 
 
+@runtime_checkable
+class Unread(Protocol):
+    """An estimator of which some numbers lie on the device once it has estimated: they are read with the utilities."""
+
+    def unread(self) -> Tensor:
+        """(k,) float64, the same on every rank."""
+
+    def read(self, numbers: Tensor) -> None:
+        """Take them, (k,) on the CPU."""
+
+
 class Sketch(Estimator, Protocol):
     """An estimator whose sketches stand in for the updates of one that has none."""
 

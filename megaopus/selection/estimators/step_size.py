@@ -31,6 +31,8 @@ _CHANCE = 0.5
 """Share that differences may happen to have which have nothing to do with each other; about 2 on average."""
 _MOST_LEVELS = 12
 _LARGEST_POWER = 64
+_EXPONENT_OF_1, _FRACTION_BITS = 1023, 52
+"""Of a float64."""
 
 
 class Judgement(NamedTuple):
@@ -42,23 +44,35 @@ class Judgement(NamedTuple):
     """Standard deviation of the error of a difference, in nats: rounding, and what is left of curvature."""
 
 
-def step_size(backend: ScoringBackend, direction: Gradient, gradient: Mapping[str, Tensor], *, level: int = 0) -> float:
+def step_size(
+    backend: ScoringBackend, direction: Gradient, gradient: Mapping[str, Tensor], *, level: int = 0
+) -> float | Tensor:
     """The power of two, in units of ``direction``, nearest to a change of the proxy's loss by ``NATS``; times 2^level.
 
-    ``gradient``: of the proxy's loss. A power of two, since ranks and layouts round the change to other last bits; the
-    same on every rank. 1 where there is no change to go by. Collective.
+    ``gradient``: of the proxy's loss. A power of two, since layouts round the change to other last bits; the same on
+    every rank. 1 where there is no change to go by. () float64 on the device where reading it would have the host wait
+    and the backend can do without. Collective.
     """
-    change = abs(predicted_change(backend, direction, gradient))
-    if not 0 < change < math.inf:
-        return 1.0
-    power = round(math.log2(NATS[backend.computes_in_16_bits] / change)) + level
-    return 2.0 ** max(-_LARGEST_POWER, min(_LARGEST_POWER, power))
+    change = predicted_change(backend, direction, gradient)
+    size = nearest_power(NATS[backend.computes_in_16_bits], change.abs(), level)
+    return size if size.device.type != "cpu" and hasattr(backend, "lends_gradient") else float(size)
 
 
-def predicted_change(backend: ScoringBackend, direction: Gradient, gradient: Mapping[str, Tensor]) -> float:
-    """<direction, gradient> over the whole model, each weight once: by how much a loss changes along it, in nats.
+def nearest_power(wanted: float, change: Tensor, level: int = 0) -> Tensor:
+    """() float64: the power of two nearest to ``wanted`` / ``change`` times 2^level; 1 where ``change`` is not above 0.
 
-    Both in pieces, if the backend has them. Rank 0's on every rank. Collective.
+    Made of its bits, for a device's powers of two need not be exact.
+    """
+    power = (wanted / change).log2().round() + level
+    bounded = power.clamp(-_LARGEST_POWER, _LARGEST_POWER).nan_to_num(0.0).long()
+    exact = ((bounded + _EXPONENT_OF_1) << _FRACTION_BITS).view(torch.float64)
+    return exact.where((change > 0) & (change < math.inf), torch.ones_like(exact))
+
+
+def predicted_change(backend: ScoringBackend, direction: Gradient, gradient: Mapping[str, Tensor]) -> Tensor:
+    """() float64: <direction, gradient> over the whole model, each weight once: the change of a loss along it, in nats.
+
+    Both in pieces, if the backend has them. The same on every rank, as a sum of all is. Collective.
     """
     counts: Callable[[str], bool] = getattr(backend, "counts", lambda name: True)  # version 0.1 had no such method
     names = [name for name in direction if counts(name)]
@@ -71,8 +85,7 @@ def predicted_change(backend: ScoringBackend, direction: Gradient, gradient: Map
     ]
     total = start if not sums else (torch.stack(sums).sum() * factor).view(1).to(start)
     copies = 1 if pieces_of(backend) else backend.world_size
-    everywhere = backend.sum_over_ranks(start[:0], total)[1] / copies
-    return float(backend.from_rank_0(everywhere))
+    return backend.sum_over_ranks(start[:0], total)[1][0] / copies
 
 
 def judge(differences: Callable[[int], Tensor], sides: str, *, search: bool) -> Judgement | None:

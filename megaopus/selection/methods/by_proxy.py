@@ -14,7 +14,7 @@ from megaopus.events import Event
 from megaopus.selection.backend import Gradient, UpdateOperator
 from megaopus.selection.candidates import as_candidates
 from megaopus.selection.estimators.layers import ghost_layers, require_enough, require_some
-from megaopus.selection.estimators.registry import ESTIMATORS, Refining, Request
+from megaopus.selection.estimators.registry import ESTIMATORS, Estimator, Refining, Request, Unread
 from megaopus.selection.estimators.step_size import DROWNED
 from megaopus.selection.methods.registry import register_method
 from megaopus.selection.pieces import direction, finite, pieces_of, shapes_of, whole_gradient, whole_operator
@@ -85,14 +85,24 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
     # A stage or shard may be the only one to see a bad gradient: the word travels with the utilities.
     utilities, count = backend.sum_over_ranks(parts, bad.double().view(1))
     gram = None if rows is None else _gram(step, rows)
+    utilities, count = _read(estimator, utilities, count)
     if bool(count > 0):
         text = "the proxy gradient is not finite: picked uniformly, and the gradient was left out of its average"
         return Scores(utilities=None, events=(*told, Event("selection.fallback.proxy_not_finite", text)))
     step.average.keep()
-    utilities = utilities.cpu()[: len(step.buffer)]
+    utilities = utilities[: len(step.buffer)]
     precision = estimator.signal_to_error(utilities) if isinstance(estimator, Refining) else None
     events = (*told, *(_why_equal(step, utilities, operator, average) or _drowned(precision)))
     return Scores(utilities=utilities, gram=gram, signal_to_error=precision, events=events)
+
+
+def _read(estimator: Estimator, utilities: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring both to the CPU, and what the estimator has on the device: one wait for all."""
+    unread = estimator.unread().to(utilities) if isinstance(estimator, Unread) else utilities[:0]
+    found, bad, numbers = torch.cat([utilities, count, unread]).cpu().split([len(utilities), len(count), len(unread)])
+    if isinstance(estimator, Unread):
+        estimator.read(numbers)
+    return found, bad
 
 
 @contextmanager
