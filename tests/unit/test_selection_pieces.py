@@ -12,6 +12,8 @@ from megaopus.selection import CountSketch, ModuleBackend, TensorCandidates
 from megaopus.selection import pieces as of_pieces
 from megaopus.selection.estimators.countsketch import Places
 from megaopus.selection.operators.build import OptimizerOperator, held_by, operator_of
+from megaopus.selection.operators.lion import lion
+from megaopus.selection.operators.sophia import sophia_g
 from megaopus.selection.pieces import OnDemand, Scaled, chunks, finite
 from megaopus.selection.proxy import ProxyGradient
 
@@ -78,6 +80,22 @@ def test_directions_made_together_are_those_made_one_by_one(bounded: bool, amsgr
     one = operator.direction(gradient, ["vector"])
     assert list(one) == ["vector"]
     assert torch.equal(one["vector"], found["vector"])
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("rule", [lion, sophia_g])
+def test_a_direction_made_by_chunks_is_that_of_whole_parameters(rule: Any, bounded: bool) -> None:
+    gradient, momentum, hessian = Scaled(numbers(3), 1.7), numbers(1), numbers(2)
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "rho": 0.04, "eps": 0.01}
+    maps = {}
+    for name, value in momentum.items():
+        state = {"exp_avg": value.where(value > -1, 0), "hessian": hessian[name], "step": torch.tensor(2.0)}
+        maps[name] = rule(group, state, value)
+    operator = OptimizerOperator(maps)
+    operator = operator.bounded(gradient) if bounded else operator
+    found, alone = operator.direction(gradient, gradient), operator.apply(dict(gradient))
+    assert all(torch.equal(found[name], alone[name]) for name in gradient)
+    assert any(value.any() for value in found.values())
 
 
 def test_what_is_kept_inside_whole_is_worked_out_once() -> None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from megaopus.selection.backend import Gradient, Shard
 from megaopus.selection.operators.adam import AdamMap
-from megaopus.selection.operators.maps import Deferred, Diagonal, ParameterOperator
+from megaopus.selection.operators.maps import Adaptive, Deferred, Diagonal, ParameterOperator
 from megaopus.selection.operators.registry import check_state, factory_of
 from megaopus.selection.operators.rule import scalar
 from megaopus.selection.pieces import OnDemand, Scaled, unscaled
@@ -53,12 +53,15 @@ class OptimizerOperator:
         raw = unscaled(gradient)
         together = self._kept is None and (self._bound is None or self._bound is gradient)
         together &= not isinstance(gradient, OnDemand)
+        factor = gradient.factor if isinstance(gradient, Scaled) else 1.0
         for name in names if together else ():
             one = self.maps.get(name)
-            if isinstance(one, AdamMap) and one.takes(raw[name]):
-                alike.setdefault(one.alike, []).append(name)
+            if isinstance(one, Adaptive) and one.takes(raw[name]):
+                if isinstance(one, AdamMap):
+                    alike.setdefault(one.alike, []).append(name)
+                else:
+                    found[name] = one.direction(raw[name], factor, self._bound is not None)
         for group in alike.values():
-            factor = gradient.factor if isinstance(gradient, Scaled) else 1.0
             maps = [cast(AdamMap, self.maps[name]) for name in group]
             made = AdamMap.directions(maps, [raw[name] for name in group], factor, self._bound is not None)
             found.update(zip(group, made, strict=True))

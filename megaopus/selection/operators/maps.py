@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from megaopus.selection.backend import Shard
+from megaopus.selection.pieces import chunks
 
 
 class ParameterOperator(Protocol):
@@ -61,8 +62,27 @@ class Adaptive:
     Worked out when first asked for: where steps are bounded the frozen one never is.
     """
 
-    def __init__(self, factor: Callable[[Tensor | None], Tensor]):
-        self._factor = factor
+    def __init__(self, factor: Callable[..., Tensor], *state: Tensor):
+        """``state``: of the parameter's shape; ``factor`` takes it after the gradient, and then works by element."""
+        self._of = factor
+        self._state = state
+
+    def _factor(self, gradient: Tensor | None) -> Tensor:
+        return self._of(gradient, *self._state)
+
+    def takes(self, gradient: Tensor) -> bool:
+        """Say whether ``direction`` can be given this gradient."""
+        return bool(self._state) and all(each.is_contiguous() for each in (gradient, *self._state))
+
+    @torch.no_grad()
+    def direction(self, gradient: Tensor, times: float, bounded: bool) -> Tensor:
+        """P g of ``times`` the gradient, to the bit as ``apply`` gives it; what is made on the way is of a chunk."""
+        found = torch.empty_like(gradient)
+        for (out,), (part,), *state in chunks([[found], [gradient], *([each] for each in self._state)]):
+            part = part if times == 1 else part * times
+            factor = self._of(part if bounded else None, *(each for (each,) in state))
+            torch.mul(part, factor.to(part.dtype), out=out)
+        return found
 
     @cached_property
     def _frozen(self) -> Diagonal:

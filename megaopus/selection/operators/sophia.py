@@ -23,6 +23,10 @@ def sophia_g(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tens
     if hessian is None or float(state["step"]) < 1:
         return None
     beta1 = group["betas"][0]
-    limit = hessian * group["rho"] + group["eps"]
-    free = (hessian > 0) & (state["exp_avg"].abs() * beta1 <= limit)
-    return Adaptive(lambda gradient: saturated(group["lr"], 1 - beta1, limit, gradient) * free)
+
+    def factor(gradient: Tensor | None, hessian: Tensor, momentum: Tensor) -> Tensor:
+        limit = hessian * group["rho"] + group["eps"]
+        free = (hessian > 0) & (momentum.abs() * beta1 <= limit)
+        return saturated(group["lr"], 1 - beta1, limit, gradient) * free
+
+    return Adaptive(factor, hessian, state["exp_avg"])
