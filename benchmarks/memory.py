@@ -24,6 +24,7 @@ from rich.table import Table
 
 from megaopus.config.run_config import RunConfig
 from megaopus.models.config import ModelConfig
+from megaopus.models.flops import stage_weights
 from megaopus.planning.memory import memory, peak
 from megaopus.selection.config import SelectionConfig
 
@@ -304,6 +305,31 @@ def summary(results: Mapping[tuple[str, str], dict[str, Any]]) -> Table:
     return made
 
 
+def weights_of(shape: Shape, layout: str, stage: int) -> int:
+    """Count the weights on a rank of ``stage``."""
+    config = run_config(shape, layout)
+    seq_len, parallel = config.data.seq_len, config.parallel
+    found = stage_weights(config.model, shape.vocab_size, seq_len, pp=parallel.pp, stage=stage)
+    return sum(weight.numel // (parallel.tp if weight.sharded else 1) for weight in found)
+
+
+def beyond(results: Mapping[tuple[str, str], dict[str, Any]]) -> Table:
+    """Lay out what scoring takes at its peak beyond a training step, in bytes for each weight of the rank."""
+    made = Table(title="bytes a weight beyond a training step, of the stage with the most", title_justify="left")
+    scored = [name for name in SELECTIONS if name != "uniform"]
+    for heading in ("shape", "layout", *scored):
+        made.add_column(heading, no_wrap=True)
+    shapes = every_shape()
+    for (name, layout), row in results.items():
+        most: dict[str, float] = {}
+        for stage, found in row["stages"].items():
+            weights = weights_of(shapes[name], layout, int(stage))
+            for selection, true in found["scoring"].items():
+                most[selection] = max(most.get(selection, 0.0), (true - found["training"]) / weights)
+        made.add_row(name, layout, *(f"{most[each]:.1f}" if each in most else "-" for each in scored))
+    return made
+
+
 def main() -> None:
     """Measure what is missing, and print the table."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -331,6 +357,7 @@ def main() -> None:
     chosen = {key: row for key, row in results.items() if key[0] in shapes}
     console = Console(width=200)
     console.print(table(chosen))
+    console.print(beyond(chosen))
     console.print(summary(chosen))
     found = ratios(chosen)
     worst = sorted((guess / true, name, layout, which, stage) for name, layout, which, stage, true, guess in found)
