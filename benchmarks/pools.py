@@ -4,6 +4,7 @@ mixed: books wanted; code, command-line help in many languages, French novels an
 hard:  books wanted; beside them the same kind of text, changed so that words and pairs tell little: blocks shuffled,
        passages repeated, 30 % of the words replaced by others as frequent.
 clean: nothing but books in the pool; wanted are books by other authors.
+real_hard: books wanted; beside them books damaged as web corpora have it (damage.py), and other domains.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.damage import Trigrams, misread, two_columns
 from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Source
 from megaopus.corpus_tools.split import SplitRule
@@ -28,6 +30,10 @@ WANTED = "books"
 MIXED = {"books": 8_000_000, "code": 7_000_000, "tldr": 3_300_000, "french": 4_000_000, "shuffled": 7_000_000}
 """Characters of each domain, at most."""
 HARD = dict.fromkeys(("books", "blocks", "repeated", "replaced"), 5_800_000)
+DAMAGED = ("columns", "blocks", "trigrams", "misread", "repeated", "shuffled")
+LONGEST = 4_000
+REAL_HARD = {"books": 1_500_000} | dict.fromkeys((*DAMAGED, "code", "tldr", "french", "wiki"), 700_000)
+"""Characters; of the books a fifth is the proxy and an eighth is held out, which leaves an eighth of the pool."""
 BLOCK_WORDS = 12
 PASSAGE_WORDS = 50
 REPLACED = 0.3
@@ -100,6 +106,31 @@ def hard(data: Path) -> dict[str, list[Text]]:
     parts["blocks"] = _changed(parts["blocks"], shuffled_blocks)
     parts["repeated"] = _changed(parts["repeated"], repeated_passages)
     parts["replaced"] = _changed(parts["replaced"], lambda words, draw: replaced_words(words, draw, ranked, places))
+    return parts
+
+
+def real_hard(data: Path) -> dict[str, list[Text]]:
+    """Texts of each domain, none longer than ``LONGEST``, so that there are many."""
+    rest = iter([(key, text[:LONGEST]) for key, text in _books(data)])
+    parts = {"books": _take(rest, REAL_HARD["books"])}
+    parts["columns"] = [
+        (key, two_columns(text, other))
+        for (key, text), (_, other) in zip(_take(rest, 350_000), _take(rest, 350_000), strict=False)
+    ]
+    model = Trigrams(words_of(text) for _, text in _books(data))
+    changes: dict[str, Callable[[list[str], random.Random], list[str]]] = {
+        "blocks": shuffled_blocks,
+        "trigrams": lambda words, draw: model.text(len(words), draw),
+        "misread": misread,
+        "repeated": repeated_passages,
+        "shuffled": shuffled_words,
+    }
+    for domain, change in changes.items():
+        parts[domain] = _changed(_take(rest, REAL_HARD[domain]), change)
+    parts["code"] = _take(read_texts(data / "code.jsonl.gz"), REAL_HARD["code"])
+    parts["tldr"] = _take(read_texts(data / "tldr_pages.jsonl.gz"), REAL_HARD["tldr"])
+    parts["french"] = _take(read_texts(data / "french_novels.jsonl.gz"), REAL_HARD["french"])
+    parts["wiki"] = _take(read_texts(data / "wikitext2_test.jsonl.gz"), REAL_HARD["wiki"])
     return parts
 
 
