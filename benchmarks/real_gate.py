@@ -116,7 +116,7 @@ def read(model: Path, data: Path, work: Path) -> Text:
 def token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
     """(n, LENGTH) loss of each token."""
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.transpose(1, 2).float(), tokens[:, 1:], reduction="none")
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
 
 
 @torch.no_grad()
