@@ -14,7 +14,7 @@ from rich.console import Console as RichConsole
 
 from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, locate, set_aside, temporary_checkpoints
 from megaopus.config.parse import to_yaml
-from megaopus.config.resume_policy import Change, changes, check_identity, continued_half_life, refuse_unallowed
+from megaopus.config.resume_policy import Began, Change, changes, check_identity, continued, refuse_unallowed
 from megaopus.config.run_config import RunConfig, default_settings
 from megaopus.data.corpus import Corpus
 from megaopus.data.mixture import continued_weights
@@ -86,9 +86,7 @@ def _locked(run_dir: Path, mesh: Mesh) -> Iterator[None]:
 def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> int:
     run_dir = Path(config.run_dir)
     checkpoint = locate(config.resume, run_dir, mesh)
-    decay, told = None, ""
-    if checkpoint is not None and checkpoint.own:
-        decay, told = continued_half_life(checkpoint.state["config"], config)
+    began = continued(checkpoint.state["config"], config) if checkpoint is not None and checkpoint.own else Began()
     if checkpoint is not None:
         before = checkpoint.state["config"].get("data", {}).get("weights", [])
         config.data.weights = continued_weights(before, config.data.weights, checkpoint.step)
@@ -105,8 +103,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
     begins = checkpoint is None and config.init.path is not None
     start = start_weights(config, mesh, data.pool.corpus) if begins else None
     trainer = build_trainer(config, mesh, data, stop, timers, start)
-    if decay is not None:
-        trainer.config["selection"]["proxy_ema"] = decay
+    began.put(trainer.config)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     old_record = on_rank_0(mesh, lambda: _begin(config, run_dir, mesh, checkpoint, data, vocab_size))
@@ -123,7 +120,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: StopSignal, timers: Timers) -> i
     try:
         if old_record is not None:
             monitor.note(f"{run_dir} has no checkpoint of its own: the record that lay there is now in {old_record}")
-        for line in [*_resumed(checkpoint, changed), *filter(None, [told]), *tight]:
+        for line in [*_resumed(checkpoint, changed), *began.told, *tight]:
             monitor.note(line)
         if begins:
             monitor.note(f"begins with the weights of {config.init.path}")

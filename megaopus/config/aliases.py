@@ -107,6 +107,24 @@ def renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def as_saved(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's saved settings under today's names, and with those that came later where it went by another value.
+
+    Before ``gram_sketch`` there was a sketch of each layer.
+    """
+    result = renamed(tree)
+    if before_gram_sketch(result):
+        result["selection"]["gram_sketch"] = "per_layer"
+    return result
+
+
+def before_gram_sketch(saved: Mapping[str, Any]) -> bool:
+    """Say whether a run's saved settings have a redundancy term, and do not say of which sketches."""
+    selection = saved.get("selection")
+    given = selection if isinstance(selection, dict) else {}
+    return "gram_sketch" not in given and bool(given.get("redundancy"))
+
+
 def _moved(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A copy with today's names for the settings that mean the same as before."""
     result = copy.deepcopy(dict(tree))

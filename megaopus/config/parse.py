@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megaopus.config.aliases import REFUSED, renamed
+from megaopus.config.aliases import REFUSED, as_saved, renamed
 from megaopus.config.run_config import SETTINGS, RunConfig, settings_under
 from megaopus.errors import ConfigError, Problem
 from megaopus.settings import Misfit, fit, kinds
@@ -67,7 +67,7 @@ def restored(tree: Any, source: str) -> RunConfig:
     if not isinstance(tree, dict):
         issues.add("config", source, "holds no settings", "name a config.yaml of a run")
         tree = {}
-    config = typed(tree, source, issues)
+    config = typed(as_saved(tree), source, issues)
     issues.refuse()
     return config
 

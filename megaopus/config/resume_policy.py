@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
-from megaopus.config.aliases import current, renamed
+from megaopus.config.aliases import as_saved, before_gram_sketch, current, renamed
 from megaopus.config.run_config import RunConfig, flat
 from megaopus.errors import CheckpointError
 from megaopus.settings import HARMLESS, TRAINING, declared, kinds
@@ -39,8 +39,40 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[
 
     Where a run lies and how it resumes is left out. ``defaults``: dotted key -> value. Names are today's.
     """
-    found = _differing({**defaults, **flat(renamed(saved))}, {**defaults, **flat(renamed(now))})
+    found = _differing({**defaults, **flat(as_saved(saved))}, {**defaults, **flat(renamed(now))})
     return [change for change in found if change.key not in _PLACES]
+
+
+class Began(NamedTuple):
+    """Says how a run began where the same command means something else today, so that it goes on that way."""
+
+    decay: float | None = None
+    """From one proxy gradient to the next (``proxy_ema``); None: today's setting has its say."""
+    before_gram_sketch: bool = False
+    """Whether its Gram matrix is of sketches of each layer, which no setting said then."""
+    told: tuple[str, ...] = ()
+    """What to tell a person."""
+
+    def put(self, settings: dict[str, Any]) -> None:
+        """Have the next checkpoint's nested settings say it as the first one's did."""
+        if self.decay is not None:
+            settings["selection"]["proxy_ema"] = self.decay
+        if self.before_gram_sketch:
+            del settings["selection"]["gram_sketch"]
+
+
+def continued(saved: Mapping[str, Any], config: RunConfig) -> Began:
+    """Let ``config`` go on as the run with the ``saved`` settings began, but for what ``resume_allow`` names."""
+    decay, told = continued_half_life(saved, config)
+    before = before_gram_sketch(saved) and _GRAM_SKETCH not in config.resume_allow
+    lines = [told] if told else []
+    if before and config.selection.gram_sketch != "per_layer":
+        config.selection.gram_sketch = "per_layer"
+        lines.append(
+            f"{_GRAM_SKETCH} stays per_layer, as this run began before there was a choice"
+            f" (resume_allow=[{_GRAM_SKETCH}] takes the sum over layers)"
+        )
+    return Began(decay, before, tuple(lines))
 
 
 def continued_half_life(saved: Mapping[str, Any], config: RunConfig) -> tuple[float | None, str]:
@@ -63,6 +95,7 @@ def continued_half_life(saved: Mapping[str, Any], config: RunConfig) -> tuple[fl
     )
 
 
+_GRAM_SKETCH = "selection.gram_sketch"
 _HALF_LIFE = "selection.proxy_half_life"
 _PLACES = ("run_dir", "resume", "resume_allow")
 

@@ -18,6 +18,7 @@ UTILITIES = ("standardised", "raw")
 SIDES = ("central", "one")
 WINDOWS = ("first", "random", "strided")
 MUON_OPERATORS = ("paper", "full")
+GRAM_SKETCHES = ("summed", "per_layer")
 PRESCREENS = ("off", "cascade", "predict")
 TEXT_FEATURES = ("ngrams", "domain", "likelihood", "shape")
 CHUNK = 1 << 24
@@ -204,6 +205,12 @@ class SelectionConfig:
         choices=estimators.sketch_names,
         doc="Sketches that stand in for the updates in the Gram matrix of directional and adjoint.",
     )
+    gram_sketch: str = setting(
+        "summed",
+        choices=GRAM_SKETCHES,
+        doc="Sketches of a Gram matrix. summed: one of each candidate, the sum over its layers; per_layer: one of each "
+        "layer (the paper), for as many times the memory and traffic.",
+    )
     warmup_steps: int = setting(
         0,
         min=0,
@@ -251,7 +258,9 @@ class SelectionConfig:
         hint="null follows the learning rate; 1 is one optimizer step",
     )
     sides: str = setting("central", choices=SIDES, doc="central: (L(-e) - L(+e)) / 2e; one: (L(0) - L(+e)) / e.")
-    sketch_dim: int = setting(8192, min=1, doc="Length of each layer's CountSketch [m].", hint=_SEE)
+    sketch_dim: int = setting(
+        8192, min=1, doc="Length of each layer's CountSketch [m], and so of their sum (`gram_sketch`).", hint=_SEE
+    )
     sketch_seed: int = setting(42, doc="Seed of the sketch's hashes.")
     layers: str = setting(
         "auto",

@@ -182,5 +182,7 @@ def _settings(config: SelectionConfig) -> str:
     """The settings that passes may depend on, in the words of version 0.1, so that its checkpoints keep their size."""
     # a check measures no candidates, and groups are about picks
     words = repr(replace(config, check_every=0, groups=1)).replace(" groups=1,", "")
+    if config.redundancy == 0 or config.gram_sketch == "per_layer":  # the one way that there was
+        words = words.replace(f" gram_sketch={config.gram_sketch!r},", "")
     words = words.replace("text_features=[", "traits=[")
     return words.replace(f"proxy_half_life={config.proxy_half_life!r}", f"proxy_ema={config.proxy_decay!r}")

@@ -135,6 +135,8 @@ def test_the_command_of_launch_sh_goes_on(run: str, resumed: Any) -> None:
     assert f"after {done} steps" in after.said
     changed = f"settings changed since that checkpoint: {TOLD_OF_MOVED}"  # nothing that was renamed counts as changed
     assert {line for line in after.said.splitlines() if "settings changed" in line} <= {changed}
+    stays = "selection.gram_sketch stays per_layer, as this run began before there was a choice"
+    assert (stays in after.said) == (run == "zero")
     assert_as_expected(run, after.folder)
     assert complete_checkpoints(after.folder)[-1].name == "step_00000010"
 

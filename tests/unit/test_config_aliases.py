@@ -13,7 +13,7 @@ from megaopus.__main__ import main
 from megaopus.config.aliases import RENAMED, current, current_override, former, notes, renamed, with_old_names
 from megaopus.config.compose import compose
 from megaopus.config.parse import load, restored, to_yaml
-from megaopus.config.resume_policy import changes, continued_half_life, refuse_unallowed
+from megaopus.config.resume_policy import Began, changes, continued, continued_half_life, refuse_unallowed
 from megaopus.config.run_config import SETTINGS, RunConfig, default_settings
 from megaopus.config.validation import validate
 from megaopus.errors import CheckpointError, ConfigError
@@ -186,6 +186,58 @@ def test_a_run_that_began_with_a_decay_goes_on_with_it() -> None:
     assert continued_half_life(next_one, now) == (None, "")
     assert continued_half_life(asdict(chosen()), chosen()) == (None, "")
     assert now.selection.proxy_half_life == 99.4
+
+
+def diverse() -> RunConfig:
+    config = RunConfig()
+    config.selection.method, config.selection.redundancy = "opus", 0.5
+    return config
+
+
+def test_a_run_with_a_sketch_of_each_layer_goes_on_with_them(tmp_path: Path) -> None:
+    """As every run did before there was gram_sketch; by the same command, launch after launch."""
+    saved = asdict(diverse())
+    del saved["selection"]["gram_sketch"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    assert restored(saved, "state.json").selection.gram_sketch == "per_layer"
+    assert load(tmp_path / "config.yaml").selection.gram_sketch == "per_layer"
+    for _ in range(2):
+        now = diverse()
+        assert [change[1:] for change in changes(saved, asdict(now), default_settings(now))] == [
+            ("per_layer", "summed")
+        ]
+        began = continued(saved, now)
+        (told,) = began.told
+        assert told.startswith("selection.gram_sketch stays per_layer, as this run began")
+        assert now.selection.gram_sketch == "per_layer"
+        assert changes(saved, asdict(now), default_settings(now)) == []
+        saved = asdict(now)
+        began.put(saved)  # as the next checkpoint has it
+    now = diverse()
+    now.selection.gram_sketch = "per_layer"
+    assert continued(saved, now).told == ()
+    now = diverse()
+    now.resume_allow = ["selection.gram_sketch"]
+    began = continued(saved, now)
+    assert (began, now.selection.gram_sketch) == (Began(), "summed")
+    found = changes(saved, asdict(now), default_settings(now))
+    refuse_unallowed(found, now.resume_allow, "step_00000001")
+    with pytest.raises(CheckpointError, match=r"selection\.gram_sketch: saved 'per_layer', now 'summed'"):
+        refuse_unallowed(found, [], "step_00000001")
+
+
+def test_a_run_without_redundancy_or_that_says_its_sketches_is_taken_at_its_word() -> None:
+    plain, said = RunConfig(), diverse()
+    saved = asdict(plain)
+    del saved["selection"]["gram_sketch"]
+    assert continued(saved, plain) == continued(asdict(said), diverse()) == continued({}, diverse()) == Began()
+    assert plain.selection.gram_sketch == "summed"
+    assert changes(saved, asdict(plain), default_settings(plain)) == []
+    said.selection.gram_sketch = "per_layer"
+    now = diverse()
+    assert continued(asdict(said), now) == Began()
+    with pytest.raises(CheckpointError, match="gram_sketch"):
+        refuse_unallowed(changes(asdict(said), asdict(now), default_settings(now)), [], "step_00000001")
 
 
 def test_of_both_names_the_new_one_counts() -> None:

@@ -21,7 +21,7 @@ from megaopus.selection.estimators.adjoint import adjoint_utilities
 from megaopus.selection.estimators.ghost import held_at_once, per_sample_gradient, spans
 from megaopus.selection.estimators.layers import ghost_layers
 from megaopus.selection.estimators.registry import Sizes, Taken, put_together, register_estimator
-from megaopus.selection.estimators.sketches import SketchEstimator, sketch_memory
+from megaopus.selection.estimators.sketches import SketchEstimator, kept_sketches, sketch_memory
 from megaopus.selection.old_names import renamed_argument
 from megaopus.selection.pieces import OnDemand, pieces_of, shapes_of, whole_operator
 
@@ -128,13 +128,14 @@ def spread_dim(sides: tuple[Tensor | None, Tensor | None] | None) -> int | None:
 class CountSketchEstimator:
     """Alignment sum_r <phi_r, psi_r>, phi_r = Pi_r(P_r sum_t b_t a_t^T), psi_r = Pi_r(proxy gradient of layer r).
 
-    ``layers``: see ``layers.ghost_layers``.
+    ``layers``: see ``layers.ghost_layers``; ``summed``: what is kept of a candidate is the sum of its layers' sketches.
     """
 
-    def __init__(self, dim: int, seed: int, layers: str = "linear"):
+    def __init__(self, dim: int, seed: int, layers: str = "linear", summed: bool = False):
         self._dim = dim
         self._seed = seed
         self._which = layers
+        self._summed = summed
         self._kept: dict[tuple[str, int | None], CountSketch] = {}
         self._room = _KEPT_ON_CPU
 
@@ -155,7 +156,7 @@ class CountSketchEstimator:
         extra_consumer: GhostConsumer | None = None,
         also: GhostConsumer | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """((n,) float64 parts of the alignments, sketches (n, m) by layer or None); of this rank's candidates.
+        """((n,) float64 parts of the alignments, sketches (n, m) by layer, or of all, or None); this rank's candidates.
 
         The inner products of the sketches, once summed over parts, estimate the Gram matrix <P g_z, P g_s>. Where only
         alignments are asked for, no candidate is sketched: <Pi P g_z, psi> = <g_z, P^T Pi^T psi> is adjoint scoring of
@@ -180,7 +181,7 @@ class CountSketchEstimator:
             )
             return parts, None
         parts = torch.zeros(len(candidates), dtype=torch.float64, device=backend.device)
-        phi = {name: psi.new_zeros(len(candidates), self._dim) for name, psi in proxy.items()}
+        phi, kept = kept_sketches(proxy, len(candidates), self._dim, self._summed, backend.device)
 
         with torch.no_grad(), whole_operator(operator) as of_whole:
 
@@ -197,7 +198,7 @@ class CountSketchEstimator:
                     phi[name][where] += sketch
 
             backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
-        return parts, phi
+        return parts, kept
 
     def _proxy(
         self,
@@ -325,4 +326,5 @@ def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
 )
 def _countsketch(config: SelectionConfig) -> SketchEstimator:
     which = config.ghost_layers()
-    return SketchEstimator(config, CountSketchEstimator(config.sketch_dim, config.sketch_seed, which))
+    summed = config.gram_sketch == "summed"
+    return SketchEstimator(config, CountSketchEstimator(config.sketch_dim, config.sketch_seed, which, summed))

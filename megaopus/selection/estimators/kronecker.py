@@ -27,7 +27,7 @@ from megaopus.selection.estimators.countsketch import hashes, spread_dim, sum_pr
 from megaopus.selection.estimators.ghost import local_rows, per_sample_gradient, spans
 from megaopus.selection.estimators.layers import ghost_layers
 from megaopus.selection.estimators.registry import Sizes, Taken, register_estimator
-from megaopus.selection.estimators.sketches import SketchEstimator, sketch_memory
+from megaopus.selection.estimators.sketches import SketchEstimator, kept_sketches, sketch_memory
 from megaopus.selection.old_names import renamed_argument
 from megaopus.selection.pieces import pieces_of, shapes_of, unscaled, whole_operator
 
@@ -44,13 +44,15 @@ def sketch_shape(dim: int) -> tuple[int, int]:
 class KroneckerEstimator:
     """Alignment sum_r <phi_r, psi_r> with two-sided sketches; ``layers``: see ``layers.ghost_layers``.
 
-    Keeps each layer's C1 and C2 between steps.
+    ``summed``: what is kept of a candidate is the sum of its layers' sketches, which have one shape. Keeps each layer's
+    C1 and C2 between steps.
     """
 
-    def __init__(self, dim: int, seed: int, layers: str = "linear"):
+    def __init__(self, dim: int, seed: int, layers: str = "linear", summed: bool = False):
         self._shape = sketch_shape(dim)
         self._seed = seed
         self._which = layers
+        self._summed = summed
         self._kept: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
 
@@ -67,7 +69,7 @@ class KroneckerEstimator:
         extra_consumer: GhostConsumer | None = None,
         also: GhostConsumer | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """((n,) float64 parts of the alignments, sketches (n, m) by layer or None); of this rank's candidates.
+        """((n,) float64 parts of the alignments, sketches (n, m) by layer, or of all, or None); this rank's candidates.
 
         ``extra_consumer`` (once ``also``) sees the same pass.
         Raises RuntimeError naming any layer whose activations could not be captured.
@@ -83,8 +85,10 @@ class KroneckerEstimator:
         unfolded = None in folded.values()
         with torch.no_grad(), whole_operator(operator) if unfolded else nullcontext(operator) as of_whole:
             parts = torch.zeros(len(candidates), dtype=torch.float64, device=backend.device)
-            size = self._shape[0] * self._shape[1]
-            phi = {name: value.new_zeros(len(candidates), size) for name, value in psi.items() if keep_sketches}
+            phi, kept = {}, None
+            if keep_sketches:
+                size = self._shape[0] * self._shape[1]
+                phi, kept = kept_sketches(psi, len(candidates), size, self._summed, backend.device)
 
             def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
                 if extra_consumer is not None:
@@ -108,11 +112,11 @@ class KroneckerEstimator:
 
             def add(name: str, rows: slice, sketch: Tensor) -> None:
                 parts[rows] += (sketch * psi[name]).flatten(1).sum(1, dtype=torch.float64)
-                if keep_sketches:
+                if name in phi:
                     phi[name][rows] += sketch.flatten(1)
 
             backend.ghost_pass(candidates, uses, consume, length=length, micro_batch_size=micro_batch_size)
-        return parts, phi if keep_sketches else None
+        return parts, kept
 
     def _proxy(
         self,
@@ -233,4 +237,5 @@ _COST = (2 / 3, "forward and input gradients; the sketches of activations not co
 )
 def _kronecker(config: SelectionConfig) -> SketchEstimator:
     which = config.ghost_layers()
-    return SketchEstimator(config, KroneckerEstimator(config.sketch_dim, config.sketch_seed, which))
+    summed = config.gram_sketch == "summed"
+    return SketchEstimator(config, KroneckerEstimator(config.sketch_dim, config.sketch_seed, which, summed))

@@ -36,6 +36,10 @@ class Request:
     """Candidates of all ranks; what ``sum_over_ranks`` gives beyond is of copies that fill shares up. None: no more."""
 
 
+EVERY_LAYER = "*"
+"""In place of a layer's name: what is summed over all layers of the model, those of other pipeline stages too."""
+
+
 class Estimator(Protocol):
     """Estimates utilities step after step; made once for each selector."""
 
@@ -45,8 +49,8 @@ class Estimator(Protocol):
     def estimate(self, request: Request) -> tuple[Tensor, dict[str, Tensor] | None]:
         """((n,) float64 parts of <P g_z, g_proxy>, by layer rows (n, m) or None).
 
-        Both are of this rank's candidates and of its part of the model. The inner products of the rows make the Gram
-        matrix; None unless ``request.keep_updates``.
+        Both are of this rank's candidates and of its part of the model. The inner products of the rows, of each layer
+        or of their one sum (``EVERY_LAYER``), make the Gram matrix; None unless ``request.keep_updates``.
         """
 
 

@@ -14,7 +14,7 @@ from megaopus.events import Event
 from megaopus.selection.backend import Gradient, UpdateOperator
 from megaopus.selection.candidates import as_candidates
 from megaopus.selection.estimators.layers import ghost_layers, require_enough, require_some
-from megaopus.selection.estimators.registry import ESTIMATORS, Estimator, Refining, Request, Unread
+from megaopus.selection.estimators.registry import ESTIMATORS, EVERY_LAYER, Estimator, Refining, Request, Unread
 from megaopus.selection.estimators.step_size import DROWNED
 from megaopus.selection.methods.registry import register_method
 from megaopus.selection.pieces import direction, finite, pieces_of, shapes_of, whole_gradient, whole_operator
@@ -193,8 +193,13 @@ def _gram(step: ScoringStep, rows: dict[str, Tensor]) -> Tensor:
     """(n, n) float64 on the CPU: inner products of the candidates' updates, over every layer of every stage."""
     backend, size = step.backend, len(step.buffer)
     total = torch.zeros(size, size, dtype=torch.float64, device=backend.device)
-    for value in backend.sum_over_model(rows, "gradient").values():
+    summed = EVERY_LAYER in rows
+    rows = backend.sum_over_model(rows, "gradient")
+    if summed:  # of stages the rows add up, else their products do
+        rows = backend.sum_over_model(rows, "stages")
+    for value in rows.values():
         whole = backend.gather_candidates(value)[:size].double()
         total += whole @ whole.t()
-    total = backend.sum_over_model({"": total}, "stages")[""]
+    if not summed:
+        total = backend.sum_over_model({"": total}, "stages")[""]
     return backend.from_rank_0(total).cpu()  # the products above are each rank's own, and may be rounded otherwise
