@@ -3,6 +3,7 @@
 python benchmarks/precision.py               # rates: Spearman of ``directional`` with float64, by learning rate
 python benchmarks/precision.py operators     # P_t beside the optimizer's real step on a batch
 python benchmarks/precision.py paper_picks   # picks of selection=opus_paper that are not those of all-zero utilities
+python benchmarks/precision.py gram          # inner products of sketches beside those of the updates
 
 A row per cell is added to --results as it is done; cells that have one are not measured again. All on a CPU, on the
 small GPT of the tests after 150 updates (``LATER``: of some also after more), and free of timings.
@@ -17,6 +18,10 @@ operators    {optimizer, operator, batch, fall, linear}: Spearman, and the slope
              fall's linear part (``real_falls`` of tests/exact/estimators_toy.py); 48 candidates, two batches.
 paper_picks  {optimizer, lr, others, ratio}: share of picks that noise alone would not have made, and the least and
              largest ratio of the largest probability to the uniform one; N = 64, K = 32, 60 steps that score.
+gram         {optimizer, gram_sketch, sketch_dim, numbers, spearman, error, picks}: CountSketches of the matrices with a
+             linear use, means over seeds of hashes; numbers: of a candidate. spearman: of inner products of two updates
+             with the exact ones, over all pairs; error: root mean square, in products of the two norms; picks: share
+             that the exact matrix has picked too, redundancy=1; N = 64, K = 32.
 """
 
 from __future__ import annotations
@@ -46,8 +51,16 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.registry import OPTIMIZERS, spec_of
-from megaopus.selection import SelectionConfig, Selector, TensorCandidates, exact_utilities, sampler
+from megaopus.selection import (
+    CountSketchEstimator,
+    SelectionConfig,
+    Selector,
+    TensorCandidates,
+    exact_utilities,
+    sampler,
+)
 from megaopus.selection.backend import Gradient, ScoringBackend, UpdateOperator
+from megaopus.selection.estimators.exact import exact_estimate
 from tests.exact import estimators_toy as toy
 from tests.harness import TokenCandidates, tiny_engine
 
@@ -339,10 +352,64 @@ def print_paper_picks(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
+# -- the Gram matrix of sketches -------------------------------------------------------------------------------------
+
+
+def measure_gram(results: Results, quick: bool, only: str, console: Console) -> None:
+    size, seeds = (12, 2) if quick else (64, 16)
+    for optimizer in ("adamw",) if quick else ("adamw", "muon"):
+        backend = toy.train(optimizer, STEPS)
+        gradient = backend.gradient(toy.proxy(0))
+        given = (backend, toy.buffer(size, seed=1), backend.operator().bounded(gradient), gradient)
+        names = dict.fromkeys(layer.parameter for layer in CountSketchEstimator(1, 0).layers(backend))
+        utilities, updates = exact_estimate(*given, parameters=names, keep_updates=True)
+        exact = updates @ updates.t()
+        dims = {"per_layer": (512, 8192), "summed": (512, 512 * len(names), 8192)}
+        for way, dim in ((way, dim) for way, each in dims.items() for dim in each):
+            key = f"gram/{optimizer}/{way}/{dim}/{size}/{seeds}"
+            if key in results.rows or only not in key:
+                continue
+            found = []
+            for seed in range(seeds):
+                sketch = CountSketchEstimator(dim, seed, summed=way == "summed")
+                kept = sketch.estimate(*given, keep_sketches=True)[1]
+                rows = torch.cat(list(kept.values()), 1).double()
+                found.append(gram_fidelity(rows @ rows.t(), exact, utilities))
+            means = dict(zip(("spearman", "error", "picks"), torch.tensor(found).mean(0).tolist(), strict=True))
+            row = {"optimizer": optimizer, "gram_sketch": way, "sketch_dim": dim, "numbers": rows.shape[1], **means}
+            results.add(key, {**row, "commit": commit()})
+            console.print(f"{key}: {means}", highlight=False)
+
+
+def gram_fidelity(found: Tensor, exact: Tensor, utilities: Tensor) -> tuple[float, float, float]:
+    """(Spearman over pairs, root mean square error in products of norms, share of picks in common)."""
+    first, second = torch.triu_indices(*exact.shape, offset=1)
+    norms = exact.diagonal().sqrt()
+    errors = (found - exact) / torch.outer(norms, norms)
+    count, ids = len(exact) // 2, torch.arange(len(exact))
+    scores, draws = (utilities - utilities.mean()) / utilities.std(), sampler.Draws("top_k", 1.0, 0, 0)
+    picks = [sampler.pick(scores, ids, count, draws, gram / gram.diagonal().mean() / count) for gram in (found, exact)]
+    same = len(set(picks[0].tolist()) & set(picks[1].tolist())) / count
+    spearman = toy.spearman(found[first, second], exact[first, second])
+    return spearman, float(errors[first, second].square().mean().sqrt()), same
+
+
+def print_gram(rows: Sequence[Row], console: Console) -> None:
+    table = Table(title="inner products of sketches beside exact ones", box=SIMPLE, padding=0)
+    for name in ("optimizer", "gram_sketch", "sketch_dim", "numbers", "Spearman", "error", "same picks"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        counts = (str(row["sketch_dim"]), str(row["numbers"]))
+        shares = (f"{row['spearman']:.3f}", f"{row['error']:.4f}", f"{row['picks']:.1%}")
+        table.add_row(row["optimizer"], row["gram_sketch"], *counts, *shares)
+    console.print(table)
+
+
 TABLES = {
     "rates": (measure_rates, print_rates),
     "operators": (measure_operators, print_operators),
     "paper_picks": (measure_paper_picks, print_paper_picks),
+    "gram": (measure_gram, print_gram),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,7 +25,7 @@ from megaopus.selection import (
 from megaopus.selection.estimators.exact import exact_estimate
 from megaopus.selection.estimators.kronecker import rank_one
 from megaopus.selection.estimators.layers import ghost_layers
-from megaopus.selection.estimators.registry import ESTIMATORS
+from megaopus.selection.estimators.registry import ESTIMATORS, EVERY_LAYER
 from tests.exact.estimators_toy import ALL_OPTIMIZERS, buffer, proxy, real_falls, slope, spearman, train
 
 OPERATORS = [*((name, "paper") for name in ALL_OPTIMIZERS), *((name, "full") for name in ("muon", "namo", "namo_d"))]
@@ -147,9 +148,10 @@ def test_countsketch_is_unbiased_over_seeds_in_alignment_and_gram(trained, optim
         backend, candidates, operator, gradient, parameters=dict.fromkeys(linear), keep_updates=True
     )
     found = [e.estimate(backend, candidates, operator, gradient, keep_sketches=True) for e in estimators]
-    flat = [torch.cat(list(sketches.values()), 1).double() for _, sketches in found]
-    grams = torch.stack([rows @ rows.t() for rows in flat])
-    for estimates, truth in ((torch.stack([u for u, _ in found]), exact), (grams, updates @ updates.t())):
+    apart, summed = [torch.cat(list(kept.values()), 1) for _, kept in found], [sum(kept.values()) for _, kept in found]
+    grams = [torch.stack([rows.double() @ rows.double().t() for rows in kept]) for kept in (apart, summed)]
+    truth = updates @ updates.t()
+    for estimates, truth in ((torch.stack([u for u, _ in found]), exact), *((gram, truth) for gram in grams)):
         standard_error = estimates.std(0) / len(found) ** 0.5
         assert standard_error.max() > 0
         deviation = ((estimates.mean(0) - truth) / standard_error).abs()
@@ -157,6 +159,35 @@ def test_countsketch_is_unbiased_over_seeds_in_alignment_and_gram(trained, optim
         assert deviation.mean() < 1.5
         few = (estimates[:3].mean(0) - truth).abs().mean()
         assert (estimates.mean(0) - truth).abs().mean() < few
+    gram, squares = updates @ updates.t(), updates.square()
+    norms = gram.diagonal()
+    stated = (
+        torch.outer(norms, norms) + gram.square() - 2 * squares @ squares.t()
+    ) / 256  # of one sketch of all layers
+    noise = [(each.var(0) / stated).mean() for each in grams]
+    assert noise[1] == pytest.approx(1, abs=0.3)
+    assert 1 / len(linear) < noise[0] < 1  # a sketch of each layer is as many times the numbers
+
+
+@pytest.mark.parametrize("make", [CountSketchEstimator, KroneckerEstimator])
+def test_a_sketch_summed_over_layers_has_the_products_of_all_pairs_of_layers(trained, make) -> None:
+    """In float64, micro-batch by micro-batch into one tensor; alignments are layer by layer all the same."""
+    backend, candidates = copy.deepcopy(trained["adamw"]), buffer(9, seed=2)
+    backend.module.double()
+    given = (backend, candidates, backend.operator(), backend.gradient(proxy(0)))
+    (parts, apart), (same, summed) = (
+        make(128, 42, "linear", summed).estimate(*given, keep_sketches=True, micro_batch_size=4)
+        for summed in (False, True)
+    )
+    assert len(apart) == 9
+    (rows,) = summed.values()
+    assert list(summed) == [EVERY_LAYER]
+    assert (rows.shape, rows.dtype) == ((9, 128), torch.float64)
+    pairs = sum(one @ other.t() for one in apart.values() for other in apart.values())
+    torch.testing.assert_close(rows @ rows.t(), pairs, rtol=1e-12, atol=0)
+    own = sum(one @ one.t() for one in apart.values())
+    assert (pairs - own).norm() > 0.01 * own.norm()  # those of two different layers are noise
+    assert torch.equal(parts, same)
 
 
 def test_sketch_inner_products_have_the_stated_mean_and_variance() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -150,13 +151,42 @@ def hashed(backend: ModuleBackend) -> list[tuple[Tensor, int]]:
     return found
 
 
+SKETCHED: dict[str, dict[str, Any]] = {
+    "directional": {"gram": "countsketch"},
+    "adjoint": {"estimator": "adjoint", "gram": "kronecker"},
+    "countsketch": {"estimator": "countsketch"},
+}
+
+
+def gathered(backend: ModuleBackend) -> dict[tuple[str, str], list[torch.Size]]:
+    """(estimator, gram_sketch) -> the shape of what this rank sends in each gathering of a scored step."""
+    found: dict[tuple[str, str], list[torch.Size]] = {}
+    send = dist.all_gather
+    for name, settings in SKETCHED.items():
+        for way in ("summed", "per_layer"):
+            config = SelectionConfig(method="opus", redundancy=0.5, sketch_dim=64, gram_sketch=way, **settings)
+            config.score_micro_batch_size = 3
+            selector = Selector(config, backend, num_selected=5, proxy=lambda step: batch(90 + step, 7), seed=3)
+            sent = found[name, way] = []
+
+            def noted(parts: list[Tensor], own: Tensor, *args: Any, sent: Any = sent, **kwargs: Any) -> Any:
+                if own.is_floating_point():  # what tells copies apart are whole numbers
+                    sent.append(own.shape)
+                return send(parts, own, *args, **kwargs)
+
+            with mock.patch.object(dist, "all_gather", noted):
+                selector.select(batch(0, 16), 0)
+    return found
+
+
 def worker() -> dict[str, Any]:
     dist.init_process_group("gloo")
     try:
         found = run(dist.group.WORLD)
         backend = make_backend(dist.group.WORLD)
         by_text = picks_by_text(backend, float(backend.rank))
-        return found | {"by text": by_text, "disagreement": disagree(backend), "hashed": hashed(backend)}
+        found |= {"by text": by_text, "disagreement": disagree(backend), "hashed": hashed(backend)}
+        return found | {"gathered": gathered(backend)}
     finally:
         dist.destroy_process_group()
 
@@ -179,6 +209,14 @@ def test_each_rank_hashes_its_share_of_the_candidates(ranks: list[dict[str, Any]
         for (signatures, own), (count, share) in zip(rank["hashed"], ((5, 3), (1, 1)), strict=True):
             assert own == share
             assert torch.equal(signatures, token_signatures(batch(7, count)))
+
+
+def test_a_gram_matrix_takes_one_message_and_not_one_for_each_layer(ranks: list[dict[str, Any]]) -> None:
+    """Of 8 candidates on each rank, 64 numbers of each; the net has two matrices."""
+    for rank in ranks:
+        for name in SKETCHED:
+            assert rank["gathered"][name, "summed"] == [(8, 64)]
+            assert rank["gathered"][name, "per_layer"] == [(8, 64)] * 2
 
 
 def test_ranks_that_picked_differently_are_named_with_their_picks(ranks: list[dict[str, Any]]) -> None:

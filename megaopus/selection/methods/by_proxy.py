@@ -33,7 +33,13 @@ def opus(step: ScoringStep) -> Scores:
     "greats",
     flops=None,
     needs=_NEEDS,
-    example={"estimator": "adjoint", "utilities": "raw", "redundancy": 1.0, "proxy_half_life": 0.0},
+    example={
+        "estimator": "adjoint",
+        "utilities": "raw",
+        "redundancy": 1.0,
+        "gram_sketch": "per_layer",
+        "proxy_half_life": 0.0,
+    },
 )
 def greats(step: ScoringStep) -> Scores:
     """Score as ``opus`` does for a plain step along the gradient (GREATS, NeurIPS 2024)."""
