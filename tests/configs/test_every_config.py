@@ -80,7 +80,8 @@ def test_the_paper_experiment_is_the_paper(corpus):
     assert config.num_candidates() == 64
     assert (selection.estimator, selection.sketch_dim, selection.sketch_seed) == ("countsketch", 8192, 42)
     assert (selection.sampler, selection.temperature, selection.utilities) == ("boltzmann", 0.9, "raw")
-    assert (selection.redundancy, selection.proxy_batch_size, selection.proxy_half_life) == (1.0, 8, 0.0)
+    assert (selection.redundancy, selection.gram_sketch) == (1.0, "per_layer")
+    assert (selection.proxy_batch_size, selection.proxy_half_life) == (8, 0.0)
     assert (selection.rho, selection.score_length) == (0.5, 512)
     assert (optim.name, optim.matrix_lr, optim.lr, optim.betas) == ("muon", 0.01, 2e-3, [0.8, 0.95])
     assert optim.settings == {

@@ -93,6 +93,8 @@ def test_what_scoring_holds() -> None:
     assert sizes(config) == sizes(replace(config, selection=replace(config.selection, contrast=False)))
     config = small(method="opus", estimator="countsketch", redundancy=1.0, sketch_dim=100)
     matrices = (padded_vocab(VOCAB) + 4 * 12 * 128) * 128
+    assert sizes(config, 2)["sketches"] == 4 * (32 // 2) * 100  # their sum over layers
+    config.selection.gram_sketch = "per_layer"
     assert sizes(config, 2)["sketches"] == 4 * (32 // 2) * (4 * 4 + 1) * 100
     assert sizes(config)["update map"] == 4 * count > 4 * matrices
     config.optim.name = "sgd"

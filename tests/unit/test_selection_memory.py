@@ -284,6 +284,19 @@ def test_a_resumed_selector_keeps_the_size_whatever_is_free_then(monkeypatch: py
     assert explicit.state_dict().keys() == {"estimator"}
 
 
+def test_the_size_is_found_anew_only_where_what_is_kept_of_candidates_changed() -> None:
+    """Checkpoints from before gram_sketch keep their size: without a Gram matrix, and with a sketch of each layer."""
+    one = {"method": "opus", "score_micro_batch_size": None}
+    plain = scorer._settings(SelectionConfig(**one))
+    assert "gram_sketch" not in plain
+    assert scorer._settings(SelectionConfig(**one, gram_sketch="per_layer", groups=2, check_every=3)) == plain
+    before, now = (
+        scorer._settings(SelectionConfig(**one, redundancy=0.5, gram_sketch=way)) for way in ("per_layer", "summed")
+    )
+    assert before == plain.replace("redundancy=0.0", "redundancy=0.5")
+    assert now == before.replace("gram='countsketch',", "gram='countsketch', gram_sketch='summed',")
+
+
 def test_nothing_is_measured_where_there_is_nothing_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(device: torch.device) -> int:
         raise AssertionError("measured")
