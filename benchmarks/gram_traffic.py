@@ -1,7 +1,8 @@
 """Counts what a Gram matrix sends between ranks, by sketches of each layer and by their sum, without a GPU.
 
-One rank of each job scores a buffer by selection=greats on fake CUDA tensors (benchmarks/fake_cuda; it needs g++), in
-the real engine. Messages of the same scoring without a redundancy term are taken off.
+A rank of GPT-2 XL on 32 data-parallel ranks with the distributed optimizer scores a buffer by selection=greats on fake
+CUDA tensors (benchmarks/fake_cuda; it needs g++), in the real engine. Messages of the same scoring without a redundancy
+term are taken off. About nine minutes of one core.
 
     python benchmarks/gram_traffic.py
 """
@@ -9,14 +10,11 @@ the real engine. Messages of the same scoring without a redundancy term are take
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,19 +26,14 @@ from benchmarks.gpu_shapes import CASES, Case, selection_of
 
 WITHOUT = "no redundancy"
 WAYS = ("per_layer", "summed")
-JOBS: Mapping[str, Case] = {
-    "gpt2_xl": replace(CASES["gpt2_xl"], parallel={"distributed_optimizer": True}, ranks=32),
-    "llama_8b": replace(CASES["llama_8b"], ranks=64),
-}
-"""Models as benchmarks/gpu.py has them, on enough ranks that some are data-parallel."""
+GPT2_XL = replace(CASES["gpt2_xl"], parallel={"distributed_optimizer": True}, ranks=32)
 
 
-def sent(name: str) -> dict[str, dict[str, tuple[int, int]]]:
-    """``gram_sketch`` -> kind and group of messages -> (how many, bytes that a rank sends by a ring) for the matrix."""
+def sent(case: Case) -> dict[str, Mapping[str, tuple[int, int]]]:
+    """``gram_sketch`` -> kind and group of messages -> (how many more, bytes more that a rank sends by a ring)."""
     from benchmarks.fake_cuda.measure import fake_job, measure
 
     warnings.simplefilter("ignore")
-    case = JOBS[name]
     config, greats = case.config(), selection_of("greats")
     greats.score_micro_batch_size = config.selection.score_micro_batch_size
     selections = {WITHOUT: replace(greats, redundancy=0.0)}
@@ -61,22 +54,18 @@ def sent(name: str) -> dict[str, dict[str, tuple[int, int]]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Count and print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=JOBS, default=list(JOBS), metavar="SHAPE", help=", ".join(JOBS))
-    args = parser.parse_args(arguments)
-    console = Console(width=160)
+    parser.parse_args(arguments)
+    console = Console(width=120)
     if why := missing():
         console.print(f"cannot run here: {why}", style="red", highlight=False)
         return 2
-    install()  # compiled once, before two processes do
-    table = Table(title="sent for the Gram matrix of one scoring, a rank", title_justify="left")
-    for column in ("shape", "layout", "gram_sketch", "messages", "number", "MB"):
+    install()
+    table = Table(title=f"sent by a rank for the Gram matrix of a scoring, {GPT2_XL.layout}", title_justify="left")
+    for column in ("gram_sketch", "messages", "number", "MB"):
         table.add_column(column, justify="right" if column in ("number", "MB") else "left")
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found: Mapping[str, Any] = dict(zip(args.only, pool.map(sent, args.only), strict=True))
-    for name, ways in found.items():
-        for way, messages in ways.items():
-            for key, (count, size) in messages.items():
-                table.add_row(name, JOBS[name].layout, way, key, f"{count:,}", f"{size / 1e6:,.1f}")
+    for way, messages in sent(GPT2_XL).items():
+        for key, (count, size) in messages.items():
+            table.add_row(way, key, f"{count:,}", f"{size / 1e6:,.1f}")
     console.print(table)
     return 0
 

@@ -363,6 +363,7 @@ def measure_gram(results: Results, quick: bool, only: str, console: Console) -> 
         given = (backend, toy.buffer(size, seed=1), backend.operator().bounded(gradient), gradient)
         names = dict.fromkeys(layer.parameter for layer in CountSketchEstimator(1, 0).layers(backend))
         utilities, updates = exact_estimate(*given, parameters=names, keep_updates=True)
+        assert updates is not None
         exact = updates @ updates.t()
         dims = {"per_layer": (512, 8192), "summed": (512, 512 * len(names), 8192)}
         for way, dim in ((way, dim) for way, each in dims.items() for dim in each):
@@ -372,7 +373,8 @@ def measure_gram(results: Results, quick: bool, only: str, console: Console) -> 
             found = []
             for seed in range(seeds):
                 sketch = CountSketchEstimator(dim, seed, summed=way == "summed")
-                kept = sketch.estimate(*given, keep_sketches=True)[1]
+                _, kept = sketch.estimate(*given, keep_sketches=True)
+                assert kept is not None
                 rows = torch.cat(list(kept.values()), 1).double()
                 found.append(gram_fidelity(rows @ rows.t(), exact, utilities))
             means = dict(zip(("spearman", "error", "picks"), torch.tensor(found).mean(0).tolist(), strict=True))
@@ -383,7 +385,7 @@ def measure_gram(results: Results, quick: bool, only: str, console: Console) -> 
 
 def gram_fidelity(found: Tensor, exact: Tensor, utilities: Tensor) -> tuple[float, float, float]:
     """(Spearman over pairs, root mean square error in products of norms, share of picks in common)."""
-    first, second = torch.triu_indices(*exact.shape, offset=1)
+    first, second = torch.triu_indices(len(exact), len(exact), offset=1)
     norms = exact.diagonal().sqrt()
     errors = (found - exact) / torch.outer(norms, norms)
     count, ids = len(exact) // 2, torch.arange(len(exact))

@@ -100,7 +100,7 @@ def measure(
         scoring[name], kept[name] = training, 0
         if selection.method != UNIFORM:
             peak, kept[name] = _score(replace(config, selection=selection), engine, meter)
-            score_work[name] = meter.work
+            score_work[name], meter.work = meter.work, Work()  # what is made for the next one is not its work
             scoring[name] = max(peak, training + kept[name])
     gc.unfreeze()
     parameters = sum(weight.numel() for weight in engine.module.parameters())

@@ -85,10 +85,8 @@ class KroneckerEstimator:
         unfolded = None in folded.values()
         with torch.no_grad(), whole_operator(operator) if unfolded else nullcontext(operator) as of_whole:
             parts = torch.zeros(len(candidates), dtype=torch.float64, device=backend.device)
-            phi, kept = {}, None
-            if keep_sketches:
-                size = self._shape[0] * self._shape[1]
-                phi, kept = kept_sketches(psi, len(candidates), size, self._summed, backend.device)
+            given = (psi, len(candidates), self._shape[0] * self._shape[1], self._summed, backend.device)
+            phi, kept = kept_sketches(*given) if keep_sketches else ({}, None)
 
             def consume(layer: GhostLayer, rows: slice, act_a: Tensor, grad_b: Tensor) -> None:
                 if extra_consumer is not None:
