@@ -59,8 +59,7 @@ class Scorer:
                 f"selection.proxy_micro_batch_size={config.proxy_micro_batch_size}: {type(backend).__name__}.gradient"
                 " takes no micro_batch_size; add it (docs/library.md), or leave the setting at null"
             )
-        # On a CPU there are no launches to save: it keeps the backend's own size, and the last bits that go with it.
-        self._finds_proxy = told and config.proxy_micro_batch_size is None and backend.device.type != "cpu"
+        self._finds_proxy = told and config.proxy_micro_batch_size is None and _saves_launches(backend.device)
         self.proxy_micro_batch_size = config.proxy_micro_batch_size
         self._proxy_sized_for = ""
         self._notes: list[str] = []
@@ -216,6 +215,11 @@ class Scorer:
         votes = torch.zeros(64, dtype=torch.float64, device=self.backend.device)
         votes[value] = 1
         return int(self.backend.sum_over_ranks(votes[:0], votes)[1].nonzero()[0])
+
+
+def _saves_launches(device: torch.device) -> bool:
+    """Say whether there are launches to save by larger passes; else the backend's own size stands, to the last bit."""
+    return device.type != "cpu"
 
 
 def _tokens(candidates: Candidates, length: int | None = None) -> int:

@@ -39,7 +39,7 @@ class AdamMap(Adaptive):
         buffers: list[Tensor],
         v: list[Tensor],
         largest: list[Tensor],
-        gradients: Sequence[Tensor] | None,
+        gradients: list[Tensor] | None,
         factor: float = 1.0,
     ) -> None:
         """Put C_t / (sqrt(v / correction) + eps) into each of ``found``, by the settings of this parameter.
@@ -67,7 +67,7 @@ class AdamMap(Adaptive):
 
     @staticmethod
     @torch.no_grad()
-    def directions(maps: Sequence[AdamMap], gradients: Sequence[Tensor], factor: float, bounded: bool) -> list[Tensor]:
+    def directions(maps: Sequence[AdamMap], gradients: list[Tensor], factor: float, bounded: bool) -> list[Tensor]:
         """P g of each of ``factor`` times ``gradients``, in few launches; to the bit as one by one if ``factor`` is 1.
 
         ``bounded``: by these gradients. ``maps`` are alike.
