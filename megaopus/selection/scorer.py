@@ -166,7 +166,7 @@ class Scorer:
         return {"length": self.config.score_length, "micro_batch_size": self.micro_batch_size}
 
     def _proxy_passes(self) -> str:
-        """What the passes of the proxy gradient depend on."""
+        """Say what the passes of the proxy gradient depend on."""
         batches = 2 if self.config.contrast else 1
         return f"{batches} x {self.config.proxy_batch_size} sequences over {self.backend.world_size} ranks"
 
