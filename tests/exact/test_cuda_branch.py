@@ -69,7 +69,7 @@ def test_a_scoring_launches_little_but_its_passes(pool: Pool) -> None:
     """Of passes: forward and backward ones of proxy and pool, forward ones of the candidates moved forth and back."""
     kernels, of_passes = pool.run(1, launches)[0]
     assert kernels <= 1.2 * of_passes
-    assert kernels - of_passes <= 50  # however many parameters there are, up to the numbers that a kernel takes
+    assert kernels - of_passes <= 75  # however many parameters there are, up to the numbers that a kernel takes
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
