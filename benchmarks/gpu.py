@@ -8,6 +8,7 @@ the least that an H100's data sheet allows for them. Every number of it is an es
     python benchmarks/gpu.py --json gpu.json                # on a GPU
     python benchmarks/gpu.py --fake --json fake.json        # anywhere
     python benchmarks/gpu.py --fake --only gpt2_small --json fake.json
+    python benchmarks/gpu.py --fake --only gpt2_xl --micro 1 --proxy-micro 8    # other sizes of passes
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.fake_cuda.device import missing
-from benchmarks.gpu_shapes import CASES, PRESET
+from benchmarks.gpu_shapes import CASES, PRESET, Case
 
 COLUMNS: Mapping[str, str] = {
     "shape": "shape",
@@ -38,6 +40,7 @@ COLUMNS: Mapping[str, str] = {
     "score_peak_gib": "score GiB",
     "train_launches": "train kernels",
     "score_launches": "score kernels",
+    "score_pass_launches": "of passes",
     "train_host_reads": "train reads",
     "score_host_reads": "score reads",
     "train_sent_gib": "train sent GiB",
@@ -47,27 +50,29 @@ COLUMNS: Mapping[str, str] = {
 """Field of a row -> what the table calls it."""
 
 
-def fake_stage(name: str, stage: int) -> dict[str, Any]:
+def fake_stage(case: Case, stage: int) -> dict[str, Any]:
     """Estimate what one rank of a pipeline stage of a case takes and asks of its device."""
     from benchmarks.fake_cuda.estimate import estimate
 
     warnings.simplefilter("ignore")
-    return estimate(CASES[name], stage)
+    return estimate(case, stage)
 
 
-def fake_rows(names: Sequence[str]) -> list[dict[str, Any]]:
+def fake_rows(cases: Mapping[str, Case]) -> list[dict[str, Any]]:
     """Estimate a row for each case, of the fuller of its first and last stage; two processes at a time."""
     from benchmarks.fake_cuda.device import install
     from benchmarks.fake_cuda.estimate import row
 
     if not missing():
         install()  # compiled once, before two processes do
-    stages = {name: sorted({0, CASES[name].config().parallel.pp - 1}) for name in names}
+    stages = {name: sorted({0, case.config().parallel.pp - 1}) for name, case in cases.items()}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=spawn) as pool:
-        largest_first = sorted(names, key=lambda name: -CASES[name].model["num_layers"])
-        found = {name: [pool.submit(fake_stage, name, stage) for stage in stages[name]] for name in largest_first}
-        return [row(name, CASES[name], [each.result() for each in found[name]]) for name in names]
+        largest_first = sorted(cases, key=lambda name: -cases[name].model["num_layers"])
+        found = {
+            name: [pool.submit(fake_stage, cases[name], stage) for stage in stages[name]] for name in largest_first
+        }
+        return [row(name, case, [each.result() for each in found[name]]) for name, case in cases.items()]
 
 
 def table(rows: Sequence[Mapping[str, Any]], fake: bool) -> Table:
@@ -96,13 +101,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fake", action="store_true", help="estimate without a GPU")
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), metavar="SHAPE", help=", ".join(CASES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, one array")
+    parser.add_argument("--micro", type=int, help="with --fake: sequences of a training pass, of as many batches")
+    parser.add_argument("--proxy-micro", type=int, help="with --fake: of a pass of the proxy; else as in training")
     args = parser.parse_args(arguments)
     console = Console(width=200)
     if args.fake:
         if why := missing():
             console.print(f"--fake cannot run here: {why}", style="red", highlight=False)
             return 2
-        rows = fake_rows(args.only)
+        cases = {name: CASES[name] for name in args.only}
+        sizes = {"micro": args.micro, "proxy_micro": args.proxy_micro}
+        given = {key: size for key, size in sizes.items() if size is not None}
+        rows = fake_rows({name: replace(case, **given) for name, case in cases.items()})
     else:
         from benchmarks.gpu_measure import measured_rows, no_device
 

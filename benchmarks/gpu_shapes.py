@@ -37,6 +37,8 @@ class Case:
     parallel: Mapping[str, Any] = field(default_factory=dict)
     ranks: int = 1
     optimizer: str = "adamw"
+    proxy_micro: int | None = None
+    """Proxy sequences of a pass on each rank; None: as in training, where a run takes what is free."""
 
     @property
     def layout(self) -> str:
@@ -61,6 +63,7 @@ class Case:
         config.train.micro_batch_size = self.micro
         config.train.global_batch_size = dp * self.micro * self.micro_batches
         config.selection = selection_of(PRESET)
+        config.selection.proxy_micro_batch_size = self.proxy_micro or self.micro
         config.selection.score_micro_batch_size = most_per_pass(-(-config.num_scored() // dp), self.seq_len, "cuda")
         return config
 

@@ -191,7 +191,7 @@ def run_config(shape: Shape, layout: str, selection: str = "uniform") -> RunConf
     config.train.global_batch_size = dp * shape.micro * config.parallel.pp
     config.selection = SelectionConfig(**SELECTIONS[selection])
     config.selection.proxy_batch_size = config.train.global_batch_size
-    config.selection.score_micro_batch_size = shape.micro
+    config.selection.score_micro_batch_size = config.selection.proxy_micro_batch_size = shape.micro
     return config
 
 

@@ -42,6 +42,7 @@ def counts(work: Work) -> dict[str, Any]:
         kinds[f"{kind} {str(dtype).removeprefix('torch.')}"] += flops
     return {
         "launches": work.kernels(),
+        "pass_launches": work.pass_launches,
         "host_reads": sum(work.reads.values()),
         "reads": dict(work.reads),
         "waits": dict(work.waits),
@@ -91,6 +92,7 @@ def row(name: str, case: Case, stages: Sequence[dict[str, Any]]) -> dict[str, An
         "micro_batch_size": case.micro,
         "micro_batches": case.micro_batches,
         "score_micro_batch_size": config.selection.score_micro_batch_size,
+        "proxy_micro_batch_size": config.selection.proxy_micro_batch_size,
         "scored": config.num_scored(),
         "proxy_batch_size": config.selection.proxy_batch_size,
         "bubble": bubble,
@@ -103,4 +105,4 @@ def row(name: str, case: Case, stages: Sequence[dict[str, Any]]) -> dict[str, An
     }
 
 
-_LARGEST = ("launches", "host_reads", "world_reductions", "sent_bytes")
+_LARGEST = ("launches", "pass_launches", "host_reads", "world_reductions", "sent_bytes")

@@ -73,6 +73,8 @@ class Work:
         self.flops: Counter[tuple[str, torch.dtype]] = Counter()
         self.moved: Counter[str] = Counter()
         self.seconds: dict[str, float] = defaultdict(float)
+        self.pass_launches = 0
+        """Of ``launches`` those of forward and backward passes of the model."""
         self.to_device = 0
         """Bytes that came from the host's memory."""
 

@@ -265,12 +265,18 @@ class Engine(ABC):
 
     @abstractmethod
     def mean_gradient(
-        self, batch: Candidates, length: int | None = None, *, against: Candidates | None = None
+        self,
+        batch: Candidates,
+        length: int | None = None,
+        *,
+        against: Candidates | None = None,
+        micro_batch_size: int | None = None,
     ) -> Gradient:
         """Mean gradient of a batch, dropout off, by whole-model name, fp32; in ``pieces``, if there are any.
 
         ``length``: positions of each sequence from its start; None: all. ``against``: less that of another batch, in
-        the same passes. Where ``lends_gradient`` it lies where training's own does, until the next one is made.
+        the same passes. ``micro_batch_size``: sequences of a pass on this rank, at most; None: training's. Where
+        ``lends_gradient`` the gradient lies where training's own does, until the next one is made.
         """
 
     lends_gradient = False

@@ -120,9 +120,16 @@ class EngineScoringBackend(ModuleBackend):
         operator = operator_of(held, muon_operator, self.split)
         return operator if operator is None or not self._pieces else PiecewiseOperator(operator.maps, backend=self)
 
-    def gradient(self, proxy: Candidates, length: int | None = None, *, against: Candidates | None = None) -> Gradient:
+    def gradient(
+        self,
+        proxy: Candidates,
+        length: int | None = None,
+        *,
+        against: Candidates | None = None,
+        micro_batch_size: int | None = None,
+    ) -> Gradient:
         """The training path without the update."""
-        return self._engine.mean_gradient(proxy, length, against=against)
+        return self._engine.mean_gradient(proxy, length, against=against, micro_batch_size=micro_batch_size)
 
     @property
     def lends_gradient(self) -> bool:

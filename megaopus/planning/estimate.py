@@ -17,7 +17,7 @@ from megaopus.models.flops import (
     training_flops_per_token,
 )
 from megaopus.planning.disk import choice_rows, disk_use
-from megaopus.planning.memory import in_micro_batches, precisions, scoring_micro_batch
+from megaopus.planning.memory import in_micro_batches, precisions, proxy_micro_batch, scoring_micro_batch
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.estimators.registry import scoring_flops
 from megaopus.selection.methods.registry import METHODS, UNIFORM
@@ -105,6 +105,9 @@ def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[st
         when = "per step" if period == 1 else f"every {period} steps"
         averaged = f"; its gradient's weight halves in {selection.proxy_half_life:.4g} steps" if weight else ""
         rows["proxy"] = f"{selection.proxy_batch_size} sequences {when}, {share:.1%} of the update tokens{averaged}"
+        found = selection.proxy_micro_batch_size is None and config.engine.device != "cpu"
+        how = ", on a GPU more where the free memory has room at the first scored step" if found else ""
+        rows["proxy micro-batch"] = f"{proxy_micro_batch(config, world_size)} on each rank{how}"
     if selection.method != UNIFORM and (asked := selection.score_length) is not None:
         whole = f", whole sequences (score_length = {asked})" if asked > config.data.seq_len else ""
         rows["scored tokens"] = f"{config.scored_length()} of {config.data.seq_len} of each candidate{whole}"

@@ -14,7 +14,7 @@ from megaopus.config.run_config import RunConfig
 from megaopus.models.flops import Weight, stage_weights
 from megaopus.planning import activations
 from megaopus.planning.activations import WIDTH, Share
-from megaopus.selection.config import CHUNK, SelectionConfig, most_per_pass
+from megaopus.selection.config import SelectionConfig, largest_divisor, most_per_pass
 from megaopus.selection.estimators.registry import ESTIMATORS, Sizes, Taken, scoring_memory
 from megaopus.selection.methods.registry import METHODS, UNIFORM
 
@@ -283,11 +283,6 @@ def _selection(rank: _Rank) -> dict[str, Row]:
         if taken.before is not None:  # beyond what takes its place
             later = sum(rows[name].size for name in (*taken.before, "scoring pass") if name in rows)
             rows[what] = rows[what]._replace(split=0, whole=taken.size - later)
-    if selection.needs_proxy and entry.by_estimator and _is_scaled(rank):
-        # Adam's takes two temporaries of a chunk, made before there are passes
-        later = sum(rows[name].size for name in ("scoring pass", "sketches") if name in rows)
-        making = 8 * min(CHUNK, sum(map(rank.own, rank.weights())) // rank.shards) - later
-        rows["update map in the making"] = Row(0, making, "fp32, two of a chunk at a time", (SCORING,))
     return {what: row for what, row in rows.items() if row.size > 0}  # what is said beyond other rows may be nothing
 
 
@@ -301,8 +296,7 @@ def _proxy(rank: _Rank) -> dict[str, Row]:
     """Count the gradient of the proxy batch, its average over steps, and what P_t is made of."""
     selection, config = rank.config.selection, rank.config
     share = selection.proxy_batch_size // rank.dp
-    group = config.parallel.pp if config.parallel.vpp > 1 else 1
-    micro = math.gcd(max(1, share // group), config.train.micro_batch_size)
+    micro = proxy_micro_batch(config, rank.world_size)
     positions = micro * config.data.seq_len // config.parallel.cp
     micro_batches = max(1, share // micro) * (2 if selection.contrast else 1)
     kept, how = _activations(rank, positions, micro_batches)
@@ -441,6 +435,16 @@ def scoring_micro_batch(config: RunConfig, world_size: int) -> int:
     device = "cpu" if config.engine.device == "cpu" else "cuda"
     wanted = config.selection.score_micro_batch_size or most_per_pass(share, length, device)
     return wanted if pp == 1 else max(1, min(wanted, share // (_MOST_MICRO_BATCHES * pp)))
+
+
+def proxy_micro_batch(config: RunConfig, world_size: int) -> int:
+    """Proxy sequences of a pass on each rank: as set, or training's; a run that finds more takes what is free."""
+    parallel = config.parallel
+    share = config.selection.proxy_batch_size // (world_size // parallel.model_ranks)
+    unit = max(1, share // (parallel.pp if parallel.vpp > 1 else 1))
+    if (most := config.selection.proxy_micro_batch_size) is None:
+        return math.gcd(unit, config.train.micro_batch_size)
+    return largest_divisor(unit, min(most, share // parallel.pp))
 
 
 def _scored_share(config: RunConfig, world_size: int) -> int:

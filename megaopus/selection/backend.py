@@ -224,10 +224,19 @@ class ScoringBackend(Protocol):
     def ghost_layers(self) -> list[GhostLayer]:
         """Every use of every linear and embedding matrix on this rank."""
 
-    def gradient(self, proxy: Candidates, length: int | None = None, *, against: Candidates | None = None) -> Gradient:
+    def gradient(
+        self,
+        proxy: Candidates,
+        length: int | None = None,
+        *,
+        against: Candidates | None = None,
+        micro_batch_size: int | None = None,
+    ) -> Gradient:
         """Mean gradient over the whole proxy batch (each rank takes its share), as this rank's weights are held.
 
-        ``against``: less that over another batch, in the same pass. Backends of version 0.1 do not know it.
+        ``against``: less that over another batch, in the same passes. ``micro_batch_size``: sequences of a forward and
+        backward pass on this rank, at most; None: as many as the backend has in ``micro_batch_size``, which fit beside
+        training. Backends of version 0.1 know neither, and are not given the second one.
         """
 
     @property

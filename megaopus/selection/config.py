@@ -21,8 +21,9 @@ MUON_OPERATORS = ("paper", "full")
 GRAM_SKETCHES = ("summed", "per_layer")
 PRESCREENS = ("off", "cascade", "predict")
 TEXT_FEATURES = ("ngrams", "domain", "likelihood", "shape")
-CHUNK = 1 << 24
-"""Numbers of the temporaries at a time of what goes through a gradient piece by piece."""
+CHUNK = 304 * 65536
+"""Numbers of the temporaries at a time of what goes through a gradient piece by piece. One CUDA kernel takes 320 blocks
+of 65536 numbers of several tensors (torch: MultiTensorApply.cuh), of which the last of each tensor may be short."""
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a scoring pass beyond which larger ones are hardly faster (CPU: docs/benchmarks.md; CUDA: not measured)."""
 
@@ -31,6 +32,11 @@ def most_per_pass(count: int, tokens: int, device: str) -> int:
     """The largest power of two of ``count`` candidates that has about PASS_TOKENS tokens at most, at least 1."""
     by_tokens = round(math.log2(PASS_TOKENS.get(device, PASS_TOKENS["cuda"]) / tokens))
     return 2 ** max(0, min(by_tokens, count.bit_length() - 1))
+
+
+def largest_divisor(count: int, most: int) -> int:
+    """The largest number up to ``most``, at least 1, of which ``count`` is a multiple."""
+    return next(size for size in range(max(1, min(most, count)), 0, -1) if count % size == 0)
 
 
 _SEE = "see docs/selection.md"
@@ -237,6 +243,14 @@ class SelectionConfig:
         resume=HARMLESS,
         doc="Candidates per forward pass while scoring, on each rank; null: found from the free memory.",
         hint="null finds it from the free memory",
+    )
+    proxy_micro_batch_size: int | None = setting(
+        None,
+        min=1,
+        resume=HARMLESS,
+        doc="Proxy sequences per forward and backward pass on each rank, at most; null: as many as in training, on a "
+        "GPU more where the free memory has room.",
+        hint="null takes training's, or finds it from the free memory",
     )
     proxy_batch_size: int = setting(32, min=1, doc="Proxy sequences drawn anew each step, over all ranks.", hint=_SEE)
     contrast: bool = setting(

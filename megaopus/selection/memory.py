@@ -119,35 +119,42 @@ def _text(file: Path) -> str:
 
 
 def find_micro_batch_size(
-    run: Callable[[int], Any], most: int, device: torch.device, least: Callable[[int], int]
+    run: Callable[[int], Any],
+    most: int,
+    device: torch.device,
+    least: Callable[[int], int],
+    *,
+    first: int = 1,
+    what: str = "scoring",
 ) -> tuple[int, str]:
-    """(largest power of two up to ``most`` whose run stays within half of the free memory, at least 1; in words).
+    """(largest size up to ``most`` whose run stays within half of the free memory, at least ``first``; in words).
 
-    Half, since other processes take memory too, and operations and allocators use more than tensors hold.
+    Sizes are ``first`` times a power of two. Half, since other processes take memory too, and operations and allocators
+    use more than tensors hold.
 
     ``run``: a whole estimate at a micro-batch size. ``least``: a number of this rank -> the smallest over all ranks,
-    so that all run the same sizes. The size returned has itself been run.
+    so that all run the same sizes. ``first`` is known to fit; another size that is returned has itself been run.
     """
-    highest = most.bit_length() - 1
-    if not highest:
-        return 1, "scoring micro-batch 1"
-    peak_bytes(partial(run, 1), device)  # makes what is made once and kept, which is not of a pass
+    highest = (most // first).bit_length() - 1
+    if highest < 1:
+        return first, f"{what} micro-batch {first}"
+    peak_bytes(partial(run, first), device)  # makes what is made once and kept, which is not of a pass
     peaks: dict[int, int] = {}
     power, agreed = -1, 0
     while agreed > power:
         fitted, power = max(peaks, default=None), agreed
-        size, free = 2**power, free_bytes(device)
+        size, free = first * 2**power, free_bytes(device)
         peaks[power] = peak = peak_bytes(partial(run, size), device)
         wish = fitted or 0
         if peak <= free / 2:
-            # k times the candidates take k times the memory at most, less where some of it is there at any size: then
+            # k times the sequences take k times the memory at most, less where some of it is there at any size: then
             # go on by one, unless the line through the last two, which memory never falls below, is over
             wish = power + int(math.log2(free / 2 / max(peak, 1)))
-            slope = 0 if fitted is None else (peak - peaks[fitted]) / (size - 2**fitted)
+            slope = 0 if fitted is None else (peak - peaks[fitted]) / (size - first * 2**fitted)
             wish += wish == power and peak + slope * size <= free / 2
         agreed = least(min(wish, highest))
-    size = 2**agreed
-    return size, f"scoring micro-batch {size} (takes {_readable(peaks[agreed])}, {_readable(free)} free)"
+    size = first * 2**agreed
+    return size, f"{what} micro-batch {size} (takes {_readable(peaks[agreed])}, {_readable(free)} free)"
 
 
 def _readable(count: int) -> str:

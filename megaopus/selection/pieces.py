@@ -14,6 +14,10 @@ from torch import Tensor
 from megaopus.selection.backend import Gradient, Piece, ScoringBackend, UpdateOperator
 from megaopus.selection.config import CHUNK
 
+_BUFFER = 1 << 28
+_ALIGNED = 64
+"""Numbers, so that each tensor begins where kernels may read several at once."""
+
 
 class Scaled(Mapping[str, Tensor]):
     """``values`` times ``factor``, each multiplied anew when it is read: none of the products is kept."""
@@ -105,23 +109,45 @@ def whole_gradient(backend: ScoringBackend, gradient: Mapping[str, Tensor]) -> G
 def chunks(values: Sequence[Sequence[Tensor]]) -> Iterator[list[list[Tensor]]]:
     """Cut lists of equally large tensors, side by side, into lists of views of ``CHUNK`` numbers at most in all.
 
-    Yields, chunk by chunk, a list of flat views for each of ``values``: large tensors are cut, small ones put together.
-    Those that are not contiguous are left whole, as they are.
+    Yields, chunk by chunk, a list of flat views for each of ``values``: small tensors are put together, large ones cut
+    so that each chunk but the last is full. Those that are not contiguous are left whole, as they are.
     """
     taken: list[list[Tensor]] = [[] for _ in values]
     size = 0
     for row in zip(*values, strict=True):
-        plain = all(tensor.is_contiguous() for tensor in row)
-        for start in range(0, row[0].numel(), CHUNK if plain else row[0].numel()):
-            length = min(CHUNK, row[0].numel() - start) if plain else row[0].numel()
-            if size and size + length > CHUNK:
-                yield taken
-                taken, size = [[] for _ in values], 0
+        plain, start, numel = all(tensor.is_contiguous() for tensor in row), 0, row[0].numel()
+        while start < numel:
+            length = min(CHUNK - size, numel - start) if plain else numel
             for views, tensor in zip(taken, row, strict=True):
                 views.append(tensor.view(-1)[start : start + length] if plain else tensor)
-            size += length
+            start, size = start + length, size + length
+            if size >= CHUNK:
+                yield taken
+                taken, size = [[] for _ in values], 0
     if size:
         yield taken
+
+
+def side_by_side(like: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(tensors of the shapes of ``like``, not filled; the buffers that they are views of).
+
+    What is done to every number alike is done to a buffer at once. They are of ``_BUFFER`` numbers at most, so that an
+    allocator need not find more in one place, or of one tensor. All of ``like`` are of one type, on one device.
+    """
+    widths = [-(-tensor.numel() // _ALIGNED) * _ALIGNED for tensor in like]
+    sizes: list[int] = []
+    places = []
+    for width in widths:
+        if not sizes or sizes[-1] + width > _BUFFER:
+            sizes.append(0)
+        places.append((len(sizes) - 1, sizes[-1]))
+        sizes[-1] += width
+    buffers = [like[0].new_empty(size) for size in sizes]
+    views = [
+        buffers[number][start : start + tensor.numel()].view(tensor.shape)
+        for (number, start), tensor in zip(places, like, strict=True)
+    ]
+    return views, buffers
 
 
 def finite(gradient: Mapping[str, Tensor], device: torch.device) -> Tensor:

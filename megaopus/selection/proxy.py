@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megaopus.selection.backend import Gradient
-from megaopus.selection.pieces import Scaled, chunks
+from megaopus.selection.pieces import Scaled
 
 
 class ProxyGradient:
@@ -39,24 +39,22 @@ class ProxyGradient:
             raise ValueError(
                 f"the running proxy gradient is of other parameters than the model's: {', '.join(changed)}"
             )
-        self._offered = gradient if in_place else _like(gradient)
+        self._offered = gradient if in_place else {name: value.clone() for name, value in gradient.items()}
         self._lent = in_place and lent
-        self._blend(list(gradient.values()), list(self._offered.values()))
+        self._blend(list(self._offered.values()))
         return self._unbiased(self._offered, self._count + 1)
 
     @torch.no_grad()
-    def _blend(self, gradients: list[Tensor], into: list[Tensor]) -> None:
-        """decay A + (1 - decay) g, a chunk at a time."""
+    def _blend(self, gradients: list[Tensor]) -> None:
+        """Make decay A + (1 - decay) g of each g."""
+        if not gradients:
+            return
         if not self._count:
-            for given, found in chunks([gradients, into]):
-                torch._foreach_copy_(found, torch._foreach_mul(given, 1 - self._decay))
+            torch._foreach_mul_(gradients, 1 - self._decay)
             return
         for name, value in zip(self._average, gradients, strict=True):
-            self._average[name] = self._average[name].to(value.device)
-        for kept, given, found in chunks([list(self._average.values()), gradients, into]):
-            old = torch._foreach_mul(kept, self._decay)
-            torch._foreach_add_(old, given, alpha=1 - self._decay)
-            torch._foreach_copy_(found, old)
+            self._average[name] = self._average[name].to(value)
+        torch._foreach_lerp_(gradients, list(self._average.values()), self._decay)
 
     def last(self) -> Mapping[str, Tensor] | None:
         """The average as kept last, None before; an offer that was not kept is forgotten."""
@@ -72,7 +70,7 @@ class ProxyGradient:
         if not self._offered:
             return
         if self._lent:
-            self._average = self._average or _like(self._offered)
+            self._average = self._average or {name: torch.empty_like(value) for name, value in self._offered.items()}
             torch._foreach_copy_(list(self._average.values()), list(self._offered.values()))
         else:
             self._average = self._offered
@@ -92,7 +90,3 @@ class ProxyGradient:
         else:
             self._average = {name: value.detach().clone() for name, value in state["average"].items()}
             self._count = int(state["count"])
-
-
-def _like(gradient: Gradient) -> Gradient:
-    return {name: torch.empty_like(value) for name, value in gradient.items()}

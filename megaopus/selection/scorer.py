@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megaopus.events import Event
-from megaopus.selection.backend import Candidates, Proxy, ScoringBackend, TextFeatures
+from megaopus.selection.backend import Candidates, Gradient, Proxy, ScoringBackend, TextFeatures
 from megaopus.selection.candidates import Windowed, as_candidates, even_share, tensors_of
 from megaopus.selection.config import SelectionConfig, most_per_pass
 from megaopus.selection.estimators.registry import ESTIMATORS, Refining
@@ -22,7 +23,10 @@ from megaopus.selection.scoring import Scores, ScoringStep
 
 
 class Scorer:
-    """Scores buffers by ``config.method``, step after step; keeps the proxy gradient's average and the pass size."""
+    """Scores buffers by ``config.method``, step after step; keeps the proxy gradient's average and sizes of passes.
+
+    Raises ValueError if ``config.proxy_micro_batch_size`` is set for a backend that cannot be told.
+    """
 
     def __init__(
         self,
@@ -49,6 +53,15 @@ class Scorer:
         self._stateless = 0  # scorings that found no state of the optimizer
         self.micro_batch_size = config.score_micro_batch_size or 1
         self._sized_for: str | None = None
+        told = config.needs_proxy and "micro_batch_size" in inspect.signature(backend.gradient).parameters
+        if config.proxy_micro_batch_size is not None and config.needs_proxy and not told:
+            raise ValueError(
+                f"selection.proxy_micro_batch_size={config.proxy_micro_batch_size}: {type(backend).__name__}.gradient"
+                " takes no micro_batch_size; add it (docs/library.md), or leave the setting at null"
+            )
+        self._finds_proxy = told and config.proxy_micro_batch_size is None and _saves_launches(backend.device)
+        self.proxy_micro_batch_size = config.proxy_micro_batch_size
+        self._proxy_sized_for = ""
         self._notes: list[str] = []
 
     def drain_notes(self) -> list[str]:
@@ -57,11 +70,14 @@ class Scorer:
         return notes
 
     def state_dict(self) -> dict[str, Any]:
-        """The running proxy gradient (``ProxyGradient.state_dict``), the micro-batch size found and the estimator's
-        state; empty before."""
+        """The running proxy gradient (``ProxyGradient.state_dict``), the micro-batch sizes found and the estimator's
+        state; empty before, but for the proxy's size where it is to be found."""
         state = self._average.state_dict()
         if self._sized_for is not None:
             state |= {"micro_batch_size": self.micro_batch_size, "sized_for": self._sized_for}
+        if self._finds_proxy:
+            state["proxy_micro_batch_size"] = self.proxy_micro_batch_size
+            state["proxy_sized_for"] = self._proxy_sized_for
         if isinstance(self._estimator, Refining) and (found := self._estimator.state_dict()):
             state["estimator"] = found
         return state
@@ -69,13 +85,17 @@ class Scorer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``.
 
-        A micro-batch size found under other settings, or on another number of data-parallel ranks, is found anew.
+        A micro-batch size found under other settings, or on another number of data-parallel ranks, is found anew. Of a
+        version that found none for the proxy the state goes on with the backend's own.
         """
         self._average.load_state_dict(state)
         if isinstance(self._estimator, Refining):
             self._estimator.load_state_dict(state.get("estimator", {}))
         if self.config.score_micro_batch_size is None:
             self.micro_batch_size, self._sized_for = state.get("micro_batch_size", 1), state.get("sized_for")
+        if self._finds_proxy:
+            self.proxy_micro_batch_size = state.get("proxy_micro_batch_size")
+            self._proxy_sized_for = state.get("proxy_sized_for", self._proxy_passes())
 
     def score(self, buffer: Candidates, step: int) -> Scores:
         """Scores of the whole buffer of n candidates, on the CPU and the same on every rank.
@@ -102,6 +122,7 @@ class Scorer:
                 average=self._average,
                 estimator=self._estimator,
                 measured=measured,
+                proxy_gradient=self._proxy_gradient,
                 once=self._once,
                 **self._given,
             )
@@ -144,6 +165,35 @@ class Scorer:
     def _passes(self) -> dict[str, Any]:
         return {"length": self.config.score_length, "micro_batch_size": self.micro_batch_size}
 
+    def _proxy_passes(self) -> str:
+        """Say what the passes of the proxy gradient depend on."""
+        batches = 2 if self.config.contrast else 1
+        return f"{batches} x {self.config.proxy_batch_size} sequences over {self.backend.world_size} ranks"
+
+    def _proxy_gradient(self, proxy: Candidates, pool: Candidates | None) -> Gradient:
+        """The gradient of ``proxy``, less that of ``pool``, in passes of a size that is found at the first."""
+        backend, sized_for = self.backend, self._proxy_passes()
+
+        def run(size: int | None) -> Gradient:
+            passes: dict[str, Any] = {} if size is None else {"micro_batch_size": size}
+            if pool is None:
+                return backend.gradient(proxy, **passes)
+            if hasattr(backend, "lends_gradient"):
+                return backend.gradient(proxy, against=pool, **passes)
+            gradient, other = backend.gradient(proxy, **passes), backend.gradient(pool, **passes)
+            return {name: value - other[name] for name, value in gradient.items()}
+
+        if self._finds_proxy and self._proxy_sized_for != sized_for:
+            share = -(-len(proxy) // backend.world_size)
+            most = most_per_pass(share, _tokens(proxy), backend.device.type)
+            first = getattr(backend, "micro_batch_size", 1)
+            given: dict[str, Any] = {"first": first, "what": "proxy"}
+            found = find_micro_batch_size(run, most, backend.device, self._least, **given)
+            self.proxy_micro_batch_size, note = found
+            self._proxy_sized_for = sized_for
+            self._notes.append(note)
+        return run(self.proxy_micro_batch_size)
+
     def _find_size(self, share: Candidates, estimate: Callable[[], Any]) -> None:
         """Unless it is set or known, find the micro-batch size of the passes that ``estimate`` makes over ``share``."""
         config, device = self.config, self.backend.device
@@ -155,8 +205,7 @@ class Scorer:
             self.micro_batch_size = size
             estimate()
 
-        first = next(tensors_of(share.take(torch.arange(1)).batch(config.score_length)))
-        most = most_per_pass(len(share), first.shape[1] if first.ndim > 1 else 1, device.type)
+        most = most_per_pass(len(share), _tokens(share, config.score_length), device.type)
         self.micro_batch_size, note = find_micro_batch_size(run, most, device, self._least)
         self._sized_for = sized_for
         self._notes.append(note)
@@ -166,6 +215,17 @@ class Scorer:
         votes = torch.zeros(64, dtype=torch.float64, device=self.backend.device)
         votes[value] = 1
         return int(self.backend.sum_over_ranks(votes[:0], votes)[1].nonzero()[0])
+
+
+def _saves_launches(device: torch.device) -> bool:
+    """Say whether there are launches to save by larger passes; else the backend's own size stands, to the last bit."""
+    return device.type != "cpu"
+
+
+def _tokens(candidates: Candidates, length: int | None = None) -> int:
+    """Count the tokens of the first of them, cut to ``length``."""
+    first = next(tensors_of(candidates.take(torch.arange(1)).batch(length)))
+    return first.shape[1] if first.ndim > 1 else 1
 
 
 def _first(scores: Scores, count: int) -> Scores:
@@ -180,8 +240,9 @@ def _first(scores: Scores, count: int) -> Scores:
 
 def _settings(config: SelectionConfig) -> str:
     """The settings that passes may depend on, in the words of version 0.1, so that its checkpoints keep their size."""
-    # a check measures no candidates, and groups are about picks
-    words = repr(replace(config, check_every=0, groups=1)).replace(" groups=1,", "")
+    # a check measures no candidates, groups are about picks, the proxy's passes are sized apart
+    words = repr(replace(config, check_every=0, groups=1, proxy_micro_batch_size=None)).replace(" groups=1,", "")
+    words = words.replace(" proxy_micro_batch_size=None,", "")
     if config.redundancy == 0 or config.gram_sketch == "per_layer":  # the one way that there was
         words = words.replace(f" gram_sketch={config.gram_sketch!r},", "")
     words = words.replace("text_features=[", "traits=[")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megaopus.events import Event
-from megaopus.selection.backend import Candidates, Proxy, ScoringBackend, TextFeatures
+from megaopus.selection.backend import Candidates, Gradient, Proxy, ScoringBackend, TextFeatures
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.estimators.registry import Estimator
 from megaopus.selection.proxy import ProxyGradient
@@ -56,6 +56,9 @@ class ScoringStep:
     measured: Callable[[Callable[[Mapping[str, Any]], Any]], Any]
     """``measured(run)`` is ``run({"length": ..., "micro_batch_size": ...})``; it finds the micro-batch size, if it is
     not known, by running ``run`` at several."""
+    proxy_gradient: Callable[[Candidates, Candidates | None], Gradient]
+    """``proxy_gradient(proxy, pool)``: the mean gradient of one batch, less that of the other if there is one, as
+    ``backend.gradient`` gives it; in passes of the size that is set or found. Collective."""
     once: Callable[[str, Callable[[], None]], None]
     """``once(name, check)`` runs ``check`` in the first step that asks for it."""
 

@@ -28,7 +28,10 @@ from megaopus.selection.scoring import Scores
 __all__ = ["Redundancy", "Selection", "Selector"]
 
 _STATE = frozenset(
-    ["average", "count", "micro_batch_size", "sized_for", "estimator", "exposure", "prescreen", "choice"]
+    [
+        *("average", "count", "micro_batch_size", "sized_for", "proxy_micro_batch_size", "proxy_sized_for"),
+        *("estimator", "exposure", "prescreen", "choice"),
+    ]
 )
 """Keys of ``Selector.state_dict()``; which are there depends on the settings."""
 

@@ -39,7 +39,8 @@ class ModuleBackend(OldBackendNames):
     """Shows a module, its optimizer(s) and a per-sequence loss to the estimators.
 
     ``group``: the data-parallel process group (every rank holds the same weights), or None for one process.
-    ``micro_batch_size``: sequences per forward-backward pass of the proxy gradient, on each rank.
+    ``micro_batch_size``: sequences per forward-backward pass of the proxy gradient, on each rank; on a GPU the least,
+    unless ``selection.proxy_micro_batch_size`` is set.
     ``example``: a batch on which the loss is tried at once, so that one of another shape is refused here.
     DistributedDataParallel is unwrapped, so that no scoring pass touches its gradient reduction, and so are optimizers
     as accelerate or Lightning prepare them. A compiled module
@@ -141,29 +142,36 @@ class ModuleBackend(OldBackendNames):
                 count += int((losses.isfinite() & (losses != 0)).sum())
         return count
 
-    def gradient(self, proxy: Candidates, length: int | None = None, *, against: Candidates | None = None) -> Gradient:
+    def gradient(
+        self,
+        proxy: Candidates,
+        length: int | None = None,
+        *,
+        against: Candidates | None = None,
+        micro_batch_size: int | None = None,
+    ) -> Gradient:
         """Gradient of the mean loss over the whole proxy batch, the same on every rank; no ``p.grad`` is touched.
 
         ``against``: less that over another batch. Each rank takes a contiguous share; every sequence of a batch has the
         same weight even where a rank has fewer, or none.
         """
-        parameters = self.parameters()
+        parameters, size = self.parameters(), micro_batch_size or self.micro_batch_size
         tensors = list(parameters.values())
         total = [torch.zeros_like(tensor) for tensor in tensors]
         for batch, sign in ((proxy, 1), (against, -1)):
             if batch is not None:
-                self._add_gradient(batch, length, tensors, total, sign)
+                self._add_gradient(batch, length, size, tensors, total, sign)
         self.all_reduce(total)
         return dict(zip(parameters, total, strict=True))
 
     def _add_gradient(
-        self, batch: Candidates, length: int | None, tensors: list[Tensor], total: list[Tensor], sign: int
+        self, batch: Candidates, length: int | None, size: int, tensors: list[Tensor], total: list[Tensor], sign: int
     ) -> None:
-        """Add this rank's part of ``sign`` times the mean gradient of a batch to ``total``."""
+        """Add this rank's part of ``sign`` times the mean gradient of a batch to ``total``, by ``size`` a pass."""
         rows, weights = even_share(len(batch), self.world_size, self.rank)
         share = rows[weights > 0]
         with self.scoring(), torch.enable_grad():
-            for chunk in share.split(self.micro_batch_size) if len(share) else ():
+            for chunk in share.split(size) if len(share) else ():
                 losses = self._losses(self.model, batch.take(chunk).batch(length))
                 found = torch.autograd.grad(losses.sum() / (sign * len(batch)), tensors, allow_unused=True)
                 used = [(t, g) for t, g in zip(total, found, strict=True) if g is not None]

@@ -93,5 +93,5 @@ def _explanation(error: Exception, device: torch.device, rank: int, estimate: Ma
         f"  estimated, as by check: {total} = {' + '.join(f'{what} {format_bytes(size)}' for size, what in parts)}\n"
         "  -> activations and logits: a smaller train.micro_batch_size (the batch stays), engine.recompute=true, or "
         "parallel.cp; weights and optimizer: parallel.tp or parallel.pp, parallel.distributed_optimizer=true or "
-        "engine=deepspeed; scoring: a smaller selection.score_micro_batch_size"
+        "engine=deepspeed; scoring: a smaller selection.score_micro_batch_size or selection.proxy_micro_batch_size"
     )

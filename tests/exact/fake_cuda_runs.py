@@ -127,6 +127,7 @@ def plain(work: Work) -> dict[str, Any]:
         kinds[f"{kind} {str(dtype).removeprefix('torch.')}"] += flops
     return {
         "launches": work.kernels(),
+        "pass_launches": work.pass_launches,
         "reads": dict(sorted(work.reads.items())),
         "waits": dict(sorted(work.waits.items())),
         "copies_in": dict(sorted(work.copies_in.items())),
@@ -147,6 +148,18 @@ def layout(name: str) -> dict[str, Any]:
         "work": {step: plain(work) for step, work in works.items()},
         "peaks": {"train": found.training, **found.scoring},
     }
+
+
+def launches() -> tuple[int, int]:
+    """(kernels, kernels of passes) of a scoring with contrast, whose proxy makes one pass of four micro-batches."""
+    warnings.simplefilter("ignore")
+    config = replace(Run(), model=DEEP).config()
+    config.train.micro_batch_size, config.train.global_batch_size = 1, 4
+    sizes = {"proxy_batch_size": 4, "proxy_micro_batch_size": 4, "score_micro_batch_size": 8}
+    with fake_job(config, 0, 1) as (mesh, meter):
+        selections = {"": SelectionConfig(**SELECTIONS["directional"], **sizes)}
+        work = measure(config, VOCAB, mesh, meter, selections).score_work[""]
+    return work.kernels(), work.pass_launches
 
 
 def estimated(name: str) -> dict[str, int]:

@@ -122,11 +122,14 @@ def select(engine: Any, candidates: int = 16, proxies: int = 4, **settings: Any)
 
 
 def select_uneven(engine: Any) -> dict[str, Picks]:
-    """Numbers of candidates and proxy sequences that divide over no ranks; some ranks have none of the latter."""
+    """Numbers of candidates and proxy sequences that divide over no ranks; some ranks have none of the latter.
+
+    The last passes a rank's whole share of the proxy at once, where a pipeline does not want more micro-batches.
+    """
     sizes = {"directional": 3, "adjoint": 1, "mid_ppl": 3}
     found = {name: select(engine, 13, proxies, **SETTINGS[name]) for name, proxies in sizes.items()}
     found["contrast"] = select(engine, 13, 3, **SETTINGS["directional"] | {"contrast": True})
-    return found | {"step size": select(engine, 13, 3)}
+    return found | {"step size": select(engine, 13, 3, proxy_micro_batch_size=3)}
 
 
 def proxy_loss(engine: Any) -> list[float]:

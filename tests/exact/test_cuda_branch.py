@@ -18,14 +18,14 @@ from benchmarks.fake_cuda.device import fake_ranks, fake_tensors, missing
 from benchmarks.fake_cuda.estimate import estimate, row
 from benchmarks.gpu_shapes import Case
 from megaopus.optim.registry import OPTIMIZERS
-from tests.exact.fake_cuda_runs import FIXTURE, RENEW, RUNS, VOCAB, estimated, layout, optimizer, saved
+from tests.exact.fake_cuda_runs import FIXTURE, RENEW, RUNS, VOCAB, estimated, launches, layout, optimizer, saved
 from tests.pool import Pool
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no fake CUDA device: {missing()}")
 VERSION = torch.__version__.split("+")[0]
 PINNED = json.loads(FIXTURE.read_text())
 LATEST = max(PINNED, key=lambda version: [int(part) for part in version.split(".")])
-BY_VERSION = ("launches", "flops")
+BY_VERSION = ("launches", "pass_launches", "flops")
 """What torch's own composition of operations decides as well."""
 WITHIN = 0.15
 """How far ``check`` may be off."""
@@ -63,6 +63,13 @@ def test_the_host_waits_once_a_step(name: str) -> None:
         # a Gram matrix is brought to all ranks besides; and how far to go along a step is known before it is gone
         assert sum(work["reads"].values()) == (2 if step == "gram" else 1), step
         assert sum(world.values()) <= (2 if step == "directional" else 1), step
+
+
+def test_a_scoring_launches_little_but_its_passes(pool: Pool) -> None:
+    """Of passes: forward and backward ones of proxy and pool, forward ones of the candidates moved forth and back."""
+    kernels, of_passes = pool.run(1, launches)[0]
+    assert kernels <= 1.2 * of_passes
+    assert kernels - of_passes <= 75  # however many parameters there are, up to the numbers that a kernel takes
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -297,6 +298,26 @@ def test_gradient_equals_plain_pytorch(mesh: Mesh) -> None:
     for (name, parameter), value in zip(plain.named_parameters(), gradient.parameters(), strict=True):
         error = (parameter.grad - value).norm() / parameter.grad.norm()
         assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+def test_a_gradient_makes_as_few_passes_as_it_may(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training takes four sequences at a time."""
+    engine, seen, batch = tiny_engine(mesh), [], random_batch(12, 0)
+    schedule = engine._schedule
+
+    def watched(**given: Any) -> Any:
+        seen.append((given["micro_batch_size"], given["num_microbatches"]))
+        return schedule(**given)
+
+    monkeypatch.setattr(engine, "_schedule", watched)
+    expected = {name: value.clone() for name, value in engine.mean_gradient(batch).items()}
+    for most in (1, 5, 6, 11, 12, 99):
+        found = engine.mean_gradient(batch, micro_batch_size=most)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    assert seen == [(4, 3), (1, 12), (4, 3), (6, 2), (6, 2), (12, 1), (12, 1)]
+    engine.mean_gradient(batch, against=random_batch(8, 1), micro_batch_size=12)
+    assert seen[-1] == (4, 5)  # one schedule runs over both
 
 
 def test_bf16_keeps_fp32_main_weights(mesh: Mesh) -> None:

@@ -53,6 +53,7 @@ def test_every_setting_has_one_class() -> None:
         "data.validation_path",
         "data.read_ahead_mb",
         "selection.score_micro_batch_size",
+        "selection.proxy_micro_batch_size",
         "selection.check_every",
         "train.tokens",
         "train.epochs",

@@ -105,14 +105,19 @@ def test_an_error_while_scoring_restores_weights_and_modes() -> None:
     assert backend.module.training
 
 
-def test_gradient_is_the_gradient_of_the_mean_at_any_micro_batch() -> None:
+def test_gradient_is_the_gradient_of_the_mean_at_any_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = ready()
     proxy = data(7, 5)
     backend.module.eval()
     expected = torch.autograd.grad(loss(backend.module, proxy.batch()).mean(), list(backend.module.parameters()))
-    for micro_batch_size in (7, 3, 1):
+    passes: list[int] = []
+    backend.gradient(proxy)  # the first looks what the model computes in
+    monkeypatch.setattr(backend, "loss", lambda model, batch: passes.append(1) or loss(model, batch))
+    for micro_batch_size, told, count in ((7, None, 1), (3, None, 3), (1, None, 7), (1, 4, 2), (7, 2, 4)):
         backend.micro_batch_size = micro_batch_size
-        found = backend.gradient(proxy)
+        passes.clear()
+        found = backend.gradient(proxy) if told is None else backend.gradient(proxy, micro_batch_size=told)
+        assert len(passes) == count
         assert list(found) == [name for name, _ in backend.module.named_parameters()]
         for gradient, reference in zip(found.values(), expected, strict=True):
             torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)

@@ -16,11 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
-from megaopus.selection import SelectionConfig, Selector, TensorCandidates, memory, scorer
+from megaopus.selection import ModuleBackend, SelectionConfig, Selector, TensorCandidates, memory, scorer
 from megaopus.selection.config import PASS_TOKENS, most_per_pass
 from tests.harness import random_batch, tiny_engine
 from tests.pool import Pool
-from tests.unit.selection_net import UNGUARDED, make_backend, proxy
+from tests.unit.selection_net import UNGUARDED, batch, make_backend, proxy
 
 CPU = torch.device("cpu")
 COUNT = 32
@@ -164,9 +164,9 @@ def test_most_per_pass_is_limited_by_candidates_and_tokens() -> None:
 
 
 @pytest.mark.parametrize("lines", [((0, 100),), ((900, 100),), ((1000, 1), (0, 300)), ((5000, 0), (100, 70))])
-@pytest.mark.parametrize("most", [1, 8, 64])
+@pytest.mark.parametrize(("most", "first"), [(1, 1), (8, 1), (64, 1), (50, 3), (2, 3)])
 def test_the_search_finds_the_largest_size_that_fits(
-    lines: tuple[tuple[int, int], ...], most: int, monkeypatch
+    lines: tuple[tuple[int, int], ...], most: int, first: int, monkeypatch
 ) -> None:
     """Whatever lines the memory follows, of which the highest counts; and no run takes more than is free."""
 
@@ -181,11 +181,12 @@ def test_the_search_finds_the_largest_size_that_fits(
             ran.append(size)
             torch.empty(taken(size), dtype=torch.uint8)
 
-        size, note = memory.find_micro_batch_size(run, most, CPU, lambda value: value)
-        fitting = [2**power for power in range(7) if 2**power <= most and taken(2**power) <= free / 2]
-        assert size == max(fitting, default=1)
-        assert note.startswith(f"scoring micro-batch {size}")
-        assert all(taken(each) <= free for each in ran if each > 1)
+        given = {} if first == 1 else {"first": first, "what": "proxy"}
+        size, note = memory.find_micro_batch_size(run, most, CPU, lambda value: value, **given)
+        tried = [first * 2**power for power in range(7)]
+        assert size == max((each for each in tried if each <= most and taken(each) <= free / 2), default=first)
+        assert note.startswith(f"{given.get('what', 'scoring')} micro-batch {size}")
+        assert all(taken(each) <= free for each in ran if each > first)
         assert len(ran) <= 8
 
 
@@ -308,6 +309,102 @@ def test_nothing_is_measured_where_there_is_nothing_to_choose(monkeypatch: pytes
     assert make().select(long, 0).notes == ["scoring micro-batch 1"]
 
 
+# -- the proxy's passes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxies(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Selector]:
+    """Make selectors with 12 proxy sequences, of which a training pass takes two, as if it were for a GPU."""
+    monkeypatch.setattr(scorer, "_saves_launches", lambda device: True)
+
+    def made(**settings: Any) -> Selector:
+        given = {"score_micro_batch_size": 8, "guards": UNGUARDED, "proxy_batch_size": 12, **settings}
+        backend = make_backend()
+        backend.micro_batch_size = 2
+        many = {name: lambda step, first=first: batch(first + step, 12) for name, first in (("proxy", 1), ("pool", 99))}
+        return Selector(SelectionConfig(method="opus", **given), backend, num_selected=4, seed=0, **many)
+
+    return made
+
+
+def proxy_passes(selector: Selector, monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """Sizes that a scoring asks of gradients, in turn."""
+    asked: list[int | None] = []
+    gradient = selector.backend.gradient
+
+    def asking(proxy: Any, length: int | None = None, **more: Any) -> Any:
+        asked.append(more.get("micro_batch_size"))
+        return gradient(proxy, length, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selector.backend, "gradient", asking)
+        selector.select(candidates(0), 0)
+    return asked
+
+
+@pytest.mark.parametrize("contrast", [False, True])
+def test_the_proxys_passes_grow_from_trainings_with_the_free_memory(
+    contrast: bool, proxies: Callable[..., Selector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free, expected in ((10**12, 8), (0, 2)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        selector = proxies(contrast=contrast)
+        assert selector.state_dict()["proxy_micro_batch_size"] is None
+        first = selector.select(candidates(0), 0)
+        assert first.notes[0].startswith(f"proxy micro-batch {expected} (takes ")
+        state = selector.state_dict()
+        assert state["proxy_micro_batch_size"] == expected
+        set_so = proxies(contrast=contrast, proxy_micro_batch_size=expected)
+        assert torch.equal(set_so.select(candidates(0), 0).utilities, first.utilities)  # nothing of the search is left
+        monkeypatch.setattr(memory, "free_bytes", lambda device: pytest.fail("measured"))
+        resumed = proxies(contrast=contrast)
+        resumed.load_state_dict(state)
+        assert resumed.state_dict().keys() == state.keys()
+        again = selector.select(candidates(1), 1).utilities
+        assert torch.equal(resumed.select(candidates(1), 1).utilities, again)
+        assert proxy_passes(resumed, monkeypatch) == [expected]
+
+
+def test_a_state_of_before_goes_on_with_trainings_passes(
+    proxies: Callable[..., Selector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = proxies()
+    first.select(candidates(0), 0)
+    state = first.state_dict()
+    del state["proxy_micro_batch_size"], state["proxy_sized_for"]
+    resumed = proxies()
+    resumed.load_state_dict(state)
+    resumed.load_state_dict(resumed.state_dict())
+    assert proxy_passes(resumed, monkeypatch) == [None]
+    other = proxies(contrast=True)  # other passes: found anew
+    other.load_state_dict(resumed.state_dict())
+    assert proxy_passes(other, monkeypatch)[:2] == [2, 2]
+    assert other.state_dict()["proxy_micro_batch_size"] == 8
+
+
+def test_a_cpu_and_a_size_that_is_set_measure_no_proxy(
+    proxies: Callable[..., Selector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert proxy_passes(proxies(proxy_micro_batch_size=5), monkeypatch) == [5]
+    monkeypatch.undo()
+    selector = proxies()
+    assert proxy_passes(selector, monkeypatch) == [None]
+    assert "proxy_sized_for" not in selector.state_dict()
+
+
+def test_a_backend_that_knows_no_size_is_not_told_one(
+    proxies: Callable[..., Selector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradient(self: Any, proxy: Any, length: int | None = None, *, against: Any = None) -> Any:
+        return plain(self, proxy, length, against=against)
+
+    plain = ModuleBackend.gradient
+    monkeypatch.setattr(ModuleBackend, "gradient", gradient)
+    assert proxies().select(candidates(0), 0).notes == []
+    with pytest.raises(ValueError, match=r"proxy_micro_batch_size=4: ModuleBackend.gradient takes no micro_batch_size"):
+        proxies(proxy_micro_batch_size=4)
+
+
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
 LAYOUTS = {
@@ -317,13 +414,17 @@ LAYOUTS = {
 }
 
 
-def sizes(layout: str) -> list[tuple[int, bool]]:
-    """(size found, whether utilities are those of that size set): with much memory on both ranks, none on the last."""
+def sizes(layout: str) -> list[tuple[int, int, bool]]:
+    """(size found, that of the proxy, whether utilities are those of these sizes set).
+
+    With much memory on both ranks, and with none on the last.
+    """
     parallel, kind = LAYOUTS[layout]
     mesh = Mesh(parallel, "cpu")
-    real, found = memory.free_bytes, []
+    (real, saves), found = (memory.free_bytes, scorer._saves_launches), []
+    scorer._saves_launches = lambda device: True
     try:
-        engine = tiny_engine(mesh, parallel=parallel, engine=kind)
+        engine = tiny_engine(mesh, parallel=parallel, engine=kind, micro_batch_size=1)
         engine.train_step(random_batch(8, 0))
         backend = engine.scoring_backend()
         given = {"num_selected": 4, "proxy": lambda step: random_batch(4, 700 + step), "seed": 7}
@@ -332,11 +433,13 @@ def sizes(layout: str) -> list[tuple[int, bool]]:
             memory.free_bytes = lambda device, last=last: last if mesh.rank == 1 else 10**12
             auto = Selector(SelectionConfig(**config), backend, **given)
             utilities = auto.select(random_batch(8, 2), 2).utilities
-            size = auto.state_dict()["micro_batch_size"]
-            explicit = Selector(SelectionConfig(**config, score_micro_batch_size=size), backend, **given)
-            found.append((size, torch.equal(utilities, explicit.select(random_batch(8, 2), 2).utilities)))
+            size, proxies = (auto.state_dict()[name] for name in ("micro_batch_size", "proxy_micro_batch_size"))
+            set_so = {"score_micro_batch_size": size, "proxy_micro_batch_size": proxies}
+            explicit = Selector(SelectionConfig(**config, **set_so), backend, **given)
+            same = torch.equal(utilities, explicit.select(random_batch(8, 2), 2).utilities)
+            found.append((size, proxies, same))
     finally:
-        memory.free_bytes = real
+        memory.free_bytes, scorer._saves_launches = real, saves
         mesh.close()
     return found
 
@@ -344,5 +447,5 @@ def sizes(layout: str) -> list[tuple[int, bool]]:
 def test_ranks_agree_on_the_size_that_fits_on_all(pool: Pool) -> None:
     found = pool.jobs(dict.fromkeys(LAYOUTS, 2), sizes).begin(LAYOUTS)
     for layout, (parallel, _) in LAYOUTS.items():
-        most = 4 if parallel == ParallelConfig() else 8
-        assert found[layout] == [[(most, True), (1, True)]] * 2, layout
+        most, proxies = (4, 2) if parallel == ParallelConfig() else (8, 4)
+        assert found[layout] == [[(most, proxies, True), (1, 1, True)]] * 2, layout

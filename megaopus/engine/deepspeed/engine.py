@@ -36,6 +36,7 @@ from megaopus.optim.build import torch_optimizers
 from megaopus.optim.config import OptimConfig
 from megaopus.selection.backend import Candidates, Gradient, Piece
 from megaopus.selection.candidates import even_share
+from megaopus.selection.config import largest_divisor
 
 LARGEST_BUCKET = 500_000_000
 """Elements of a gradient bucket; DeepSpeed's default, of which a small model needs less."""
@@ -200,23 +201,32 @@ class DeepSpeedEngine(Engine):
         return torch.cat(gathered(local, self.mesh.dp_group, self.mesh.shape.dp))
 
     def mean_gradient(
-        self, batch: Candidates, length: int | None = None, *, against: Candidates | None = None
+        self,
+        batch: Candidates,
+        length: int | None = None,
+        *,
+        against: Candidates | None = None,
+        micro_batch_size: int | None = None,
     ) -> Gradient:
         """As ``Engine.mean_gradient``; ``autograd.grad`` leaves ZeRO's hooks alone, so that no update sees it."""
         length = min(length or self.seq_len, self.seq_len)
         self.deepspeed.eval()
         with self.mesh.megatron(), self.optimizer.reduced() as total:
-            self._add_gradient(batch, length, 1)
+            self._add_gradient(batch, length, 1, micro_batch_size)
             if against is not None:
-                self._add_gradient(against, length, -1)
+                self._add_gradient(against, length, -1, micro_batch_size)
         self.deepspeed.train()
         return total
 
-    def _add_gradient(self, batch: Candidates, length: int, sign: int) -> None:
-        """Make backward passes of ``sign`` times the mean loss of a batch, of which this rank takes its share."""
+    def _add_gradient(self, batch: Candidates, length: int, sign: int, most: int | None) -> None:
+        """Make backward passes of ``sign`` times the mean loss of a batch, of which this rank takes its share.
+
+        ``most``: sequences of one; None: training's.
+        """
         share, weights = even_share(len(batch), self.mesh.shape.dp, self.mesh.dp_rank)
-        weights = self.mesh.to_device(weights)
-        micro, parameters = math.gcd(len(share), self.micro_batch_size), list(self.module.parameters())
+        weights, count = self.mesh.to_device(weights), len(share)
+        micro = math.gcd(count, self.micro_batch_size) if most is None else largest_divisor(count, most)
+        parameters = list(self.module.parameters())
         for rows, of_rows in zip(share.split(micro), weights.split(micro), strict=True):
             losses_BS = token_losses(self.module, self._tokens(batch, rows, length), rules=self.rules)
             weighted = losses_BS * of_rows.to(losses_BS).unsqueeze(1)

@@ -28,6 +28,7 @@ from megaopus.errors import EngineError
 from megaopus.models.gpt import canonical_names
 from megaopus.selection.backend import Candidates, Gradient
 from megaopus.selection.candidates import even_share
+from megaopus.selection.config import largest_divisor
 
 _NOTHING = "._extra_state"
 """What Transformer Engine's layers would keep beside their weights; empty here, and a pickle in the files."""
@@ -98,15 +99,27 @@ class MegatronEngine(MegatronPasses):
         return unpacked(found[:num])
 
     def mean_gradient(
-        self, batch: Candidates, length: int | None = None, *, against: Candidates | None = None
+        self,
+        batch: Candidates,
+        length: int | None = None,
+        *,
+        against: Candidates | None = None,
+        micro_batch_size: int | None = None,
     ) -> Gradient:
-        """The training path (schedule, DDP reduction) without the update, into training's own gradients."""
+        """The training path (schedule, DDP reduction) without the update, into training's own gradients.
+
+        A pipeline has at least as many micro-batches of a batch as stages, where there are as many sequences.
+        """
         group, mesh = self.micro_batch_group, self.mesh
         batches = [each for each in (batch, against) if each is not None]
         shares = [(each, *even_share(len(each), mesh.shape.dp, mesh.dp_rank, group)) for each in batches]
         length = min(length or self.seq_len, self.seq_len)
-        micro = math.gcd(*(len(rows) // group for _, rows, _ in shares), self.micro_batch_size)
+        unit = math.gcd(*(len(rows) // group for _, rows, _ in shares))
         total = sum(len(rows) for _, rows, _ in shares)
+        if micro_batch_size is None:
+            micro = math.gcd(unit, self.micro_batch_size)
+        else:
+            micro = largest_divisor(unit, min(micro_batch_size, unit * group // mesh.shape.pp))
         weights = [
             of_rows * (sign * total / len(rows)) for sign, (_, rows, of_rows) in zip((1, -1), shares, strict=False)
         ]

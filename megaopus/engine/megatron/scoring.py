@@ -12,6 +12,7 @@ from megaopus.engine.megatron.passes import MegatronPasses
 from megaopus.engine.scoring_base import EngineScoringBackend, moved_weights
 from megaopus.errors import EngineError
 from megaopus.selection.backend import Candidates, GhostConsumer, GhostLayer, Gradient
+from megaopus.selection.config import largest_divisor
 from megaopus.selection.estimators.ghost import GhostCapture
 
 _PIPELINE_FILL = 4  # micro-batches per stage that keep the idle share of a pipeline small
@@ -92,5 +93,4 @@ class MegatronScoringBackend(EngineScoringBackend):
             raise EngineError(
                 f"{count} candidates per data-parallel rank are not a multiple of pp={group}, which vpp needs"
             )
-        most = max(1, min(wanted, count // (_PIPELINE_FILL * pp)))
-        return next(size for size in range(most, 0, -1) if (count // group) % size == 0)
+        return largest_divisor(count // group, min(wanted, count // (_PIPELINE_FILL * pp)))

@@ -79,13 +79,20 @@ def predicted_change(backend: ScoringBackend, direction: Gradient, gradient: Map
     given, factor = unscaled(gradient), gradient.factor if isinstance(gradient, Scaled) else 1.0
     start = torch.zeros(1, dtype=torch.float64, device=backend.device)
     sums = [
-        product.sum(dtype=torch.float64)
+        _products(here, there).sum(dtype=torch.float64)
         for here, there in chunks([[direction[name] for name in names], [given[name] for name in names]])
-        for product in torch._foreach_mul(here, there)
     ]
     total = start if not sums else (torch.stack(sums).sum() * factor).view(1).to(start)
     copies = 1 if pieces_of(backend) else backend.world_size
     return backend.sum_over_ranks(start[:0], total)[1][0] / copies
+
+
+def _products(here: list[Tensor], there: list[Tensor]) -> Tensor:
+    """Multiply tensors with tensors, into one flat one, so that they are added up at once."""
+    found = torch.cat([tensor.reshape(-1) for tensor in here])
+    views = [part.view(tensor.shape) for part, tensor in zip(found.split([t.numel() for t in here]), here, strict=True)]
+    torch._foreach_mul_(views, there)
+    return found
 
 
 def judge(differences: Callable[[int], Tensor], sides: str, *, search: bool) -> Judgement | None:

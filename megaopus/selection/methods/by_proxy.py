@@ -182,17 +182,12 @@ def _average(step: ScoringStep) -> tuple[Mapping[str, Tensor], Tensor]:
 
 def _gradient(step: ScoringStep) -> Gradient:
     """The proxy batch's mean gradient; with contrast less the pool's."""
-    backend = step.backend
     assert step.proxy is not None  # checked when the selector was made
     proxy = as_candidates(step.proxy(step.step), step.step)
     if not step.config.contrast:
-        return backend.gradient(proxy)
+        return step.proxy_gradient(proxy, None)
     assert step.pool is not None
-    pool = as_candidates(step.pool(step.step), step.step)
-    if hasattr(backend, "lends_gradient"):
-        return backend.gradient(proxy, against=pool)
-    gradient, other = backend.gradient(proxy), backend.gradient(pool)
-    return {name: value - other[name] for name, value in gradient.items()}
+    return step.proxy_gradient(proxy, as_candidates(step.pool(step.step), step.step))
 
 
 def _gram(step: ScoringStep, rows: dict[str, Tensor]) -> Tensor:

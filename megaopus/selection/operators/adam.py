@@ -11,7 +11,7 @@ from torch import Tensor
 from megaopus.selection.operators.maps import Adaptive, ParameterOperator
 from megaopus.selection.operators.registry import operator_of_class
 from megaopus.selection.operators.rule import refuse_maximize
-from megaopus.selection.pieces import chunks
+from megaopus.selection.pieces import side_by_side
 
 
 class AdamMap(Adaptive):
@@ -30,34 +30,35 @@ class AdamMap(Adaptive):
     def _factor(self, gradient: Tensor | None) -> Tensor:
         found = torch.empty_like(self._v)
         given = None if gradient is None else [gradient.to(self._v.dtype)]
-        self._inverse_roots([found], [self._v], [] if self._largest is None else [self._largest], given)
+        self._inverse_roots([found], [found], [self._v], [] if self._largest is None else [self._largest], given)
         return found
 
     def _inverse_roots(
         self,
         found: list[Tensor],
+        buffers: list[Tensor],
         v: list[Tensor],
         largest: list[Tensor],
         gradients: list[Tensor] | None,
+        factor: float = 1.0,
     ) -> None:
-        """Put C_t / (sqrt(v / correction) + eps) into each of ``found``, by the settings of this parameter."""
+        """Put C_t / (sqrt(v / correction) + eps) into each of ``found``, by the settings of this parameter.
+
+        ``buffers``: what they are views of, and nothing else is. ``factor``: of ``gradients``.
+        """
         scale, beta2, eps, correction, coming = self._settings
         if gradients is None:
             torch._foreach_copy_(found, largest or v)
         else:
             torch._foreach_copy_(found, v)
-            torch._foreach_mul_(found, beta2)
-            square = torch._foreach_mul(gradients, gradients)
-            torch._foreach_mul_(square, 1 - beta2)
-            torch._foreach_add_(found, square)
+            for each in buffers:
+                each.mul_(beta2)
+            torch._foreach_addcmul_(found, gradients, gradients, (1 - beta2) * factor**2)
             if largest:
                 torch._foreach_maximum_(found, largest)
             correction = coming
-        torch._foreach_div_(found, correction)
-        torch._foreach_sqrt_(found)
-        torch._foreach_add_(found, eps)
-        torch._foreach_reciprocal_(found)
-        torch._foreach_mul_(found, scale)
+        for each in buffers:
+            each.div_(correction).sqrt_().add_(eps).reciprocal_().mul_(scale)
 
     def takes(self, gradient: Tensor) -> bool:
         """Say whether ``directions`` can be given this gradient."""
@@ -66,19 +67,18 @@ class AdamMap(Adaptive):
 
     @staticmethod
     @torch.no_grad()
-    def directions(maps: Sequence[AdamMap], gradients: Sequence[Tensor], factor: float, bounded: bool) -> list[Tensor]:
-        """P g of each of ``factor`` times ``gradients``, to the bit as one by one, in few launches.
+    def directions(maps: Sequence[AdamMap], gradients: list[Tensor], factor: float, bounded: bool) -> list[Tensor]:
+        """P g of each of ``factor`` times ``gradients``, in few launches; to the bit as one by one if ``factor`` is 1.
 
         ``bounded``: by these gradients. ``maps`` are alike.
         """
-        found = [torch.empty_like(gradient) for gradient in gradients]
+        found, buffers = side_by_side(gradients)
         largest = [each._largest for each in maps if each._largest is not None]
-        lists = [found, gradients, [each._v for each in maps], *([largest] if largest else [])]
-        for out, g, v, *most in chunks(lists):
-            if factor != 1:
-                g = list(torch._foreach_mul(g, factor))
-            maps[0]._inverse_roots(out, v, most[0] if most else [], g if bounded else None)
-            torch._foreach_mul_(out, g)
+        squares = [each._v for each in maps]
+        maps[0]._inverse_roots(found, buffers, squares, largest, gradients if bounded else None, factor)
+        torch._foreach_mul_(found, gradients)
+        for each in buffers if factor != 1 else ():
+            each.mul_(factor)
         return found
 
 
