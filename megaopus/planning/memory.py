@@ -283,7 +283,24 @@ def _selection(rank: _Rank) -> dict[str, Row]:
         if taken.before is not None:  # beyond what takes its place
             later = sum(rows[name].size for name in (*taken.before, "scoring pass") if name in rows)
             rows[what] = rows[what]._replace(split=0, whole=taken.size - later)
+    if entry.by_estimator and selection.method != "greats" and rank.config.optim.spec().factored:
+        later = sum(rows[name].size for name in ("scoring pass", "sketches") if name in rows)
+        making = Row(0, _factored_direction(rank) - later, "fp32, of the largest matrix, whole", (SCORING,))
+        rows["direction in the making"] = making
     return {what: row for what, row in rows.items() if row.size > 0}  # what is said beyond other rows may be nothing
+
+
+def _factored_direction(rank: _Rank) -> int:
+    """Find the bytes that Adafactor's direction of the largest matrix takes before it is there.
+
+    The whole gradient, its factor and their product; of the average, where there is one, its own part twice.
+    """
+    everything = rank.config.selection.derived_layers() == "all"
+    moved = [weight for weight in rank.weights() if everything or _is_sketched(weight, rank.config)]
+    largest = max(moved, key=lambda weight: weight.numel)
+    own, gathered = rank.own(largest), largest.sharded and rank.tp > 1
+    averaged = 2 * own if rank.config.selection.proxy_decay > 0 else 0
+    return 4 * (averaged + (2 + gathered) * largest.numel - own)
 
 
 def _numbers_row(rank: _Rank, width: float, how: str, *phases: str) -> Row:

@@ -293,23 +293,22 @@ def sum_proxies(backend: ScoringBackend, psi: dict[str, Tensor]) -> dict[str, Te
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     weights, largest = sum(sizes.matrices), max(sizes.matrices, default=0)
     # five of 8 bytes: index, random bits, bucket, and the sign twice before it is one byte
-    making = 40 * min(AT_ONCE, largest)
-    before = ("gradients of candidates",) if config.redundancy else ("sketches",)
-    rows = {"hashes": Taken(making, "int64, of one matrix at a time", whole=making, before=before)}
+    hashed = 40 * min(AT_ONCE, largest)
     if not config.redundancy:
         how = "fp32, the update on the proxy's sketches carried back"
-        making = 16 * largest // sizes.shards  # the sketch carried back, what bounds the map, its factor and a square
+        # a gradient beside its hashes; or the sketch carried back, what bounds the map, its factor and the product
+        making = max(hashed + 4 * largest // sizes.shards, 16 * largest // sizes.shards)
         update = {
-            "update in the making": Taken(making, "fp32, of one matrix at a time", whole=making, before=("sketches",)),
+            "update in the making": Taken(making, "of one matrix at a time", whole=making, before=("sketches",)),
             "update on the proxy's sketch": Taken(4 * weights // sizes.shards, how),
         }
-        return {**rows, **update, **put_together(sizes), **sketch_memory(config, sizes)}
-    at_once = min(sizes.micro_batch_size, held_at_once(max(1, largest)))
-    how = f"fp32, of {at_once} candidate(s) in the largest matrix, twice, and its signs"
+        return {**update, **put_together(sizes), **sketch_memory(config, sizes)}
+    at_once, part = min(sizes.micro_batch_size, held_at_once(max(1, largest))), min(AT_ONCE, largest)
+    how = f"fp32, of {at_once} candidate(s) in the largest matrix, and hashes or products of a part"
+    size = 4 * at_once * largest + max(40, 4 * at_once + 12) * part
     return {
-        **rows,
         **put_together(sizes),
-        "gradients of candidates": Taken((8 * at_once + 4) * largest, how),
+        "gradients of candidates": Taken(size, how),
         **sketch_memory(config, sizes),
     }
 

@@ -59,7 +59,9 @@ def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     updates = 8 * sizes.weights * (sizes.candidates if config.redundancy else 0)
     return {
         "exact gradients": Taken(
-            40 * sizes.weights, "float64: weights, proxy gradient, a candidate's gradients, and its update twice"
+            # of the largest, which may have several uses, a part of its gradient besides
+            40 * sizes.weights + 8 * sizes.largest,
+            "float64: weights, proxy gradient, a candidate's gradients, and its update twice",
         ),
         **({"updates": Taken(updates, "float64, of every candidate")} if updates else {}),
     }

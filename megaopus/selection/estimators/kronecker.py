@@ -190,7 +190,7 @@ def rank_one(backend: ScoringBackend, name: str, factor: Tensor) -> tuple[Tensor
     some_zero = _means(backend, name, factor == 0)[2] > 0  # both are worked out: nobody waits to know which
     rows, columns, mean = _means(backend, name, factor)
     of_zeros = rows / mean.clamp(min=torch.finfo(mean.dtype).tiny), columns
-    rows, columns, mean = _means(backend, name, factor.double().square().reciprocal())
+    rows, columns, mean = _means(backend, name, factor.double().square_().reciprocal_())
     others = (mean / rows).sqrt(), columns.rsqrt()
     found = [torch.where(some_zero, *pair).to(factor.dtype) for pair in zip(of_zeros, others, strict=True)]
     return found[0], found[1]
@@ -211,9 +211,11 @@ def _means(backend: ScoringBackend, name: str, values: Tensor) -> tuple[Tensor, 
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
     of_rows, of_columns = sketch_shape(config.sketch_dim)
     dense = 4 * sum(of_rows * rows + of_columns * columns for rows, columns in sizes.shapes)
-    inverse = 16 * max(sizes.matrices, default=0) if sizes.scaled else 0
+    inverse = 12 * max(sizes.matrices, default=0) if sizes.scaled else 0
     return {
-        "rank-one fit": Taken(inverse, "float64, twice, of one matrix at a time", whole=inverse, before=("sketches",)),
+        "rank-one fit": Taken(
+            inverse, "fp32 and float64, of one matrix at a time", whole=inverse, before=("sketches",)
+        ),
         "dense sketches": Taken(dense, "fp32, of the rows and columns of each matrix", kept=True, whole=dense),
         "folded sketches": Taken(dense, "fp32, the same with the update in them", whole=dense),
         **sketch_memory(config, sizes),

@@ -99,7 +99,8 @@ def _inverse_root(rule: _Rule, gradient: Tensor | None) -> Tensor:
 
 
 def _rms(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32)).square().mean().sqrt()
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    return torch.linalg.vector_norm(value, dtype=dtype) / value.numel() ** 0.5
 
 
 def _whole(group: Mapping[str, Any], vector: Tensor | None) -> Tensor | None:
