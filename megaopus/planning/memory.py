@@ -387,8 +387,15 @@ def _sizes(rank: _Rank, scaled: bool) -> Sizes:
         largest=max(map(rank.own, rank.weights())),
         scaled=scaled,
         shards=rank.shards,
-        gathers=rank.config.engine.name == "deepspeed",
+        gathers=config.engine.name == "deepspeed" or _gathers_beside(rank),
     )
+
+
+def _gathers_beside(rank: _Rank) -> bool:
+    """Say whether factors are put together one at a time, since updates lie where gradients of all would have room."""
+    selection = rank.config.selection
+    both = selection.estimator == "adjoint" and selection.redundancy > 0
+    return rank.shards > 1 and both and selection.method != "greats"
 
 
 def _taken(taken: Taken) -> Row:

@@ -105,7 +105,7 @@ RUNS: Mapping[str, Run] = {
         parallel={"distributed_optimizer": True},
         ranks=32,
         rank=31,
-        selections=("directional", "adjoint", "countsketch"),
+        selections=("directional", "adjoint", "countsketch", "gram"),
     ),
     "tp8 sp pp4 cp2 dp32 zero": Run(
         model=replace(LLAMA, num_layers=4, hidden_size=256),  # tensors well above what an allocator rounds up to
