@@ -290,19 +290,30 @@ def sum_proxies(backend: ScoringBackend, psi: dict[str, Tensor]) -> dict[str, Te
     return backend.sum_over_model(psi, "matrix") if psi else psi
 
 
+def _update_in_the_making(sizes: Sizes) -> int:
+    """Find the bytes that are there while the proxy's sketch of some matrix is carried back, those before it too.
+
+    Six times 8 bytes for each hash and the gradient; or the sketch carried back, what bounds the map, and its factor.
+    """
+    done = most = 0
+    for size in sizes.matrices:
+        own = size // sizes.shards
+        most = max(most, 4 * done + max(48 * min(AT_ONCE, size) + 4 * own, 12 * own))
+        done += own
+    return most
+
+
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
-    weights, largest = sum(sizes.matrices), max(sizes.matrices, default=0)
-    # five of 8 bytes: index, random bits, bucket, and the sign twice before it is one byte
-    hashed = 40 * min(AT_ONCE, largest)
+    largest = max(sizes.matrices, default=0)
     if not config.redundancy:
         how = "fp32, the update on the proxy's sketches carried back"
-        # a gradient beside its hashes; or the sketch carried back, what bounds the map, its factor and the product
-        making = max(hashed + 4 * largest // sizes.shards, 16 * largest // sizes.shards)
-        update = {
-            "update in the making": Taken(making, "of one matrix at a time", whole=making, before=("sketches",)),
-            "update on the proxy's sketch": Taken(4 * weights // sizes.shards, how),
+        update = "update on the proxy's sketch"
+        making = _update_in_the_making(sizes)
+        rows = {
+            "update in the making": Taken(making, "matrix by matrix", whole=making, before=("sketches", update)),
+            update: Taken(4 * sum(sizes.matrices) // sizes.shards, how),
         }
-        return {**update, **put_together(sizes), **sketch_memory(config, sizes)}
+        return {**rows, **put_together(sizes), **sketch_memory(config, sizes)}
     at_once, part = min(sizes.micro_batch_size, held_at_once(max(1, largest))), min(AT_ONCE, largest)
     how = f"fp32, of {at_once} candidate(s) in the largest matrix, and hashes or products of a part"
     size = 4 * at_once * largest + max(40, 4 * at_once + 12) * part
