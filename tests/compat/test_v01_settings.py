@@ -68,9 +68,11 @@ def other(key: str) -> Any:
 
 @pytest.mark.parametrize("key", DEFAULTS)
 def test_a_setting_in_a_config_yaml_is_taken(key: str) -> None:
-    """Under its old name, and it alone is then not the default."""
+    """Under its old name, and it alone is then not the default; a redundancy term rests on sketches of each layer."""
     value = other(key)
     found = differences(restored(nested({key: value}), "here"))
+    if key == "selection.redundancy":
+        assert found.pop("selection.gram_sketch") == ("per_layer", "summed")
     assert [now for now, _ in found.values()] == [MEASURED_ANEW.get(key, value)]
 
 
