@@ -23,4 +23,4 @@ def lion(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) 
     if (m := state.get("exp_avg")) is None:
         return None
     beta1 = group["betas"][0]
-    return Adaptive(lambda gradient, m: saturated(group["lr"], 1 - beta1, m.abs() * beta1, gradient), m)
+    return Adaptive(lambda gradient, m: saturated(group["lr"], 1 - beta1, m.abs().mul_(beta1), gradient), m)

@@ -67,8 +67,16 @@ class Adaptive:
         self._of = factor
         self._state = state
 
+    @torch.no_grad()
     def _factor(self, gradient: Tensor | None) -> Tensor:
-        return self._of(gradient, *self._state)
+        if not self._state or not self.takes(self._state[0] if gradient is None else gradient):
+            return self._of(gradient, *self._state)
+        found = torch.empty_like(self._state[0])
+        given = [] if gradient is None else [[gradient]]
+        for out, *parts in chunks([[found], *given, *([state] for state in self._state)]):
+            part = parts[0][0] if given else None
+            out[0].copy_(self._of(part, *(views[0] for views in parts[len(given) :])))
+        return found
 
     def takes(self, gradient: Tensor) -> bool:
         """Say whether ``direction`` can be given this gradient."""
@@ -82,6 +90,7 @@ class Adaptive:
             part = part if times == 1 else part * times
             factor = self._of(part if bounded else None, *(each for (each,) in state))
             torch.mul(part, factor.to(part.dtype), out=out)
+            del factor  # before the next one is made
         return found
 
     @cached_property

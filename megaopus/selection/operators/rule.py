@@ -28,7 +28,7 @@ def whole(group: Mapping[str, Any], value: Tensor) -> Tensor:
 
 
 def saturated(lr: float, weight: float, limit: Tensor, gradient: Tensor | None) -> Tensor:
-    """Return lr weight / limit, the limit raised to weight |gradient|; 0 where both are 0."""
+    """Turn ``limit`` into lr weight / limit, the limit raised to weight |gradient|; 0 where both are 0 or no number."""
     if gradient is not None:
-        limit = limit.maximum(gradient.to(limit.dtype).abs() * weight)
-    return torch.where(limit > 0, lr * weight / limit, 0.0)
+        torch.maximum(limit, gradient.to(limit.dtype).abs().mul_(weight), out=limit)
+    return limit.reciprocal_().mul_(lr * weight).nan_to_num_(nan=0.0, posinf=0.0)

@@ -25,8 +25,8 @@ def sophia_g(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tens
     beta1 = group["betas"][0]
 
     def factor(gradient: Tensor | None, hessian: Tensor, momentum: Tensor) -> Tensor:
-        limit = hessian * group["rho"] + group["eps"]
-        free = (hessian > 0) & (momentum.abs() * beta1 <= limit)
-        return saturated(group["lr"], 1 - beta1, limit, gradient) * free
+        limit = (hessian * group["rho"]).add_(group["eps"])
+        free = (hessian > 0).logical_and_(momentum.abs().mul_(beta1) <= limit)
+        return saturated(group["lr"], 1 - beta1, limit, gradient).mul_(free)
 
     return Adaptive(factor, hessian, state["exp_avg"])
