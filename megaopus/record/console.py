@@ -111,6 +111,9 @@ class Console:
             return [(text + " uniformly", "magenta")]
         parts = [(f"{text}, ess {last.ess:.0f}/{number}", "magenta")]
         chosen = [record for record in self._selections if record.method != "uniform"]
+        changed = [each.changed_by_utilities for each in chosen if each.changed_by_utilities is not None]
+        if changed:
+            parts.append((f"utilities changed {sum(changed) / len(changed):.0%} of picks", "magenta"))
         share: Counter[str] = Counter()
         pool: Counter[str] = Counter()
         for record in chosen:

@@ -215,6 +215,38 @@ class SelectionRecord:
             wandb="selection/signal_to_error",
         ),
     )
+    changed_by_utilities: float | None = field(
+        default=None,
+        metadata=metric(
+            "",
+            "Share of the picks that utilities changed; null: not known.",
+            wandb="selection/changed_by_utilities",
+        ),
+    )
+    swapped_utility: float | None = field(
+        default=None,
+        metadata=metric(
+            "",
+            "Mean utility of those picks less that of the ones they replaced.",
+            wandb="selection/swapped_utility",
+        ),
+    )
+    swapped_importance: float | None = field(
+        default=None,
+        metadata=metric(
+            "",
+            "The same of the log importance by n-grams.",
+            wandb="selection/swapped_importance",
+        ),
+    )
+    signal_spread: dict[str, float] = field(
+        default_factory=dict,
+        metadata=metric(
+            "",
+            "Standard deviation of what `utility` and `importance` add to what is picked by.",
+            wandb="selection/signal_spread",
+        ),
+    )
     events: list[Event] = field(
         default_factory=list,
         metadata=metric("", "What went another way than asked; see [events](#events).", wandb="selection/events"),

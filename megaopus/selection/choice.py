@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,19 @@ class Redundancy:
     """(P,) in the buffer of what was chosen, for all steps that it serves, before an alarm undid the choice."""
     overlaps: Tensor
     """(P, N) its columns there: inner products with every candidate's update."""
+
+
+class Influence(NamedTuple):
+    """Says what utilities did to the picks of a buffer, by which others would have been picked without them."""
+
+    changed: float
+    """Share of the picks that are not those made without utilities, by the same noise."""
+    utility: float | None
+    """Mean utility of the picks that came in less that of those that had to go; None: none did, or not known."""
+    importance: float | None
+    """The same of what is known without utilities."""
+    spread: Mapping[str, float]
+    """Standard deviation, over those who may be picked, of what "utility" and "importance" add to what is picked by."""
 
 
 @renamed_field("standing", "prescreen_score")
@@ -74,6 +87,8 @@ class Selection:
     known, as where no difference of losses is taken."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """More numbers of each candidate, by name: what a method of scoring told (``Scores.columns``)."""
+    influence: Influence | None = None
+    """What utilities did to the picks; None: the method has none, or a step before has told it (``score_every``)."""
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -128,6 +143,7 @@ class Choice:
     redundancy: Redundancy | None = None
     signal_to_error: float | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
+    influence: Influence | None = None
     uniform: Tensor | None = None
     """(N,) bool which of those scored a prescreen drew uniformly, for it to be judged by; None: it screened nobody, or
     nothing was scored."""
@@ -159,4 +175,5 @@ class Choice:
             seconds=0.0,
             signal_to_error=None if served else self.signal_to_error,
             more={} if served else self.more,
+            influence=None if served else self.influence,
         )

@@ -15,9 +15,9 @@ from torch import Tensor
 from megaopus.events import Event
 from megaopus.selection import counter_rng, guards, sampler
 from megaopus.selection.candidate_table import Masked
-from megaopus.selection.choice import Choice, Redundancy
+from megaopus.selection.choice import Choice, Influence, Redundancy
 from megaopus.selection.config import SelectionConfig
-from megaopus.selection.methods.registry import UNIFORM
+from megaopus.selection.methods.registry import UNIFORM, needs
 from megaopus.selection.prescreen import screen
 from megaopus.selection.samplers.registry import SAMPLERS
 from megaopus.selection.scoring import Scores
@@ -60,6 +60,8 @@ class Evidence:
     """Positions (n,) -> the scores of those; called once at most."""
     prescreen_score: Tensor | None = None
     """(N,) float64, None where there is none yet."""
+    prior: Tensor | None = None
+    """(N,) float64 the part of ``prescreen_score`` that owes nothing to utilities; None: none does, or not known."""
     distrust: Event | None = None
     """Says why what the prescreen learnt is not to be used. Its fact ``instead`` says what is: 'importance', which the
     prescreen scores are then; anything else, or nothing (version 0.1): chance."""
@@ -246,6 +248,7 @@ def _pick(
     quotas = _quotas(buffer, among)
     picks = sampler.pick(used, ids[among], count, draws, penalty, quotas, over_cap[among])
     picked = among[picks]
+    influence = _influence(buffer, among, over_cap, values, picked, draws, penalised=penalty is not None)
     redundancy = None if penalty is None else penalty.redundancy(picks, picked)
     p = sampler.probabilities(used, config.temperature)
     ess, ratio = _ess(p), float(p.max()) * len(ids)
@@ -266,7 +269,45 @@ def _pick(
         max_p_ratio=ratio,
         probabilities=torch.zeros(len(ids), dtype=torch.float64).index_copy(0, among, p),
         redundancy=redundancy,
+        influence=influence,
     )
+
+
+def _influence(
+    buffer: _Buffer,
+    among: Tensor,
+    over_cap: Tensor,
+    values: Tensor,
+    picked: Tensor,
+    draws: sampler.Draws,
+    *,
+    penalised: bool,
+) -> Influence | None:
+    """Compare the picks with those of what is known without utilities, of those at ``among``, by the same noise.
+
+    ``penalised``: there is a redundancy term, which has noise of its own for every pick.
+    """
+    config, prior, ids = buffer.config, buffer.evidence.prior, buffer.evidence.ids[among]
+    screened = config.prescreen.mode != "off" and config.prescreen.prior > 0
+    if "proxy" not in needs(config.method) or (screened and prior is None):
+        return None
+    known = torch.zeros_like(values) if prior is None else prior
+    blind = known[among]
+    if config.utilities == "standardised" and bool(blind.max() > blind.min()):
+        blind = sampler.standardise(blind)
+    nothing = (lambda pick: torch.zeros_like(blind)) if penalised else None
+    others = among[sampler.pick(blind, ids, buffer.count, draws, nothing, _quotas(buffer, among), over_cap[among])]
+    came, went = picked[~torch.isin(picked, others)], others[~torch.isin(others, picked)]
+    predicted = picks_by_predictor(config, buffer.period * config.score_every)
+    learnt = values - known if predicted else values
+
+    def swapped(numbers: Tensor) -> float | None:
+        found = [numbers[rows][numbers[rows].isfinite()] for rows in (came, went)]
+        return float(found[0].mean() - found[1].mean()) if all(map(len, found)) else None
+
+    parts = {"utility": learnt, "importance": known if predicted else torch.zeros_like(known)}
+    spread = {name: float(part[among].std(correction=0)) for name, part in parts.items()}
+    return Influence(len(came) / len(picked), swapped(learnt), None if prior is None else swapped(known), spread)
 
 
 def _ess(p: Tensor) -> float:

@@ -59,16 +59,16 @@ class Prescreen:
         return self._score(ids, None if self._config.prior > 0 and self._against > _PROOF else self._weights)
 
     def _score(self, ids: Tensor, weights: Tensor | None) -> Tensor | None:
-        prior = self._config.prior
-        if weights is None and prior == 0:
-            return None
-        total = torch.zeros(len(ids), dtype=torch.float64)
-        if prior > 0:
-            total += prior * self._text_features.importance(ids)
-        if weights is not None:
-            learnt = self._text_features.features(ids).double() @ weights[:-1] + weights[-1]
-            total += learnt.clamp_max(0) if prior > 0 else learnt
-        return total
+        prior = self.prior(ids)
+        if weights is None:
+            return prior
+        learnt = self._text_features.features(ids).double() @ weights[:-1] + weights[-1]
+        return learnt if prior is None else prior + learnt.clamp_max(0)
+
+    def prior(self, ids: Tensor) -> Tensor | None:
+        """(n,) float64 what of the scores owes nothing to utilities; None: nothing does."""
+        weight = self._config.prior
+        return weight * self._text_features.importance(ids) if weight > 0 else None
 
     def learn(self, ids: Tensor, utilities: Tensor, uniform: Tensor, step: int) -> None:
         """Take in a step's scores: ``ids`` (n,), ``utilities`` (n,), and which of them were drawn uniformly, (n,) bool.

@@ -249,6 +249,8 @@ class Selector:
             found["doubt"] = prescreen.doubt()
             if (score := prescreen.prescreen_score(ids)) is not None:
                 found["prescreen_score"] = score
+            if (prior := prescreen.prior(ids)) is not None:
+                found["prior"] = prior
         if not found:
             return Evidence(ids=ids)
         message = from_rank_0(torch.cat([values.double() for values in found.values()]))  # whole numbers stay exact

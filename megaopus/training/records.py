@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megaopus.data.candidates import CandidateBuffer
 from megaopus.engine.base import StepResult
@@ -58,6 +59,7 @@ def selection_record(
         ess=selection.ess,
         max_p_ratio=selection.max_p_ratio,
         signal_to_error=selection.signal_to_error,
+        **_influence(selection),
         events=selection.events,
         predicted_fall=None if realised_fall is None else selection.predicted_fall,
         uniform_fall=None if realised_fall is None else selection.uniform_fall,
@@ -67,6 +69,19 @@ def selection_record(
             candidates.domain_names,
         ),
     )
+
+
+def _influence(selection: Selection) -> dict[str, Any]:
+    """Name as ``SelectionRecord`` does what utilities did to the picks."""
+    found = selection.influence
+    if found is None:
+        return {}
+    return {
+        "changed_by_utilities": found.changed,
+        "swapped_utility": found.utility,
+        "swapped_importance": found.importance,
+        "signal_spread": dict(found.spread),
+    }
 
 
 def validation_record(

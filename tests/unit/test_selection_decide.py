@@ -277,3 +277,45 @@ def test_a_group_that_has_too_few_leaves_the_rest_to_others() -> None:
     assert counts[0] == 2
     assert counts.sum() == 16
     assert counts[1:].min() >= 4
+
+
+# -- what utilities did ------------------------------------------------------------------------------------------------
+
+
+def test_picks_without_utilities_are_those_of_what_else_is_known() -> None:
+    """A cascade scores half and picks by utilities; by the prior alone, among the same, others are picked."""
+    prior = torch.randn(64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    screening = config(prescreen=PrescreenConfig(mode="cascade", multiple=2, slice=4))
+    choice = decide(evidence(prescreen_score=prior, prior=prior), screening, Key(3, 0), 8)
+    scored = choice.scored.nonzero().flatten()
+    others = scored[prior[scored].argsort(descending=True)[:8]]
+    came = sorted(set(choice.positions.tolist()) - set(others.tolist()))
+    went = sorted(set(others.tolist()) - set(choice.positions.tolist()))
+    found = choice.influence
+    assert found.changed == len(came) / 8 > 0
+    assert found.utility == pytest.approx(float(VALUES[came].mean() - VALUES[went].mean()))
+    assert found.importance == pytest.approx(float(prior[came].mean() - prior[went].mean()))
+    assert found.spread == {"utility": pytest.approx(float(VALUES[scored].std(correction=0))), "importance": 0.0}
+    served = choice.at(0, 0, IDS, 8, served=True)
+    assert served.influence is None
+    assert choice.at(0, 0, IDS, 8).influence == found
+
+
+@pytest.mark.parametrize("sampler_name", ["top_k", "boltzmann"])
+def test_what_was_learnt_changes_picks_by_as_much_as_it_says(sampler_name: str) -> None:
+    prior = torch.randn(64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    predicting = config(prescreen=PrescreenConfig(mode="predict", every=4, slice=4), sampler=sampler_name)
+    predicting.utilities = "raw"
+    blind = decide(evidence(prescreen_score=prior, prior=prior), predicting, Key(3, 1), 8)
+    assert blind.influence == (0.0, None, None, {"utility": 0.0, "importance": blind.influence.spread["importance"]})
+    both = decide(evidence(prescreen_score=prior + VALUES, prior=prior), predicting, Key(3, 1), 8)
+    common = set(both.positions.tolist()) & set(blind.positions.tolist())
+    assert both.influence.changed == 1 - len(common) / 8 > 0
+    assert both.influence.spread["utility"] == pytest.approx(float(VALUES.std(correction=0)))
+
+
+def test_nothing_is_said_of_methods_without_utilities_nor_of_what_is_not_known() -> None:
+    assert decide(evidence(), config(method="low_ppl"), Key(3, 0), 8).influence is None
+    predicting = config(prescreen=PrescreenConfig(mode="predict", every=4, slice=4))
+    assert decide(evidence(prescreen_score=VALUES), predicting, Key(3, 1), 8).influence is None  # a replay
+    assert 0 < decide(evidence(), config(), Key(3, 0), 8).influence.changed <= 1
