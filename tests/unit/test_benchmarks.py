@@ -248,8 +248,8 @@ def test_what_a_selection_sends_grows_with_candidates_alone(pool: Pool) -> None:
     assert alone["bytes_per_rank"] == alone["gradient_bytes_per_rank"] == 0
     # With them goes whether the proxy gradient is finite. A first scored step compares two lengths of the step. A rank
     # hashes half of the candidates.
-    assert two["bytes_per_rank"] == 8 * (2 * (32 + 1) + 1 + 16)
-    assert more["bytes_per_rank"] == 8 * (2 * (64 + 1) + 1 + 32)
+    assert two["bytes_per_rank"] == 8 * (2 * (32 + 1) + 16)
+    assert more["bytes_per_rank"] == 8 * (2 * (64 + 1) + 32)
     assert two["gradient_bytes_per_rank"] == more["gradient_bytes_per_rank"] > 0
 
 

@@ -111,7 +111,9 @@ def test_every_estimator_has_a_cost_and_memory(name: str, redundancy: float) -> 
     assert rows
     assert all(row.size > 0 and row.how for row in rows.values())
     borrows = redundancy > 0 and entry.gram is None
-    assert ("hashes" in rows) == (name == "countsketch" or borrows)
+    sketches_each = redundancy > 0 and (name == "countsketch" or borrows)
+    assert ("gradients of candidates" in rows) == sketches_each
+    assert ("update in the making" in rows) == (name == "countsketch" and not sketches_each)
 
 
 @pytest.mark.parametrize("name", methods.METHODS.names())

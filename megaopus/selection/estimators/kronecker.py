@@ -190,7 +190,7 @@ def rank_one(backend: ScoringBackend, name: str, factor: Tensor) -> tuple[Tensor
     some_zero = _means(backend, name, factor == 0)[2] > 0  # both are worked out: nobody waits to know which
     rows, columns, mean = _means(backend, name, factor)
     of_zeros = rows / mean.clamp(min=torch.finfo(mean.dtype).tiny), columns
-    rows, columns, mean = _means(backend, name, factor.double().square_().reciprocal_())
+    rows, columns, mean = _means(backend, name, factor.to(torch.float64, copy=True).square_().reciprocal_())
     others = (mean / rows).sqrt(), columns.rsqrt()
     found = [torch.where(some_zero, *pair).to(factor.dtype) for pair in zip(of_zeros, others, strict=True)]
     return found[0], found[1]
