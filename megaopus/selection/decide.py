@@ -295,7 +295,9 @@ def _influence(
     blind = known[among]
     if config.utilities == "standardised" and bool(blind.max() > blind.min()):
         blind = sampler.standardise(blind)
-    nothing = (lambda pick: torch.zeros_like(blind)) if penalised else None
+    # greedy picks have no noise that the term would change
+    noisy = penalised and not SAMPLERS.find(config.sampler).greedy
+    nothing = (lambda pick: torch.zeros_like(blind)) if noisy else None
     others = among[sampler.pick(blind, ids, buffer.count, draws, nothing, _quotas(buffer, among), over_cap[among])]
     came, went = picked[~torch.isin(picked, others)], others[~torch.isin(others, picked)]
     predicted = picks_by_predictor(config, buffer.period * config.score_every)
