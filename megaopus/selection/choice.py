@@ -88,7 +88,7 @@ class Selection:
     more: Mapping[str, Any] = field(default_factory=dict)
     """More numbers of each candidate, by name: what a method of scoring told (``Scores.columns``)."""
     influence: Influence | None = None
-    """What utilities did to the picks; None: the method has none, or a step before has told it (``score_every``)."""
+    """Says what utilities did to the picks; None: the method has none, or an earlier step told it (``score_every``)."""
 
     @property
     def columns(self) -> dict[str, Any]:

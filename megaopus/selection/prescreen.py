@@ -51,15 +51,16 @@ class Prescreen:
         """Rank correlation of prescreen scores with what uniform draws then scored, the latest; None while too few."""
         self._against = 0.0  # nats of evidence
 
-    def prescreen_score(self, ids: Tensor) -> Tensor | None:
+    def prescreen_score(self, ids: Tensor, prior: Tensor | None = None) -> Tensor | None:
         """(n,) float64 that candidates are screened and picked by; None before the first fit if there is no prior.
 
-        Importance alone while what is learnt is distrusted.
+        Importance alone while what is learnt is distrusted. ``prior``: what ``prior`` gives for these, if it is known.
         """
-        return self._score(ids, None if self._config.prior > 0 and self._against > _PROOF else self._weights)
+        distrusted = self._config.prior > 0 and self._against > _PROOF
+        return self._score(ids, None if distrusted else self._weights, prior)
 
-    def _score(self, ids: Tensor, weights: Tensor | None) -> Tensor | None:
-        prior = self.prior(ids)
+    def _score(self, ids: Tensor, weights: Tensor | None, prior: Tensor | None = None) -> Tensor | None:
+        prior = self.prior(ids) if prior is None else prior
         if weights is None:
             return prior
         learnt = self._text_features.features(ids).double() @ weights[:-1] + weights[-1]

@@ -247,9 +247,10 @@ class Selector:
             found["domains"] = text_features.domains(ids)
         if prescreen is not None:
             found["doubt"] = prescreen.doubt()
-            if (score := prescreen.prescreen_score(ids)) is not None:
+            prior = prescreen.prior(ids)
+            if (score := prescreen.prescreen_score(ids, prior)) is not None:
                 found["prescreen_score"] = score
-            if (prior := prescreen.prior(ids)) is not None:
+            if prior is not None:
                 found["prior"] = prior
         if not found:
             return Evidence(ids=ids)

@@ -70,7 +70,7 @@ class Trainer:
     updated: bool = False
     """Some update has been applied. Until then the run is what it was at the start, and there is nothing to save."""
     stop_asked: bool | None = None
-    """What the last update told of requests to stop; None: nothing, or much time went by since."""
+    """Tells whether a rank had been asked to stop at the last update; None: not known, or much time went by since."""
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
