@@ -24,6 +24,7 @@ from rich.console import Console
 from benchmarks import (
     columns,
     common,
+    damage,
     estimators,
     faults,
     filters,
@@ -251,6 +252,22 @@ def test_what_a_selection_sends_grows_with_candidates_alone(pool: Pool) -> None:
     assert two["bytes_per_rank"] == 8 * (2 * (32 + 1) + 16)
     assert more["bytes_per_rank"] == 8 * (2 * (64 + 1) + 32)
     assert two["gradient_bytes_per_rank"] == more["gradient_bytes_per_rank"] > 0
+
+
+def test_damaged_text_is_damaged_as_it_says() -> None:
+    draw, left, right = random.Random(0), "left " * 60, "right " * 60
+    lines = damage.two_columns(left, right).splitlines()
+    assert len(lines) > 3
+    assert all(line.startswith("left left") and line.endswith("right right") for line in lines)
+    words = [f"learn{i} " for i in range(2000)]
+    misread = damage.misread(words, draw)
+    changed = [pair for pair in zip(words, misread, strict=True) if pair[0] != pair[1]]
+    assert len(changed) / len(words) == pytest.approx(damage.MISREAD, abs=0.04)
+    text = [f"{draw.randrange(30)} " for _ in range(5000)]
+    known = set(zip(text, text[1:], text[2:], strict=False))
+    made = damage.Trigrams([text]).text(400, draw)
+    assert len(made) == 400
+    assert sum(each in known for each in zip(made, made[1:], made[2:], strict=False)) > 380
 
 
 def test_changed_texts_of_the_pools_keep_what_they_should() -> None:
