@@ -2,17 +2,18 @@
 
 One process, plain torch, SmolLM2-135M as ``benchmarks/real_model.py make`` writes it; the pool is ``real_hard``
 (pools.py). Sequences of 128 tokens, 8 an update, AdamW. Every finding is kept under --work as soon as it is made, and a
-row of it goes into --results; what is there is not made again, so that the study may take many sittings.
+row of it goes into --results; what has its rows is not made again, so that the study may take many sittings.
 
     python benchmarks/real_gate.py --model smollm2 --data FOLDER --work runs/gate --results FILE
     python benchmarks/real_gate.py ... --only visibility worth
 
 visibility: loss of each kind of text, less that of clean text.
+worth: fall of the loss on held-out clean text by 12 updates on one kind alone.
+signals: ROC-AUC of clean text over each kind, of the one-step utility by the length scored.
+ages: the same of the one-step utility and of a horizon of 16 steps (loss after steps on the pool less that after steps
+    on the proxy), fresh, and 16 and 64 updates after they were made.
+proxies: the same by size of the proxy, and of one with junk in it.
 rates: loss on held-out clean text after uniform updates at three learning rates.
-worth: fall of that loss by 12 updates on one kind alone.
-utilities: ROC-AUC of clean text over each kind, of the one-step utility by length scored, by size of the proxy and of
-    one with junk in it, and of a horizon of 16 steps (loss after steps on the pool less that after steps on the proxy);
-    both fresh, and 16 and 64 updates after they were made.
 """
 
 from __future__ import annotations
@@ -48,10 +49,15 @@ LENGTH, BATCH, RATE = 128, 8, 1e-4
 LENGTHS = (32, 64, 128)
 EACH = 150
 """Sequences of a kind that are scored."""
+FEWER, SHORT = 75, 64
+"""Sequences of a kind, and tokens of each, where two signals are compared with one another."""
 HELD_OUT = 96
 WARM = 12
 """Uniform updates before anything is asked, so that the optimizer has a state."""
-AGES = (16, 64)
+STATES = (0, 16, 32, 56, 64)
+"""Updates after the warm-up at which the weights are kept."""
+AGED = {0: (0,), 16: (16, 0), 64: (64, 0, 32, 56)}
+"""Updates at which losses are taken -> those at which the directions were made; a horizon's only after 0, 16 and 64."""
 HORIZON, HORIZON_BATCH = 16, 4
 JUNK = 0.2
 SEED = 1
@@ -74,15 +80,13 @@ class Text:
     proxy: Tensor
     held_out: Tensor
 
-    @property
-    def scored(self) -> Tensor:
-        return torch.cat([*self.kinds.values()])
+    def scored(self, each: int = EACH, length: int = LENGTH) -> Tensor:
+        """(kinds x each, length + 1) those that are scored, kind after kind."""
+        return torch.cat([tokens[:each, : length + 1] for tokens in self.kinds.values()])
 
-    def of_kind(self, kind: str) -> slice:
-        """Where in ``scored`` a kind lies."""
-        names = list(self.kinds)
-        start = sum(len(self.kinds[name]) for name in names[: names.index(kind)])
-        return slice(start, start + len(self.kinds[kind]))
+    def by_kind(self, values: Tensor) -> dict[str, Tensor]:
+        """(each, ...) of every kind: what is known of ``scored``."""
+        return dict(zip(self.kinds, values.view(len(self.kinds), -1, *values.shape[1:]), strict=True))
 
 
 def read(model: Path, data: Path, work: Path) -> Text:
@@ -114,20 +118,15 @@ def read(model: Path, data: Path, work: Path) -> Text:
 
 
 def token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """(n, LENGTH) loss of each token."""
+    """(n, T - 1) loss of each token but the first."""
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
 
 
 @torch.no_grad()
-def losses(model: nn.Module, tokens: Tensor, told: Callable[[int], None] | None = None) -> Tensor:
-    """(n, LENGTH) float64, eight at a time."""
-    found = []
-    for part in tokens.split(BATCH):
-        found.append(token_losses(model, part).double())
-        if told is not None:
-            told(len(part))
-    return torch.cat(found)
+def losses(model: nn.Module, tokens: Tensor) -> Tensor:
+    """(n, T - 1) float64 loss of each token but the first, eight sequences at a time."""
+    return torch.cat([token_losses(model, part).double() for part in tokens.split(BATCH)])
 
 
 class Run:
@@ -219,13 +218,16 @@ class Gate:
         return torch.load(path, weights_only=True)
 
     def row(self, what: str, **facts: Any) -> None:
-        """Write a row, unless it is there."""
+        """Write a row."""
         line = json.dumps({"stage": 0, "pool": "real_hard", "what": what, **facts})
-        rows = self.results.read_text().splitlines() if self.results.exists() else []
-        if line not in rows:
-            with self.results.open("a") as file:
-                file.write(line + "\n")
-            self.console.print(line)
+        with self.results.open("a") as file:
+            file.write(line + "\n")
+        self.console.print(line)
+
+    def said(self, what: str, **facts: Any) -> bool:
+        """Return whether a row says this."""
+        rows = map(json.loads, self.results.read_text().splitlines() if self.results.exists() else [])
+        return any({"what": what, **facts}.items() <= row.items() for row in rows)
 
     # the run whose ages are asked about
 
@@ -236,7 +238,7 @@ class Gate:
         if self._age != age:
             path = self.work / f"state_{age}.pt"
             if not path.exists():
-                earlier = max((each for each in (0, *AGES) if each < age), default=None)
+                earlier = max((each for each in STATES if each < age), default=None)
                 if earlier is not None:
                     self.at(earlier)
                 begin = 0 if earlier is None else WARM + earlier
@@ -258,92 +260,102 @@ class Gate:
     # what is asked
 
     def visibility(self) -> None:
-        run = Run(self.folder)
         for state in ("pre-trained", "warm"):
-            run = run if state == "pre-trained" else self.at(0)
-            found = self.kept(f"losses_{state}", lambda run=run: losses(run.model, self.text.scored))  # type: ignore[misc]
-            clean = found[self.text.of_kind(WANTED)].mean(1)
-            for kind in self.text.kinds:
-                own = found[self.text.of_kind(kind)].mean(1)
-                error = (own.var() / len(own) + clean.var() / len(clean)).sqrt()
-                facts = {"loss": _round(own.mean()), "less_clean": _round(own.mean() - clean.mean())}
+            if self.said("auc", signal="loss", state=state):
+                continue
+            run = Run(self.folder) if state == "pre-trained" else self.at(0)
+            found = self.kept(f"losses_{state}", lambda run=run: losses(run.model, self.text.scored()))  # type: ignore[misc]
+            own = {kind: each.mean(1) for kind, each in self.text.by_kind(found).items()}
+            clean = own[WANTED]
+            for kind, each in own.items():
+                error = (each.var() / len(each) + clean.var() / len(clean)).sqrt()
+                facts = {"loss": _round(each.mean()), "less_clean": _round(each.mean() - clean.mean())}
                 self.row("visibility", state=state, kind=kind, **facts, stderr=_round(error))
-            self._aucs("loss", -found, age=0, state=state)
+            self._aucs(found, signal="loss", state=state)
 
     def rates(self) -> None:
         for rate in (5e-5, 1e-4, 2e-4):
-
-            def make(rate: float = rate) -> Tensor:
-                run, found = Run(self.folder, rate), []
-                for step in range(70):
-                    for group in run.optimizer.param_groups:
-                        group["lr"] = rate * min(1.0, (70 - step) / 10)
-                    if step % 20 == 0:
-                        found.append(self.held_out(run))
-                    run.update(self.uniform(step))
-                return torch.tensor([*found, self.held_out(run)])
-
-            found = self.kept(f"rate_{rate:g}", make)
+            if self.said("rate", lr=rate):
+                continue
+            run, found = Run(self.folder, rate), []
+            for step in range(70):
+                for group in run.optimizer.param_groups:
+                    group["lr"] = rate * min(1.0, (70 - step) / 10)
+                if step % 20 == 0:
+                    found.append(self.held_out(run))
+                run.update(self.uniform(step))
+            found.append(self.held_out(run))
             self.row("rate", lr=rate, updates=70, losses=[_round(each) for each in found])
 
     def worth(self) -> None:
-        before = float(self.kept("held_out_warm", lambda: torch.tensor(self.held_out(self.at(0)))))
         for kind in self.text.kinds:
+            if self.said("worth", kind=kind):
+                continue
+            before = float(self.kept("held_out_warm", lambda: torch.tensor(self.held_out(self.at(0)))))
+            run, order = self.at(0), torch.randperm(EACH, generator=torch.Generator().manual_seed(SEED))
+            with run.aside():
+                for step in range(12):
+                    run.update(self.text.kinds[kind][order[step * BATCH : (step + 1) * BATCH]])
+                after = self.held_out(run)
+            self.row("worth", kind=kind, fall=_round(before - after))
 
-            def make(kind: str = kind) -> Tensor:
-                run, order = self.at(0), torch.randperm(EACH, generator=torch.Generator().manual_seed(SEED))
-                with run.aside():
-                    for step in range(12):
-                        run.update(self.text.kinds[kind][order[step * BATCH : (step + 1) * BATCH]])
-                    return torch.tensor(self.held_out(run))
+    def signals(self) -> None:
+        """Ask what a fresh one-step utility sees, by the length that is scored."""
+        if not self.said("auc", signal="one step", each=EACH):
+            self._aucs(self._utility("one_step", 0, 0, EACH, LENGTH), signal="one step", updates=0, age=0)
 
-            self.row("worth", kind=kind, fall=_round(before - float(self.kept(f"worth_{kind}", make))))
+    def ages(self) -> None:
+        """Ask how the one-step utility and the horizon compare, fresh and old."""
+        for updates, made in ((updates, made) for updates, each in AGED.items() for made in each):
+            for signal in ("one_step", "horizon") if made in AGED else ("one_step",):
+                facts: dict[str, Any] = {"signal": signal.replace("_", " "), "updates": updates, "age": updates - made}
+                if self.said("auc", each=FEWER, **facts):
+                    continue
+                values = self._utility(signal, made, updates)
+                if made < updates:
+                    fresh = self._utility(signal, updates, updates).mean(1)
+                    facts["spearman_with_fresh"] = _round(spearmanr(values.mean(1), fresh).statistic)
+                    # at end points that are kept, losses stay what they were
+                    if signal == "horizon":
+                        kept = self._utility(signal, made, made).mean(1)
+                        facts["spearman_of_end_points"] = _round(spearmanr(kept, fresh).statistic)
+                self._aucs(values, **facts)
 
-    def utilities(self) -> None:
-        proxies = {
-            "16": self.text.proxy[:16],
-            "64": self.text.proxy[:64],
-            "250": self.text.proxy[:250],
-            "250 with junk": self._with_junk(250),
-        }
-        for age in (0, *AGES):
-            for name, proxy in proxies.items() if age == 0 else [("64", proxies["64"])]:
-                fresh = self._utility(f"one_step_{name}_at_{age}", lambda p=proxy: self._one_step(p), age)  # type: ignore[misc]
-                self._aucs("one step", fresh, age=0, proxy=name, updates=age)
-            ends = self._utility(f"horizon_at_{age}", self._horizon, age)
-            self._aucs("horizon", ends, age=0, updates=age)
-            for made in [each for each in (0, *AGES) if each < age]:
-                self._stale("one step", "one_step_64", made, age)
-                self._stale("horizon", "horizon", made, age)
-                ends = self.kept(f"horizon_at_{made}", _absent)  # at end points that are kept losses stay as they are
-                self._aged("horizon, end points kept", ends, "horizon", made, age)
+    def proxies(self) -> None:
+        """Ask what the size of the proxy does, and junk in it."""
+        junk = self.text.junk[: int(JUNK * 250)]
+        asked = {"16": self.text.proxy[:16], "250": self.text.proxy[:250]}
+        asked["250 with junk"] = torch.cat([self.text.proxy[: 250 - len(junk)], junk])
+        for name, proxy in asked.items():
+            if not self.said("auc", signal="one step", proxy=name):
+                along = self._losses(f"one_step_by_{name}", 0, lambda proxy=proxy: self._one_step(proxy))  # type: ignore[misc]
+                self._aucs(along, signal="one step", proxy=name, updates=0, age=0)
 
-    def _stale(self, signal: str, name: str, made: int, age: int) -> None:
-        path = self.work / f"{name}_{made}.directions"
-        stale = self._utility(f"{name}_of_{made}_at_{age}", lambda: torch.load(path, weights_only=True), age)
-        self._aged(signal, stale, name, made, age)
+    def _utility(self, signal: str, made: int, updates: int, each: int = FEWER, length: int = SHORT) -> Tensor:
+        """(n, length) float64 by directions made after ``made`` updates, of the losses after ``updates``."""
 
-    def _aged(self, signal: str, stale: Tensor, name: str, made: int, age: int) -> None:
-        fresh = self.kept(f"{name}_at_{age}", _absent)
-        agree = spearmanr(stale.mean(1), fresh.mean(1)).statistic
-        self._aucs(signal, stale, age=age - made, updates=age, spearman_with_fresh=_round(agree))
+        def directions() -> Directions:
+            path = self.work / f"{signal}_{made}.directions"
+            if not path.exists():
+                self.at(made)
+                torch.save(self._one_step(self.text.proxy[:64]) if signal == "one_step" else self._horizon(), path)
+            return torch.load(path, weights_only=True)
 
-    def _with_junk(self, count: int) -> Tensor:
-        """A proxy of which a share is text of the pool that is not wanted."""
-        chosen = self.text.junk[: int(JUNK * count)]
-        return torch.cat([self.text.proxy[: count - len(chosen)], chosen])
+        return self._losses(f"{signal}_of_{made}_at_{updates}_{each}x{length}", updates, directions, each, length)
 
-    def _utility(self, name: str, along: Callable[[], Directions], age: int) -> Tensor:
-        """(n, LENGTH) float64: loss of each token where the second leads, less that where the first does."""
+    def _losses(
+        self, name: str, updates: int, along: Callable[[], Directions], each: int = FEWER, length: int = SHORT
+    ) -> Tensor:
+        """(n, length) float64: loss of each token where the second of ``along`` leads, less that where the first does."""
 
         def make() -> Tensor:
-            run, directions = self.at(age), along()
-            if "_of_" not in name:  # fresh ones are kept for later ages
-                torch.save(directions, self.work / f"{name.replace('_at_', '_')}.directions")
+            self.at(updates)
+            directions = along()
+            run = self.at(updates)  # they may have been made at another age
             weights, found = run.weights(), []
             for way in directions:
                 run.put({key: value + way[key] for key, value in weights.items()})
-                found.append(losses(run.model, self.text.scored))
+                found.append(losses(run.model, self.text.scored(each, length)))
             run.put(weights)
             return found[1] - found[0]
 
@@ -373,20 +385,15 @@ class Gate:
                 ways.append({name: value - before[name] for name, value in run.weights().items()})
         return ways[0], ways[1]
 
-    def _aucs(self, signal: str, values: Tensor, **facts: Any) -> None:
+    def _aucs(self, values: Tensor, **facts: Any) -> None:
         """Write rows of ROC-AUCs of clean text over each other kind, by the first tokens scored."""
-        for length in LENGTHS:
-            scores = values[:, :length].mean(1)
-            clean = scores[self.text.of_kind(WANTED)]
-            found = {
-                kind: _round(auc(clean, scores[self.text.of_kind(kind)])) for kind in self.text.kinds if kind != WANTED
-            }
+        sign = -1 if facts["signal"] == "loss" else 1
+        for length in (each for each in LENGTHS if each <= values.shape[1]):
+            scores = self.text.by_kind(sign * values[:, :length].mean(1))
+            clean = scores.pop(WANTED)
+            found = {kind: _round(auc(clean, others)) for kind, others in scores.items()}
             mean = _round(sum(found.values()) / len(found))
-            self.row("auc", signal=signal, length=length, **facts, mean=mean, **found)
-
-
-def _absent() -> Tensor:
-    raise RuntimeError("what was asked for is made before")
+            self.row("auc", **facts, each=len(clean), length=length, mean=mean, **found)
 
 
 def auc(above: Tensor, below: Tensor) -> float:
@@ -400,7 +407,7 @@ def _round(value: Tensor | float) -> float:
     return round(float(value), 4)
 
 
-ASKED: Sequence[str] = ("visibility", "worth", "utilities", "rates")
+ASKED: Sequence[str] = ("visibility", "worth", "signals", "ages", "proxies", "rates")
 
 
 def main() -> None:
