@@ -346,7 +346,7 @@ class Gate:
     def _losses(
         self, name: str, updates: int, along: Callable[[], Directions], each: int = FEWER, length: int = SHORT
     ) -> Tensor:
-        """(n, length) float64: loss of each token where the second of ``along`` leads, less that where the first does."""
+        """(n, length) float64: loss of each token where the second of ``along`` leads, less where the first does."""
 
         def make() -> Tensor:
             self.at(updates)

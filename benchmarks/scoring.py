@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -49,6 +49,7 @@ from tests.pool import Pool
 
 TARGETS = {"directional": 0.70, "adjoint": 1.0, "countsketch_8192": 1.0}
 OVERHEAD_TARGET = 1.3
+TABLES = ("rows", "overhead", "layouts", "passes", "growth")
 ESTIMATORS = ("directional", "adjoint", "countsketch_8192", "kronecker_8192", "high_ppl")
 
 
@@ -235,35 +236,58 @@ def counting(sent: dict[str, int], what: str) -> Iterator[None]:
 
 
 def print_tables(result: dict[str, Any], console: Console) -> None:
-    """The five tables a person reads."""
+    """Print the tables a person reads, of what was measured."""
+    for name, show in (
+        ("rows", _show_costs),
+        ("layouts", _show_layouts),
+        ("overhead", _show_overhead),
+        ("passes", _show_passes),
+        ("growth", _show_growth),
+    ):
+        if name in result:
+            show(result[name], console)
+
+
+def _show_costs(rows: list[dict[str, Any]], console: Console) -> None:
     table = _table(
         "cost of scoring a token, in tokens trained", "optimizer", "estimator", "cost", "quartiles", "/floor"
     )
-    for row in result["rows"]:
+    for row in rows:
         target = TARGETS.get(row["estimator"])
         cost = f"{row['cost_ratio']:.2f}" + (f" (target {target:.2f})" if target else "")
         quartiles = f"{row['cost_ratio_low']:.2f}-{row['cost_ratio_high']:.2f}"
         table.add_row(row["optimizer"], row["estimator"], cost, quartiles, f"{row['floor_ratio']:.2f}")
     console.print(table)
+
+
+def _show_layouts(found: list[dict[str, Any]], console: Console) -> None:
     table = _table("layouts beside one process", "layout", "comparisons", "largest relative error", "identical picks")
-    for layout in dict.fromkeys(row["layout"] for row in result["layouts"]):
-        rows = [row for row in result["layouts"] if row["layout"] == layout]
+    for layout in dict.fromkeys(row["layout"] for row in found):
+        rows = [row for row in found if row["layout"] == layout]
         same = sum(row["identical_picks"] for row in rows)
         worst = max(row["max_rel_error"] for row in rows)
         table.add_row(layout, str(len(rows)), f"{worst:.1e}", f"{same} of {len(rows)}")
     console.print(table)
-    over = result["overhead"]
+
+
+def _show_overhead(over: dict[str, Any], console: Console) -> None:
     console.print(
         f"selection at N = 2K, a twelfth of the length: {over['measured']:.3f} of a training step, floor"
         f" {over['floor']:.3f}: {over['ratio']:.2f}x (target {OVERHEAD_TARGET}x)",
         highlight=False,
     )
+
+
+def _show_passes(rows: list[dict[str, Any]], console: Console) -> None:
     table = _table("scoring by the size of a pass", "estimator", "tokens", "tokens/s")
-    for row in result["passes"]:
+    for row in rows:
         table.add_row(row["estimator"], f"{row['tokens']:,}", f"{row['tokens_per_second']:,.0f}")
     console.print(table)
+
+
+def _show_growth(rows: list[dict[str, Any]], console: Console) -> None:
     table = _table("what a rank sends for a selection", "ranks", "N", "utilities (bytes)", "proxy gradient", "seconds")
-    for row in result["growth"]:
+    for row in rows:
         values = (row["ranks"], row["N"], row["bytes_per_rank"], row["gradient_bytes_per_rank"])
         table.add_row(*(f"{value:,}" for value in values), f"{row['seconds']:.3f}")
     console.print(table)
@@ -278,19 +302,22 @@ def _table(title: str, *columns: str) -> Table:
 
 def main(arguments: list[str] | None = None, plan: Plan | None = None) -> int:
     """Measure, print, write; ``plan`` replaces what --quick chooses from."""
-    args = parser(__doc__).parse_args(arguments)
+    options = parser(__doc__)
+    options.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, metavar="TABLE", help="%(choices)s")
+    args = options.parse_args(arguments)
     plan = plan or (QUICK if args.quick else FULL)
     console = Console()
     start(args, console)
     corpus = Corpus.open(ensure_corpus(args.corpus, console))
     with progress(console) as bar:
-        result = {
-            "rows": costs(plan.cost, corpus, args.clock, bar),
-            "overhead": overhead(plan, corpus, args.clock, bar),
-            "layouts": layouts(bar),
-            "passes": pass_sizes(plan, args.clock, bar),
-            "growth": growth(plan, bar),
+        measure: dict[str, Callable[[], Any]] = {
+            "rows": lambda: costs(plan.cost, corpus, args.clock, bar),
+            "overhead": lambda: overhead(plan, corpus, args.clock, bar),
+            "layouts": lambda: layouts(bar),
+            "passes": lambda: pass_sizes(plan, args.clock, bar),
+            "growth": lambda: growth(plan, bar),
         }
+        result = {name: run() for name, run in measure.items() if name in args.only}
     print_tables(result, console)
     if args.json:
         write_results(args.json, result, {**machine(args), "plan": asdict(plan)})
