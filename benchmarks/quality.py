@@ -68,12 +68,14 @@ ARMS: dict[str, tuple[str, ...]] = {
     "exact": ("selection=opus_exact", SCORED),
     "published_guarded": ("selection=opus_paper", *GUARDED),
     "importance": ("selection=importance",),
+    "screened": ("selection=screened", SCORED),
     "opus": ("selection=opus", SCORED),
+    "opus_auto": ("selection=opus_auto", SCORED),
     "high_ppl": ("selection=high_ppl",),
     "greats": ("selection=greats", SCORED),
     "cascade": ("selection=opus_cascade", SCORED),
-    "predict": ("selection=opus", SCORED, *UNKNOWING, "selection.prescreen.text_features=[ngrams,domain,shape]"),
-    "predict_dsir": ("selection=opus", SCORED, *UNKNOWING),
+    "predict": ("selection=screened", SCORED, *UNKNOWING, "selection.prescreen.text_features=[ngrams,domain,shape]"),
+    "predict_dsir": ("selection=screened", SCORED, *UNKNOWING),
     "exact_8": ("selection=opus_exact", "selection.rho=0.125", SCORED),
     "exact_proxy32": ("selection=opus_exact", "selection.proxy_batch_size=32", SCORED),
     "exact_contrast": ("selection=opus_exact", "selection.contrast=true", SCORED),
@@ -82,10 +84,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     "filter_fasttext": ("selection=uniform", *FILTERS["fasttext"]),
     "filter_perplexity": ("selection=uniform", *FILTERS["perplexity"]),
     "filter_utility": ("selection=uniform", *FILTERS["utility"]),
-    "filter_dsir_opus": ("selection=opus", SCORED, *FILTERS["dsir"]),
+    "filter_dsir_opus": ("selection=screened", SCORED, *FILTERS["dsir"]),
 }
 HALF_LIVES: dict[str, tuple[str, ...]] = {
-    f"half_life_{steps}": ("selection=opus", SCORED, *UNKNOWING, f"selection.proxy_half_life={steps}")
+    f"half_life_{steps}": ("selection=screened", SCORED, *UNKNOWING, f"selection.proxy_half_life={steps}")
     for steps in (16, 50, 300)
 }
 """As predict_dsir, whose is 99 steps; trained only where --arms names them. Without the prior, under which picks hardly

@@ -17,15 +17,18 @@ from megaopus.data.folder import new_folder, where_else
 from megaopus.data.permutation import mix
 from megaopus.data.sequences import Sequences
 from megaopus.errors import DataError
+from megaopus.logistic import fit_logistic
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-VERSION = 5
+VERSION = 6
 BUCKETS = 1 << 14
 """Of hashed uni- and bigrams, together."""
 SKETCH_DIM = 256
 """Numbers that a sequence's n-gram vector is folded into."""
+JUDGES = 4
+"""Of so many documents of the proxy one is kept to judge scores by."""
 SHINGLE = 8
 """Tokens of the n-grams whose smallest hash is the near-duplicate signature."""
 BLOCKS = ("ngrams", "domain", "likelihood", "shape")
@@ -57,6 +60,7 @@ class SequenceTextFeatures:
         self._moments = _moments(self._scalars)
         fitted = _load(folder / "importance.npy", 2 * self._scalars.shape[1] + 2)
         self._weights, self._most = fitted[:-1], float(fitted[-1])
+        self._proxy = _load(folder / "proxy.npy", None)
 
     @property
     def domain_names(self) -> list[str]:
@@ -94,8 +98,18 @@ class SequenceTextFeatures:
         under n-grams of both and how often it repeats its own, and on the squares of these numbers. At most what the
         proxy's median is: no text is more like the proxy than the proxy itself.
         """
-        found = _design(self._scalars[self._rows(ids)], self._moments) @ self._weights
-        return torch.from_numpy(np.minimum(found, self._most))
+        return self._importance(self._scalars[self._rows(ids)])
+
+    def proxy_importance(self, ids: Tensor) -> Tensor:
+        """(n,) float64: the same of sequences of the proxy, by their ids; n-grams of the other half describe each."""
+        return self._importance(self._proxy[ids.cpu().numpy() % len(self._proxy), :-1])
+
+    def judges(self, ids: Tensor) -> Tensor:
+        """(n,) bool: which sequences of the proxy are kept to judge scores by, all of every fourth document."""
+        return torch.from_numpy(self._proxy[ids.cpu().numpy() % len(self._proxy), -1] > 0)
+
+    def _importance(self, scalars: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.minimum(_design(scalars, self._moments) @ self._weights, self._most))
 
     def signatures(self, ids: Tensor, near: bool = False) -> Tensor:
         """(n,) int64: equal for equal tokens; ``near``: for sequences that share most of their 8-grams, mostly."""
@@ -134,12 +148,12 @@ def ensure_text_features(pool: Sequences, proxy: Sequences, parent: str | None, 
     return folder
 
 
-def _load(path: Path, count: int) -> np.ndarray:
+def _load(path: Path, count: int | None) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: cannot be read ({error}); delete its folder, it is made again") from error
-    if len(array) != count:
+    if count is not None and len(array) != count:
         raise DataError(f"{path}: {len(array):,} rows for {count:,} sequences; delete its folder, it is made again")
     return array
 
@@ -183,22 +197,31 @@ def _write(pool: Sequences, proxy: Sequences, folder: Path, console: Console) ->
                 out["log_odds"][rows] = odds[0][uni].mean(axis=1) + odds[1][bi].mean(axis=1)
                 out["exact"][rows], out["near"][rows] = exact_signature(tokens), near_signature(tokens)
                 bar.advance(work, len(rows))
-        wanted = []
-        for half, numbers in enumerate(_halves(proxy)):
+        halves = _halves(proxy)
+        wanted = np.empty((len(proxy), out["scalars"].shape[1]), dtype=np.float32)
+        for half, numbers in enumerate(halves):
             for rows, tokens in _chunks(proxy, numbers):
-                wanted.append(_scalars(*hashed(tokens), others[half]))
+                wanted[rows] = _scalars(*hashed(tokens), others[half])
                 bar.advance(work, len(rows))
-    np.save(folder / "importance.npy", _fitted(out["scalars"], np.concatenate(wanted)))
+    np.save(folder / "importance.npy", _fitted(out["scalars"], wanted[np.concatenate(halves)]))
+    judges = np.zeros((len(proxy), 1), dtype=np.float32)
+    judges[_parts(proxy, JUDGES)[-1]] = 1
+    np.save(folder / "proxy.npy", np.concatenate([wanted, judges], axis=1))
     for array in out.values():
         array.flush()
 
 
 def _halves(sequences: Sequences) -> list[np.ndarray]:
     """The numbers of the sequences of each half: those that begin in every other document."""
+    return _parts(sequences, 2)
+
+
+def _parts(sequences: Sequences, count: int) -> list[np.ndarray]:
+    """The numbers of the sequences of each part: those that begin in every ``count``-th document."""
     numbers = np.arange(len(sequences))
     found, places = np.unique(sequences.first_document_of(numbers), return_inverse=True)
-    half = places % 2 if len(found) > 1 else numbers * 2 // len(numbers)
-    return [np.flatnonzero(half == 0), np.flatnonzero(half == 1)]
+    part = places % count if len(found) >= count else numbers * count // len(numbers)
+    return [np.flatnonzero(part == each) for each in range(count)]
 
 
 def _chunks(sequences: Sequences, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -275,30 +298,9 @@ def _fitted(pool: np.ndarray, proxy: np.ndarray) -> np.ndarray:
     some = pool[np.linspace(0, len(pool) - 1, min(len(pool), _FITTED)).astype(np.int64)]
     x = _design(np.concatenate([some, proxy]), _moments(pool))
     is_proxy = np.arange(len(x)) >= len(some)
-    weights = _logistic(x, is_proxy.astype(np.float64), np.where(is_proxy, 1.0, len(proxy) / len(some)))
+    counts = np.where(is_proxy, 1.0, len(proxy) / len(some))
+    weights = fit_logistic(*(torch.from_numpy(each) for each in (x, is_proxy.astype(np.float64), counts))).numpy()
     return np.append(weights, np.median(x[is_proxy] @ weights))
-
-
-def _logistic(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(F,) weights of least logistic loss plus |w|^2 / 2, the last column's (the intercept) free; Newton's method."""
-    penalty = np.ones(x.shape[1])
-    penalty[-1] = 1e-9
-
-    def loss(weights: np.ndarray) -> float:
-        odds = x @ weights
-        return float(weight @ (np.logaddexp(0, odds) - y * odds) + penalty @ weights**2 / 2)
-
-    found = np.zeros(x.shape[1])
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-(x @ found)))
-        slope = x.T @ (weight * (p - y)) + penalty * found
-        step = np.linalg.solve((x * (weight * p * (1 - p))[:, None]).T @ x + np.diag(penalty), slope)
-        while loss(found - step) > loss(found) and np.abs(step).max() > 1e-9:
-            step /= 2
-        found -= step
-        if np.abs(step).max() < 1e-9:
-            break
-    return found
 
 
 def _distinct(hashes: np.ndarray) -> np.ndarray:

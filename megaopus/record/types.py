@@ -239,12 +239,24 @@ class SelectionRecord:
             wandb="selection/swapped_importance",
         ),
     )
+    swapped_loss: float | None = field(
+        default=None,
+        metadata=metric("nats per token", "The same of the candidate's own loss.", wandb="selection/swapped_loss"),
+    )
     signal_spread: dict[str, float] = field(
         default_factory=dict,
         metadata=metric(
             "",
-            "Standard deviation of what `utility` and `importance` add to what is picked by.",
+            "Standard deviation of what each signal adds to what is picked by.",
             wandb="selection/signal_spread",
+        ),
+    )
+    odds_weights: dict[str, float] = field(
+        default_factory=dict,
+        metadata=metric(
+            "",
+            "Weight of each signal in the log-odds that are picked by.",
+            wandb="selection/odds_weights",
         ),
     )
     events: list[Event] = field(

@@ -78,6 +78,12 @@ class TextFeatures(Protocol):
     def importance(self, ids: Tensor) -> Tensor:
         """(n,) float64: log of how much likelier the proxy holds such a sequence than the pool."""
 
+    def proxy_importance(self, ids: Tensor) -> Tensor:
+        """(n,) float64: the same of sequences of the proxy, by their ids. Asked with ``utilities`` odds alone."""
+
+    def judges(self, ids: Tensor) -> Tensor:
+        """(n,) bool: which sequences of the proxy are kept to judge scores by. Asked with ``utilities`` odds alone."""
+
     def signatures(self, ids: Tensor, near: bool = False) -> Tensor:
         """(n,) int64, equal for equal sequences; ``near``: mostly for similar ones too."""
 

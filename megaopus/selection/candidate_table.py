@@ -33,6 +33,8 @@ COLUMNS = (
     Column("domain", "text", "its domain", packing="repeats"),
     Column("utility", "float64", "as estimated; null: not scored; nan, infinite: no number", True, "bytes"),
     Column("prescreen_score", "float64", "what a prescreen screens or picks by; null: none yet", True, "bytes"),
+    Column("loss", "float64", "mean token loss of what was scored of it; null: not kept", True, "bytes"),
+    Column("odds", "float64", "log-odds that it is picked by; null: it is not picked by odds", True, "bytes"),
     Column("exposures", "int32", "times in the window if it is picked now; null: not counted", True, "repeats"),
     Column("squared_norm", "float64", "of its update, as sketched; null: none was worked out", True, "bytes"),
     Column("overlaps", "list", "inner products of its update with those of every row; null for most", True),

@@ -101,6 +101,43 @@ class Windowed:
         return tensor[rows.to(tensor.device), positions.to(tensor.device)]
 
 
+class Together:
+    """The sequences of ``first``, and after them those of ``second``; batches of the two have one structure."""
+
+    def __init__(self, first: Candidates, second: Candidates):
+        self._first, self._second = first, second
+
+    @property
+    def both(self) -> tuple[Candidates, Candidates]:
+        """Return what it is made of."""
+        return self._first, self._second
+
+    @property
+    def ids(self) -> Tensor:
+        """(N,) int64; those of the second may repeat some of the first."""
+        return torch.cat([self._first.ids.cpu(), self._second.ids.cpu()])
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    def take(self, indices: Tensor) -> Together:
+        """Those at ``indices`` (n,), which go through the first before they go through the second."""
+        indices = indices.cpu()
+        count = len(self._first)
+        here = indices < count
+        assert not bool((~here[:-1] & here[1:]).any()), "the second ones come after the first"
+        return Together(self._first.take(indices[here]), self._second.take(indices[~here] - count))
+
+    def batch(self, length: int | None = None) -> Batch:
+        """Their tokens, one after the other."""
+        if not len(self._second):
+            return self._first.batch(length)
+        if not len(self._first):
+            return self._second.batch(length)
+        others = iter(list(tensors_of(self._second.batch(length))))
+        return map_tensors(self._first.batch(length), lambda x: torch.cat([x, next(others)]))
+
+
 def as_candidates(buffer: Candidates | Batch, step: int) -> Candidates:
     """``buffer`` itself if it is a ``Candidates``; else its tensors with ids step * N + 0..N-1."""
     if all(hasattr(buffer, name) for name in ("ids", "take", "batch")):

@@ -36,8 +36,11 @@ class Influence(NamedTuple):
     """Mean utility of the picks that came in less that of those that had to go; None: none did, or not known."""
     importance: float | None
     """The same of what is known without utilities."""
+    loss: float | None
+    """The same of the mean token loss."""
     spread: Mapping[str, float]
-    """Standard deviation, over those who may be picked, of what "utility" and "importance" add to what is picked by."""
+    """Standard deviation, over those who may be picked, of what each signal adds to what is picked by: "utility",
+    "importance", and of odds "loss"."""
 
 
 @renamed_field("standing", "prescreen_score")
@@ -89,6 +92,8 @@ class Selection:
     """More numbers of each candidate, by name: what a method of scoring told (``Scores.columns``)."""
     influence: Influence | None = None
     """Says what utilities did to the picks; None: the method has none, or an earlier step told it (``score_every``)."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weights of ``odds.SIGNALS`` in what was picked by; empty: it is not by odds."""
 
     @property
     def columns(self) -> dict[str, Any]:

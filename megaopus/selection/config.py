@@ -14,12 +14,15 @@ from megaopus.selection.presets import read_preset
 from megaopus.selection.samplers import registry as samplers
 from megaopus.settings import FIXED, HARMLESS, TRAINING, problems, renamed, replaced, setting
 
-UTILITIES = ("standardised", "raw")
+UTILITIES = ("standardised", "raw", "odds")
 SIDES = ("central", "one")
 WINDOWS = ("first", "random", "strided")
 MUON_OPERATORS = ("paper", "full")
 GRAM_SKETCHES = ("summed", "per_layer")
-PRESCREENS = ("off", "cascade", "predict")
+PRESCREENS = ("off", "importance", "cascade", "predict")
+CADENCES = ("every", "auto")
+PREDICTING = ("cascade", "predict")
+"""Those whose predictor learns from utilities."""
 TEXT_FEATURES = ("ngrams", "domain", "likelihood", "shape")
 CHUNK = 304 * 65536
 """Numbers of the temporaries at a time of what goes through a gradient piece by piece. One CUDA kernel takes 320 blocks
@@ -56,8 +59,9 @@ class PrescreenConfig:
         "off",
         choices=PRESCREENS,
         resume=FIXED,
-        doc="cascade: it screens a larger buffer, the promising part is scored exactly; predict: it picks, and a small "
-        "uniform slice scored exactly keeps it trained.",
+        doc="importance: the part of a larger buffer that is most important by n-grams is scored exactly; cascade: the "
+        "part that a predictor finds promising is; predict: the predictor picks, and a small uniform slice scored "
+        "exactly keeps it trained.",
     )
     multiple: int = setting(4, min=1, resume=FIXED, doc="The buffer is this many times num_candidates.", hint=_SEE)
     slice: int = setting(
@@ -195,7 +199,7 @@ class SelectionConfig:
         "standardised",
         choices=UTILITIES,
         doc="standardised: z-scored over the global buffer before any temperature; raw: as estimated (the paper's "
-        "text).",
+        "text); odds: log-odds of proxy against candidates by importance, utility and loss, weighed as training goes.",
     )
     temperature: float = setting(
         0.9, above=0, doc="Boltzmann temperature [tau], in units of the utilities.", hint="0.9 is the paper's value"
@@ -305,6 +309,12 @@ class SelectionConfig:
     proxy_every: int = setting(
         1, min=1, doc="Steps between two proxy gradients; the average stands in between.", hint=_SEE
     )
+    cadence: str = setting(
+        "every",
+        choices=CADENCES,
+        doc="Of utilities=odds. every: every buffer is scored; auto: the less the scores weigh the fewer are, down to "
+        "one in 32, and importance picks alone in between.",
+    )
     score_every: int = setting(
         1,
         min=1,
@@ -353,6 +363,11 @@ class SelectionConfig:
     def has_prior(self) -> bool:
         """Return whether there is something to pick by before there are utilities."""
         return self.prescreen.mode != "off" and self.prescreen.prior > 0
+
+    @property
+    def instead(self) -> str:
+        """Say how candidates are picked where utilities tell nothing."""
+        return "picked by importance alone" if self.utilities == "odds" else "picked uniformly"
 
     @property
     def screened(self) -> int:
@@ -420,5 +435,12 @@ class SelectionConfig:
             yield "check_every", "utilities are relative to the pool", "set selection.contrast=false"
         if self.check_every > 0 and self.prescreen.mode == "predict":
             yield "check_every", "picks are predicted, not scored", "use selection.prescreen.mode=cascade or off"
-        if self.prescreen.mode in PRESCREENS[1:] and not self.needs_proxy:
+        if self.utilities == "odds" and not (self.prescreen.mode == "importance" and self.prescreen.prior > 0):
+            reason = "odds are of importance too, for which the buffer is screened"
+            yield "utilities", reason, "set selection.prescreen.mode=importance and selection.prescreen.prior=1"
+        if self.utilities == "odds" and not methods.by_estimator(self.method):
+            yield "utilities", f"method {self.method} scores no proxy sequences", "set selection.method=opus"
+        if self.cadence == "auto" and self.utilities != "odds":
+            yield "cadence", f"utilities={self.utilities} have no weight", "set selection.utilities=odds"
+        if self.prescreen.mode in PREDICTING and not self.needs_proxy:
             yield "prescreen.mode", f"method {self.method} has no utilities to predict", "use selection.method=opus"

@@ -5,7 +5,7 @@ A selector knows it from model and data, a replay from the record of a run; both
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from megaopus.events import Event
 from megaopus.selection import counter_rng, guards, sampler
 from megaopus.selection.candidate_table import Masked
 from megaopus.selection.choice import Choice, Influence, Redundancy
-from megaopus.selection.config import SelectionConfig
+from megaopus.selection.config import PREDICTING, SelectionConfig
 from megaopus.selection.methods.registry import UNIFORM, needs
 from megaopus.selection.prescreen import screen
 from megaopus.selection.samplers.registry import SAMPLERS
@@ -62,6 +62,13 @@ class Evidence:
     """(N,) float64, None where there is none yet."""
     prior: Tensor | None = None
     """(N,) float64 the part of ``prescreen_score`` that owes nothing to utilities; None: none does, or not known."""
+    parts: Callable[[Tensor, Scores], Mapping[str, Tensor]] | None = None
+    """(positions (n,), their scores) -> signal -> (n,) float64 what it adds to the log-odds of each, by whose sum they
+    are picked; needed with ``utilities`` odds."""
+    weights: Tensor | None = None
+    """(F,) float64 weights of ``odds.SIGNALS``, of which ``parts`` are made; None: they are made otherwise."""
+    scores_now: bool = True
+    """Whether utilities are worth computing in this step (``cadence`` auto)."""
     distrust: Event | None = None
     """Says why what the prescreen learnt is not to be used. Its fact ``instead`` says what is: 'importance', which the
     prescreen scores are then; anything else, or nothing (version 0.1): chance."""
@@ -108,12 +115,15 @@ def decide(evidence: Evidence, config: SelectionConfig, key: Key, num_selected: 
     allowed, over_cap = _within_cap(buffer)
     past_warmup, prescreened = _past_warmup(config, key.step), config.prescreen.mode != "off"
     use_predictor, promise = picks_by_predictor(config, key.step), _promise(evidence)
-    scores_this_step = past_warmup and not (use_predictor and period % config.prescreen.every)
+    scores_this_step = past_warmup and evidence.scores_now and not (use_predictor and period % config.prescreen.every)
     scored, uniform, scores = everyone, None, Scores(utilities=None)
     if scores_this_step and prescreened:
         noise = counter_rng.key(key.seed, "slice", period)
         total = num_scored(config, len(everyone))
-        scored, uniform = screen(evidence.ids, allowed, promise, total, config.prescreen.slice, noise, over_cap)
+        learns = config.prescreen.mode in PREDICTING
+        apart = config.prescreen.slice if learns else 0
+        scored, uniform = screen(evidence.ids, allowed, promise, total, apart, noise, over_cap)
+        uniform = uniform if learns else None
     if scores_this_step:
         scores = evidence.score(scored)
     values, gram = _everyone(buffer, scored, scores), scores.gram
@@ -128,13 +138,49 @@ def decide(evidence: Evidence, config: SelectionConfig, key: Key, num_selected: 
     }
     if evidence.distrust:
         buffer.events.append(evidence.distrust)
-    if use_predictor:
+    if use_predictor or (values is None and config.utilities == "odds"):
         values, gram = promise, None
-    if values is None:
+        signals = None if promise is None else _promised(promise, evidence.prior)
+    elif values is not None and config.utilities == "odds":
+        signals = _odds(buffer, scored, scores, values)
+        more = {"odds": signals.values, "loss": signals.losses}
+        told["more"] |= {name: Masked(each, told["scored"]) for name, each in more.items() if each is not None}
+    else:
+        signals = None if values is None else _Signals(values, {"utility": values}, values)
+    if signals is None:
         choice = _uniform(buffer, allowed)
     else:
-        choice = _pick(buffer, allowed, over_cap, values, None if gram is None else (scored, gram))
+        choice = _pick(buffer, allowed, over_cap, signals, None if gram is None else (scored, gram))
     return replace(buffer.told(choice), **told)
+
+
+class _Signals(NamedTuple):
+    """Says what candidates are picked by, each (N,) float64, nan where not known."""
+
+    values: Tensor
+    """The sum of the parts."""
+    parts: Mapping[str, Tensor]
+    """Signal -> what it adds."""
+    utilities: Tensor
+    losses: Tensor | None = None
+
+
+def _promised(promise: Tensor, prior: Tensor | None) -> _Signals:
+    """Take what a predictor has learnt beside what owes nothing to utilities."""
+    known = torch.zeros_like(promise) if prior is None else prior
+    return _Signals(promise, {"utility": promise - known, "importance": known}, promise - known)
+
+
+def _odds(buffer: _Buffer, scored: Tensor, scores: Scores, utilities: Tensor) -> _Signals:
+    """Take the log-odds of candidates at ``scored`` (n,); where ``utilities`` (N,) are not finite there are none."""
+    assert buffer.evidence.parts is not None  # who scores knows them
+
+    def everyone(values: Tensor) -> Tensor:
+        return torch.full_like(utilities, torch.nan).index_copy(0, scored, values)
+
+    parts = {name: everyone(values) for name, values in buffer.evidence.parts(scored, scores).items()}
+    total = torch.stack([*parts.values()]).sum(0).masked_fill(~utilities.isfinite(), torch.nan)
+    return _Signals(total, parts, utilities, None if scores.losses is None else everyone(scores.losses))
 
 
 def _promise(evidence: Evidence) -> Tensor | None:
@@ -223,10 +269,11 @@ def _uniform(buffer: _Buffer, among: Tensor) -> Choice:
 
 
 def _pick(
-    buffer: _Buffer, allowed: Tensor, over_cap: Tensor, values: Tensor, gram: tuple[Tensor, Tensor] | None
+    buffer: _Buffer, allowed: Tensor, over_cap: Tensor, signals: _Signals, gram: tuple[Tensor, Tensor] | None
 ) -> Choice:
-    """By ``values`` (N,), uniformly where they tell nothing. ``gram``: (positions (n,), their (n, n) matrix)."""
+    """By the values of ``signals``, uniformly where they tell nothing. ``gram``: (positions (n,), their (n, n))."""
     config, ids, period, count = buffer.config, buffer.evidence.ids, buffer.period, buffer.count
+    values = signals.values
     usable = values.isfinite()
     if gram is not None:
         usable[gram[0]] &= gram[1].diagonal().isfinite()
@@ -248,7 +295,7 @@ def _pick(
     quotas = _quotas(buffer, among)
     picks = sampler.pick(used, ids[among], count, draws, penalty, quotas, over_cap[among])
     picked = among[picks]
-    influence = _influence(buffer, among, over_cap, values, picked, draws, penalised=penalty is not None)
+    influence = _influence(buffer, among, over_cap, signals, picked, draws, penalised=penalty is not None)
     redundancy = None if penalty is None else penalty.redundancy(picks, picked)
     p = sampler.probabilities(used, config.temperature)
     ess, ratio = _ess(p), float(p.max()) * len(ids)
@@ -277,7 +324,7 @@ def _influence(
     buffer: _Buffer,
     among: Tensor,
     over_cap: Tensor,
-    values: Tensor,
+    signals: _Signals,
     picked: Tensor,
     draws: sampler.Draws,
     *,
@@ -291,7 +338,7 @@ def _influence(
     screened = config.prescreen.mode != "off" and config.prescreen.prior > 0
     if "proxy" not in needs(config.method) or (screened and prior is None):
         return None
-    known = torch.zeros_like(values) if prior is None else prior
+    known = torch.zeros_like(signals.values) if prior is None else prior
     blind = known[among]
     if config.utilities == "standardised" and bool(blind.max() > blind.min()):
         blind = sampler.standardise(blind)
@@ -300,16 +347,19 @@ def _influence(
     nothing = (lambda pick: torch.zeros_like(blind)) if noisy else None
     others = among[sampler.pick(blind, ids, buffer.count, draws, nothing, _quotas(buffer, among), over_cap[among])]
     came, went = picked[~torch.isin(picked, others)], others[~torch.isin(others, picked)]
-    predicted = picks_by_predictor(config, buffer.period * config.score_every)
-    learnt = values - known if predicted else values
 
     def swapped(numbers: Tensor) -> float | None:
         found = [numbers[rows][numbers[rows].isfinite()] for rows in (came, went)]
         return float(found[0].mean() - found[1].mean()) if all(map(len, found)) else None
 
-    parts = {"utility": learnt, "importance": known if predicted else torch.zeros_like(known)}
-    spread = {name: float(part[among].std(correction=0)) for name, part in parts.items()}
-    return Influence(len(came) / len(picked), swapped(learnt), None if prior is None else swapped(known), spread)
+    parts = {"importance": torch.zeros_like(known), **signals.parts}
+    return Influence(
+        changed=len(came) / len(picked),
+        utility=swapped(signals.utilities),
+        importance=None if prior is None else swapped(known),
+        loss=None if signals.losses is None else swapped(signals.losses),
+        spread={name: float(part[among].std(correction=0)) for name, part in parts.items()},
+    )
 
 
 def _ess(p: Tensor) -> float:

@@ -44,6 +44,6 @@ def foresee(evidence: Evidence, config: SelectionConfig, key: Key, num_selected:
 
     choice = decide(replace(evidence, score=score), config, key, num_selected)
     scored = asked[0] if asked else NOBODY
-    if draws_uniformly(config, key.step) or picks_by_predictor(config, key.step):
+    if draws_uniformly(config, key.step) or picks_by_predictor(config, key.step) or not evidence.scores_now:
         return Foresight(scored, choice.positions, by_value=choice.method != UNIFORM)
     return Foresight(scored, by_value=True)

@@ -101,10 +101,19 @@ def evidence_of(config: SelectionConfig, table: CandidateTable, events: Sequence
         ids=ids,
         score=lambda positions: _scores(config, table, positions),
         prescreen_score=None if score is None else _tensor(score),
+        parts=lambda positions, scores: {"odds": _odds(table, positions)},
         distrust=next((event for event in events if event.kind == "selection.prescreen_distrusted"), None),
         exposures=None if exposures is None else _tensor(exposures).long(),
         domains=_tensor(table["domain"]),
     )
+
+
+def _odds(table: CandidateTable, positions: Tensor) -> Tensor:
+    """(n,) what the candidates at ``positions`` were picked by."""
+    odds = table.values("odds")
+    if odds is None:
+        raise NotOnRecord("the log-odds of each candidate, which this step did not keep")
+    return _tensor(odds)[positions]
 
 
 def _scores(config: SelectionConfig, table: CandidateTable, positions: Tensor) -> Scores:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from megaopus.events import Event
 from megaopus.selection.backend import Candidates, Gradient, Proxy, ScoringBackend, TextFeatures
-from megaopus.selection.candidates import Windowed, as_candidates, even_share, tensors_of
+from megaopus.selection.candidates import Together, Windowed, as_candidates, even_share, tensors_of
 from megaopus.selection.config import SelectionConfig, most_per_pass
 from megaopus.selection.estimators.registry import ESTIMATORS, Refining
 from megaopus.selection.memory import find_micro_batch_size
 from megaopus.selection.methods.registry import METHODS, UNIFORM
 from megaopus.selection.proxy import ProxyGradient
-from megaopus.selection.scoring import Scores, ScoringStep
+from megaopus.selection.scoring import Judged, Scores, ScoringStep
 
 
 class Scorer:
@@ -42,7 +42,9 @@ class Scorer:
         self.config = config
         self.backend = backend
         self._seed = seed
-        self._given: dict[str, Any] = {"proxy": proxy, "pool": pool, "wanted": wanted, "text_features": text_features}
+        self._proxy, self._text_features = proxy, text_features
+        given = proxy if proxy is None else self._without_judges
+        self._given: dict[str, Any] = {"proxy": given, "pool": pool, "wanted": wanted, "text_features": text_features}
         self._method = None if config.method == UNIFORM else METHODS.find(config.method)
         self._average = ProxyGradient(config.proxy_decay, kept=config.proxy_every > 1)
         self._estimator, self._sized = None, self._method is not None
@@ -103,6 +105,9 @@ class Scorer:
         Each data-parallel rank scores its contiguous share of the buffer (``even_share``).
         """
         assert self._method is not None  # nothing is scored by method uniform
+        count, judges = len(buffer), self._judges(step)
+        if judges is not None:
+            buffer = Together(buffer, judges)
         share = buffer.take(self._rows(len(buffer)))
         if self.config.score_window != "first":
             share = Windowed(share, self.config.score_window, self._seed, step)
@@ -119,6 +124,7 @@ class Scorer:
                 step=step,
                 buffer=buffer,
                 share=share,
+                judged=len(buffer) - count,
                 average=self._average,
                 estimator=self._estimator,
                 measured=measured,
@@ -127,7 +133,7 @@ class Scorer:
                 **self._given,
             )
         )
-        found = _first(found, len(buffer))
+        found = _split(found, count, judges)
         return replace(found, events=tuple(map(self._if_again, found.events)))
 
     def _if_again(self, event: Event) -> Event:
@@ -138,19 +144,45 @@ class Scorer:
         if self._stateless == 1:
             return event
         text = f"the optimizer has no state at the {self._stateless}th scoring either: it takes no step (is it the one"
-        text += " that trains, unwrapped?): picked uniformly"
+        text += f" that trains, unwrapped?): {self.config.instead}"
         return Event("selection.fallback.optimizer_never_steps", text, scorings=self._stateless)
 
     def foresee(self, candidates: Candidates, scored: Tensor, step: int) -> list[Candidates]:
         """Say, to read ahead, whose tokens this rank needs to score the candidates at positions ``scored`` (n,)."""
         if not len(scored) or self._method is None or not (self._method.by_estimator or self._method.micro_batches):
             return []
-        found = [candidates.take(scored[self._rows(len(scored))])]
+        chosen, judges = candidates.take(scored), self._judges(step)
+        everyone = chosen if judges is None else Together(chosen, judges)
+        found = [*_plain(everyone.take(self._rows(len(everyone))))]
         if self.config.needs_proxy and step % self.config.proxy_every == 0:
             batches = [self._given["proxy"], self._given["pool"] if self.config.contrast else None]
             for batch in (as_candidates(each(step), step) for each in batches if each is not None):
                 found.append(batch.take(self._rows(len(batch))))
         return found
+
+    def _judges(self, step: int) -> Candidates | None:
+        """Those of the step's proxy batch that no gradient is made of; None: there are none."""
+        drawn = self._drawn(step)
+        return None if drawn is None or not bool(drawn[1].any()) else drawn[0].take(drawn[1].nonzero().flatten())
+
+    def _without_judges(self, step: int) -> Candidates:
+        assert self._proxy is not None
+        drawn = self._drawn(step)
+        if drawn is None:
+            return as_candidates(self._proxy(step), step)
+        return drawn[0].take((~drawn[1]).nonzero().flatten())
+
+    def _drawn(self, step: int) -> tuple[Candidates, Tensor] | None:
+        """(the step's proxy batch of n, (n,) bool which of it are judges); None: nobody is judged.
+
+        Where all of a batch are judges, a gradient is made of them, and nobody is judged.
+        """
+        if self.config.utilities != "odds" or self._proxy is None:
+            return None
+        assert self._text_features is not None
+        batch = as_candidates(self._proxy(step), step)
+        judges = self._text_features.judges(batch.ids)
+        return batch, judges & ~judges.all()
 
     def _rows(self, count: int) -> Tensor:
         """Of ``count`` sequences those that this data-parallel rank works on (m,)."""
@@ -228,14 +260,32 @@ def _tokens(candidates: Candidates, length: int | None = None) -> int:
     return first.shape[1] if first.ndim > 1 else 1
 
 
-def _first(scores: Scores, count: int) -> Scores:
-    """Leave out the copies with which the shares were filled up."""
-    return replace(
+def _plain(candidates: Candidates) -> Iterator[Candidates]:
+    """Give those that it is made of, of which a reader of tokens knows where they lie."""
+    if isinstance(candidates, Together):
+        yield from (each for each in candidates.both if len(each))
+    else:
+        yield candidates
+
+
+def _split(scores: Scores, count: int, judges: Candidates | None) -> Scores:
+    """Make of the scores of everyone those of ``count`` candidates, and of the judges after them; leave out copies."""
+
+    def first(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[:count]
+
+    found = replace(
         scores,
-        utilities=None if scores.utilities is None else scores.utilities[:count],
+        utilities=first(scores.utilities),
+        losses=first(scores.losses),
         gram=None if scores.gram is None else scores.gram[:count, :count],
         columns={name: values[:count] for name, values in scores.columns.items()},
     )
+    if judges is None or scores.utilities is None:
+        return found
+    after = slice(count, count + len(judges))
+    losses = None if scores.losses is None else scores.losses[after]
+    return replace(found, judged=Judged(judges.ids.cpu(), scores.utilities[after], losses))
 
 
 def _settings(config: SelectionConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ from megaopus.selection.proxy import ProxyGradient
 Result = TypeVar("Result")
 
 
+class Judged(NamedTuple):
+    """Says what was found out of sequences of the proxy of which no gradient is made, each (j,)."""
+
+    ids: Tensor
+    utilities: Tensor
+    losses: Tensor | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
     """Says what was found out of n candidates, on the CPU and equal on every rank."""
@@ -27,6 +35,10 @@ class Scores:
     gram: Tensor | None = None
     """(n, n) float64 inner products of their updates, where there is a redundancy term."""
     events: tuple[Event, ...] = ()
+    losses: Tensor | None = None
+    """(n,) float64 mean token loss of what was scored of each; None: not asked for, or the estimator sees none."""
+    judged: Judged | None = None
+    """Sequences of the proxy that were scored beside them."""
     signal_to_error: float | None = None
     """Spread of the utilities over the error of each (``estimators.registry.Refining``); None: not known."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
@@ -42,11 +54,14 @@ class ScoringStep:
     seed: int
     step: int
     buffer: Candidates
-    """Everyone that is scored, n candidates."""
+    """Everyone that is scored: n candidates, the last ``judged`` of which are of the proxy."""
     share: Candidates
     """The m that this data-parallel rank scores, cut to the window of ``score_window``; m is the same on every rank:
     where n does not divide, the last ranks have copies of the last candidate at the end."""
+    judged: int
+    """Sequences of the proxy at the end of ``buffer``."""
     proxy: Proxy | None
+    """Gives the sequences of a step that a gradient is made of."""
     pool: Proxy | None
     wanted: Callable[[Candidates], Tensor] | None
     text_features: TextFeatures | None
@@ -80,14 +95,14 @@ class ScoringStep:
             text = (
                 "no label of a candidate counts in what is scored of it (are all masked, or is selection.score_length"
             )
-            text += f"={length} too short?): picked uniformly"
+            text += f"={length} too short?): {self.config.instead}"
             return (Event("selection.fallback.no_scored_label", text, score_length=length),)
         if bool(finite.any()):
             return ()
         text = (
             "no candidate's loss is finite, though labels count in it: weights, inputs or outputs of the model are nan"
         )
-        return (Event("selection.fallback.losses_not_finite", f"{text} or too large: picked uniformly"),)
+        return (Event("selection.fallback.losses_not_finite", f"{text} or too large: {self.config.instead}"),)
 
     def sum_parts(self, parts: Tensor) -> Tensor:
         """(m,) float64 parts of this rank's share -> (n,) for the buffer, on the CPU. Collective."""

@@ -15,10 +15,11 @@ from megaopus.selection import guards
 from megaopus.selection.backend import Batch, Candidates, Proxy, ScoringBackend, TextFeatures
 from megaopus.selection.candidates import as_candidates, even_share
 from megaopus.selection.choice import Choice, Redundancy, Selection
-from megaopus.selection.config import SelectionConfig
+from megaopus.selection.config import PREDICTING, SelectionConfig
 from megaopus.selection.decide import Evidence, Key, counts_exposures, decide, draws_uniformly
 from megaopus.selection.foresight import foresee
 from megaopus.selection.methods.registry import needs
+from megaopus.selection.odds import Odds, Signals, parts_of
 from megaopus.selection.old_names import renamed_argument, with_new_names
 from megaopus.selection.pieces import parameter_shapes, pieces_of
 from megaopus.selection.prescreen import Prescreen
@@ -30,7 +31,7 @@ __all__ = ["Redundancy", "Selection", "Selector"]
 _STATE = frozenset(
     [
         *("average", "count", "micro_batch_size", "sized_for", "proxy_micro_batch_size", "proxy_sized_for"),
-        *("estimator", "exposure", "prescreen", "choice"),
+        *("estimator", "exposure", "prescreen", "odds", "choice"),
     ]
 )
 """Keys of ``Selector.state_dict()``; which are there depends on the settings."""
@@ -75,9 +76,11 @@ class Selector:
         )
         self._exposure = guards.Exposure(config.guards.exposure_window)
         self._prescreen = None
-        if config.prescreen.mode != "off":
+        if config.prescreen.mode in PREDICTING:
             assert text_features is not None
             self._prescreen = Prescreen(config.prescreen, text_features)
+        self._odds = Odds() if config.utilities == "odds" else None
+        self._weights: dict[str, float] = {}  # by which the latest picks were made
         self._choice: Choice | None = None
         self._signatures: Tensor | None = None  # (N,) of the buffer of the choice; None: nothing asked for them
         self._said: set[str] = set()
@@ -109,6 +112,7 @@ class Selector:
             self._exposure.record(step, picked)
         return replace(
             selection,
+            weights={} if served else self._weights,
             correlation=None if self._prescreen is None else self._prescreen.correlation,
             events=self._unsaid(selection.events),
             notes=self._scorer.drain_notes(),
@@ -170,6 +174,8 @@ class Selector:
             state["exposure"] = self._exposure.state_dict()
         if self._prescreen is not None:
             state["prescreen"] = self._prescreen.state_dict()
+        if self._odds is not None:
+            state["odds"] = self._odds.state_dict()
         if self._choice is not None and self.config.score_every > 1:
             choice = self._choice
             kept = {name: getattr(choice, name) for name in ("period", "method", "ess", "max_p_ratio")}
@@ -188,6 +194,8 @@ class Selector:
             self._exposure.load_state_dict(state["exposure"])
         if self._prescreen is not None and "prescreen" in state:
             self._prescreen.load_state_dict(state["prescreen"])
+        if self._odds is not None and "odds" in state:
+            self._odds.load_state_dict(state["odds"])
         self._choice = self._signatures = None
         if "choice" in state:
             saved = dict(state["choice"])
@@ -216,9 +224,31 @@ class Selector:
         """Gather what is known of the buffer, as rank 0 knows it; collective."""
         asked = counts_exposures(self.config) and not draws_uniformly(self.config, step)
         self._signatures = self._signed(candidates) if asked else None
+        known = self._known(ids, step, self.backend.from_rank_0, self._signatures)
+        odds, weights, prior = self._odds, known.weights, known.prior
+        self._weights = {} if odds is None or weights is None else odds.named(weights)
+
+        def signals(positions: Tensor, scores: Scores) -> Signals:
+            assert prior is not None
+            assert scores.utilities is not None
+            return Signals(prior[positions] / self.config.prescreen.prior, scores.utilities, scores.losses)
+
+        def parts(positions: Tensor, scores: Scores) -> Mapping[str, Tensor]:
+            assert weights is not None
+            return parts_of(signals(positions, scores), weights)
+
+        def score(positions: Tensor) -> Scores:
+            found = self._scorer.score(candidates.take(positions), step)
+            if odds is not None and (judged := found.judged) is not None:
+                assert self._text_features is not None
+                importance = self._text_features.proxy_importance(judged.ids)
+                odds.learn(signals(positions, found), Signals(importance, judged.utilities, judged.losses))
+            return found
+
         return replace(
-            self._known(ids, step, self.backend.from_rank_0, self._signatures),
-            score=lambda positions: self._score(candidates, positions, step),
+            known,
+            score=score,
+            parts=parts,
             token_pair_alarm=guards.token_pair_check(
                 candidates,
                 self._proxy,
@@ -245,6 +275,12 @@ class Selector:
             found["exposures"] = self._exposure.times(signatures, ids)
         if config.guards.domain_floor > 0 and text_features is not None:
             found["domains"] = text_features.domains(ids)
+        if self._odds is not None:
+            found["weights"] = self._odds.weights
+            if config.cadence == "auto":
+                found["every"] = torch.tensor([self._odds.every])
+        if config.prescreen.mode == "importance" and text_features is not None:
+            found["prior"] = config.prescreen.prior * text_features.importance(ids)
         if prescreen is not None:
             found["doubt"] = prescreen.doubt()
             prior = prescreen.prior(ids)
@@ -257,13 +293,12 @@ class Selector:
         message = from_rank_0(torch.cat([values.double() for values in found.values()]))  # whole numbers stay exact
         parts = message.split([len(values) for values in found.values()])
         known = {name: part.to(found[name].dtype) for name, part in zip(found, parts, strict=True)}
-        doubt = known.pop("doubt", None)
+        doubt, every = known.pop("doubt", None), known.pop("every", None)
         distrust = None if prescreen is None else prescreen.distrust_reason(doubt)
-        return Evidence(ids=ids, distrust=distrust, **known)
-
-    def _score(self, candidates: Candidates, positions: Tensor, step: int) -> Scores:
-        """``Scorer.score`` of the candidates at ``positions`` (n,)."""
-        return self._scorer.score(candidates.take(positions), step)
+        if config.prescreen.mode == "importance":
+            known["prescreen_score"] = known["prior"]
+        now = every is None or step // config.score_every % int(every) == 0
+        return Evidence(ids=ids, distrust=distrust, scores_now=now, **known)
 
     def _signed(self, candidates: Candidates) -> Tensor:
         """(n,) the signatures that exposures are counted by; collective where they are of tokens yet to be hashed."""

@@ -60,6 +60,7 @@ def selection_record(
         max_p_ratio=selection.max_p_ratio,
         signal_to_error=selection.signal_to_error,
         **_influence(selection),
+        odds_weights=dict(selection.weights),
         events=selection.events,
         predicted_fall=None if realised_fall is None else selection.predicted_fall,
         uniform_fall=None if realised_fall is None else selection.uniform_fall,
@@ -80,6 +81,7 @@ def _influence(selection: Selection) -> dict[str, Any]:
         "changed_by_utilities": found.changed,
         "swapped_utility": found.utility,
         "swapped_importance": found.importance,
+        "swapped_loss": found.loss,
         "signal_spread": dict(found.spread),
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from megaopus import build
 from megaopus.config.compose import compose
@@ -19,6 +20,7 @@ from megaopus.data.read_ahead import TokenReader
 from megaopus.data.run_data import RunData
 from megaopus.data.sequences import Sequences
 from megaopus.data.signatures import signatures_path
+from megaopus.data.text_features import SequenceTextFeatures
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.record.config import LoggingConfig
@@ -30,9 +32,10 @@ from tests.exact.resume_runs import settings
 
 PICKED, PROXY = 4, 8
 RECIPES = {
-    "default": ["selection=opus", "selection.prescreen.slice=8", "selection.prescreen.every=3"],
-    "default without a prior": [
-        "selection=opus",
+    "default": ["selection=opus"],
+    "screened": ["selection=screened", "selection.prescreen.slice=8", "selection.prescreen.every=3"],
+    "screened without a prior": [
+        "selection=screened",
         "selection.prescreen.slice=8",
         "selection.prescreen.every=3",
         "selection.prescreen.prior=0",
@@ -135,6 +138,11 @@ def expected(config: RunConfig, data: RunData, record: SelectionRecord, signed: 
         proxy |= set(proxies.at(step).sequence_ids)
         if contrasts is not None:
             pool |= set(contrasts.at(step).sequence_ids)
+    if scored.any() and selection.utilities == "odds":
+        assert proxies is not None
+        batch = proxies.at(step)
+        features = SequenceTextFeatures(data.pool, data.ensure_text_features(Console(quiet=True)))
+        proxy |= set(batch.sequence_ids[features.judges(batch.ids).numpy()])
     if record.method != "uniform" and first:  # the alarm compares as many pairs of tokens
         chosen = PICKED * selection.score_every
         several = sampler.pick_uniform(choices["id"], chosen, config.seed, period)
@@ -175,13 +183,14 @@ def test_a_step_reads_what_it_uses_once(recipe: str, tiny_corpus: Path, tmp_path
         assert not missing, record.step
         assert not needless, record.step
     assert log.in_all == sum(map(len, log.reads.values()))  # nothing is read past the reader
-    if recipe == "default":
+    if recipe == "screened":
         usual = [len(log.reads[record.step]) for record in log.records if record.choices.get("utility") is None]
         assert max(usual) < 32 == log.records[0].candidates
     picks = {record.step: np.flatnonzero(record.choices["picked"]).tolist() for record in log.records}
     known = {step: foreseen for step, foreseen in log.foreseen.items() if foreseen}
     assert known == {step: picks[step] for step in known}
-    by_scores = {"cascade": {0, 1}, "exact": {0, 1}, "oracle": {0, 1}}  # what scores decide is not known ahead
+    # what scores decide is not known ahead
+    by_scores = {"default": {0, 1}, "cascade": {0, 1}, "exact": {0, 1}, "oracle": {0, 1}}
     assert known.keys() >= set(range(1, 9)) & by_scores.get(recipe.removesuffix(", signed"), set(range(9)))
 
 

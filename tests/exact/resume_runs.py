@@ -64,6 +64,7 @@ SELECTIONS = {
         "selection.guards.domain_floor=0.5",
         "selection.guards.near_duplicates=true",
     ],
+    "odds": ["selection=opus", "selection.rho=0.25", "selection.prescreen.multiple=2", "selection.contrast=true"],
     "high_ppl": ["selection=high_ppl"],
     "uniform": ["selection=uniform"],
 }

@@ -28,6 +28,8 @@ SETTINGS = {
         "contrast": True,
         "prescreen": PrescreenConfig(mode="predict", multiple=3, slice=18, every=1, refit=16),
     },
+    # judges come and go with the step, so that shares of what is scored are never the same
+    "odds": {"utilities": "odds", "proxy_every": 2, "prescreen": PrescreenConfig(mode="importance", multiple=2)},
     "cascade": {"score_every": 2, "prescreen": PrescreenConfig(mode="cascade", multiple=2, slice=5, refit=16)},
 }
 LAYOUTS = {
@@ -53,6 +55,12 @@ class TokenTraits:
 
     def importance(self, ids: Tensor) -> Tensor:
         return self.features(ids)[:, 0].double()
+
+    def proxy_importance(self, ids: Tensor) -> Tensor:
+        return torch.cos(ids.double())
+
+    def judges(self, ids: Tensor) -> Tensor:
+        return ids * 7 % 5 > 2
 
     def signatures(self, ids: Tensor, near: bool = False) -> Tensor:
         return ids

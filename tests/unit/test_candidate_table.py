@@ -55,6 +55,8 @@ def test_every_column_comes_back(kind: Any, tmp_path: Path) -> None:
     full = {
         "utility": Masked(kind(np.array([0.5, np.inf, 7, np.nan])), known),
         "prescreen_score": kind(np.linspace(0, 1, 4)),
+        "loss": Masked(kind(np.array([3.5, 2.25, 7, 4.0])), known),
+        "odds": Masked(kind(np.array([0.5, -1, 7, 2.0])), known),
         "exposures": kind(np.array([1, 1, 2, 3])),
         "squared_norm": Masked(kind(np.array([1, 2, 7, 3.0])), known),
         "overlaps": Lists(kind(np.array([2, 0])), kind(np.arange(8.0).reshape(2, 4))),
@@ -65,7 +67,7 @@ def test_every_column_comes_back(kind: Any, tmp_path: Path) -> None:
     assert set(found) == set(table)
     for name in ("id", "sequence", "domain", "picked", "probability", "prescreen_score", "exposures"):
         np.testing.assert_array_equal(found[name], np.asarray(table[name]))
-    for name in ("utility", "squared_norm"):
+    for name in ("utility", "loss", "odds", "squared_norm"):
         np.testing.assert_array_equal(found[name].known, [True, True, False, True])
         np.testing.assert_array_equal(found[name].values[[0, 1, 3]], np.asarray(table[name].values)[[0, 1, 3]])
     assert found["overlaps"].rows.tolist() == [0, 2]

@@ -135,7 +135,7 @@ def test_a_decay_a_gradient_becomes_a_half_life_in_steps(corpus: Path, tmp_path:
         return compose([f"data.path={corpus}", *overrides], folder).selection.proxy_half_life
 
     old, every = "selection.proxy_ema=0.8", "selection.prescreen.every=16"
-    predicting = ["selection=opus", every]
+    predicting = ["selection=screened", every]
     assert half_life(*predicting, old) == half_life(*predicting, f"+{old}") == pytest.approx(EIGHTY)
     assert half_life(*predicting, "selection.score_every=3", old) == pytest.approx(3 * EIGHTY)
     assert half_life(*predicting, "selection.proxy_every=24", old) == pytest.approx(3 * EIGHTY)
@@ -144,7 +144,7 @@ def test_a_decay_a_gradient_becomes_a_half_life_in_steps(corpus: Path, tmp_path:
     assert half_life(*predicting, old, "selection.proxy_half_life=7") == 7
     mine = tmp_path / "mine" / "experiment"
     mine.mkdir(parents=True)
-    text = "# @package _global_\ndefaults: [{override /selection: opus}]\nrun_dir: runs/${selection.proxy_ema}\n"
+    text = "# @package _global_\ndefaults: [{override /selection: screened}]\nrun_dir: runs/${selection.proxy_ema}\n"
     (mine / "mine.yaml").write_text(text + "selection: {proxy_ema: 0.8, prescreen: {every: 16}}\n")
     assert half_life("experiment=mine", folder=mine.parent) == pytest.approx(EIGHTY)
     assert half_life("experiment=mine", "selection.proxy_half_life=7", folder=mine.parent) == 7

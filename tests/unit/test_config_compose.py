@@ -20,7 +20,7 @@ def corpus(tmp_path):
 
 
 def test_groups_and_settings_apply_in_order(corpus):
-    overrides = ["selection=opus", "selection.rho=0.25", "optim=muon", "+optim.lr=1", "optim.betas=[0.5,0.75]"]
+    overrides = ["selection=screened", "selection.rho=0.25", "optim=muon", "+optim.lr=1", "optim.betas=[0.5,0.75]"]
     config = compose([f"data.path={corpus}", *overrides, "train.steps=200", "data.target_domains=[docs]"])
     assert (config.selection.method, config.selection.rho, config.selection.proxy_decay) == ("opus", 0.25, 0.8)
     assert (config.optim.name, config.optim.matrix_lr, config.optim.lr) == ("muon", 0.01, 1.0)

@@ -111,7 +111,11 @@ MISTAKES = {
     "parallel.cp=0": ("parallel.cp = 0", "must be at least 1", "1 switches"),
     "parallel.vpp=2": ("parallel.vpp = 2", "needs pp > 1", "set parallel.pp"),
     "selection.prescreen=predict": ("selection.prescreen = 'predict'", "no such", "mean selection.prescreen.mode?"),
-    "selection.prescreen.mode=on": ("selection.prescreen.mode = 'on'", "unknown choice", "off, cascade, predict"),
+    "selection.prescreen.mode=on": (
+        "selection.prescreen.mode = 'on'",
+        "unknown choice",
+        "importance, cascade, predict",
+    ),
     "selection.prescreen.slices=4": ("selection.prescreen.slices = 4", "no such", "selection.prescreen.slice?"),
     "selection.prescreen.text_features=[words]": (
         "selection.prescreen.text_features = ['words']",

@@ -307,7 +307,13 @@ def test_what_was_learnt_changes_picks_by_as_much_as_it_says(sampler_name: str) 
     predicting = config(prescreen=PrescreenConfig(mode="predict", every=4, slice=4), sampler=sampler_name)
     predicting.utilities = "raw"
     blind = decide(evidence(prescreen_score=prior, prior=prior), predicting, Key(3, 1), 8)
-    assert blind.influence == (0.0, None, None, {"utility": 0.0, "importance": blind.influence.spread["importance"]})
+    assert blind.influence == (
+        0.0,
+        None,
+        None,
+        None,
+        {"utility": 0.0, "importance": blind.influence.spread["importance"]},
+    )
     both = decide(evidence(prescreen_score=prior + VALUES, prior=prior), predicting, Key(3, 1), 8)
     common = set(both.positions.tolist()) & set(blind.positions.tolist())
     assert both.influence.changed == 1 - len(common) / 8 > 0

@@ -82,6 +82,14 @@ class Unread(Protocol):
         """Take them, (k,) on the CPU."""
 
 
+@runtime_checkable
+class SeesLosses(Protocol):
+    """An estimator that passes candidates through the model as it is, and so sees their losses."""
+
+    def losses(self) -> Tensor:
+        """(n,) float64 this rank's part of each candidate's mean token loss, of the latest ``estimate``."""
+
+
 class Sketch(Estimator, Protocol):
     """An estimator whose sketches stand in for the updates of one that has none."""
 

@@ -14,7 +14,15 @@ from megaopus.events import Event
 from megaopus.selection.backend import Gradient, UpdateOperator
 from megaopus.selection.candidates import as_candidates
 from megaopus.selection.estimators.layers import ghost_layers, require_enough, require_some
-from megaopus.selection.estimators.registry import ESTIMATORS, EVERY_LAYER, Estimator, Refining, Request, Unread
+from megaopus.selection.estimators.registry import (
+    ESTIMATORS,
+    EVERY_LAYER,
+    Estimator,
+    Refining,
+    Request,
+    SeesLosses,
+    Unread,
+)
 from megaopus.selection.estimators.step_size import DROWNED
 from megaopus.selection.methods.registry import register_method
 from megaopus.selection.pieces import direction, finite, pieces_of, shapes_of, whole_gradient, whole_operator
@@ -58,7 +66,7 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
     assert estimator is not None  # the entry says that the method scores by one
     operator = backend.operator(operator_name)
     if operator is None:
-        text = "the optimizer has no state yet, so its step is not known: picked uniformly"
+        text = f"the optimizer has no state yet, so its step is not known: {config.instead}"
         return Scores(utilities=None, events=(Event("selection.fallback.no_optimizer_state", text),))
     average, bad = _average(step)
     layers = config.derived_layers()
@@ -88,18 +96,24 @@ def _alignment(step: ScoringStep, operator_name: str) -> Scores:
         parts, rows = step.measured(lambda passes: estimator.estimate(request(passes)))
         if isinstance(estimator, Refining):
             parts = step.measured(lambda passes: estimator.refine(request(passes), parts, step.step))
+    seen = estimator.losses() if config.utilities == "odds" and isinstance(estimator, SeesLosses) else None
     # A stage or shard may be the only one to see a bad gradient: the word travels with the utilities.
-    utilities, count = backend.sum_over_ranks(parts, bad.double().view(1))
+    each = parts if seen is None else torch.cat([parts, seen.to(parts)])
+    utilities, count = backend.sum_over_ranks(each, bad.double().view(1))
     gram = None if rows is None else _gram(step, rows)
     utilities, count = _read(estimator, utilities, count)
     if bool(count > 0):
-        text = "the proxy gradient is not finite: picked uniformly, and the gradient was left out of its average"
+        text = f"the proxy gradient is not finite: {config.instead}, and the gradient was left out of its average"
         return Scores(utilities=None, events=(*told, Event("selection.fallback.proxy_not_finite", text)))
     step.average.keep()
+    losses = None
+    if seen is not None:  # of every rank its utilities, then its losses
+        utilities, losses = utilities.view(backend.world_size, 2, -1).unbind(1)
+        utilities, losses = utilities.flatten(), losses.flatten()[: len(step.buffer)]
     utilities = utilities[: len(step.buffer)]
     precision = estimator.signal_to_error(utilities) if isinstance(estimator, Refining) else None
     events = (*told, *(_why_equal(step, utilities, operator, average) or _drowned(precision)))
-    return Scores(utilities=utilities, gram=gram, signal_to_error=precision, events=events)
+    return Scores(utilities=utilities, losses=losses, gram=gram, signal_to_error=precision, events=events)
 
 
 def _read(estimator: Estimator, utilities: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +145,7 @@ def _why_equal(
     finite = utilities[utilities.isfinite()]
     if len(finite) and bool(finite.min() < finite.max()):
         return ()
-    backend = step.backend
+    backend, instead = step.backend, step.config.instead
     rates = [float(group["lr"]) for each in getattr(backend, "optimizers", ()) for group in each.param_groups]
     losses = step.sum_parts(step.measured(lambda passes: backend.losses(step.share, **passes)))
     if events := step.lost_labels(losses):
@@ -140,14 +154,14 @@ def _why_equal(
     found = torch.stack([_any(gradient), _any(direction(operator, gradient, gradient))]).double()
     has_gradient, has_step = (backend.sum_over_ranks(found[:0], found)[1] > 0).tolist()
     if rates and not any(rates):
-        text = "the learning rate is 0, so that no update changes anything: picked uniformly"
+        text = f"the learning rate is 0, so that no update changes anything: {instead}"
         return (Event("selection.fallback.learning_rate_zero", text),)
     if not has_gradient:
-        text = "the proxy gradient is 0 everywhere (are its labels masked?): picked uniformly"
+        text = f"the proxy gradient is 0 everywhere (are its labels masked?): {instead}"
         return (Event("selection.fallback.proxy_gradient_zero", text),)
     if not has_step:
         text = "the optimizer's state makes a step of 0 of the proxy gradient (has it taken one with a gradient yet?):"
-        return (Event("selection.fallback.step_zero", f"{text} picked uniformly"),)
+        return (Event("selection.fallback.step_zero", f"{text} {instead}"),)
     return ()
 
 
