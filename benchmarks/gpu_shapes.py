@@ -12,7 +12,7 @@ from megaopus.models.config import ModelConfig
 from megaopus.selection.config import GuardConfig, PrescreenConfig, SelectionConfig, most_per_pass
 from megaopus.selection.presets import read_preset
 
-PRESET = "opus"
+PRESET = "screened"
 LLAMA_8B: dict[str, Any] = {
     **LLAMA,
     "num_layers": 32,

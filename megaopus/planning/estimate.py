@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megaopus.config.run_config import RunConfig
 from megaopus.data.run_data import RunDataSummary
+from megaopus.data.text_features import JUDGES
 from megaopus.distributed.mesh import MeshShape
 from megaopus.models.flops import (
     VOCAB_MULTIPLE,
@@ -65,7 +66,8 @@ def _picks(config: RunConfig) -> str:
         text += f" in each of the {selection.score_every} steps that share them"
     if (scored := config.num_scored()) < size and selection.method != UNIFORM:
         every, predicts = selection.prescreen.every, selection.prescreen.mode == "predict"
-        text += f" ({scored} scored by the model" + (f" every {every} steps)" if predicts and every > 1 else ")")
+        often = f" every {every} steps" if predicts and every > 1 else ""
+        text += f" ({scored} scored by the model{', or none' if selection.cadence == 'auto' else often})"
     return text
 
 
@@ -153,7 +155,8 @@ def scoring_overhead(config: RunConfig) -> float:
     """FLOPs of selection over FLOPs of training, per step after the warm-up.
 
     (N/K)(L_score/L_train) x cost of the estimator, plus a forward and backward of the proxy batch at full length (of
-    the pool's too for a contrast). Time differs: scoring has no optimizer step, and forwards alone keep no activations.
+    the pool's too for a contrast). With ``utilities`` odds the judges among the proxy are scored, in every step, and no
+    gradient is made of them. Time differs: scoring has no optimizer step, and forwards alone keep no activations.
     """
     selection, train = config.selection, config.train
     if selection.method == UNIFORM:
@@ -161,8 +164,10 @@ def scoring_overhead(config: RunConfig) -> float:
     ratio = _scoring_cost(selection)[0]
     length = config.scored_length() / config.data.seq_len
     every = selection.score_every * (selection.prescreen.every if selection.prescreen.mode == "predict" else 1)
-    proxy = selection.proxy_batch_size / selection.proxy_period if selection.needs_proxy else 0
-    return (config.num_scored() / every * ratio * length + proxy * (1 + selection.contrast)) / train.global_batch_size
+    judged = selection.proxy_batch_size / JUDGES if selection.utilities == "odds" else 0
+    proxy = (selection.proxy_batch_size - judged) / selection.proxy_period if selection.needs_proxy else 0
+    scored = (config.num_scored() + judged) / every * ratio * length
+    return (scored + proxy * (1 + selection.contrast)) / train.global_batch_size
 
 
 def _scoring_cost(selection: SelectionConfig) -> Flops:

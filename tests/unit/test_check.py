@@ -31,6 +31,7 @@ from megaopus.models.flops import (
     training_flops_per_token,
 )
 from megaopus.planning import estimate as check
+from megaopus.selection.config import PrescreenConfig
 from tests.harness import tiny_engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +129,11 @@ def test_overhead_follows_the_cost_model():
     config.selection.estimator = "adjoint"
     assert check.scoring_overhead(config) == pytest.approx(1 + 1 / 3 + 0.5)
     assert check.scoring_overhead(small()) == 0
+    # a quarter of the proxy is scored beside the candidates, and makes no gradient
+    plain = check.scoring_overhead(small(method="opus", prescreen=PrescreenConfig(mode="importance")))
+    judged = small(method="opus", utilities="odds", prescreen=PrescreenConfig(mode="importance"))
+    share = judged.selection.proxy_batch_size / 4 / judged.train.global_batch_size
+    assert check.scoring_overhead(judged) == pytest.approx(plain - share + share * 2 / 3)
 
 
 def test_groups_are_meshes_of_adjacent_tensor_parallel_ranks():
