@@ -51,7 +51,7 @@ COMMON = (
 )
 ARMS = {
     "uniform": ("selection=uniform",),
-    "opus": ("selection=opus", "selection.score_length=64"),
+    "screened": ("selection=screened", "selection.score_length=64"),
     "exact": ("selection=opus_exact", "selection.score_length=64"),
 }
 SEED = 1
@@ -93,8 +93,8 @@ class Plan:
     arms: tuple[str, ...]
 
 
-FULL = Plan(400, 20, 32, (1, 2, 3), 5, tuple(OPTIMIZERS), ("opus", "exact"))
-QUICK = Plan(40, 10, 8, (1,), 1, ("adamw", "muon"), ("opus",))
+FULL = Plan(400, 20, 32, (1, 2, 3), 5, tuple(OPTIMIZERS), ("screened", "exact"))
+QUICK = Plan(40, 10, 8, (1,), 1, ("adamw", "muon"), ("screened",))
 
 
 @dataclass(frozen=True)
@@ -174,13 +174,13 @@ class Comparison:
                 yield found
 
     def _with_selection(self, optimizer: str, rate: float, arm: str, uniform: dict[int, Any]) -> dict[str, Any]:
-        """tokens_ratio (of opus; others have their name behind) and the like over the seeds that have run; null: not
+        """tokens_ratio (of screened; others have their name behind) and the like over the seeds that have run; null: not
         every seed got to uniform's loss."""
         rows = {seed: self.row(optimizer, rate, arm, seed) for seed in uniform}
         pairs = [compare(run_of(uniform[seed]), run_of(row)) for seed, row in rows.items() if row is not None]
         if not pairs:
             return {}
-        result, behind = aggregate(pairs), "" if arm == "opus" else f"_{arm}"
+        result, behind = aggregate(pairs), "" if arm == "screened" else f"_{arm}"
         return {
             f"tokens_ratio{behind}": result.tokens_ratio,
             f"tokens_ratio{behind}_std": result.tokens_ratio_std,
@@ -205,7 +205,18 @@ def state_mb(overrides: Sequence[str]) -> float:
 def print_rows(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """The table a person reads."""
     table = Table(title="demo corpus; ratios: less is better, - not reached or not run", box=SIMPLE, padding=0)
-    names = ("optimizer", "lr", "seeds", "final loss", "state MB", "step time", "tokens opus", "p", "tokens exact", "p")
+    names = (
+        "optimizer",
+        "lr",
+        "seeds",
+        "final loss",
+        "state MB",
+        "step time",
+        "tokens screened",
+        "p",
+        "tokens exact",
+        "p",
+    )
     for name in names:
         table.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=True)
     for row in rows:

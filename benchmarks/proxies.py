@@ -55,7 +55,7 @@ BENCHMARKS = (
 PROXY_FRACTION = 0.025
 ARMS: dict[str, tuple[str, ...]] = {
     "uniform": ("selection=uniform",),
-    "opus": ("selection=opus", SCORED),
+    "screened": ("selection=screened", SCORED),
     "exact": ("selection=opus_exact", SCORED),
 }
 
@@ -71,8 +71,8 @@ class Plan:
     arms: tuple[str, ...]
 
 
-FULL = Plan(400, 20, 128, (1, 2, 3), ("uniform", "opus", "exact"))
-QUICK = Plan(40, 10, 16, (1,), ("uniform", "opus"))
+FULL = Plan(400, 20, 128, (1, 2, 3), ("uniform", "screened", "exact"))
+QUICK = Plan(40, 10, 16, (1,), ("uniform", "screened"))
 
 
 @dataclass(frozen=True)
