@@ -174,8 +174,10 @@ class Comparison:
                 yield found
 
     def _with_selection(self, optimizer: str, rate: float, arm: str, uniform: dict[int, Any]) -> dict[str, Any]:
-        """tokens_ratio (of screened; others have their name behind) and the like over the seeds that have run; null: not
-        every seed got to uniform's loss."""
+        """tokens_ratio (of screened; others have their name behind) and the like over the seeds that have run.
+
+        Null: not every seed got to uniform's loss.
+        """
         rows = {seed: self.row(optimizer, rate, arm, seed) for seed in uniform}
         pairs = [compare(run_of(uniform[seed]), run_of(row)) for seed, row in rows.items() if row is not None]
         if not pairs:
@@ -205,18 +207,8 @@ def state_mb(overrides: Sequence[str]) -> float:
 def print_rows(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """The table a person reads."""
     table = Table(title="demo corpus; ratios: less is better, - not reached or not run", box=SIMPLE, padding=0)
-    names = (
-        "optimizer",
-        "lr",
-        "seeds",
-        "final loss",
-        "state MB",
-        "step time",
-        "tokens screened",
-        "p",
-        "tokens exact",
-        "p",
-    )
+    names = ("optimizer", "lr", "seeds", "final loss", "state MB", "step time")
+    names = (*names, "tokens screened", "p", "tokens exact", "p")
     for name in names:
         table.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=True)
     for row in rows:
