@@ -207,9 +207,8 @@ def state_mb(overrides: Sequence[str]) -> float:
 def print_rows(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """The table a person reads."""
     table = Table(title="demo corpus; ratios: less is better, - not reached or not run", box=SIMPLE, padding=0)
-    names = ("optimizer", "lr", "seeds", "final loss", "state MB", "step time")
-    names = (*names, "tokens screened", "p", "tokens exact", "p")
-    for name in names:
+    known = ("optimizer", "lr", "seeds", "final loss", "state MB", "step time")
+    for name in (*known, "tokens screened", "p", "tokens exact", "p"):
         table.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
