@@ -67,6 +67,10 @@ class Evidence:
     are picked; needed with ``utilities`` odds."""
     weights: Tensor | None = None
     """(F,) float64 weights of ``odds.SIGNALS``, of which ``parts`` are made; None: they are made otherwise."""
+    judges: Tensor | None = None
+    """(b,) bool which of the step's proxy batch are scored beside the candidates; None: nothing is judged by them."""
+    proxy_importance: Tensor | None = None
+    """(b,) float64 importance of that batch."""
     scores_now: bool = True
     """Whether utilities are worth computing in this step (``cadence`` auto)."""
     distrust: Event | None = None

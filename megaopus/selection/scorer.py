@@ -42,8 +42,9 @@ class Scorer:
         self.config = config
         self.backend = backend
         self._seed = seed
-        self._proxy, self._text_features = proxy, text_features
-        given = proxy if proxy is None else self._without_judges
+        self._proxy = proxy
+        self._judges: Tensor | None = None  # of the step that is scored
+        given = proxy if proxy is None else self._batch
         self._given: dict[str, Any] = {"proxy": given, "pool": pool, "wanted": wanted, "text_features": text_features}
         self._method = None if config.method == UNIFORM else METHODS.find(config.method)
         self._average = ProxyGradient(config.proxy_decay, kept=config.proxy_every > 1)
@@ -99,15 +100,15 @@ class Scorer:
             self.proxy_micro_batch_size = state.get("proxy_micro_batch_size")
             self._proxy_sized_for = state.get("proxy_sized_for", self._proxy_passes())
 
-    def score(self, buffer: Candidates, step: int) -> Scores:
+    def score(self, buffer: Candidates, step: int, judges: Tensor | None = None) -> Scores:
         """Scores of the whole buffer of n candidates, on the CPU and the same on every rank.
 
-        Each data-parallel rank scores its contiguous share of the buffer (``even_share``).
+        Each data-parallel rank scores its contiguous share of the buffer (``even_share``). ``judges``: (b,) bool which
+        of the step's proxy batch are scored beside the candidates, and have no part in the gradient; not all of them.
         """
         assert self._method is not None  # nothing is scored by method uniform
-        count, judges = len(buffer), self._judges(step)
-        if judges is not None:
-            buffer = Together(buffer, judges)
+        count = len(buffer)
+        buffer = self._with_judges(buffer, step, judges)
         share = buffer.take(self._rows(len(buffer)))
         if self.config.score_window != "first":
             share = Windowed(share, self.config.score_window, self._seed, step)
@@ -133,7 +134,7 @@ class Scorer:
                 **self._given,
             )
         )
-        found = _split(found, count, judges)
+        found = _split(found, count, len(buffer))
         return replace(found, events=tuple(map(self._if_again, found.events)))
 
     def _if_again(self, event: Event) -> Event:
@@ -147,12 +148,16 @@ class Scorer:
         text += f" that trains, unwrapped?): {self.config.instead}"
         return Event("selection.fallback.optimizer_never_steps", text, scorings=self._stateless)
 
-    def foresee(self, candidates: Candidates, scored: Tensor, step: int) -> list[Candidates]:
-        """Say, to read ahead, whose tokens this rank needs to score the candidates at positions ``scored`` (n,)."""
+    def foresee(
+        self, candidates: Candidates, scored: Tensor, step: int, judges: Tensor | None = None
+    ) -> list[Candidates]:
+        """Say, to read ahead, whose tokens this rank needs to score the candidates at positions ``scored`` (n,).
+
+        ``judges``: as ``score`` takes them.
+        """
         if not len(scored) or self._method is None or not (self._method.by_estimator or self._method.micro_batches):
             return []
-        chosen, judges = candidates.take(scored), self._judges(step)
-        everyone = chosen if judges is None else Together(chosen, judges)
+        everyone = self._with_judges(candidates.take(scored), step, judges)
         found = [*_plain(everyone.take(self._rows(len(everyone))))]
         if self.config.needs_proxy and step % self.config.proxy_every == 0:
             batches = [self._given["proxy"], self._given["pool"] if self.config.contrast else None]
@@ -160,29 +165,19 @@ class Scorer:
                 found.append(batch.take(self._rows(len(batch))))
         return found
 
-    def _judges(self, step: int) -> Candidates | None:
-        """Those of the step's proxy batch that no gradient is made of; None: there are none."""
-        drawn = self._drawn(step)
-        return None if drawn is None or not bool(drawn[1].any()) else drawn[0].take(drawn[1].nonzero().flatten())
-
-    def _without_judges(self, step: int) -> Candidates:
+    def _batch(self, step: int) -> Candidates:
+        """The proxy batch of a step, without its judges."""
         assert self._proxy is not None
-        drawn = self._drawn(step)
-        if drawn is None:
-            return as_candidates(self._proxy(step), step)
-        return drawn[0].take((~drawn[1]).nonzero().flatten())
+        batch, judges = as_candidates(self._proxy(step), step), self._judges
+        return batch if judges is None else batch.take((~judges).nonzero().flatten())
 
-    def _drawn(self, step: int) -> tuple[Candidates, Tensor] | None:
-        """(the step's proxy batch of n, (n,) bool which of it are judges); None: nobody is judged.
-
-        Where all of a batch are judges, a gradient is made of them, and nobody is judged.
-        """
-        if self.config.utilities != "odds" or self._proxy is None:
-            return None
-        assert self._text_features is not None
-        batch = as_candidates(self._proxy(step), step)
-        judges = self._text_features.judges(batch.ids)
-        return batch, judges & ~judges.all()
+    def _with_judges(self, candidates: Candidates, step: int, judges: Tensor | None) -> Candidates:
+        """``candidates``, and after them those of the step's proxy batch of b that are ``judges``, (b,) bool."""
+        self._judges = judges
+        if judges is None or not bool(judges.any()):
+            return candidates
+        assert self._proxy is not None
+        return Together(candidates, as_candidates(self._proxy(step), step).take(judges.nonzero().flatten()))
 
     def _rows(self, count: int) -> Tensor:
         """Of ``count`` sequences those that this data-parallel rank works on (m,)."""
@@ -268,8 +263,8 @@ def _plain(candidates: Candidates) -> Iterator[Candidates]:
         yield candidates
 
 
-def _split(scores: Scores, count: int, judges: Candidates | None) -> Scores:
-    """Make of the scores of everyone those of ``count`` candidates, and of the judges after them; leave out copies."""
+def _split(scores: Scores, count: int, total: int) -> Scores:
+    """Make of the scores of ``total`` those of ``count`` candidates, and of the judges after them; leave out copies."""
 
     def first(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[:count]
@@ -281,11 +276,10 @@ def _split(scores: Scores, count: int, judges: Candidates | None) -> Scores:
         gram=None if scores.gram is None else scores.gram[:count, :count],
         columns={name: values[:count] for name, values in scores.columns.items()},
     )
-    if judges is None or scores.utilities is None:
+    if count == total or scores.utilities is None:
         return found
-    after = slice(count, count + len(judges))
-    losses = None if scores.losses is None else scores.losses[after]
-    return replace(found, judged=Judged(judges.ids.cpu(), scores.utilities[after], losses))
+    losses = None if scores.losses is None else scores.losses[count:total]
+    return replace(found, judged=Judged(scores.utilities[count:total], losses))
 
 
 def _settings(config: SelectionConfig) -> str:

@@ -19,9 +19,8 @@ Result = TypeVar("Result")
 
 
 class Judged(NamedTuple):
-    """Says what was found out of sequences of the proxy of which no gradient is made, each (j,)."""
+    """Says what was found out of sequences of the proxy of which no gradient is made, each (j,), in their order."""
 
-    ids: Tensor
     utilities: Tensor
     losses: Tensor | None
 

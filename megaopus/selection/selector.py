@@ -132,7 +132,7 @@ class Selector:
         signatures = self._prepared(candidates) if counts_exposures(config) else None
         evidence = self._known(ids, step, lambda own: own, signatures)
         scored, picked, by_value = foresee(evidence, config, Key(self.seed, step), self.num_selected)
-        reads = self._scorer.foresee(candidates, scored, step)
+        reads = self._scorer.foresee(candidates, scored, step, evidence.judges)
         if counts_exposures(config) and signatures is None:  # they are of tokens then
             signed = candidates.take(picked[turn_of].sort().values) if len(picked) else candidates
             reads.append(guards.own_share(signed, self.backend))
@@ -238,11 +238,10 @@ class Selector:
             return parts_of(signals(positions, scores), weights)
 
         def score(positions: Tensor) -> Scores:
-            found = self._scorer.score(candidates.take(positions), step)
-            if odds is not None and (judged := found.judged) is not None:
-                assert self._text_features is not None
-                importance = self._text_features.proxy_importance(judged.ids)
-                odds.learn(signals(positions, found), Signals(importance, judged.utilities, judged.losses))
+            found = self._scorer.score(candidates.take(positions), step, known.judges)
+            if odds is not None and found.judged is not None:
+                assert known.proxy_importance is not None
+                odds.learn(signals(positions, found), Signals(known.proxy_importance[known.judges], *found.judged))
             return found
 
         return replace(
@@ -276,7 +275,12 @@ class Selector:
         if config.guards.domain_floor > 0 and text_features is not None:
             found["domains"] = text_features.domains(ids)
         if self._odds is not None:
-            found["weights"] = self._odds.weights
+            assert self._proxy is not None
+            assert text_features is not None
+            batch = as_candidates(self._proxy(step), step).ids
+            judges = text_features.judges(batch)
+            found["weights"], found["judges"] = self._odds.weights, judges & ~judges.all()  # some make the gradient
+            found["proxy_importance"] = text_features.proxy_importance(batch)
             if config.cadence == "auto":
                 found["every"] = torch.tensor([self._odds.every])
         if config.prescreen.mode == "importance" and text_features is not None:

@@ -94,6 +94,12 @@ class TextFeatures:
 
     importance = log_odds
 
+    def proxy_importance(self, ids: Tensor) -> Tensor:
+        return (1 - 2 * self.off) * (ids * 53 % 101).double()
+
+    def judges(self, ids: Tensor) -> Tensor:
+        return ids % 3 == int(self.off)
+
     def signatures(self, ids: Tensor, near: bool = False) -> Tensor:
         return ids // (1 + int(8 * self.off))
 
@@ -107,6 +113,7 @@ BY_TEXT: dict[str, dict[str, Any]] = {
     "floor": {"method": "high_ppl", "guards": GuardConfig(domain_floor=0.9, min_distinct=0)},
     "near copies": {"method": "high_ppl", "guards": GuardConfig(near_duplicates=True, min_distinct=0)},
     "predict": {"method": "high_ppl", "prescreen": PrescreenConfig(mode="predict", slice=64, every=2)},
+    "odds": {"utilities": "odds", "prescreen": PrescreenConfig(mode="importance", multiple=2), "proxy_every": 2},
     "wanted": {"method": "domain_oracle"},
 }
 
@@ -116,6 +123,8 @@ def picks_by_text(backend: ModuleBackend, off: float) -> dict[str, list[list[int
     found = {}
     for name, settings in BY_TEXT.items():
         config = SelectionConfig(**settings)
+        if name == "odds":
+            config.method = "opus"
         if name == "predict":
             config.method, config.prescreen.prior = "opus", 0.5
         selector = Selector(
@@ -129,6 +138,31 @@ def picks_by_text(backend: ModuleBackend, off: float) -> dict[str, list[list[int
         )
         size = 80 if name == "predict" else 16
         found[name] = [selector.select(batch(step, size), step).picked_ids.tolist() for step in range(4)]
+    return found
+
+
+def reductions(backend: ModuleBackend) -> list[list[int]]:
+    """Give the lengths of what is summed over ranks in each of 32 selections of the shipped default recipe."""
+    selector = Selector(
+        SelectionConfig.preset("opus"),
+        backend,
+        num_selected=4,
+        proxy=lambda step: batch(90 + step, 8),
+        text_features=TextFeatures(0.0),
+        seed=3,
+    )
+    found: list[list[int]] = []
+    add = backend.sum_over_ranks
+
+    def noted(parts: Tensor, tally: Tensor) -> tuple[Tensor, Tensor]:
+        if len(parts):
+            found[-1].append(len(parts))
+        return add(parts, tally)
+
+    with mock.patch.object(backend, "sum_over_ranks", noted):
+        for step in range(32):
+            found.append([])
+            selector.select(batch(step, 32), step)
     return found
 
 
@@ -186,7 +220,7 @@ def worker() -> dict[str, Any]:
         backend = make_backend(dist.group.WORLD)
         by_text = picks_by_text(backend, float(backend.rank))
         found |= {"by text": by_text, "disagreement": disagree(backend), "hashed": hashed(backend)}
-        return found | {"gathered": gathered(backend)}
+        return found | {"gathered": gathered(backend), "reductions": reductions(backend)}
     finally:
         dist.destroy_process_group()
 
@@ -202,6 +236,15 @@ def test_picks_rest_on_what_rank_0_knows_of_text(ranks: list[dict[str, Any]]) ->
         assert rank["by text"] == one
     for name, picks in one.items():
         assert picks != other[name], name  # the second rank's own would have picked otherwise
+
+
+def test_the_default_recipe_reduces_utilities_over_ranks_before_every_batch(ranks: list[dict[str, Any]]) -> None:
+    """Of 8 candidates and some judges, half on each rank; with each utility goes a loss."""
+    for rank in ranks:
+        assert len(rank["reductions"]) == 32
+        for lengths in rank["reductions"]:
+            assert lengths
+            assert 2 * 4 <= lengths[-1] <= 2 * 8
 
 
 def test_each_rank_hashes_its_share_of_the_candidates(ranks: list[dict[str, Any]]) -> None:
