@@ -239,6 +239,16 @@ FAULTS = (
         ),
         ("test_each_group_chooses_as_if_it_were_alone",),
     ),
+    Fault(
+        "a gradient is made of judges too",
+        (("return batch if judges is None else batch.take((~judges).nonzero().flatten())", "return batch"),),
+        ("test_no_gradient_is_made_of_judges_and_they_are_scored_beside_the_candidates",),
+    ),
+    Fault(
+        "losses of one rank are taken for utilities of the next",
+        (("utilities.view(backend.world_size, 2, -1).unbind(1)", "utilities.view(2, backend.world_size, -1)"),),
+        ("test_picks_are_those_of_one_process[dp2-odds]",),
+    ),
 )
 
 
