@@ -125,7 +125,9 @@ def sequence_losses(config: RunConfig, run: Run) -> dict[str, list[Any]]:
             found["documents"] += data.validation.first_document_of(buffer.sequence_ids).tolist()
             means.append(float(losses.mean()))
     if abs(statistics.fmean(means) - run.validations[-1].loss) > _NEAR:
-        raise RuntimeError(f"{run.path}: its sequences have a mean loss of {means}, its validation {run.validations[-1]}")
+        raise RuntimeError(
+            f"{run.path}: its sequences have a mean loss of {means}, its validation {run.validations[-1]}"
+        )
     return found
 
 

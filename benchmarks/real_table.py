@@ -4,10 +4,10 @@ Final losses are paired by seed. Against importance: Student's t-test of the pai
 alone, each at p < .006; Holm's correction over the other arms. way: share of the way from importance to the oracle, a
 ratio of means, with an interval of 95 % by a bootstrap over seeds. documents: in how many seeds an interval of 95 %
 of the gain over importance, by a bootstrap over the documents that are validated on, is above zero.
-tokens: share of uniform's update tokens at which an arm is at uniform's final loss; since the arm's rate has not fallen
-there and uniform's has, it is more than it would take. tokens at one rate: the same before either's has fallen. time:
-tokens times the arm's mean seconds of an update over uniform's. changed: share of the picks that are others than without
-the model's numbers; in, out: share of wanted text among those that came in and those that had to go.
+tokens: share of uniform's update tokens at which an arm is at uniform's final loss; since the arm's rate has not
+fallen there and uniform's has, it is more than it would take. at one rate: the same before either's has fallen. time:
+tokens times the arm's mean seconds of an update over uniform's. changed: share of the picks that are others than by
+importance alone; in, out: share of wanted text among those that came in and those that had to go.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ def show(results: Results, console: Console, out: Path | None) -> None:
     found = tables(rows)
     for table in found:
         _print(table, console)
+    for curve in (curves := decayed(rows)):
+        told = ", ".join(f"{arm} {spread(each['mean'], None, 2)}" for arm, each in curve["arms"].items())
+        title = f"{curve['pool']}: share of {curve['updates']} updates after which an arm, its rate fallen, is where"
+        console.print(f"{title} uniform ends: {told}", highlight=False)
     if columns := [row for row in results.rows.values() if row.get("what") == "column"]:
         for row in columns:
             console.print(f"column of a frozen model, {row['pool']}: made in {row['seconds'] / 60:.0f} minutes")
@@ -54,7 +58,8 @@ def show(results: Results, console: Console, out: Path | None) -> None:
         from benchmarks.common import commit, write_results
 
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_results(out, found, {"rows": len(rows), "results": str(results.path), "commit": commit()})
+        about = {"rows": len(rows), "results": str(results.path), "commit": commit()}
+        write_results(out, {"tables": found, "curves": curves}, about)
         console.print(f"tables: {out}", highlight=False)
 
 
@@ -74,7 +79,7 @@ def tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
         key = row["pool"], row["branch"], row["updates"]
         groups.setdefault(key, {}).setdefault(row["arm"], {})[row["seed"]] = row
     return [
-        {"pool": pool, "branch": branch, "updates": updates, "arms": arms_of(found)}
+        {"pool": pool, "branch": branch, "updates": updates, "arms": arms_of(found), "targets": targets(found)}
         for (pool, branch, updates), found in sorted(groups.items())
     ]
 
@@ -116,6 +121,72 @@ def _arm(name: str, arms: Arms) -> dict[str, Any]:
         **_picks(list(own.values())),
         **_judged(own, base if name != BASE else {}),
     }
+
+
+def targets(arms: Arms) -> list[dict[str, Any]]:
+    """Say which targets ``opus`` meets: {target, value, met}, None where it is not known yet; none without it."""
+    if CLAIM not in arms or BASE not in arms:
+        return []
+    found, gain = _arm(CLAIM, arms), _less(arms, BASE, CLAIM)
+    placebo, share = _less(arms, BASE, "placebo"), found["way"] and found["way"]["share"]
+    others = [each for each in (_less(arms, name, CLAIM) for name in ("frozen", "frozen_sum")) if each is not None]
+    pairs = len(found["seeds"]) if found["lower_in"] is None else sum(seed in arms[BASE] for seed in found["seeds"])
+    clean = None if None in (found["clean_in"], found["clean_out"]) else found["clean_in"] - found["clean_out"]
+    chance = None if placebo is None or not gain else placebo / gain
+    said: list[tuple[str, Any, Callable[[Any], bool]]] = [
+        ("seeds in which its final loss is below importance's: all", found["lower_in"], lambda value: value == pairs),
+        (f"p of that: below {LEVEL} at {' or '.join(map(str, LOOKS))} seeds", found["p"], lambda _: found["decided"]),
+        ("share of the way from importance to the oracle: at least .7", share, lambda value: value >= 0.7),
+        ("nats below the plain sum: at least 0", _less(arms, "sum", CLAIM), lambda value: value >= 0),
+        ("nats below the better frozen column: at least 0", min(others, default=None), lambda value: value >= 0),
+        ("wanted text among picks that came in, less among those that went: above 0", clean, lambda value: value > 0),
+        ("gain of the placebo over its own: below a third", chance, lambda value: gain > 0 and value < 1 / 3),
+        ("share of uniform's tokens: at most .5", found["tokens_ratio"], lambda value: value <= 0.5),
+        ("share of uniform's time: below 1", found["time_ratio"], lambda value: value < 1),
+    ]
+    return [{"target": name, "value": value, "met": None if value is None else met(value)} for name, value, met in said]
+
+
+def _less(arms: Arms, above: str, below: str) -> float | None:
+    """Nats by which ``below`` ends under ``above``, over the seeds that have both; None: none has."""
+    seeds = arms.get(above, {}).keys() & arms.get(below, {}).keys()
+    return _mean([arms[above][seed]["final_loss"] - arms[below][seed]["final_loss"] for seed in seeds])
+
+
+def decayed(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return for each pool with branches the updates at which each arm is where uniform's last branch ends.
+
+    As a share of that branch's updates, linear between branches; {pool, updates, arms: {arm: {mean, seeds}}}, the mean
+    None unless every seed gets there.
+    """
+    found = []
+    for pool in sorted({row["pool"] for row in rows if row["branch"]}):
+        ends: dict[str, dict[int, dict[int, float]]] = {}
+        for row in (row for row in rows if row["branch"] and row["pool"] == pool):
+            ends.setdefault(row["arm"], {}).setdefault(row["seed"], {})[row["updates"]] = row["final_loss"]
+        last = max(max(each) for each in ends.get("uniform", {0: {0: 0.0}}).values())
+        arms = {}
+        for arm, seeds in ends.items():
+            goals = {seed: ends.get("uniform", {}).get(seed, {}).get(last) for seed in seeds}
+            shares = [_reach(seeds[seed], goal, last) for seed, goal in goals.items() if goal is not None]
+            arms[arm] = {"mean": _mean(shares), "seeds": len(shares)}
+        found.append({"pool": pool, "updates": last, "arms": arms})
+    return found
+
+
+def _reach(curve: Mapping[int, float], goal: float, last: int) -> float | None:
+    """The share of ``last`` updates at which ``curve`` (updates -> loss) first is at ``goal``; None: never.
+
+    Where its first point is there already, that one's.
+    """
+    before: tuple[int, float] | None = None
+    for updates, loss in sorted(curve.items()):
+        if loss <= goal:
+            if before is None:
+                return updates / last
+            return (before[0] + (updates - before[0]) * (before[1] - goal) / (before[1] - loss)) / last
+        before = updates, loss
+    return None
 
 
 def _std(values: Sequence[float]) -> float | None:
@@ -287,6 +358,9 @@ def _print(found: Mapping[str, Any], console: Console) -> None:
         for row in found["arms"]:
             table.add_row(row["arm"], *(cell(row) for cell in cells.values()))
         console.print(table)
+    for each in found["targets"]:
+        met = {None: "not known", True: "met", False: "MISSED"}[each["met"]]
+        console.print(f"{met}: {each['target']} ({spread(each['value'], None, 4)})", highlight=False)
     for row in found["arms"]:
         if "nats" not in row:
             continue
