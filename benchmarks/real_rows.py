@@ -140,7 +140,7 @@ def judged(run_dir: Path, corpus: Path, limit: int, verb: Callable[[list[str]], 
     rows = [json.dumps({"text": text, "domain": PASSAGES}) + "\n" for text in opened_corpus.texts(held_out)]
     (items / f"{TASK}_test.jsonl").write_text("".join(rows), encoding="utf-8")
     out = run_dir / "judged.json"
-    verb([str(run_dir), "--suite", TASK, "--data", str(items), "--limit", str(limit), "--out", str(out)])
+    verb([str(run_dir), "engine=cpu", "--suite", TASK, "--data", str(items), "--limit", str(limit), "--out", str(out)])
     found = read_evaluation(out).items(TASK)
     assert found is not None
     return {

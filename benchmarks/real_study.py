@@ -175,6 +175,7 @@ class Study:
     results: Results
     work: Path
     console: Console
+    verb: study.Verb = study.verb
 
     # settings
 
@@ -228,7 +229,7 @@ class Study:
         if job.branch:
             allowed = "resume_allow=[train.steps,optim.schedule,optim.decay_steps]"
             overrides += [allowed, f"resume={self._trunk(job) / 'checkpoints' / f'step_{job.updates:08d}'}"]
-        run = study.trained(overrides, run_dir, 1)
+        run = study.trained(overrides, run_dir, 1, self.verb)
         config = compose(list(each.overrides))
         row = {**each.fields, **facts_of(config, run, None if job.arm == "uniform" else self._uniform(job))}
         if job.pool == "lambada":
@@ -242,7 +243,7 @@ class Study:
         return row
 
     def _verb(self, name: str, said: Sequence[str], beside: Path) -> None:
-        study.verb(name, said, beside.with_name(f"{beside.name}.{name}.log"), 1)
+        self.verb(name, said, beside.with_name(f"{beside.name}.{name}.log"), 1)
 
     def _uniform(self, job: Job) -> dict[str, Any] | None:
         """The row of the uniform run of as many updates."""
@@ -264,7 +265,7 @@ class Study:
         if not done or done[-1].name != f"step_{last:08d}":
             gaps = int(np.gcd.reduce(self._curve(job)))
             length = [f"train.steps={last}", "optim.schedule=constant", f"checkpoint.keep_every={gaps}"]
-            study.trained([*self._shared(job), *length, f"checkpoint.every={self.plan.every}"], run_dir, 1)
+            study.trained([*self._shared(job), *length, f"checkpoint.every={self.plan.every}"], run_dir, 1, self.verb)
         return run_dir
 
     # columns
@@ -278,7 +279,7 @@ class Study:
             began, run_dir = time.monotonic(), self.work / "runs" / f"warm_{job.pool}"
             uniform = Job(job.stage, job.pool, "uniform", 0, WARM)
             length = [f"train.steps={WARM}", "optim.schedule=constant", "train.eval_sequences=1"]
-            study.trained([*self._shared(uniform), *length], run_dir, 1)
+            study.trained([*self._shared(uniform), *length], run_dir, 1, self.verb)
             said = ["--corpus", str(corpus.path), "--method", "utility", "--checkpoint", str(run_dir), "--name", FROZEN]
             self._verb("score", [*said, *COLUMN, "--device", "cpu", "--plugin", "benchmarks.real_arms"], run_dir)
             facts = {"what": "column", "pool": job.pool, "seconds": time.monotonic() - began, "commit": commit()}
@@ -396,14 +397,14 @@ def tiny_model(folder: Path, corpus: Path) -> Path:
 
 
 def quick_study(work: Path, corpus: Path, results: Path, console: Console) -> Study:
-    """Everything at a size at which nothing is learnt; a small demo corpus is made if there is none."""
+    """Everything at a size at which nothing is learnt, in this process; makes a small demo corpus if there is none."""
     if not (corpus / MANIFEST).is_file():
         build_demo_corpus(corpus, vocab_size=512, limits=dict.fromkeys(DEMO_LIMITS, 150_000), console=console)
     plan = Plan(stages=QUICK, decay=1, every=2, sequences=8, more=("data.seq_len=32",))
     worth = {kind: float(kind == DEMO_WANTED) for kind in Corpus.open(corpus).domains}
     place = [f"data.path={corpus}", f"data.target_domains=[{DEMO_WANTED}]"]
     model = tiny_model(work / "model", corpus)
-    return Study(plan, model, lambda pool: place, worth, Results(results), work, console)
+    return Study(plan, model, lambda pool: place, worth, Results(results), work, console, study.verb_here)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,17 +12,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.common import CLOCKS, ROOT, interleaved
 from megaopus.cli.demo import picked_share
+from megaopus.cli.main import main
 from megaopus.config.aliases import former_settings
 from megaopus.config.compose import compose
 from megaopus.config.run_config import differences
@@ -163,9 +166,10 @@ def _trained(each: Task, folder: Path, threads: int) -> dict[str, Any]:
     return row
 
 
-def trained(overrides: Sequence[str], run_dir: Path, threads: int) -> Run:
-    """Train in a process of its own; a killed run goes on. Raises SystemExit, which names the log, if that fails."""
-    verb("train", [*overrides, f"run_dir={run_dir}"], run_dir.with_name(run_dir.name + ".log"), threads)
+def trained(overrides: Sequence[str], run_dir: Path, threads: int, run: Verb | None = None) -> Run:
+    """Train by ``run``, in a process of its own unless given; a killed run goes on. Raises SystemExit as ``verb``."""
+    log = run_dir.with_name(run_dir.name + ".log")
+    (run or verb)("train", [*overrides, f"run_dir={run_dir}"], log, threads)
     return load_run(run_dir)
 
 
@@ -182,6 +186,21 @@ def verb(name: str, arguments: Sequence[str], log: Path, threads: int) -> None:
     if status:
         raise SystemExit(f"python -m megaopus {name} ended with exit status {status}; see {log}")
     log.unlink()
+
+
+def verb_here(name: str, arguments: Sequence[str], log: Path, threads: int) -> None:
+    """Do the same in this process, without a start of Python; for small runs, one at a time."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(threads)
+    with log.open("a") as output, redirect_stdout(output), redirect_stderr(output):
+        status = main([name, *arguments])
+    if status:
+        raise SystemExit(f"python -m megaopus {name} ended with exit status {status}; see {log}")
+    log.unlink()
+
+
+Verb = Callable[[str, Sequence[str], Path, int], None]
+"""(name, arguments, log, threads): ``verb`` or ``verb_here``."""
 
 
 def summary_of(run: Run) -> dict[str, Any]:

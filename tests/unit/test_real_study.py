@@ -6,8 +6,8 @@ import gzip
 import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,6 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import pools, real_arms, real_rows, real_study, real_table, study
-from megaopus.cli.main import main
 from megaopus.config.compose import compose
 from megaopus.data.candidates import CandidateBuffer
 from megaopus.data.corpus import SPLITS, Corpus
@@ -379,26 +378,18 @@ def test_what_kinds_are_worth_is_read_in_both_forms(tmp_path: Path) -> None:
             real_study.read_worth(path)
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Verbs run here, which takes no start of Python; they are kept."""
-    said: list[list[str]] = []
+def test_rows_of_a_toys_size(corpus: Corpus, tmp_path: Path) -> None:
+    work, said = tmp_path / "work", []
 
-    def verb(name: str, arguments: Sequence[str], log: Path, threads: int) -> None:
-        said.append([name, *arguments])
-        assert main([name, *arguments]) == 0
+    def verb(name: str, *more: Any) -> None:
+        said.append(name)
+        study.verb_here(name, *more)
 
-    monkeypatch.setattr(study, "verb", verb)
-    return said
-
-
-def test_rows_of_a_toys_size(in_this_process: list[list[str]], corpus: Corpus, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-
-    def quick(arms: Sequence[str], run: Callable[[Any, Any], None] = real_study.Study.run) -> Any:
-        one = real_study.quick_study(work, corpus.path, work / "rows.jsonl", Console(quiet=True))
+    def quick(arms: Sequence[str]) -> tuple[real_study.Study, list[real_study.Job]]:
+        made = real_study.quick_study(work, corpus.path, work / "rows.jsonl", Console(quiet=True))
+        one = replace(made, verb=verb)
         jobs = [job for stage in (1, 5) for job in real_study.jobs_of(one.plan, stage, arms, None)]
-        run(one, jobs)
+        one.run(jobs)
         return one, jobs
 
     arms = ("uniform", "importance", "placebo", "frozen_sum")
@@ -417,9 +408,9 @@ def test_rows_of_a_toys_size(in_this_process: list[list[str]], corpus: Corpus, t
     assert rows["importance", 3, False]["swapped"]["changed"] == 0  # the same noise, the same picks
     assert rows["placebo", 3, False]["swapped"]["changed"] > 0
     assert len({row["final_loss"] for row in rows.values()}) == 6
-    began = len(in_this_process)
+    assert said == [*["train"] * 4, "score", *["train"] * 4]  # with the warm-up for the column, and the trunk
     quick(arms)
-    assert len(in_this_process) == began
+    assert len(said) == 9
     real_table.show(one.results, Console(quiet=True), tmp_path / "table.json")
     tables = json.loads((tmp_path / "table.json").read_text())["tables"]
     assert [(table["updates"], table["branch"], len(table["arms"])) for table in tables] == [
@@ -430,7 +421,7 @@ def test_rows_of_a_toys_size(in_this_process: list[list[str]], corpus: Corpus, t
 
 
 def test_a_run_whose_losses_are_others_than_it_said_is_refused(
-    in_this_process: list[list[str]], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = real_study.quick_study(tmp_path / "work", corpus.path, tmp_path / "rows.jsonl", Console(quiet=True))
     monkeypatch.setattr(real_rows, "_NEAR", -1.0)
