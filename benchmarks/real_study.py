@@ -231,10 +231,12 @@ class Study:
             overrides += [allowed, f"resume={self._trunk(job) / 'checkpoints' / f'step_{job.updates:08d}'}"]
         run = study.trained(overrides, run_dir, 1, self.verb)
         config = compose(list(each.overrides))
-        row = {**each.fields, **facts_of(config, run, None if job.arm == "uniform" else self._uniform(job))}
+        row = {**each.fields, **facts_of(config, run, self._uniform(job))}
         if job.pool == "lambada":
             place = Path(config.data.validation_path or "")
             row["judged"] = judged(run_dir, place, self.plan.passages, lambda said: self._verb("eval", said, run_dir))
+        if name := _column_of(job.arm):
+            row["column"] = load_column(Corpus.open(config.data.path), name).digest[:8]
         row |= {"corpora": each.corpora, "commit": run.environment.get("git")}
         self.results.add(each.key, row)
         shutil.rmtree(run_dir)
@@ -246,7 +248,9 @@ class Study:
         self.verb(name, said, beside.with_name(f"{beside.name}.{name}.log"), 1)
 
     def _uniform(self, job: Job) -> dict[str, Any] | None:
-        """The row of the uniform run of as many updates."""
+        """The row of the uniform run of as many updates; None: there is none yet, or no whole curve of either."""
+        if job.arm == "uniform" or job.branch:
+            return None
         same = Job(job.stage, job.pool, "uniform", job.seed, job.updates, job.branch)
         return self.results.rows.get(self.task(same).key)
 
@@ -273,9 +277,10 @@ class Study:
     def _columns(self, job: Job) -> None:
         """Make the score columns that an arm picks by."""
         corpus = Corpus.open(compose(self.overrides(job)).data.path)
-        if job.arm == "oracle":
+        name = _column_of(job.arm)
+        if name == WORTH:
             ensure_worth(corpus, self.worth)
-        elif job.arm.startswith("frozen") and FROZEN not in column_names(corpus):
+        elif name == FROZEN and FROZEN not in column_names(corpus):
             began, run_dir = time.monotonic(), self.work / "runs" / f"warm_{job.pool}"
             uniform = Job(job.stage, job.pool, "uniform", 0, WARM)
             length = [f"train.steps={WARM}", "optim.schedule=constant", "train.eval_sequences=1"]
@@ -305,6 +310,11 @@ class Study:
         for key, row in self.results.rows.items():
             if key.startswith(_digest(self.model)) and row.get("arm") == arm:
                 yield row
+
+
+def _column_of(arm: str) -> str | None:
+    """Name the score column that an arm picks by; None: by none."""
+    return {"oracle": WORTH, "frozen": FROZEN, "frozen_sum": FROZEN}.get(arm)
 
 
 def update_seconds(config: RunConfig) -> float:

@@ -244,10 +244,10 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def _against_uniform(own: Mapping[int, Row], uniform: Mapping[int, Row]) -> dict[str, Any]:
-    """Means over seeds; None unless every seed got there."""
-    seeds = sorted(own.keys() & uniform.keys())
+    """Means over seeds; None unless every seed got there. Of branches, which have no whole curve, see ``decayed``."""
+    seeds = sorted(seed for seed in own.keys() & uniform.keys() if not own[seed]["branch"])
     whole = [ratios(uniform[seed], own[seed]) for seed in seeds]
-    flat = [ratios(uniform[s], own[s], own[s]["updates"] - own[s]["decay"])[0] for s in seeds if not own[s]["branch"]]
+    flat = [ratios(uniform[seed], own[seed], own[seed]["updates"] - own[seed]["decay"])[0] for seed in seeds]
     return {
         "tokens_ratio": _mean([tokens for tokens, _ in whole]),
         "time_ratio": _mean([seconds for _, seconds in whole]),
