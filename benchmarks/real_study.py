@@ -206,9 +206,11 @@ class Study:
         left = [job for job in jobs if self.task(job).key not in self.results.rows]
         study.refuse_other_corpora(map(self.task, jobs), self.results)
         expected = [self.seconds(job) for job in left]
-        self._say(f"{len(jobs)} rows, {len(jobs) - len(left)} of them done before; about {sum(expected) / 60:.0f} ")
+        done_before = f"{len(jobs)} rows, {len(jobs) - len(left)} of them done before"
+        self._say(f"{done_before}; about {sum(expected) / 60:.0f} core-minutes left by estimate")
         began, done = time.monotonic(), 0.0
         for number, job in enumerate(left):
+            self._say(f"[{number + 1}/{len(left)}] {job.title}: what training says is in {self._run_dir(job)}.log")
             row = self._row(job)
             done += expected[number]
             spent = time.monotonic() - began
@@ -217,14 +219,12 @@ class Study:
             self._say(f"{line}{row['update_s']:.1f} s each; {spent / 60:.0f} min so far, eta {eta:.0f} min")
 
     def _say(self, line: str) -> None:
-        if line.endswith(" "):
-            line += "core-minutes left by estimate"
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _row(self, job: Job) -> dict[str, Any]:
         each = self.task(job)
         self._columns(job)
-        run_dir = self.work / "runs" / each.key.replace("/", "_")
+        run_dir = self._run_dir(job)
         overrides = list(each.overrides)
         if job.branch:
             allowed = "resume_allow=[train.steps,optim.schedule,optim.decay_steps]"
@@ -243,6 +243,9 @@ class Study:
         if job.branch and job.updates == self._curve(job)[-1]:
             shutil.rmtree(self._trunk_dir(job))
         return row
+
+    def _run_dir(self, job: Job) -> Path:
+        return self.work / "runs" / self.task(job).key.replace("/", "_")
 
     def _verb(self, name: str, said: Sequence[str], beside: Path) -> None:
         self.verb(name, said, beside.with_name(f"{beside.name}.{name}.log"), 1)

@@ -408,7 +408,7 @@ def test_rows_of_a_toys_size(corpus: Corpus, tmp_path: Path) -> None:
     assert rows["importance", 3, False]["swapped"]["changed"] == 0  # the same noise, the same picks
     assert rows["placebo", 3, False]["swapped"]["changed"] > 0
     assert len({row["final_loss"] for row in rows.values()}) == 6
-    assert said == [*["train"] * 4, "score", *["train"] * 4]  # with the warm-up for the column, and the trunk
+    assert said == [*["train"] * 3, "score", *["train"] * 5]  # with the warm-up for the column, and the trunk
     quick(arms)
     assert len(said) == 9
     real_table.show(one.results, Console(quiet=True), tmp_path / "table.json")
