@@ -43,8 +43,8 @@ REAL_MIXED = {"books": 1_500_000} | dict.fromkeys(("code", "tldr", "french", "wi
 LAMBADA = dict.fromkeys(("books", "code", "french", "wiki"), 1_400_000)
 REAL_PROXY_FRACTION, REAL_VALIDATION_FRACTION = 0.2, 0.12
 PASSAGES = "lambada"
-HALF = 0.48
-"""Of the passages are the proxy, and as many are held out to judge by: a split rule leaves something to the pool."""
+MOST = 0.96
+"""Of each half of the passages is the proxy, or is judged: a corpus keeps some text of every kind in its pool."""
 BLOCK_WORDS = 12
 PASSAGE_WORDS = 50
 REPLACED = 0.3
@@ -84,14 +84,16 @@ def ensure_real_pool(name: str, data: Path, folder: Path, model: Path, console: 
     if name == "lambada":
         rule = SplitRule(0, REAL_VALIDATION_FRACTION)
         prepare_texts(corpus, lambda: lambada(data), rule, **made)
-        prepare_texts(beside, lambda: {PASSAGES: passages(data)}, SplitRule(HALF, HALF), **made)
+        halves = {PASSAGES: passages(data)[::2], "judged": passages(data)[1::2]}  # a pool is larger than its proxy
+        prepare_texts(folder / f"{name}_proxy", lambda: halves, SplitRule(MOST, 0, (PASSAGES,)), **made)
+        prepare_texts(beside, lambda: {PASSAGES: halves["judged"]}, SplitRule(0, MOST), **made)
         wanted = PASSAGES
     else:
         rule, wanted = real_rule(), WANTED
         prepare_texts(corpus, lambda: REAL_POOLS[name](data), rule, **made)
         prepare_texts(beside, lambda: {WANTED: REAL_POOLS[name](data)[WANTED]}, rule, **made)
     found = [f"data.path={corpus}", f"data.validation_path={beside}", f"data.target_domains=[{wanted}]"]
-    return [*found, f"data.proxy_path={beside}"] if wanted == PASSAGES else found
+    return [*found, f"data.proxy_path={folder / f'{name}_proxy'}"] if wanted == PASSAGES else found
 
 
 def real_rule() -> SplitRule:

@@ -66,7 +66,7 @@ def ratios(uniform: Mapping[str, Any], row: Mapping[str, Any], until: int | None
     for each in (uniform, row):
         kept = [point for point in each["validations"] if until is None or point["step"] <= until]
         runs.append(run_of({"key": "row", **each, "validations": kept}))
-    tokens = compare(*runs, window=1).tokens_ratio
+    tokens = compare(runs[0], runs[1], window=1).tokens_ratio
     return tokens, None if tokens is None else tokens * row["update_s"] / uniform["update_s"]
 
 

@@ -67,8 +67,10 @@ COLUMN = ("--proxy-sequences", "64", "--windows", "first")
 """How the column of a frozen model is made, of a document's first sequence, after ``WARM`` uniform updates."""
 WARM = 12
 # until the recipe is there that narrows by importance and lets utilities pick, a cascade of the same size stands for it
-OPUS = (*SCORED, "selection.rho=0.25", "selection.prescreen.mode=cascade", "selection.prescreen.multiple=2")
-OPUS = (*OPUS, "selection.prescreen.slice=1")
+OPUS = (
+    *(*SCORED, "selection.rho=0.25", "selection.prescreen.mode=cascade", "selection.prescreen.multiple=2"),
+    "selection.prescreen.slice=1",
+)
 ARMS: dict[str, tuple[str, ...]] = {
     "uniform": ("selection=uniform", *WIDE),
     "importance": ("selection=importance", *WIDE),

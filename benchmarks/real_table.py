@@ -140,7 +140,11 @@ def targets(arms: Arms) -> list[dict[str, Any]]:
         ("nats below the plain sum: at least 0", _less(arms, "sum", CLAIM), lambda value: value >= 0),
         ("nats below the better frozen column: at least 0", min(others, default=None), lambda value: value >= 0),
         ("wanted text among picks that came in, less among those that went: above 0", clean, lambda value: value > 0),
-        ("gain of the placebo over its own: below a third", chance, lambda value: gain > 0 and value < 1 / 3),
+        (
+            "gain of the placebo over its own: below a third",
+            chance,
+            lambda value: gain is not None and gain > 0 and value < 1 / 3,
+        ),
         ("share of uniform's tokens: at most .5", found["tokens_ratio"], lambda value: value <= 0.5),
         ("share of uniform's time: below 1", found["time_ratio"], lambda value: value < 1),
     ]

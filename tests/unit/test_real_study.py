@@ -176,7 +176,7 @@ def test_wanted_text_that_is_validated_on_is_in_no_pool(name: str, tmp_path: Pat
     data, words = tmp_path / "data", ["one", "two", "three", "four", "five", "six", "seven"]
     for file in ("books", "code", "tldr_pages", "french_novels", "wikitext2_test", "wikitext2_valid"):
         write_texts(data / f"{file}.jsonl.gz", 60, [f"{word}{file}" for word in words])
-    write_texts(data / "benchmarks" / "lambada_openai_test.jsonl.gz", 200, words)
+    write_texts(data / "benchmarks" / "lambada_openai_test.jsonl.gz", 60, words)
     folder = tmp_path / "pools"
     settings = pools.ensure_real_pool(name, data, folder, tiny_corpus)
     config = compose([*settings, "data.seq_len=16"]).data
@@ -378,6 +378,7 @@ def test_what_kinds_are_worth_is_read_in_both_forms(tmp_path: Path) -> None:
             real_study.read_worth(path)
 
 
+@pytest.mark.slow
 def test_rows_of_a_toys_size(corpus: Corpus, tmp_path: Path) -> None:
     work, said = tmp_path / "work", []
 
@@ -392,10 +393,10 @@ def test_rows_of_a_toys_size(corpus: Corpus, tmp_path: Path) -> None:
         one.run(jobs)
         return one, jobs
 
-    arms = ("uniform", "importance", "placebo", "frozen_sum")
+    arms = ("uniform", "importance", "frozen_sum")
     one, jobs = quick(arms)
     rows = {(job.arm, job.updates, job.branch): one.results.rows[one.task(job).key] for job in jobs}
-    assert len(rows) == 6
+    assert len(rows) == 5
     assert [path.name for path in (work / "runs").iterdir()] == []
     for (_, updates, branch), row in rows.items():
         assert row["updates"] == updates + 1
@@ -406,15 +407,15 @@ def test_rows_of_a_toys_size(corpus: Corpus, tmp_path: Path) -> None:
         assert (row["tokens_ratio"] is None) or not branch
         assert 0 <= row["changed_share"] <= 1
     assert rows["importance", 3, False]["swapped"]["changed"] == 0  # the same noise, the same picks
-    assert rows["placebo", 3, False]["swapped"]["changed"] > 0
-    assert len({row["final_loss"] for row in rows.values()}) == 6
-    assert said == [*["train"] * 3, "score", *["train"] * 5]  # with the warm-up for the column, and the trunk
+    assert rows["frozen_sum", 3, False]["swapped"]["changed"] > 0
+    assert len({row["final_loss"] for row in rows.values()}) == 5
+    assert said == [*["train"] * 3, "score", *["train"] * 4]  # with the warm-up for the column, and the trunk
     quick(arms)
-    assert len(said) == 9
+    assert len(said) == 8
     real_table.show(one.results, Console(quiet=True), tmp_path / "table.json")
     tables = json.loads((tmp_path / "table.json").read_text())["tables"]
     assert [(table["updates"], table["branch"], len(table["arms"])) for table in tables] == [
-        (4, False, 4),
+        (4, False, 3),
         (3, True, 1),
         (5, True, 1),
     ]
