@@ -124,8 +124,11 @@ def _arm(name: str, arms: Arms) -> dict[str, Any]:
 
 
 def targets(arms: Arms) -> list[dict[str, Any]]:
-    """Say which targets ``opus`` meets: {target, value, met}, None where it is not known yet; none without it."""
-    if CLAIM not in arms or BASE not in arms:
+    """Say which targets ``opus`` meets: {target, value, met}, None where it is not known yet.
+
+    None are said of a pool on which the oracle has not run.
+    """
+    if not {CLAIM, BASE, BEST} <= arms.keys():
         return []
     found, gain = _arm(CLAIM, arms), _less(arms, BASE, CLAIM)
     placebo, share = _less(arms, BASE, "placebo"), found["way"] and found["way"]["share"]
