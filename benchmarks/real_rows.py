@@ -38,6 +38,7 @@ def facts_of(config: RunConfig, run: Run, uniform: Mapping[str, Any] | None) -> 
     last, seconds = run.validations[-1], run.steps[-1].time_s
     changed = [row.changed_by_utilities for row in run.selections if row.changed_by_utilities is not None]
     swapped = swaps(config, run.path)
+    events = Counter(event.kind for each in run.selections for event in each.events)
     known = bool(changed) and config.selection.has_prior
     row: dict[str, Any] = {
         "updates": last.step,
@@ -47,7 +48,9 @@ def facts_of(config: RunConfig, run: Run, uniform: Mapping[str, Any] | None) -> 
         "changed_share": statistics.fmean(changed) if known else swapped["changed"],
         "seconds": seconds,
         "update_s": seconds / last.step,
-        **{name: kept[name] for name in ("share", "tokens_per_step", "uniform_steps", "events", "validations")},
+        **{name: kept[name] for name in ("share", "tokens_per_step", "uniform_steps", "validations")},
+        "events": dict(events),
+        "wanted": config.data.target_domains,
         "swapped": swapped,
         "sequences": sequence_losses(config, run),
     }

@@ -7,7 +7,8 @@ of the gain over importance, by a bootstrap over the documents that are validate
 tokens: share of uniform's update tokens at which an arm is at uniform's final loss; since the arm's rate has not
 fallen there and uniform's has, it is more than it would take. at one rate: the same before either's has fallen. time:
 tokens times the arm's mean seconds of an update over uniform's. changed: share of the picks that are others than by
-importance alone; in, out: share of wanted text among those that came in and those that had to go.
+importance alone; in, out: share of wanted text among those that came in and those that had to go; clean: among all.
+by chance: share of the updates whose picks were uniform, as after an alarm.
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.pools import PASSAGES, WANTED
 from benchmarks.real_rows import ratios
 from benchmarks.study import Results, spread
-from megaopus.cli.demo import WANTED as DEMO_WANTED
 from megaopus.report.compare import paired_t_test
 
 Row = dict[str, Any]
@@ -270,21 +269,21 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _picks(rows: Sequence[Row]) -> dict[str, Any]:
     """What was picked, and whether what the model changed was for the better."""
-    wanted = [WANTED, DEMO_WANTED, PASSAGES]
+    shares = [row["share"] for row in rows]
+    wanted = [kind for kind in rows[0]["wanted"] if kind in shares[0]]  # of a benchmark's text the pool has none
 
     def clean(way: str) -> float | None:
         counts = [row["swapped"][way] for row in rows]
         total = sum(sum(each.values()) for each in counts)
-        return sum(each.get(kind, 0) for each in counts for kind in wanted) / total if total else None
+        return sum(each.get(kind, 0) for each in counts for kind in wanted) / total if total and wanted else None
 
-    shares = [row["share"] for row in rows]
     return {
         "changed_share": _mean([row["changed_share"] for row in rows]),
         "clean_in": clean("came"),
         "clean_out": clean("went"),
-        "clean": statistics.fmean(sum(each.get(kind, 0) for kind in wanted) for each in shares),
+        "clean": statistics.fmean(sum(each[kind] for kind in wanted) for each in shares) if wanted else None,
         "share": {kind: statistics.fmean(each[kind] for each in shares) for kind in shares[0]},
-        "uniform_steps": sum(row["uniform_steps"] for row in rows),
+        "uniform_steps": statistics.fmean(row["uniform_steps"] / row["updates"] for row in rows),
     }
 
 
@@ -351,6 +350,7 @@ COSTS: dict[str, Cell] = {
     "in": _percent("clean_in"),
     "out": _percent("clean_out"),
     "clean": _percent("clean"),
+    "by chance": _percent("uniform_steps"),
 }
 ABOUT = {"against importance": LOSSES, "against uniform, and picks": COSTS}
 """Title of a table -> its columns; - for what is not known, or not reached in every seed."""

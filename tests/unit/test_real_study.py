@@ -216,6 +216,7 @@ def row_of(arm: str, seed: int, final: float, curve: Sequence[float] = (4.2, 4.0
         "update_s": 10.0 if arm == "uniform" else 15.0,
         "share": {"books": 0.4, "wiki": 0.6},
         "uniform_steps": 0,
+        "wanted": ["books"],
         "swapped": {"came": {"books": 3, "wiki": 1}, "went": {"books": 1, "wiki": 3}},
         "validations": [
             {"step": 10 * at, "tokens": 80 * at, "time_s": 1.0 * at, "loss": loss, "domains": {"books": loss}}
