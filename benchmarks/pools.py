@@ -5,6 +5,10 @@ hard:  books wanted; beside them the same kind of text, changed so that words an
        passages repeated, 30 % of the words replaced by others as frequent.
 clean: nothing but books in the pool; wanted are books by other authors.
 real_hard: books wanted; beside them books damaged as web corpora have it (damage.py), and other domains.
+real_clean: books of half of the authors wanted; beside them books by the others, and articles. Nothing is damaged.
+real_mixed: books wanted; code, command-line help, French novels and articles beside them. Nothing is damaged.
+lambada: passages of a benchmark wanted, of which the pool has none: books, code, French novels and articles.
+The last four are for a real model, whose tokenizer they are made with (``ensure_real_pool``).
 """
 
 from __future__ import annotations
@@ -34,6 +38,13 @@ DAMAGED = ("columns", "blocks", "trigrams", "misread", "repeated", "shuffled")
 LONGEST = 4_000
 REAL_HARD = {"books": 1_500_000} | dict.fromkeys((*DAMAGED, "code", "tldr", "french", "wiki"), 700_000)
 """Characters; of the books a fifth is the proxy and an eighth is held out, which leaves an eighth of the pool."""
+REAL_CLEAN = {"books": 1_500_000, "other_books": 8_000_000, "wiki": 2_300_000}
+REAL_MIXED = {"books": 1_500_000} | dict.fromkeys(("code", "tldr", "french", "wiki"), 1_400_000)
+LAMBADA = dict.fromkeys(("books", "code", "french", "wiki"), 1_400_000)
+REAL_PROXY_FRACTION, REAL_VALIDATION_FRACTION = 0.2, 0.12
+PASSAGES = "lambada"
+MOST = 0.96
+"""Of each half of the passages is the proxy, or is judged: a corpus keeps some text of every kind in its pool."""
 BLOCK_WORDS = 12
 PASSAGE_WORDS = 50
 REPLACED = 0.3
@@ -60,6 +71,34 @@ def ensure_pool(name: str, data: Path, folder: Path, console: Any = None) -> lis
     parts = mixed if name == "mixed" else hard
     prepare_texts(corpus, lambda: parts(data), _rule(WANTED), console=console)
     return [f"data.path={corpus}", f"data.target_domains=[{WANTED}]"]
+
+
+def ensure_real_pool(name: str, data: Path, folder: Path, model: Path, console: Any = None) -> list[str]:
+    """The settings that train a real model on pool ``name``; see ``ensure_pool``. ``model``: folder of the tokenizer.
+
+    What is validated on lies in a corpus of its own, so that nothing else is read for it; the same fractions of the
+    same texts hold the same documents out of the pool.
+    """
+    corpus, beside = folder / name, folder / f"{name}_wanted"
+    made: dict[str, Any] = {"tokenizer": model, "console": console}
+    if name == "lambada":
+        rule = SplitRule(0, REAL_VALIDATION_FRACTION)
+        prepare_texts(corpus, lambda: lambada(data), rule, **made)
+        halves = {PASSAGES: passages(data)[::2], "judged": passages(data)[1::2]}  # a pool is larger than its proxy
+        prepare_texts(folder / f"{name}_proxy", lambda: halves, SplitRule(MOST, 0, (PASSAGES,)), **made)
+        prepare_texts(beside, lambda: {PASSAGES: halves["judged"]}, SplitRule(0, MOST), **made)
+        wanted = PASSAGES
+    else:
+        rule, wanted = real_rule(), WANTED
+        prepare_texts(corpus, lambda: REAL_POOLS[name](data), rule, **made)
+        prepare_texts(beside, lambda: {WANTED: REAL_POOLS[name](data)[WANTED]}, rule, **made)
+    found = [f"data.path={corpus}", f"data.validation_path={beside}", f"data.target_domains=[{wanted}]"]
+    return [*found, f"data.proxy_path={folder / f'{name}_proxy'}"] if wanted == PASSAGES else found
+
+
+def real_rule() -> SplitRule:
+    """A fifth of the wanted text is the proxy, and an eighth is held out."""
+    return SplitRule(REAL_PROXY_FRACTION, REAL_VALIDATION_FRACTION, (WANTED,))
 
 
 def _rule(wanted: str) -> SplitRule:
@@ -111,7 +150,7 @@ def hard(data: Path) -> dict[str, list[Text]]:
 
 def real_hard(data: Path) -> dict[str, list[Text]]:
     """Texts of each domain, none longer than ``LONGEST``, so that there are many."""
-    rest = iter([(key, text[:LONGEST]) for key, text in _books(data)])
+    rest = iter(_cut(_books(data)))
     parts = {"books": _take(rest, REAL_HARD["books"])}
     parts["columns"] = [
         (key, two_columns(text, other))
@@ -132,6 +171,49 @@ def real_hard(data: Path) -> dict[str, list[Text]]:
     parts["french"] = _take(read_texts(data / "french_novels.jsonl.gz"), REAL_HARD["french"])
     parts["wiki"] = _take(read_texts(data / "wikitext2_test.jsonl.gz"), REAL_HARD["wiki"])
     return parts
+
+
+def real_clean(data: Path) -> dict[str, list[Text]]:
+    """Texts of each domain, cut as those of ``real_hard``: books of half of the authors, of the others, articles."""
+    parts = {domain: _cut(texts) for domain, texts in _by_authors(data).items()}
+    parts["wiki"] = [*_articles(data, "test"), *_articles(data, "valid")]
+    return {domain: _take(iter(parts[domain]), limit) for domain, limit in REAL_CLEAN.items()}
+
+
+def real_mixed(data: Path) -> dict[str, list[Text]]:
+    """Texts of each domain, the books cut as those of ``real_hard``."""
+    parts = {"books": _cut(_books(data)), **_others(data)}
+    return {domain: _take(iter(parts[domain]), limit) for domain, limit in REAL_MIXED.items()}
+
+
+def lambada(data: Path) -> dict[str, list[Text]]:
+    """Texts of each domain of a pool that has nothing of the benchmark."""
+    parts = {"books": _cut(_books(data)), **_others(data)}
+    return {domain: _take(iter(parts[domain]), limit) for domain, limit in LAMBADA.items()}
+
+
+def passages(data: Path) -> list[Text]:
+    """Passages of LAMBADA, whose last word is to be foretold."""
+    with gzip.open(data / "benchmarks" / "lambada_openai_test.jsonl.gz", "rt", encoding="utf-8") as rows:
+        return [(f"{PASSAGES}/{number}", json.loads(row)["text"]) for number, row in enumerate(rows)]
+
+
+def _others(data: Path) -> dict[str, list[Text]]:
+    """Texts of other domains than books."""
+    files = {"code": "code", "tldr": "tldr_pages", "french": "french_novels"}
+    parts = {domain: list(read_texts(data / f"{file}.jsonl.gz")) for domain, file in files.items()}
+    return parts | {"wiki": [*_articles(data, "test"), *_articles(data, "valid")]}
+
+
+def _articles(data: Path, part: str) -> list[Text]:
+    return [(f"{part}/{key}", text) for key, text in read_texts(data / f"wikitext2_{part}.jsonl.gz")]
+
+
+def _cut(texts: Iterable[Text]) -> list[Text]:
+    return [(key, text[:LONGEST]) for key, text in texts]
+
+
+REAL_POOLS = {"real_hard": real_hard, "real_clean": real_clean, "real_mixed": real_mixed}
 
 
 # -- changes of a text, given as its words with the white space that follows each -------------------------------------

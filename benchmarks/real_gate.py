@@ -37,8 +37,7 @@ from scipy.stats import rankdata, spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.pools import WANTED, prepare_texts, real_hard
-from megaopus.corpus_tools.split import SplitRule
+from benchmarks.pools import WANTED, prepare_texts, real_hard, real_rule
 from megaopus.data.corpus import Corpus
 from megaopus.data.sequences import Sequences
 from megaopus.selection import ModuleBackend, TensorCandidates
@@ -92,8 +91,7 @@ class Text:
 def read(model: Path, data: Path, work: Path) -> Text:
     """Make the corpus if it is not there, and draw what is scored."""
     corpus = work / "real_hard"
-    rule = SplitRule(0.2, 0.12, (WANTED,))
-    prepare_texts(corpus, lambda: real_hard(data), rule, tokenizer=model, console=Console())
+    prepare_texts(corpus, lambda: real_hard(data), real_rule(), tokenizer=model, console=Console())
     opened = Corpus.open(corpus)
 
     pool, rng = Sequences(opened, "pool", LENGTH), np.random.default_rng(SEED)

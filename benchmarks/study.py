@@ -12,17 +12,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.common import CLOCKS, ROOT, interleaved
 from megaopus.cli.demo import picked_share
+from megaopus.cli.main import main
 from megaopus.config.aliases import former_settings
 from megaopus.config.compose import compose
 from megaopus.config.run_config import differences
@@ -91,12 +94,18 @@ def task(title: str, path: str, overrides: Sequence[str], fields: Mapping[str, A
     return Task(title, f"{path}/{_digest(tuple(overrides))}", tuple(overrides), fields)
 
 
+_PLACES = (
+    *("run_dir", "model.hf", "init.path"),
+    *(f"data.{path}" for path in ("path", "proxy_path", "validation_path", "traits_path")),
+)
+
+
 @cache
 def _digest(overrides: tuple[str, ...]) -> str:
     """Of the settings that differ from their defaults: a new one, or a new name, leaves older runs' rows valid."""
     composed = compose(list(overrides))
     config = former_settings({name: value for name, (value, _) in differences(composed).items()}, composed)
-    for name in ("run_dir", *(f"data.{path}" for path in ("path", "proxy_path", "validation_path", "traits_path"))):
+    for name in _PLACES:
         config.pop(name, None)
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -151,26 +160,54 @@ def train_all(tasks: Sequence[Task], results: Results, folder: Path, workers: in
 def _trained(each: Task, folder: Path, threads: int) -> dict[str, Any]:
     """Train in a process of its own and sum the run folder up, which is deleted then; a killed run goes on."""
     run_dir = folder / each.key.replace("/", "_")
-    command = [sys.executable, "-m", "megaopus", "train", *each.overrides, f"run_dir={run_dir}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    run = trained(each.overrides, run_dir, threads)
+    row = {**each.fields, **summary_of(run), "corpora": each.corpora, "commit": run.environment.get("git")}
+    shutil.rmtree(run_dir)
+    return row
+
+
+def trained(overrides: Sequence[str], run_dir: Path, threads: int, run: Verb | None = None) -> Run:
+    """Train by ``run``, in a process of its own unless given; a killed run goes on. Raises SystemExit as ``verb``."""
     log = run_dir.with_name(run_dir.name + ".log")
+    (run or verb)("train", [*overrides, f"run_dir={run_dir}"], log, threads)
+    return load_run(run_dir)
+
+
+def verb(name: str, arguments: Sequence[str], log: Path, threads: int) -> None:
+    """Run ``python -m megaopus NAME``; what it says is in ``log``, which is gone if all went well.
+
+    Raises SystemExit if it did not.
+    """
+    command = [sys.executable, "-m", "megaopus", name, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:
         status = subprocess.run(command, env=environment, stdout=output, stderr=output).returncode
     if status:
-        raise SystemExit(f"{run_dir}: training ended with exit status {status}; see {log}")
-    run = load_run(run_dir)
-    row = {**each.fields, **summary_of(run), "corpora": each.corpora, "commit": run.environment.get("git")}
-    shutil.rmtree(run_dir)
+        raise SystemExit(f"python -m megaopus {name} ended with exit status {status}; see {log}")
     log.unlink()
-    return row
+
+
+def verb_here(name: str, arguments: Sequence[str], log: Path, threads: int) -> None:
+    """Do the same in this process, without a start of Python; for small runs, one at a time."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(threads)
+    with log.open("a") as output, redirect_stdout(output), redirect_stderr(output):
+        status = main([name, *arguments])
+    if status:
+        raise SystemExit(f"python -m megaopus {name} ended with exit status {status}; see {log}")
+    log.unlink()
+
+
+Verb = Callable[[str, Sequence[str], Path, int], None]
+"""(name, arguments, log, threads): ``verb`` or ``verb_here``."""
 
 
 def summary_of(run: Run) -> dict[str, Any]:
     """Return what the study keeps of a run: its validations, and what selection did."""
     picked = pick_counts(run.path)
     return {
-        "tokens_per_step": run.steps[0].tokens,
+        "tokens_per_step": run.steps[0].tokens // (run.steps[0].step + 1),
         "step_s": statistics.median(row.step_s for row in run.steps),
         "share": picked_share(run),
         "unique_share": len(picked) / int(picked.sum()),
