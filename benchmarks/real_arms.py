@@ -57,16 +57,13 @@ def placebo(step: ScoringStep) -> Scores:
 
     What is known of text stays where it was, and so do the numbers of sequences by which the model is judged.
     """
-    found: Any = METHODS.find("opus").score(step)
-    count = len(step.buffer) - getattr(step, "judged", 0)
+    found = METHODS.find("opus").score(step)
+    count = len(step.buffer) - step.judged
     key = counter_rng.key(step.seed, "study_placebo", step.step)
     order = counter_rng.uniform(key, step.buffer.ids[:count].cpu()).argsort()
     order = torch.cat([order, torch.arange(count, len(step.buffer))])
-    known = {name: getattr(found, name, None) for name in ("utilities", "losses")}
-    mixed = {name: values[order] for name, values in known.items() if values is not None}
-    if found.gram is not None:
-        mixed["gram"] = found.gram[order][:, order]
-    return replace(found, **mixed)
+    known = {"utilities": found.utilities, "losses": found.losses}
+    return replace(found, **{name: values[order] for name, values in known.items() if values is not None})
 
 
 def _column(step: ScoringStep, name: str) -> Tensor:

@@ -58,7 +58,8 @@ COMMON = (
 )
 WIDE = (f"selection.rho={BATCH / BUFFER}",)
 OPERATING = (
-    *("selection.score_length=64", "selection.proxy_batch_size=16", "selection.proxy_half_life=1"),
+    *("selection.score_length=64", "selection.proxy_batch_size=16", "selection.proxy_every=8"),
+    "selection.proxy_half_life=16",
     "selection.score_micro_batch_size=16",  # to find one takes the time of six scorings
 )
 """How every arm scores that scores."""
@@ -66,11 +67,7 @@ SCORED = ("selection=opus_exact", "selection.warmup_steps=0", *OPERATING)
 COLUMN = ("--proxy-sequences", "64", "--windows", "first")
 """How the column of a frozen model is made, of a document's first sequence, after ``WARM`` uniform updates."""
 WARM = 12
-# until the recipe is there that narrows by importance and lets utilities pick, a cascade of the same size stands for it
-OPUS = (
-    *(*SCORED, "selection.rho=0.25", "selection.prescreen.mode=cascade", "selection.prescreen.multiple=2"),
-    "selection.prescreen.slice=1",
-)
+OPUS = ("selection=opus", *OPERATING)
 ARMS: dict[str, tuple[str, ...]] = {
     "uniform": ("selection=uniform", *WIDE),
     "importance": ("selection=importance", *WIDE),
@@ -123,7 +120,7 @@ class Plan:
 
     stages: Mapping[int, Stage] = field(default_factory=lambda: STAGES)
     decay: int = 10
-    every: int = 10
+    every: int = 20
     """Updates from one validation, and one checkpoint, to the next."""
     sequences: int = 96
     """Of the wanted text, at each validation."""

@@ -7,7 +7,7 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,15 +129,9 @@ def test_the_placebo_hands_the_same_utilities_to_others() -> None:
     assert selected("study_placebo", make_backend(steps=0)).method == "uniform"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judged(Scores):
-    losses: Tensor
-
-
 def test_the_placebo_keeps_whom_the_model_is_judged_by_and_pairs_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = torch.arange(20.0, dtype=torch.float64)
-    gram = numbers.outer(numbers)
-    opus = SimpleNamespace(score=lambda step: Judged(utilities=numbers, losses=numbers + 100, gram=gram))
+    opus = SimpleNamespace(score=lambda step: Scores(utilities=numbers, losses=numbers + 100))
     monkeypatch.setattr(real_arms, "METHODS", SimpleNamespace(find=lambda name: opus))
 
     class Buffer(SimpleNamespace):
@@ -150,7 +144,6 @@ def test_the_placebo_keeps_whom_the_model_is_judged_by_and_pairs_of_numbers(monk
 
     one = found(1, 2)
     assert torch.equal(one.losses, one.utilities + 100)
-    assert torch.equal(one.gram, one.utilities.outer(one.utilities))
     assert torch.equal(one.utilities[14:], numbers[14:])
     assert torch.equal(one.utilities[:14].sort().values, numbers[:14])
     assert not torch.equal(one.utilities, numbers)
