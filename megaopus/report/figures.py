@@ -39,6 +39,8 @@ from megaopus.report.drawing import (
 
 LOSS = "loss (nats per token)"
 UNIFORM_DRAW = "predicted for a uniform draw"
+SWAPPED = "swapped_"
+"""Begins the name of a selection's metric that compares picks that came in with those that had to go."""
 MIN_LOSS_SPAN = 0.1
 MOST_MARKS = 60
 """Points of a line up to which each is marked."""
@@ -310,15 +312,16 @@ def swapped_figure(
     Dots: each step; lines: running medians.
     """
     signals = {
-        signal: {
+        each.name.removeprefix(SWAPPED): {
             name: {
                 row.step: value
                 for row in part
-                if (value := getattr(row, f"swapped_{signal}")) is not None and math.isfinite(value)
+                if (value := getattr(row, each.name)) is not None and math.isfinite(value)
             }
             for name, part in rows.items()
         }
-        for signal in ("utility", "importance")
+        for each in metrics_of(SelectionRecord)
+        if each.name.startswith(SWAPPED)
     }
     shown = {signal: parts for signal, parts in signals.items() if any(parts.values())}
     if not shown:

@@ -421,8 +421,8 @@ class _Page:
             found.append((figures.signal_figure(self.runs, told), caption))
         if (picture := figures.swapped_figure(self.runs, told, self.inks)) is not None:
             caption = (
-                "Picks that utilities brought in less those that had to go for them: mean utility, and mean log "
-                "importance by n-grams (dots: each step; lines: running medians)."
+                "Picks that utilities brought in less those that had to go for them: means of what is known of them, "
+                "importance as its logarithm (dots: each step; lines: running medians)."
             )
             found.append((picture, caption))
         return found
