@@ -71,7 +71,7 @@ SMALL = Kind(
 REAL = Kind(
     experiment="demo_real",
     out=Path("runs/demo_real"),
-    steps=40,
+    steps=60,
     lr_warm_steps=4,
     arms=ARMS | {"uniform": (*ARMS["uniform"], "selection.rho=0.125")},  # of as large a buffer as opus
     following="your own model and text, as docs/continue.md says",

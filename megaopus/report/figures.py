@@ -286,20 +286,28 @@ def changed_figure(
     return share_of_each_step(figure, min(1.05, max(0.01, 1.15 * highest)), "picks changed by utilities")
 
 
-def signal_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRecord]]) -> Figure:
-    """Spread of what each signal adds to what is picked by, one panel a run, one line (running median) a signal."""
+def signal_figure(
+    runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRecord]], metric: str, text: str
+) -> Figure | None:
+    """Draw a metric that has a number for each signal, one panel a run, one line (running median) a signal.
+
+    ``text``: what the numbers are. None: no row has any.
+    """
+    rows = {name: said for name, part in rows.items() if (said := [row for row in part if getattr(row, metric)])}
+    if not rows:
+        return None
     figure, axes = panels(rows=len(rows), height=0.7 + 2.5 * len(rows))
-    signals = sorted({signal for part in rows.values() for row in part for signal in row.signal_spread})
+    signals = sorted({signal for part in rows.values() for row in part for signal in getattr(row, metric)})
     colours = dict(zip(signals, cycle(ARM_COLOURS), strict=False))
     for axis, (name, part) in zip(axes, rows.items(), strict=True):
         tokens = step_tokens(runs[name])
         for signal in signals:
-            said = {row.step: row.signal_spread[signal] for row in part if signal in row.signal_spread}
+            said = {row.step: getattr(row, metric)[signal] for row in part if signal in getattr(row, metric)}
             x = [tokens.get(step, math.nan) for step in said]
             axis.plot(x, running_median([*said.values()]), color=colours[signal], linewidth=1.8, label=signal)
-        axis.set_ylim(bottom=0)
+        axis.axhline(0, color="#999999", linewidth=0.8)
         token_axis(axis)
-        name_axes(axis, "update tokens", "standard deviation", name)
+        name_axes(axis, "update tokens", text, name)
     legend_above(figure, axes, 4)
     return figure
 

@@ -413,12 +413,17 @@ class _Page:
             f"line: moving mean). {shares}."
         )
         found = [(figures.changed_figure(self.runs, told, self.inks), caption)]
-        if any(row.signal_spread for part in told.values() for row in part):
-            caption = (
-                "What each signal adds to the number that is picked by: its standard deviation over those that may be "
-                "picked (running median). The larger has the say."
-            )
-            found.append((figures.signal_figure(self.runs, told), caption))
+        spread = (
+            "What each signal adds to the number that is picked by: its standard deviation over those that may be "
+            "picked (running median). The larger has the say."
+        )
+        weights = "Weight of each signal in the log-odds that are picked by (running median)."
+        for metric, text, caption in (
+            ("signal_spread", "standard deviation", spread),
+            ("odds_weights", "weight", weights),
+        ):
+            if (picture := figures.signal_figure(self.runs, told, metric, text)) is not None:
+                found.append((picture, caption))
         if (picture := figures.swapped_figure(self.runs, told, self.inks)) is not None:
             caption = (
                 "Picks that utilities brought in less those that had to go for them: means of what is known of them, "

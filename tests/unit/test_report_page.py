@@ -270,6 +270,7 @@ def with_influence(run: Run, signals: Sequence[str] = ("utility", "importance"))
             swapped_utility=None if row.step % 10 == 0 else 1e-4 * row.step,
             swapped_importance=None if row.step % 10 == 0 else math.nan if row.step == 102 else -0.01 * row.step,
             signal_spread={signal: 0.1 * (at + 1) for at, signal in enumerate(signals)},
+            odds_weights={} if len(signals) < 3 else {"utility": -0.5, "loss squared": 0.25},
         )
         if row.step % 2 == 0
         else row
@@ -296,12 +297,16 @@ def test_what_utilities_did_is_drawn_as_recorded(folders: list[Path]) -> None:
     assert list(dots.get_ydata()) == [row.changed_by_utilities for row in rows["opus"]]
     assert list(dots.get_xdata()) == [(row.step + 1) * TOKENS for row in rows["opus"]]
     assert list(line.get_ydata()) == pytest.approx(drawing.smooth(list(dots.get_ydata()), 3))
-    (axis,) = figures.signal_figure(runs, rows).axes
-    assert {str(line.get_label()): set(line.get_ydata()) for line in axis.lines} == {
-        "utility": {0.1},
-        "importance": {0.2},
-        "loss": {0.1 * 3},
-    }
+    expected = {"signal_spread": {"utility": 0.1, "importance": 0.2, "loss": 0.1 * 3}}
+    expected["odds_weights"] = {"utility": -0.5, "loss squared": 0.25}
+    for metric, values in expected.items():
+        figure = figures.signal_figure(runs, rows, metric, "number")
+        assert figure is not None
+        (axis,) = figure.axes
+        lines = {str(line.get_label()): line for line in axis.lines}
+        for signal, value in values.items():
+            assert list(lines[signal].get_ydata()) == [value] * 70
+            assert list(lines[signal].get_xdata()) == list(dots.get_xdata())
     figure = figures.swapped_figure(runs, rows, inks)
     assert figure is not None
     utility, importance = figure.axes
@@ -309,7 +314,8 @@ def test_what_utilities_did_is_drawn_as_recorded(folders: list[Path]) -> None:
     steps = [row.step for row in rows["opus"] if row.step % 10]
     assert list(utility.lines[0].get_ydata()) == [1e-4 * step for step in steps]
     assert list(importance.lines[0].get_ydata()) == [-0.01 * step for step in steps if step != 102]
-    silent = [replace(row, swapped_utility=None, swapped_importance=None) for row in rows["opus"]]
+    silent = [replace(row, swapped_utility=None, swapped_importance=None, odds_weights={}) for row in rows["opus"]]
+    assert figures.signal_figure(runs, {"opus": silent}, "odds_weights", "number") is None
     assert figures.swapped_figure(runs, {"opus": silent}, inks) is None
 
 
