@@ -293,7 +293,7 @@ def signal_figure(
 
     ``text``: what the numbers are. None: no row has any.
     """
-    rows = {name: said for name, part in rows.items() if (said := [row for row in part if getattr(row, metric)])}
+    rows = {name: kept for name, part in rows.items() if (kept := [row for row in part if getattr(row, metric)])}
     if not rows:
         return None
     figure, axes = panels(rows=len(rows), height=0.7 + 2.5 * len(rows))
