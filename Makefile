@@ -1,4 +1,4 @@
-# One command each: make demo | test | test-fast | lint | bench | setup
+# One command each: make demo | demo-real | test | test-fast | lint | bench | setup
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,7 +7,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 BESIDE := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo test test-fast lint bench clean
+.PHONY: setup demo demo-real test test-fast lint bench clean
 
 setup: $(VENV)/.ready
 
@@ -21,6 +21,11 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 
 demo: setup
 	$(BIN)/python -m megaopus demo --out runs/demo
+
+# Under 40 minutes on two cores: the same with a real pre-trained model, which is downloaded (8 GB of memory, 6 of disk).
+demo-real: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[real]'
+	$(BIN)/python -m megaopus demo --real --out runs/demo_real
 
 test: setup
 	$(PYTEST) $(BESIDE)

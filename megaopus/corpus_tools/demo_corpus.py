@@ -57,6 +57,7 @@ def build_demo_sources(folder: Path, limits: Mapping[str, int] = DEMO_LIMITS) ->
 def build_demo_corpus(
     out: Path,
     *,
+    tokenizer: str | Path | None = None,
     vocab_size: int = DEMO_VOCAB_SIZE,
     limits: Mapping[str, int] = DEMO_LIMITS,
     rule: SplitRule = DEMO_RULE,
@@ -67,6 +68,7 @@ def build_demo_corpus(
 
     Args:
         out: corpus folder to make.
+        tokenizer: that of a model, as ``prepare`` takes it; None: one is trained on the pool.
         vocab_size: tokens of the byte-level BPE trained on the pool, at most.
         limits: characters of each domain, at most.
         rule: how documents are split.
@@ -78,6 +80,7 @@ def build_demo_corpus(
         return prepare(
             sources,
             out,
+            tokenizer=tokenizer,
             vocab_size=vocab_size,
             rule=rule,
             overwrite=overwrite,

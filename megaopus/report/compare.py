@@ -149,6 +149,12 @@ def _within(path: Path) -> str:
     return f"; there are runs in it, name those: {' '.join(map(str, runs[:MOST_SUGGESTED]))}{more}"
 
 
+def share_changed(rows: Sequence[SelectionRecord]) -> float | None:
+    """Average the share of picks that utilities changed over the steps that say it; None: none does."""
+    said = [row.changed_by_utilities for row in rows if row.changed_by_utilities is not None]
+    return sum(said) / len(said) if said else None
+
+
 def with_step_seconds(run: Run, seconds: float) -> Run:
     """Give ``run`` as it would be had each of its steps taken ``seconds``, the same part of them for selection."""
     recorded = sum(record.step_s for record in run.steps) / len(run.steps)

@@ -2,134 +2,48 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, cycle
-from typing import Any, NamedTuple
+from itertools import cycle
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
 from megaopus.evaluation.items import Evaluation
-from megaopus.record.formatting import format_bytes, format_count
+from megaopus.record.formatting import format_bytes
 from megaopus.record.metrics import metrics_of, values_of
 from megaopus.record.types import SelectionRecord, StepRecord, ValidationRecord
-from megaopus.report.arms import Arm
 from megaopus.report.choice_summary import ChoiceSummary
 from megaopus.report.compare import Comparison, Curve, Run
+from megaopus.report.drawing import (
+    ARM_COLOURS,
+    BASELINE_COLOUR,
+    DOMAIN_COLOURS,
+    OTHER_COLOUR,
+    STYLE_PT,
+    Ink,
+    legend_above,
+    legend_once,
+    name_axes,
+    panels,
+    percent_axis,
+    plot_line,
+    running_median,
+    running_sum,
+    share_of_each_step,
+    smooth,
+    smoothing_window,
+    step_tokens,
+    token_axis,
+)
 
-# Okabe and Ito's colours, told apart with every common colour blindness; grey is kept for the baseline.
-BASELINE_COLOUR = "#6b6b6b"
-ARM_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-DOMAIN_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-OTHER_COLOUR = "#c4c4c4"
-WIDTH = 6.4  # inches; at 100 dots per inch and half the pixels shown, the text reads like that of the page
-DPI = 200
 LOSS = "loss (nats per token)"
 UNIFORM_DRAW = "predicted for a uniform draw"
+SWAPPED = "swapped_"
+"""Begins the name of a selection's metric that compares picks that came in with those that had to go."""
 MIN_LOSS_SPAN = 0.1
 MOST_MARKS = 60
 """Points of a line up to which each is marked."""
-STYLE_PT = {"title": 11.0, "label": 10.0, "tick": 9.0}
-
-
-def to_png(figure: Figure) -> str:
-    """The figure as a ``data:`` address."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-class Ink(NamedTuple):
-    """Says how a run is drawn; the runs of an arm alike."""
-
-    colour: str
-    label: str
-    width: float
-    """Points."""
-    baseline: bool = False
-    """Drawn in dashes and in front, so that it is seen where another run lies on it, and the other as well."""
-
-
-def inks(arms: Sequence[Arm], baseline: str | None) -> dict[str, Ink]:
-    """By run: a colour for each arm, grey for that of the run ``baseline``."""
-    found: dict[str, Ink] = {}
-    others = cycle(ARM_COLOURS)
-    for arm in arms:
-        own = baseline in arm.runs.values()
-        colour, width = BASELINE_COLOUR if own else next(others), 2.0 if len(arm.runs) == 1 else 1.2
-        found |= {run: Ink(colour, arm.name, width, own) for run in arm.runs.values()}
-    return found
-
-
-def _legend_once(axis: Axes, **where: Any) -> None:
-    handles = _handles([axis])
-    axis.legend(handles.values(), handles.keys(), frameon=False, fontsize=STYLE_PT["tick"], **where)
-
-
-def _legend_above(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
-    handles = _handles(axes)
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside upper center",
-        ncols=min(len(handles), columns),
-        frameon=False,
-        fontsize=STYLE_PT["tick"],
-    )
-
-
-def _handles(axes: Sequence[Axes]) -> dict[str, Any]:
-    """Return what a legend shows, once for each label: the runs of an arm share theirs."""
-    handles: dict[str, Any] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    return handles
-
-
-def _figure(rows: int = 1, columns: int = 1, height: float = 3.9) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
-    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color("#999999")
-        axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.tick_params(labelsize=STYLE_PT["tick"], color="#999999")
-    return figure, axes
-
-
-def _line(axis: Axes, x: Sequence[float], y: Sequence[float], ink: Ink, marker: str = "") -> None:
-    dashes: dict[str, Any] = {"linestyle": (0, (4, 1.5)), "zorder": 3} if ink.baseline else {}
-    axis.plot(x, y, color=ink.colour, linewidth=ink.width, marker=marker, label=ink.label, **dashes)
-
-
-def _labels(axis: Axes, x: str, y: str, title: str = "") -> None:
-    axis.set_xlabel(x, fontsize=STYLE_PT["label"])
-    axis.set_ylabel(y, fontsize=STYLE_PT["label"])
-    if title:
-        axis.set_title(title, fontsize=STYLE_PT["title"], loc="left")
-
-
-def _token_axis(axis: Axes, ticks: int = 6) -> None:
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _trim(format_count(value))))
-    axis.xaxis.set_major_locator(MaxNLocator(ticks))
-
-
-def _trim(text: str) -> str:
-    """ "1.50M" -> "1.5M", "1.00M" -> "1M"."""
-    number, unit = (text[:-1], text[-1]) if text[-1].isalpha() else (text, "")
-    return (number.rstrip("0").rstrip(".") if "." in number else number) + unit
-
-
-def _percent_axis(axis: Axes) -> None:
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
 
 
 def time_unit(longest_s: float) -> tuple[float, str]:
@@ -149,7 +63,7 @@ def loss_figure(
     baseline: str | None,
 ) -> Figure:
     """Validation loss over "tokens" (each run's own count) or "time" (since the start of the stretch)."""
-    figure, (axis,) = _figure()
+    figure, (axis,) = panels()
     longest = max(curve.time_s[-1] for curve in curves.values())
     scale, unit = time_unit(longest) if over == "time" else (1.0, "")
 
@@ -160,7 +74,7 @@ def loss_figure(
         x = [place(curve, *point) for point in zip(curve.tokens, curve.time_s, strict=True)]
         if name in comparisons:
             axis.plot(x, curve.losses, color=ink[name].colour, alpha=0.4, linewidth=0.8)  # the mark lies on it
-        _line(axis, x, curve.raw, ink[name], marker="." if len(x) < MOST_MARKS else "")
+        plot_line(axis, x, curve.raw, ink[name], marker="." if len(x) < MOST_MARKS else "")
     if baseline is not None and baseline in curves:
         target = curves[baseline].losses[-1]
         if math.isfinite(target):
@@ -189,11 +103,11 @@ def loss_figure(
                     fontweight="bold",
                 )
     if over == "time":
-        _labels(axis, f"data, selection and training time ({unit})", f"validation {LOSS}")
+        name_axes(axis, f"data, selection and training time ({unit})", f"validation {LOSS}")
     else:
-        _token_axis(axis)
-        _labels(axis, "update tokens", f"validation {LOSS}")
-    _legend_once(axis)
+        token_axis(axis)
+        name_axes(axis, "update tokens", f"validation {LOSS}")
+    legend_once(axis)
     return figure
 
 
@@ -216,48 +130,16 @@ def _bands(
     return [smooth(values, window) for values in series]
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Centred moving mean over about ``window`` values, over fewer at the ends."""
-    half = window // 2
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    ends = [(max(0, at - half), min(len(values), at + half + 1)) for at in range(len(values))]
-    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
-
-
-def smoothing_window(number: int) -> int:
-    """Steps over which per-step series are smoothed: a thirtieth of the run, an odd number."""
-    return max(1, number // 30) // 2 * 2 + 1
-
-
-def running_median(values: Sequence[float]) -> list[float]:
-    """Centred, over the smoothing window (five values at least), so that single outliers do not show."""
-    half = max(2, smoothing_window(len(values)) // 2)
-    return [statistics.median(values[max(0, at - half) : at + half + 1]) for at in range(len(values))]
-
-
-def running_sum(values: Sequence[float]) -> list[float]:
-    """Centred, over a tenth of the run."""
-    half = max(2, len(values) // 20)
-    total = list(accumulate(values, initial=0.0))
-    return [total[min(len(values), at + half + 1)] - total[max(0, at - half)] for at in range(len(values))]
-
-
-def _step_tokens(run: Run) -> dict[int, float]:
-    return {record.step: float(record.tokens) for record in run.steps}
-
-
 def share_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRecord]]) -> Figure:
     """Domain shares of the picks, stacked, one panel a run; the pool's shares as dashed borders."""
-    figure, axes = _figure(rows=len(rows), height=0.9 + 2.5 * len(rows))
+    figure, axes = panels(rows=len(rows), height=0.9 + 2.5 * len(rows))
     domains = domain_order(rows)
     names = {domain for part in rows.values() for row in part for domain in row.pool_share}
     other = len(names) > len(domains)
     colours = [*DOMAIN_COLOURS[: len(domains)], *([OTHER_COLOUR] if other else [])]
     labels = [*domains, *([f"other ({len(names) - len(domains)})"] if other else [])]
     for axis, (name, part) in zip(axes, rows.items(), strict=True):
-        tokens = _step_tokens(runs[name])
+        tokens = step_tokens(runs[name])
         x = [tokens.get(row.step, math.nan) for row in part]
         window = smoothing_window(len(part))
         bands = _bands([row.share for row in part], domains, other, window)
@@ -270,9 +152,9 @@ def share_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionR
         axis.set_ylim(0, 1)
         if x[0] < x[-1]:
             axis.set_xlim(x[0], x[-1])
-        _percent_axis(axis)
-        _token_axis(axis)
-        _labels(axis, "update tokens", "share of picks", name)
+        percent_axis(axis)
+        token_axis(axis)
+        name_axes(axis, "update tokens", "share of picks", name)
     figure.legend(
         reversed(areas),
         list(reversed(labels)),
@@ -289,33 +171,33 @@ def ess_figure(
     runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRecord]], ink: Mapping[str, Ink]
 ) -> Figure:
     """Effective sample size over candidates: 1 where all are as likely."""
-    figure, (axis,) = _figure(height=3.2)
+    figure, (axis,) = panels(height=3.2)
     for name, part in rows.items():
-        tokens = _step_tokens(runs[name])
+        tokens = step_tokens(runs[name])
         x = [tokens.get(row.step, math.nan) for row in part]
         y = [row.ess / max(row.candidates, 1) for row in part]
         axis.plot(x, y, color=ink[name].colour, alpha=0.25, linewidth=0.8)
-        _line(axis, x, smooth(y, smoothing_window(len(y))), ink[name])
+        plot_line(axis, x, smooth(y, smoothing_window(len(y))), ink[name])
     axis.axhline(1, color="black", linestyle=":", linewidth=1, label="uniform sampling")
     axis.set_ylim(0, 1.08)
-    _percent_axis(axis)
-    _token_axis(axis)
-    _labels(axis, "update tokens", "effective sample size\n(share of candidates)")
-    _legend_once(axis, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    percent_axis(axis)
+    token_axis(axis)
+    name_axes(axis, "update tokens", "effective sample size\n(share of candidates)")
+    legend_once(axis, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return figure
 
 
 def train_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: int) -> Figure:
     """Loss of the batches trained on, running median, one line a run."""
-    figure, (axis,) = _figure(height=3.2)
+    figure, (axis,) = panels(height=3.2)
     for name, run in runs.items():
         steps = [record for record in run.steps if record.step >= start_step and math.isfinite(record.loss)]
         if steps:
             y = running_median([record.loss for record in steps])
-            _line(axis, [record.tokens for record in steps], y, ink[name])
-    _token_axis(axis)
-    _labels(axis, "update tokens", f"training {LOSS}")
-    _legend_once(axis)
+            plot_line(axis, [record.tokens for record in steps], y, ink[name])
+    token_axis(axis)
+    name_axes(axis, "update tokens", f"training {LOSS}")
+    legend_once(axis)
     return figure
 
 
@@ -334,29 +216,29 @@ def metrics_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: 
         return None
     columns = 2 if len(plotted) > 1 else 1
     rows = -(-len(plotted) // columns)
-    figure, axes = _figure(rows, columns, height=0.7 + 2.3 * rows)
+    figure, axes = panels(rows, columns, height=0.7 + 2.3 * rows)
     for at, (axis, each) in enumerate(zip(axes, plotted, strict=False)):
         for name, part in steps.items():
             values = [(record.tokens, getattr(record, each.name)) for record in part]
             values = [(tokens, value) for tokens, value in values if value is not None and math.isfinite(value)]
             if values:
                 x, y = zip(*values, strict=True)
-                _line(axis, x, running_median(y), ink[name])
+                plot_line(axis, x, running_median(y), ink[name])
         if each.unit == "bytes":
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(max(0.0, value))))
-        _token_axis(axis, ticks=4)
-        _labels(axis, "update tokens" if at >= len(plotted) - columns else "", "", each.name)
+        token_axis(axis, ticks=4)
+        name_axes(axis, "update tokens" if at >= len(plotted) - columns else "", "", each.name)
     for axis in axes[len(plotted) :]:
         axis.set_visible(False)
-    _legend_above(figure, axes, 3)
+    legend_above(figure, axes, 3)
     return figure
 
 
 def utility_figure(runs: Mapping[str, Run], summaries: Mapping[str, ChoiceSummary]) -> Figure:
     """Spread of the utilities of each scored step, one panel a run: 90% and 50% bands, medians of all and of picks."""
-    figure, axes = _figure(rows=len(summaries), height=0.7 + 2.5 * len(summaries))
+    figure, axes = panels(rows=len(summaries), height=0.7 + 2.5 * len(summaries))
     for axis, (name, found) in zip(axes, summaries.items(), strict=True):
-        tokens = _step_tokens(runs[name])
+        tokens = step_tokens(runs[name])
         x = [tokens.get(each.step, math.nan) for each in found.spreads]
         levels = [
             running_median(list(level)) for level in zip(*(each.quantiles for each in found.spreads), strict=True)
@@ -371,32 +253,99 @@ def utility_figure(runs: Mapping[str, Run], summaries: Mapping[str, ChoiceSummar
             axis.plot(places, running_median(medians), color=ARM_COLOURS[1], linewidth=1.8, label="median of the picks")
         axis.ticklabel_format(axis="y", scilimits=(-2, 3))
         axis.yaxis.get_offset_text().set_fontsize(STYLE_PT["tick"])
-        _token_axis(axis)
-        _labels(axis, "update tokens", "utility", name)
-    _legend_above(figure, axes, 4)
+        token_axis(axis)
+        name_axes(axis, "update tokens", "utility", name)
+    legend_above(figure, axes, 4)
     return figure
 
 
 def repeat_figure(runs: Mapping[str, Run], summaries: Mapping[str, ChoiceSummary], ink: Mapping[str, Ink]) -> Figure:
     """Share of each step's picks that the run had trained on before, moving mean, one line a run."""
-    figure, (axis,) = _figure(height=3.2)
+    figure, (axis,) = panels(height=3.2)
     highest = 0.0
     for name, found in summaries.items():
-        tokens = _step_tokens(runs[name])
+        tokens = step_tokens(runs[name])
         share = smooth([share for _, share in found.repeat_share], smoothing_window(len(found.repeat_share)))
         highest = max(highest, *share)
-        _line(axis, [tokens.get(step, math.nan) for step, _ in found.repeat_share], share, ink[name])
-    return _share_of_each_step(figure, min(1.05, 1.15 * highest), "picks trained on before")
+        plot_line(axis, [tokens.get(step, math.nan) for step, _ in found.repeat_share], share, ink[name])
+    return share_of_each_step(figure, min(1.05, 1.15 * highest), "picks trained on before")
 
 
-def _share_of_each_step(figure: Figure, top: float, label: str) -> Figure:
-    """The figure, its one panel dressed as shares over update tokens."""
-    (axis,) = figure.axes
-    axis.set_ylim(0, top)
-    _percent_axis(axis)
-    _token_axis(axis)
-    _labels(axis, "update tokens", label)
-    _legend_once(axis)
+def changed_figure(
+    runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRecord]], ink: Mapping[str, Ink]
+) -> Figure:
+    """Share of each step's picks that utilities changed, moving mean, one line a run; ``rows``: those that say it."""
+    figure, (axis,) = panels(height=3.2)
+    highest = 0.0
+    for name, part in rows.items():
+        tokens, shares = step_tokens(runs[name]), [row.changed_by_utilities or 0.0 for row in part]
+        x, y = [tokens.get(row.step, math.nan) for row in part], smooth(shares, smoothing_window(len(part)))
+        highest = max(highest, *shares)
+        axis.plot(x, shares, ".", color=ink[name].colour, alpha=0.25, markersize=4)
+        plot_line(axis, x, y, ink[name])
+    return share_of_each_step(figure, min(1.05, max(0.01, 1.15 * highest)), "picks changed by utilities")
+
+
+def signal_figure(
+    runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRecord]], metric: str, text: str
+) -> Figure | None:
+    """Draw a metric that has a number for each signal, one panel a run, one line (running median) a signal.
+
+    ``text``: what the numbers are. None: no row has any.
+    """
+    rows = {name: kept for name, part in rows.items() if (kept := [row for row in part if getattr(row, metric)])}
+    if not rows:
+        return None
+    figure, axes = panels(rows=len(rows), height=0.7 + 2.5 * len(rows))
+    signals = sorted({signal for part in rows.values() for row in part for signal in getattr(row, metric)})
+    colours = dict(zip(signals, cycle(ARM_COLOURS), strict=False))
+    for axis, (name, part) in zip(axes, rows.items(), strict=True):
+        tokens = step_tokens(runs[name])
+        for signal in signals:
+            said = {row.step: getattr(row, metric)[signal] for row in part if signal in getattr(row, metric)}
+            x = [tokens.get(step, math.nan) for step in said]
+            axis.plot(x, running_median([*said.values()]), color=colours[signal], linewidth=1.8, label=signal)
+        axis.axhline(0, color="#999999", linewidth=0.8)
+        token_axis(axis)
+        name_axes(axis, "update tokens", text, name)
+    legend_above(figure, axes, 4)
+    return figure
+
+
+def swapped_figure(
+    runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRecord]], ink: Mapping[str, Ink]
+) -> Figure | None:
+    """By how much picks that utilities brought in exceed those that had to go, a panel a signal; None: no row says it.
+
+    Dots: each step; lines: running medians.
+    """
+    signals = {
+        each.name.removeprefix(SWAPPED): {
+            name: {
+                row.step: value
+                for row in part
+                if (value := getattr(row, each.name)) is not None and math.isfinite(value)
+            }
+            for name, part in rows.items()
+        }
+        for each in metrics_of(SelectionRecord)
+        if each.name.startswith(SWAPPED)
+    }
+    shown = {signal: parts for signal, parts in signals.items() if any(parts.values())}
+    if not shown:
+        return None
+    figure, axes = panels(rows=len(shown), height=0.7 + 2.3 * len(shown))
+    for axis, (signal, parts) in zip(axes, shown.items(), strict=True):
+        for name, said in parts.items():
+            x, y = [step_tokens(runs[name]).get(step, math.nan) for step in said], [*said.values()]
+            axis.plot(x, y, ".", color=ink[name].colour, alpha=0.35, markersize=5)
+            plot_line(axis, x, running_median(y), ink[name])
+        axis.axhline(0, color="#999999", linewidth=0.8)
+        axis.ticklabel_format(axis="y", scilimits=(-2, 3))
+        axis.yaxis.get_offset_text().set_fontsize(STYLE_PT["tick"])
+        token_axis(axis)
+        name_axes(axis, "update tokens", "came in less went out", signal)
+    legend_above(figure, axes, 3)
     return figure
 
 
@@ -405,10 +354,10 @@ def check_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionR
 
     Dots: as measured, outliers as triangles at the border; lines: running medians.
     """
-    figure, axes = _figure(rows=len(rows), height=0.7 + 2.5 * len(rows))
+    figure, axes = panels(rows=len(rows), height=0.7 + 2.5 * len(rows))
     series = (("realised", 2, ARM_COLOURS[0]), ("predicted", 0, ARM_COLOURS[1]), (UNIFORM_DRAW, 1, BASELINE_COLOUR))
     for axis, (name, part) in zip(axes, rows.items(), strict=True):
-        tokens = _step_tokens(runs[name])
+        tokens = step_tokens(runs[name])
         x = [tokens.get(row.step, math.nan) for row in part]
         falls = [row.falls for row in part if row.falls is not None]
         ordered = sorted(value for fall in falls for value in fall)
@@ -427,15 +376,15 @@ def check_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionR
         axis.axhline(0, color="#999999", linewidth=0.8)
         margin = 0.05 * (high - low) or 1.0
         axis.set_ylim(low - margin, high + margin)
-        _token_axis(axis)
-        _labels(axis, "update tokens", "fall of the proxy loss\n(nats per token)", name)
-    _legend_above(figure, axes[:1], 3)
+        token_axis(axis)
+        name_axes(axis, "update tokens", "fall of the proxy loss\n(nats per token)", name)
+    legend_above(figure, axes[:1], 3)
     return figure
 
 
 def overhead_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: int) -> Figure:
     """Seconds of selection over the other seconds of a running window: some steps score, others do not."""
-    figure, (axis,) = _figure(height=3.2)
+    figure, (axis,) = panels(height=3.2)
     highest = 0.0
     for name, run in runs.items():
         steps = [record for record in run.steps if record.step >= start_step and record.step_s > record.select_s]
@@ -445,8 +394,8 @@ def overhead_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step:
         training = running_sum([record.step_s - record.select_s for record in steps])
         share = [s / t for s, t in zip(selecting, training, strict=True)]
         highest = max(highest, *share)
-        _line(axis, [record.tokens for record in steps], share, ink[name])
-    return _share_of_each_step(figure, max(0.01, 1.15 * highest), "selection time\n(share of training time)")
+        plot_line(axis, [record.tokens for record in steps], share, ink[name])
+    return share_of_each_step(figure, max(0.01, 1.15 * highest), "selection time\n(share of training time)")
 
 
 def _parts(record: ValidationRecord) -> dict[str, float]:
@@ -458,20 +407,20 @@ def domain_figure(runs: Mapping[str, Run], ink: Mapping[str, Ink], start_step: i
     domains = sorted({part for run in runs.values() for record in run.validations for part in _parts(record)})
     columns = 2 if len(domains) > 1 else 1
     rows = -(-len(domains) // columns)
-    figure, axes = _figure(rows, columns, height=0.7 + 2.3 * rows)
+    figure, axes = panels(rows, columns, height=0.7 + 2.3 * rows)
     for at, (axis, domain) in enumerate(zip(axes, domains, strict=False)):
         for name, run in runs.items():
             records = [each for each in run.validations if each.step >= start_step and domain in _parts(each)]
             x, y = [record.tokens for record in records], [_parts(record)[domain] for record in records]
-            _line(axis, x, y, ink[name], marker=".")
+            plot_line(axis, x, y, ink[name], marker=".")
         low, high = axis.get_ylim()
         if high - low < MIN_LOSS_SPAN:  # or noise would fill the panel like a difference that matters
             axis.set_ylim((low + high - MIN_LOSS_SPAN) / 2, (low + high + MIN_LOSS_SPAN) / 2)
-        _token_axis(axis, ticks=4)
-        _labels(axis, "update tokens" if at >= len(domains) - columns else "", "" if at % columns else LOSS, domain)
+        token_axis(axis, ticks=4)
+        name_axes(axis, "update tokens" if at >= len(domains) - columns else "", "" if at % columns else LOSS, domain)
     for axis in axes[len(domains) :]:
         axis.set_visible(False)
-    _legend_above(figure, axes, 3)
+    legend_above(figure, axes, 3)
     return figure
 
 
@@ -481,16 +430,16 @@ def benchmark_figure(
     """Scores (task, metric) over update tokens with their standard errors, a panel each, one line a run."""
     columns = 2 if len(keys) > 1 else 1
     rows = -(-len(keys) // columns)
-    figure, axes = _figure(rows, columns, height=0.7 + 2.3 * rows)
+    figure, axes = panels(rows, columns, height=0.7 + 2.3 * rows)
     for at, (axis, key) in enumerate(zip(axes, keys, strict=False)):
         for name, history in histories.items():
             there = [(each.tokens or 0, each.scores[key]) for each in history if key in each.scores]
             x, y = [tokens for tokens, _ in there], [score.value for _, score in there]
             axis.errorbar(x, y, [score.stderr or 0.0 for _, score in there], fmt="none", ecolor=ink[name].colour)
-            _line(axis, x, y, ink[name], marker=".")
-        _token_axis(axis, ticks=4)
-        _labels(axis, "update tokens" if at >= len(keys) - columns else "", key[1], key[0])
+            plot_line(axis, x, y, ink[name], marker=".")
+        token_axis(axis, ticks=4)
+        name_axes(axis, "update tokens" if at >= len(keys) - columns else "", key[1], key[0])
     for axis in axes[len(keys) :]:
         axis.set_visible(False)
-    _legend_above(figure, axes, 3)
+    legend_above(figure, axes, 3)
     return figure

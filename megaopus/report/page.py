@@ -22,6 +22,7 @@ from megaopus.report.compare import (
     Curve,
     Run,
     compare,
+    share_changed,
     stretch_curve,
     validation_at,
 )
@@ -112,9 +113,9 @@ class _Page:
         notes: list[str],
         texts: Texts | None,
     ):
-        from megaopus.report import figures  # matplotlib is slow to import, and only this verb needs it
+        from megaopus.report import drawing, figures  # matplotlib is slow to import, and only this verb needs it
 
-        self.figures = figures
+        self.drawing, self.figures = drawing, figures
         self.headline = headline_of(runs)
         self.runs = runs = self.headline.runs
         self.start_step = start_step
@@ -127,7 +128,7 @@ class _Page:
         """The baseline's arm."""
         self.comparisons = dict(comparisons) if comparisons is not None else self._compare()
         self.seeds = over_seeds(self.arms, self.baseline, self.comparisons) if self.baseline is not None else {}
-        self.inks = figures.inks(self.arms, self.baseline)
+        self.inks = drawing.inks(self.arms, self.baseline)
         self.curves = self._curves()
         # Where an arm has several seeds its first run stands for it in pictures of one run each.
         self.rows = {arm.first: self._selected(runs[arm.first]) for arm in self.arms}
@@ -319,7 +320,7 @@ class _Page:
         return {arm.name if len(arm.runs) > 1 else arm.first: self.runs[arm.first] for arm in self.arms}
 
     def _benchmark_curves(self, histories: benchmarks.Histories, keys: Sequence[benchmarks.Key]) -> str:
-        return self.figures.to_png(self.figures.benchmark_figure(histories, keys, self.inks))
+        return self.drawing.to_png(self.figures.benchmark_figure(histories, keys, self.inks))
 
     def _figures(self) -> str:
         figures, found = self.figures, []
@@ -353,7 +354,7 @@ class _Page:
             caption = "Validation loss of each domain and of each part of a held-out target, as measured."
             found.append((figures.domain_figure(self.runs, self.inks, self.start_step), caption))
         shown = [
-            f'<figure><img alt="{html.escape(caption)}" src="{figures.to_png(picture)}">'
+            f'<figure><img alt="{html.escape(caption)}" src="{self.drawing.to_png(picture)}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
             for picture, caption in found
         ]
@@ -384,6 +385,7 @@ class _Page:
                 "of opus and greats are about one update, and shrink with the learning rate."
             )
             found.append((figures.utility_figure(self.runs, spread), caption))
+        found += self._influence_figures()
         if any(share > 0 for each in self.summaries.values() for _, share in each.repeat_share):
             picked = {name: each for name, each in self.summaries.items() if each.repeat_share}
             caption = "Share of each batch that the run had trained on before (moving mean)."
@@ -395,6 +397,39 @@ class _Page:
             )
             words = " ".join(f"{name}: {_agreement(part)}" for name, part in checked.items())
             found.append((figures.check_figure(self.runs, checked), caption + words))
+        return found
+
+    def _influence_figures(self) -> list[tuple[Any, str]]:
+        """(picture, caption) of what utilities did to the picks; none where no step says it."""
+        figures, told = self.figures, {}
+        for name, part in self.rows.items():
+            if said := [row for row in part if row.changed_by_utilities is not None]:
+                told[name] = said
+        if not told:
+            return []
+        shares = "; ".join(f"{name}: {share_changed(part):.1%} of all picks" for name, part in told.items())
+        caption = (
+            "Share of each batch that would not have been picked by what is known without utilities (dots: each step; "
+            f"line: moving mean). {shares}."
+        )
+        found = [(figures.changed_figure(self.runs, told, self.inks), caption)]
+        spread = (
+            "What each signal adds to the number that is picked by: its standard deviation over those that may be "
+            "picked (running median). The larger has the say."
+        )
+        weights = "Weight of each signal in the log-odds that are picked by (running median)."
+        for metric, text, caption in (
+            ("signal_spread", "standard deviation", spread),
+            ("odds_weights", "weight", weights),
+        ):
+            if (picture := figures.signal_figure(self.runs, told, metric, text)) is not None:
+                found.append((picture, caption))
+        if (picture := figures.swapped_figure(self.runs, told, self.inks)) is not None:
+            caption = (
+                "Picks that utilities brought in less those that had to go for them: means of what is known of them, "
+                "importance as its logarithm (dots: each step; lines: running medians)."
+            )
+            found.append((picture, caption))
         return found
 
     def _domains(self) -> str:

@@ -19,6 +19,7 @@ MODELS = Path(__file__).parents[1] / "fixtures"
 FURTHER = {
     "model/hf": [f"model.hf={MODELS / 'smollm2_135m'}"],
     "experiment/continue": [f"model.hf={MODELS / 'smollm2_135m'}"],
+    "experiment/demo_real": [f"model.hf={MODELS / 'smollm2_135m'}"],
     "experiment/paper_qwen3_8b": [f"model.hf={MODELS / 'qwen3_8b'}"],
 }
 """What a choice needs beside it."""

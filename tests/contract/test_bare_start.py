@@ -87,6 +87,7 @@ def test_an_address_is_refused_before_anything_runs(
     [
         "prepare --demo --out s3://b/c",
         "demo --out s3://b/c",
+        "demo --real --model s3://b/m",
         "report s3://b/run",
         "score --corpus s3://b/c --method dsir",
         "prepare --demo --out c --tokenizer s3://b/t",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megaopus.errors import DataError
-from megaopus.report import figures
+from megaopus.report import drawing
 from megaopus.report.arms import find_arms
 from megaopus.report.benchmarks import section
 from megaopus.report.compare import load_run
@@ -108,7 +108,7 @@ def test_differences_are_told_only_beyond_noise(
 def test_scores_name_protocol_items_and_errors(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_evaluation(root / "uniform", tasks(1))
     train(root / "opus", QUIET)
-    monkeypatch.setattr(figures, "DPI", 20)
+    monkeypatch.setattr(drawing, "DPI", 20)
     monkeypatch.setattr(_Page, "_figures", lambda self: "")  # those of the rest take a second
     runs = {name: load_run(root / name) for name in ("uniform", "opus")}
     text = write_report(runs, root / "report.html").read_text()

@@ -23,10 +23,10 @@ from megaopus.record.metrics import read_record
 from megaopus.record.recorder import Recorder
 from megaopus.record.sinks import JsonlSink
 from megaopus.record.types import StepRecord
-from megaopus.report import figures
+from megaopus.report import drawing, figures
 from megaopus.report.arms import find_arms
 from megaopus.report.choice_summary import QUANTILES, summarise_choices
-from megaopus.report.compare import SEED_NOISE, aggregate, compare, load_run, stretch_curve, validation_at
+from megaopus.report.compare import SEED_NOISE, Run, aggregate, compare, load_run, stretch_curve, validation_at
 from megaopus.report.page import write_report
 from megaopus.report.sections import Texts
 from tests.unit.report_runs import NOT_FINITE, TOKENS, candidates_of, write_run
@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pictures, which take a third of the time."""
-    monkeypatch.setattr(figures, "DPI", 40)
+    monkeypatch.setattr(drawing, "DPI", 40)
 
 
 def report(*arguments: object, texts: Texts | None = None) -> str:
@@ -155,6 +155,7 @@ def test_report_of_two_arms(folders: list[Path], tmp_path: Path) -> None:
     assert "rank correlation of predicted and realised 0.57 over 13 checks" in page
     images = pictures(page)
     assert len(images) == 11
+    assert "without utilities" not in page, "as of runs that do not say what these did"
     assert all(image.startswith(b"\x89PNG") and len(image) > 2_000 for image in images)
     assert not re.search(r"https?://|<script|<link|@import", page), "the page must stand alone"
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "page.html"]
@@ -210,7 +211,7 @@ def test_report_says_why_each_update_was_skipped(tmp_path: Path) -> None:
 def test_each_metric_that_is_to_be_drawn_has_a_panel(folders: list[Path]) -> None:
     """Return where some run has values of it; a step of a version that did not measure it is passed over."""
     run = load_run(folders[0])
-    inks = figures.inks(find_arms({"a": run}), None)
+    inks = drawing.inks(find_arms({"a": run}), None)
 
     def drawn(**peaks: int | None) -> list[str]:
         steps = [replace(record, **peaks) if record.step > 180 else record for record in run.steps]
@@ -250,7 +251,7 @@ def test_one_seed_claims_no_difference_that_another_seed_would_make(folders: lis
 
 def test_losses_are_drawn_as_measured_and_the_baseline_in_front(folders: list[Path]) -> None:
     runs = {each.name: load_run(each) for each in folders}
-    inks, found = figures.inks(find_arms(runs), "uniform"), compare(runs["uniform"], runs["opus"], 100)
+    inks, found = drawing.inks(find_arms(runs), "uniform"), compare(runs["uniform"], runs["opus"], 100)
     curves = {name: stretch_curve(run, 100, 3, validation_at(run, 100)) for name, run in runs.items()}
     (axis,) = figures.loss_figure(curves, inks, {"opus": found}, "tokens", "uniform").axes
     lines = {str(line.get_label()): line for line in axis.lines}
@@ -258,6 +259,64 @@ def test_losses_are_drawn_as_measured_and_the_baseline_in_front(folders: list[Pa
         assert list(lines[name].get_ydata()) == [record.loss for record in run.validations]
     assert lines["uniform"].get_zorder() > lines["opus"].get_zorder()
     assert lines["uniform"].get_linestyle() == "--"
+
+
+def with_influence(run: Run, signals: Sequence[str] = ("utility", "importance")) -> Run:
+    """The run, told of every second step what utilities did; in every tenth they changed nothing."""
+    told = [
+        replace(
+            row,
+            changed_by_utilities=0.0 if row.step % 10 == 0 else row.step / 400,
+            swapped_utility=None if row.step % 10 == 0 else 1e-4 * row.step,
+            swapped_importance=None if row.step % 10 == 0 else math.nan if row.step == 102 else -0.01 * row.step,
+            signal_spread={signal: 0.1 * (at + 1) for at, signal in enumerate(signals)},
+            odds_weights={} if len(signals) < 3 else {"utility": -0.5, "loss squared": 0.25},
+        )
+        if row.step % 2 == 0
+        else row
+        for row in run.selections
+    ]
+    return replace(run, selections=told)
+
+
+@pytest.mark.usefixtures("coarse")
+def test_the_page_shows_what_utilities_did(folders: list[Path], tmp_path: Path) -> None:
+    uniform, opus = (load_run(each) for each in folders)
+    page = write_report({"uniform": uniform, "opus": with_influence(opus)}, tmp_path / "page.html").read_text()
+    assert len(pictures(page)) == 14
+    share = sum(0 if step % 10 == 0 else step / 400 for step in range(100, 240, 2)) / 70
+    assert f"opus: {share:.1%} of all picks" in page
+
+
+def test_what_utilities_did_is_drawn_as_recorded(folders: list[Path]) -> None:
+    run = with_influence(load_run(folders[1]), ("utility", "importance", "loss"))
+    runs, rows = {"opus": run}, {"opus": [row for row in run.selections if row.changed_by_utilities is not None]}
+    inks = drawing.inks(find_arms(runs), None)
+    (axis,) = figures.changed_figure(runs, rows, inks).axes
+    dots, line = axis.lines
+    assert list(dots.get_ydata()) == [row.changed_by_utilities for row in rows["opus"]]
+    assert list(dots.get_xdata()) == [(row.step + 1) * TOKENS for row in rows["opus"]]
+    assert list(line.get_ydata()) == pytest.approx(drawing.smooth(list(dots.get_ydata()), 3))
+    expected = {"signal_spread": {"utility": 0.1, "importance": 0.2, "loss": 0.1 * 3}}
+    expected["odds_weights"] = {"utility": -0.5, "loss squared": 0.25}
+    for metric, values in expected.items():
+        figure = figures.signal_figure(runs, rows, metric, "number")
+        assert figure is not None
+        (axis,) = figure.axes
+        lines = {str(line.get_label()): line for line in axis.lines}
+        for signal, value in values.items():
+            assert list(lines[signal].get_ydata()) == [value] * 70
+            assert list(lines[signal].get_xdata()) == list(dots.get_xdata())
+    figure = figures.swapped_figure(runs, rows, inks)
+    assert figure is not None
+    utility, importance = figure.axes
+    assert (utility.get_title("left"), importance.get_title("left")) == ("utility", "importance")
+    steps = [row.step for row in rows["opus"] if row.step % 10]
+    assert list(utility.lines[0].get_ydata()) == [1e-4 * step for step in steps]
+    assert list(importance.lines[0].get_ydata()) == [-0.01 * step for step in steps if step != 102]
+    silent = [replace(row, swapped_utility=None, swapped_importance=None, odds_weights={}) for row in rows["opus"]]
+    assert figures.signal_figure(runs, {"opus": silent}, "odds_weights", "number") is None
+    assert figures.swapped_figure(runs, {"opus": silent}, inks) is None
 
 
 def test_a_folder_of_runs_is_told_to_be_one(folders: list[Path]) -> None:

@@ -10,7 +10,8 @@ import pytest
 from megaopus.data.target import Target
 from megaopus.report.arms import find_arms
 from megaopus.report.compare import compare, load_run
-from megaopus.report.figures import domain_figure, inks
+from megaopus.report.drawing import inks
+from megaopus.report.figures import domain_figure
 from megaopus.report.page import _Page
 from megaopus.report.target import target_of
 from tests.unit.report_runs import write_run
