@@ -349,8 +349,11 @@ def test_a_regression_has_no_label_to_name(few: Corpus, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--method", "dsir", "--model", "x"], "--model: says nothing to --method dsir; it is for perplexity and"),
-        (["--method", "perplexity"], "needs --checkpoint (a run of ours) or --model"),
-        (["--method", "perplexity", "--model", "x", "--checkpoint", "y"], "needs --checkpoint (a run of ours) or"),
+        (["--method", "perplexity"], "needs --checkpoint (a run of ours, a Hugging Face folder) or"),
+        (
+            ["--method", "perplexity", "--model", "x", "--checkpoint", "y"],
+            "takes --checkpoint or --model; leave one out",
+        ),
         (["--method", "utility"], "--method utility: needs --checkpoint"),
         (["--method", "classifier"], "--method classifier: needs --model"),
         (["--method", "classifier", "--model", "/no/such"], "--model /no/such: cannot be read as AutoModelForSeq"),
