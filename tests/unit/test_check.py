@@ -136,6 +136,7 @@ def test_overhead_follows_the_cost_model():
 def test_omega_is_that_of_its_formula():
     """r l (c/3) s / u + upkeep: what online scoring and a column cost beside training."""
     config = small(method="opus", rho=0.25, score_length=64, proxy_batch_size=8, score_every=2, warmup_steps=250)
+    config.train.steps = 1000
     found = scorer_cost.online(config)
     assert (found.ratio, found.length, found.forwards, found.size, found.uses) == (8, 0.25, pytest.approx(2), 1, 2)
     assert found.omega == pytest.approx(8 * 0.25 * (2 / 3) / 2 + 8 / 2 / 16)  # the proxy too every other step
