@@ -55,8 +55,8 @@ class ScorerCost:
         made_of = f"r {self.ratio:.3g} x l {self.length:.3g} x c/3 {self.forwards / 3:.3g} x s {self.size:.3g}"
         made_of += f" / u {self.uses:.3g} + upkeep {self.upkeep:.3g}"
         steps = "" if self.share == 1 else f", in {self.share:.0%} of the steps"
-        pays = f"pays if it needs less than {1 / (1 + self.of_run):.3g} of the tokens"
-        return f"omega {self.omega:.3g} = {made_of}{steps}; time_ratio = tokens_ratio x {1 + self.of_run:.3g}: {pays}"
+        pays = f"pays if it needs less than {1 / (1 + self.of_run):.4g} of the tokens"
+        return f"omega {self.omega:.3g} = {made_of}{steps}; time_ratio = tokens_ratio x {1 + self.of_run:.4g}: {pays}"
 
 
 def online(config: RunConfig) -> ScorerCost:

@@ -146,7 +146,7 @@ def test_omega_is_that_of_its_formula():
     assert (itself.omega, companion.omega) == (pytest.approx(1 / 3), pytest.approx(0.11, abs=0.01))
     told = ScorerCost(ratio=3, forwards=2, upkeep=0.5, share=0.5).told()
     assert "omega 2.5 = r 3 x l 1 x c/3 0.667 x s 1 / u 1 + upkeep 0.5, in 50% of the steps" in told
-    assert "time_ratio = tokens_ratio x 2.25: pays if it needs less than 0.444 of the tokens" in told
+    assert "time_ratio = tokens_ratio x 2.25: pays if it needs less than 0.4444 of the tokens" in told
 
 
 def test_check_tells_when_a_column_pays(corpus, capsys):
