@@ -97,6 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--logit", action="store_true", default=None, help="classifier: the label's raw number, not its probability")
     add("--positive", action="append", metavar="PATH", help="fasttext: documents to be like (default: the split proxy)")
     add("--negative", action="append", metavar="PATH", help="fasttext: documents to be unlike (default: of the pool)")
+    _add_model_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a model reads, and how its optimizer's step is known."""
+    add = parser.add_argument
     add(
         "--windows",
         choices=WINDOWS,
