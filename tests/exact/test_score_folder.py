@@ -30,11 +30,10 @@ from tests.pool import Jobs, Pool
 LENGTH, WARM, PROXY = 32, 2, 6
 LAYOUTS: Mapping[str, tuple[int, list[str]]] = {
     "tp2-pp2": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
-    "cp2": (2, ["parallel.cp=2"]),
     "dp3": (3, []),
 }
 """Name -> (ranks, overrides)."""
-COLUMNS: Mapping[str, tuple[int, list[str]]] = {"whole": (4, ["parallel.pp=2"]), "half": (3, [])}
+COLUMNS: Mapping[str, tuple[int, list[str]]] = {"whole": (2, ["parallel.cp=2"]), "half": (2, [])}
 """The same of what is written; a process takes part in one job alone, for its ranks meet at one port."""
 
 
