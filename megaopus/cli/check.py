@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="for the launch command (default: %(default)s)",
     )
+    parser.add_argument(
+        "--scorer-parameters",
+        type=_parameters,
+        metavar="N",
+        help="of a model that may score the corpus ahead of time, as 125M (default: only the run's own is considered)",
+    )
     only = "compose and validate the settings, with what the manifests of the corpora say, and end there"
     parser.add_argument("--settings-only", action="store_true", help=only)
     parser.add_argument("--no-corpora", action="store_true", help="the same without the corpora, which lie elsewhere")
@@ -57,7 +63,14 @@ def run(args: argparse.Namespace) -> int:
     if args.settings_only or args.no_corpora:
         print(f"the settings fit {args.world_size or config.parallel.model_ranks} rank(s)")
         return 0
-    refused = show(config, args.world_size, args.overrides, args.config_dir, per_node=args.gpus_per_node)
+    refused = show(
+        config,
+        args.world_size,
+        args.overrides,
+        args.config_dir,
+        per_node=args.gpus_per_node,
+        scorer_parameters=args.scorer_parameters,
+    )
     return 2 if refused else 0
 
 
@@ -68,17 +81,19 @@ def show(
     config_dir: Path | None = None,
     console: Console | None = None,
     per_node: int = GPUS_PER_NODE,
+    scorer_parameters: float | None = None,
 ) -> list[str]:
     """Print everything that follows from ``config`` on ``world_size`` ranks (None: tp x cp x pp, the fewest possible).
 
-    ``overrides`` and ``config_dir`` are repeated in the launch command, for nodes of ``per_node`` GPUs. Returns why the
-    run could not start on this machine, as it was printed. Raises ConfigError if the settings do not fit the ranks,
+    ``overrides`` and ``config_dir`` are repeated in the launch command, for nodes of ``per_node`` GPUs.
+    ``scorer_parameters``: of a model that may score ahead of time. Returns why the run could not start on this machine,
+    as it was printed. Raises ConfigError if the settings do not fit the ranks,
     DataError if a corpus cannot be read.
     """
     from megaopus.config.run_config import differences
     from megaopus.config.validation import validate
     from megaopus.data.run_data import RunData
-    from megaopus.planning import estimate
+    from megaopus.planning import estimate, scorer_cost
     from megaopus.planning.memory import precisions
 
     console = console or Console()
@@ -95,6 +110,8 @@ def show(
     console.print(_mesh_table(config, world_size))
     console.print(_two_columns("Parameters", estimate.parameter_rows(config, vocab_size)))
     console.print(_two_columns("Cost", estimate.cost(config, vocab_size)))
+    when = "When scoring pays (an estimate)"
+    console.print(_two_columns(when, scorer_cost.pays(config, data, scorer_parameters)))
     for precision in precisions(config):
         console.print(_memory_table(config, vocab_size, world_size, precision))
     refused = missing(config)
@@ -116,6 +133,20 @@ def missing(config: RunConfig) -> list[str]:
                 check()
         except MegaopusError as error:
             found.append(str(error))
+    return found
+
+
+_LETTERS = {"K": 1e3, "M": 1e6, "B": 1e9}
+
+
+def _parameters(text: str) -> float:
+    """Read how many: 125M, 1.5B, 1e8."""
+    try:
+        found = float(text[:-1]) * _LETTERS[text[-1]] if text[-1:] in _LETTERS else float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: not a number of parameters, as 125M or 1.5B")
     return found
 
 

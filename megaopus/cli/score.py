@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megaopus.cli._paths import local_name, local_path
+from megaopus.distributed.launcher import place
 from megaopus.errors import DataError
 from megaopus.plugins import require_plugins
 
@@ -25,6 +26,7 @@ DESCRIPTION = (
 EXAMPLES = (
     "  python -m megaopus score --corpus corpus --method dsir\n"
     "  python -m megaopus score --corpus corpus --method utility --checkpoint runs/first --name useful\n"
+    "  torchrun --nproc-per-node 8 -m megaopus score --corpus c --method utility --checkpoint Qwen3-8B parallel.tp=4\n"
     "  python -m megaopus score --corpus corpus --method classifier --model HuggingFaceFW/fineweb-edu-classifier"
 )
 METHODS = ("dsir", "perplexity", "fasttext", "classifier", "utility")
@@ -38,11 +40,13 @@ _OPTIONS = {
     "positive": ("fasttext",),
     "negative": ("fasttext",),
     "windows": ("perplexity", "classifier", "utility"),
-    "max_tokens": ("perplexity", "classifier"),
+    "max_tokens": ("perplexity", "classifier", "utility"),
     "proxy_sequences": ("utility",),
+    "warm_steps": ("utility",),
     "estimator": ("utility",),
     "contrast": ("utility",),
     "device": ("perplexity", "classifier", "utility"),
+    "overrides": ("perplexity", "utility"),
 }
 """Option -> the methods that it says something to."""
 _QUANTILES = (0, 10, 50, 90, 100)
@@ -68,7 +72,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="dsir (DSIR-like): documents to be like, as --source of prepare (default: the split proxy)",
     )
-    add("--checkpoint", type=local_path, metavar="FOLDER", help="perplexity, utility: a run, or one of its checkpoints")
+    add(
+        "--checkpoint",
+        type=local_path,
+        metavar="FOLDER",
+        help="perplexity, utility: a run, one of its checkpoints, or a Hugging Face model folder; on as many ranks as"
+        " torchrun starts",
+    )
+    add(
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="with --checkpoint: settings of parallel and engine, as train has them; for the utility under a Hugging"
+        " Face folder of optim too",
+    )
     add(
         "--model",
         type=local_name,
@@ -80,14 +97,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--logit", action="store_true", default=None, help="classifier: the label's raw number, not its probability")
     add("--positive", action="append", metavar="PATH", help="fasttext: documents to be like (default: the split proxy)")
     add("--negative", action="append", metavar="PATH", help="fasttext: documents to be unlike (default: of the pool)")
+    _add_model_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a model reads, and how its optimizer's step is known."""
+    add = parser.add_argument
     add(
         "--windows",
         choices=WINDOWS,
         help="documents longer than the model takes: the mean over all windows, by tokens, or the first alone (default:"
         " mean; classifier: first)",
     )
-    add("--max-tokens", type=int, metavar="N", help="of a window of --model (default: as many as it takes)")
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="of a window of --model (default: as many as it takes), or of a Hugging Face folder as --checkpoint"
+        " (default: 1024, or as many as it takes)",
+    )
     add("--proxy-sequences", type=int, metavar="N", help="utility: of the split proxy (default 64)")
+    add(
+        "--warm-steps",
+        type=int,
+        metavar="N",
+        help="utility of a Hugging Face folder, which has no optimizer's state: gradients of the pool that make one"
+        " (default 16)",
+    )
     add("--estimator", choices=("directional", "exact"), help="utility: exact is in float64, for small models")
     add("--contrast", action="store_true", default=None, help="utility: of the proxy's gradient less the pool's")
     add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers what --checkpoint needs")
@@ -98,12 +134,19 @@ def method_of(corpus: Corpus, args: argparse.Namespace) -> Method:
     """Make the method that the command line asks for; raises DataError for options that do not go together."""
     from megaopus.corpus_tools.sources import Source
 
-    given = {name for name in _OPTIONS if getattr(args, name) is not None}
+    given = {name for name in _OPTIONS if getattr(args, name) not in (None, [])}
     for name in sorted(given):
         if args.method not in _OPTIONS[name]:
-            option, methods = f"--{name.replace('_', '-')}", " and ".join(_OPTIONS[name])
+            option = args.overrides[0] if name == "overrides" else f"--{name.replace('_', '-')}"
+            methods = " and ".join(_OPTIONS[name])
             raise DataError(f"{option}: says nothing to --method {args.method}; it is for {methods}")
-    run = {name: getattr(args, name) for name in ("windows", "device") if name in given}
+    run: dict[str, Any] = {name: getattr(args, name) for name in ("windows", "device") if name in given}
+    if args.checkpoint is not None:
+        return _under_checkpoint(corpus, args, given, run)
+    if place().world_size > 1:
+        raise DataError(f"--method {args.method}: without --checkpoint it is one process's work: leave torchrun out")
+    if args.overrides:
+        raise DataError(f"{args.overrides[0]}: says nothing without --checkpoint; leave it out")
     if args.method == "dsir":
         from megaopus.score.ngrams import Dsir
 
@@ -125,23 +168,31 @@ def method_of(corpus: Corpus, args: argparse.Namespace) -> Method:
         return Classifier(
             corpus, args.model, max_tokens=args.max_tokens, label=args.label, logit=bool(args.logit), **run
         )
-    if args.method == "perplexity" and (args.model is None) == (args.checkpoint is None):
-        raise DataError("--method perplexity: needs --checkpoint (a run of ours) or --model (of the Hugging Face hub)")
-    if args.model:
-        from megaopus.score.hub import HubPerplexity
-
-        return HubPerplexity(corpus, args.model, max_tokens=args.max_tokens, **run)
-    if args.checkpoint is None:
+    if args.method == "utility":
         raise DataError(
-            "--method utility: needs --checkpoint, a run whose model and optimizer say what a document is worth"
+            "--method utility: needs --checkpoint, a run whose model and optimizer say what a document is worth, or a"
+            " Hugging Face model folder"
         )
+    if not args.model:
+        raise DataError(
+            "--method perplexity: needs --checkpoint (a run of ours, a Hugging Face folder) or --model (of the hub)"
+        )
+    from megaopus.score.hub import HubPerplexity
+
+    return HubPerplexity(corpus, args.model, max_tokens=args.max_tokens, **run)
+
+
+def _under_checkpoint(corpus: Corpus, args: argparse.Namespace, given: set[str], run: dict[str, Any]) -> Method:
+    """Make a method that needs a model of ours or of a folder; ``run``: options of the others too."""
     from megaopus.score.checkpoint import CheckpointPerplexity, Utility
 
-    if args.max_tokens is not None:
-        raise DataError("--max-tokens: says nothing to --checkpoint, whose windows are its data.seq_len")
+    run |= {"max_tokens": args.max_tokens, "overrides": args.overrides}
     if args.method == "perplexity":
+        if args.model:
+            raise DataError("--method perplexity: takes --checkpoint or --model; leave one out")
         return CheckpointPerplexity(corpus, args.checkpoint, **run)
-    more = {name: getattr(args, name) for name in ("proxy_sequences", "estimator", "contrast") if name in given}
+    names = ("proxy_sequences", "estimator", "contrast", "warm_steps")
+    more = {name: getattr(args, name) for name in names if name in given}
     if more.get("proxy_sequences", 1) < 1:
         raise DataError(f"--proxy-sequences {args.proxy_sequences}: must be at least 1")
     return Utility(corpus, args.checkpoint, **run, **more)
@@ -153,13 +204,16 @@ def run(args: argparse.Namespace) -> int:
     from megaopus.score.base import make_column
 
     require_plugins(args.plugin)
-    corpus, name, console = Corpus.open(args.corpus), args.name or args.method, Console()
+    corpus, name = Corpus.open(args.corpus), args.name or args.method
+    console = Console(quiet=place().rank > 0)
     method = method_of(corpus, args)
-    settings = ", ".join(f"{key} {value}" for key, value in method.about.items())
+    plain = {key: value for key, value in method.about.items() if not isinstance(value, dict)}
+    settings = ", ".join(f"{key} {value}" for key, value in plain.items())
     console.print(f"{len(corpus):,} documents: {settings}; {method.best} is best", highlight=False, markup=False)
     out = make_column(corpus, name, method, overwrite=args.overwrite, console=console)
-    show(corpus, name, console)
-    console.print(str(out), highlight=False, markup=False, soft_wrap=True)
+    if place().rank == 0:
+        show(corpus, name, console)
+        console.print(str(out), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,18 +207,35 @@ def layout(overrides: list[str], model: ModelConfig, world_size: int) -> tuple[P
 
     Raises ConfigError for an override of anything else, and for what does not fit the model or the ranks.
     """
-    issues = Issues()
+    config = arranged(overrides, model, world_size)
+    return config.parallel, config.engine
+
+
+def arranged(
+    overrides: Sequence[str],
+    model: ModelConfig,
+    world_size: int,
+    also: Sequence[str] = (),
+    *,
+    first: Sequence[str] = (),
+) -> RunConfig:
+    """Compose the settings around a model that is there already; ``overrides`` may be of the sections ``also`` too.
+
+    ``first``: overrides that theirs come after, of anything. Raises ConfigError as ``layout``.
+    """
+    issues, sections = Issues(), (*_LAYOUT, *also)
     for text in overrides:
-        if (key := text.lstrip("+~").partition("=")[0]).split(".")[0] not in _LAYOUT:
-            issues.add(key, text, "is not of parallel or engine: the rest is the model's own", "leave it out")
+        if (key := text.lstrip("+~").partition("=")[0]).split(".")[0] not in sections:
+            named = f"{', '.join(sections[:-1])} or {sections[-1]}"
+            issues.add(key, text, f"is not of {named}: the rest is the model's own", "leave it out")
     issues.refuse()
-    config = _composed(overrides, None, issues)
+    config = _composed([*first, *overrides], None, issues)
     config.model, config.data.seq_len = model, 8 * config.parallel.cp * config.parallel.tp  # any length may be cut
-    about = (*(f"{section}." for section in _LAYOUT), "model.num_", "model.ffn_")
+    about = (*(f"{section}." for section in sections), "model.num_", "model.ffn_")
     found = validate(config, world_size, frozenset(issues.tainted), corpora=False)
     issues.problems += [problem for problem in found if problem.key.startswith(about)]
     issues.refuse()
-    return config.parallel, config.engine
+    return config
 
 
 _LAYOUT = ("parallel", "engine")

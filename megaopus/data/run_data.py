@@ -39,6 +39,8 @@ class RunDataSummary:
     """The pool corpus's tokenizer's."""
     domains: list[str]
     """Domains of the pool corpus."""
+    tokens: int
+    """Tokens of all documents of the pool corpus, of every split and whether or not a filter keeps them."""
     sequences: dict[str, int]
     """Split -> sequences that the run draws from: pool (filtered), validation (every domain), target if something was
     held out, and proxy if it is read."""
@@ -197,6 +199,7 @@ class RunData:
             fingerprint=corpus.fingerprint,
             vocab_size=corpus.vocab_size,
             domains=list(corpus.domains),
+            tokens=int(corpus.lengths.sum()),
             sequences={split: len(sequences) for split, sequences in drawn.items()},
             validation={domain: len(buffer) for domain, buffer in self.evaluation_buffers().items()},
             held_out={part: len(buffer) for part, buffer in self.held_out_buffers().items()},

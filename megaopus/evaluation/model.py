@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -25,16 +24,13 @@ from megaopus.engine.config import EngineConfig
 from megaopus.errors import CheckpointError, DataError, ModelError
 from megaopus.export import trained_on
 from megaopus.huggingface.families import model_config
-from megaopus.huggingface.folder import CONFIG, ModelFolder
+from megaopus.huggingface.folder import CONFIG, ModelFolder, positions
 from megaopus.huggingface.side_files import FOLDER
 from megaopus.huggingface.start import FolderWeights
 from megaopus.models.config import ModelConfig
 from megaopus.models.gpt import Start
 from megaopus.selection.config import PASS_TOKENS
 from megaopus.start import checkpoint_weights
-
-_LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
-"""Entries of config.json that say how many positions a model has, in the order in which they count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +78,7 @@ def find(path: Path) -> Found:
         model = model_config(folder.config)
         assert model.vocab_size is not None
         words = words_of(path)
-        length = _length(folder.config)
+        length = positions(folder.config)
         return Found(
             path=path, step=None, run=None, model=model, vocab_size=model.vocab_size, max_length=length, words=words
         )
@@ -156,15 +152,8 @@ def positions_of(config: RunConfig, *folders: Path) -> int:
     """
     for folder in folders:
         if (folder / CONFIG).is_file():
-            return _length(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+            return positions(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     return config.data.seq_len
-
-
-def _length(config: Mapping[str, Any]) -> int:
-    found = next((config[key] for key in _LENGTHS if isinstance(config.get(key), int)), None)
-    if found is None:
-        raise ModelError(f"{CONFIG}: none of {', '.join(_LENGTHS)} says how many positions the model has")
-    return found
 
 
 def words_of(folder: Path, end: int | None = None) -> Words:

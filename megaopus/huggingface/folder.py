@@ -29,6 +29,8 @@ class Stored:
     """As safetensors calls it: F32, BF16, F16."""
 
 
+LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
+"""Entries of config.json that say how many positions a model has, in the order in which they count."""
 FLOATS = ("F32", "BF16", "F16")
 PIECE_BYTES = 32 << 20
 """Of a tensor that are read at a time."""
@@ -100,6 +102,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{file}: not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{file}: holds no object")
+    return found
+
+
+def positions(config: Mapping[str, Any]) -> int:
+    """Say how many positions the model of a ``config.json`` was made for. Raises ModelError if it does not say."""
+    found = next((config[key] for key in LENGTHS if isinstance(config.get(key), int)), None)
+    if found is None:
+        raise ModelError(f"{CONFIG}: none of {', '.join(LENGTHS)} says how many positions the model has")
     return found
 
 

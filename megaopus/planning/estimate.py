@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megaopus.config.run_config import RunConfig
 from megaopus.data.run_data import RunDataSummary
-from megaopus.data.text_features import JUDGES
 from megaopus.distributed.mesh import MeshShape
 from megaopus.models.flops import (
     VOCAB_MULTIPLE,
@@ -19,10 +18,8 @@ from megaopus.models.flops import (
 )
 from megaopus.planning.disk import choice_rows, disk_use
 from megaopus.planning.memory import in_micro_batches, precisions, proxy_micro_batch, scoring_micro_batch
-from megaopus.selection.config import SelectionConfig
-from megaopus.selection.estimators.registry import scoring_flops
-from megaopus.selection.methods.registry import METHODS, UNIFORM
-from megaopus.selection.registry import Flops
+from megaopus.planning.scorer_cost import online, scoring_cost, selecting_share
+from megaopus.selection.methods.registry import UNIFORM
 
 
 def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str, data: RunDataSummary) -> str:
@@ -158,35 +155,20 @@ def scoring_overhead(config: RunConfig) -> float:
     the pool's too for a contrast). With ``utilities`` odds the judges among the proxy are scored, in every step, and no
     gradient is made of them. Time differs: scoring has no optimizer step, and forwards alone keep no activations.
     """
-    selection, train = config.selection, config.train
-    if selection.method == UNIFORM:
-        return 0.0
-    ratio = _scoring_cost(selection)[0]
-    length = config.scored_length() / config.data.seq_len
-    every = selection.score_every * (selection.prescreen.every if selection.prescreen.mode == "predict" else 1)
-    judged = selection.proxy_batch_size / JUDGES if selection.utilities == "odds" else 0
-    proxy = (selection.proxy_batch_size - judged) / selection.proxy_period if selection.needs_proxy else 0
-    scored = (config.num_scored() + judged) / every * ratio * length
-    return (scored + proxy * (1 + selection.contrast)) / train.global_batch_size
-
-
-def _scoring_cost(selection: SelectionConfig) -> Flops:
-    """Find FLOPs per scored token over FLOPs per trained token, and why; of the Gram matrix's sketches too."""
-    flops = METHODS.find(selection.method).flops
-    return flops or scoring_flops(selection.estimator, selection.gram, selection.redundancy > 0)
+    return online(config).omega
 
 
 def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
     """Name -> FLOPs of training and of selection, in words."""
     flops = training_flops_per_token(config.model, vocab_size, config.data.seq_len)
     tokens = config.train.global_batch_size * config.data.seq_len * config.train.steps
-    selecting = max(0, config.train.steps - config.selection.warmup_steps) / config.train.steps
+    selecting = selecting_share(config)
     total = flops * tokens * (1 + scoring_overhead(config) * selecting)
     rows = {"training": f"{flops:.3e} FLOPs per token (forward and backward, attention included)"}
     if config.selection.method == UNIFORM:
         rows["selection"] = "none (uniform)"
     else:
-        ratio, why = _scoring_cost(config.selection)
+        ratio, why = scoring_cost(config.selection)
         rows["scoring"] = f"{ratio:.2f} of a training token per scored token: {why}"
         rows["expected overhead"] = f"{scoring_overhead(config):.1%} of the training FLOPs of a step, proxy included"
         rows["steps that score"] = f"{selecting:.0%} (not in the warm-up of {config.selection.warmup_steps} steps)"

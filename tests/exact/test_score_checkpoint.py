@@ -58,7 +58,8 @@ def read(corpus: Corpus, number: int) -> torch.Tensor:
 def test_windows_have_each_token_once(corpus: Corpus) -> None:
     numbers = np.arange(3, 9)
     windows, owners = windows_of(corpus, numbers, SEQ_LEN, first_only=False)
-    tokens, counts = windows.batch()
+    tokens, counts = windows.batch(), windows.counts
+    assert ((tokens < 0).sum(1) == counts.max() - counts).all()  # what fills up is marked
     for place, number in enumerate(numbers):
         mine = [row[1 : count + 1] for row, count, owner in zip(tokens, counts, owners, strict=True) if owner == place]
         assert torch.cat(mine).tolist() == read(corpus, number)[1:].tolist()

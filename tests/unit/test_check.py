@@ -19,6 +19,7 @@ from megaopus.config.compose import compose, default_config_dir
 from megaopus.config.run_config import RunConfig
 from megaopus.corpus_tools.prepare import Source, prepare
 from megaopus.corpus_tools.split import SplitRule
+from megaopus.data.corpus import Corpus
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.errors import ConfigError
@@ -31,6 +32,8 @@ from megaopus.models.flops import (
     training_flops_per_token,
 )
 from megaopus.planning import estimate as check
+from megaopus.planning import scorer_cost
+from megaopus.planning.scorer_cost import ScorerCost
 from megaopus.selection.config import PrescreenConfig
 from tests.harness import tiny_engine
 
@@ -134,6 +137,42 @@ def test_overhead_follows_the_cost_model():
     judged = small(method="opus", utilities="odds", prescreen=PrescreenConfig(mode="importance"))
     share = judged.selection.proxy_batch_size / 4 / judged.train.global_batch_size
     assert check.scoring_overhead(judged) == pytest.approx(plain - share + share * 2 / 3)
+
+
+def test_omega_is_that_of_its_formula():
+    """r l (c/3) s / u + upkeep: what online scoring and a column cost beside training."""
+    config = small(method="opus", rho=0.25, score_length=64, proxy_batch_size=8, score_every=2, warmup_steps=250)
+    config.train.steps = 1000
+    found = scorer_cost.online(config)
+    assert (found.ratio, found.length, found.forwards, found.size, found.uses) == (8, 0.25, pytest.approx(2), 1, 2)
+    assert found.omega == pytest.approx(8 * 0.25 * (2 / 3) / 2 + 8 / 2 / 16)  # the proxy too every other step
+    assert found.of_run == pytest.approx(0.75 * found.omega)  # 250 of 1,000 steps score nothing
+    itself = ScorerCost(ratio=2, length=1 / 4, forwards=2)
+    companion = ScorerCost(ratio=8, length=1 / 2, forwards=4, size=30 / 1500)
+    assert (itself.omega, companion.omega) == (pytest.approx(1 / 3), pytest.approx(0.11, abs=0.01))
+    told = ScorerCost(ratio=3, forwards=2, upkeep=0.5, share=0.5).told()
+    assert "omega 2.5 = r 3 x l 1 x c/3 0.667 x s 1 / u 1 + upkeep 0.5, in 50% of the steps" in told
+    assert "time_ratio = tokens_ratio x 2.25: pays if it needs less than 0.4444 of the tokens" in told
+
+
+def test_check_tells_when_a_column_pays(corpus, capsys):
+    """The corpus is read once, by two forwards, with the proxy's gradient of 64 sequences; here for two updates."""
+    settings = ["data.seq_len=64", "train.steps=2", "selection=opus_exact", "data.target_domains=[docs]"]
+    settings += ["selection.warmup_steps=0", "train.global_batch_size=16"]
+    tokens = int(Corpus.open(corpus).lengths.sum())
+    assert main(["check", f"data.path={corpus}", *settings, "--scorer-parameters", "2K"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    config = compose([f"data.path={corpus}", *settings])
+    own = count_parameters(config.model, Corpus.open(corpus).vocab_size, 64)
+    for size in (1.0, 2000 / own):
+        omega = tokens / (2 * 16 * 64) * (2 / 3) * size + size * 64 / 32
+        assert f"omega {omega:.3g} = r {tokens / 2048:.3g} x l 1 x c/3 0.667 x s {size:.3g}" in text
+    assert "online (opus) omega" in text
+    assert "ahead of time, by 2,000 parameters" in text
+    assert "a column is of every document of the corpus, whole, and serves this run alone" in text
+    with pytest.raises(SystemExit):
+        main(["check", "--scorer-parameters", "many"])
+    assert "many: not a number of parameters, as 125M or 1.5B" in capsys.readouterr().err
 
 
 def test_groups_are_meshes_of_adjacent_tensor_parallel_ranks():

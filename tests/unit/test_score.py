@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,39 @@ def test_a_run_that_was_stopped_goes_on_and_leaves_the_corpus_as_it_was(corpus: 
     Corpus.open(corpus.path, verify=True)
 
 
+class LostRank:
+    """A mesh of two ranks of which the other is gone, as far as the first can tell."""
+
+    rank = 0
+    shape = SimpleNamespace(world_size=2)
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value
+
+
+class OnRanks(Numbered):
+    """Loses the other rank before document ``until``."""
+
+    def join(self) -> Any:
+        return LostRank()
+
+    def scores(self, documents: np.ndarray) -> np.ndarray:
+        try:
+            return super().scores(documents)
+        except StoppedError:
+            raise RuntimeError("Connection closed by peer\nand a trace") from None
+
+
+def test_what_is_done_is_kept_where_another_rank_is_lost(corpus: Corpus) -> None:
+    first, second = OnRanks(until=60), OnRanks()
+    with pytest.raises(StoppedError, match=r"cannot go on together \(Connection closed by peer\); .* same command"):
+        make_column(corpus, "on_ranks", first)
+    assert first.closed
+    make_column(corpus, "on_ranks", second)
+    assert 0 < min(second.asked) <= 60
+    assert load_column(corpus, "on_ranks").values.tolist() == list(range(len(corpus)))
+
+
 def test_spans_cover_everything_once() -> None:
     lengths = np.array([3, 4, 50, 1, 1, 1, 9])
     assert [part.tolist() for part in spans(lengths, 10)] == [[0, 1], [2], [3, 4, 5], [6]]
@@ -342,6 +376,16 @@ def test_a_regression_has_no_label_to_name(few: Corpus, tmp_path: Path) -> None:
     assert load_column(few, "edu").values[3] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_other_methods_are_one_process_s_work(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["score", "--corpus", str(corpus.path), "--method", "dsir"]) == 2
+    assert "--method dsir: without --checkpoint it is one process's work: leave torchrun out" in capsys.readouterr().err
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
@@ -349,9 +393,17 @@ def test_a_regression_has_no_label_to_name(few: Corpus, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--method", "dsir", "--model", "x"], "--model: says nothing to --method dsir; it is for perplexity and"),
-        (["--method", "perplexity"], "needs --checkpoint (a run of ours) or --model"),
-        (["--method", "perplexity", "--model", "x", "--checkpoint", "y"], "needs --checkpoint (a run of ours) or"),
+        (["--method", "perplexity"], "needs --checkpoint (a run of ours, a Hugging Face folder) or"),
+        (
+            ["--method", "perplexity", "--model", "x", "--checkpoint", "y"],
+            "takes --checkpoint or --model; leave one out",
+        ),
         (["--method", "utility"], "--method utility: needs --checkpoint"),
+        (["--method", "dsir", "parallel.tp=2"], "parallel.tp=2: says nothing to --method dsir; it is for perplexity"),
+        (
+            ["--method", "perplexity", "--model", "x", "parallel.tp=2"],
+            "parallel.tp=2: says nothing without --checkpoint",
+        ),
         (["--method", "classifier"], "--method classifier: needs --model"),
         (["--method", "classifier", "--model", "/no/such"], "--model /no/such: cannot be read as AutoModelForSeq"),
         (["--method", "perplexity", "--checkpoint", "/no/such"], "neither a complete checkpoint nor a run folder"),

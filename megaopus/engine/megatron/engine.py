@@ -135,6 +135,19 @@ class MegatronEngine(MegatronPasses):
         names = dict(canonical_names(self.module))
         return self.cut({names[local]: p.main_grad for local, p in self.named_parameters()})
 
+    def absorb(self, batch: Candidates) -> bool:
+        """Show the optimizer the mean gradient of a batch as an update's, at a learning rate of 0: no weight moves.
+
+        Any number of sequences, dropout off. False, and the state is as it was, if the gradient is not finite.
+        """
+        self.mean_gradient(batch)
+        self.optimizer.set_step(self.step, 0.0)
+        with self.mesh.megatron(), torch.no_grad():
+            norm = math.sqrt(self.mesh.total(self.optimizer.prepare().view(1))[0])
+            done = self.optimizer.step(norm)
+        self.step += 1
+        return done
+
     def _zero_gradients(self) -> None:
         # The optimizer leaves param.grad aliased to main_grad: kept, the next backward pass would add it twice.
         self.optimizer.chained.zero_grad()
