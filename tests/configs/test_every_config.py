@@ -143,7 +143,14 @@ def test_the_two_small_experiments_differ_in_the_selection_alone(corpus):
 
 
 def test_proxy_gradients_decay_as_in_version_0_1(corpus):
-    decays = {"screened": 0.8, "opus_cascade": 0.8, "opus_exact": 0.5, "opus_boltzmann": 0.5, "opus_paper": 0, "greats": 0}
+    decays = {
+        "screened": 0.8,
+        "opus_cascade": 0.8,
+        "opus_exact": 0.5,
+        "opus_boltzmann": 0.5,
+        "opus_paper": 0,
+        "greats": 0,
+    }
     for name, decay in decays.items():
         assert compose([f"data.path={corpus}", f"selection={name}"]).selection.proxy_decay == decay
 

@@ -90,10 +90,16 @@ class ShowingGram(Selector):
 
     gram: Tensor | None = None
 
-    def _score(self, *asked: Any) -> Scores:
-        found = super()._score(*asked)
-        self.gram = found.gram
-        return found
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        score = self._scorer.score
+
+        def noted(*asked: Any) -> Scores:
+            found = score(*asked)
+            self.gram = found.gram
+            return found
+
+        self._scorer.score = noted  # type: ignore[method-assign]
 
 
 def select(engine: Any, candidates: int = 16, proxies: int = 4, **settings: Any) -> Picks:

@@ -69,20 +69,20 @@ def _differences(
     epsilon: float | Tensor,
     sides: str,
     passes: Mapping[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """(this rank's part of the fall of each loss over ``epsilon`` steps along ``update``, and of the loss), (n,) each.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(this rank's part of the fall of each loss over ``epsilon`` steps along ``update``, two losses around it), (n,).
 
-    The loss is that between the two that are compared: at the weights as they are, or next to it.
+    The mean of the two losses is that at the weights as they are, or next to it.
     """
     before = backend.losses(candidates, **passes) if sides == "one" else None
     with backend.perturbed(update) as move:
         move(-epsilon)
         ahead = backend.losses(candidates, **passes)
         if before is not None:
-            return before - ahead, before
+            return before - ahead, before, before
         move(epsilon)
         behind = backend.losses(candidates, **passes)
-        return (behind - ahead) / 2, (behind + ahead) / 2
+        return (behind - ahead) / 2, behind, ahead
 
 
 def _memory(config: Any, sizes: Sizes) -> Mapping[str, Taken]:
@@ -117,7 +117,7 @@ class Directional:
         self._gram = cast(Sketch, ESTIMATORS.find(config.gram).make(config)) if config.redundancy > 0 else None
         self._judge = StepJudge()
         self._epsilon: float | Tensor = 1.0
-        self._losses = torch.empty(0, dtype=torch.float64)
+        self._around = (torch.empty(0, dtype=torch.float64),) * 2
 
     def uses(self, backend: ScoringBackend, gradient: Mapping[str, Tensor]) -> list[str]:
         return parameter_names(backend, gradient, self._layers)
@@ -125,7 +125,8 @@ class Directional:
     def estimate(self, request: Request) -> tuple[Tensor, dict[str, Tensor] | None]:
         update = _update(request.backend, request.operator, request.proxy_gradient, self._layers)
         self._epsilon = self._config.epsilon or self._step_size(request, update)
-        differences, self._losses = self._differences(request, update, self._epsilon)
+        differences, behind, ahead = self._differences(request, update, self._epsilon)
+        self._around = behind, ahead
         parts = differences / self._epsilon
         del update  # before sketches are made
         return parts, self._gram.sketches(request) if self._gram is not None and request.keep_updates else None
@@ -136,9 +137,11 @@ class Directional:
 
     def losses(self) -> Tensor:
         """Give this rank's part of the losses that ``estimate`` saw, (n,) float64."""
-        return self._losses
+        return (self._around[0] + self._around[1]) / 2
 
-    def _differences(self, request: Request, update: Gradient, epsilon: float | Tensor) -> tuple[Tensor, Tensor]:
+    def _differences(
+        self, request: Request, update: Gradient, epsilon: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         passes = {"length": request.length, "micro_batch_size": request.micro_batch_size}
         return _differences(request.backend, request.candidates, update, epsilon, self._config.sides, passes)
 
@@ -158,7 +161,7 @@ class Directional:
         @functools.cache
         def differences(level: int) -> Tensor:
             if level not in own:
-                own[level], _ = self._differences(request, update, first * 2.0**level)
+                own[level], *_ = self._differences(request, update, first * 2.0**level)
             whole = backend.sum_over_ranks(own[level], own[level].new_zeros(1))[0][: request.total]
             return backend.from_rank_0(whole.cpu())
 
