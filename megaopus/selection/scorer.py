@@ -42,10 +42,8 @@ class Scorer:
         self.config = config
         self.backend = backend
         self._seed = seed
-        self._proxy = proxy
         self._judges: Tensor | None = None  # of the step that is scored
-        given = proxy if proxy is None else self._batch
-        self._given: dict[str, Any] = {"proxy": given, "pool": pool, "wanted": wanted, "text_features": text_features}
+        self._given: dict[str, Any] = {"proxy": proxy, "pool": pool, "wanted": wanted, "text_features": text_features}
         self._method = None if config.method == UNIFORM else METHODS.find(config.method)
         self._average = ProxyGradient(config.proxy_decay, kept=config.proxy_every > 1)
         self._estimator, self._sized = None, self._method is not None
@@ -131,7 +129,7 @@ class Scorer:
                 measured=measured,
                 proxy_gradient=self._proxy_gradient,
                 once=self._once,
-                **self._given,
+                **self._given | {"proxy": None if self._given["proxy"] is None else self._batch},
             )
         )
         found = _split(found, count, len(buffer))
@@ -160,15 +158,14 @@ class Scorer:
         everyone = self._with_judges(candidates.take(scored), step, judges)
         found = [*_plain(everyone.take(self._rows(len(everyone))))]
         if self.config.needs_proxy and step % self.config.proxy_every == 0:
-            batches = [self._given["proxy"], self._given["pool"] if self.config.contrast else None]
+            batches = [self._batch, self._given["pool"] if self.config.contrast else None]
             for batch in (as_candidates(each(step), step) for each in batches if each is not None):
                 found.append(batch.take(self._rows(len(batch))))
         return found
 
     def _batch(self, step: int) -> Candidates:
         """The proxy batch of a step, without its judges."""
-        assert self._proxy is not None
-        batch, judges = as_candidates(self._proxy(step), step), self._judges
+        batch, judges = as_candidates(self._given["proxy"](step), step), self._judges
         return batch if judges is None else batch.take((~judges).nonzero().flatten())
 
     def _with_judges(self, candidates: Candidates, step: int, judges: Tensor | None) -> Candidates:
@@ -176,8 +173,7 @@ class Scorer:
         self._judges = judges
         if judges is None or not bool(judges.any()):
             return candidates
-        assert self._proxy is not None
-        return Together(candidates, as_candidates(self._proxy(step), step).take(judges.nonzero().flatten()))
+        return Together(candidates, as_candidates(self._given["proxy"](step), step).take(judges.nonzero().flatten()))
 
     def _rows(self, count: int) -> Tensor:
         """Of ``count`` sequences those that this data-parallel rank works on (m,)."""
@@ -285,8 +281,9 @@ def _split(scores: Scores, count: int, total: int) -> Scores:
 def _settings(config: SelectionConfig) -> str:
     """The settings that passes may depend on, in the words of version 0.1, so that its checkpoints keep their size."""
     # a check measures no candidates, groups are about picks, the proxy's passes are sized apart
-    words = repr(replace(config, check_every=0, groups=1, proxy_micro_batch_size=None)).replace(" groups=1,", "")
-    words = words.replace(" proxy_micro_batch_size=None,", "")
+    given = replace(config, check_every=0, groups=1, proxy_micro_batch_size=None, cadence="every")
+    words = repr(given).replace(" groups=1,", "")
+    words = words.replace(" proxy_micro_batch_size=None,", "").replace(" cadence='every',", "")
     if config.redundancy == 0 or config.gram_sketch == "per_layer":  # the one way that there was
         words = words.replace(f" gram_sketch={config.gram_sketch!r},", "")
     words = words.replace("text_features=[", "traits=[")

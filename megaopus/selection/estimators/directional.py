@@ -126,7 +126,9 @@ class Directional:
         update = _update(request.backend, request.operator, request.proxy_gradient, self._layers)
         self._epsilon = self._config.epsilon or self._step_size(request, update)
         differences, behind, ahead = self._differences(request, update, self._epsilon)
-        self._around = behind, ahead
+        if self._config.utilities == "odds":
+            self._around = behind, ahead
+        del behind, ahead
         parts = differences / self._epsilon
         del update  # before sketches are made
         return parts, self._gram.sketches(request) if self._gram is not None and request.keep_updates else None
