@@ -43,8 +43,7 @@ EXAMPLES = (
 WANTED = "docs"
 MADE = "smollm2"
 """The model folder that is made."""
-ARMS = {"uniform": ("selection=uniform",), "opus": ("selection=opus", "selection.score_length=64")}
-"""opus: the default recipe, scoring half of the demo's sequences."""
+UNIFORM, OPUS = "selection=uniform", "selection=opus"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +62,9 @@ class Kind:
 SMALL = Kind(
     experiment="demo",
     out=Path("runs/demo"),
-    steps=800,
+    steps=700,
     lr_warm_steps=40,
-    arms=ARMS,
+    arms={"uniform": (UNIFORM,), "opus": (OPUS, "selection.score_length=32")},
     following="your own text, as docs/data.md says",
 )
 REAL = Kind(
@@ -73,7 +72,8 @@ REAL = Kind(
     out=Path("runs/demo_real"),
     steps=60,
     lr_warm_steps=4,
-    arms=ARMS | {"uniform": (*ARMS["uniform"], "selection.rho=0.125")},  # of as large a buffer as opus
+    # of as large a buffer both
+    arms={"uniform": (UNIFORM, "selection.rho=0.125"), "opus": (OPUS, "selection.score_length=64")},
     following="your own model and text, as docs/continue.md says",
 )
 

@@ -224,6 +224,26 @@ def test_no_gradient_is_made_of_judges_and_they_are_scored_beside_the_candidates
     assert state["odds"]["weights"] != list(EXPECTED)
 
 
+def test_a_selector_scores_as_often_as_it_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Odds, "_cadence", lambda self, candidates: 3)
+    selector = Selector(
+        SelectionConfig(**ODDS, cadence="auto"),
+        make_backend(),
+        num_selected=K,
+        proxy=proxy,
+        seed=0,
+        text_features=Features(),
+    )
+    candidates = TensorCandidates(batch(0, 2 * N), torch.arange(2 * N))
+    found = [selector.select(candidates, step) for step in range(1, 8)]
+    assert [selection.step for selection in found if selection.utilities is not None] == [1, 3, 6]
+    unscored = found[1]
+    most = torch.sin(torch.arange(2 * N).double()).topk(K).indices
+    assert unscored.indices.tolist() == most.sort().values.tolist()  # by importance
+    assert unscored.influence is not None
+    assert unscored.influence.changed == 0
+
+
 def test_two_sets_together_are_one() -> None:
     first, second = (TensorCandidates(batch(n, n), torch.arange(n) + at) for n, at in ((5, 0), (3, 100)))
     both = Together(first, second)
