@@ -113,7 +113,9 @@ class Console:
         chosen = [record for record in self._selections if record.method != "uniform"]
         changed = [each.changed_by_utilities for each in chosen if each.changed_by_utilities is not None]
         if changed:
-            parts.append((f"utilities changed {sum(changed) / len(changed):.0%} of picks", "magenta"))
+            weights = ", ".join(f"{name} {value:+.1f}" for name, value in last.odds_weights.items())
+            by = f" (weights {weights})" if weights else ""
+            parts.append((f"utilities changed {sum(changed) / len(changed):.0%} of picks{by}", "magenta"))
         share: Counter[str] = Counter()
         pool: Counter[str] = Counter()
         for record in chosen:

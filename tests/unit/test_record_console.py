@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,20 @@ def test_progress_line() -> None:
         "step 20/4000 0.5% | loss 3.450 | grad 0.91 | lr 3.0e-4 | 41.0k tok/s | sel 25.0% time, 32 of 64, ess 31/64 | "
         "docs .25->.70 | eta 16m25s"
     )
+
+
+def test_what_utilities_changed_and_by_which_weights() -> None:
+    stream = io.StringIO()
+    console = Console(100, 2, stream, Clock())
+    for step, changed in ((0, 0.25), (1, 0.5)):
+        weights = {"importance": 0.94, "utility": 1.5, "loss": -0.26 * step}
+        console.step(record(step), replace(chosen(step), changed_by_utilities=changed, odds_weights=weights))
+    said = "utilities changed 38% of picks (weights importance +0.9, utility +1.5, loss -0.3) |"
+    assert said in stream.getvalue()
+    stream.truncate(0)
+    for step in (2, 3):
+        console.step(record(step), replace(chosen(step), changed_by_utilities=0.0))
+    assert "utilities changed 0% of picks |" in stream.getvalue()
 
 
 def test_a_uniform_step_shows_no_sample_size() -> None:
