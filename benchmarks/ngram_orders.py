@@ -110,7 +110,8 @@ def main() -> None:
     prepare_texts(folder, lambda: real_hard(args.data), rule, tokenizer=args.tokenizer, console=console)
     corpus = Corpus.open(folder)
     pool, proxy = Sequences(corpus, "pool", LENGTH), Sequences(corpus, "proxy", LENGTH, [WANTED])
-    known = SequenceTextFeatures(pool, ensure_text_features(pool, proxy, str(args.work / "features"), console))
+    place = ensure_text_features(pool, proxy, str(args.work / "features"), console, judges=True)
+    known = SequenceTextFeatures(pool, place)
     sides = [[counts(each, rows) for rows in text_features._halves(each)] for each in (proxy, pool)]
     more = [numbers(each, sides) for each in (pool, proxy)]
     domains = pool.domain_of(np.arange(len(pool)))

@@ -131,6 +131,10 @@ FAULTS = (
         "directional scoring measures uphill",
         (
             (
+                "return (behind - ahead) / 2, behind, ahead",
+                "return (ahead - behind) / 2, behind, ahead",
+            ),
+            (
                 "return (backend.losses(candidates, **passes) - ahead) / 2",
                 "return (ahead - backend.losses(candidates, **passes)) / 2",
             ),

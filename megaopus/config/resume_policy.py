@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from typing import Any, NamedTuple
 
 from megaopus.config.aliases import as_saved, before_gram_sketch, current, renamed
 from megaopus.config.run_config import RunConfig, flat
 from megaopus.errors import CheckpointError
+from megaopus.selection.config import SelectionConfig
 from megaopus.settings import HARMLESS, TRAINING, declared, kinds
 
 
@@ -50,6 +51,8 @@ class Began(NamedTuple):
     """From one proxy gradient to the next (``proxy_ema``); None: today's setting has its say."""
     before_gram_sketch: bool = False
     """Whether its Gram matrix is of sketches of each layer, which no setting said then."""
+    before_odds: bool = False
+    """Whether it began before ``selection=opus`` picked by odds."""
     told: tuple[str, ...] = ()
     """What to tell a person."""
 
@@ -59,6 +62,8 @@ class Began(NamedTuple):
             settings["selection"]["proxy_ema"] = self.decay
         if self.before_gram_sketch:
             del settings["selection"]["gram_sketch"]
+        if self.before_odds:
+            del settings["selection"][_CADENCE]
 
 
 def continued(saved: Mapping[str, Any], config: RunConfig) -> Began:
@@ -72,7 +77,29 @@ def continued(saved: Mapping[str, Any], config: RunConfig) -> Began:
             f"{_GRAM_SKETCH} stays per_layer, as this run began before there was a choice"
             f" (resume_allow=[{_GRAM_SKETCH}] takes the sum over layers)"
         )
-    return Began(decay, before, tuple(lines))
+    former = _takes_former_recipe(saved, config)
+    if former:
+        lines.append("selection=opus goes on as this run began, with the recipe that is called screened now")
+    return Began(decay, before, former, tuple(lines))
+
+
+def _takes_former_recipe(saved: Mapping[str, Any], config: RunConfig) -> bool:
+    """Let a run that began when ``selection=opus`` was what is ``screened`` now go on with that; say whether it does.
+
+    What the recipe says is told from what the command says beside it: it has the recipe's value.
+    """
+    began = "selection" in saved and _CADENCE not in saved["selection"]
+    if not began or config.selection.utilities != "odds":
+        return False
+    was = {**flat({"selection": asdict(SelectionConfig())}), **flat(as_saved(saved))}
+    then, now = (flat({"selection": asdict(SelectionConfig.preset(name))}) for name in ("screened", "opus"))
+    for key, value in flat({"selection": asdict(config.selection)}).items():
+        if value == now[key] and was[key] == then[key] and key not in map(current, config.resume_allow):
+            holder: Any = config
+            for part in key.split(".")[:-1]:
+                holder = getattr(holder, part)
+            setattr(holder, key.rpartition(".")[2], was[key])
+    return config.selection.utilities != "odds"
 
 
 def continued_half_life(saved: Mapping[str, Any], config: RunConfig) -> tuple[float | None, str]:
@@ -95,6 +122,7 @@ def continued_half_life(saved: Mapping[str, Any], config: RunConfig) -> tuple[fl
     )
 
 
+_CADENCE = "cadence"  # a setting that came with picks by odds
 _GRAM_SKETCH = "selection.gram_sketch"
 _HALF_LIFE = "selection.proxy_half_life"
 _PLACES = ("run_dir", "resume", "resume_allow")

@@ -25,6 +25,8 @@ class DataNeeds:
     """Whether they are scored against batches of the pool too."""
     text_features: tuple[str, ...] | None = None
     """Blocks of the text features that candidates are described by; None: text features are not read."""
+    judges: bool = False
+    """Whether sequences of the proxy are described as well, by which scores are judged."""
     eval_sequences: int = 1
     """Sequences of each domain to validate on, at most."""
 

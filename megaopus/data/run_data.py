@@ -185,7 +185,8 @@ class RunData:
 
     def ensure_text_features(self, console: Console) -> Path:
         """Compute the text features of the pool if they are not there; returns their folder. Raises DataError."""
-        return ensure_text_features(self.pool, self.proxy, self._data.text_features_path, console)
+        where, judges = self._data.text_features_path, self._needs.judges
+        return ensure_text_features(self.pool, self.proxy, where, console, judges=judges)
 
     def summary(self) -> RunDataSummary:
         """Count what is open. Raises DataError as ``candidates`` does."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from megaopus.logistic import fit_logistic
 if TYPE_CHECKING:
     from rich.console import Console
 
-VERSION = 6
+VERSION = 5
 BUCKETS = 1 << 14
 """Of hashed uni- and bigrams, together."""
 SKETCH_DIM = 256
@@ -60,7 +61,7 @@ class SequenceTextFeatures:
         self._moments = _moments(self._scalars)
         fitted = _load(folder / "importance.npy", 2 * self._scalars.shape[1] + 2)
         self._weights, self._most = fitted[:-1], float(fitted[-1])
-        self._proxy = _load(folder / "proxy.npy", None)
+        self._beside = _beside(folder)
 
     @property
     def domain_names(self) -> list[str]:
@@ -108,6 +109,11 @@ class SequenceTextFeatures:
         """(n,) bool: which sequences of the proxy are kept to judge scores by, all of every fourth document."""
         return torch.from_numpy(self._proxy[ids.cpu().numpy() % len(self._proxy), -1] > 0)
 
+    @cached_property
+    def _proxy(self) -> np.ndarray:
+        """(proxy sequences, F + 1): their numbers, and whether they judge."""
+        return _load(self._beside / "proxy.npy", None)
+
     def _importance(self, scalars: np.ndarray) -> Tensor:
         return torch.from_numpy(np.minimum(_design(scalars, self._moments) @ self._weights, self._most))
 
@@ -131,21 +137,30 @@ def text_features_folder(pool: Sequences, proxy: Sequences, parent: str | None) 
     return (Path(parent) if parent else path.with_name(f"{path.name}.traits")) / digest
 
 
-def ensure_text_features(pool: Sequences, proxy: Sequences, parent: str | None, console: Console) -> Path:
+def ensure_text_features(
+    pool: Sequences, proxy: Sequences, parent: str | None, console: Console, *, judges: bool = False
+) -> Path:
     """The folder of the pool's traits, computed with a progress bar if it is not there.
 
-    ``parent``: where it lies; None: beside the corpus, in a folder called like it with ``.traits`` added.
+    ``parent``: where it lies; None: beside the corpus, in a folder called like it with ``.traits`` added. ``judges``:
+    the same numbers of the proxy too, in a folder beside it, for what asks about sequences of the proxy.
 
     Raises:
         DataError: the folder cannot be written; ``data.text_features_path`` is named.
     """
     folder = text_features_folder(pool, proxy, parent)
-    if folder.is_dir():
-        return folder
+    wanted = {folder: _write, _beside(folder): _write_proxy} if judges else {folder: _write}
     remedy = "set data.text_features_path to a folder that can be written"
-    with where_else(folder, remedy), new_folder(folder, console) as place:
-        _write(pool, proxy, place, console)
+    for place, write in wanted.items():
+        if not place.is_dir():
+            with where_else(place, remedy), new_folder(place, console) as partial:
+                write(pool, proxy, partial, console)
     return folder
+
+
+def _beside(folder: Path) -> Path:
+    """Where what is known of the proxy lies; version 0.1 had none of it."""
+    return folder.with_name(f"{folder.name}.proxy")
 
 
 def _load(path: Path, count: int | None) -> np.ndarray:
@@ -178,14 +193,9 @@ def _write(pool: Sequences, proxy: Sequences, folder: Path, console: Console) ->
     }
     with Progress(console=console, transient=True) as bar:
         work = bar.add_task("sequence features", total=2 * (n + len(proxy)))
-        counted = {
-            (side, half): _counts(sequences, numbers, lambda done: bar.advance(work, done))
-            for side, sequences in (("target", proxy), ("pool", pool))
-            for half, numbers in enumerate(_halves(sequences))
-        }
+        counted = _counted(pool, proxy, lambda done: bar.advance(work, done))
         target, whole = (log_probability(counted[side, 0][0] + counted[side, 1][0]) for side in ("target", "pool"))
-        # What a text is likely under must not have been counted in it: each half is described by the other.
-        others = [[log_probability(counted[side, 1 - half][0]) for side in ("target", "pool")] for half in (0, 1)]
+        others = _others(counted)
         odds = target - whole
         idf = np.log((1 + n) / (1 + counted["pool", 0][1] + counted["pool", 1][1])).astype(np.float32)
         signs = np.where(mix(np.arange(BUCKETS, dtype=_U64)) & _U64(1), 1, -1).astype(np.float32)
@@ -197,18 +207,52 @@ def _write(pool: Sequences, proxy: Sequences, folder: Path, console: Console) ->
                 out["log_odds"][rows] = odds[0][uni].mean(axis=1) + odds[1][bi].mean(axis=1)
                 out["exact"][rows], out["near"][rows] = exact_signature(tokens), near_signature(tokens)
                 bar.advance(work, len(rows))
-        halves = _halves(proxy)
-        wanted = np.empty((len(proxy), out["scalars"].shape[1]), dtype=np.float32)
-        for half, numbers in enumerate(halves):
-            for rows, tokens in _chunks(proxy, numbers):
-                wanted[rows] = _scalars(*hashed(tokens), others[half])
-                bar.advance(work, len(rows))
-    np.save(folder / "importance.npy", _fitted(out["scalars"], wanted[np.concatenate(halves)]))
+        wanted = _described(proxy, others, lambda done: bar.advance(work, done))
+    np.save(folder / "importance.npy", _fitted(out["scalars"], wanted[np.concatenate(_halves(proxy))]))
+    for array in out.values():
+        array.flush()
+
+
+def _write_proxy(pool: Sequences, proxy: Sequences, folder: Path, console: Console) -> None:
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as bar:
+        work = bar.add_task("proxy features", total=len(pool) + 2 * len(proxy))
+        counted = _counted(pool, proxy, lambda done: bar.advance(work, done))
+        wanted = _described(proxy, _others(counted), lambda done: bar.advance(work, done))
     judges = np.zeros((len(proxy), 1), dtype=np.float32)
     judges[_parts(proxy, JUDGES)[-1]] = 1
     np.save(folder / "proxy.npy", np.concatenate([wanted, judges], axis=1))
-    for array in out.values():
-        array.flush()
+
+
+Counted = dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]
+"""(target or pool, half) -> what ``_counts`` gives of it."""
+
+
+def _counted(pool: Sequences, proxy: Sequences, advance: Callable[[int], None]) -> Counted:
+    return {
+        (side, half): _counts(sequences, numbers, advance)
+        for side, sequences in (("target", proxy), ("pool", pool))
+        for half, numbers in enumerate(_halves(sequences))
+    }
+
+
+def _others(counted: Counted) -> list[list[np.ndarray]]:
+    """Of each half the log probabilities, target's and pool's, in the other half.
+
+    What a text is likely under must not have been counted in it.
+    """
+    return [[log_probability(counted[side, 1 - half][0]) for side in ("target", "pool")] for half in (0, 1)]
+
+
+def _described(proxy: Sequences, others: list[list[np.ndarray]], advance: Callable[[int], None]) -> np.ndarray:
+    """(n, F) float32 numbers of the proxy's sequences, as of the pool's."""
+    found = np.empty((len(proxy), len(_LIKELIHOODS) + len(_SHAPES)), dtype=np.float32)
+    for half, numbers in enumerate(_halves(proxy)):
+        for rows, tokens in _chunks(proxy, numbers):
+            found[rows] = _scalars(*hashed(tokens), others[half])
+            advance(len(rows))
+    return found
 
 
 def _halves(sequences: Sequences) -> list[np.ndarray]:

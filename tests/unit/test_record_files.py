@@ -338,6 +338,8 @@ def logged_of(steps: int) -> list[dict]:
                     "domain": "docs" if at == 0 else "noise",
                     "utility": utilities[at],
                     "prescreen_score": None,
+                    "loss": None,
+                    "odds": None,
                     "exposures": [1, 2, 1, 1][at],
                     "squared_norm": norms[at],
                     "overlaps": overlaps[at],
