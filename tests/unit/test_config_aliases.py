@@ -155,6 +155,26 @@ def test_a_decay_a_gradient_becomes_a_half_life_in_steps(corpus: Path, tmp_path:
         assert [each.key for each in caught.value.problems] == ["selection.proxy_ema"]
 
 
+def test_a_run_that_began_with_the_former_default_recipe_goes_on_with_it(corpus: Path) -> None:
+    own = [f"data.path={corpus}", "data.target_domains=[docs]", "selection.rho=0.25", "selection.prescreen.slice=16"]
+    was, now = (compose([*own, f"selection={name}"]) for name in ("screened", "opus"))
+    saved = asdict(was)
+    del saved["selection"]["cadence"]  # there was no such setting
+    began = continued(saved, now)
+    assert now.selection == was.selection
+    assert any("screened now" in line for line in began.told)
+    again = asdict(now)
+    began.put(again)  # what the next checkpoint says: it is asked once more then
+    assert again["selection"] == saved["selection"]
+    # a run of today is what it says, and so is one that is allowed to change
+    today = compose([*own, "selection=opus"])
+    assert continued(asdict(was), today).told == ()
+    assert today.selection.utilities == "odds"
+    changed = compose([*own, "selection=opus", "resume_allow=[selection.utilities]"])
+    continued(saved, changed)
+    assert changed.selection.utilities == "odds"
+
+
 def test_a_section_takes_the_old_decay() -> None:
     config = chosen().selection
     with pytest.warns(DeprecationWarning, match=r"SelectionConfig\.proxy_ema is now SelectionConfig\.proxy_half_life"):
