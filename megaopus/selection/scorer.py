@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,6 @@ class Scorer:
         self.config = config
         self.backend = backend
         self._seed = seed
-        self._judges: Tensor | None = None  # of the step that is scored
         self._given: dict[str, Any] = {"proxy": proxy, "pool": pool, "wanted": wanted, "text_features": text_features}
         self._method = None if config.method == UNIFORM else METHODS.find(config.method)
         self._average = ProxyGradient(config.proxy_decay, kept=config.proxy_every > 1)
@@ -129,7 +129,7 @@ class Scorer:
                 measured=measured,
                 proxy_gradient=self._proxy_gradient,
                 once=self._once,
-                **self._given | {"proxy": None if self._given["proxy"] is None else self._batch},
+                **self._given | {"proxy": self._given["proxy"] and partial(self._batch, judges=judges)},
             )
         )
         found = _split(found, count, len(buffer))
@@ -158,19 +158,18 @@ class Scorer:
         everyone = self._with_judges(candidates.take(scored), step, judges)
         found = [*_plain(everyone.take(self._rows(len(everyone))))]
         if self.config.needs_proxy and step % self.config.proxy_every == 0:
-            batches = [self._batch, self._given["pool"] if self.config.contrast else None]
+            batches = [partial(self._batch, judges=judges), self._given["pool"] if self.config.contrast else None]
             for batch in (as_candidates(each(step), step) for each in batches if each is not None):
                 found.append(batch.take(self._rows(len(batch))))
         return found
 
-    def _batch(self, step: int) -> Candidates:
+    def _batch(self, step: int, judges: Tensor | None) -> Candidates:
         """The proxy batch of a step, without its judges."""
-        batch, judges = as_candidates(self._given["proxy"](step), step), self._judges
+        batch = as_candidates(self._given["proxy"](step), step)
         return batch if judges is None else batch.take((~judges).nonzero().flatten())
 
     def _with_judges(self, candidates: Candidates, step: int, judges: Tensor | None) -> Candidates:
         """``candidates``, and after them those of the step's proxy batch of b that are ``judges``, (b,) bool."""
-        self._judges = judges
         if judges is None or not bool(judges.any()):
             return candidates
         return Together(candidates, as_candidates(self._given["proxy"](step), step).take(judges.nonzero().flatten()))
