@@ -159,7 +159,7 @@ def ensure_text_features(
 
 
 def _beside(folder: Path) -> Path:
-    """Where what is known of the proxy lies; version 0.1 had none of it."""
+    """Say where what is known of the proxy lies; version 0.1 had none of it."""
     return folder.with_name(f"{folder.name}.proxy")
 
 
