@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 demo: setup
 	$(BIN)/python -m megaopus demo --out runs/demo
 
-# Under 40 minutes on two cores: the same with a real pre-trained model, which is downloaded (8 GB of memory, 6 of disk).
+# Under 40 minutes on two cores, by estimate: the same with a real pre-trained model, which is downloaded (8 GB of memory, 6 of disk).
 demo-real: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[real]'
 	$(BIN)/python -m megaopus demo --real --out runs/demo_real

@@ -92,9 +92,10 @@ def _takes_former_recipe(saved: Mapping[str, Any], config: RunConfig) -> bool:
     if not began or config.selection.utilities != "odds":
         return False
     was = {**flat({"selection": asdict(SelectionConfig())}), **flat(as_saved(saved))}
+    allowed = set(map(current, config.resume_allow))
     then, now = (flat({"selection": asdict(SelectionConfig.preset(name))}) for name in ("screened", "opus"))
     for key, value in flat({"selection": asdict(config.selection)}).items():
-        if value == now[key] and was[key] == then[key] and key not in map(current, config.resume_allow):
+        if value == now[key] and was[key] == then[key] and key not in allowed:
             holder: Any = config
             for part in key.split(".")[:-1]:
                 holder = getattr(holder, part)
