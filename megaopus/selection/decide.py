@@ -65,12 +65,6 @@ class Evidence:
     parts: Callable[[Tensor, Scores], Mapping[str, Tensor]] | None = None
     """(positions (n,), their scores) -> signal -> (n,) float64 what it adds to the log-odds of each, by whose sum they
     are picked; needed with ``utilities`` odds."""
-    weights: Tensor | None = None
-    """(F,) float64 weights of ``odds.SIGNALS``, of which ``parts`` are made; None: they are made otherwise."""
-    judges: Tensor | None = None
-    """(b,) bool which of the step's proxy batch are scored beside the candidates; None: nothing is judged by them."""
-    proxy_importance: Tensor | None = None
-    """(b,) float64 importance of that batch."""
     scores_now: bool = True
     """Whether utilities are worth computing in this step (``cadence`` auto)."""
     distrust: Event | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,17 @@ _STATE = frozenset(
     ]
 )
 """Keys of ``Selector.state_dict()``; which are there depends on the settings."""
+
+
+class _Judging(NamedTuple):
+    """Says, as rank 0 knows it, by what weights candidates are picked and by whom these are judged."""
+
+    weights: Tensor
+    """(F,) float64 of ``odds.SIGNALS``."""
+    judges: Tensor
+    """(b,) bool which of the step's proxy batch are scored beside the candidates."""
+    proxy_importance: Tensor
+    """(b,) float64 importance of that batch."""
 
 
 class Selector:
@@ -130,9 +141,9 @@ class Selector:
             return [], self._choice.positions[turn_of].sort().values
         ids = candidates.ids.cpu()
         signatures = self._prepared(candidates) if counts_exposures(config) else None
-        evidence = self._known(ids, step, lambda own: own, signatures)
+        evidence, judging = self._known(ids, step, lambda own: own, signatures)
         scored, picked, by_value = foresee(evidence, config, Key(self.seed, step), self.num_selected)
-        reads = self._scorer.foresee(candidates, scored, step, evidence.judges)
+        reads = self._scorer.foresee(candidates, scored, step, judging and judging.judges)
         if counts_exposures(config) and signatures is None:  # they are of tokens then
             signed = candidates.take(picked[turn_of].sort().values) if len(picked) else candidates
             reads.append(guards.own_share(signed, self.backend))
@@ -224,9 +235,9 @@ class Selector:
         """Gather what is known of the buffer, as rank 0 knows it; collective."""
         asked = counts_exposures(self.config) and not draws_uniformly(self.config, step)
         self._signatures = self._signed(candidates) if asked else None
-        known = self._known(ids, step, self.backend.from_rank_0, self._signatures)
-        odds, weights, prior = self._odds, known.weights, known.prior
-        self._weights = {} if odds is None or weights is None else odds.named(weights)
+        known, judging = self._known(ids, step, self.backend.from_rank_0, self._signatures)
+        odds, prior = self._odds, known.prior
+        self._weights = {} if odds is None or judging is None else odds.named(judging.weights)
 
         def signals(positions: Tensor, scores: Scores) -> Signals:
             assert prior is not None
@@ -234,14 +245,14 @@ class Selector:
             return Signals(prior[positions] / self.config.prescreen.prior, scores.utilities, scores.losses)
 
         def parts(positions: Tensor, scores: Scores) -> Mapping[str, Tensor]:
-            assert weights is not None
-            return parts_of(signals(positions, scores), weights)
+            assert judging is not None
+            return parts_of(signals(positions, scores), judging.weights)
 
         def score(positions: Tensor) -> Scores:
-            found = self._scorer.score(candidates.take(positions), step, known.judges)
-            if odds is not None and found.judged is not None:
-                assert known.proxy_importance is not None
-                odds.learn(signals(positions, found), Signals(known.proxy_importance[known.judges], *found.judged))
+            found = self._scorer.score(candidates.take(positions), step, judging and judging.judges)
+            if odds is not None and judging is not None and found.judged is not None:
+                importance = judging.proxy_importance[judging.judges]
+                odds.learn(signals(positions, found), Signals(importance, *found.judged))
             return found
 
         return replace(
@@ -260,15 +271,17 @@ class Selector:
 
     def _known(
         self, ids: Tensor, step: int, from_rank_0: Callable[[Tensor], Tensor], signatures: Tensor | None
-    ) -> Evidence:
+    ) -> tuple[Evidence, _Judging | None]:
         """Gather what is known of the buffer without a model or its tokens; ``signatures`` None: without exposures.
+
+        Also what it is judged by; None: it is not picked by odds.
 
         ``from_rank_0`` takes one message with all of it: another processor may have rounded otherwise, another node may
         have other files.
         """
         config, text_features, prescreen = self.config, self._text_features, self._prescreen
         if draws_uniformly(config, step):
-            return Evidence(ids=ids)
+            return Evidence(ids=ids), None
         found: dict[str, Tensor] = {}
         if signatures is not None:
             found["exposures"] = self._exposure.times(signatures, ids)
@@ -293,7 +306,7 @@ class Selector:
             if prior is not None:
                 found["prior"] = prior
         if not found:
-            return Evidence(ids=ids)
+            return Evidence(ids=ids), None
         message = from_rank_0(torch.cat([values.double() for values in found.values()]))  # whole numbers stay exact
         parts = message.split([len(values) for values in found.values()])
         known = {name: part.to(found[name].dtype) for name, part in zip(found, parts, strict=True)}
@@ -302,7 +315,8 @@ class Selector:
         if config.prescreen.mode == "importance":
             known["prescreen_score"] = known["prior"]
         now = every is None or step // config.score_every % int(every) == 0
-        return Evidence(ids=ids, distrust=distrust, scores_now=now, **known)
+        judging = None if self._odds is None else _Judging(*(known.pop(name) for name in _Judging._fields))
+        return Evidence(ids=ids, distrust=distrust, scores_now=now, **known), judging
 
     def _signed(self, candidates: Candidates) -> Tensor:
         """(n,) the signatures that exposures are counted by; collective where they are of tokens yet to be hashed."""
