@@ -243,6 +243,22 @@ class SelectionRecord:
         default=None,
         metadata=metric("nats per token", "The same of the candidate's own loss.", wandb="selection/swapped_loss"),
     )
+    share_swapped_in: dict[str, float] = field(
+        default_factory=dict,
+        metadata=metric(
+            "",
+            "Share of each domain among the picks that utilities brought in; empty: none, or not known.",
+            wandb="selection/share_swapped_in",
+        ),
+    )
+    share_swapped_out: dict[str, float] = field(
+        default_factory=dict,
+        metadata=metric(
+            "",
+            "Share of each domain among those that they replaced.",
+            wandb="selection/share_swapped_out",
+        ),
+    )
     signal_spread: dict[str, float] = field(
         default_factory=dict,
         metadata=metric(

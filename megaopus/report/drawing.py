@@ -124,9 +124,9 @@ def _trim(text: str) -> str:
     return (number.rstrip("0").rstrip(".") if "." in number else number) + unit
 
 
-def percent_axis(axis: Axes) -> None:
-    """Write shares beside a panel as percentages."""
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+def percent_axis(axis: Axes, *, below: bool = False) -> None:
+    """Write shares beside a panel, or ``below`` it, as percentages."""
+    (axis.xaxis if below else axis.yaxis).set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:

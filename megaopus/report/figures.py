@@ -349,6 +349,45 @@ def swapped_figure(
     return figure
 
 
+def swapped_domains_figure(rows: Mapping[str, Sequence[SelectionRecord]]) -> Figure | None:
+    """Domains of the picks that utilities brought in and of those that had to go, a panel a run; None: no row says it.
+
+    Shares of all of a run's; the domains that the pool has most of, the rest as one.
+    """
+    swapped = {name: [row for row in part if row.share_swapped_in] for name, part in rows.items()}
+    swapped = {name: part for name, part in swapped.items() if part}
+    if not swapped:
+        return None
+
+    def mean(part: Sequence[SelectionRecord], metric: str) -> dict[str, float]:
+        counts = [(row.changed_by_utilities or 0.0) * row.picked for row in part]
+        found: dict[str, float] = {}
+        for row, count in zip(part, counts, strict=True):
+            for domain, share in getattr(row, metric).items():
+                found[domain] = found.get(domain, 0.0) + share * count / sum(counts)
+        return found
+
+    domains, height = domain_order(swapped), 0.36
+    other = len({domain for part in swapped.values() for row in part for domain in row.pool_share}) - len(domains)
+    labels = [*domains, *([f"other ({other})"] if other else [])]
+    figure, axes = panels(rows=len(swapped), height=0.7 + (0.5 + 0.3 * len(labels)) * len(swapped))
+    bars = (("came in", "share_swapped_in", ARM_COLOURS[0], -1), ("had to go", "share_swapped_out", OTHER_COLOUR, 1))
+    for axis, (name, part) in zip(axes, swapped.items(), strict=True):
+        for label, metric, colour, lower in bars:
+            found = mean(part, metric)
+            shares = [found.get(domain, 0.0) for domain in domains]
+            shares += [1 - sum(shares)] * bool(other)
+            places = [place + lower * height / 2 for place in range(len(labels))]
+            axis.barh(places, shares, height, color=colour, label=label)
+        axis.set_yticks(range(len(labels)), labels)
+        axis.invert_yaxis()
+        axis.grid(axis="y", visible=False)
+        percent_axis(axis, below=True)
+        name_axes(axis, "share of the swapped picks", "", name)
+    legend_above(figure, axes, 2)
+    return figure
+
+
 def check_figure(runs: Mapping[str, Run], rows: Mapping[str, Sequence[SelectionRecord]]) -> Figure:
     """Predicted and realised falls of the proxy loss, one panel a run; ``rows``: the checked ones, all finite.
 

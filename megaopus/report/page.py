@@ -430,6 +430,9 @@ class _Page:
                 "importance as its logarithm (dots: each step; lines: running medians)."
             )
             found.append((picture, caption))
+        if (picture := figures.swapped_domains_figure(told)) is not None:
+            caption = "Domains of the picks that utilities brought in, and of those that had to go for them."
+            found.append((picture, caption))
         return found
 
     def _domains(self) -> str:

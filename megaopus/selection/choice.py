@@ -41,6 +41,10 @@ class Influence(NamedTuple):
     spread: Mapping[str, float]
     """Standard deviation, over those who may be picked, of what each signal adds to what is picked by: "utility",
     "importance", and of odds "loss"."""
+    came: tuple[int, ...] = ()
+    """Positions in the buffer of the picks that came in."""
+    went: tuple[int, ...] = ()
+    """Positions of those that had to go."""
 
 
 @renamed_field("standing", "prescreen_score")

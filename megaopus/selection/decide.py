@@ -357,6 +357,8 @@ def _influence(
         importance=None if prior is None else swapped(known),
         loss=None if signals.losses is None else swapped(signals.losses),
         spread={name: float(part[among].std(correction=0)) for name, part in parts.items()},
+        came=tuple(came.tolist()),
+        went=tuple(went.tolist()),
     )
 
 

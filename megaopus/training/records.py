@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from megaopus.data.candidates import CandidateBuffer
 from megaopus.engine.base import StepResult
 from megaopus.events import Event
@@ -59,7 +61,7 @@ def selection_record(
         ess=selection.ess,
         max_p_ratio=selection.max_p_ratio,
         signal_to_error=selection.signal_to_error,
-        **_influence(selection),
+        **_influence(candidates, selection),
         odds_weights=dict(selection.weights),
         events=selection.events,
         predicted_fall=None if realised_fall is None else selection.predicted_fall,
@@ -72,12 +74,15 @@ def selection_record(
     )
 
 
-def _influence(selection: Selection) -> dict[str, Any]:
+def _influence(candidates: CandidateBuffer, selection: Selection) -> dict[str, Any]:
     """Name as ``SelectionRecord`` does what utilities did to the picks."""
     found = selection.influence
     if found is None:
         return {}
+    came, went = (candidates.take(torch.tensor(each)).share() if each else {} for each in (found.came, found.went))
     return {
+        "share_swapped_in": came,
+        "share_swapped_out": went,
         "changed_by_utilities": found.changed,
         "swapped_utility": found.utility,
         "swapped_importance": found.importance,

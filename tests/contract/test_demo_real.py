@@ -113,6 +113,16 @@ def test_it_ends_as_the_demo_does(finished: tuple[Path, str], model: Path) -> No
     told = [row.changed_by_utilities for row in opus.selections if row.changed_by_utilities is not None]
     assert summary["changed_by_utilities"] == pytest.approx(sum(told) / len(told))
     assert f"utilities changed {summary['changed_by_utilities']:.1%} of picks" in said
+    swapped = [row for row in opus.selections if row.changed_by_utilities]
+    assert swapped
+    for row in swapped:
+        count = row.changed_by_utilities * row.picked
+        assert (
+            sum(row.share_swapped_in.values()) == pytest.approx(sum(row.share_swapped_out.values())) == pytest.approx(1)
+        )
+        for domain, share in row.share_swapped_in.items():
+            assert share * count <= row.share[domain] * row.picked + 1e-9
+            assert row.share_swapped_out[domain] * count <= row.pool_share[domain] * row.candidates + 1e-9
     assert f"{STEPS} updates: each picks 8 of 64 sequences of 128 tokens, {8 * STEPS} in all" in said
     assert "the weights of little" in (out / "report.html").read_text()
 

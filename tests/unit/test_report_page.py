@@ -269,6 +269,8 @@ def with_influence(run: Run, signals: Sequence[str] = ("utility", "importance"))
             changed_by_utilities=0.0 if row.step % 10 == 0 else row.step / 400,
             swapped_utility=None if row.step % 10 == 0 else 1e-4 * row.step,
             swapped_importance=None if row.step % 10 == 0 else math.nan if row.step == 102 else -0.01 * row.step,
+            share_swapped_in={} if row.step % 10 == 0 else {"docs": 0.75, "source": 0.25},
+            share_swapped_out={} if row.step % 10 == 0 else {"docs": 0.25, "noise": 0.75},
             signal_spread={signal: 0.1 * (at + 1) for at, signal in enumerate(signals)},
             odds_weights={} if len(signals) < 3 else {"utility": -0.5, "loss squared": 0.25},
         )
@@ -283,7 +285,7 @@ def with_influence(run: Run, signals: Sequence[str] = ("utility", "importance"))
 def test_the_page_shows_what_utilities_did(folders: list[Path], tmp_path: Path) -> None:
     uniform, opus = (load_run(each) for each in folders)
     page = write_report({"uniform": uniform, "opus": with_influence(opus)}, tmp_path / "page.html").read_text()
-    assert len(pictures(page)) == 14
+    assert len(pictures(page)) == 15
     share = sum(0 if step % 10 == 0 else step / 400 for step in range(100, 240, 2)) / 70
     assert f"opus: {share:.1%} of all picks" in page
 
@@ -314,9 +316,19 @@ def test_what_utilities_did_is_drawn_as_recorded(folders: list[Path]) -> None:
     steps = [row.step for row in rows["opus"] if row.step % 10]
     assert list(utility.lines[0].get_ydata()) == [1e-4 * step for step in steps]
     assert list(importance.lines[0].get_ydata()) == [-0.01 * step for step in steps if step != 102]
+    figure = figures.swapped_domains_figure(rows)
+    assert figure is not None
+    (axis,) = figure.axes
+    domains = [label.get_text() for label in axis.get_yticklabels()]
+    for bars, shares in zip(
+        axis.containers, ({"docs": 0.75, "source": 0.25}, {"docs": 0.25, "noise": 0.75}), strict=True
+    ):
+        widths = dict(zip(domains, (bar.get_width() for bar in bars), strict=True))
+        assert widths == pytest.approx({"docs": 0, "source": 0, "readme": 0, "noise": 0, **shares})
     silent = [replace(row, swapped_utility=None, swapped_importance=None, odds_weights={}) for row in rows["opus"]]
     assert figures.signal_figure(runs, {"opus": silent}, "odds_weights", "number") is None
     assert figures.swapped_figure(runs, {"opus": silent}, inks) is None
+    assert figures.swapped_domains_figure({"opus": [replace(row, share_swapped_in={}) for row in silent]}) is None
 
 
 def test_a_folder_of_runs_is_told_to_be_one(folders: list[Path]) -> None:

@@ -295,6 +295,7 @@ def test_picks_without_utilities_are_those_of_what_else_is_known() -> None:
     assert found.changed == len(came) / 8 > 0
     assert found.utility == pytest.approx(float(VALUES[came].mean() - VALUES[went].mean()))
     assert found.importance == pytest.approx(float(prior[came].mean() - prior[went].mean()))
+    assert (sorted(found.came), sorted(found.went)) == (came, went)
     assert found.spread == {"utility": pytest.approx(float(VALUES[scored].std(correction=0))), "importance": 0.0}
     served = choice.at(0, 0, IDS, 8, served=True)
     assert served.influence is None
@@ -313,6 +314,8 @@ def test_what_was_learnt_changes_picks_by_as_much_as_it_says(sampler_name: str) 
         None,
         None,
         {"utility": 0.0, "importance": blind.influence.spread["importance"]},
+        (),
+        (),
     )
     both = decide(evidence(prescreen_score=prior + VALUES, prior=prior), predicting, Key(3, 1), 8)
     common = set(both.positions.tolist()) & set(blind.positions.tolist())
