@@ -3,8 +3,9 @@
     python benchmarks/selection_host.py --results benchmarks/results/selection_host.jsonl
 
 A full window of 1,000 steps, the guards as they are by default, a proxy of 32. Utilities, tokens and the Gram matrix
-are drawn; nothing is scored or read from disk. Redundancy is apart: its picks follow one from another, and it needs an
-N x N matrix, which is there already.
+are drawn; nothing is scored or read from disk. "By log-odds" is what ``selection=opus`` does: of 4 N candidates the N
+most important are scored. Redundancy is apart: its picks follow one from another, and it needs an N x N matrix, which
+is there already.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,20 @@ from rich.table import Table
 from benchmarks.common import CLOCKS, commit, parser, start
 from megaopus.data.candidates import CandidateBuffer
 from megaopus.record.parquet import ChoiceSink
-from megaopus.selection import SelectionConfig, TensorCandidates, guards
-from megaopus.selection.config import GuardConfig
+from megaopus.selection import SelectionConfig, TensorCandidates, guards, odds
+from megaopus.selection.choice import Choice
+from megaopus.selection.config import GuardConfig, PrescreenConfig
 from megaopus.selection.decide import Evidence, Key, decide
 from megaopus.selection.scoring import Scores
 from megaopus.training.records import selection_record
 
+MULTIPLE = 4
+"""Candidates that selection by log-odds looks through, for each that it scores."""
+BY_ODDS = (
+    *("signatures", "exposures of all, by log-odds", "exposures of the picks"),
+    *("choice by log-odds", "log-odds fitted", "rows of the record, by log-odds"),
+)
+"""Stages of a selection by log-odds."""
 BUDGET = ("signatures", "exposures of all", "exposures of the picks", "choice", "rows of the record")
 """Stages of a selection that are to take 50 ms together; a floor's choice stands in the place of the other."""
 
@@ -81,6 +90,9 @@ class Work:
         self.buffer = CandidateBuffer(pool, ids, ids, signatures=signed)
         self.proxy = TensorCandidates(torch.from_numpy(tokens[: plan.proxy]).long())
         self.utilities = torch.randn(size, generator=draw, dtype=torch.float64)
+        self.known, self.odds = torch.randn(3, size, generator=draw, dtype=torch.float64), odds.Odds()
+        for _ in range(odds.WINDOW):
+            self.fit()
         self.exposure, self.step = guards.Exposure(plan.window), 0
         for _ in range(plan.window):
             self.record(torch.randint(-(2**62), 2**62, (plan.picks,), generator=draw))
@@ -123,21 +135,47 @@ class Work:
         choice = decide(self.evidence(gram), config, Key(0, 0), self.plan.picks)
         assert choice.method == "opus", choice.events
 
+    def by_odds(self) -> Choice:
+        """Choose by log-odds among the quarter that is most important, alarms included."""
+        config = SelectionConfig(
+            method="opus",
+            sampler="top_k",
+            utilities="odds",
+            prescreen=PrescreenConfig(mode="importance", multiple=MULTIPLE),
+        )
+        importance, utilities, losses = self.known
+        evidence = replace(
+            self.evidence(),
+            score=lambda rows: Scores(utilities=utilities[rows], losses=losses[rows]),
+            prescreen_score=importance,
+            prior=importance,
+            parts=lambda rows, scores: odds.parts_of(odds.Signals(*self.known[:, rows]), self.odds.weights),
+        )
+        choice = decide(evidence, config, Key(0, 0), self.plan.picks)
+        assert choice.method == "opus", choice.events
+        return choice
+
+    def fit(self) -> None:
+        """Take in a scoring, and fit the log-odds to the full window."""
+        scored, judges = self.known[:, : self.plan.candidates // MULTIPLE], self.known[:, -self.plan.proxy // 4 :] + 1
+        self.odds.learn(odds.Signals(*scored), odds.Signals(*judges))
+
     def pairs(self) -> None:
         """Compare the pairs of tokens of all picks with a draw's, as where a method has no proxy."""
         guards.token_pair_check(self.buffer, None, 0.5, 0, 0, 0)(self.choice.positions)
 
-    def rows(self) -> None:
+    def rows(self, choice: Choice | None = None) -> None:
         """Make the rows of the record; files are written once in 16 such steps."""
-        selection = self.choice.at(0, 0, self.buffer.ids, self.plan.picks)
+        selection = (choice or self.choice).at(0, 0, self.buffer.ids, self.plan.picks)
         picked = self.buffer.take(selection.indices)
         record = selection_record(self.buffer, picked, selection, None)
         assert record.choices is not None
         self.sink.add(0, record.choices)
 
 
-def stages(work: Work, gram: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """Name every stage, in the order of a selection."""
+def stages(work: Work, wide: Work, gram: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """Name every stage, in the order of a selection; ``wide``: of all that log-odds choose from."""
+    chosen = wide.by_odds()
     picks = torch.randint(-(2**62), 2**62, (work.plan.picks,), generator=torch.Generator().manual_seed(1))
     return {
         "signatures": work.signatures,
@@ -147,6 +185,10 @@ def stages(work: Work, gram: torch.Tensor) -> dict[str, Callable[[], Any]]:
         "choice, drawn (boltzmann)": lambda: work.decide(sampler="boltzmann"),
         "choice with a domain floor": lambda: work.decide(sampler="top_k", floor=0.5),
         "rows of the record": work.rows,
+        "exposures of all, by log-odds": wide.times,
+        "choice by log-odds": wide.by_odds,
+        "log-odds fitted": wide.fit,
+        "rows of the record, by log-odds": lambda: wide.rows(chosen),
         "signatures hashed by one rank": work.hashed,
         "token pairs compared without a proxy": work.pairs,
         "choice with redundancy": lambda: work.decide(gram, sampler="top_k", redundancy=1.0),
@@ -160,10 +202,11 @@ def measure(plan: Plan, clock: str, console: Console) -> dict[str, float]:
     vectors = torch.randn(plan.candidates, 64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     gram = vectors @ vectors.t()
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(plan, Path(folder))
-        for name, stage in stages(work, gram).items():
+        work = Work(plan, Path(folder, "one"))
+        wide = Work(replace(plan, candidates=MULTIPLE * plan.candidates), Path(folder, "wide"))
+        for name, stage in stages(work, wide, gram).items():
             seconds: list[float] = []
-            files = name == "rows of the record"
+            files = name.startswith("rows of the record")
             repeats, warm_up = (32, 16) if files else (plan.repeats, 1)
             while len(seconds) < warm_up + repeats and sum(seconds) < 20:
                 before = now()
@@ -175,6 +218,7 @@ def measure(plan: Plan, clock: str, console: Console) -> dict[str, float]:
             console.print(f"{name}: {found[name]:.2f} ms", highlight=False)
     for name, choice in (("sum", "choice"), ("sum with a domain floor", "choice with a domain floor")):
         found[name] = sum(found[choice if stage == "choice" else stage] for stage in BUDGET)
+    found["sum, by log-odds"] = sum(found[stage] for stage in BY_ODDS)
     return found
 
 
