@@ -1,9 +1,17 @@
-"""Should selection press harder as training goes, or less? Temperatures over steps, on the demo's text.
+"""Should selection press harder as training goes, or less, and are repeats worth more than a cap lets through?
 
-Six arms from the same random weights, three seeds: uniform; the default recipe (top_k); the same drawn by temperature 1
-throughout; drawn at first and the best taken after half of the updates (rising), and the other way round (falling);
-the oracle. A row a run goes to --results {arm, seed, steps, final_loss, share, step_s}; what has one is not run again.
-Prints a table and, paired by seed, how each ends against the default. About two minutes of one core a run.
+On the demo's text, from the same random weights, three seeds, the oracle and uniform beside them. Each question has
+two that are pressed alike throughout, and three that change: at half of the updates, one way and the other, and by
+chance from step to step (the placebo):
+
+draws: opus takes the best (``opus``), or draws at temperature 1 (``drawn``): ``rising``, ``falling``, ``placebo``.
+buffers: importance takes the best of 128 (``wide``) or of 32 (``narrow``): ``widening``, ``narrowing``,
+    ``width_placebo``.
+repeats: opus with no cap (``uncapped``) and one of three exposures (``thrice``), where ``opus`` has one: what a
+    measured decay of repeats could win lies between them.
+
+A row a run goes to --results {arm, seed, steps, final_loss, share, step_s}; what has one is not run again. Prints a
+table, paired by seed, of how each ends against what it is to beat. About two minutes of one core a run.
 
     python benchmarks/pressure.py --work runs/pressure [--results FILE] [--quick]
 """
@@ -27,18 +35,30 @@ from benchmarks.study import Results, summary_of, trained
 from megaopus.cli.demo import WANTED, ensure_corpus
 from megaopus.report.compare import paired_t_test
 
-OPUS = ("selection=opus", "selection.score_length=32")
+OPUS = ("selection=opus", "selection.score_length=32", "selection.proxy_batch_size=8")
 DRAWN = ("selection.sampler=boltzmann", "selection.temperature=1.0")
+WIDE = ("selection=importance", "selection.rho=0.0625", "selection.sampler=top_k")
+NARROW = (*WIDE, "selection.method=pressure_narrow")
 ARMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "uniform": (("selection=uniform", "selection.rho=0.125"),),
     "opus": (OPUS,),
     "drawn": ((*OPUS, *DRAWN),),
     "rising": ((*OPUS, *DRAWN), OPUS),
     "falling": (OPUS, (*OPUS, *DRAWN)),
+    "placebo": ((*OPUS, "selection.sampler=pressure_placebo", "selection.temperature=1.0"),),
+    "wide": (WIDE,),
+    "narrow": (NARROW,),
+    "widening": (NARROW, WIDE),
+    "narrowing": (WIDE, NARROW),
+    "width_placebo": ((*WIDE, "selection.method=pressure_width_placebo"),),
+    "uncapped": ((*OPUS, "selection.guards.exposure_cap=0"),),
+    "thrice": ((*OPUS, "selection.guards.exposure_cap=3"),),
     "oracle": (("selection=domain_oracle", "selection.rho=0.125"),),
 }
 """Arm -> settings of each of its parts, equally long, one after the other."""
-ALLOWED = "resume_allow=[train.steps,selection.sampler,selection.temperature]"
+TO_BEAT = {"wide": "opus", **dict.fromkeys(("narrow", "widening", "narrowing", "width_placebo"), "wide")}
+"""Arm -> what it is held against; the others: ``opus``."""
+ALLOWED = "resume_allow=[train.steps,selection.sampler,selection.temperature,selection.method]"
 
 
 @dataclass(frozen=True)
@@ -55,7 +75,12 @@ def run(arm: str, seed: int, plan: Plan, corpus: Path, work: Path) -> dict[str, 
     for number, settings in enumerate(parts, 1):
         steps = plan.steps * number // len(parts)
         common = ["experiment=demo", f"data.path={corpus}", f"data.target_domains=[{WANTED}]", f"seed={seed}"]
-        common += [f"train.steps={steps}", f"optim.warmup_steps={min(40, plan.steps // 2)}", "checkpoint.keep=1"]
+        common += [
+            "plugins=[benchmarks.pressure_arms]",
+            f"train.steps={steps}",
+            f"optim.warmup_steps={min(40, plan.steps // 2)}",
+            "checkpoint.keep=1",
+        ]
         done = trained([*common, *settings, *([ALLOWED] if number > 1 else [])], folder, 1)
     found = summary_of(done)
     kept = {"final_loss": found["validations"][-1]["loss"], "share": found["share"], "step_s": found["step_s"]}
@@ -63,24 +88,22 @@ def run(arm: str, seed: int, plan: Plan, corpus: Path, work: Path) -> dict[str, 
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print what each arm ends at, and against the default."""
+    """Print what each arm ends at, and against what it is to beat."""
     table = Table(title="final loss on the wanted text", box=SIMPLE, padding=0)
-    for name in ("arm", "seeds", "mean", "std", "less opus", "p"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
+    for name in ("arm", "seeds", "mean", "std", "against", "less", "p"):
+        table.add_column(name, justify="left" if name in ("arm", "against") else "right")
     by_arm = {arm: {row["seed"]: row["final_loss"] for row in rows if row["arm"] == arm} for arm in ARMS}
     for arm, losses in by_arm.items():
         if not losses:
             continue
-        shared = sorted(losses.keys() & by_arm["opus"].keys())
-        pair = [losses[seed] for seed in shared], [by_arm["opus"][seed] for seed in shared]
-        several = len(shared) > 1 and arm != "opus"
-        less = (
-            f"{statistics.fmean(a - b for a, b in zip(*pair, strict=True)):+.4f}" if shared and arm != "opus" else "-"
-        )
+        other = TO_BEAT.get(arm, "opus" if arm != "opus" else "uniform")
+        shared = sorted(losses.keys() & by_arm[other].keys())
+        pair = [losses[seed] for seed in shared], [by_arm[other][seed] for seed in shared]
+        less = f"{statistics.fmean(a - b for a, b in zip(*pair, strict=True)):+.4f}" if shared else "-"
         spread = f"{statistics.stdev(losses.values()):.4f}" if len(losses) > 1 else "-"
-        p = paired_t_test(*pair) if several else None
+        p = paired_t_test(*pair) if len(shared) > 1 else None
         mean = f"{statistics.fmean(losses.values()):.4f}"
-        table.add_row(arm, str(len(losses)), mean, spread, less, "-" if p is None else f"{p:.3f}")
+        table.add_row(arm, str(len(losses)), mean, spread, other, less, "-" if p is None else f"{p:.3f}")
     console.print(table)
 
 

@@ -65,7 +65,7 @@ SMALL = Kind(
     out=Path("runs/demo"),
     steps=700,
     lr_warm_steps=40,
-    arms={"uniform": (UNIFORM,), "opus": (OPUS, "selection.score_length=32")},
+    arms={"uniform": (UNIFORM,), "opus": (OPUS, "selection.score_length=32", "selection.proxy_batch_size=8")},
     following="your own text, as docs/data.md says",
 )
 REAL = Kind(

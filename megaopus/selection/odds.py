@@ -26,8 +26,9 @@ KEPT = 64
 
 PROVEN = 64
 """Judges that weights rest on before anything is scored less often."""
-DECISIVE = 0.05
-"""Share of the variance of log-odds from which the model's scores are worth having at every step."""
+DECISIVE = 1.0
+"""Variance, in nats squared, that the model's scores make in the log-odds of candidates, from which they are worth
+having at every step: most candidates are then apart by a factor of e and more."""
 SELDOM = (1, 2, 4, 8, 16, 32)
 
 
@@ -120,13 +121,11 @@ class Odds:
         self.weights = fit_logistic(x, y, weight, expected)[:-1]
 
     def _cadence(self, candidates: Tensor) -> int:
-        """Take how often it is worth scoring from the share of the log-odds' variance that the model's scores make."""
+        """Take how often it is worth scoring from the variance that the model's scores make in log-odds."""
         if sum(len(proxy) for _, proxy in self._rows) < PROVEN or len(candidates) < 2:
             return 1
-        each = candidates * self.weights
-        model, whole = each[:, 1:].sum(1).var(), each.sum(1).var()
-        share = float(model / whole) if float(whole) > 0 else 0.0
-        return next((every for every in SELDOM if share * every >= DECISIVE), SELDOM[-1])
+        variance = float((candidates * self.weights)[:, 1:].sum(1).var())
+        return next((every for every in SELDOM if variance * every >= DECISIVE), SELDOM[-1])
 
     def named(self, weights: Tensor) -> dict[str, float]:
         """Signal -> its weight."""

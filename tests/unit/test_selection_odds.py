@@ -18,7 +18,7 @@ from megaopus.selection.candidates import Together
 from megaopus.selection.config import PrescreenConfig
 from megaopus.selection.decide import Evidence, Key, decide
 from megaopus.selection.foresight import foresee
-from megaopus.selection.odds import EXPECTED, KEPT, Odds, Signals, design, parts_of, standing
+from megaopus.selection.odds import EXPECTED, KEPT, PROVEN, Odds, Signals, design, parts_of, standing
 from tests.unit.selection_net import UNGUARDED, K, N, batch, make_backend, proxy
 
 ODDS: dict[str, Any] = {
@@ -80,7 +80,7 @@ def test_what_tells_the_proxy_gets_the_weight() -> None:
     assert 0.7 < float(seeing.weights[1]) < 1.3
     assert seeing.weights[2:].abs().max() < 0.3
     assert -1.3 < float(knowing.weights[2]) < -0.7
-    assert seeing.every == 1
+    assert seeing.every <= 2 < blind.every
     assert taught(2, 0, 0).every == 1  # too few judges to score less by
 
 
@@ -222,6 +222,18 @@ def test_no_gradient_is_made_of_judges_and_they_are_scored_beside_the_candidates
     assert len(second.picked_ids) == K
     state = json.loads(json.dumps({key: value for key, value in selector.state_dict().items() if key == "odds"}))
     assert state["odds"]["weights"] != list(EXPECTED)
+
+
+@pytest.mark.parametrize(("spread", "every"), [(1.1, 1), (0.8, 2), (0.3, 16), (0.2, 32), (0.0, 32)])
+def test_the_more_the_model_tells_the_more_often_it_is_asked(spread: float, every: int) -> None:
+    odds = Odds()
+    odds.weights = torch.tensor([3.0, spread, 0.0, 0.0], dtype=torch.float64)  # whatever importance tells
+    candidates = drawn(64, 4).view(16, 4)
+    candidates[:, 1] /= candidates[:, 1].std()
+    odds._rows = [(candidates, drawn(PROVEN * 4, 5).view(PROVEN, 4))]
+    assert odds._cadence(candidates) == every
+    odds._rows = [(candidates, drawn(4 * PROVEN - 4, 5).view(-1, 4))]
+    assert odds._cadence(candidates) == 1  # too few judges to know
 
 
 def test_a_selector_scores_as_often_as_it_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
