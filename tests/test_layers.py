@@ -14,7 +14,7 @@ from benchmarks.structure import LONGEST_FUNCTION, circles, import_graph, module
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megaopus"
 ANY = None
-LEAVES = {"errors", "fs", "settings", "events", "registry", "plugins", "logistic"}
+LEAVES = {"errors", "fs", "settings", "events", "registry", "plugins", "logistic", "newton_schulz"}
 """Modules that import nothing of ours but ``errors``."""
 LIBRARY = {"distributed", "selection", "record", "data", "models", "optim", "checkpoint"}
 """Rooms that work without a run."""

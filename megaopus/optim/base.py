@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,8 @@ class LayoutOptimizer(Optimizer, ABC):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], tp_group: dist.ProcessGroup | None):
         super().__init__(params, defaults)
         self.tp_group = tp_group
+        self.same_group: dist.ProcessGroup | None = None
+        """Ranks that hold the same parameters and gradients, and may share the work; None: a rank alone."""
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if self.matrices_only and parameter.dim() != 2:
                 shape = tuple(parameter.shape)
@@ -37,23 +39,31 @@ class LayoutOptimizer(Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. Collective over ``tp_group``."""
+        """Update every parameter that has a gradient. Collective over ``tp_group`` and ``same_group``."""
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state = self.state_of(parameter)
-                    if self.counts:
-                        state["step"] += 1
-                    self.update(parameter, parameter.grad, state, group)
+            self.update_group([parameter for parameter in group["params"] if parameter.grad is not None], group)
         return result
+
+    def update_group(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters that have gradients and share the settings ``group``."""
+        for parameter in parameters:
+            assert parameter.grad is not None
+            self.update(parameter, parameter.grad, self.next_state(parameter), group)
 
     @abstractmethod
     def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """Change one parameter and its state; ``step`` already counts this update."""
+
+    def next_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The parameter's state, in which ``step`` already counts the update to come."""
+        state = self.state_of(parameter)
+        if self.counts:
+            state["step"] += 1
+        return state
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The parameter's state, made of zeros first if there is none."""

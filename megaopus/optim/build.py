@@ -325,6 +325,8 @@ def torch_optimizers(
         (config.matrix_lr, config.matrix_weight_decay) if spec.matrices else (config.lr, config.weight_decay)
     )
     optimizer = (make or spec.make)(_groups(mine, weight_decay, lr), config, settings, mesh.tp_group)
+    if isinstance(optimizer, LayoutOptimizer):
+        optimizer.same_group = mesh.dp_cp_group
     made = [(optimizer, spec)]
     if spec.matrices:
         ids, adamw = {id(p) for p in mine}, spec_of("adamw")

@@ -7,14 +7,16 @@ orthogonalises the whole, and keeps its part. State and group keys are torch.opt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaopus.distributed.shards import whole_of
+from megaopus.distributed.shards import group_size, whole_of
+from megaopus.newton_schulz import orthogonalise, working_type
 from megaopus.optim.base import LayoutOptimizer
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.registry import register_optimizer
@@ -22,21 +24,15 @@ from megaopus.optim.spec import Groups, Spec, momentum
 from megaopus.settings import Setting
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ENOUGH = 1 << 26
+"""Elements of matrices that keep a GPU busy."""
 
 
-def orthogonalise(matrix: Tensor, steps: int, coefficients: tuple[float, float, float], eps: float) -> Tensor:
-    """Newton-Schulz iteration X <- aX + (bA + cA^2)X, A = XX^T, from X = matrix / ||matrix||_F, on the short side.
-
-    Source: Keller Jordan et al., "Muon", 2024. Runs in the matrix's dtype; shape kept.
-    """
-    a, b, c = coefficients
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.t() if tall else matrix
-    x = x / (x.norm() + eps)
-    for _ in range(steps):
-        gram = x @ x.t()
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.t() if tall else x
+def together(shape: Sequence[int], device: torch.device) -> int:
+    """Say how many matrices of a shape are orthogonalised at once."""
+    if device.type != "cuda":  # gains nothing, and keeps the bits of earlier runs
+        return 1
+    return max(1, ENOUGH // math.prod(shape))
 
 
 class Muon(LayoutOptimizer):
@@ -74,23 +70,78 @@ class Muon(LayoutOptimizer):
         }
         super().__init__(params, defaults, tp_group)
 
+    def update_group(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Orthogonalise matrices of one shape together, each on one of ``same_group``'s ranks; collective over both."""
+        alike: dict[tuple[int, ...], list[Tensor]] = {}
+        for parameter in parameters:
+            alike.setdefault(tuple(self.whole_shape(parameter)), []).append(parameter)
+        ranks = group_size(self.same_group)
+        for shape, matrices in alike.items():
+            turn = ranks * together(shape, matrices[0].device)
+            for first in range(0, len(matrices), turn):
+                self._take_turn(matrices[first : first + turn], group)
+
+    def _take_turn(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Update some of one shape."""
+        ranks = group_size(self.same_group)
+        rank = 0 if ranks == 1 else dist.get_rank(self.same_group)
+        mine: list[Tensor] = []
+        finishes: list[Callable[[Tensor], None]] = []
+        for number, parameter in enumerate(matrices):
+            assert parameter.grad is not None
+            whole, finish = self.begin(parameter, parameter.grad, self.next_state(parameter), group)
+            finishes.append(finish)
+            if number % ranks == rank:
+                mine.append(whole)
+            del whole
+        found = self._orthogonal_of(mine, group)
+        for number, (parameter, finish) in enumerate(zip(matrices, finishes, strict=True)):
+            owner, place = number % ranks, number // ranks
+            if owner == rank:
+                direction = found[place]
+            else:
+                shape, dtype = self.whole_shape(parameter), working_type(parameter)
+                direction = torch.empty(shape, dtype=dtype, device=parameter.device)
+            if ranks > 1:
+                direction = direction.contiguous()
+                dist.broadcast(direction, group=self.same_group, group_src=owner)
+            finish(direction)
+
+    def _orthogonal_of(self, wholes: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
+        """NS(U) of matrices of one shape."""
+        if len(wholes) < 2:
+            return [self.orthogonal(whole, group) for whole in wholes]
+        stacked = torch.stack(wholes)
+        wholes.clear()
+        return list(self.orthogonal(stacked, group))
+
     def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        direction = self.direction(self.averaged(gradient, state, group), parameter, group)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
+        whole, finish = self.begin(parameter, gradient, state, group)
+        finish(self.orthogonal(whole, group))
+
+    def begin(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> tuple[Tensor, Callable[[Tensor], None]]:
+        """(the whole of U, what changes the parameter given NS(U)), with the state brought up to date."""
+        whole = whole_of(self.averaged(gradient, state, group), parameter, self.tp_group)
+
+        def finish(orthogonal: Tensor) -> None:
+            direction = self.part(self.scaled(orthogonal, parameter.dtype), parameter)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
+
+        return whole, finish
 
     def averaged(self, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         """U, with the momentum brought up to date."""
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         return gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
 
-    def direction(self, update: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """max(1, m/n)^.5 NS(U) of a whole m x n matrix from this rank's part of U, ``update``; the same part of it."""
-        whole = whole_of(update, parameter, self.tp_group)
-        scale = max(1.0, whole.shape[0] / whole.shape[1]) ** 0.5
-        return self.part(self.orthogonal(whole, group).mul_(scale), parameter)
+    def scaled(self, orthogonal: Tensor, dtype: torch.dtype) -> Tensor:
+        """max(1, m/n)^.5 NS(U) of a whole m x n matrix, in ``dtype``; may change ``orthogonal``."""
+        return orthogonal.to(dtype).mul_(max(1.0, orthogonal.shape[0] / orthogonal.shape[1]) ** 0.5)
 
     def orthogonal(self, whole: Tensor, group: dict[str, Any]) -> Tensor:
-        """NS(U) of a whole matrix."""
+        """NS(U) of a whole matrix, or of several (k, m, n)."""
         return orthogonalise(whole, group["ns_steps"], tuple(group["ns_coefficients"]), group["eps"])
 
 

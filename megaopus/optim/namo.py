@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -45,14 +45,20 @@ class NAMO(Muon):
     def new_whole(self, parameter: Tensor) -> dict[str, Tensor]:
         return {"v_squared": torch.zeros(1, dtype=parameter.dtype, device=parameter.device)}
 
-    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def begin(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> tuple[Tensor, Callable[[Tensor], None]]:
         square = sum_parts(gradient.square().sum().view(1), parameter, self.tp_group)
         state["v_squared"].lerp_(square, 1 - group["mu2"])
         whole = whole_of(self.averaged(gradient, state, group), parameter, self.tp_group)
         rate = adaptive_rate(group, float(state["step"]), whole.norm(), state["v_squared"])
         scale = (0.2 * max(whole.shape) ** 0.5 * rate).clamp(max=1)
-        direction = self.part(self.orthogonal(whole, group).mul_(scale), parameter)
-        parameter.mul_(1 - rate * group["weight_decay"]).sub_(direction)
+
+        def finish(orthogonal: Tensor) -> None:
+            direction = self.part(orthogonal.to(parameter.dtype).mul_(scale), parameter)
+            parameter.mul_(1 - rate * group["weight_decay"]).sub_(direction)
+
+        return whole, finish
 
 
 class NAMOD(NAMO):
@@ -71,7 +77,9 @@ class NAMOD(NAMO):
         columns = self.whole_shape(parameter)[1]
         return {"V": torch.zeros(columns, dtype=parameter.dtype, device=parameter.device)}
 
-    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def begin(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> tuple[Tensor, Callable[[Tensor], None]]:
         gradient_MN = whole_of(gradient, parameter, self.tp_group)
         state["V"].lerp_(gradient_MN.square().sum(0), 1 - group["mu2"])
         whole = whole_of(self.averaged(gradient, state, group), parameter, self.tp_group)
@@ -79,8 +87,12 @@ class NAMOD(NAMO):
         mean = rate_N.mean()
         rate_N = rate_N.clamp(group["clamp"] * mean, mean / group["clamp"])
         scale_N = (0.2 * max(whole.shape) ** 0.5 * rate_N).clamp(max=1)
-        direction = self.part(self.orthogonal(whole, group) * scale_N, parameter)
-        parameter.mul_(1 - mean * group["weight_decay"]).sub_(direction)
+
+        def finish(orthogonal: Tensor) -> None:
+            direction = self.part(orthogonal.to(parameter.dtype) * scale_N, parameter)
+            parameter.mul_(1 - mean * group["weight_decay"]).sub_(direction)
+
+        return whole, finish
 
 
 def adaptive_rate(group: dict[str, Any], t: float, norm: Tensor, second: Tensor) -> Tensor:

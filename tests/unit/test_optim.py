@@ -14,8 +14,10 @@ import torch
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.gpt_forward import SampledLabels
+from megaopus.newton_schulz import orthogonalise
+from megaopus.optim import muon as muon_module
 from megaopus.optim.config import OptimConfig
-from megaopus.optim.muon import Muon
+from megaopus.optim.muon import NS_COEFFICIENTS, Muon
 from megaopus.optim.schedule import lr_factor
 from megaopus.settings import problems
 from tests.harness import random_batch, save_engine, tiny_engine
@@ -66,6 +68,43 @@ def test_muon_equals_torchs_up_to_its_bfloat16(shape: tuple[int, int]) -> None:
         torchs.step()
     assert (ours - theirs).norm() / (ours - start).norm() < 0.05
     assert mine.param_groups[0].keys() <= torchs.param_groups[0].keys()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matrices_are_orthogonalised_together_as_alone(shape: tuple[int, int]) -> None:
+    several = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    together = orthogonalise(several, 5, NS_COEFFICIENTS, 1e-7)
+    for matrix, found in zip(several, together, strict=True):
+        torch.testing.assert_close(found, orthogonalise(matrix, 5, NS_COEFFICIENTS, 1e-7))
+    # what a GPU works in
+    coarse = orthogonalise(several.bfloat16(), 5, NS_COEFFICIENTS, 1e-7).double()
+    assert (coarse - together).norm() / together.norm() < 0.03
+
+
+def test_muon_updates_in_turns_as_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA matrices of a shape are stacked; here as many as on CUDA, in turns of two and of one."""
+    draw = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in [*SHAPES, *SHAPES, *SHAPES[:2]]]
+
+    def updated() -> list[torch.Tensor]:
+        weights = [torch.nn.Parameter(start.clone()) for start in starts]
+        for weight in weights:
+            weight.grad = weight.detach().cos()
+        optimizer = Muon(weights, lr=0.1)
+        for _ in range(2):
+            optimizer.step()
+        return [weight.detach() for weight in weights]
+
+    alone = updated()
+    asked: list[int] = []
+    real = Muon.orthogonal
+    monkeypatch.setattr(
+        Muon, "orthogonal", lambda self, whole, group: asked.append(whole.ndim) or real(self, whole, group)
+    )
+    monkeypatch.setattr(muon_module, "together", lambda shape, device: 2)
+    torch.testing.assert_close(updated(), alone)
+    # of 7 x 5 and 5 x 7 three each, of the others two
+    assert asked == [3, 2, 3, 2, 3, 3] * 2
 
 
 def test_muon_refuses_what_is_not_a_matrix() -> None:

@@ -14,6 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from megaopus.distributed.shards import whole_of
+from megaopus.optim.base import LayoutOptimizer
+
 
 class ChainedOptimizer(Optimizer):
     """Several optimizers in the place of one: their groups one after the other, and one state."""
@@ -50,9 +53,9 @@ class Matrix(NamedTuple):
 class FlatMatrices:
     """Makes an optimizer by matrix (``Spec.by_matrix``) work on flat parts: state stays in parts, the update is whole.
 
-    To be mixed into its class (``over_flat_parts``), whose ``direction`` takes a whole matrix. Data-parallel ranks
-    share the work: of as many matrices as there are ranks, each is sent the parts of one, works out the direction and
-    sends the parts of the result back.
+    To be mixed into its class (``over_flat_parts``), Muon or one like it. Data-parallel ranks share the work: of as
+    many matrices as there are ranks, each is sent the parts of one, works out the direction and sends the parts of the
+    result back.
     """
 
     def place(self, matrices: Iterable[Matrix], dp_group: dist.ProcessGroup) -> None:
@@ -62,18 +65,30 @@ class FlatMatrices:
         for matrix in sorted(matrices, key=lambda matrix: -matrix.shape.numel()):  # alike ones take turns
             self._matrices.setdefault(matrix.flat, []).append(matrix)
 
-    def direction(self, update: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """As the optimizer's own, of every matrix in the flat ``parameter``. Collective."""
-        found, own = torch.zeros_like(update), super().direction  # type: ignore[misc]
+    update_group = LayoutOptimizer.update_group
+
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Change a flat part, in which matrices lie one after the other, and its state. Collective."""
+        direction = self._direction(self.averaged(gradient, state, group), parameter, group)  # type: ignore[attr-defined]
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
+
+    def _direction(self, update: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """Work out where every matrix in the flat ``parameter`` goes."""
+        optimizer: Any = self
+        found = torch.zeros_like(update)
         matrices, rank = self._matrices[parameter], dist.get_rank(self._dp_group)
 
         def run(flat: Tensor, matrix: Matrix) -> Tensor:
             return flat.narrow(0, matrix.offset, matrix.counts[rank])
 
+        def own(matrix: Matrix, part: Tensor) -> Tensor:
+            whole = whole_of(part, matrix.parameter, optimizer.tp_group)
+            return optimizer.part(optimizer.scaled(optimizer.orthogonal(whole, group), part.dtype), matrix.parameter)
+
         made = by_owner(
             matrices,
             lambda matrix: [run(update, matrix)],
-            lambda matrix, parts: own(parts[0], matrix.parameter, group),
+            lambda matrix, parts: own(matrix, parts[0]),
             self._dp_group,
         )
         for matrix, part in zip(matrices, made, strict=True):

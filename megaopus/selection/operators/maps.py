@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from megaopus.newton_schulz import product
 from megaopus.selection.backend import Shard
 from megaopus.selection.pieces import chunks
 
@@ -165,9 +166,9 @@ class OneSided:
         if self._mixes_ranks():
             assert self.shard is not None
             gradient, matrix = self.shard.gather(gradient), matrix[self.shard.index]
-            found = matrix @ gradient if self.left else gradient @ matrix.t()
+            found = product(matrix, gradient) if self.left else product(gradient, matrix.t())
         else:
-            found = matrix @ gradient if self.left else gradient @ matrix
+            found = product(matrix, gradient) if self.left else product(gradient, matrix)
         return found if columns is None or self.columns_first else found * columns
 
     def diagonal(self) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaopus.newton_schulz import orthogonalise, product
 from megaopus.selection.operators.maps import Deferred, Derivative, OneSided, ParameterOperator
 from megaopus.selection.operators.registry import operator_of_class
 from megaopus.selection.operators.rule import whole
@@ -79,8 +80,8 @@ def _built(group: Mapping[str, Any], state: Mapping[str, Any], scale: Scale) -> 
     left, norm = momentum.shape[0] <= momentum.shape[1], length.clamp(min=group.get("eps") or 1e-30)
     x = (momentum if left else momentum.t()) / norm
     a, b, c = group["ns_coefficients"]
-    gram = x @ x.t()
-    first = a * torch.eye(len(x), dtype=x.dtype, device=x.device) + b * gram + c * (gram @ gram)
+    gram = product(x, x.t())
+    first = a * torch.eye(len(x), dtype=x.dtype, device=x.device) + b * gram + c * product(gram, gram)
     first = (first + first.t()) * (0.5 * kappa / norm)  # symmetric but for rounding, which is averaged out
     scales = scale(momentum)
     if isinstance(scales, Tensor) and scales.ndim:
@@ -89,14 +90,8 @@ def _built(group: Mapping[str, Any], state: Mapping[str, Any], scale: Scale) -> 
 
 
 def _newton_schulz(update: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """NS(U) as the optimizer has it: X <- aX + (bA + cA^2)X, A = X X^T, from U / (||U||_F + eps), on the short side."""
-    a, b, c = group["ns_coefficients"]
-    tall = update.shape[0] > update.shape[1]
-    x = (update.t() if tall else update) / (update.norm() + group["eps"])
-    for _ in range(group["ns_steps"]):
-        gram = x @ x.t()
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.t() if tall else x
+    """NS(U) as the optimizer has it."""
+    return orthogonalise(update, group["ns_steps"], tuple(group["ns_coefficients"]), group["eps"]).to(update.dtype)
 
 
 def _namo_rate(group: Mapping[str, Any], state: Mapping[str, Any], norm: Tensor, second: Tensor) -> Tensor:
