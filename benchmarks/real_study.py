@@ -59,12 +59,12 @@ COMMON = (
 WIDE = (f"selection.rho={BATCH / BUFFER}",)
 OPERATING = (
     *("selection.score_length=64", "selection.proxy_batch_size=16", "selection.proxy_every=8"),
-    "selection.proxy_half_life=16",
+    *("selection.proxy_half_life=16", "selection.contrast=true"),
     "selection.score_micro_batch_size=16",  # to find one takes the time of six scorings
 )
 """How every arm scores that scores."""
 SCORED = ("selection=opus_exact", "selection.warmup_steps=0", *OPERATING)
-COLUMN = ("--proxy-sequences", "64", "--windows", "first")
+COLUMN = ("--proxy-sequences", "64", "--windows", "first", "--contrast")
 """How the column of a frozen model is made, of a document's first sequence, after ``WARM`` uniform updates."""
 WARM = 12
 OPUS = ("selection=opus", *OPERATING)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,6 +47,15 @@ def sum_parts(value: Tensor, parameter: Tensor, group: dist.ProcessGroup | None)
     total = value.clone()
     dist.all_reduce(total, group=group)
     return total
+
+
+def deal(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Say which of ``ranks`` takes each of several things, the largest first, so that all have about as much."""
+    loads, takers = [0] * ranks, [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        takers[number] = loads.index(min(loads))
+        loads[takers[number]] += sizes[number]
+    return takers
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:

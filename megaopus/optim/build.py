@@ -227,6 +227,20 @@ class MixedPrecisionOptimizer:
             return self.chained.chained_optimizers[0].own_piece(parameter)
         return slice(None) if self._mesh.dp_rank == self._mesh.cp_rank == 0 else None
 
+    def saves(self, parameter: nn.Parameter) -> bool:
+        """Return whether this rank has a whole parameter's tensors to be saved: all ranks do where none are shared."""
+        return not self._sharded or self.chained.chained_optimizers[0].saves(parameter)
+
+    def loads(self, parameter: nn.Parameter) -> bool:
+        """Return whether this rank needs anything of what was saved of a parameter beside its weights."""
+        return not self._sharded or self.own_piece(parameter) is not None
+
+    def sharded_like(self, parameter: nn.Parameter, tensor: Any, is_loading: bool) -> Any:
+        """Give megatron's sharded ``tensor`` of a parameter as that of others of its shape that this rank has."""
+        if not self._sharded:
+            return tensor
+        return self.chained.chained_optimizers[0].sharded_like(parameter, tensor, is_loading)
+
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
         """State for megatron's dist_checkpointing; ``model_state`` is the model's own sharded state.
 

@@ -9,6 +9,8 @@ formats do not restore without Apex or Transformer Engine. Import only after ``d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -23,6 +25,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
 from megaopus.distributed.mesh import Mesh
+from megaopus.distributed.shards import deal
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "param"
@@ -113,13 +116,16 @@ class ShardedAdamW(DistributedOptimizer):
                     found[parameter] = run.view(parameter.shape)
         return found
 
-    @torch.no_grad()
     def whole(self, key: str) -> dict[nn.Parameter, Tensor]:
         """``exp_avg``, ``exp_avg_sq`` or ``param`` (fp32 weights) of each whole local parameter, fp32. Collective.
 
         The moments exist only once there was an update.
         """
-        values: dict[nn.Parameter, Tensor] = {}
+        return {parameter: value.clone() for parameter, value in self._gathered(key)}
+
+    @torch.no_grad()
+    def _gathered(self, key: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield what ``whole`` has, as views of a bucket that go with it."""
         for buffer, index, pieces in self._buckets():
             bucket = buffer.buckets[index]
             flat = torch.empty_like(bucket.grad_data, dtype=torch.float32)
@@ -132,8 +138,26 @@ class ShardedAdamW(DistributedOptimizer):
             for parameter, (start, end, where) in buffer.param_index_map.items():
                 if where == index:
                     part = flat[start - bucket.offset : end - bucket.offset]
-                    values[parameter] = part.view(parameter.shape).clone()
-        return values
+                    yield parameter, part.view(parameter.shape)
+
+    def saves(self, parameter: nn.Parameter) -> bool:
+        """Return whether this one of the dp and cp ranks saves a whole parameter: all have about as much to save."""
+        return parameter in self._saved
+
+    @cached_property
+    def _saved(self) -> set[nn.Parameter]:
+        ranks, rank = dist.get_world_size(self.data_parallel_group), dist.get_rank(self.data_parallel_group)
+        takers = deal([parameter.numel() for parameter in self._group_of], ranks)
+        return {parameter for parameter, taker in zip(self._group_of, takers, strict=True) if taker == rank}
+
+    def sharded_like(self, parameter: nn.Parameter, tensor: Any, is_loading: bool) -> Any:
+        """Give megatron's sharded ``tensor`` of a parameter as that of what this rank has of it.
+
+        Of the ranks that have one for a parameter a single one counts: who saves it, and who reads its beginning.
+        """
+        owned = self.own_piece(parameter)
+        first = self.saves(parameter) if not is_loading else owned is not None and owned.start == 0
+        return replace(tensor, replica_id=(*tensor.replica_id[:-1], 0)) if first else tensor
 
     def set_main_weight(self, parameter: nn.Parameter, whole: Tensor) -> None:
         """Set this rank's piece of a parameter's fp32 weights, if it has one."""
@@ -153,37 +177,44 @@ class ShardedAdamW(DistributedOptimizer):
     def sharded_state_dict(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, **unused: Any
     ) -> dict[str, Any]:
-        """State for megatron's dist_checkpointing, gathered to whole parameters on the CPU. Collective."""
+        """State for megatron's dist_checkpointing, of whole parameters on the CPU. Collective.
+
+        Of those that this rank ``saves``, or for loading of those that it owns a piece of.
+        """
         parameters, steps = list(chain.from_iterable(self._groups)), self.updates
         moments = MOMENTS if is_loading or steps else ()
         keys = (*moments, MAIN) if self.config.bf16 else moments
+        found: dict[str, dict[nn.Parameter, Tensor]]
         if is_loading:
             self.init_state_fn(self.optimizer)
-            found = {key: {p: torch.empty(p.shape, dtype=torch.float32) for p in parameters} for key in keys}
+            mine = [parameter for parameter in parameters if parameter in self.model_param_gbuf_map]
+            found = {key: {p: torch.empty(p.shape, dtype=torch.float32) for p in mine} for key in keys}
         else:
-            found = {key: {p: value.cpu() for p, value in self.whole(key).items()} for key in keys}
-        state: dict[Any, Any] = {i: {key: found[key][p] for key in moments} for i, p in enumerate(parameters)}
+            mine = [parameter for parameter in parameters if self.saves(parameter)]
+            found = {
+                key: {p: value.to("cpu", copy=True) for p, value in self._gathered(key) if self.saves(p)}
+                for key in keys
+            }
+        numbers = {parameter: number for number, parameter in enumerate(parameters)}
         tensors = get_param_id_to_sharded_param_map(model_sharded_state_dict, parameters)
-        numbers = iter(range(len(parameters)))
+        for parameter, number in numbers.items():
+            tensors[number] = self.sharded_like(parameter, tensors[number], is_loading)
         groups = [
-            {**settings, "params": [next(numbers) for _ in group]}
+            {**settings, "params": [numbers[p] for p in group]}
             for settings, group in zip(self.optimizer.param_groups, self._groups, strict=True)
         ]
+        state: dict[Any, Any] = {numbers[p]: {key: found[key][p] for key in moments} for p in mine}
         inner: dict[str, Any] = {"state": state, "param_groups": groups}
         optim_state_to_sharding_state(inner, tensors)
         if steps:
             inner["state"]["common_step"] = torch.tensor(float(steps))
         if not self.config.bf16:
             return inner
-        numbers = iter(range(len(parameters)))
-        main = [
-            [
-                make_sharded_optimizer_tensor(tensors[next(numbers)], found[MAIN][p], "optimizer.state.fp32_param")
-                for p in group
-            ]
-            for group in self._groups
-        ]
-        return {"optimizer": inner, "fp32_from_fp16_params": main}
+        main = {
+            numbers[p]: make_sharded_optimizer_tensor(tensors[numbers[p]], value, "optimizer.state.fp32_param")
+            for p, value in found[MAIN].items()
+        }
+        return {"optimizer": inner, "main": main}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -191,11 +222,10 @@ class ShardedAdamW(DistributedOptimizer):
         inner = state_dict["optimizer"] if self.config.bf16 else state_dict
         found: dict[nn.Parameter, dict[str, Tensor]] = {}
         for number, parameter in enumerate(chain.from_iterable(self._groups)):
-            found[parameter] = dict(inner["state"][number])
-        if self.config.bf16:
-            saved = chain.from_iterable(state_dict["fp32_from_fp16_params"])
-            for parameter, value in zip(chain.from_iterable(self._groups), saved, strict=True):
-                found[parameter][MAIN] = value
+            if parameter in self.model_param_gbuf_map:
+                found[parameter] = dict(inner["state"][number])
+                if self.config.bf16:
+                    found[parameter][MAIN] = state_dict["main"][number]
         step = float(inner["state"]["common_step"])
         self.updates = int(step)
         for _, _, pieces in self._buckets():

@@ -116,6 +116,8 @@ RUNS: Mapping[str, Run] = {
     ),
 }
 """Layout -> a rank of a job of it."""
+SHARED = [Run(parallel={"distributed_optimizer": True}, ranks=2, rank=rank) for rank in (0, 1)]
+"""Both ranks of a job whose checkpoint each writes a part of."""
 TENSOR_PARALLEL = Run(model=replace(LLAMA, num_kv_heads=2), micro_batches=1, parallel={"tp": 2}, ranks=4, rank=3)
 """Where optimizers that need a whole matrix exchange it."""
 
@@ -200,18 +202,19 @@ def optimizer(name: str) -> dict[str, Any]:
     return {"work": found, "peaks": peaks}
 
 
-def saved(name: str) -> dict[str, list[Any]]:
-    """Key -> [whole shape, type] of every tensor that this rank would put into a checkpoint."""
+def saved(run: Run) -> dict[str, list[Any]]:
+    """Key -> [whole shape, type] of every tensor that a rank would put into a checkpoint."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     warnings.simplefilter("ignore")
-    run = RUNS[name]
     config = run.config()
     with fake_job(config, run.rank, run.ranks) as (mesh, _):
         engine = build_engine(config, mesh, VOCAB)
         engine.train_step(Zeros(config.train.global_batch_size, SEQ_LEN))
-        groups = {"average": engine.scoring_backend().parameters()}
+        weights = engine.scoring_backend().parameters()
+        mine = {name for name, p in zip(weights, engine.module.parameters(), strict=True) if engine.optimizer.saves(p)}
+        groups = {"average": {name: weights[name] for name in mine}}
         with mesh.megatron():
             state = engine._sharded_state(groups, is_loading=False)
         tensors = [each for each in nested_values(state) if isinstance(each, ShardedTensor)]

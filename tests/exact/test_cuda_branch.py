@@ -18,7 +18,19 @@ from benchmarks.fake_cuda.device import fake_ranks, fake_tensors, missing
 from benchmarks.fake_cuda.estimate import estimate, row
 from benchmarks.gpu_shapes import Case
 from megaopus.optim.registry import OPTIMIZERS
-from tests.exact.fake_cuda_runs import FIXTURE, RENEW, RUNS, VOCAB, estimated, launches, layout, optimizer, saved
+from tests.exact.fake_cuda_runs import (
+    FIXTURE,
+    RENEW,
+    RUNS,
+    SHARED,
+    VOCAB,
+    Run,
+    estimated,
+    launches,
+    layout,
+    optimizer,
+    saved,
+)
 from tests.pool import Pool
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no fake CUDA device: {missing()}")
@@ -79,20 +91,22 @@ def test_an_optimizer_asks_of_the_device_what_is_pinned(pool: Pool, name: str) -
 
 
 def test_every_layout_puts_the_same_tensors_into_a_checkpoint(pool: Pool) -> None:
-    names = ("1", "pp4", "dp32 zero")
-    whole, stage, sharded = pool.run(1, _saved, names)[0]
-    assert sharded == whole
+    whole, stage, *parts = pool.run(1, _saved, [RUNS["1"], RUNS["pp4"], *SHARED])[0]
+    state = [{key for key in part if key.startswith(("optimizer.", "average."))} for part in parts]
+    assert all(state)
+    assert not state[0] & state[1], "each saves its own"
+    assert parts[0] | parts[1] == whole
     assert "optimizer.state.exp_avg_sq.decoder.layers.mlp.linear_fc1.weight" in whole
     assert whole["average.embedding.word_embeddings.weight"] == [[2048, 128], "torch.float32"]
     # its model is deeper: layers lie along the first axis
     deeper = {key: [[4, *shape[1:]], kind] for key, (shape, kind) in whole.items() if "decoder.layers." in key}
     assert stage.items() <= {**whole, **deeper}.items()
-    split, alone = pool.run(1, _saved, ("tp8 sp", "cp2"))[0]
+    split, alone = pool.run(1, _saved, [RUNS["tp8 sp"], RUNS["cp2"]])[0]
     assert split == alone
 
 
-def _saved(names: tuple[str, ...]) -> list[dict[str, Any]]:
-    return [saved(name) for name in names]
+def _saved(runs: list[Run]) -> list[dict[str, Any]]:
+    return [saved(run) for run in runs]
 
 
 def _row() -> dict[str, Any]:

@@ -5,20 +5,83 @@ from __future__ import annotations
 import inspect
 import pickle
 import queue
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megaopus.checkpoint.pending_save import PendingSave
 from megaopus.distributed.mesh import Mesh
+from megaopus.distributed.shards import deal
 from megaopus.errors import EngineError
 
 
+def save_strategy(mesh: Mesh) -> Any:
+    """A sharded save strategy for ``dist_checkpointing.save`` whose request ``megatron_saving`` can carry out.
+
+    Ranks that have the same tensors share the writing of them.
+    """
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+    if mesh.shape.dp * mesh.shape.cp == 1:
+        return _in_process_save()
+    return FullyParallelSaveStrategyWrapper(_in_process_save(), mesh.dp_cp_group)
+
+
+def load_dealt(wanted: dict[str, Any], folder: Path, mesh: Mesh, shared: Callable[[str], bool]) -> dict[str, Any]:
+    """Load ``wanted`` as ``dist_checkpointing.load`` does; of the dp and cp ranks one reads a tensor and tells the others.
+
+    ``shared``: first key -> whether all of them want the same of what is under it; else each reads its own. Nothing is
+    held twice: what others read comes into the tensors of ``wanted``. Collective.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+
+    ranks, rank = mesh.shape.dp * mesh.shape.cp, dist.get_rank(mesh.dp_cp_group)
+    leaves = [(path, leaf) for path, leaf in _tensors_in(wanted) if shared(path[0])] if ranks > 1 else []
+    readers = deal([leaf.data.numel() for _, leaf in leaves], ranks)
+    request = _copied(wanted)
+    for (path, leaf), reader in zip(leaves, readers, strict=True):
+        mine = replace(leaf, replica_id=(*leaf.replica_id[:-1], 0))
+        _at(request, path[:-1])[path[-1]] = mine if reader == rank else LocalNonpersistentObject(leaf.data)
+    found: dict[str, Any] = dist_checkpointing.load(request, str(folder), common_strategy=_plain_common_strategy())
+    for (path, leaf), reader in zip(leaves, readers, strict=True):
+        value = (_at(found, path) if reader == rank else leaf.data).detach()
+        assert value.is_contiguous()
+        dist.broadcast(value, group=mesh.dp_cp_group, group_src=reader)
+    return found
+
+
+def _tensors_in(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield (keys that lead to it, sharded tensor of megatron or what makes some) in one order on every rank."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    if isinstance(tree, ShardedTensor | ShardedTensorFactory):
+        yield path, tree
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield from _tensors_in(value, (*path, key))
+
+
+def _copied(tree: Any) -> Any:
+    """Copy dictionaries and lists, and nothing that is in them."""
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    return [_copied(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _at(tree: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
 @cache
-def in_process_strategy() -> Any:
-    """A sharded save strategy for ``dist_checkpointing.save`` whose request ``megatron_saving`` can carry out."""
+def _in_process_save() -> Any:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
@@ -75,7 +138,7 @@ def megatron_saving(request: Any, folder: Path, mesh: Mesh, copy: bool) -> Pendi
 
 
 @cache
-def plain_common_strategy() -> Any:
+def _plain_common_strategy() -> Any:
     """Reads common.pt as tensors and plain values, whatever the environment says."""
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 

@@ -17,9 +17,9 @@ from megaopus.engine.batch_split import padded_share, seed_dropout
 from megaopus.engine.gpt_forward import SampledLabels
 from megaopus.engine.megatron.checkpoint import (
     check_index,
-    in_process_strategy,
+    load_dealt,
     megatron_saving,
-    plain_common_strategy,
+    save_strategy,
 )
 from megaopus.engine.megatron.passes import MegatronPasses
 from megaopus.engine.megatron.scoring import MegatronScoringBackend
@@ -177,34 +177,37 @@ class MegatronEngine(MegatronPasses):
 
         with self.mesh.megatron():
             if self.optimizer.is_sharded:  # as an optimizer that shares nothing has them
+                names = dict(canonical_names(self.module))
+                mine = {names[local] for local, p in self.named_parameters() if self.optimizer.saves(p)}
                 groups = {
-                    group: {name: value.cpu() for name, value in self.gather(values).items()}
+                    group: {name: value.cpu() for name, value in self.gather(values).items() if name in mine}
                     for group, values in groups.items()
                 }
             state = self._sharded_state(groups, is_loading=False)
             request = dist_checkpointing.save(
-                state, str(folder), sharded_strategy=in_process_strategy(), async_sharded_save=True
+                state, str(folder), sharded_strategy=save_strategy(self.mesh), async_sharded_save=True
             )
             return megatron_saving(request, folder, self.mesh, copy)
 
     def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
-        from megatron.core import dist_checkpointing
-
         check_index(folder)
         weights = dict(self.named_parameters())
         names = list(canonical_names(self.module))
+        read = [(local, name) for local, name in names if self.optimizer.loads(weights[local])]
         device = "cpu" if self.optimizer.is_sharded else self.mesh.device
         empty = {
-            group: {name: torch.empty(weights[local].shape, device=device) for local, name in names} for group in groups
+            group: {name: torch.empty(weights[local].shape, device=device) for local, name in read} for group in groups
         }
         with self.mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # megatron reads through names that torch deprecates
             wanted = self._sharded_state(empty, is_loading=True)
-            state = dist_checkpointing.load(wanted, str(folder), common_strategy=plain_common_strategy())
+            pieces = self.optimizer.is_sharded
+            state = load_dealt(wanted, folder, self.mesh, lambda part: part == "model" or not pieces)
             self._load_weights(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.optimizer.load_whole(state.get("optimizer_whole", {}))
-        found = {group: self.cut({name: state[group][local] for local, name in names}) for group in groups}
+        nothing = {name: torch.empty(0) for _, name in names}
+        found = {group: nothing | self.cut({name: state[group][local] for local, name in read}) for group in groups}
         return {
             group: {name: value.to(self.mesh.device, copy=self.optimizer.is_sharded) for name, value in values.items()}
             for group, values in found.items()
@@ -233,9 +236,14 @@ class MegatronEngine(MegatronPasses):
         }
         if whole := self.optimizer.sharded_whole(dict(canonical_names(self.module))):
             state["optimizer_whole"] = whole
+        like = {
+            local: self.optimizer.sharded_like(parameter, model_state[local], is_loading)
+            for local, parameter in self.named_parameters()
+        }
         for group, values in groups.items():
             state[group] = {
-                local: make_sharded_optimizer_tensor(model_state[local], values[name], prefix=group)
+                local: make_sharded_optimizer_tensor(like[local], values[name], prefix=group)
                 for local, name in canonical_names(self.module)
+                if name in values
             }
         return state
