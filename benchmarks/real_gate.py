@@ -10,9 +10,10 @@ row of it goes into --results; what has its rows is not made again, so that the 
 visibility: loss of each kind of text, less that of clean text.
 worth: fall of the loss on held-out clean text by 12 updates on one kind alone.
 signals: ROC-AUC of clean text over each kind, of the one-step utility by the length scored.
-ages: the same of the one-step utility and of a horizon of 16 steps (loss after steps on the pool less that after steps
-    on the proxy), fresh, and 16 and 64 updates after they were made.
-proxies: the same by size of the proxy, and of one with junk in it.
+ages: the same of the one-step utility, alone and with contrast (along the proxy's gradient less the pool's), and of a
+    horizon of 16 steps (loss after steps on the pool less that after steps on the proxy); the latter two fresh, and 16
+    and 64 updates after they were made.
+proxies: the same, with contrast, by size of the proxy, and of one with junk in it.
 rates: loss on held-out clean text after uniform updates at three learning rates.
 """
 
@@ -56,7 +57,8 @@ WARM = 12
 STATES = (0, 16, 32, 56, 64)
 """Updates after the warm-up at which the weights are kept."""
 AGED = {0: (0,), 16: (16, 0), 64: (64, 0, 32, 56)}
-"""Updates at which losses are taken -> those at which the directions were made; a horizon's only after 0, 16 and 64."""
+"""Updates at which losses are taken -> those at which the directions were made; a horizon's only after 0, 16 and 64,
+one without contrast only at once."""
 HORIZON, HORIZON_BATCH = 16, 4
 JUNK = 0.2
 SEED = 1
@@ -305,7 +307,8 @@ class Gate:
     def ages(self) -> None:
         """Ask how the one-step utility and the horizon compare, fresh and old."""
         for updates, made in ((updates, made) for updates, each in AGED.items() for made in each):
-            for signal in ("one_step", "horizon") if made in AGED else ("one_step",):
+            signals = {"one_step": updates == 0, "contrast": True, "horizon": made in AGED}
+            for signal in (name for name, asked in signals.items() if asked):
                 facts: dict[str, Any] = {"signal": signal.replace("_", " "), "updates": updates, "age": updates - made}
                 if self.said("auc", each=FEWER, **facts):
                     continue
@@ -322,12 +325,12 @@ class Gate:
     def proxies(self) -> None:
         """Ask what the size of the proxy does, and junk in it."""
         junk = self.text.junk[: int(JUNK * 250)]
-        asked = {"16": self.text.proxy[:16], "250": self.text.proxy[:250]}
+        asked = {"16": self.text.proxy[:16], "64": self.text.proxy[:64], "250": self.text.proxy[:250]}
         asked["250 with junk"] = torch.cat([self.text.proxy[: 250 - len(junk)], junk])
         for name, proxy in asked.items():
-            if not self.said("auc", signal="one step", proxy=name):
-                along = self._losses(f"one_step_by_{name}", 0, lambda proxy=proxy: self._one_step(proxy))  # type: ignore[misc]
-                self._aucs(along, signal="one step", proxy=name, updates=0, age=0)
+            if not self.said("auc", signal="contrast", proxy=name):
+                along = self._losses(f"contrast_by_{name}", 0, lambda proxy=proxy: self._one_step(proxy, True))  # type: ignore[misc]
+                self._aucs(along, signal="contrast", proxy=name, updates=0, age=0)
 
     def _utility(self, signal: str, made: int, updates: int, each: int = FEWER, length: int = SHORT) -> Tensor:
         """(n, length) float64 by directions made after ``made`` updates, of the losses after ``updates``."""
@@ -336,7 +339,9 @@ class Gate:
             path = self.work / f"{signal}_{made}.directions"
             if not path.exists():
                 self.at(made)
-                torch.save(self._one_step(self.text.proxy[:64]) if signal == "one_step" else self._horizon(), path)
+                proxy = self.text.proxy[:64]
+                made_here = self._horizon() if signal == "horizon" else self._one_step(proxy, signal == "contrast")
+                torch.save(made_here, path)
             return torch.load(path, weights_only=True)
 
         return self._losses(f"{signal}_of_{made}_at_{updates}_{each}x{length}", updates, directions, each, length)
@@ -359,11 +364,17 @@ class Gate:
 
         return self.kept(name, make)
 
-    def _one_step(self, proxy: Tensor) -> Directions:
-        """The optimizer's step on the proxy's gradient, as far as the library goes along it, and its contrary."""
+    def _one_step(self, proxy: Tensor, contrast: bool = False) -> Directions:
+        """The optimizer's step on the proxy's gradient, as far as the library goes along it, and its contrary.
+
+        ``contrast``: the gradient is less that of as many sequences of the pool.
+        """
         assert self._run is not None
         backend: Any = self._run.backend()
         operator, gradient = backend.operator(), backend.gradient(TensorCandidates(proxy))
+        if contrast:
+            others = backend.gradient(TensorCandidates(self.text.pool.tokens(self.text.order[-len(proxy) :])))
+            gradient = {name: value - others[name] for name, value in gradient.items()}
         step = direction(operator.bounded(gradient), gradient, gradient)
         size = float(step_size(backend, step, gradient))
         ahead = {name: -size * value for name, value in step.items()}
