@@ -67,13 +67,13 @@ def online(config: RunConfig) -> ScorerCost:
         return ScorerCost(ratio=0.0, forwards=0.0)
     predicts = selection.prescreen.mode == "predict"
     judged = selection.proxy_batch_size / JUDGES if selection.utilities == "odds" else 0
-    proxy = (selection.proxy_batch_size - judged) / selection.proxy_period if selection.needs_proxy else 0
+    proxy = (1 + selection.contrast) * selection.proxy_batch_size - judged if selection.needs_proxy else 0
     return ScorerCost(
         ratio=(config.num_scored() + judged) / train.global_batch_size,
         length=config.scored_length() / config.data.seq_len,
         forwards=3 * scoring_cost(selection).ratio,
         uses=selection.score_every * (selection.prescreen.every if predicts else 1),
-        upkeep=proxy * (1 + selection.contrast) / train.global_batch_size,
+        upkeep=proxy / selection.proxy_period / train.global_batch_size if proxy else 0,
         share=selecting_share(config),
     )
 

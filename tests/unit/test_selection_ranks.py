@@ -148,6 +148,7 @@ def reductions(backend: ModuleBackend) -> list[list[int]]:
         backend,
         num_selected=4,
         proxy=lambda step: batch(90 + step, 8),
+        pool=lambda step: batch(190 + step, 8),
         text_features=TextFeatures(0.0),
         seed=3,
     )

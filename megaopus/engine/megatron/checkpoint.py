@@ -33,7 +33,7 @@ def save_strategy(mesh: Mesh) -> Any:
 
 
 def load_dealt(wanted: dict[str, Any], folder: Path, mesh: Mesh, shared: Callable[[str], bool]) -> dict[str, Any]:
-    """Load ``wanted`` as ``dist_checkpointing.load`` does; of the dp and cp ranks one reads a tensor and tells the others.
+    """Load ``wanted`` as ``dist_checkpointing.load`` does; of the dp and cp ranks one reads a tensor and sends it on.
 
     ``shared``: first key -> whether all of them want the same of what is under it; else each reads its own. Nothing is
     held twice: what others read comes into the tensors of ``wanted``. Collective.
