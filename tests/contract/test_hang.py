@@ -7,13 +7,16 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.training.timers import Timers
-from megaopus.training.watchdog import HangWatchdog
+from megaopus.training.watchdog import KEY, HangWatchdog
 from tests import forks
 from tests.cluster.slurm import until
 from tests.exact.resume_runs import settings
@@ -83,3 +86,33 @@ def test_a_rank_alone_tells_where_it_is() -> None:
     said = stream.getvalue()
     assert re.search(r"no progress for \d+ s: rank 0 in phase 'select' of update 7", said)
     assert said.count("no progress") == 1
+
+
+def test_one_rank_speaks_for_a_large_job() -> None:
+    """Of 40 ranks 36 wait in an update, two are still in the one before, rank 0 and another have stopped."""
+    stores, streams, watches = dist.HashStore(), [io.StringIO() for _ in range(40)], []
+    now = [0.0]
+    silent, late = (0, 30), (7, 8)
+    for rank in range(40):
+        mesh: Any = SimpleNamespace(rank=rank, shape=SimpleNamespace(world_size=40))
+        timers = Timers(lambda: now[0])
+        timers.step = 4 if rank in late else 5
+        watches.append(HangWatchdog(mesh, timers, 1.0, streams[rank], stores))
+    try:
+        until(lambda: stores.check([KEY.format(rank=rank) for rank in range(40)]), forks.TIMEOUT_S, "ranks are silent")
+        for rank in silent:
+            watches[rank].close()
+        now[0] += 2
+        until(lambda: "no progress" in streams[7].getvalue(), forks.TIMEOUT_S, "nobody is asked")
+    finally:
+        for watch in watches:
+            watch.close()
+    said = [stream.getvalue() for stream in streams]
+    assert [rank for rank, text in enumerate(said) if text] == [1, 7], "who speaks, and the first of the late ones"
+    lines = said[1].splitlines()
+    assert re.fullmatch("no progress for 2 s: rank 1 in phase '.*' of update 5; its stacks:", lines[0])
+    told = [line for line in lines if line.startswith("rank 1 says of")]
+    assert len(told) == 4
+    assert told[0].startswith("rank 1 says of ranks 2-6, 9-29, 31-39: phase")
+    assert told[1].startswith("rank 1 says of ranks 7-8: phase")
+    assert [line.endswith("SILENT: stopped, cut off or gone") for line in told[2:]] == [True, True]
