@@ -69,4 +69,8 @@ export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
 # It would take SIGHUP also where that is ignored, as under nohup.
 [[ -n $(trap -p HUP) ]] || PET_SIGNALS_TO_HANDLE+=,SIGHUP
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_SECONDS:-600}
+# Kernels start in the order in which they are asked for, so that tensor-parallel messages run beside what they are to.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Scoring and training ask for tensors of other sizes: segments that grow leave no holes between them.
+[[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 exec "${command[@]}"

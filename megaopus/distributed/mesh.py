@@ -76,14 +76,16 @@ class Mesh:
         if self.on_cpu:
             self.device = torch.device("cpu")
         else:
-            self.device = torch.device("cuda", local_rank)
+            self.device = torch.device("cuda", _gpu_of(local_rank, torch.cuda.device_count()))
             torch.cuda.set_device(self.device)
         prepare_megatron(self.on_cpu)
-        backend, timeout = "gloo" if self.on_cpu else "nccl", timedelta(minutes=timeout_minutes)
-        if launched:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        given: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+        if not launched:
+            given |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        if self.on_cpu:
+            dist.init_process_group("gloo", **given)
+        else:  # of a rank that names its device groups are made by splitting one, and no barrier guesses it
+            dist.init_process_group("nccl", device_id=self.device, **given)
         from megatron.core import parallel_state
 
         with self.megatron():
@@ -93,6 +95,7 @@ class Mesh:
                 virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
                 context_parallel_size=parallel.cp,
                 distributed_timeout_minutes=timeout_minutes,  # else its groups wait 30 minutes
+                create_gloo_process_groups=False,  # nothing uses them
             )
         self.dp_group = parallel_state.get_data_parallel_group()
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -157,3 +160,14 @@ class Mesh:
             os.environ.pop("LOCAL_RANK", None)
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _gpu_of(local_rank: int, visible: int) -> int:
+    """Say which GPU a rank takes: the only one that it sees, as where a launcher bound it, else that of its place."""
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise EngineError(
+            f"rank {local_rank} of this node sees {visible} GPUs: launch as many processes a node as GPUs"
+        )
+    return local_rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megaopus.distributed import mesh
+from megaopus.errors import EngineError
 from tests.cluster.slurm import until
 from tests.forks import TIMEOUT_S
 from tests.pool import free_ports
@@ -67,6 +70,27 @@ def test_sighup_stays_ignored_under_nohup(ignored, tmp_path):
     environment = {"PATH": os.environ["PATH"], "PYTHON": str(stub)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "SIGTERM,SIGINT,SIGQUIT,SIGUSR1" + ("" if ignored else ",SIGHUP")
+
+
+def test_cuda_is_set_up_unless_the_user_did(tmp_path):
+    stub = tmp_path / "py"
+    stub.write_text("#!/bin/sh\necho $CUDA_DEVICE_MAX_CONNECTIONS $PYTORCH_ALLOC_CONF $PYTORCH_CUDA_ALLOC_CONF\n")
+    stub.chmod(0o755)
+    given = {"DRY_RUN": "0", "PYTHON": str(stub)}
+    assert launcher("1", **given).stdout == "1 expandable_segments:True\n"
+    assert launcher("1", **given, CUDA_DEVICE_MAX_CONNECTIONS="8", PYTORCH_ALLOC_CONF="a:1").stdout == "8 a:1\n"
+    assert launcher("1", **given, PYTORCH_CUDA_ALLOC_CONF="b:1").stdout == "1 b:1\n"
+    script = (ROOT / "launch" / "slurm.sbatch").read_text()
+    exports = re.findall(r"^.*export (?:CUDA_DEVICE|PYTORCH_).*$", script, re.MULTILINE)
+    assert exports
+    assert all(line in (ROOT / "launch" / "torchrun.sh").read_text() for line in exports)
+
+
+@pytest.mark.parametrize(("local_rank", "visible", "expected"), [(0, 8, 0), (7, 8, 7), (3, 1, 0)])
+def test_a_rank_takes_its_own_gpu(local_rank, visible, expected):
+    assert mesh._gpu_of(local_rank, visible) == expected
+    with pytest.raises(EngineError, match="rank 4 of this node sees 2 GPUs: launch as many processes a node as GPUs"):
+        mesh._gpu_of(4, 2)
 
 
 def two_nodes(rank, **more):
