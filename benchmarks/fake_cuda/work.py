@@ -239,7 +239,7 @@ def _moved(call: Operation) -> int:
 
 
 def _flops(call: Operation) -> int:
-    """By torch's own counter; of attention that sees no later positions half."""
+    """By torch's own counter; of attention that sees no later positions what it sees."""
     formula = flop_registry.get(call.func._overloadpacket)
     if formula is None:
         return 0
@@ -247,7 +247,10 @@ def _flops(call: Operation) -> int:
     names = [each.name for each in call.func._schema.arguments]
     place = names.index("is_causal") if "is_causal" in names else len(names)
     causal = call.args[place] if place < len(call.args) else call.kwargs.get("is_causal", False)
-    return found // 2 if causal else found
+    if not causal:
+        return found
+    queries, keys = (each.shape[-2] for each in call.args[int("backward" in call.schema.name) :][:2])
+    return found * (2 * keys - queries) // (2 * keys)  # the last query sees all keys
 
 
 def _asker() -> tuple[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megaopus.distributed.collectives import gathered
 from megaopus.distributed.cpu import plain_calls
 from megaopus.distributed.mesh import Mesh
+from megaopus.models.context_parts import own_part, runs_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,7 @@ class SampledLabels:
         gpt = model.module
         if not gpt.post_process:
             return output
-        uniforms = uniforms if cp == 1 else uniforms.chunk(cp, 1)[cp_rank]
+        uniforms = own_part(uniforms, cp, cp_rank)
         labels = self._draw(output.detach(), uniforms)
         return _weighed(gpt.compute_language_model_loss(labels, output.transpose(0, 1).contiguous()), cut.weights)
 
@@ -123,28 +124,29 @@ def cut_sequences(model: Any, tokens: Tensor, cp: int, cp_rank: int, rules: Sequ
     known = plain_tokens(tokens) if rules.marked else tokens
     inputs = known[:, :-1]
 
-    def own(part: Tensor) -> Tensor:
-        return part if cp == 1 else part.chunk(cp, 1)[cp_rank]
+    def own(values: Tensor) -> Tensor:
+        return own_part(values, cp, cp_rank)
 
-    positions, mask = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs), None
+    places = torch.arange(inputs.shape[1], device=tokens.device)
+    positions, mask = places.expand_as(inputs), None
     if rules.isolated:
         assert rules.document_end is not None
         starts = document_starts(inputs, rules.document_end)
-        mask = _document_mask(own(starts), cp_rank, next(model.parameters()).dtype)
+        seen = runs_of(len(places), cp, cp_rank)[-1].stop
+        mask = _document_mask(own(starts), own_part(places, cp, cp_rank, 0), seen, next(model.parameters()).dtype)
         positions = positions - starts
     weights = own(_weights(loss_mask(tokens, rules))) if rules.masked else None
     return Cut(own(inputs), own(known[:, 1:]).contiguous(), own(positions), mask, weights)
 
 
-def _document_mask(starts_BS: Tensor, cp_rank: int, dtype: torch.dtype) -> Tensor:
-    """(B, 1, S, T) what the S positions of a context-parallel rank see, made once for all layers; T = (rank + 1) S.
+def _document_mask(starts_BS: Tensor, places_S: Tensor, seen: int, dtype: torch.dtype) -> Tensor:
+    """(B, 1, S, T) which of the first T = ``seen`` positions those at ``places_S`` see, made once for all layers.
 
     On CUDA as 0 and -inf of the model's ``dtype``: of a bool mask each layer would make, and keep, such a one.
     """
-    size, device = starts_BS.shape[1], starts_BS.device
-    before, seen = cp_rank * size, (cp_rank + 1) * size
-    mask_ST = torch.ones(size, seen, dtype=torch.bool, device=device).tril_(before)
-    mask = mask_ST & (torch.arange(seen, device=device) >= starts_BS[:, None, :, None])
+    device = starts_BS.device
+    keys_T = torch.arange(seen, device=device)
+    mask = (keys_T <= places_S.unsqueeze(1)) & (keys_T >= starts_BS[:, None, :, None])
     if device.type == "cpu":
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(mask.logical_not_(), -torch.inf)

@@ -11,6 +11,7 @@ from torch import Tensor
 from megaopus.distributed.cpu import plain_calls
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.gpt_forward import SequenceRules, cut_sequences, loss_mask
+from megaopus.models.context_parts import own_part
 
 _MARKED = SequenceRules(marked=True)
 _NO_TOKEN = torch.iinfo(torch.int64).max
@@ -54,7 +55,7 @@ def packed_logprobs(model: Any, asked: Asked, mesh: Mesh) -> Tensor:
     mask_BS = loss_mask(asked.tokens, _MARKED)
     last_B = mask_BS.shape[1] - 1 - mask_BS.flip(1).int().argmax(1)
     is_last_BS = torch.arange(mask_BS.shape[1], device=last_B.device) == last_B.unsqueeze(1)
-    mask_BS, is_last_BS = mask_BS.chunk(cp, 1)[cp_rank], is_last_BS.chunk(cp, 1)[cp_rank]
+    mask_BS, is_last_BS = own_part(mask_BS, cp, cp_rank), own_part(is_last_BS, cp, cp_rank)
     alternatives_BSK = asked.alternatives.unsqueeze(1).expand(-1, mask_BS.shape[1], -1)
     labels_ML = torch.cat([cut.labels[mask_BS].unsqueeze(1), alternatives_BSK[mask_BS]], 1)
     logprobs_ML, best_M = _of_rows(output[mask_BS].float(), labels_ML, mesh)

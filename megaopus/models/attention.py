@@ -1,8 +1,9 @@
 """Causal core attention for megatron's SelfAttention over torch's scaled_dot_product_attention.
 
 The stock local one is unfused and draws from the CUDA generator; this one runs on every device. Under context
-parallelism each rank has the queries of its part of the sequence and gathers the keys and values of all parts. Shapes:
-S positions of this rank, T positions up to its last, B micro-batch, A heads of this tensor-parallel rank, D head size.
+parallelism each rank has the queries of its part of the sequence, two runs of positions, and gathers the keys and
+values of all parts; a run of queries is a call of its own. Shapes: S positions of this rank or of a run, T positions up
+to its last, B micro-batch, A heads of this tensor-parallel rank, D head size.
 Import only after ``distributed.cpu.prepare_megatron``.
 """
 
@@ -17,6 +18,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from torch import Tensor
 from torch.nn import functional as F
+
+from megaopus.models.context_parts import in_order, runs_of
 
 
 class CausalAttention(torch.nn.Module):
@@ -54,31 +57,52 @@ class CausalAttention(torch.nn.Module):
         **unused: Any,
     ) -> Tensor:
         """(S, B, A*D) context. ``attention_mask``: (B, 1, S, T) what is seen, bool or to be added; None: all before."""
-        seq_len, batch, num_heads = query_SBAD.shape[:3]
+        seq_len, batch = query_SBAD.shape[:2]
+        runs = [slice(0, seq_len)]
         if self.cp_group is not None:
-            key_SBAD, value_SBAD = _gathered(key_SBAD, value_SBAD, self.cp_group)
-        mask = attention_mask
-        if mask is None or self.window is not None:
-            window_ST = _window(seq_len, len(key_SBAD), self.window, query_SBAD.device)
-            mask = window_ST if mask is None else mask if window_ST is None else _both(mask, window_ST)
-        if mask is not None and key_SBAD.shape[2] != num_heads:  # torch's fused kernels share heads without one only
-            key_SBAD, value_SBAD = (x.repeat_interleave(num_heads // x.shape[2], 2) for x in (key_SBAD, value_SBAD))
+            runs = runs_of(seq_len * self.cp_group.size(), self.cp_group.size(), self.cp_group.rank())
+            key_SBAD, value_SBAD = _gathered(key_SBAD, value_SBAD, self.cp_group, runs[-1].stop)
         query_BASD, key_BATD, value_BATD = (x.permute(1, 2, 0, 3) for x in (query_SBAD, key_SBAD, value_SBAD))
         if query_SBAD.device.type == "cpu":
             # neighbouring positions lie a whole micro-batch apart: the copy costs less than the cache misses
             query_BASD, key_BATD, value_BATD = query_BASD.contiguous(), key_BATD.contiguous(), value_BATD.contiguous()
+        parts, begin = [], 0
+        for run in runs:
+            rows = slice(begin, begin + run.stop - run.start)
+            mask = None if attention_mask is None else attention_mask[..., rows, : run.stop]
+            seen = key_BATD[:, :, : run.stop], value_BATD[:, :, : run.stop]
+            parts.append(self._attend(query_BASD[:, :, rows], *seen, mask))
+            begin = rows.stop
+        context_BASD = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        return context_BASD.permute(2, 0, 1, 3).reshape(seq_len, batch, -1)
+
+    def _attend(self, query_BASD: Tensor, key_BATD: Tensor, value_BATD: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, A, S, D) context of the last S of T positions that follow one another."""
+        num_heads, seq_len, seen = query_BASD.shape[1], query_BASD.shape[2], key_BATD.shape[2]
+        shared, dropout = key_BATD.shape[1] != num_heads, self.dropout if self.training else 0.0
+        windowed = self.window is not None and seen > self.window
+        if mask is None and seen > seq_len and not windowed and _is_fused(query_BASD):
+            with self._own_masks():  # this kernel means by causal that the last query sees all
+                found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+                    query_BASD, key_BATD, value_BATD, dropout, True, scale=self.softmax_scale
+                )[0]
+            return found
+        if mask is None or self.window is not None:
+            window_ST = _window(seq_len, seen, self.window, query_BASD.device)
+            mask = window_ST if mask is None else mask if window_ST is None else _both(mask, window_ST)
+        if mask is not None and shared:  # torch's fused kernels share heads without one only
+            key_BATD, value_BATD = (x.repeat_interleave(num_heads // x.shape[1], 1) for x in (key_BATD, value_BATD))
         with self._own_masks():
-            context_BASD = F.scaled_dot_product_attention(
+            return F.scaled_dot_product_attention(
                 query_BASD,
                 key_BATD,
                 value_BATD,
                 attn_mask=mask,
-                dropout_p=self.dropout if self.training else 0.0,
+                dropout_p=dropout,
                 is_causal=mask is None,
                 scale=self.softmax_scale,
-                enable_gqa=key_SBAD.shape[2] != num_heads,
+                enable_gqa=shared and mask is None,
             )
-        return context_BASD.permute(2, 0, 1, 3).reshape(seq_len, batch, -1)
 
     def _own_masks(self) -> AbstractContextManager[None]:
         """Inside, dropout draws for the heads of this tensor-parallel rank alone."""
@@ -86,14 +110,20 @@ class CausalAttention(torch.nn.Module):
         return get_cuda_rng_tracker().fork() if drops and self.shares_state else nullcontext()
 
 
-def _gathered(key_SBAD: Tensor, value_SBAD: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """(T, B, A, D) keys and values of every position up to this rank's last.
+def _gathered(key_SBAD: Tensor, value_SBAD: Tensor, group: dist.ProcessGroup, stop: int) -> tuple[Tensor, Tensor]:
+    """(T, B, A, D) keys and values of the first T = ``stop`` positions.
 
     Backward sums each part's gradient over the ranks that saw it.
     """
     both = gather_from_sequence_parallel_region(torch.stack((key_SBAD, value_SBAD), dim=1), group=group)
-    key_TBAD, value_TBAD = both[: (dist.get_rank(group) + 1) * len(key_SBAD)].unbind(1)
+    key_TBAD, value_TBAD = in_order(both.chunk(group.size()), stop).unbind(1)
     return key_TBAD, value_TBAD
+
+
+def _is_fused(query: Tensor) -> bool:
+    """Tell whether flash attention takes it: 16-bit numbers on CUDA, heads of at most 256 in eights."""
+    sizes = query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    return query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and sizes
 
 
 def _window(seq_len: int, seen: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -137,9 +137,9 @@ def build_gpt(
         vp_stage=vp_stage,
     )
     if model.position == "rope" and mesh.shape.cp > 1:
-        from megaopus.models.rotary import ContiguousRotary
+        from megaopus.models.rotary import PartRotary
 
-        gpt.rotary_pos_emb = ContiguousRotary(
+        gpt.rotary_pos_emb = PartRotary(
             config.kv_channels,
             rotary_percent=1.0,
             rotary_base=model.rope_base,

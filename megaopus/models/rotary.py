@@ -1,4 +1,4 @@
-"""Rotary positions: scaled frequencies, and the angles of a contiguous part of the sequence.
+"""Rotary positions: scaled frequencies, and the angles of a part of the sequence.
 
 Import only after ``distributed.cpu.prepare_megatron``.
 """
@@ -13,18 +13,16 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor
 
 from megaopus.models.config import RopeScaling
+from megaopus.models.context_parts import own_part
 
 
-class ContiguousRotary(RotaryEmbedding):
-    """megatron's angles for context parallelism, cut where our parts lie: rank r of c has positions r*S/c to (r+1)*S/c.
-
-    megatron's own gives each rank two pieces, one from either end of the sequence.
-    """
+class PartRotary(RotaryEmbedding):
+    """megatron's angles for context parallelism, cut where our parts lie (``context_parts``), whatever the length."""
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
         """(S / c, 1, 1, D) angles of this rank's positions; ``max_seq_len`` is the whole length S."""
         whole = super().forward(max_seq_len, offset, packed_seq=True)  # True: not cut
-        return whole.chunk(self.cp_group.size())[self.cp_group.rank()]
+        return own_part(whole, self.cp_group.size(), self.cp_group.rank(), 0)
 
 
 def scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

@@ -17,6 +17,7 @@ from megaopus.engine.config import EngineConfig
 from megaopus.engine.gpt_forward import SampledLabels, token_losses
 from megaopus.engine.token_logprobs import Asked, packed_logprobs
 from megaopus.models.config import ModelConfig
+from megaopus.models.context_parts import runs_of
 from megaopus.models.gpt import build_gpt, canonical_names, transformer_config
 from megaopus.optim.build import MixedPrecisionOptimizer
 from megaopus.optim.config import OptimConfig
@@ -182,10 +183,12 @@ class MegatronPasses(Engine):
             forward_only=True,
         )
         width = 2 + asked.alternatives.shape[1]
-        found = torch.zeros(len(rows), cp, length // cp, width, dtype=torch.float64, device=self.mesh.device)
+        found = torch.zeros(len(rows), length, width, dtype=torch.float64, device=self.mesh.device)
         if self.mesh.is_last_stage:
-            found[:, self.mesh.cp_rank] = torch.cat(outputs)
-        return found.view(len(rows), length, width)
+            runs = runs_of(length, cp, self.mesh.cp_rank)
+            for run, part in zip(runs, torch.cat(outputs).chunk(len(runs), 1), strict=True):
+                found[:, run] = part
+        return found
 
     def local_losses(self, batch: Candidates, rows: Tensor, micro_batch_size: int, length: int) -> Tensor:
         with self.mesh.megatron(), torch.no_grad():
