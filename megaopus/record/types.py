@@ -247,7 +247,7 @@ class SelectionRecord:
         default_factory=dict,
         metadata=metric(
             "",
-            "Share of each domain among the picks that utilities brought in; empty: none, or not known.",
+            "Share of each domain among the picks that utilities brought in.",
             wandb="selection/share_swapped_in",
         ),
     )

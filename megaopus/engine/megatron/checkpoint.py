@@ -7,7 +7,7 @@ import pickle
 import queue
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,16 @@ def load_dealt(wanted: dict[str, Any], folder: Path, mesh: Mesh, shared: Callabl
     from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
     ranks, rank = mesh.shape.dp * mesh.shape.cp, dist.get_rank(mesh.dp_cp_group)
-    leaves = [(path, leaf) for path, leaf in _tensors_in(wanted) if shared(path[0])] if ranks > 1 else []
+    load = partial(dist_checkpointing.load, checkpoint_dir=str(folder), common_strategy=_plain_common_strategy())
+    if ranks == 1:
+        return load(wanted)
+    leaves = [(path, leaf) for path, leaf in _tensors_in(wanted) if shared(path[0])]
     readers = deal([leaf.data.numel() for _, leaf in leaves], ranks)
     request = _copied(wanted)
     for (path, leaf), reader in zip(leaves, readers, strict=True):
         mine = replace(leaf, replica_id=(*leaf.replica_id[:-1], 0))
         _at(request, path[:-1])[path[-1]] = mine if reader == rank else LocalNonpersistentObject(leaf.data)
-    found: dict[str, Any] = dist_checkpointing.load(request, str(folder), common_strategy=_plain_common_strategy())
+    found: dict[str, Any] = _with_lists(load(request), wanted)
     for (path, leaf), reader in zip(leaves, readers, strict=True):
         value = (_at(found, path) if reader == rank else leaf.data).detach()
         assert value.is_contiguous()
@@ -68,10 +71,21 @@ def _tensors_in(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[A
 
 
 def _copied(tree: Any) -> Any:
-    """Copy dictionaries and lists, and nothing that is in them."""
+    """Copy dictionaries, and lists that have tensors in them as dictionaries, which may be loaded in part."""
     if isinstance(tree, dict):
         return {key: _copied(value) for key, value in tree.items()}
-    return [_copied(value) for value in tree] if isinstance(tree, list) else tree
+    if isinstance(tree, list) and any(True for _ in _tensors_in(tree)):
+        return {number: _copied(value) for number, value in enumerate(tree)}
+    return tree
+
+
+def _with_lists(tree: Any, like: Any) -> Any:
+    """Make lists of dictionaries that ``_copied`` made of lists in ``like``."""
+    if isinstance(like, list) and isinstance(tree, dict):
+        return [_with_lists(tree[number], value) for number, value in enumerate(like)]
+    if isinstance(like, dict) and isinstance(tree, dict):
+        return {key: _with_lists(value, like.get(key)) for key, value in tree.items()}
+    return tree
 
 
 def _at(tree: Any, path: tuple[Any, ...]) -> Any:
