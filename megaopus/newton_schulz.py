@@ -10,8 +10,8 @@ def orthogonalise(matrix: Tensor, steps: int, coefficients: tuple[float, float, 
     """Newton-Schulz iteration X <- aX + (bA + cA^2)X, A = XX^T, from X = matrix / ||matrix||_F, on the short side.
 
     Source: Keller Jordan et al., "Muon", 2024. ``matrix``: (m, n), or several of one shape (k, m, n). fp32 on CUDA
-    becomes bf16, in which it was meant to run: tensor cores take sixteen times less for it than fp32 takes outside
-    them. Any other runs, and returns, in its own type. Shape kept; differentiable.
+    becomes bf16, in which it was meant to run: tensor cores take fifteen times less for it than fp32 takes outside
+    them (H100). Any other runs, and returns, in its own type. Shape kept; differentiable.
     """
     a, b, c = coefficients
     tall = matrix.shape[-2] > matrix.shape[-1]

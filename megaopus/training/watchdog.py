@@ -88,11 +88,13 @@ class HangWatchdog:
     def _report(self, idle: float) -> None:
         for first in range(0, self._rank, _AT_ONCE):
             looks = self._two_looks(range(first, min(first + _AT_ONCE, self._rank)))
+            if self._end.is_set():
+                return
             if looks is None:
                 self._print_own(idle)
                 self._print(f"rank {self._rank}: the job's store does not answer, so the others are not known of")
                 return
-            speaking = [rank for rank, (before, now) in looks.items() if now is not None and before != now]
+            speaking = [rank for rank, look in looks.items() if _speaks(look)]
             if speaking:
                 self._wait_to_be_asked(speaking[0], looks[speaking[0]][1], idle)
                 return
@@ -135,8 +137,8 @@ class HangWatchdog:
         """Say where the others are, and ask the first rank of every place but this one's for its stacks."""
         places: dict[tuple[str, int], list[int]] = {}
         silent = []
-        for rank, (before, now) in looks.items():
-            if now is not None and before != now:
+        for rank, look in looks.items():
+            if _speaks(look) and (now := look[1]) is not None:
                 places.setdefault((now["phase"], now["step"]), []).append(rank)
             else:
                 silent.append(rank)
@@ -172,6 +174,11 @@ class HangWatchdog:
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
+
+
+def _speaks(look: tuple[Word, Word]) -> bool:
+    """Tell whether a rank has said something between two looks."""
+    return look[1] is not None and look[0] != look[1]
 
 
 def _place(phase: str, step: int) -> str:
