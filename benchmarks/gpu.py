@@ -9,6 +9,7 @@ the least that an H100's data sheet allows for them. Every number of it is an es
     python benchmarks/gpu.py --fake --json fake.json        # anywhere
     python benchmarks/gpu.py --fake --only gpt2_small --json fake.json
     python benchmarks/gpu.py --fake --only gpt2_xl --micro 1 --proxy-micro 8    # other sizes of passes
+    python benchmarks/gpu.py --fake --eager                 # torch's own kernels, messages after the work
 """
 
 from __future__ import annotations
@@ -89,6 +90,19 @@ def table(rows: Sequence[Mapping[str, Any]], fake: bool) -> Table:
     return made
 
 
+def parts_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Lay out what a training step consists of, in ms, the largest part first."""
+    made = Table(title="ms of a training step by part, a pipeline's bubble aside", title_justify="left")
+    made.add_column("part")
+    for row in rows:
+        made.add_column(row["shape"], justify="right")
+    most = {part: max(row["train_parts"].get(part, 0.0) for row in rows) for row in rows for part in row["train_parts"]}
+    for part in sorted(most, key=lambda part: -most[part]):
+        made.add_row(part, *(f"{1e3 * row['train_parts'].get(part, 0.0):.2f}" for row in rows))
+    made.add_row("all", *(f"{1e3 * sum(row['train_parts'].values()):.2f}" for row in rows))
+    return made
+
+
 def _readable(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if value < 1 else f"{value:,.2f}"
@@ -101,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fake", action="store_true", help="estimate without a GPU")
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), metavar="SHAPE", help=", ".join(CASES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, one array")
+    parser.add_argument("--eager", action="store_true", help="with --fake: engine.kernels=eager, and nothing overlaps")
     parser.add_argument("--micro", type=int, help="with --fake: sequences of a training pass, of as many batches")
     parser.add_argument("--proxy-micro", type=int, help="with --fake: of a pass of the proxy; else as in training")
     args = parser.parse_args(arguments)
@@ -112,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = {name: CASES[name] for name in args.only}
         sizes = {"micro": args.micro, "proxy_micro": args.proxy_micro}
         given = {key: size for key, size in sizes.items() if size is not None}
-        rows = fake_rows({name: replace(case, **given) for name, case in cases.items()})
+        rows = fake_rows({name: replace(case, eager=args.eager, **given) for name, case in cases.items()})
     else:
         from benchmarks.gpu_measure import measured_rows, no_device
 
@@ -124,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
     console.print(table(rows, args.fake))
     if args.fake:
+        console.print(parts_table(rows))
         console.print(f"estimator and batches are those of selection={PRESET}; times and MFU: the data sheet's peaks")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

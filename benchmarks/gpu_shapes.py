@@ -39,6 +39,8 @@ class Case:
     optimizer: str = "adamw"
     proxy_micro: int | None = None
     """Proxy sequences of a pass on each rank; None: as in training, where a run takes what is free."""
+    eager: bool = False
+    """Whether torch's own kernels run one after another, and gradients are summed over ranks once all are there."""
 
     @property
     def layout(self) -> str:
@@ -56,6 +58,8 @@ class Case:
         config.model = ModelConfig(**self.model)
         config.optim.name = self.optimizer
         config.engine.device, config.engine.precision = "cuda", "bf16"
+        if self.eager:
+            config.engine.kernels, config.parallel.overlap_grad_reduce = "eager", False
         for key, value in self.parallel.items():
             setattr(config.parallel, key, value)
         config.data.seq_len = self.seq_len

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.fake_cuda.meter import DeviceMeter
+from megaopus.distributed.cpu import prepare_megatron
 
 SOURCE = Path(__file__).with_name("idle_device.cpp")
 CAPACITY = 80 << 30
@@ -237,6 +238,31 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
         yield
 
 
+def _arrived(work: FakeWork, *timeout: Any) -> bool:
+    """Wait for a message, as ``Work.wait`` does."""
+    _meters[-1].work.waited()
+    return True
+
+
+def _compiled_functions(meter: DeviceMeter) -> Mapping[str, Any]:
+    """What torch.compile would make kernels of, each as one: ours, and those that megatron has compiled."""
+    prepare_megatron(on_cpu=False)
+    from megatron.core.fusions import fused_bias_swiglu as swiglu
+
+    theirs = {
+        f"{swiglu.__name__}.{each}": partial(
+            meter.one_kernel, getattr(found := getattr(swiglu, each), "_torchdynamo_orig_callable", found)
+        )
+        for each in ("swiglu", "swiglu_back")
+    }
+    ours = {
+        "megaopus.models.fused.compiled": lambda function: partial(meter.one_kernel, function),
+        "megaopus.models.fused._adds_wider": lambda dtype, device: True,
+        "megaopus.engine.base.missing_compiler": lambda on_cpu: None,
+    }
+    return theirs | ours
+
+
 @contextmanager
 def fake_tensors(device: str) -> Iterator[DeviceMeter]:
     """Make every tensor inside a fake one, on an idle CUDA device where ``device`` is "cuda"; yields what they take."""
@@ -249,11 +275,14 @@ def fake_tensors(device: str) -> Iterator[DeviceMeter]:
                 stack.enter_context(mock.patch.object(torch.cuda, name, value))
             stack.enter_context(mock.patch.object(torch._C, "_cuda_getDevice", int, create=True))
             stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self: self))
+            stack.enter_context(mock.patch.object(FakeWork, "wait", _arrived))
             stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
             # else it would make a real tensor on the device
             stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", property(lambda self: True)))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _convert))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for name, function in _compiled_functions(meter).items():
+            stack.enter_context(mock.patch(name, function))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda self: meter.tolist(self)))
         _meters.append(meter)
         stack.callback(_meters.pop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.fake_cuda.device import fake_ranks, fake_tensors
 from benchmarks.fake_cuda.meter import DeviceMeter
+from benchmarks.fake_cuda.parts import Parts
 from benchmarks.fake_cuda.work import Work
 from megaopus.build import build_engine
 from megaopus.config.run_config import RunConfig
@@ -91,7 +92,8 @@ def measure(
     gc.collect()
     meter.reset_peak()
     meter.work = Work()
-    engine.train_step(Zeros(config.train.global_batch_size, config.data.seq_len))
+    with _parts(engine, meter.work):
+        engine.train_step(Zeros(config.train.global_batch_size, config.data.seq_len))
     held, training, train_work = meter.bytes, meter.peak, meter.work
     meter.work = Work()
     gc.collect()
@@ -122,6 +124,15 @@ def _count_passes(engine: Any, meter: DeviceMeter) -> None:
         return found
 
     engine._schedule = run
+
+
+def _parts(engine: Any, work: Work) -> AbstractContextManager[None]:
+    """Have ``Work.parts`` say what takes the time inside, where megatron's schedule runs the engine's passes."""
+    if not hasattr(engine, "_schedule"):
+        return nullcontext()
+    parts = Parts()
+    work.part = parts.now
+    return parts.watched(engine)
 
 
 def _score(config: RunConfig, engine: Any, meter: DeviceMeter) -> tuple[int, int]:

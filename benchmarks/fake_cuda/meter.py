@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class DeviceMeter(TorchDispatchMode):
         self._alive: dict[int, tuple[weakref.ref[UntypedStorage], int, tuple[str, str]]] = {}
         self._true: weakref.WeakSet[Tensor] = weakref.WeakSet()
         self._block = BLOCK if device == "cuda" else 1
+        self._in_kernel = False
 
     def reset_peak(self) -> None:
         """Begin anew with what is alive now."""
@@ -52,6 +54,8 @@ class DeviceMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._in_kernel:
+            return func(*args, **kwargs)
         if func is torch.ops.prim.device.default:  # half of all calls: autograd asks
             return device_of(args[0])
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -80,6 +84,27 @@ class DeviceMeter(TorchDispatchMode):
             operation = Operation(func, args, kwargs, given, result, made)
             self.work.operation(operation)
             self._numbers.follow(operation)
+        return result
+
+    def one_kernel(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``function`` as what torch.compile makes of it would run: what it is given is read once, and so on.
+
+        One kernel, whose own values are not in memory; an estimate, and the least, where torch makes several.
+        """
+        given = list(tensors_of((args, kwargs)))
+        there = {tensor.untyped_storage()._cdata for tensor in self._there(given)}
+        self._in_kernel = True
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self._in_kernel = False
+        made = list(tensors_of(result))
+        for tensor in self._there(made):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in there and storage._cdata not in self._alive:
+                self._count(storage, function.__name__)
+        if self._device == "cuda":
+            self.work.compiled(function.__name__.lstrip("_"), [*given, *made])
         return result
 
     def tolist(self, tensor: Tensor) -> Any:

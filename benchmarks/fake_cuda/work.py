@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,8 @@ class Work:
     ``copies_in``: function -> copies from the host's memory that it waited for. ``messages``: their number, ``sizes``:
     bytes of the tensor that they work on (of all ranks together where they gather or scatter), ``sent``: bytes that a
     rank sends by a ring. ``flops``: (kind, dtype) -> FLOPs. ``moved``: operation -> bytes read and written.
-    ``seconds``: kind -> least seconds of an H100 (``roofline``).
+    ``seconds``: kind -> least seconds of an H100 (``roofline``); of messages those in which nothing else is done: one
+    that is asked for ahead goes on beside what follows, until somebody waits for it.
     """
 
     def __init__(self) -> None:
@@ -73,6 +75,13 @@ class Work:
         self.flops: Counter[tuple[str, torch.dtype]] = Counter()
         self.moved: Counter[str] = Counter()
         self.seconds: dict[str, float] = defaultdict(float)
+        self.message_seconds = 0.0
+        """Least seconds of all messages, hidden or not, one after another."""
+        self._wire = 0.0
+        """When the last message has arrived."""
+        self.parts: dict[str, float] = defaultdict(float)
+        """Part of a step (``part``; products and attention by themselves) -> seconds; of messages nothing."""
+        self.part: Callable[[], str] = lambda: ""
         self.pass_launches = 0
         """Of ``launches`` those of forward and backward passes of the model."""
         self.to_device = 0
@@ -117,9 +126,21 @@ class Work:
         self.moved[name] += moved
         flops, kind, dtype = _flops(call), "memory", torch.float32
         if flops:
-            kind, dtype = ("attention" if "attention" in name else "products"), on_device[0].dtype
+            kind = "attention" if "attention" in name else "products"
+            dtype = min((each.dtype for each in on_device), key=lambda each: each.itemsize)  # sums may be wider
             self.flops[f"{kind}{' backward' if 'backward' in name else ''}", dtype] += flops
-        self.seconds[kind] += roofline.kernel_seconds(flops, dtype, moved)
+        self._took(kind, roofline.kernel_seconds(flops, dtype, moved))
+
+    def _took(self, kind: str, seconds: float) -> None:
+        self.seconds[kind] += seconds
+        self.parts[self.part() if kind == "memory" else kind] += seconds
+
+    def compiled(self, name: str, tensors: list[Tensor]) -> None:
+        """Count a kernel that torch.compile makes, which reads or writes each of ``tensors`` once."""
+        moved = sum(_bytes(each) for each in tensors if device_of(each).type == "cuda")
+        self.launches[name] += 1
+        self.moved[name] += moved
+        self._took("memory", roofline.kernel_seconds(0, torch.float32, moved))
 
     def _index(self, call: Operation) -> None:
         """Count what has the host wait: an index of its own that goes to the device, a mask that is to be counted."""
@@ -166,7 +187,20 @@ class Work:
         self.messages[key] += 1
         self.sizes[key] += size
         self.sent[key] += sent
-        self.seconds["messages"] += roofline.message_seconds(sent, ranks)
+        takes = roofline.message_seconds(sent, ranks)
+        self.message_seconds += takes
+        self._wire = max(self._wire, self._now()) + takes
+        names = [each.name for each in func._schema.arguments]
+        place = next((names.index(each) for each in ("async_op", "asyncOp") if each in names), len(names))
+        if not (args[place] if place < len(args) else place < len(names)):  # what has no such argument is waited for
+            self.waited()
+
+    def waited(self) -> None:
+        """Note that work goes on only when every message so far has arrived."""
+        self.seconds["messages"] += max(0.0, self._wire - self._now())
+
+    def _now(self) -> float:
+        return sum(self.seconds.values())
 
 
 _MESSAGES = {
@@ -243,7 +277,8 @@ def _flops(call: Operation) -> int:
     formula = flop_registry.get(call.func._overloadpacket)
     if formula is None:
         return 0
-    found = formula(*call.args, **call.kwargs, out_val=call.result)
+    args = [each for each in call.args if not isinstance(each, torch.dtype)]  # of a wider result
+    found = formula(*args, **call.kwargs, out_val=call.result)
     names = [each.name for each in call.func._schema.arguments]
     place = names.index("is_causal") if "is_causal" in names else len(names)
     causal = call.args[place] if place < len(call.args) else call.kwargs.get("is_causal", False)

@@ -28,6 +28,14 @@ class ParallelConfig:
         False, doc="Shard AdamW's state (and fp32 main weights) over the data- and context-parallel ranks."
     )
 
+    overlap_grad_reduce: bool | None = setting(
+        None, doc="megatron: sum gradients over ranks bucket by bucket while others are computed; null: on cuda."
+    )
+
+    def overlaps(self, on_cpu: bool) -> bool:
+        """Say whether gradients are summed over ranks during the backward pass."""
+        return not on_cpu if self.overlap_grad_reduce is None else self.overlap_grad_reduce
+
     @property
     def model_ranks(self) -> int:
         """Ranks that work on one sequence together: the world size is a multiple of it."""

@@ -24,6 +24,7 @@ from megaopus.engine.token_logprobs import Asked, TokenLogprobs
 from megaopus.engine.work_timer import WorkTimer
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
+from megaopus.models.fused import missing_compiler
 from megaopus.models.gpt import (
     Start,
     canonical_names,
@@ -110,6 +111,11 @@ class Engine(ABC):
         self.micro_batch_size = micro_batch_size
         self.seq_len = seq_len
         self.bf16 = engine.is_bf16(mesh.on_cpu)
+        self.fused = engine.is_fused(mesh.on_cpu)
+        if self.fused and (missing := missing_compiler(mesh.on_cpu)):
+            raise EngineError(
+                f"engine.kernels={engine.kernels}: torch.compile finds no {missing}: install it, or set it to eager"
+            )
         self._optim = optim
         self._total_steps = total_steps
         self._seed = seed
@@ -134,10 +140,10 @@ class Engine(ABC):
     ) -> None:
         """Make ``module`` and, unless ``optim`` is None, ``optimizer``; the other attributes are there."""
 
-    def _fill(self, model: ModelConfig) -> None:
+    def _fill(self, model: ModelConfig, engine: EngineConfig) -> None:
         """Give ``module`` its first weights."""
         if self._start is None:
-            initialize(self.module, model, self.mesh, self._seed)
+            initialize(self.module, model, self.mesh, self._seed, on_cpu=engine.use_cpu_initialization)
         else:
             start_from(self.module, self._start)
 

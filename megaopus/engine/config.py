@@ -15,6 +15,7 @@ from megaopus.settings import FIXED, HARMLESS, setting
 ZERO_STAGES = (1, 2, 3)
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
+KERNELS = ("auto", "fused", "eager")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +44,14 @@ class EngineConfig:
     recompute: bool = setting(
         False, doc="Recompute each layer in the backward pass instead of keeping its activations."
     )
+    kernels: str = setting(
+        "auto",
+        choices=KERNELS,
+        doc="fused: losses, rotary positions, SwiGLU and sums of weight gradients take one kernel each; auto: on cuda.",
+    )
+    use_cpu_initialization: bool = setting(
+        True, doc="Draw first weights on the CPU, each whole; false: each rank its part, on the device (other numbers)."
+    )
     timeout_minutes: float = setting(10.0, above=0, doc="Longest wait in a collective before the job fails.")
 
     def spec(self) -> EngineSpec:
@@ -52,6 +61,10 @@ class EngineConfig:
     def is_bf16(self, on_cpu: bool) -> bool:
         """Say whether the model is held in bf16, with fp32 main weights."""
         return self.precision == "bf16" or (self.precision == "auto" and not on_cpu)
+
+    def is_fused(self, on_cpu: bool) -> bool:
+        """Say whether losses, rotary positions, SwiGLU and sums of weight gradients take a kernel each."""
+        return self.kernels == "fused" or (self.kernels == "auto" and not on_cpu)
 
     def refusals(
         self, parallel: ParallelConfig, optim: OptimConfig, selection: SelectionConfig | None = None

@@ -18,7 +18,9 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.distributed.shards import is_split, part_of, whole_of
 from megaopus.models.config import ModelConfig
+from megaopus.models.counter_normals import fill_normal
 from megaopus.models.flops import padded_vocab
+from megaopus.models.fused import fill_in_kernels, token_losses
 
 Start = Callable[[str, nn.Parameter], Tensor]
 """(name in the whole model, parameter) -> this rank's part of the weights to begin with, in their own precision."""
@@ -30,12 +32,25 @@ _ACTIVATIONS = {
 }
 
 
-def transformer_config(model: ModelConfig, mesh: Mesh, parallel: ParallelConfig, *, bf16: bool, recompute: bool) -> Any:
-    """megatron's TransformerConfig for this model on this mesh."""
+def transformer_config(
+    model: ModelConfig,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    *,
+    bf16: bool,
+    recompute: bool,
+    fused: bool = False,
+    adds_gradients: bool = False,
+) -> Any:
+    """megatron's TransformerConfig for this model on this mesh.
+
+    ``fused``: SwiGLU, rotary positions and token losses take one kernel each. ``adds_gradients``: so do products that
+    give a weight's gradient and the sum of it, which megatron's DDP keeps.
+    """
     from megatron.core.transformer import TransformerConfig
 
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return TransformerConfig(
+    made = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
@@ -67,16 +82,15 @@ def transformer_config(model: ModelConfig, mesh: Mesh, parallel: ParallelConfig,
         pipeline_dtype=dtype,
         bf16=bf16,
         use_cpu_initialization=mesh.on_cpu,
-        gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        bias_activation_fusion=fused and model.activation == "swiglu",
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
     )
+    made.fused_losses = fused
+    if fused:
+        fill_in_kernels(made, model.position == "rope", adds_gradients)
+    return made
 
 
 def _block_spec(model: ModelConfig, config: Any, mesh: Mesh, vp_stage: int | None) -> Any:
@@ -116,7 +130,9 @@ def build_gpt(
 
     class GPT(GPTModel):
         def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-            """(B, S) token losses from (S, B, V) logits; torch's fused kernel where the vocabulary is whole."""
+            """(B, S) token losses from (S, B, V) logits; torch's own kernels where the vocabulary is whole."""
+            if config.fused_losses:
+                return token_losses(logits, labels, mesh.tp_group)
             if mesh.shape.tp > 1:
                 return super().compute_language_model_loss(labels, logits)
             seq_len, batch, vocab = logits.shape
@@ -229,11 +245,12 @@ def is_tied(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> None:
-    """Draw each whole parameter from a generator keyed by (seed, its name) and keep this rank's part.
+def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int, *, on_cpu: bool = True) -> None:
+    """Draw each parameter by (seed, its name), so that the model is the same at every layout.
 
     Normal with ``init_std``; output projections of the blocks with init_std / sqrt(2 layers) (GPT-2); norms one (zero
-    where one is added), biases zero. The model is therefore the same at every layout.
+    where one is added), biases zero. ``on_cpu``: whole, from a generator on the CPU, of which this rank's part is kept;
+    else the part alone, on its device, by counters.
     """
     for _, name, parameter in global_names(module):
         if parameter.dim() == 1:
@@ -248,9 +265,17 @@ def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int) -> 
         # A tied output layer on a later stage starts as the embedding it will stay equal to.
         key = EMBEDDING if model.tied and name == "output_layer.weight" else name
         digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        full = torch.randn(shape, generator=generator) * std
-        parameter.copy_(part_of(full, parameter, mesh.tp_rank, mesh.shape.tp))
+        if on_cpu:
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            full = torch.randn(shape, generator=generator) * std
+            parameter.copy_(part_of(full, parameter, mesh.tp_rank, mesh.shape.tp))
+            continue
+        places = [torch.arange(size, device=parameter.device) for size in shape]
+        if mesh.shape.tp > 1 and is_split(parameter):
+            axis = parameter.partition_dim  # type: ignore[attr-defined]
+            along = places[axis].unsqueeze(1 - axis)
+            places[axis] = part_of(along, parameter, mesh.tp_rank, mesh.shape.tp).flatten()
+        fill_normal(parameter, std, int.from_bytes(digest[:8], "big"), places[0], places[1], shape[1])
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def kept_by_layer(config: RunConfig, precision: str, device: str) -> Share:
     stream = 2.0 * width * hidden + 2 * _norm(model.norm, hidden, width, device)
     if model.dropout > 0:
         stream += 2 * hidden  # masks of one byte
-    inside = _attention(config, width, device) + _mlp(model) * width
+    inside = _attention(config, width, device) + _mlp(model, is_fused(config, device)) * width
     masks = Share(0, _masks(config, width))
     kept = Share(inside + stream) if config.parallel.sequence_parallel else Share(inside, stream)
     return kept.plus(masks)
@@ -53,18 +53,26 @@ def worked_on(config: RunConfig, precision: str) -> Share:
     return Share(width * model.derived_ffn() * (2.0 if model.gated else 1.0), 2.0 * width * model.hidden_size)
 
 
-def without_graph(config: RunConfig, precision: str) -> Share:
+def without_graph(config: RunConfig, precision: str, device: str) -> Share:
     """Bytes of a position in one layer's forward pass that keeps nothing: its MLP and the stream beside it."""
     model, width = config.model, WIDTH[precision]
-    return Share(width * _mlp(model), 3.0 * width * model.hidden_size)
+    return Share(width * _mlp(model, is_fused(config, device)), 3.0 * width * model.hidden_size)
 
 
-def logit_bytes(tp: int, precision: str, *, backward: bool) -> int:
+def is_fused(config: RunConfig, device: str) -> bool:
+    """Say whether losses, rotary positions and SwiGLU take one kernel each, which keeps what it reads alone."""
+    return config.engine.is_fused(device == "cpu")
+
+
+def logit_bytes(tp: int, precision: str, *, backward: bool, fused: bool) -> int:
     """Bytes of one logit (of this rank's part of the vocabulary) when there are most.
 
-    One rank: torch's log-softmax of fp32 logits and two gradients, or in a forward pass logits and log-softmax; beside
-    fp32 ones the 16-bit logits until the graph is left. More: megatron's works in place on fp32 logits.
+    In one kernel: logits, and in a backward pass their gradient. Else, one rank: torch's log-softmax of fp32 logits and
+    two gradients, or in a forward pass logits and log-softmax; beside fp32 ones the 16-bit logits until the graph is
+    left. More: megatron's works in place on fp32 logits.
     """
+    if fused:
+        return WIDTH[precision] * (2 if backward else 1)
     if precision == "fp64":
         return 16  # fp64 ones, the same in fp32, their log-softmax, and its gradient
     half = 0 if precision == "fp32" else 2
@@ -73,14 +81,17 @@ def logit_bytes(tp: int, precision: str, *, backward: bool) -> int:
     return 12 if backward else 8 + half
 
 
-def logits(config: RunConfig, vocab_size: int, precision: str, positions: int, *, backward: bool) -> int:
-    """Bytes of the logits of ``positions`` positions, or of the gradient of the output layer if that is more."""
+def logits(
+    config: RunConfig, vocab_size: int, precision: str, device: str, positions: int, *, backward: bool
+) -> tuple[int, int]:
+    """(bytes of the logits of ``positions`` positions, or of the gradient of the output layer if that is more; each)"""
     tp, width = config.parallel.tp, WIDTH[precision]
     vocab = padded_vocab(vocab_size) // tp
-    found = positions * vocab * logit_bytes(tp, precision, backward=backward)
+    each = logit_bytes(tp, precision, backward=backward, fused=is_fused(config, device))
+    found = positions * vocab * each
     if backward:  # the gradients of logits and of the matrix behind them, once the softmax has gone
         found = max(found, width * vocab * (positions + config.model.hidden_size))
-    return found
+    return found, each
 
 
 def _norm(kind: str, size: int, width: int, device: str) -> float:
@@ -129,11 +140,15 @@ def _attention(config: RunConfig, width: int, device: str) -> float:
             total += width * query
     if shared and (config.data.document_mask or model.window is not None):
         total += 2 * width * (query - key_value)  # no kernel takes a mask and shared keys and values
-    if rope:  # cosines and sines of each layer's positions, for queries and keys, shared by the sequences
+    if rope and not is_fused(
+        config, device
+    ):  # cosines and sines of each layer's positions, for queries and keys, shared by the sequences
         total += 4 * width * size / config.train.micro_batch_size
     return total
 
 
-def _mlp(model: ModelConfig) -> float:
-    """Numbers: GELU's input and output; SwiGLU's gate and up, its silu, a copy of up, and their product."""
-    return model.derived_ffn() * (5.0 if model.gated else 2.0)
+def _mlp(model: ModelConfig, fused: bool) -> float:
+    """Numbers: GELU's input and output; SwiGLU's gate and up and, not fused, its silu and a copy of up; the product."""
+    if not model.gated:
+        return 2.0 * model.derived_ffn()
+    return model.derived_ffn() * (3.0 if fused and model.activation == "swiglu" else 5.0)

@@ -29,6 +29,8 @@ def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str,
     engine = config.engine.name
     if engine == "deepspeed":
         engine += f" (ZeRO stage {config.engine.zero_stage})"
+    if config.engine.is_fused(device == "cpu"):
+        engine += ", fused kernels"
     parts = [
         f"{shape.world_size} rank(s) on {device}: dp={shape.dp} tp={shape.tp} cp={shape.cp} pp={shape.pp}",
         f"{parameters:,} parameters, {precision}, {config.optim.name}, {engine}",

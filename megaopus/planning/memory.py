@@ -110,6 +110,11 @@ class _Rank:
         """Numbers of a parameter that this rank holds."""
         return weight.numel // self.tp if weight.sharded else weight.numel
 
+    def logits(self, positions: int, *, backward: bool) -> tuple[int, int]:
+        """As ``activations.logits``."""
+        size = self.vocab_size, self.precision, self.device
+        return activations.logits(self.config, *size, positions, backward=backward)
+
     def numbers(self) -> Share:
         """Parameters that tensor-parallel ranks split, all together, and those that each has."""
         weights = self.weights()
@@ -192,8 +197,7 @@ def _training(rank: _Rank) -> dict[str, Row]:
     work, whose = _work(rank, positions, kept.over(rank.tp), _in_flight(rank, micro_batches))
     if config.optim.spec().curvature and rank.last:
         drawn = 22 if rank.precision == "bf16" else 20
-        logits = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=False)
-        each = activations.logit_bytes(rank.tp, rank.precision, backward=False)
+        logits, each = rank.logits(positions, backward=False)
         work, whose = max((work, whose), (logits // each * drawn, "logits and their sums while labels are sampled"))
     rows["backward pass"] = Row(0, work, whose, (TRAINING,))
     made = 4 * config.optim.spec().update_numbers * sum(map(rank.own, rank.weights())) if rank.device == "cuda" else 0
@@ -247,8 +251,7 @@ def _work(rank: _Rank, positions: int, kept: float, in_flight: int) -> tuple[int
     matrices = [rank.own(weight) for weight in rank.weights() if weight.matrix]
     found = [(int(layer) + width * max(matrices, default=0), "gradients inside a layer")]
     if rank.last:
-        each = activations.logit_bytes(rank.tp, rank.precision, backward=True)
-        logits = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=True)
+        logits, each = rank.logits(positions, backward=True)
         found.append((logits, f"{each} bytes for each logit, or the gradients of logits and output layer"))
     if rank.stage == 0:  # the activations of its micro-batch have gone by then
         table = width * max(rank.own(weight) for weight in rank.weights() if weight.name == "word_embeddings")
@@ -278,7 +281,8 @@ def _selection(rank: _Rank) -> dict[str, Row]:
     if passes:
         graph = "hooks" in selection.needs() or selection.redundancy > 0
         beside = rows["gradients of candidates"].size if "gradients of candidates" in rows else 0
-        rows["scoring pass"] = _pass(rank, graph, beside)
+        wide = bool(beside) or (entry.by_estimator and estimator.wide_factors)
+        rows["scoring pass"] = _pass(rank, graph, beside, wide)
     for what, taken in found.items():
         if taken.before is not None:  # beyond what takes its place
             later = sum(rows[name].size for name in (*taken.before, "scoring pass") if name in rows)
@@ -403,29 +407,28 @@ def _taken(taken: Taken) -> Row:
     return Row(taken.size - taken.whole, taken.whole, taken.how, phases)
 
 
-def _pass(rank: _Rank, graph: bool, beside: int) -> Row:
+def _pass(rank: _Rank, graph: bool, beside: int, wide: bool) -> Row:
     """Count a pass over a micro-batch of candidates; ``graph``: with a backward pass through the activations.
 
-    ``beside``: bytes that are counted already, and are there only once the softmax has gone: of the logits their
-    gradient is left by then, as it is and in fp32.
+    Once the softmax has gone their gradient is left of the logits, if ``wide`` in fp32 too, and there is what an
+    estimator makes of it and of the output layer's inputs. ``beside``: bytes of that which are counted already.
     """
     config, parallel = rank.config, rank.config.parallel
     micro = scoring_micro_batch(config, rank.world_size)
     positions = micro * config.scored_length() // parallel.cp
     last = rank.last
     if not graph:
-        layer = activations.without_graph(config, rank.precision).over(rank.tp) * positions
-        head = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=False) if last else 0
+        layer = activations.without_graph(config, rank.precision, rank.device).over(rank.tp) * positions
+        head = rank.logits(positions, backward=False)[0] if last else 0
         return Row(0, max(int(layer), head), f"{positions:,} positions at a time, without a graph", (SCORING,))
     micro_batches = max(1, _scored_share(config, rank.world_size) // micro)
     kept, how = _activations(rank, positions, micro_batches, scoring=True)
     vocab_bytes = 0
     if last:
-        each = activations.logit_bytes(rank.tp, rank.precision, backward=True)
-        vocab_bytes = activations.logits(config, rank.vocab_size, rank.precision, positions, backward=True)
-        if beside:
-            left = 4 if rank.precision == "fp32" else 6
-            vocab_bytes = max(vocab_bytes - beside, vocab_bytes // each * left)
+        vocab_bytes, each = rank.logits(positions, backward=True)
+        left = WIDTH[rank.precision] + 4 * (wide and rank.precision != "fp32")
+        made = 0 if beside else 4 * positions * config.model.hidden_size
+        vocab_bytes = max(vocab_bytes - beside, vocab_bytes // each * left + made)
         how += f", {each} bytes for each logit"
     work = int(activations.worked_on(config, rank.precision).over(rank.tp) * positions)
     return _row(rank, kept, how, SCORING)._replace(whole=int(kept.whole) + max(vocab_bytes, work))
@@ -437,7 +440,7 @@ def _float64_pass(rank: _Rank) -> Row:
     model, length = rank.config.model, rank.config.scored_length()
     kept, _ = _activations(rank, length, 1, scoring=True)
     probabilities = 8 * model.num_heads * length**2 if rank.device == "cuda" else 0
-    logits = activations.logits(rank.config, rank.vocab_size, "fp64", length, backward=True)
+    logits, _ = rank.logits(length, backward=True)
     work = probabilities * model.num_layers + max(logits, 2 * probabilities)
     return Row(0, int(kept.over(1)) + work, "one sequence in float64", (SCORING,))
 

@@ -65,12 +65,14 @@ class DeepSpeedEngine(Engine):
             raise EngineError(f"{key}={value}: {reason} ({remedy})")
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed
-            config = transformer_config(model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute)
+            config = transformer_config(
+                model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute, fused=self.fused
+            )
             size = {"vocab_size": vocab_size, "max_positions": model.max_positions or self.seq_len}
             self.module = build_gpt(model, config, mesh, **size)
             if self.bf16:
                 self.module.bfloat16()
-            self._fill(model)
+            self._fill(model, engine)
         if optim is not None:
             self._make_trainable(optim, engine.zero_stage)
         elif engine.zero_stage == 3:

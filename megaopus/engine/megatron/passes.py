@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,8 @@ from megaopus.optim.config import OptimConfig
 from megaopus.selection.backend import Candidates, Gradient, Piece
 from megaopus.selection.estimators.ghost import GhostCapture
 
+_BUCKET: int | None = None
+"""Weights whose gradients are summed over ranks together while others are computed; None: megatron's 40 million."""
 _MicroBatch = tuple[Tensor, Tensor | None, Tensor | None]
 """(tokens (B, S + 1), uniform numbers that sampled labels are drawn by (B, S), weights of the sequences (B,))."""
 
@@ -46,19 +48,27 @@ class MegatronPasses(Engine):
         self.micro_batch_group = parallel.pp if parallel.vpp > 1 else 1
         with mesh.megatron(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex is not installed, an option we do not set is deprecated
-            config = transformer_config(model, mesh, parallel, bf16=self.bf16, recompute=engine.recompute)
+            config = transformer_config(
+                model,
+                mesh,
+                parallel,
+                bf16=self.bf16,
+                recompute=engine.recompute,
+                fused=self.fused,
+                adds_gradients=optim is not None,
+            )
             size = {"vocab_size": vocab_size, "max_positions": model.max_positions or self.seq_len}
             self.chunks = [build_gpt(model, config, mesh, chunk=chunk, **size) for chunk in range(parallel.vpp)]
             self.module = self.chunks[0] if len(self.chunks) == 1 else nn.ModuleList(self.chunks)
             if self.bf16:
                 self.module.bfloat16()  # megatron leaves the position table in fp32
-            self._fill(model)
+            self._fill(model, engine)
             self.ddp: Any = nn.ModuleList(self.chunks)
             if optim is not None:
-                self._make_trainable(optim, config, parallel.distributed_optimizer)
+                self._make_trainable(optim, config, parallel)
             self._schedule = get_forward_backward_func()
 
-    def _make_trainable(self, optim: OptimConfig, config: Any, sharded: bool) -> None:
+    def _make_trainable(self, optim: OptimConfig, config: Any, parallel: ParallelConfig) -> None:
         """Wrap the chunks in megatron's DDP, which holds their gradients, and make the optimizer."""
         from megatron.core.distributed import (
             DistributedDataParallel,
@@ -66,8 +76,12 @@ class MegatronPasses(Engine):
             finalize_model_grads,
         )
 
+        shape, sharded = self.mesh.shape, parallel.distributed_optimizer
         settings = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=sharded
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=shape.dp * shape.cp > 1 and parallel.overlaps(self.mesh.on_cpu),
+            use_distributed_optimizer=sharded,
+            bucket_size=_BUCKET,
         )
         self.ddp = nn.ModuleList(DistributedDataParallel(config, settings, chunk) for chunk in self.chunks)
         no_sync = [ddp.no_sync for ddp in self.ddp]
@@ -234,9 +248,26 @@ class MegatronPasses(Engine):
         saved = config.finalize_model_grads_func, config.no_sync_func
         config.finalize_model_grads_func = config.no_sync_func = None
         try:
-            yield
+            with ExitStack() as stack:
+                for ddp in self.ddp if hasattr(self, "optimizer") else ():
+                    stack.enter_context(ddp.no_sync())
+                yield
         finally:
             config.finalize_model_grads_func, config.no_sync_func = saved
+
+    @contextmanager
+    def gradients_apart(self) -> Iterator[None]:
+        """Backward passes inside give each weight's gradient to who asks, and add it to none of training's."""
+        layers: list[Any] = [
+            each for each in self.module.modules() if getattr(each, "gradient_accumulation_fusion", False)
+        ]
+        try:
+            for layer in layers:
+                layer.gradient_accumulation_fusion = False
+            yield
+        finally:
+            for layer in layers:
+                layer.gradient_accumulation_fusion = True
 
     def _forward_step(
         self, data_iterator: Iterator[_MicroBatch], model: Any, sampled: SampledLabels | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from megaopus.engine.megatron.passes import MegatronPasses
 from megaopus.engine.scoring_base import EngineScoringBackend, moved_weights
 from megaopus.errors import EngineError
-from megaopus.selection.backend import Candidates, GhostConsumer, GhostLayer, Gradient
+from megaopus.selection.backend import Batch, Candidates, GhostConsumer, GhostLayer, Gradient
 from megaopus.selection.config import largest_divisor
 from megaopus.selection.estimators.ghost import GhostCapture
 
@@ -61,6 +61,10 @@ class MegatronScoringBackend(EngineScoringBackend):
             yield found
         finally:
             self._gradients_free = True
+
+    def exact_gradients(self, batch: Batch) -> Iterator[Gradient]:
+        with self._engine.gradients_apart():
+            yield from super().exact_gradients(batch)
 
     def ghost_pass(
         self,

@@ -298,7 +298,7 @@ def _update_in_the_making(sizes: Sizes) -> int:
     done = most = 0
     for size in sizes.matrices:
         own = size // sizes.shards
-        most = max(most, 4 * done + max(48 * min(AT_ONCE, size) + 4 * own, 12 * own))
+        most = max(most, 4 * done + max(48 * min(AT_ONCE, own) + 4 * own, 12 * own))
         done += own
     return most
 

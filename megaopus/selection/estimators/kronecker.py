@@ -232,6 +232,7 @@ _COST = (2 / 3, "forward and input gradients; the sketches of activations not co
     sketches=True,
     needs={"hooks": "captures the activations of layers"},
     memory=_memory,
+    wide_factors=True,
     pieces=True,
     example={"redundancy": 0.5},
 )

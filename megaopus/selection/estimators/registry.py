@@ -165,6 +165,8 @@ class EstimatorEntry:
     needs: Mapping[str, str]
     """Need (``registry.NEEDS``) -> the reason for it, as a sentence goes on."""
     memory: Memory
+    wide_factors: bool
+    """Whether it makes fp32 copies of the gradients of layers' outputs."""
     pieces: bool
     """Whether it takes a gradient in pieces, as the optimizers of data-parallel ranks share it; else it is gathered."""
     example: Mapping[str, Any]
@@ -198,6 +200,7 @@ def register_estimator(
     micro_batches: bool = True,
     needs: Mapping[str, str] | None = None,
     memory: Memory = _nothing,
+    wide_factors: bool = False,
     pieces: bool = False,
     example: Mapping[str, Any] | None = None,
 ) -> Callable[[Made], Made]:
@@ -219,6 +222,7 @@ def register_estimator(
             micro_batches=micro_batches,
             needs=dict(needs or {}),
             memory=memory,
+            wide_factors=wide_factors,
             pieces=pieces,
             example=dict(example or {}),
             origin=origin_of(make),
