@@ -1,11 +1,18 @@
-"""Measures training and scoring on a CUDA device; or, with --fake, estimates both for an H100 without one.
+"""Judges the engine by a CUDA device in at most eight minutes; or, with --fake, estimates for an H100 without one.
 
-Plain, each model that this job's ranks hold (alone: those of one rank; under torchrun others) trains and scores on the
-device: time, tokens per second, MFU, peak memory, kernels, host reads. With --fake the real engine runs on fake CUDA
-tensors (benchmarks/fake_cuda), which needs g++ and no GPU: every operation that it asks for is counted, and times are
-the least that an H100's data sheet allows for them. Every number of it is an estimate.
+On one GPU it runs phases, each in a process of its own that ends by a deadline, and writes a line of JSON for each row
+as it comes: what is there; whether losses, utilities and picks are the CPU's, by precision and kernels; training and
+scoring of real models (time, MFU, kernels, host reads, memory beside what ``check`` says) beside a
+plain GPT with compiled blocks; what each estimator costs over its FLOPs; the command itself, stopped by SIGTERM and
+gone on. Under torchrun the models of as many ranks as the job has are trained and score. With --fake the real engine runs on
+fake CUDA tensors (benchmarks/fake_cuda), which needs g++ and no GPU: every operation that it asks for is counted, and
+times are the least that an H100's data sheet allows for them. Every number of it is an estimate.
 
-    python benchmarks/gpu.py --json gpu.json                # on a GPU
+    python benchmarks/gpu.py --json gpu.jsonl               # on a GPU; --only PHASE ... for some of it
+    python benchmarks/gpu.py --wheels wheels --json gpu.jsonl    # without megatron-core, hydra, omegaconf installed:
+    #   pip download --no-deps --python-version 3.12 --only-binary :all: -d wheels megatron-core==0.16.1 hydra-core
+    #   omegaconf; pip wheel --no-deps -w wheels antlr4-python3-runtime==4.9.3
+    python benchmarks/gpu.py --device cpu --quick           # a rehearsal of every phase, which says nothing of a GPU
     python benchmarks/gpu.py --fake --json fake.json        # anywhere
     python benchmarks/gpu.py --fake --only gpt2_small --json fake.json
     python benchmarks/gpu.py --fake --only gpt2_xl --micro 1 --proxy-micro 8    # other sizes of passes
@@ -19,6 +26,7 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,10 +36,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+
 from rich.console import Console
 from rich.table import Table
 
+import benchmarks.carried  # noqa: F401 - before what the wheels of --wheels hold
 from benchmarks.fake_cuda.device import missing
+from benchmarks.gpu_measure import measured_rows, no_device
+from benchmarks.gpu_phases import MINUTES, PHASES, Setup, run_phase, run_phases
 from benchmarks.gpu_shapes import CASES, PRESET, Case
 
 COLUMNS: Mapping[str, str] = {
@@ -109,45 +121,95 @@ def _readable(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value if value is not None else "-")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure or estimate, print and write; returns the exit status."""
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*PHASES, *(name for name in CASES if name not in PHASES)]
     parser.add_argument("--fake", action="store_true", help="estimate without a GPU")
-    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), metavar="SHAPE", help=", ".join(CASES))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, one array")
+    parser.add_argument(
+        "--only", nargs="*", choices=names, metavar="NAME", help=f"phases or shapes: {', '.join(names)}"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows here: a line each; --fake: one array")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of all phases together (%(default)s)")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="what phases share (a temporary folder)")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="packages that this Python lacks, as wheels")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, with --quick")
+    parser.add_argument("--quick", action="store_true", help="toy sizes")
+    parser.add_argument("--phase", choices=PHASES, help="one, in this process; rows to the standard output")
     parser.add_argument("--eager", action="store_true", help="with --fake: engine.kernels=eager, and nothing overlaps")
     parser.add_argument("--micro", type=int, help="with --fake: sequences of a training pass, of as many batches")
     parser.add_argument("--proxy-micro", type=int, help="with --fake: of a pass of the proxy; else as in training")
-    args = parser.parse_args(arguments)
-    console = Console(width=200)
-    if args.fake:
-        if why := missing():
-            console.print(f"--fake cannot run here: {why}", style="red", highlight=False)
-            return 2
-        cases = {name: CASES[name] for name in args.only}
-        sizes = {"micro": args.micro, "proxy_micro": args.proxy_micro}
-        given = {key: size for key, size in sizes.items() if size is not None}
-        rows = fake_rows({name: replace(case, eager=args.eager, **given) for name, case in cases.items()})
-    else:
-        from benchmarks.gpu_measure import measured_rows, no_device
+    return parser.parse_args(arguments)
 
-        if why := no_device():
-            console.print(f"{why}: use --fake for estimates", style="red", highlight=False)
-            return 2
-        rows = measured_rows(args.only, console)
-        if int(os.environ.get("RANK", "0")):
-            return 0
-    console.print(table(rows, args.fake))
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure or estimate, print and write; returns the exit status."""
+    args = _arguments(arguments)
+    console = Console(width=200)
+    if args.phase:
+        run_phase(args.phase, Setup(args.device, args.quick, args.work), sys.stdout)
+        return 0
     if args.fake:
-        console.print(parts_table(rows))
-        console.print(f"estimator and batches are those of selection={PRESET}; times and MFU: the data sheet's peaks")
+        return _estimate(args, console)
+    if args.device == "cuda" and (why := no_device()):
+        console.print(f"{why}: use --fake for estimates", style="red", highlight=False)
+        return 2
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        rows = measured_rows([name for name in args.only or CASES if name in CASES], console)
+        if int(os.environ.get("RANK", "0")) == 0:
+            console.print(table(rows, fake=False))
+            _write(args.json, json.dumps(rows, indent=1) + "\n", console)
+        return 0
+    return _measure(args, console)
+
+
+def _estimate(args: argparse.Namespace, console: Console) -> int:
+    if why := missing():
+        console.print(f"--fake cannot run here: {why}", style="red", highlight=False)
+        return 2
+    sizes = {"micro": args.micro, "proxy_micro": args.proxy_micro}
+    given = {key: size for key, size in sizes.items() if size is not None}
+    cases = {name: CASES[name] for name in args.only or CASES}
+    rows = fake_rows({name: replace(case, eager=args.eager, **given) for name, case in cases.items()})
+    console.print(table(rows, fake=True))
+    console.print(parts_table(rows))
+    console.print(f"estimator and batches are those of selection={PRESET}; times and MFU: the data sheet's peaks")
+    _write(args.json, json.dumps(rows, indent=1) + "\n", console)
+    return 0
+
+
+def _measure(args: argparse.Namespace, console: Console) -> int:
+    """Run the phases; 1 where one of them ended by an error."""
+    rows: list[dict[str, Any]] = []
+
+    def write(row: dict[str, Any]) -> None:
+        rows.append(row)
+        told = {key: _readable(value) for key, value in row.items() if key not in ("phase", "commit", "device_kind")}
+        console.print(f"{row['phase']}: " + ", ".join(f"{key} {value}" for key, value in told.items()), highlight=False)
+        if args.json:
+            with args.json.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.json.with_name(f"{args.json.name}.partial")
-        partial.write_text(json.dumps(rows, indent=1) + "\n")
-        partial.replace(args.json)
-        console.print(f"{'estimates' if args.fake else 'rows'}: {args.json}", highlight=False, soft_wrap=True)
-    return 0
+    with tempfile.TemporaryDirectory() as folder:
+        work = args.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        names = [name for name in PHASES if name in (args.only or PHASES)]
+        run_phases(names, Setup(args.device, args.quick, work), write, minutes=args.minutes)
+    console.print(table([row for row in rows if "shape" in row], fake=False))
+    if args.json:
+        console.print(f"rows: {args.json}", highlight=False, soft_wrap=True)
+    return int(any("error" in row for row in rows))
+
+
+def _write(path: Path | None, text: str, console: Console) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+    console.print(f"rows: {path}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

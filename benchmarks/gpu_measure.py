@@ -1,8 +1,9 @@
-"""Measures training and scoring of real models on a real CUDA device (benchmarks/gpu.py)."""
+"""Measures training and scoring of models on a CUDA device; on a CPU, at toy sizes, as a rehearsal (gpu.py)."""
 
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +18,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import commit
 from benchmarks.gpu_shapes import CASES, PRESET, Case
+from benchmarks.reference_gpt import ReferenceGPT
 from megaopus.build import build_engine
+from megaopus.config.run_config import RunConfig
 from megaopus.distributed.launcher import place
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.gpt_forward import SequenceRules
-from megaopus.models.flops import training_flops_per_token
+from megaopus.meters import peak_tflops
+from megaopus.models.flops import padded_vocab, training_flops_per_token
+from megaopus.planning.memory import PROCESS_ROW, memory
+from megaopus.planning.memory import peak as check_peak
 from megaopus.selection.scorer import Scorer
 
 WARM_UP, REPEATS = 3, 10
-PEAKS = {"H100 80GB": 989.4e12, "H100 PCIe": 756e12, "H200": 989.4e12, "A100": 312e12}
-"""Part of a device's name -> its dense bf16 FLOPs a second (NVIDIA's data sheets)."""
 GIB = 2**30
 
 
@@ -76,7 +80,7 @@ def measured_rows(names: Sequence[str], console: Console) -> list[dict[str, Any]
             console.print(f"{name} ({case.layout}) is not measured: it takes {case.ranks} ranks, this job has {ranks}")
             continue
         try:
-            rows.append(_row(name, case))
+            rows.append(case_row(name, case, "cuda"))
         except torch.cuda.OutOfMemoryError as error:
             console.print(f"{name} is not measured: out of memory ({str(error).splitlines()[0]})", highlight=False)
         gc.collect()
@@ -84,18 +88,22 @@ def measured_rows(names: Sequence[str], console: Console) -> list[dict[str, Any]
     return rows
 
 
-def _row(name: str, case: Case) -> dict[str, Any]:
-    config = case.config()
-    mesh = Mesh(config.parallel, "cuda")
+def case_row(name: str, case: Case, device: str) -> dict[str, Any]:
+    """Measure one case: training, scoring, and the memory of both beside what ``check`` says."""
+    config = on_device(case, device)
+    mesh = Mesh(config.parallel, device)
     try:
         engine = build_engine(config, mesh, case.vocab_size, rules=SequenceRules(document_end=1))
-        train, score = _training(engine, case), _scoring(engine, case)
+        train, score = measured_training(engine, case), measured_scoring(engine, case, config)
     finally:
         mesh.close()
     tokens = config.train.global_batch_size * case.seq_len
-    device = torch.cuda.get_device_name(mesh.device)
-    peak = next((flops for part, flops in PEAKS.items() if part in device), None)
+    kind = torch.cuda.get_device_name(mesh.device) if device == "cuda" else "cpu"
+    peak = peak_tflops(kind)
     flops = tokens * training_flops_per_token(config.model, case.vocab_size, case.seq_len) / case.ranks
+    precision = "bf16" if config.engine.is_bf16(device == "cpu") else "fp32"
+    rows = memory(config, case.vocab_size, case.ranks, precision, 0, device)
+    del rows[PROCESS_ROW]
     return {
         "shape": name,
         "layout": case.layout,
@@ -103,13 +111,16 @@ def _row(name: str, case: Case) -> dict[str, Any]:
         "optimizer": case.optimizer,
         "train_peak_gib": train.peak / GIB,
         "score_peak_gib": score.peak / GIB,
+        "check_gib": check_peak(rows)[1] / GIB,
         "launches": train.launches + score.launches,
         "host_reads": train.host_reads + score.host_reads,
-        "mfu": None if peak is None else flops / train.seconds / peak,
+        "mfu": None if peak is None else flops / train.seconds / (1e12 * peak),
+        "model_flops_per_s": flops / train.seconds,
         "estimate": False,
-        "device": device,
+        "device": kind,
         "torch": torch.__version__,
         "commit": commit(),
+        "kernels": "fused" if config.engine.is_fused(device == "cpu") else "eager",
         "selection": PRESET,
         "ranks": case.ranks,
         "seq_len": case.seq_len,
@@ -128,19 +139,60 @@ def _row(name: str, case: Case) -> dict[str, Any]:
 _COUNTED = ("launches", "host_reads")
 
 
+def on_device(case: Case, device: str) -> RunConfig:
+    """The settings of a case, in fp32 where it is to run on a CPU."""
+    config = case.config()
+    config.engine.device = device
+    if device == "cpu":
+        config.engine.precision = "fp32"
+    return config
+
+
 def _both(train: Timed, score: Timed) -> Iterator[tuple[str, Timed]]:
     yield "train", train
     yield "score", score
 
 
-def _training(engine: Any, case: Case) -> Timed:
+def reference_row(name: str, case: Case, device: str) -> dict[str, Any]:
+    """Measure a plain GPT-2 of the case's size: fp32 weights, 16-bit products, blocks by torch.compile on a GPU."""
+    config, model = case.config(), case.model
+    size = (model["num_layers"], model["hidden_size"], model["num_heads"], padded_vocab(case.vocab_size), case.seq_len)
+    plain = ReferenceGPT(*size).to(device)
+    if device == "cuda":
+        for block in plain.blocks:
+            block.compile()
+    optimizer = torch.optim.AdamW(plain.parameters(), fused=True)
+    tokens = Drawn(torch.arange(config.train.global_batch_size), case.seq_len, case.vocab_size).batch().to(device)
+    batches = tokens.split(case.micro)
+
+    def step() -> None:
+        for batch in batches:
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                loss = plain(batch).mean()
+            (loss / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    timed = _timed(step, device == "cuda")
+    return {
+        "shape": name,
+        "plain": True,
+        "train_s": timed.seconds,
+        "train_peak_gib": timed.peak / GIB,
+        "train_tokens_per_s": tokens[:, 1:].numel() / timed.seconds,
+    }
+
+
+def measured_training(engine: Any, case: Case) -> Timed:
+    """Time updates of one batch of the case's size."""
     config = case.config()
     batch = Drawn(torch.arange(config.train.global_batch_size), case.seq_len, case.vocab_size)
-    return _timed(lambda: engine.train_step(batch))
+    return _timed(lambda: engine.train_step(batch), not engine.mesh.on_cpu)
 
 
-def _scoring(engine: Any, case: Case) -> Timed:
-    config = case.config()
+def measured_scoring(engine: Any, case: Case, config: RunConfig) -> Timed:
+    """Time scorings of one buffer by ``config.selection``."""
 
     def drawn(count: int, first: int) -> Drawn:
         return Drawn(first + torch.arange(count), case.seq_len, case.vocab_size)
@@ -155,10 +207,26 @@ def _scoring(engine: Any, case: Case) -> Timed:
         seed=config.seed,
     )
     buffer = drawn(config.num_scored(), 0)
-    return _timed(lambda: scorer.score(buffer, 1))  # the first of a period judges its step as well
+    # the first of a period judges its step as well
+    return _timed(lambda: scorer.score(buffer, 1), not engine.mesh.on_cpu)
 
 
-def _timed(step: Callable[[], Any]) -> Timed:
+def median_seconds(run: Callable[[], Any], cuda: bool) -> float:
+    """Median of ``REPEATS`` calls after a warm-up, each waited for."""
+    found = []
+    for _ in range(WARM_UP + REPEATS):
+        started = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found[WARM_UP:])
+
+
+def _timed(step: Callable[[], Any], cuda: bool) -> Timed:
+    """Time a step, and count what it asks of the device; a CPU is asked for nothing."""
+    if not cuda:
+        return Timed(median_seconds(step, cuda), 0, 0, 0)
     for _ in range(WARM_UP):
         step()
     torch.cuda.synchronize()

@@ -80,9 +80,11 @@ def selection_of(preset: str) -> SelectionConfig:
 
 
 _GPT2 = {"num_layers": 12, "hidden_size": 768, "num_heads": 12}
+_GPT2_MEDIUM = {"num_layers": 24, "hidden_size": 1024, "num_heads": 16}
 _GPT2_XL = {"num_layers": 48, "hidden_size": 1600, "num_heads": 25}
 CASES: Mapping[str, Case] = {
     "gpt2_small": Case(model=_GPT2, vocab_size=50257, seq_len=1024, micro=16, micro_batches=2),
+    "gpt2_medium": Case(model=_GPT2_MEDIUM, vocab_size=50257, seq_len=1024, micro=8, micro_batches=2),
     "gpt2_xl": Case(model=_GPT2_XL, vocab_size=50257, seq_len=1024, micro=4, micro_batches=2),
     "qwen3_0p6b": Case(model=QWEN_06B, vocab_size=151936, seq_len=4096, micro=2, micro_batches=2),
     "llama_8b": Case(
