@@ -2,11 +2,11 @@
 
 On one GPU it runs phases, each in a process of its own that ends by a deadline, and writes a line of JSON for each row
 as it comes: what is there; whether losses, utilities and picks are the CPU's, by precision and kernels; training and
-scoring of real models (time, MFU, kernels, host reads, memory beside what ``check`` says) beside a
-plain GPT with compiled blocks; what each estimator costs over its FLOPs; the command itself, stopped by SIGTERM and
-gone on. Under torchrun the models of as many ranks as the job has are trained and score. With --fake the real engine runs on
-fake CUDA tensors (benchmarks/fake_cuda), which needs g++ and no GPU: every operation that it asks for is counted, and
-times are the least that an H100's data sheet allows for them. Every number of it is an estimate.
+scoring of real models (time, MFU, kernels, host reads, memory beside what ``check`` says) beside a plain GPT with
+compiled blocks; what each estimator costs over its FLOPs; the command itself, stopped by SIGTERM and gone on. Under
+torchrun the models of as many ranks as the job has are trained and score. With --fake the real engine runs on fake CUDA
+tensors (benchmarks/fake_cuda), which needs g++ and no GPU: every operation that it asks for is counted, and times are
+the least that an H100's data sheet allows for them. Every number of it is an estimate.
 
     python benchmarks/gpu.py --json gpu.jsonl               # on a GPU; --only PHASE ... for some of it
     python benchmarks/gpu.py --wheels wheels --json gpu.jsonl    # without megatron-core, hydra, omegaconf installed:

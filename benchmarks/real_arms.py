@@ -66,6 +66,21 @@ def placebo(step: ScoringStep) -> Scores:
     return replace(found, **{name: values[order] for name, values in known.items() if values is not None})
 
 
+@register_method("study_loss", flops=None, needs={"proxy": "judges losses by a proxy's"})
+def loss(step: ScoringStep) -> Scores:
+    """Give losses and no utility: what a forward pass alone is worth to the log-odds."""
+    found = METHODS.find("high_ppl").score(step)
+    if found.utilities is None:
+        return found
+    return replace(found, losses=found.utilities, utilities=found.utilities * 0)
+
+
+@register_method("study_utility", flops=None, needs={"proxy": "scores candidates against a proxy"})
+def utility(step: ScoringStep) -> Scores:
+    """Give utilities and no losses."""
+    return replace(METHODS.find("opus").score(step), losses=None)
+
+
 def _column(step: ScoringStep, name: str) -> Tensor:
     """(n,) float64 of the document that each candidate begins in; nan for one without a score, which is not picked."""
     buffer: Any = step.buffer

@@ -9,9 +9,10 @@ finishes; a study that is killed goes on within the run that it was at.
     python benchmarks/real_study.py --results FILE --table [--json FILE]
     python benchmarks/real_study.py --quick [--work FOLDER]
 
-Stages: 1 all arms on real_hard, seeds 1 to 3; 2 the arms of the claim, seeds 4 and 5 (a second look: --stage 2 --seeds
-6 7 8); 3 real_clean and real_mixed; 4 lambada, judged by the last words of its other half; 5 budget curve: a trunk at a
-constant rate, and from its checkpoints branches in which the rate falls; 6 GREATS and the paper to the letter.
+Stages: 1 all arms on real_hard (loss and utility: opus by one of both alone), seeds 1 to 3; 2 the arms of the claim,
+seeds 4 and 5 (a second look: --stage 2 --seeds 6 7 8); 3 real_clean and real_mixed; 4 lambada, judged by the last
+words of its other half; 5 budget curve: a trunk at a constant rate, and from its checkpoints branches in which the rate
+falls; 6 GREATS and the paper to the letter.
 --worth: the fall of the loss by each kind of text, as rows of real_gate.py or as {"kind": number}; arm oracle needs it.
 --quick: a tiny random model on the demo's text, every arm, a few updates: shows that all of it runs, and no more.
 """
@@ -78,6 +79,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "frozen": ("selection.method=study_frozen", *WIDE),
     "frozen_sum": ("selection.method=study_frozen_sum", *WIDE),
     "placebo": (*OPUS, "selection.method=study_placebo"),
+    "loss": (*OPUS, "selection.method=study_loss"),
+    "utility": (*OPUS, "selection.method=study_utility"),
     "greats": ("selection=greats", "selection.score_micro_batch_size=8"),
     "opus_paper": ("selection=opus_paper", "selection.score_micro_batch_size=8"),
 }

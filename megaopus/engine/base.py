@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -111,11 +112,7 @@ class Engine(ABC):
         self.micro_batch_size = micro_batch_size
         self.seq_len = seq_len
         self.bf16 = engine.is_bf16(mesh.on_cpu)
-        self.fused = engine.is_fused(mesh.on_cpu)
-        if self.fused and (missing := missing_compiler(mesh.on_cpu)):
-            raise EngineError(
-                f"engine.kernels={engine.kernels}: torch.compile finds no {missing}: install it, or set it to eager"
-            )
+        self.fused = _is_fused(engine, mesh.on_cpu)
         self._optim = optim
         self._total_steps = total_steps
         self._seed = seed
@@ -313,3 +310,15 @@ class Engine(ABC):
     @abstractmethod
     def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:
         """Restore what ``prepare_save`` wrote into this engine; returns the groups asked for."""
+
+
+def _is_fused(engine: EngineConfig, on_cpu: bool) -> bool:
+    """Say whether kernels are fused here; raises EngineError where they were asked for and cannot be."""
+    missing = missing_compiler(on_cpu) if engine.is_fused(on_cpu) else None
+    if missing is None:
+        return engine.is_fused(on_cpu)
+    told = f"engine.kernels={engine.kernels}: torch.compile finds no {missing}"
+    if engine.kernels == "fused":
+        raise EngineError(f"{told}: install it, or set it to eager")
+    warnings.warn(f"{told}: kernels are eager, which take more time, and more memory than estimated", stacklevel=2)
+    return False

@@ -159,7 +159,7 @@ def _adds_wider(dtype: torch.dtype, device: torch.device) -> bool:
     small, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
     try:
         torch.addmm(total, small, small, out_dtype=total.dtype, out=total)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         return False
     return True
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -242,5 +243,8 @@ def test_fused_kernels_need_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         with pytest.raises(EngineError, match=r"kernels=fused: torch.compile finds no compiler.*set it to eager"):
             tiny_engine(mesh, engine=FUSED)
+        monkeypatch.setattr(EngineConfig, "is_fused", lambda self, on_cpu: self.kernels != "eager")  # as on a GPU
+        with pytest.warns(UserWarning, match=r"kernels=auto: torch.compile finds no compiler.*kernels are eager"):
+            assert not tiny_engine(mesh, engine=replace(FUSED, kernels="auto")).fused
     finally:
         mesh.close()

@@ -34,6 +34,7 @@ CHILD = """
 
 
 def test_rows_come_one_by_one_and_a_late_phase_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_phases, "_PATIENCE", 1)
     names = ["environment", "correct_cpu", "correct_device", "estimators"]
     monkeypatch.setattr(gpu_phases, "PHASES", {name: replace(PHASES[name], seconds=3.0) for name in names})
     child, rows = tmp_path / "child.py", []
