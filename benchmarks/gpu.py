@@ -116,6 +116,8 @@ def parts_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _readable(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3g}" if value < 1 else f"{value:,.2f}"
     return f"{value:,}" if isinstance(value, int) else str(value if value is not None else "-")
