@@ -15,7 +15,7 @@ import json
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,11 @@ EXAMPLES: Mapping[str, Shape] = {
     ),
 }
 """Models as they are, by a few estimators."""
+FUSED: Mapping[str, Shape] = {
+    f"{name}_fused": replace(SHAPES[name], engine={"kernels": "fused"})
+    for name in ("tiny", "gpt2_small", "llama_small", "qwen3_0p6b_4_layers")
+}
+"""Some of them by fused kernels, as CUDA has them; all others are eager, as all were when the formulas were made."""
 DRAWN_SEED, DRAWN = 19, 6
 
 
@@ -173,7 +178,7 @@ def drawn() -> dict[str, Shape]:
 
 def every_shape() -> dict[str, Shape]:
     """Name -> shape: those of the formulas, those drawn after them, and the examples."""
-    return {**SHAPES, **drawn(), **EXAMPLES}
+    return {**SHAPES, **drawn(), **EXAMPLES, **FUSED}
 
 
 def run_config(shape: Shape, layout: str, selection: str = "uniform") -> RunConfig:
@@ -183,7 +188,7 @@ def run_config(shape: Shape, layout: str, selection: str = "uniform") -> RunConf
     config.optim.name = shape.optim
     for key, value in LAYOUTS[layout].items():
         setattr(config.parallel, key, value)
-    for key, value in {"device": "cuda", **shape.engine}.items():
+    for key, value in {"device": "cuda", "kernels": "eager", **shape.engine}.items():
         setattr(config.engine, key, value)
     dp = RANKS[layout] // config.parallel.model_ranks
     config.data.seq_len = shape.seq_len
