@@ -153,7 +153,7 @@ def add_weight_gradient(input_MI: Tensor, grad_MO: Tensor, sum_OI: Tensor) -> No
 
 @cache
 def _adds_wider(dtype: torch.dtype, device: torch.device) -> bool:
-    """Tell whether torch adds a product of ``dtype`` to fp32 in one kernel here: on CUDA, and not before torch 2.10."""
+    """Tell whether torch adds a product of ``dtype`` to fp32 in one kernel here: on CUDA, by some versions."""
     if device.type != "cuda":
         return False
     small, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
