@@ -140,7 +140,13 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="with --fake: engine.kernels=eager, and nothing overlaps")
     parser.add_argument("--micro", type=int, help="with --fake: sequences of a training pass, of as many batches")
     parser.add_argument("--proxy-micro", type=int, help="with --fake: of a pass of the proxy; else as in training")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    alone = not args.fake and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if wrong := [name for name in args.only or () if name not in (PHASES if alone else CASES)]:
+        parser.error(f"--only {' '.join(wrong)}: {'no phase on one device' if alone else 'no shape'}")
+    if args.phase and args.work is None:
+        parser.error("--phase needs --work FOLDER, which phases share")
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"{why}: use --fake for estimates", style="red", highlight=False)
         return 2
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        rows = measured_rows([name for name in args.only or CASES if name in CASES], console)
+        rows = measured_rows(args.only or list(CASES), console)
         if int(os.environ.get("RANK", "0")) == 0:
             console.print(table(rows, fake=False))
             _write(args.json, json.dumps(rows, indent=1) + "\n", console)

@@ -191,22 +191,28 @@ def measured_training(engine: Any, case: Case) -> Timed:
     return _timed(lambda: engine.train_step(batch), not engine.mesh.on_cpu)
 
 
-def measured_scoring(engine: Any, case: Case, config: RunConfig) -> Timed:
-    """Time scorings of one buffer by ``config.selection``."""
+def drawn(case: Case, count: int, first: int) -> Drawn:
+    """Return ``count`` sequences of the case's length, from number ``first`` on."""
+    return Drawn(first + torch.arange(count), case.seq_len, case.vocab_size)
 
-    def drawn(count: int, first: int) -> Drawn:
-        return Drawn(first + torch.arange(count), case.seq_len, case.vocab_size)
 
-    scorer = Scorer(
+def scorer_of(engine: Any, case: Case, config: RunConfig) -> Scorer:
+    """Make what scores by ``config.selection``, against a proxy and a pool of sequences that no buffer has."""
+    count = config.selection.proxy_batch_size
+    return Scorer(
         config.selection,
         engine.scoring_backend(),
-        proxy=lambda step: drawn(config.selection.proxy_batch_size, 1_000_000),
-        pool=lambda step: drawn(config.selection.proxy_batch_size, 2_000_000),
+        proxy=lambda step: drawn(case, count, 1_000_000),
+        pool=lambda step: drawn(case, count, 2_000_000),
         wanted=None,
         text_features=None,
         seed=config.seed,
     )
-    buffer = drawn(config.num_scored(), 0)
+
+
+def measured_scoring(engine: Any, case: Case, config: RunConfig) -> Timed:
+    """Time scorings of one buffer by ``config.selection``."""
+    scorer, buffer = scorer_of(engine, case, config), drawn(case, config.num_scored(), 0)
     # the first of a period judges its step as well
     return _timed(lambda: scorer.score(buffer, 1), not engine.mesh.on_cpu)
 

@@ -22,13 +22,14 @@ import torch
 
 from benchmarks.common import ROOT, commit
 from benchmarks.gpu_measure import (
-    Drawn,
     case_row,
+    drawn,
     measured_scoring,
     measured_training,
     median_seconds,
     on_device,
     reference_row,
+    scorer_of,
 )
 from benchmarks.gpu_shapes import CASES, PRESET, Case, selection_of
 from megaopus.build import build_engine
@@ -38,7 +39,6 @@ from megaopus.meters import peak_tflops
 from megaopus.models.config import ModelConfig
 from megaopus.models.fused import missing_compiler
 from megaopus.selection.estimators.registry import scoring_flops
-from megaopus.selection.scorer import Scorer
 
 Row = dict[str, Any]
 MINUTES = 8.0
@@ -126,33 +126,17 @@ def answers(device: str, precision: str, kernels: str, quick: bool) -> dict[str,
         config.data.seq_len = 64 if quick else 256
         config.train.global_batch_size, config.train.micro_batch_size, config.train.steps = 8, 4, 4
         config.selection = replace(selection_of(PRESET), proxy_batch_size=8, score_micro_batch_size=8)
+        case = Case(model={}, vocab_size=1000, seq_len=config.data.seq_len, micro=4, micro_batches=2)
         mesh = Mesh(config.parallel, device)
         try:
-            engine = build_engine(config, mesh, 1000)
-            losses = [engine.train_step(_drawn(config, 8, step)).loss for step in range(config.train.steps)]
-            utilities = _scorer(config, engine, 1000).score(_drawn(config, 32, 100), 1).utilities
+            engine = build_engine(config, mesh, case.vocab_size)
+            losses = [engine.train_step(drawn(case, 8, 1000 * step)).loss for step in range(config.train.steps)]
+            utilities = scorer_of(engine, case, config).score(drawn(case, 32, 100_000), 1).utilities
             assert utilities is not None
         finally:
             mesh.close()
         found[style] = {"losses": torch.tensor(losses), "utilities": utilities.double().cpu()}
     return found
-
-
-def _drawn(config: RunConfig, count: int, first: int, vocab_size: int = 1000) -> Drawn:
-    return Drawn(1000 * first + torch.arange(count), config.data.seq_len, vocab_size)
-
-
-def _scorer(config: RunConfig, engine: Any, vocab_size: int) -> Scorer:
-    count = config.selection.proxy_batch_size
-    return Scorer(
-        config.selection,
-        engine.scoring_backend(),
-        proxy=lambda step: _drawn(config, count, 1_000_000, vocab_size),
-        pool=lambda step: _drawn(config, count, 2_000_000, vocab_size),
-        wanted=None,
-        text_features=None,
-        seed=config.seed,
-    )
 
 
 def correct_cpu(setup: Setup) -> Iterator[Row]:

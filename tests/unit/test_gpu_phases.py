@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_phases
+from benchmarks import gpu, gpu_phases
 from benchmarks.carried import use_wheels
 from benchmarks.gpu_phases import PHASES, Row, Setup, compared, read_peaks, run_phase, run_phases
 from benchmarks.gpu_shapes import CASES
@@ -57,7 +57,7 @@ def test_rows_come_one_by_one_and_a_late_phase_ends(tmp_path: Path, monkeypatch:
 
 
 def lines_of(name: str, setup: Setup, tmp_path: Path) -> list[Row]:
-    """What a phase writes."""
+    """Return what a phase writes."""
     with (tmp_path / "rows").open("w+") as lines:
         run_phase(name, setup, lines)
         lines.seek(0)
@@ -124,3 +124,19 @@ def test_packages_are_taken_from_wheels(tmp_path: Path, monkeypatch: pytest.Monk
     place = use_wheels(tmp_path)
     assert sys.path[-1] == str(place)
     assert __import__("carried_away").ANSWER == 42
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--fake", "--only", "product"], "--only product: no shape"),
+        (["--device", "cpu", "--only", "llama_8b"], "--only llama_8b: no phase on one device"),
+        (["--phase", "environment"], "--phase needs --work FOLDER"),
+    ],
+)
+def test_what_a_mode_does_not_have_is_refused(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(arguments)
+    assert told in capsys.readouterr().err
