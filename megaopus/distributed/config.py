@@ -20,7 +20,7 @@ class ParallelConfig:
     tp: int = setting(1, min=1, doc="Tensor-parallel ranks.", hint=_OFF)
     pp: int = setting(1, min=1, doc="Pipeline stages.", hint=_OFF)
     cp: int = setting(
-        1, min=1, doc="Context-parallel ranks: each holds a contiguous part of every sequence.", hint=_OFF
+        1, min=1, doc="Context-parallel ranks: each holds a piece from either end of every sequence.", hint=_OFF
     )
     vpp: int = setting(1, min=1, doc="Model chunks per pipeline stage (interleaved schedule).", hint=_OFF)
     sequence_parallel: bool = setting(False, doc="Split norms and dropout over the tensor-parallel ranks too.")

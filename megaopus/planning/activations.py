@@ -140,9 +140,8 @@ def _attention(config: RunConfig, width: int, device: str) -> float:
             total += width * query
     if shared and (config.data.document_mask or model.window is not None):
         total += 2 * width * (query - key_value)  # no kernel takes a mask and shared keys and values
-    if rope and not is_fused(
-        config, device
-    ):  # cosines and sines of each layer's positions, for queries and keys, shared by the sequences
+    if rope and not is_fused(config, device):
+        # cosines and sines of each layer's positions, for queries and keys, shared by the sequences
         total += 4 * width * size / config.train.micro_batch_size
     return total
 
