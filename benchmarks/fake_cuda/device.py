@@ -63,10 +63,10 @@ def install() -> None:
 def _know_coalesced() -> torch_library.Library:
     """Let fake tensors go through the collectives of several tensors, which torch has left out of its list."""
 
-    library = torch_library.Library("c10d", "IMPL")
+    known = torch_library.Library("c10d", "IMPL")
     for name in ("allreduce_", "allgather_into_tensor_", "reduce_scatter_tensor_"):
-        library.impl(f"{name}coalesced_", lambda *args: FakeWork().boxed(), "Meta")
-    return library  # to be kept: it ends with its last reference
+        known.impl(f"{name}coalesced_", lambda *args: FakeWork().boxed(), "Meta")
+    return known  # to be kept: it ends with its last reference
 
 
 @cache
@@ -79,11 +79,11 @@ def _know_fused() -> torch_library.Library:
     def never(*args: Any) -> Any:
         raise AssertionError("fake tensors run no kernel")
 
-    library = torch_library.Library("aten", "IMPL")
+    known = torch_library.Library("aten", "IMPL")
     for name in ("silu_backward", "_fused_rms_norm"):  # the latter since torch 2.9
         if hasattr(torch.ops.aten, name):
-            library.impl(name, never, "CUDA")
-    return library
+            known.impl(name, never, "CUDA")
+    return known
 
 
 _meters: list[DeviceMeter] = []
@@ -245,7 +245,7 @@ def _arrived(work: FakeWork, *timeout: Any) -> bool:
 
 
 def _compiled_functions(meter: DeviceMeter) -> Mapping[str, Any]:
-    """What torch.compile would make kernels of, each as one: ours, and those that megatron has compiled."""
+    """Return what torch.compile would make kernels of, each as one: ours, and those that megatron has compiled."""
     prepare_megatron(on_cpu=False)
     from megatron.core.fusions import fused_bias_swiglu as swiglu
 

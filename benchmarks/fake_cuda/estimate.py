@@ -56,7 +56,6 @@ def counts(work: Work) -> dict[str, Any]:
         "moved_bytes": sum(work.moved.values()),
         "seconds": dict(work.seconds),
         "parts": dict(work.parts),
-        "message_seconds": work.message_seconds,
     }
 
 

@@ -74,10 +74,7 @@ class DeviceMeter(TorchDispatchMode):
         result = func(*args, **kwargs)
         made = list(tensors_of(result))
         self._reached(self.bytes + _inside(func, args))
-        for tensor in self._there(made):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in there and storage._cdata not in self._alive:  # neither a view nor in place
-                self._count(storage, func)
+        self._count_new(made, there, func)
         if func in (aten.any.default, aten.all.default, aten.lt.Tensor):
             self._true.add(result)
         if self._device == "cuda":
@@ -99,16 +96,13 @@ class DeviceMeter(TorchDispatchMode):
         finally:
             self._in_kernel = False
         made = list(tensors_of(result))
-        for tensor in self._there(made):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in there and storage._cdata not in self._alive:
-                self._count(storage, function.__name__)
+        self._count_new(made, there, function.__name__)
         if self._device == "cuda":
             self.work.compiled(function.__name__.lstrip("_"), [*given, *made])
         return result
 
     def tolist(self, tensor: Tensor) -> Any:
-        """What ``tensor.tolist()`` gives: one read, of a tensor on the device, whatever it holds."""
+        """Give what ``tensor.tolist()`` gives: one read, of a tensor on the device, whatever it holds."""
         self._asked(tensor)
         numbers = self._numbers.of(tensor)
         if numbers is not None:
@@ -133,6 +127,13 @@ class DeviceMeter(TorchDispatchMode):
 
     def _there(self, tensors: list[Tensor]) -> list[Tensor]:
         return [t for t in tensors if t.layout == torch.strided and device_of(t).type == self._device]
+
+    def _count_new(self, made: list[Tensor], there: set[int], func: Any) -> None:
+        """Count what is neither a view of what was ``there`` nor that itself, changed in place."""
+        for tensor in self._there(made):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in there and storage._cdata not in self._alive:
+                self._count(storage, func)
 
     def _count(self, storage: UntypedStorage, func: Any) -> None:
         key = storage._cdata

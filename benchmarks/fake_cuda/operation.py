@@ -13,7 +13,7 @@ from megaopus.selection.candidates import tensors_of
 
 
 class Schema(NamedTuple):
-    """What is to be known of an operation, whatever it is called with."""
+    """Says what is to be known of an operation, whatever it is called with."""
 
     name: str
     free: bool
@@ -35,7 +35,7 @@ class Operation(NamedTuple):
 
     @property
     def schema(self) -> Schema:
-        """What is known of such calls."""
+        """Return what is known of such calls."""
         return _schema(self.func)
 
     def written(self) -> list[Tensor]:

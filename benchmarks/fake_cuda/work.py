@@ -51,7 +51,7 @@ class Message(NamedTuple):
 
 
 class Work:
-    """What was asked of the device since this was made.
+    """Says what was asked of the device since this was made.
 
     ``launches``: operation -> kernels, copies inside the device among them. ``reads``: function -> times that it had
     the host wait for a number (or all) of a tensor; ``waits``: the same of ``synchronize`` by what is waited for;
@@ -75,8 +75,6 @@ class Work:
         self.flops: Counter[tuple[str, torch.dtype]] = Counter()
         self.moved: Counter[str] = Counter()
         self.seconds: dict[str, float] = defaultdict(float)
-        self.message_seconds = 0.0
-        """Least seconds of all messages, hidden or not, one after another."""
         self._wire = 0.0
         """When the last message has arrived."""
         self.parts: dict[str, float] = defaultdict(float)
@@ -187,9 +185,7 @@ class Work:
         self.messages[key] += 1
         self.sizes[key] += size
         self.sent[key] += sent
-        takes = roofline.message_seconds(sent, ranks)
-        self.message_seconds += takes
-        self._wire = max(self._wire, self._now()) + takes
+        self._wire = max(self._wire, self._now()) + roofline.message_seconds(sent, ranks)
         names = [each.name for each in func._schema.arguments]
         place = next((names.index(each) for each in ("async_op", "asyncOp") if each in names), len(names))
         if not (args[place] if place < len(args) else place < len(names)):  # what has no such argument is waited for
