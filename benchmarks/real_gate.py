@@ -381,7 +381,7 @@ class Gate:
         return ahead, {name: -value for name, value in ahead.items()}
 
     def _horizon(self) -> Directions:
-        """Where ``HORIZON`` steps on the proxy lead, and where steps on the pool do."""
+        """Say where ``HORIZON`` steps on the proxy lead, and where steps on the pool do."""
         run = self._run
         assert run is not None
         before, ways = run.weights(), []

@@ -33,7 +33,7 @@ _NEAR = 1e-5
 
 
 def facts_of(config: RunConfig, run: Run, uniform: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a row says of a run; ``uniform``: the row that it is held against, None if there is none yet."""
+    """Say what a row says of a run; ``uniform``: the row that it is held against, None if there is none yet."""
     kept = summary_of(run)
     last, seconds = run.validations[-1], run.steps[-1].time_s
     changed = [row.changed_by_utilities for row in run.selections if row.changed_by_utilities is not None]

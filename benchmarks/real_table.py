@@ -268,7 +268,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _picks(rows: Sequence[Row]) -> dict[str, Any]:
-    """What was picked, and whether what the model changed was for the better."""
+    """Say what was picked, and whether what the model changed was for the better."""
     shares = [row["share"] for row in rows]
     wanted = [kind for kind in rows[0]["wanted"] if kind in shares[0]]  # of a benchmark's text the pool has none
 

@@ -123,7 +123,7 @@ TENSOR_PARALLEL = Run(model=replace(LLAMA, num_kv_heads=2), micro_batches=1, par
 
 
 def plain(work: Work) -> dict[str, Any]:
-    """What was counted, in values that JSON has."""
+    """Say what was counted, in values that JSON has."""
     kinds: Counter[str] = Counter()
     for (kind, dtype), flops in work.flops.items():
         kinds[f"{kind} {str(dtype).removeprefix('torch.')}"] += flops

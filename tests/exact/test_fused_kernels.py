@@ -66,7 +66,7 @@ def uncompiled() -> Iterator[None]:
 
 
 def trained(layout: str, kind: EngineConfig) -> dict[Case, dict[str, dict[str, Tensor]]]:
-    """What training gives, and utilities of candidates after it."""
+    """Return what training gives, and utilities of candidates after it."""
     _, parallel, cases = LAYOUTS[layout]
     mesh = Mesh(parallel, "cpu")
     try:
@@ -84,7 +84,7 @@ def train_and_score(engine: Any) -> dict[str, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def eager(pool: Pool) -> dict[Case, dict[str, dict[str, Tensor]]]:
-    """What one process finds by torch's own kernels."""
+    """Return what one process finds by torch's own kernels."""
     found = {}
     mesh = Mesh(ParallelConfig(), "cpu")
     try:

@@ -1,4 +1,4 @@
-"""Where a run begins: a model folder, another run, a Megatron-LM checkpoint; what follows is as for any other run."""
+"""Tests where a run begins: a model folder, another run, a Megatron-LM checkpoint; then it is as any other run."""
 
 from __future__ import annotations
 

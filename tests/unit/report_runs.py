@@ -88,7 +88,7 @@ def falling(start: int, step: int, pace: float) -> float:
 
 
 def write_settings(path: Path, method: str, seed: int, domains: str, held_out: Target | None) -> None:
-    """What a launch writes into the folder of a run."""
+    """Write the settings and facts that a launch leaves in the folder of a run."""
     settings = f"run_dir: {path}\nseed: {seed}\nselection:\n  method: {method}\n  rho: 0.5\n"
     settings += "model:\n  num_layers: 4\n  hidden_size: 128\noptim:\n  name: adamw\n"
     path.joinpath("config.yaml").write_text(settings + (f"data:\n  target_domains: [{domains}]\n" if domains else ""))

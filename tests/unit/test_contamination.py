@@ -100,7 +100,7 @@ class Brute:
             self.documents.append((line, words, start, ends))
 
     def meets(self, item: str, held: Sequence[set[int]] | None = None) -> bool:
-        """Whether a document has a run of words of the item; ``held``: within one of these sets of tokens."""
+        """Say whether a document has a run of words of the item; ``held``: within one of these sets of tokens."""
         for gram in grams(item):
             for line, words, start, ends in self.documents:
                 if f" {' '.join(gram)} " not in line:
@@ -225,7 +225,7 @@ def test_workers_and_blocks_do_not_change_what_is_found(
 
 
 def through_workers(corpus: Corpus, blocks, wanted, workers):  # type: ignore[no-untyped-def]
-    """What the processes do, in this one: to start them takes seconds."""
+    """Do what the processes do, in this one: to start them takes seconds."""
     contamination._start(corpus.path, wanted)
     return (contamination._work(block) for block in blocks)
 

@@ -1,4 +1,4 @@
-"""Which positions context-parallel ranks have: all of them once, and as much attention each."""
+"""Says which positions context-parallel ranks have: all of them once, and as much attention each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each protocol asks, word for word; where items come from; what is said of bad files."""
+"""Says what each protocol asks, word for word; where items come from; what is said of bad files."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_known_signatures_are_those_of_tokens_that_need_not_be_read(every: int) 
 
 
 class CountedByHand:
-    """What ``Exposure`` is to say, from a list of all that was ever recorded."""
+    """Says what ``Exposure`` is to say, from a list of all that was ever recorded."""
 
     def __init__(self, window: int):
         self.window, self.seen = window, list[tuple[int, int]]()

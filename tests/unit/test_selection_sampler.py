@@ -179,7 +179,7 @@ def test_quotas_bound_one_row_of_picks_that_all_take_their_overlap_off() -> None
 
 
 def one_after_another(utilities, ids, count, draws, penalty=None, quotas=None, levels=None) -> torch.Tensor:
-    """What ``sampler.pick`` says it does, a look at every candidate for every pick."""
+    """Do what ``sampler.pick`` says it does, a look at every candidate for every pick."""
     order = torch.argsort(ids)
     left, ids = utilities[order], ids[order]
     free, picked = torch.ones(len(ids), dtype=torch.bool), []
