@@ -81,6 +81,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "placebo": (*OPUS, "selection.method=study_placebo"),
     "loss": (*OPUS, "selection.method=study_loss"),
     "utility": (*OPUS, "selection.method=study_utility"),
+    "whole": (*OPUS, "selection.score_length=null"),
     "greats": ("selection=greats", "selection.score_micro_batch_size=8"),
     "opus_paper": ("selection=opus_paper", "selection.score_micro_batch_size=8"),
 }
