@@ -16,7 +16,6 @@ from megaopus.config.parse import restored
 from megaopus.config.run_config import RunConfig
 from megaopus.data.corpus import Corpus
 from megaopus.distributed.mesh import Mesh
-from megaopus.distributed.shards import part_of
 from megaopus.errors import CheckpointError, DataError, ModelError
 from megaopus.huggingface.families import normal
 from megaopus.huggingface.folder import CONFIG
@@ -94,7 +93,7 @@ class _Parts:
 
     def __init__(self, weights: Weights, shapes: dict[str, tuple[int, ...]], vocab_size: int, mesh: Mesh, folder: Path):
         self._weights, self._shapes, self._rows = weights, shapes, vocab_size
-        self._rank, self._size, self._folder = mesh.tp_rank, mesh.shape.tp, folder
+        self._mesh, self._folder = mesh, folder
         if wrong := sorted(weights.names() ^ shapes.keys()):
             missing = [name for name in wrong if name in shapes]
             words = f"no {missing[0]}" if missing else f"{wrong[0]}, which has no place in this model"
@@ -108,7 +107,7 @@ class _Parts:
             whole = torch.cat([whole[: self._rows], whole.new_zeros(shape[0] - self._rows, *shape[1:])])
         if tuple(whole.shape) != shape:
             raise ModelError(f"{self._folder}: {name} has shape {tuple(whole.shape)}, here {shape}")
-        return part_of(whole, parameter, self._rank, self._size)
+        return self._mesh.part(whole, parameter)
 
 
 def _megatron_folder(path: Path) -> Path | None:

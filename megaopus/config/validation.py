@@ -15,6 +15,7 @@ from megaopus.config.resume_policy import class_of
 from megaopus.config.rulebook import RuleBook
 from megaopus.config.run_config import RunConfig, settings_of
 from megaopus.errors import Problem
+from megaopus.selection.config import NO_EXPERTS
 from megaopus.settings import FIXED, TRAINING, did_you_mean, problems
 
 RESUME_WORDS = ("auto", "never", "required")
@@ -114,6 +115,45 @@ def _scored_split(config: RunConfig, world_size: int | None) -> Iterator[Problem
         yield from _length_problem(config, "selection.score_length", length)
 
 
+@RULES.reading("model.num_experts", "model.expert_ffn_hidden_size", "model.hf", "parallel")
+def _expert_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    model, parallel = config.model, config.parallel
+    if model.num_experts is None:
+        for key, degree, off in (("ep", parallel.ep, 1), ("expert_tp", parallel.expert_tp, None)):
+            if degree != off:
+                yield Problem(f"parallel.{key}", degree, "the model has no experts", f"set model.num_experts, or {off}")
+        return
+    if model.num_experts % parallel.ep:
+        remedy = f"use a parallel.ep that divides {model.num_experts}"
+        yield Problem("parallel.ep", parallel.ep, f"does not divide model.num_experts = {model.num_experts}", remedy)
+    of_expert, split = model.derived_expert_ffn(), parallel.derived_expert_tp()
+    if of_expert % split:
+        reason = f"{of_expert} cannot be split over {split} ranks"
+        yield Problem("model.expert_ffn_hidden_size", model.expert_ffn_hidden_size, reason, "set parallel.expert_tp=1")
+    if (shared := model.shared_expert_ffn_hidden_size) is not None and shared % parallel.tp:
+        reason = f"cannot be split over parallel.tp = {parallel.tp} ranks"
+        yield Problem("model.shared_expert_ffn_hidden_size", shared, reason, f"a parallel.tp that divides {shared}")
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        reason = "with experts tensor-parallel ranks must share the tokens too"
+        yield Problem("parallel.sequence_parallel", False, reason, "set it to true")
+    if parallel.ep > 1 and parallel.distributed_optimizer:
+        reason = "shards over ranks of which each has experts of its own"
+        yield Problem("parallel.distributed_optimizer", True, reason, "set it to false, or parallel.ep=1")
+    stage = None if world_size is None else world_size // parallel.pp
+    if stage is not None and stage % (parallel.ep * split):
+        reason = f"{stage} ranks of a stage are not a multiple of ep x expert_tp = {parallel.ep * split}"
+        yield Problem("parallel.ep", parallel.ep, reason, "launch more processes, or use a smaller parallel.ep")
+
+
+@RULES.reading("selection", "model.num_experts")
+def _scoring_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    captured = config.selection.captured_for()
+    if config.model.num_experts is not None and captured is not None:
+        key, value = captured
+        instead = {"method": "method=opus", "estimator": "estimator=directional", "gram": "redundancy=0"}[key]
+        yield Problem(f"selection.{key}", value, NO_EXPERTS, f"set selection.{instead}")
+
+
 @RULES.reading("parallel.pp", "parallel.vpp", "model.num_layers")
 def _pipeline_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     layers, pp, vpp = config.model.num_layers, config.parallel.pp, config.parallel.vpp
@@ -132,6 +172,13 @@ def _world_size(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         remedy = f"launch a multiple of {ranks} processes, or change parallel.tp, parallel.cp and parallel.pp"
         key = next(key for key in ("tp", "cp", "pp") if getattr(config.parallel, key) > 1)
         yield Problem(f"parallel.{key}", getattr(config.parallel, key), reason, remedy)
+
+
+@RULES.reading("engine.name", "model.num_experts", "model.hf")
+def _engine_of_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    if config.model.num_experts is not None and not config.engine.spec().serves_experts:
+        remedy = "engine.name=megatron, or a model without experts"
+        yield Problem("engine.name", config.engine.name, "this engine has no experts", remedy)
 
 
 @RULES.reading("engine.name", "engine.zero_stage", "parallel", "optim", "selection.estimator", "selection.method")
@@ -259,7 +306,7 @@ def _target_domains(config: RunConfig, world_size: int | None) -> Iterator[Probl
 def _scoring_layout(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Method and estimator are given whole models and whole sequences where they need them."""
     needs, parallel = config.selection.needs(), config.parallel
-    for need, degrees in (("whole_model", ("tp", "cp", "pp")), ("whole_sequence", ("cp",))):
+    for need, degrees in (("whole_model", ("tp", "cp", "pp", "ep")), ("whole_sequence", ("cp",))):
         split = [f"parallel.{name}=1" for name in degrees if getattr(parallel, name) > 1]
         if need in needs and split:
             key, value, why = needs[need]

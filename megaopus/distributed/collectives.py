@@ -1,13 +1,9 @@
-"""Decisions that one rank takes for all, and tensors that all ranks of a group hold after."""
+"""Decisions that one rank takes for all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from megaopus.distributed.mesh import Mesh
 from megaopus.errors import MegaopusError
@@ -30,12 +26,3 @@ def on_rank_0(mesh: Mesh, action: Callable[[], T]) -> T:
     if problem is not None:
         raise problem
     return value
-
-
-def gathered(part: Tensor, group: dist.ProcessGroup, size: int) -> list[Tensor]:
-    """Equally shaped tensors of the ``size`` ranks of a group, in rank order."""
-    if size == 1:
-        return [part]
-    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size)]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return parts

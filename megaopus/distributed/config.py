@@ -22,6 +22,15 @@ class ParallelConfig:
     cp: int = setting(
         1, min=1, doc="Context-parallel ranks: each holds a piece from either end of every sequence.", hint=_OFF
     )
+    ep: int = setting(
+        1,
+        min=1,
+        doc="Expert-parallel ranks, among the data- and context-parallel ones: each holds as many experts.",
+        hint=_OFF,
+    )
+    expert_tp: int | None = setting(
+        None, min=1, doc="Tensor-parallel ranks of an expert: tp or 1; null: tp without expert parallelism, else 1."
+    )
     vpp: int = setting(1, min=1, doc="Model chunks per pipeline stage (interleaved schedule).", hint=_OFF)
     sequence_parallel: bool = setting(False, doc="Split norms and dropout over the tensor-parallel ranks too.")
     distributed_optimizer: bool = setting(
@@ -31,6 +40,12 @@ class ParallelConfig:
     overlap_grad_reduce: bool | None = setting(
         None, doc="megatron: sum gradients over ranks bucket by bucket while others are computed; null: on cuda."
     )
+
+    def derived_expert_tp(self) -> int:
+        """Tensor-parallel ranks of an expert after the default is applied."""
+        if self.expert_tp is not None:
+            return self.expert_tp
+        return self.tp if self.ep == 1 else 1
 
     def overlaps(self, on_cpu: bool) -> bool:
         """Say whether gradients are summed over ranks during the backward pass."""
@@ -47,3 +62,6 @@ class ParallelConfig:
             yield "sequence_parallel", "needs tp > 1", "set parallel.tp, or sequence_parallel=false"
         if self.vpp > 1 and self.pp == 1:
             yield "vpp", "needs pp > 1", "set parallel.pp, or vpp=1"
+        if self.expert_tp not in (None, self.tp, *([1] if self.ep > 1 else [])):
+            reason = f"is neither tp = {self.tp}" + (" nor 1" if self.ep > 1 else "")
+            yield "expert_tp", reason, "leave it null"

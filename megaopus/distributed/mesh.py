@@ -1,4 +1,7 @@
-"""Process group and the mesh of ranks: pp x dp x cp x tp, tensor-parallel ranks fastest."""
+"""Process group and the mesh of ranks: pp x dp x cp x tp, tensor-parallel ranks fastest.
+
+Experts are spread over the ranks of a stage anew: dp x ep x tp of their own, tensor-parallel ranks fastest again.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from torch import Tensor
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.cpu import cpu_mode, prepare_megatron
 from megaopus.distributed.launcher import place
+from megaopus.distributed.shards import is_expert, part_of, whole_of
 from megaopus.errors import EngineError
 
 T = TypeVar("T")
@@ -37,10 +41,17 @@ class MeshShape:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    ep: int = 1
+    expert_tp: int = 1
 
     @property
     def dp(self) -> int:
         return self.world_size // (self.tp * self.cp * self.pp)
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.world_size // (self.expert_tp * self.ep * self.pp)
 
     def coordinates(self, rank: int) -> Coordinates:
         """Place of a rank in megatron-core's default order tp-cp-dp-pp, tp fastest."""
@@ -54,7 +65,8 @@ class MeshShape:
 class Mesh:
     """torch.distributed and megatron's process groups, alive between ``Mesh(...)`` and ``close()``.
 
-    Raises ``EngineError`` if the world size is not a multiple of tp x cp x pp or the device is missing, ``ConfigError``
+    Raises ``EngineError`` if the world size is not a multiple of tp x cp x pp, or of what experts take of a stage, or
+    the device is missing, ``ConfigError``
     for what a launcher left over in the environment.
     """
 
@@ -66,11 +78,19 @@ class Mesh:
         if dist.is_initialized():
             raise EngineError("a process group is already alive in this process: close the other Mesh first")
         self.rank, local_rank, world_size, launched = place()
-        self.shape = MeshShape(world_size, parallel.tp, parallel.pp, parallel.cp)
+        self.shape = MeshShape(
+            world_size, parallel.tp, parallel.pp, parallel.cp, parallel.ep, parallel.derived_expert_tp()
+        )
         if world_size % parallel.model_ranks:
             raise EngineError(
                 f"{world_size} ranks cannot be split into tp={parallel.tp} x cp={parallel.cp} x pp={parallel.pp}: "
                 f"launch a multiple of {parallel.model_ranks} processes"
+            )
+        of_stage = world_size // parallel.pp
+        if of_stage % (parallel.ep * self.shape.expert_tp):
+            raise EngineError(
+                f"{of_stage} ranks of a stage cannot be split into ep={parallel.ep} x expert_tp={self.shape.expert_tp}:"
+                " change parallel.ep, or the number of processes"
             )
         self.on_cpu = device == "cpu"
         if self.on_cpu:
@@ -94,6 +114,8 @@ class Mesh:
                 pipeline_model_parallel_size=parallel.pp,
                 virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
                 context_parallel_size=parallel.cp,
+                expert_model_parallel_size=parallel.ep,
+                expert_tensor_parallel_size=self.shape.expert_tp,
                 distributed_timeout_minutes=timeout_minutes,  # else its groups wait 30 minutes
                 create_gloo_process_groups=False,  # nothing uses them
             )
@@ -103,6 +125,10 @@ class Mesh:
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
         self.dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.model_parallel_group = parallel_state.get_model_parallel_group()
+        self.ep_group = parallel_state.get_expert_model_parallel_group()
+        self.expert_tp_group = parallel_state.get_expert_tensor_parallel_group()
+        self.expert_dp_group = parallel_state.get_expert_data_parallel_group()
+        self.ep_rank, self.expert_dp_rank = dist.get_rank(self.ep_group), dist.get_rank(self.expert_dp_group)
         self.tp_rank, self.cp_rank, self.dp_rank, self.pp_rank = self.shape.coordinates(self.rank)
         groups = (self.tp_group, self.cp_group, self.dp_group, self.pp_group)
         assert tuple(dist.get_rank(group) for group in groups) == self.shape.coordinates(self.rank)
@@ -117,6 +143,22 @@ class Mesh:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.shape.pp - 1
+
+    def tensor_group(self, parameter: Tensor) -> dist.ProcessGroup:
+        """Give the ranks that hold parts of a parameter, where it is split."""
+        return self.expert_tp_group if is_expert(parameter) else self.tp_group
+
+    def parts(self, parameter: Tensor) -> int:
+        """Count those ranks."""
+        return self.shape.expert_tp if is_expert(parameter) else self.shape.tp
+
+    def part(self, whole: Tensor, parameter: Tensor) -> Tensor:
+        """Cut this rank's part out of a tensor that ranks share as they do ``parameter``."""
+        return part_of(whole, parameter, dist.get_rank(self.tensor_group(parameter)), self.parts(parameter))
+
+    def whole(self, part: Tensor, parameter: Tensor) -> Tensor:
+        """Put the whole together of which ``part`` is this rank's. Collective where it is split."""
+        return whole_of(part, parameter, self.tensor_group(parameter))
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -8,12 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaopus.distributed.collectives import gathered
-
 
 def is_split(parameter: Tensor) -> bool:
     """Return whether tensor-parallel ranks hold parts of the parameter; else each holds all of it."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def is_expert(parameter: Tensor) -> bool:
+    """Return whether the parameter is an expert's, which other ranks share than the rest of a model."""
+    return bool(getattr(parameter, "of_expert", False))
+
+
+def mark_expert(parameter: Tensor) -> None:
+    """Note that the parameter is an expert's."""
+    parameter.of_expert = True  # type: ignore[attr-defined]
 
 
 def part_of(whole: Tensor, parameter: Tensor, rank: int, size: int) -> Tensor:
@@ -38,6 +46,15 @@ def whole_of(part: Tensor, parameter: Tensor, group: dist.ProcessGroup | None) -
     dim = _dim(parameter)
     parts = [p.chunk(parameter.partition_stride, dim) for p in gathered(part, group, size)]  # type: ignore[attr-defined]
     return torch.cat([block for blocks in zip(*parts, strict=True) for block in blocks], dim)
+
+
+def gathered(part: Tensor, group: dist.ProcessGroup, size: int) -> list[Tensor]:
+    """Equally shaped tensors of the ``size`` ranks of a group, in rank order."""
+    if size == 1:
+        return [part]
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size)]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return parts
 
 
 def sum_parts(value: Tensor, parameter: Tensor, group: dist.ProcessGroup | None) -> Tensor:

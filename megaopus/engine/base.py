@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaopus.checkpoint.pending_save import PendingSave
@@ -25,6 +26,7 @@ from megaopus.engine.token_logprobs import Asked, TokenLogprobs
 from megaopus.engine.work_timer import WorkTimer
 from megaopus.errors import EngineError
 from megaopus.models.config import ModelConfig
+from megaopus.models.expert_loads import ExpertLoads
 from megaopus.models.fused import missing_compiler
 from megaopus.models.gpt import (
     Start,
@@ -55,6 +57,8 @@ class StepResult:
     """Tokens of the global batch that count in the loss; None: all."""
     layer_grad_norms: dict[str, float] | None = None
     """The same of each part of the model by itself (``Engine.layer_grad_norms``), if it was asked for."""
+    expert_loads: ExpertLoads | None = None
+    """How evenly tokens were spread; None: the model has no experts."""
     own_s: float = field(default=0.0, compare=False)
     """Seconds of this rank's forward and backward passes without the reduction of gradients and waits for data."""
     stop_asked: bool | None = field(default=None, compare=False)
@@ -122,6 +126,8 @@ class Engine(ABC):
         seed_dropout(mesh, seed, 0)
         self._start = start
         self.rules = rules
+        if model.num_experts is not None and not engine.spec().serves_experts:
+            raise EngineError(f"engine.name={engine.name}: it has no experts: use engine.name=megatron")
         self._build(model, optim, engine, parallel, vocab_size)
         if optim is not None and start is not None and self.bf16:
             self.optimizer.set_main_weights(dict(canonical_names(self.module)), start)
@@ -197,7 +203,7 @@ class Engine(ABC):
         parts = {part: place for place, part in enumerate(parts_of_model(self._num_layers))}
         for local, parameter in self.named_parameters():
             copied = getattr(parameter, "shared", False)  # a tied matrix on the last stage
-            if copied or not (is_split(parameter) or self.mesh.tp_rank == 0):
+            if copied or not (is_split(parameter) or dist.get_rank(self.mesh.tensor_group(parameter)) == 0):
                 continue
             if (piece := self._own_gradient(local, parameter)) is not None:
                 places.append(parts[part_of_model(names[local])])

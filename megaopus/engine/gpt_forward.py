@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaopus.distributed.collectives import gathered
 from megaopus.distributed.cpu import plain_calls
 from megaopus.distributed.mesh import Mesh
+from megaopus.distributed.shards import gathered
 from megaopus.models.context_parts import own_part, runs_of
 
 

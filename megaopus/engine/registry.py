@@ -38,6 +38,8 @@ class EngineSpec:
     """(engine, parallel, optim, selection or None) -> what it cannot serve; None: selection is not looked at."""
     shards_optimizer: Callable[[Any], bool]
     """(parallel) -> whether data-parallel ranks share the optimizer's state and the fp32 main weights."""
+    serves_experts: bool = False
+    """Whether it trains a mixture of experts."""
     memory: Callable[[Any, int, str, int, bool], dict[str, tuple[int, str]]]
     """(engine, parameters of a rank, precision, ranks that share the state, whether candidates are scored by proxy) ->
     rows of ``check``'s table of memory, bytes and how they come about, in the place of those that every engine has."""

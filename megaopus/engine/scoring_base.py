@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaopus.distributed.collectives import gathered
-from megaopus.distributed.shards import is_split, part_of, whole_of
+from megaopus.distributed.shards import gathered, is_expert, is_split
 from megaopus.engine.base import Engine
 from megaopus.engine.gpt_forward import PLAIN, SequenceRules, loss_mask, token_losses
 from megaopus.engine.wholes import Wholes
@@ -31,6 +30,7 @@ from megaopus.selection.backend import (
     Shard,
     UpdateOperator,
 )
+from megaopus.selection.config import NO_EXPERTS
 from megaopus.selection.operators.build import Held, operator_of
 from megaopus.selection.operators.piecewise import PiecewiseOperator
 from megaopus.selection.pieces import chunks
@@ -71,14 +71,19 @@ class EngineScoringBackend(ModuleBackend):
     def unobserved(self) -> bool:
         return False
 
-    def counts(self, name: str) -> bool:
+    def counts(self, name: str) -> float:
         """One of the ranks that share the positions, of those that hold the whole weight, of a tied one's stages.
 
-        Ranks that share the positions hold pieces of their own, where there are pieces.
+        Ranks that share the positions hold pieces of their own, where there are pieces. An expert is on fewer ranks
+        than there are data-parallel ones, or on others, and counts for more there.
         """
-        mesh = self._mesh
+        mesh, weight = self._mesh, self._weights[name]
+        if is_expert(weight):
+            one_of = name in self.split or dist.get_rank(mesh.expert_tp_group) == 0
+            return one_of * mesh.shape.dp / mesh.shape.expert_dp
         first_stage = name != EMBEDDING or mesh.pp_rank == 0 or not is_tied(self.module)
-        return (mesh.cp_rank == 0 or bool(self._pieces)) and (name in self.split or mesh.tp_rank == 0) and first_stage
+        one_of = (mesh.cp_rank == 0 or bool(self._pieces)) and (name in self.split or mesh.tp_rank == 0)
+        return float(one_of and first_stage)
 
     def parameters(self) -> dict[str, Tensor]:
         """The fp32 weights that the optimizer updates: under bf16 the main copies, gathered where sharded."""
@@ -90,18 +95,17 @@ class EngineScoringBackend(ModuleBackend):
 
     def _find_shards(self) -> Iterator[tuple[str, Shard]]:
         """Parts of matrices and of vectors; estimators ask for those of matrices alone, update rules for both."""
-        size, rank = self._mesh.shape.tp, self._mesh.tp_rank
         for name, p in self._weights.items():
-            shape = self._shape(p)
+            shape, size = self._shape(p), self._mesh.parts(p)
             if size == 1 or not is_split(p):
                 continue
             dim = p.partition_dim
             whole = torch.arange(shape[dim] * size, device=p.device)
             along = whole.view([-1 if axis == dim else 1 for axis in range(len(shape))])
-            index = part_of(along, p, rank, size).flatten()
+            index = self._mesh.part(along, p).flatten()
 
             def gather(part: Tensor, p: Tensor = p) -> Tensor:
-                return whole_of(part, p, self._mesh.tp_group)
+                return self._mesh.whole(part, p)
 
             yield name, Shard(dim, index, len(whole), gather)
 
@@ -171,10 +175,10 @@ class EngineScoringBackend(ModuleBackend):
 
     def exact_gradients(self, batch: Batch) -> Iterator[Gradient]:
         shape = self._mesh.shape
-        if shape.tp * shape.pp * shape.cp > 1:
+        if shape.tp * shape.pp * shape.cp * shape.ep > 1:
             raise EngineError(
-                f"selection.estimator=exact needs tp = pp = cp = 1, not tp={shape.tp} pp={shape.pp} cp={shape.cp}:"
-                " use directional or adjoint"
+                f"selection.estimator=exact needs tp = pp = cp = ep = 1, not tp={shape.tp} pp={shape.pp}"
+                f" cp={shape.cp} ep={shape.ep}: use directional, or adjoint where there are no experts"
             )
         with self._mesh.megatron():
             yield from super().exact_gradients(batch)
@@ -182,6 +186,8 @@ class EngineScoringBackend(ModuleBackend):
     def ghost_layers(self) -> list[GhostLayer]:
         from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
+        if any(map(is_expert, self._weights.values())):
+            raise EngineError(f"selection.estimator: {NO_EXPERTS}: use directional")
         names = {id(p): name for name, p in self._weights.items()}
         collect = self._collectors()
         layers = []

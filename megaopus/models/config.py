@@ -11,6 +11,8 @@ from megaopus.settings import FIXED, HARMLESS, setting
 POSITIONS = ("learned", "rope", "none")
 NORMS = ("layernorm", "rmsnorm", "rmsnorm_plus_1")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "geglu_tanh")
+ROUTER_SCORES = ("softmax", "sigmoid")
+BALANCED_OVER = ("sequence", "micro_batch")
 _SHAPE = "see configs/model/"
 _DERIVED = "null derives it"
 
@@ -47,6 +49,47 @@ class RopeScaling:
             yield key, f"missing, with {', '.join(given)} set", "set all four (Llama 3.1), or factor alone (linear)"
         elif self.low_freq_factor is not None and self.low_freq_factor >= (self.high_freq_factor or 0):
             yield "low_freq_factor", "is not below high_freq_factor", "Llama 3.1 has 1 and 4"
+
+
+@dataclass(slots=True, kw_only=True)
+class RouterConfig:
+    """Sends each token to the experts that score highest, and keeps their loads alike."""
+
+    scores: str = setting(
+        "softmax",
+        choices=ROUTER_SCORES,
+        doc="Of experts for a token: softmax over them (Switch, Mixtral, Qwen), or each its sigmoid (DeepSeek-V3).",
+    )
+    normalized: bool = setting(
+        True, doc="The weights of a token's experts add up to 1 (Mixtral, Qwen3); false: they are softmax scores."
+    )
+    scale: float | None = setting(
+        None, above=0, doc="What those weights are multiplied by (DeepSeek-V3: 2.5); null: nothing."
+    )
+    balance_loss: float = setting(
+        0.01, min=0, doc="Weight of the auxiliary loss that keeps loads alike (Switch, arXiv 2101.03961); 0: none."
+    )
+    balance_over: str = setting(
+        "sequence",
+        choices=BALANCED_OVER,
+        doc="Loads are compared within each sequence, the same at every layout, or each micro-batch of a rank.",
+    )
+    z_loss: float = setting(
+        0.0, min=0, doc="Weight of the mean square of the log-sum-exp of scores (ST-MoE, arXiv 2202.08906); 0: none."
+    )
+    bias_rate: float | None = setting(
+        None,
+        above=0,
+        doc="sigmoid: a bias of each expert, by which it is chosen, moves so much an update towards even loads"
+        " (arXiv 2408.15664; DeepSeek-V3: 0.001); null: no biases.",
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str, str]]:
+        """Yield ``(key, reason, remedy)`` for settings that do not go together."""
+        if self.scores == "sigmoid" and not self.normalized:
+            yield "normalized", "sigmoid scores are always divided by their sum", "set it to true"
+        if self.bias_rate is not None and self.scores != "sigmoid":
+            yield "bias_rate", f"scores are by {self.scores}", "set model.router.scores=sigmoid"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,6 +159,24 @@ class ModelConfig:
         None, above=0, doc="What token embeddings are multiplied by (Gemma: the root of hidden_size); null: nothing."
     )
     tied: bool = setting(True, doc="Input embedding and output layer share one matrix.")
+    num_experts: int | None = setting(
+        None, min=2, doc="MLPs of a block of which each token uses some (a mixture of experts); null: one MLP."
+    )
+    experts_per_token: int = setting(2, min=1, doc="How many of them.")
+    expert_ffn_hidden_size: int | None = setting(
+        None, min=1, doc="Width of an expert; null: that of the MLP.", hint=_DERIVED
+    )
+    shared_expert_ffn_hidden_size: int | None = setting(
+        None, min=1, doc="Width of an MLP that every token uses beside its experts (DeepSeek); null: none."
+    )
+    first_dense_layers: int = setting(0, min=0, doc="The first so many blocks have one MLP and no experts (DeepSeek).")
+    expert_capacity: float | None = setting(
+        None,
+        above=0,
+        doc="Tokens that an expert takes of a micro-batch, at most, over the even share; the others are dropped, the"
+        " least sure ones first (GShard), so that a sequence's loss depends on those beside it; null: it takes all.",
+    )
+    router: RouterConfig = field(default_factory=RouterConfig)
     dropout: float = setting(
         0.0, min=0, below=1, doc="Share of activations dropped while training.", hint="0 is usual for pre-training"
     )
@@ -152,8 +213,17 @@ class ModelConfig:
             return -(-8 * self.hidden_size // (3 * 64)) * 64
         return 4 * self.hidden_size
 
+    def derived_expert_ffn(self) -> int:
+        """Width of an expert after the default is applied."""
+        return self.derived_ffn() if self.expert_ffn_hidden_size is None else self.expert_ffn_hidden_size
+
+    def has_experts(self, layer: int) -> bool:
+        """Return whether block ``layer``, counted from 0, has experts."""
+        return self.num_experts is not None and layer >= self.first_dense_layers
+
     def conflicts(self) -> Iterator[tuple[str, str, str]]:
         """Yield ``(key, reason, remedy)`` for settings that do not go together."""
+        yield from self._conflicts_of_experts()
         if self.num_heads < 1 or (self.num_kv_heads or 1) < 1:
             return
         if self.head_dim is None and self.hidden_size % self.num_heads:
@@ -169,3 +239,16 @@ class ModelConfig:
             yield "embedding_scale", "position is learned, whose table is not scaled", "set model.position=rope"
         if self.bias and self.qkv_bias is False:
             yield "qkv_bias", "other linear layers have biases", "model.bias=false with qkv_bias=true is Qwen2's form"
+
+    def _conflicts_of_experts(self) -> Iterator[tuple[str, str, str]]:
+        if self.num_experts is None:
+            return
+        if self.experts_per_token > self.num_experts:
+            yield "experts_per_token", f"is above num_experts = {self.num_experts}", "choose fewer"
+        if self.experts_per_token == 1 and self.router.normalized and self.router.scores == "softmax":
+            reason = "is 1 with router.normalized: the one weight is always 1, and the router learns nothing"
+            yield "experts_per_token", reason, "set model.router.normalized=false"
+        if self.bias:
+            yield "bias", "is true, and experts have no biases", "set model.bias=false"
+        if self.first_dense_layers >= self.num_layers:
+            yield "first_dense_layers", "leaves no block with experts", f"choose fewer than {self.num_layers}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import re
@@ -16,11 +17,12 @@ from torch.nn import functional as F
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
-from megaopus.distributed.shards import is_split, part_of, whole_of
+from megaopus.distributed.shards import is_split, mark_expert
 from megaopus.models.config import ModelConfig
 from megaopus.models.counter_normals import fill_normal
 from megaopus.models.flops import padded_vocab
 from megaopus.models.fused import fill_in_kernels, token_losses
+from megaopus.models.names import EXPERT
 
 Start = Callable[[str, nn.Parameter], Tensor]
 """(name in the whole model, parameter) -> this rank's part of the weights to begin with, in their own precision."""
@@ -72,6 +74,8 @@ def transformer_config(
         tensor_model_parallel_size=mesh.shape.tp,
         pipeline_model_parallel_size=mesh.shape.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        expert_model_parallel_size=mesh.shape.ep,
+        expert_tensor_parallel_size=mesh.shape.expert_tp,
         # The interleaved schedule posts each receive on its own: gloo pairs batched ones wrongly, without an error.
         overlap_p2p_comm=parallel.vpp > 1,
         batch_p2p_comm=parallel.vpp == 1,
@@ -86,6 +90,7 @@ def transformer_config(
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
+        **_of_experts(model, mesh, bf16),
     )
     made.fused_losses = fused
     if fused:
@@ -93,10 +98,37 @@ def transformer_config(
     return made
 
 
+def _of_experts(model: ModelConfig, mesh: Mesh, bf16: bool) -> dict[str, Any]:
+    """What megatron's TransformerConfig says of experts; nothing where there are none."""
+    if model.num_experts is None:
+        return {}
+    router = model.router
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_layer_freq": [int(model.has_experts(layer)) for layer in range(model.num_layers)],
+        "moe_ffn_hidden_size": model.derived_expert_ffn(),
+        "moe_shared_expert_intermediate_size": model.shared_expert_ffn_hidden_size,
+        "moe_router_topk": model.experts_per_token,
+        "moe_router_score_function": router.scores,
+        "moe_router_pre_softmax": not router.normalized,
+        "moe_router_topk_scaling_factor": router.scale,
+        "moe_router_dtype": "fp32" if bf16 else None,
+        "moe_router_load_balancing_type": "seq_aux_loss" if router.balance_over == "sequence" else "aux_loss",
+        "moe_aux_loss_coeff": router.balance_loss,
+        "moe_z_loss_coeff": router.z_loss or None,
+        "moe_router_enable_expert_bias": router.bias_rate is not None,
+        "moe_router_bias_update_rate": router.bias_rate or 0.0,
+        "moe_expert_capacity_factor": model.expert_capacity,
+        # a group's tokens all go to each of its ranks, or each to those of its experts, which takes streams of a GPU
+        "moe_token_dispatcher_type": "allgather" if mesh.on_cpu else "alltoall",
+    }
+
+
 def _block_spec(model: ModelConfig, config: Any, mesh: Mesh, vp_stage: int | None) -> Any:
     """megatron's spec of the layers of one model chunk, with our attention, linear layers and norms in it."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     from megaopus.models.attention import CausalAttention
     from megaopus.models.linear import ColumnLinear, RowLinear
@@ -113,7 +145,15 @@ def _block_spec(model: ModelConfig, config: Any, mesh: Mesh, vp_stage: int | Non
     if model.qk_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
     num_layers = get_num_layers_to_build(config, vp_stage, mesh.pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+    specs = [layer] * num_layers
+    if model.num_experts is not None:
+        from megaopus.models.experts import mixture_spec
+
+        mixed = copy.deepcopy(layer)
+        mixed.submodules.mlp = mixture_spec(model.shared_expert_ffn_hidden_size is not None)
+        first = get_transformer_layer_offset(config, vp_stage, mesh.pp_rank)
+        specs = [mixed if model.has_experts(first + number) else layer for number in range(num_layers)]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
 
 
 def build_gpt(
@@ -170,6 +210,11 @@ def build_gpt(
         gpt.embedding.register_forward_hook(partial(_scale, model.embedding_scale))
     if gpt.post_process:
         mask_padding(gpt.output_layer, vocab_size, mesh)
+    config.moe_router_enable_expert_bias = False  # routers have theirs by now; moving them is the engine's
+    gpt.first_expert = mesh.ep_rank * ((model.num_experts or 0) // mesh.shape.ep)
+    for name, parameter in gpt.named_parameters():
+        if EXPERT in name:
+            mark_expert(parameter)
     return gpt.to(mesh.device)
 
 
@@ -212,10 +257,13 @@ def global_names(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
         layers = chunk.decoder.layers
         offset = layers[0].layer_number - 1 if len(layers) else 0
         for name, parameter in chunk.named_parameters():
-            if match := re.match(r"decoder\.layers\.(\d+)", name):
-                yield prefix + name, f"decoder.layers.{int(match[1]) + offset}{name[match.end() :]}", parameter
-            else:
-                yield prefix + name, name, parameter
+            whole = _renumbered(name, "decoder.layers.", offset)
+            yield prefix + name, _renumbered(whole, EXPERT, chunk.first_expert), parameter
+
+
+def _renumbered(name: str, before: str, offset: int) -> str:
+    """Add ``offset`` to the number after ``before`` in a name, if that is in it."""
+    return re.sub(rf"(?<={re.escape(before)})\d+", lambda found: str(int(found[0]) + offset), name, count=1)
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -259,22 +307,21 @@ def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int, *, 
         std = model.init_std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= math.sqrt(2 * model.num_layers)
-        shape = list(parameter.shape)
-        if mesh.shape.tp > 1 and is_split(parameter):
-            shape[parameter.partition_dim] *= mesh.shape.tp  # type: ignore[attr-defined]
+        shape, split = list(parameter.shape), is_split(parameter) and mesh.parts(parameter) > 1
+        if split:
+            shape[parameter.partition_dim] *= mesh.parts(parameter)  # type: ignore[attr-defined]
         # A tied output layer on a later stage starts as the embedding it will stay equal to.
         key = EMBEDDING if model.tied and name == "output_layer.weight" else name
         digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
         if on_cpu:
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             full = torch.randn(shape, generator=generator) * std
-            parameter.copy_(part_of(full, parameter, mesh.tp_rank, mesh.shape.tp))
+            parameter.copy_(mesh.part(full, parameter))
             continue
         places = [torch.arange(size, device=parameter.device) for size in shape]
-        if mesh.shape.tp > 1 and is_split(parameter):
+        if split:
             axis = parameter.partition_dim  # type: ignore[attr-defined]
-            along = places[axis].unsqueeze(1 - axis)
-            places[axis] = part_of(along, parameter, mesh.tp_rank, mesh.shape.tp).flatten()
+            places[axis] = mesh.part(places[axis].unsqueeze(1 - axis), parameter).flatten()
         fill_normal(parameter, std, int.from_bytes(digest[:8], "big"), places[0], places[1], shape[1])
 
 
@@ -287,7 +334,7 @@ def start_from(module: nn.Module, start: Start) -> None:
 
 
 def full_parameters(module: nn.Module, mesh: Mesh, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Every whole parameter by its whole-model name, on every rank, gathered over tp and pp (a collective call).
+    """Every whole parameter by its whole-model name, on every rank, gathered over tp, ep and pp (a collective call).
 
     ``values`` (by whole-model name, shaped like this rank's parameters) is gathered instead of the weights, if given.
     """
@@ -296,9 +343,10 @@ def full_parameters(module: nn.Module, mesh: Mesh, values: dict[str, Tensor] | N
     for own, name in canonical_names(module):
         parameter = parameters[own]
         value = (parameter if values is None else values[name]).detach()
-        local[name] = whole_of(value, parameter, mesh.tp_group).cpu()
-    if mesh.shape.pp == 1:
-        return local
-    stages: list[Any] = [None] * mesh.shape.pp
-    dist.all_gather_object(stages, local, group=mesh.pp_group)
-    return {name: value for stage in reversed(stages) for name, value in stage.items()}
+        local[name] = mesh.whole(value, parameter).cpu()
+    for group in (mesh.ep_group, mesh.pp_group):
+        if (size := dist.get_world_size(group)) > 1:
+            of_ranks: list[Any] = [None] * size
+            dist.all_gather_object(of_ranks, local, group=group)
+            local = {name: value for each in reversed(of_ranks) for name, value in each.items()}
+    return local

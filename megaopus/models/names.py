@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from megaopus.models.config import ModelConfig
 from megaopus.models.flops import padded_vocab
 
+EXPERT = "experts.local_experts."
+"""Before an expert's number in the names of its weights, as megatron has it."""
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
@@ -21,15 +23,15 @@ def whole_shapes(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str,
     if model.position == "learned":
         found["embedding.position_embeddings.weight"] = (model.max_positions or seq_len, hidden)
     for layer in range(model.num_layers):
-        found |= {f"decoder.layers.{layer}.{name}": shape for name, shape in _layer(model)}
+        found |= {f"decoder.layers.{layer}.{name}": shape for name, shape in _layer(model, layer)}
     found |= dict(_norm("decoder.final_layernorm", model))
     if not model.tied:
         found["output_layer.weight"] = (table, hidden)
     return found
 
 
-def _layer(model: ModelConfig) -> Shapes:
-    hidden, ffn, size = model.hidden_size, model.derived_ffn(), model.derived_head_dim()
+def _layer(model: ModelConfig, layer: int) -> Shapes:
+    hidden, size = model.hidden_size, model.derived_head_dim()
     query, key_value = model.num_heads * size, model.derived_kv_heads() * size
     yield from _norm("input_layernorm", model)
     yield from _linear("self_attention.linear_qkv", query + 2 * key_value, hidden, model.derived_qkv_bias())
@@ -38,8 +40,20 @@ def _layer(model: ModelConfig) -> Shapes:
         for name in ("q", "k"):
             yield from _norm(f"self_attention.{name}_layernorm", model, size)
     yield from _norm("pre_mlp_layernorm", model)
-    yield from _linear("mlp.linear_fc1", ffn * (2 if model.gated else 1), hidden, model.bias)
-    yield from _linear("mlp.linear_fc2", hidden, ffn, model.bias)
+    if not model.has_experts(layer):
+        yield from _mlp("mlp", model, model.derived_ffn())
+        return
+    assert model.num_experts is not None
+    yield "mlp.router.weight", (model.num_experts, hidden)
+    for number in range(model.num_experts):
+        yield from _mlp(f"mlp.{EXPERT}{number}", model, model.derived_expert_ffn())
+    if model.shared_expert_ffn_hidden_size is not None:
+        yield from _mlp("mlp.shared_experts", model, model.shared_expert_ffn_hidden_size)
+
+
+def _mlp(name: str, model: ModelConfig, ffn: int) -> Shapes:
+    yield from _linear(f"{name}.linear_fc1", ffn * (2 if model.gated else 1), model.hidden_size, model.bias)
+    yield from _linear(f"{name}.linear_fc2", model.hidden_size, ffn, model.bias)
 
 
 def _norm(name: str, model: ModelConfig, size: int | None = None) -> Shapes:

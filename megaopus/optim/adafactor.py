@@ -74,15 +74,15 @@ class Adafactor(LayoutOptimizer):
     ) -> Tensor:
         """This rank's part of V, with R and C brought up to date."""
         rows, columns = self.whole_shape(parameter)
-        split = is_split(parameter) and group_size(self.tp_group) > 1
+        split = is_split(parameter) and group_size(self.splitting(parameter)) > 1
         by_row = split and parameter.partition_dim == 0  # type: ignore[attr-defined]
         by_column = split and not by_row
         # squares of norms: no tensor of squares is made
         square_M1 = torch.linalg.vector_norm(gradient, dim=1, keepdim=True).square()
         square_1N = torch.linalg.vector_norm(gradient, dim=0, keepdim=True).square()
         # a rank has whole sums for the rows or columns that it holds, and parts of the others
-        square_M1 = (whole_of if by_row else sum_parts)(square_M1, parameter, self.tp_group)
-        square_1N = (whole_of if by_column else sum_parts)(square_1N, parameter, self.tp_group)
+        square_M1 = (whole_of if by_row else sum_parts)(square_M1, parameter, self.splitting(parameter))
+        square_1N = (whole_of if by_column else sum_parts)(square_1N, parameter, self.splitting(parameter))
         row_M1 = state["row_var"].lerp_(square_M1 / columns, weight)
         col_1N = state["col_var"].lerp_(square_1N / rows, weight)
         own_M1 = self.part(row_M1, parameter) if by_row else row_M1
@@ -91,7 +91,7 @@ class Adafactor(LayoutOptimizer):
 
     def _rms(self, part: Tensor, parameter: Tensor) -> Tensor:
         """(1,) root mean square of the whole of which ``part`` is this rank's, split as ``parameter`` is."""
-        square = sum_parts(torch.linalg.vector_norm(part).square().view(1), parameter, self.tp_group)
+        square = sum_parts(torch.linalg.vector_norm(part).square().view(1), parameter, self.splitting(parameter))
         return (square / torch.Size(self.whole_shape(parameter)).numel()).sqrt()
 
 

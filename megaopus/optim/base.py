@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from megaopus.distributed.shards import group_size, is_split, part_of
+from megaopus.distributed.shards import group_size, is_expert, is_split, part_of
 
 
 class LayoutOptimizer(Optimizer, ABC):
@@ -19,7 +19,8 @@ class LayoutOptimizer(Optimizer, ABC):
 
     Its state is made of tensors alone: ``shaped`` names those of the local parameter's shape, split as it is; ``whole``
     those that are the same on every tensor- and data-parallel rank, whatever their shape; ``step`` counts updates where
-    ``counts`` is set. ``tp_group``: the ranks over which parameters with ``tensor_model_parallel`` are split.
+    ``counts`` is set. ``tp_group``: the ranks over which parameters with ``tensor_model_parallel`` are split, but for
+    those of experts.
     """
 
     shaped: ClassVar[tuple[str, ...]] = ()
@@ -32,6 +33,8 @@ class LayoutOptimizer(Optimizer, ABC):
         self.tp_group = tp_group
         self.same_group: dist.ProcessGroup | None = None
         """Ranks that hold the same parameters and gradients, and may share the work; None: a rank alone."""
+        self.expert_groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None)
+        """``tp_group`` and ``same_group`` of experts' parameters."""
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if self.matrices_only and parameter.dim() != 2:
                 shape = tuple(parameter.shape)
@@ -85,15 +88,24 @@ class LayoutOptimizer(Optimizer, ABC):
 
     def part(self, whole: Tensor, parameter: Tensor) -> Tensor:
         """This rank's part of a whole tensor."""
-        size = group_size(self.tp_group)
-        return whole if size == 1 else part_of(whole, parameter, dist.get_rank(self.tp_group), size)
+        group = self.splitting(parameter)
+        size = group_size(group)
+        return whole if size == 1 else part_of(whole, parameter, dist.get_rank(group), size)
 
     def whole_shape(self, parameter: Tensor) -> list[int]:
         """Of the parameter over all tensor-parallel ranks."""
         shape = list(parameter.shape)
         if is_split(parameter):
-            shape[parameter.partition_dim] *= group_size(self.tp_group)  # type: ignore[attr-defined]
+            shape[parameter.partition_dim] *= group_size(self.splitting(parameter))  # type: ignore[attr-defined]
         return shape
+
+    def splitting(self, parameter: Tensor) -> dist.ProcessGroup | None:
+        """Give the ranks that hold parts of a parameter, where it is split."""
+        return self.expert_groups[0] if is_expert(parameter) else self.tp_group
+
+    def sharing(self, parameter: Tensor) -> dist.ProcessGroup | None:
+        """Give the ranks that hold the same of a parameter."""
+        return self.expert_groups[1] if is_expert(parameter) else self.same_group
 
 
 class CurvatureOptimizer(LayoutOptimizer):

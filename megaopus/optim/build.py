@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megaopus.distributed.mesh import Mesh
+from megaopus.distributed.shards import is_expert, is_split, mark_expert
 from megaopus.optim.base import CurvatureOptimizer, LayoutOptimizer
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.registry import spec_of
@@ -78,6 +80,9 @@ class MixedPrecisionOptimizer:
 
             wrapped = [ShardedAdamW(optimizer, megatron_config, sharded, mesh, _init_state) for optimizer in optimizers]
         self.chained = ChainedOptimizer(wrapped)
+        for parameter in module.parameters():  # megatron makes main weights, and leaves its own marks on them alone
+            if is_expert(parameter) and hasattr(parameter, "main_param"):
+                mark_expert(parameter.main_param)
 
     @property
     def torch_optimizers(self) -> list[Optimizer]:
@@ -199,12 +204,33 @@ class MixedPrecisionOptimizer:
         per tensor where neither Apex nor Transformer Engine is installed.
         """
         bad = self.chained.prepare_grads()
-        gradients = [g for wrapped in self.chained.chained_optimizers for g in wrapped.get_main_grads_for_grad_norm()]
+        if self._sharded:  # each rank has the gradients of its pieces
+            square = self._square(
+                [g for wrapped in self.chained.chained_optimizers for g in wrapped.get_main_grads_for_grad_norm()]
+            )
+        else:  # all that share a parameter have the same
+            shape = self._mesh.shape
+            of_all, of_experts = self._own_gradients()
+            square = self._square(of_all) / (shape.dp * shape.cp)
+            if of_experts:
+                square = square + self._square(of_experts) / shape.expert_dp
+        return square * math.nan if bad else square
+
+    def _own_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Give this rank's gradients, a whole weight's on one of its tensor-parallel ranks; those of experts apart."""
+        parameters = [p for wrapped in self.chained.chained_optimizers for p in wrapped.get_parameters()]
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for parameter in parameters:
+            copied = getattr(parameter, "shared", False)  # a tied matrix on the last stage
+            first = dist.get_rank(self._mesh.tensor_group(parameter)) == 0
+            if parameter.grad is not None and not copied and (is_split(parameter) or first):
+                found[is_expert(parameter)].append(parameter.grad)
+        return found
+
+    def _square(self, gradients: list[Tensor]) -> Tensor:
+        """() float64: the sum of their squares."""
         norms = torch._foreach_norm(gradients) if gradients else [torch.zeros((), device=self._mesh.device)]
-        square = torch.stack(norms).square().sum().double()
-        # each rank has the gradients of its pieces, or all that share a model have the same
-        copies = 1 if self._sharded else self._mesh.shape.dp * self._mesh.shape.cp
-        return square * math.nan if bad else square / copies
+        return torch.stack(norms).square().sum().double()
 
     def step(self, norm: float, limit: float = math.inf) -> bool:
         """Update the weights by the gradients of ``prepare``, whose norm is ``norm``; returns whether that was done.
@@ -225,6 +251,8 @@ class MixedPrecisionOptimizer:
         """Say which elements of a parameter's reduced gradient this one of the dp and cp ranks counts; None: none."""
         if self._sharded:
             return self.chained.chained_optimizers[0].own_piece(parameter)
+        if is_expert(parameter):
+            return slice(None) if self._mesh.expert_dp_rank == 0 else None
         return slice(None) if self._mesh.dp_rank == self._mesh.cp_rank == 0 else None
 
     def saves(self, parameter: nn.Parameter) -> bool:
@@ -267,7 +295,7 @@ class MixedPrecisionOptimizer:
         """
         from megatron.core.dist_checkpointing import ShardedTensor
 
-        mesh = self._mesh
+        mesh, parameters = self._mesh, dict(self._module.named_parameters())
         found: dict[str, dict[str, Any]] = {}
         for each in () if self._sharded else self.states():
             if not isinstance(each.optimizer, LayoutOptimizer):
@@ -275,6 +303,8 @@ class MixedPrecisionOptimizer:
             name = names[each.name]
             copy = int(name != each.name and each.name.endswith("output_layer.weight"))  # a tied one on the last stage
             replica = (copy, mesh.tp_rank, mesh.dp_rank * mesh.shape.cp + mesh.cp_rank)
+            if is_expert(parameters[each.name]):
+                replica = (copy, dist.get_rank(mesh.expert_tp_group), mesh.expert_dp_rank)
             for key in each.optimizer.whole:
                 if key in each.state:
                     path = f"optimizer.state.{key}.{name}"
@@ -334,13 +364,14 @@ def torch_optimizers(
     """
     spec, settings = config.spec(), config.own_settings()
     named = list(module.named_parameters())
-    mine = [p for name, p in named if not spec.matrices or ("decoder.layers." in name and p.dim() == 2)]
+    mine = [p for name, p in named if not spec.matrices or _is_block_matrix(name, p)]
     lr, weight_decay = (
         (config.matrix_lr, config.matrix_weight_decay) if spec.matrices else (config.lr, config.weight_decay)
     )
     optimizer = (make or spec.make)(_groups(mine, weight_decay, lr), config, settings, mesh.tp_group)
     if isinstance(optimizer, LayoutOptimizer):
         optimizer.same_group = mesh.dp_cp_group
+        optimizer.expert_groups = (mesh.expert_tp_group, mesh.expert_dp_group)
     made = [(optimizer, spec)]
     if spec.matrices:
         ids, adamw = {id(p) for p in mine}, spec_of("adamw")
@@ -348,6 +379,15 @@ def torch_optimizers(
         made.append((adamw.make(rest, config, {}, mesh.tp_group), adamw))
     _SPECS.update(made)
     return [optimizer for optimizer, _ in made]
+
+
+def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Say whether an optimizer of the blocks' matrices takes a parameter.
+
+    A router is none of them: what all experts' scores have in common changes no softmax, so that its gradient has a
+    singular value of nothing but rounding, which an orthogonal update makes as long as the others.
+    """
+    return "decoder.layers." in name and parameter.dim() == 2 and not name.endswith(".mlp.router.weight")
 
 
 _SPECS: WeakKeyDictionary[Optimizer, Spec] = WeakKeyDictionary()

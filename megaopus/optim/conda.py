@@ -59,14 +59,14 @@ class Conda(LayoutOptimizer):
     def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         state["exp_avg"].lerp_(gradient, 1 - beta1)
-        mean = whole_of(state["exp_avg"], parameter, self.tp_group)
+        mean = whole_of(state["exp_avg"], parameter, self.splitting(parameter))
         t = float(state["step"])
         if (t - 1) % group["projection_every"] == 0:
             state["projection"].copy_(singular_vectors(mean))
         basis = state["projection"]
-        rotated = rotate(whole_of(gradient, parameter, self.tp_group), basis)
+        rotated = rotate(whole_of(gradient, parameter, self.splitting(parameter)), basis)
         state["exp_avg_sq"].mul_(beta2).add_(self.part(rotated.square(), parameter), alpha=1 - beta2)
-        second = whole_of(state["exp_avg_sq"], parameter, self.tp_group)
+        second = whole_of(state["exp_avg_sq"], parameter, self.splitting(parameter))
         direction = rotate_back(rotate(mean, basis) / (second.sqrt() + group["eps"]), basis)
         rate = group["lr"] * group["scale"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(self.part(direction, parameter), alpha=rate)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaopus.distributed.shards import group_size, whole_of
+from megaopus.distributed.shards import group_size, is_expert, whole_of
 from megaopus.newton_schulz import orthogonalise, working_type
 from megaopus.optim.base import LayoutOptimizer
 from megaopus.optim.config import OptimConfig
@@ -71,20 +71,20 @@ class Muon(LayoutOptimizer):
         super().__init__(params, defaults, tp_group)
 
     def update_group(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """Orthogonalise matrices of one shape together, each on one of ``same_group``'s ranks; collective over both."""
-        alike: dict[tuple[int, ...], list[Tensor]] = {}
+        """Orthogonalise matrices of one shape together, each on one of the ranks that hold it; a collective call."""
+        alike: dict[tuple[bool, tuple[int, ...]], list[Tensor]] = {}
         for parameter in parameters:
-            alike.setdefault(tuple(self.whole_shape(parameter)), []).append(parameter)
-        ranks = group_size(self.same_group)
-        for shape, matrices in alike.items():
-            turn = ranks * together(shape, matrices[0].device)
+            alike.setdefault((is_expert(parameter), tuple(self.whole_shape(parameter))), []).append(parameter)
+        for (_, shape), matrices in alike.items():
+            turn = group_size(self.sharing(matrices[0])) * together(shape, matrices[0].device)
             for first in range(0, len(matrices), turn):
                 self._take_turn(matrices[first : first + turn], group)
 
     def _take_turn(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """Update some of one shape."""
-        ranks = group_size(self.same_group)
-        rank = 0 if ranks == 1 else dist.get_rank(self.same_group)
+        """Update some of one shape, all of them experts' or none."""
+        sharing = self.sharing(matrices[0])
+        ranks = group_size(sharing)
+        rank = 0 if ranks == 1 else dist.get_rank(sharing)
         mine: list[Tensor] = []
         finishes: list[Callable[[Tensor], None]] = []
         for number, parameter in enumerate(matrices):
@@ -104,7 +104,7 @@ class Muon(LayoutOptimizer):
                 direction = torch.empty(shape, dtype=dtype, device=parameter.device)
             if ranks > 1:
                 direction = direction.contiguous()
-                dist.broadcast(direction, group=self.same_group, group_src=owner)
+                dist.broadcast(direction, group=sharing, group_src=owner)
             finish(direction)
 
     def _orthogonal_of(self, wholes: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
@@ -123,7 +123,7 @@ class Muon(LayoutOptimizer):
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> tuple[Tensor, Callable[[Tensor], None]]:
         """(the whole of U, what changes the parameter given NS(U)), with the state brought up to date."""
-        whole = whole_of(self.averaged(gradient, state, group), parameter, self.tp_group)
+        whole = whole_of(self.averaged(gradient, state, group), parameter, self.splitting(parameter))
 
         def finish(orthogonal: Tensor) -> None:
             direction = self.part(self.scaled(orthogonal, parameter.dtype), parameter)

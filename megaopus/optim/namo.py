@@ -48,9 +48,9 @@ class NAMO(Muon):
     def begin(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> tuple[Tensor, Callable[[Tensor], None]]:
-        square = sum_parts(gradient.square().sum().view(1), parameter, self.tp_group)
+        square = sum_parts(gradient.square().sum().view(1), parameter, self.splitting(parameter))
         state["v_squared"].lerp_(square, 1 - group["mu2"])
-        whole = whole_of(self.averaged(gradient, state, group), parameter, self.tp_group)
+        whole = whole_of(self.averaged(gradient, state, group), parameter, self.splitting(parameter))
         rate = adaptive_rate(group, float(state["step"]), whole.norm(), state["v_squared"])
         scale = (0.2 * max(whole.shape) ** 0.5 * rate).clamp(max=1)
 
@@ -80,9 +80,9 @@ class NAMOD(NAMO):
     def begin(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> tuple[Tensor, Callable[[Tensor], None]]:
-        gradient_MN = whole_of(gradient, parameter, self.tp_group)
+        gradient_MN = whole_of(gradient, parameter, self.splitting(parameter))
         state["V"].lerp_(gradient_MN.square().sum(0), 1 - group["mu2"])
-        whole = whole_of(self.averaged(gradient, state, group), parameter, self.tp_group)
+        whole = whole_of(self.averaged(gradient, state, group), parameter, self.splitting(parameter))
         rate_N = adaptive_rate(group, float(state["step"]), whole.norm(dim=0), state["V"])
         mean = rate_N.mean()
         rate_N = rate_N.clamp(group["clamp"] * mean, mean / group["clamp"])

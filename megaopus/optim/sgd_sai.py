@@ -57,8 +57,8 @@ class SGDSaI(LayoutOptimizer):
 
     def _set(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         count = torch.Size(self.whole_shape(parameter)).numel()
-        total = sum_parts(gradient.double().sum().view(1), parameter, self.tp_group)
-        square = sum_parts(gradient.double().square().sum().view(1), parameter, self.tp_group)
+        total = sum_parts(gradient.double().sum().view(1), parameter, self.splitting(parameter))
+        square = sum_parts(gradient.double().square().sum().view(1), parameter, self.splitting(parameter))
         deviation = ((square - total.square() / count) / max(1, count - 1)).clamp(min=0).sqrt()
         if not bool(square):
             return

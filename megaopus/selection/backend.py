@@ -188,10 +188,10 @@ class ScoringBackend(Protocol):
     def computes_in_16_bits(self) -> bool:
         """Return whether forward passes see weights rounded to 16 bits, by autocast or as they are kept."""
 
-    def counts(self, name: str) -> bool:
-        """Return whether, of the ranks that hold the same numbers of a weight, this is the one to count them.
+    def counts(self, name: str) -> float:
+        """Return how often the numbers that this rank holds of a weight count: over all ranks once a data-parallel one.
 
-        Data-parallel ranks all count.
+        1, or 0 where another of the ranks that share a model holds the same numbers, and counts them.
         """
 
     def parameters(self) -> dict[str, Tensor]:

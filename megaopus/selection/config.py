@@ -30,6 +30,9 @@ of 65536 numbers of several tensors (torch: MultiTensorApply.cuh), of which the 
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a scoring pass beyond which larger ones are hardly faster (CPU: docs/benchmarks.md; CUDA: not measured)."""
 
+NO_EXPERTS = "activations are captured sequence by sequence, and experts are given tokens of several"
+"""Why estimators that capture activations cannot score a mixture of experts."""
+
 
 def most_per_pass(count: int, tokens: int, device: str) -> int:
     """The largest power of two of ``count`` candidates that has about PASS_TOKENS tokens at most, at least 1."""
@@ -413,6 +416,15 @@ class SelectionConfig:
         """Return whether the estimator, or what it borrows sketches from, captures activations of layers."""
         entry = estimators.ESTIMATORS.find(self.estimator)
         return "hooks" in entry.needs or (entry.gram is None and self.redundancy > 0)
+
+    def captured_for(self) -> tuple[str, str] | None:
+        """Name the setting, and its value, for which activations of layers are captured; None: they are not."""
+        if "hooks" in methods.needs(self.method):
+            return "method", self.method
+        if not methods.by_estimator(self.method) or not self.captures:
+            return None
+        entry = estimators.ESTIMATORS.find(self.estimator)
+        return ("estimator", self.estimator) if "hooks" in entry.needs else ("gram", self.gram)
 
     def ghost_layers(self) -> str:
         """The layers whose sketches are taken."""

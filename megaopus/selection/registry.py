@@ -22,7 +22,7 @@ NEEDS = {
     "text_features": "numbers of the candidates' text, worked out beforehand",
     "wanted": "which candidates are of a target domain",
     "hooks": "hooks on modules, which fire in uncompiled code only",
-    "whole_model": "the whole model on every rank: tp = pp = cp = 1",
+    "whole_model": "the whole model on every rank: tp = pp = cp = ep = 1",
     "whole_weights": "whole weights on every rank: no ZeRO-3",
     "whole_sequence": "whole sequences on every rank: cp = 1",
     "small_model": "a model of a few million parameters",

@@ -103,9 +103,9 @@ class ModuleBackend(OldBackendNames):
         """Return whether no pass was made that shows what the model computes in."""
         return self._saw_16_bits is None
 
-    def counts(self, name: str) -> bool:
+    def counts(self, name: str) -> float:
         """Every rank has a model of its own."""
-        return True
+        return 1.0
 
     def parameters(self) -> dict[str, Tensor]:
         """The trainable weights that an optimizer holds, in the module's order; a tied weight appears once."""

@@ -120,7 +120,7 @@ def select(engine: Any, candidates: int = 16, proxies: int = 4, **settings: Any)
         selection = selector.select(random_batch(candidates, step), step)
         assert selection.method == config.method
         # a whole optimizer step is too far for some: what layouts make of it is compared, not the oracle
-        assert {event.kind for event in selection.events} <= {"selection.imprecise"}
+        assert {event.kind for event in selection.events} <= {"selection.imprecise"}, selection.events
         values = [value for value in (selection.utilities, selector.gram) if value is not None]
         assert len(values) == 1 + (config.redundancy > 0)
         found.append((selection.picked_ids.tolist(), values))

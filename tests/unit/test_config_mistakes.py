@@ -175,7 +175,7 @@ COMBINED = [
         "selection=opus selection.estimator=exact parallel.tp=2",
         2,
         "selection.estimator = 'exact'",
-        "needs tp = pp = cp = 1",
+        "needs tp = pp = cp = ep = 1",
         "adjoint or directional",
     ),
     (

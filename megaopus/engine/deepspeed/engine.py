@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaopus.checkpoint.pending_save import PendingSave
-from megaopus.distributed.collectives import gathered
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
+from megaopus.distributed.shards import gathered
 from megaopus.engine.base import Engine, StepResult
 from megaopus.engine.batch_split import padded_share, seed_dropout
 from megaopus.engine.config import EngineConfig

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaopus.distributed.collectives import gathered
+from megaopus.distributed.shards import gathered
 from megaopus.engine.deepspeed.flat_matrices import FlatMatrices, Matrix
 from megaopus.optim.build import ParameterState, counts_steps, set_step, state_names
 

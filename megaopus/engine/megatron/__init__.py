@@ -35,6 +35,7 @@ register_engine(
         describe=lambda engine: engine.name,
         refusals=_refusals,
         shards_optimizer=lambda parallel: parallel.distributed_optimizer,
+        serves_experts=True,
         memory=lambda engine, count, precision, shards, scores: {},
     ),
 )

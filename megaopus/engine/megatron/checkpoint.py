@@ -32,6 +32,10 @@ def save_strategy(mesh: Mesh) -> Any:
     return FullyParallelSaveStrategyWrapper(_in_process_save(), mesh.dp_cp_group)
 
 
+_OF_EXPERTS = ".mlp.experts."
+"""In the names of experts' tensors."""
+
+
 def load_dealt(wanted: dict[str, Any], folder: Path, mesh: Mesh, shared: Callable[[str], bool]) -> dict[str, Any]:
     """Load ``wanted`` as ``dist_checkpointing.load`` does; of the dp and cp ranks one reads a tensor and sends it on.
 
@@ -45,7 +49,12 @@ def load_dealt(wanted: dict[str, Any], folder: Path, mesh: Mesh, shared: Callabl
     load = partial(dist_checkpointing.load, checkpoint_dir=str(folder), common_strategy=_plain_common_strategy())
     if ranks == 1:
         return load(wanted)
-    leaves = [(path, leaf) for path, leaf in _tensors_in(wanted) if shared(path[0])]
+    apart = mesh.shape.ep > 1  # each rank has experts of its own
+    leaves = [
+        (path, leaf)
+        for path, leaf in _tensors_in(wanted)
+        if shared(path[0]) and not (apart and _OF_EXPERTS in leaf.key)
+    ]
     readers = deal([leaf.data.numel() for _, leaf in leaves], ranks)
     request = _copied(wanted)
     for (path, leaf), reader in zip(leaves, readers, strict=True):

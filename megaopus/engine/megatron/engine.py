@@ -56,19 +56,24 @@ class MegatronEngine(MegatronPasses):
             self._zero_gradients()
             self.work.reset()
             self.work.start()
-            losses = self.run_local(batch, share, self.micro_batch_size, self.seq_len, forward_only=False)
+            with self.experts.counted():
+                losses = self.run_local(batch, share, self.micro_batch_size, self.seq_len, forward_only=False)
             lr = self.prepare_update()
             parts = {
                 "loss": self.loss_part(losses),
                 "square": self.optimizer.prepare().view(1),
                 "layers": self.layer_squares() if layer_grad_norms else None,
                 "loss_tokens": tokens,
+                "experts": self.experts.counts(self.mesh.device),
             }
             sums = self.settle(batch, parts)
             loss, grad_norm = sums["loss"][0] / len(batch), math.sqrt(sums["square"][0])
             applied = math.isfinite(loss) and self.optimizer.step(grad_norm, limit)
+            if applied and "experts" in sums:
+                self.experts.even_out(sums["experts"])
         self.step += 1
-        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, **self.told(sums))
+        loads = self.experts.told(sums["experts"]) if "experts" in sums else None
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, applied=applied, expert_loads=loads, **self.told(sums))
 
     def _own_gradient(self, name: str, parameter: Any) -> Tensor | None:
         if (piece := self.optimizer.own_piece(parameter)) is not None:

@@ -18,6 +18,7 @@ from megaopus.engine.gpt_forward import SampledLabels, token_losses
 from megaopus.engine.token_logprobs import Asked, packed_logprobs
 from megaopus.models.config import ModelConfig
 from megaopus.models.context_parts import runs_of
+from megaopus.models.expert_loads import ExpertBalance
 from megaopus.models.gpt import build_gpt, canonical_names, transformer_config
 from megaopus.optim.build import MixedPrecisionOptimizer
 from megaopus.optim.config import OptimConfig
@@ -60,6 +61,7 @@ class MegatronPasses(Engine):
             size = {"vocab_size": vocab_size, "max_positions": model.max_positions or self.seq_len}
             self.chunks = [build_gpt(model, config, mesh, chunk=chunk, **size) for chunk in range(parallel.vpp)]
             self.module = self.chunks[0] if len(self.chunks) == 1 else nn.ModuleList(self.chunks)
+            self.experts = ExpertBalance(self.module, model)
             if self.bf16:
                 self.module.bfloat16()  # megatron leaves the position table in fp32
             self._fill(model, engine)

@@ -77,7 +77,7 @@ _COST = (1.0, "forward and backward per candidate, in float64")
     auto_layers="all",
     micro_batches=False,
     needs={
-        "whole_model": "one float64 gradient per candidate is taken of a whole model: it needs tp = pp = cp = 1",
+        "whole_model": "one float64 gradient per candidate is taken of a whole model: it needs tp = pp = cp = ep = 1",
         "whole_weights": "needs whole weights on every rank",
         "small_model": "makes one float64 gradient per candidate",
     },

@@ -74,14 +74,16 @@ def predicted_change(backend: ScoringBackend, direction: Gradient, gradient: Map
 
     Both in pieces, if the backend has them. The same on every rank, as a sum of all is. Collective.
     """
-    counts: Callable[[str], bool] = getattr(backend, "counts", lambda name: True)  # version 0.1 had no such method
-    names = [name for name in direction if counts(name)]
+    counts: Callable[[str], float] = getattr(backend, "counts", lambda name: 1.0)  # version 0.1 had no such method
+    weights = {name: float(counts(name)) for name in direction}
     given, factor = unscaled(gradient), gradient.factor if isinstance(gradient, Scaled) else 1.0
     start = torch.zeros(1, dtype=torch.float64, device=backend.device)
-    sums = [
-        _products(here, there).sum(dtype=torch.float64)
-        for here, there in chunks([[direction[name] for name in names], [given[name] for name in names]])
-    ]
+    sums = []
+    for weight in sorted({*weights.values()} - {0.0}, reverse=True):
+        names = [name for name, counted in weights.items() if counted == weight]
+        for here, there in chunks([[direction[name] for name in names], [given[name] for name in names]]):
+            product = _products(here, there).sum(dtype=torch.float64)
+            sums.append(product if weight == 1 else product * weight)
     total = start if not sums else (torch.stack(sums).sum() * factor).view(1).to(start)
     copies = 1 if pieces_of(backend) else backend.world_size
     return backend.sum_over_ranks(start[:0], total)[1][0] / copies

@@ -1,0 +1,268 @@
+"""A mixture of experts computes what plain PyTorch does, and trains and scores the same at every layout."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.mesh import Mesh
+from megaopus.engine.config import EngineConfig
+from megaopus.errors import EngineError
+from megaopus.models.config import ModelConfig, RouterConfig
+from megaopus.models.flops import count_active_parameters, count_parameters, training_flops_per_token
+from megaopus.models.gpt import full_parameters
+from megaopus.models.names import whole_shapes
+from megaopus.optim.registry import OPTIMIZERS
+from tests.exact import test_engine_layouts as layouts
+from tests.exact.scoring_runs import Picks, relative_error, same_picks, select, step_of_differences
+from tests.harness import LLAMA, gentle, random_batch, state_of, tiny_engine
+from tests.pool import Jobs, Pool
+
+SOFTMAX = replace(
+    LLAMA,
+    num_experts=4,
+    expert_ffn_hidden_size=32,
+    shared_expert_ffn_hidden_size=16,
+    first_dense_layers=1,
+    router=RouterConfig(balance_loss=0.1, z_loss=0.01),
+)
+SIGMOID = replace(
+    LLAMA,
+    num_experts=4,
+    expert_ffn_hidden_size=32,
+    router=RouterConfig(scores="sigmoid", scale=2.5, bias_rate=0.001, balance_loss=0.01),
+)
+CASES = {"softmax": (SOFTMAX, "adamw"), "sigmoid": (SIGMOID, "muon")}
+SP = {"tp": 2, "sequence_parallel": True}
+LAYOUTS = {
+    "ep2": (2, ParallelConfig(ep=2)),
+    "ep2-pp2": (4, ParallelConfig(ep=2, pp=2)),
+    "ep2-dp2": (4, ParallelConfig(ep=2)),
+    "tp2-sp": (2, ParallelConfig(**SP)),
+    "ep2-cp2": (2, ParallelConfig(ep=2, cp=2)),
+}
+"""Name -> (ranks, parallel); under ``tp2-sp`` tensor-parallel ranks split the experts."""
+OF_EVERY_OPTIMIZER = ("tp2-sp", "ep2-dp2")
+"""Layouts at which ranks hold parts of an expert, and several hold the same."""
+OTHERS = [name for name in OPTIMIZERS if name not in {optimizer for _, optimizer in CASES.values()}]
+
+
+def build(mesh: Mesh, case: str, parallel: ParallelConfig, optimizer: str | None = None, **more: Any) -> Any:
+    model, usual = CASES[case]
+    return tiny_engine(mesh, model=model, optim=gentle(optimizer or usual), parallel=parallel, **more)
+
+
+def biases(engine: Any) -> dict[int, list[float]]:
+    """Layer -> the biases that its experts are chosen by, of this rank's layers."""
+    routers = [module for module in engine.module.modules() if getattr(module, "expert_bias", None) is not None]
+    return {router.layer_number: router.expert_bias.tolist() for router in routers}
+
+
+def alone_or_at(layout: str, folder: Path) -> dict[str, Any]:
+    """Return what a rank finds; one process ("one") writes checkpoints, which the others read and write again."""
+    parallel = ParallelConfig() if layout == "one" else LAYOUTS[layout][1]
+    mesh = Mesh(parallel, "cpu")
+    found: dict[str, Any] = {}
+    try:
+        for case in CASES:
+            engine = build(mesh, case, parallel)
+            found[case] = copy.deepcopy(layouts.train(engine))  # its weights are the engine's own
+            found[case, "loads"] = engine.train_step(random_batch(8, 50)).expert_loads
+            found[case, "biases"] = biases(engine)
+            found[case, "picks"] = {
+                "plain": select(engine, epsilon=1.0),
+                "uneven": select(engine, 13, 3, epsilon=1.0, contrast=True),
+            }
+            found[case, "step"] = step_of_differences(engine)
+            if layout == "one":
+                layouts.save(engine, folder / case)
+            again = build(mesh, case, parallel)
+            found[case, "resumed"] = layouts.resume(again, folder / case)
+            layouts.save(again, folder / layout / case)
+        for optimizer in OTHERS if layout in ("one", *OF_EVERY_OPTIMIZER) else ():
+            engine = build(mesh, "softmax", parallel, optimizer)
+            for step in range(2):
+                engine.train_step(random_batch(8, step))
+            found[optimizer] = {"weights": full_parameters(engine.module, mesh)}
+    finally:
+        mesh.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("experts")
+
+
+@pytest.fixture(scope="module")
+def one_process(pool: Pool, folder: Path) -> dict[str, Any]:
+    return pool.run(1, alone_or_at, "one", folder)[0]
+
+
+@pytest.fixture(scope="module")
+def ranks(pool: Pool, one_process: dict[str, Any], folder: Path, selected: Callable[[str], list[str]]) -> Jobs[str]:
+    """Layout -> what each rank found; it reads checkpoints that one process wrote."""
+    return pool.jobs({layout: size for layout, (size, _) in LAYOUTS.items()}, alone_or_at, folder).begin(
+        selected("layout")
+    )
+
+
+@pytest.fixture
+def mesh() -> Iterator[Mesh]:
+    alone = Mesh(ParallelConfig(), "cpu")
+    yield alone
+    alone.close()
+
+
+# -- layouts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_equals_one_process(layout: str, ranks: Jobs[str], one_process: dict[str, Any]) -> None:
+    for found in ranks[layout]:
+        for case in CASES:
+            layouts.assert_close(found[case], one_process[case], (layout, case))
+            assert found[case, "loads"] == pytest.approx(one_process[case, "loads"], abs=1e-12)
+            for layer, values in found[case, "biases"].items():
+                assert values == one_process[case, "biases"][layer]
+        for optimizer in OTHERS if layout in OF_EVERY_OPTIMIZER else ():
+            layouts.assert_close(found[optimizer], one_process[optimizer], (layout, optimizer))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpoints_go_from_one_layout_to_another(
+    layout: str, ranks: Jobs[str], one_process: dict[str, Any], folder: Path, mesh: Mesh
+) -> None:
+    for case in CASES:
+        for found in ranks[layout]:
+            layouts.assert_close(found[case, "resumed"], one_process[case, "resumed"], (case, "from one process"))
+        own, expected = (build(mesh, case, ParallelConfig()) for _ in range(2))
+        for engine, written in ((own, layout), (expected, "one")):
+            engine.load(folder / written / case, ["average"])
+            engine.step = layouts.STEPS + 1
+        layouts.assert_close(layouts.train(own, 5, 6), layouts.train(expected, 5, 6), (case, "to one process"))
+        assert biases(own) == biases(expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_picks_are_those_of_one_process(layout: str, ranks: Jobs[str], one_process: dict[str, Any]) -> None:
+    for case in CASES:
+        expected: dict[str, Picks] = one_process[case, "picks"]
+        change, epsilon = one_process[case, "step"]
+        for found in ranks[layout]:
+            for name, picks in found[case, "picks"].items():
+                assert relative_error(picks, expected[name]) < 1e-4, (case, name)
+                assert same_picks(picks, expected[name]), (case, name)
+            assert found[case, "step"] == (pytest.approx(change, rel=1e-4), epsilon)
+
+
+# -- what is computed ------------------------------------------------------------------------------------------------
+
+
+def swiglu(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    gate, up = (x @ weights[f"{name}.linear_fc1.weight"].t()).chunk(2, -1)
+    return (F.silu(gate) * up) @ weights[f"{name}.linear_fc2.weight"].t()
+
+
+def plain(model: ModelConfig, x: Tensor, weights: dict[str, Tensor], bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(output of the layer for x (S, B, H), auxiliary losses added up), every expert computed for every token."""
+    router, logits = model.router, x @ weights["router.weight"].t()
+    scores = logits.softmax(-1) if router.scores == "softmax" else logits.sigmoid()
+    chosen = (scores if bias is None else scores + bias).topk(model.experts_per_token, -1).indices
+    mask = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
+    taken = scores * mask
+    taken = taken / taken.sum(-1, keepdim=True) * (router.scale or 1.0)
+    each = [swiglu(x, weights, f"experts.local_experts.{number}") for number in range(model.num_experts or 0)]
+    output = sum(taken[..., [number]] * value for number, value in enumerate(each))
+    if model.shared_expert_ffn_hidden_size:
+        output = output + swiglu(x, weights, "shared_experts")
+    shares = scores / scores.sum(-1, keepdim=True)
+    by_score = torch.zeros_like(scores).scatter(-1, shares.topk(model.experts_per_token, -1).indices, 1.0)
+    loads = by_score.mean(0) / model.experts_per_token  # (B, E) share of a sequence's tokens
+    balance = (model.num_experts or 0) * (loads * shares.mean(0)).sum(-1).mean()
+    return output, router.balance_loss * balance + router.z_loss * logits.logsumexp(-1).square().mean()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_is_that_of_plain_pytorch_in_float64(case: str, mesh: Mesh) -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    model = CASES[case][0]
+    layer = build(mesh, case, ParallelConfig()).module.decoder.layers[1].mlp
+    bias = torch.tensor([0.03, -0.02, 0.01, 0.0]) if layer.router.expert_bias is not None else None
+    if bias is not None:
+        layer.router.expert_bias.copy_(bias)
+    weights = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    x = torch.randn(16, 3, model.hidden_size, generator=torch.Generator().manual_seed(5))
+    expected, auxiliary = plain(model, x.double(), weights, bias)
+    by = torch.randn_like(x)
+    ((expected * by).sum() + auxiliary).backward()
+    layer.train()
+    with mesh.megatron():
+        moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1)  # which a schedule sets
+        found = layer(x)[0]
+        gradients = torch.autograd.grad((found * by).sum(), list(layer.parameters()))
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-6)
+    for (name, _), gradient in zip(layer.named_parameters(), gradients, strict=True):
+        assert (gradient - weights[name].grad).norm() < 1e-5 * weights[name].grad.norm(), name
+
+
+def test_scoring_leaves_the_balance_as_it_is(mesh: Mesh) -> None:
+    """Proxy gradients and forward passes are counted nowhere, and give the router no auxiliary loss."""
+    first, second = (build(mesh, "sigmoid", ParallelConfig()) for _ in range(2))
+    for step in range(3):
+        assert first.train_step(random_batch(8, step)) == second.train_step(random_batch(8, step))
+        if step:  # the optimizer has a state
+            select(second, 12, contrast=True)
+        assert biases(first) == biases(second)
+        assert all(torch.equal(a, b) for a, b in zip(state_of(first), state_of(second), strict=True))
+    assert any(value for values in biases(first).values() for value in values)
+
+
+def test_the_utility_is_the_directional_derivative_in_float64(mesh: Mesh) -> None:
+    """Over a step of differences some tokens change experts; of the exact derivative none does."""
+    engine = build(mesh, "softmax", ParallelConfig())
+    for step in range(2):
+        engine.train_step(random_batch(8, step))
+    picks = {name: select(engine, estimator=name) for name in ("directional", "exact")}
+    for (_, (found,)), (_, (exact,)) in zip(picks["directional"], picks["exact"], strict=True):
+        assert torch.corrcoef(torch.stack([found, exact]))[0, 1] > 0.99
+
+
+# -- counts and refusals -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_and_counts_are_those_of_the_model(case: str, mesh: Mesh) -> None:
+    model = CASES[case][0]
+    found = full_parameters(build(mesh, case, ParallelConfig()).module, mesh)
+    assert {name: tuple(value.shape) for name, value in found.items()} == whole_shapes(model, 128, 16)
+    total = count_parameters(model, 128, 16)
+    assert total == sum(value.numel() for value in found.values())
+    idle = sum(value.numel() for name, value in found.items() if ".local_experts." in name) // 2
+    assert count_active_parameters(model, 128, 16) == total - idle
+    dense = replace(model, num_experts=None)
+    experts = sum(map(model.has_experts, range(model.num_layers)))
+    gone, router = 3 * 32 * dense.derived_ffn(), 4 * 32
+    come = 3 * 32 * (2 * 32 + (model.shared_expert_ffn_hidden_size or 0)) + router
+    difference = training_flops_per_token(model, 128, 16) - training_flops_per_token(dense, 128, 16)
+    assert difference == 6 * experts * (come - gone)
+
+
+def test_deepspeed_has_no_experts(mesh: Mesh) -> None:
+    with pytest.raises(EngineError, match=r"engine\.name=deepspeed: it has no experts: use engine\.name=megatron"):
+        build(mesh, "softmax", ParallelConfig(), engine=EngineConfig(name="deepspeed", device="cpu"))
+
+
+def test_activations_of_experts_are_not_captured(mesh: Mesh) -> None:
+    with pytest.raises(EngineError, match="experts are given tokens of several"):
+        build(mesh, "softmax", ParallelConfig()).scoring_backend().ghost_layers()
