@@ -67,7 +67,7 @@ def export(
         if beside.is_dir():
             copy_side_files(beside, partial)
         _describe(partial, family, model, config, corpus, dtype)
-        made = recipes(model, model.vocab_size or 0, fused=family.fused)
+        made = recipes(model, model.vocab_size or 0, fused=family.fused, experts=family.experts)
         names, count = _weights(partial, made, open_weights(folder / WEIGHTS, config), dtype, most_bytes, advance)
         partial.rename(out)
     except BaseException:

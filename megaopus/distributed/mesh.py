@@ -81,17 +81,7 @@ class Mesh:
         self.shape = MeshShape(
             world_size, parallel.tp, parallel.pp, parallel.cp, parallel.ep, parallel.derived_expert_tp()
         )
-        if world_size % parallel.model_ranks:
-            raise EngineError(
-                f"{world_size} ranks cannot be split into tp={parallel.tp} x cp={parallel.cp} x pp={parallel.pp}: "
-                f"launch a multiple of {parallel.model_ranks} processes"
-            )
-        of_stage = world_size // parallel.pp
-        if of_stage % (parallel.ep * self.shape.expert_tp):
-            raise EngineError(
-                f"{of_stage} ranks of a stage cannot be split into ep={parallel.ep} x expert_tp={self.shape.expert_tp}:"
-                " change parallel.ep, or the number of processes"
-            )
+        _check_shape(self.shape)
         self.on_cpu = device == "cpu"
         if self.on_cpu:
             self.device = torch.device("cpu")
@@ -213,3 +203,19 @@ def _gpu_of(local_rank: int, visible: int) -> int:
             f"rank {local_rank} of this node sees {visible} GPUs: launch as many processes a node as GPUs"
         )
     return local_rank
+
+
+def _check_shape(shape: MeshShape) -> None:
+    """Raise EngineError unless there are as many ranks as the layout takes, or a multiple."""
+    taken = shape.tp * shape.cp * shape.pp
+    if shape.world_size % taken:
+        raise EngineError(
+            f"{shape.world_size} ranks cannot be split into tp={shape.tp} x cp={shape.cp} x pp={shape.pp}: "
+            f"launch a multiple of {taken} processes"
+        )
+    of_stage = shape.world_size // shape.pp
+    if of_stage % (shape.ep * shape.expert_tp):
+        raise EngineError(
+            f"{of_stage} ranks of a stage cannot be split into ep={shape.ep} x expert_tp={shape.expert_tp}:"
+            " change parallel.ep, or the number of processes"
+        )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megaopus.errors import ModelError
-from megaopus.models.config import ModelConfig, RopeScaling
+from megaopus.models.config import ModelConfig, RopeScaling, RouterConfig
 
 Json = Mapping[str, Any]
 
@@ -38,6 +38,8 @@ class Family:
     """Key -> the values that our model can express; the first is transformers' default where the file has none."""
     fused: bool = False
     """GPT-2's names: one tensor of queries, keys and values, matrices (inputs, outputs)."""
+    experts: str = "mlp"
+    """What a layer's experts are called: as Qwen's, or as Mixtral's (``block_sparse_moe``)."""
 
 
 def model_config(config: Json) -> ModelConfig:
@@ -91,6 +93,10 @@ def family_for(model: ModelConfig) -> Family:
     raise ModelError(f"no Hugging Face model is known that has {named}; the nearest is {nearest[1]}")
 
 
+_ROUTES = ("scores", "normalized", "scale", "bias_rate")
+"""Settings of a router that change what a model computes."""
+
+
 def normal(model: ModelConfig) -> ModelConfig:
     """The same model with what is derived put in, and without what training alone depends on."""
     return replace(
@@ -98,6 +104,8 @@ def normal(model: ModelConfig) -> ModelConfig:
         hf=None,
         dropout=0.0,
         init_std=ModelConfig().init_std,
+        router=RouterConfig(**{name: getattr(model.router, name) for name in _ROUTES}),
+        expert_ffn_hidden_size=model.derived_expert_ffn() if model.num_experts is not None else None,
         num_kv_heads=model.derived_kv_heads(),
         head_dim=model.derived_head_dim(),
         ffn_hidden_size=model.derived_ffn(),
@@ -222,6 +230,29 @@ def _qwen3(config: Json) -> dict[str, Any]:
     return _llama(config, kv_heads=32, head_dim=128, qk_norm=True)
 
 
+def _qwen3_moe(config: Json) -> dict[str, Any]:
+    dense = list(config.get("mlp_only_layers") or ())
+    if dense != list(range(len(dense))):
+        raise ModelError(f"mlp_only_layers={dense!r} (only the first so many)")
+    return {
+        **_llama(config, kv_heads=4, qk_norm=True),
+        "num_experts": config.get("num_experts", config.get("num_local_experts", 128)),
+        "experts_per_token": config.get("num_experts_per_tok", 8),
+        "expert_ffn_hidden_size": config.get("moe_intermediate_size", 768),
+        "first_dense_layers": len(dense),
+        "router": RouterConfig(normalized=config.get("norm_topk_prob", False)),
+    }
+
+
+def _mixtral(config: Json) -> dict[str, Any]:
+    return {
+        **_llama(config, kv_heads=8, window=config.get("sliding_window")),
+        "num_experts": config.get("num_local_experts", config.get("num_experts", 8)),
+        "experts_per_token": config.get("num_experts_per_tok", 2),
+        "expert_ffn_hidden_size": _required(config, "intermediate_size"),
+    }
+
+
 def _gemma(config: Json) -> dict[str, Any]:
     activation = config.get("hidden_activation") or "gelu_pytorch_tanh"
     found = _llama({**config, "hidden_act": activation}, kv_heads=16, head_dim=256, tied=True)
@@ -238,6 +269,32 @@ def _qwen2_json(model: ModelConfig) -> dict[str, Any]:
 
 def _qwen3_json(model: ModelConfig) -> dict[str, Any]:
     return _llama_json(model, "qwen3", attention_bias=False)
+
+
+def _qwen3_moe_json(model: ModelConfig) -> dict[str, Any]:
+    return _llama_json(
+        model,
+        "qwen3_moe",
+        attention_bias=False,
+        num_experts=model.num_experts,
+        num_experts_per_tok=model.experts_per_token,
+        moe_intermediate_size=model.expert_ffn_hidden_size,
+        norm_topk_prob=model.router.normalized,
+        mlp_only_layers=list(range(model.first_dense_layers)),
+        decoder_sparse_step=1,
+        router_aux_loss_coef=model.router.balance_loss,
+    )
+
+
+def _mixtral_json(model: ModelConfig) -> dict[str, Any]:
+    return _llama_json(
+        model,
+        "mixtral",
+        sliding_window=model.window,
+        num_local_experts=model.num_experts,
+        num_experts_per_tok=model.experts_per_token,
+        router_aux_loss_coef=model.router.balance_loss,
+    )
 
 
 def _gemma_json(model: ModelConfig) -> dict[str, Any]:
@@ -307,6 +364,19 @@ FAMILIES: Mapping[str, Family] = {
         Family(architecture="Qwen2ForCausalLM", settings=_qwen2, written=_qwen2_json, only=_FULL_ATTENTION),
         Family(
             architecture="Qwen3ForCausalLM", settings=_qwen3, written=_qwen3_json, only={**_NO_BIAS, **_FULL_ATTENTION}
+        ),
+        Family(
+            architecture="Qwen3MoeForCausalLM",
+            settings=_qwen3_moe,
+            written=_qwen3_moe_json,
+            only={**_NO_BIAS, "use_sliding_window": (False,), "decoder_sparse_step": (1,)},
+        ),
+        Family(
+            architecture="MixtralForCausalLM",
+            settings=_mixtral,
+            written=_mixtral_json,
+            only={"router_jitter_noise": (0, 0.0)},
+            experts="block_sparse_moe",
         ),
         Family(architecture="GemmaForCausalLM", settings=_gemma, written=_gemma_json, only=_NO_BIAS),
     )

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megaopus.distributed.mesh import Mesh
+from megaopus.distributed.shards import is_split
 from megaopus.errors import ModelError
 from megaopus.huggingface.families import family_of, model_config
 from megaopus.huggingface.folder import ModelFolder
@@ -28,14 +30,15 @@ class FolderWeights:
 
     def __init__(self, path: str | Path, model: ModelConfig, mesh: Mesh):
         self.folder = ModelFolder.open(path)
-        self._rank, self._size = mesh.tp_rank, mesh.shape.tp
+        self._mesh = mesh
         self.recipes = checked(self.folder, model)
 
     def __call__(self, name: str, parameter: Any) -> Tensor:
         """This tensor-parallel rank's part of a parameter, in the folder's own precision."""
-        split = self._size > 1 and getattr(parameter, "tensor_model_parallel", False)
-        dim = parameter.partition_dim if split else None
-        return self.recipes[name].part(self.folder.read, self._rank, self._size, dim)
+        size = self._mesh.parts(parameter)
+        dim = parameter.partition_dim if size > 1 and is_split(parameter) else None
+        rank = dist.get_rank(self._mesh.tensor_group(parameter))
+        return self.recipes[name].part(self.folder.read, rank, size, dim)
 
 
 def checked(folder: ModelFolder, model: ModelConfig) -> dict[str, Recipe]:
@@ -45,7 +48,8 @@ def checked(folder: ModelFolder, model: ModelConfig) -> dict[str, Recipe]:
     """
     rows = model_config(folder.config).vocab_size
     assert rows is not None
-    found = recipes(model, rows, fused=family_of(folder.config).fused)
+    family = family_of(folder.config)
+    found = recipes(model, rows, fused=family.fused, experts=family.experts)
     check_tensors(folder.shapes, found, model.tied)
     if model.tied and "lm_head.weight" in folder.tensors:
         _same(folder, found[EMBEDDING].pieces[0].name, "lm_head.weight", rows)

@@ -18,6 +18,7 @@ from torch import Tensor
 from megaopus.errors import ModelError
 from megaopus.models.config import ModelConfig
 from megaopus.models.flops import padded_vocab
+from megaopus.models.names import EXPERT
 
 Read = Callable[[str, tuple[slice, ...]], Tensor]
 """(name, slice of each dimension) -> that part of a source tensor, on the CPU."""
@@ -111,13 +112,13 @@ def _share(count: int, rank: int, size: int) -> slice:
     return slice(count * rank // size, count * (rank + 1) // size)
 
 
-def recipes(model: ModelConfig, vocab_size: int, *, fused: bool = False) -> dict[str, Recipe]:
+def recipes(model: ModelConfig, vocab_size: int, *, fused: bool = False, experts: str = "mlp") -> dict[str, Recipe]:
     """Our parameter's name in the whole model -> how it is made of Hugging Face's tensors.
 
-    ``vocab_size``: rows of the source's embedding. ``fused``: GPT-2's names and forms, else Llama's.
+    ``vocab_size``: rows of the source's embedding. ``fused``: GPT-2's names and forms, else Llama's. ``experts``: as in
+    ``families.Family``.
     """
-    make: type[_Names] = _Gpt2 if fused else _Llama
-    return make(model, vocab_size).all()
+    return (_Gpt2(model, vocab_size) if fused else _Llama(model, vocab_size, experts)).all()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +151,18 @@ class _Names(ABC):
         return Recipe((Piece(name, size or self.model.hidden_size, None),))
 
 
+_EXPERT_NAMES = {
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "block_sparse_moe": ("w1", "w3", "w2"),
+}
+"""What a layer's experts are called -> an expert's gate, up and down projection."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Llama(_Names):
-    """Llama, Mistral, Qwen2, Qwen3, Gemma."""
+    """Llama, Mistral, Qwen2, Qwen3, Gemma; with experts Qwen3-MoE and Mixtral."""
+
+    experts: str
 
     def outside(self) -> Iterator[tuple[str, Recipe]]:
         yield "embedding.word_embeddings.weight", self.table("model.embed_tokens.weight")
@@ -161,7 +172,7 @@ class _Llama(_Names):
 
     def layer(self, number: int) -> Iterator[tuple[str, Recipe]]:
         model, at = self.model, f"model.layers.{number}"
-        hidden, ffn, size = model.hidden_size, model.derived_ffn(), model.derived_head_dim()
+        hidden, size = model.hidden_size, model.derived_head_dim()
         groups = model.derived_kv_heads()
         heads = {"q_proj": model.num_heads, "k_proj": groups, "v_proj": groups}
         yield "input_layernorm.weight", self.vector(f"{at}.input_layernorm.weight")
@@ -175,9 +186,22 @@ class _Llama(_Names):
         projection = Piece(f"{at}.self_attn.o_proj.weight", hidden, model.num_heads * size)
         yield "self_attention.linear_proj.weight", Recipe((projection,))
         yield "pre_mlp_layernorm.weight", self.vector(f"{at}.post_attention_layernorm.weight")
-        gate_up = tuple(Piece(f"{at}.mlp.{name}.weight", ffn, hidden) for name in ("gate_proj", "up_proj"))
-        yield "mlp.linear_fc1.weight", Recipe(gate_up)
-        yield "mlp.linear_fc2.weight", Recipe((Piece(f"{at}.mlp.down_proj.weight", hidden, ffn),))
+        if not model.has_experts(number):
+            yield from self.mlp("mlp", f"{at}.mlp", model.derived_ffn(), _EXPERT_NAMES["mlp"])
+            return
+        assert model.num_experts is not None
+        there, names = f"{at}.{self.experts}", _EXPERT_NAMES[self.experts]
+        yield "mlp.router.weight", Recipe((Piece(f"{there}.gate.weight", model.num_experts, hidden),))
+        for each in range(model.num_experts):
+            ours, theirs = f"mlp.{EXPERT}{each}", f"{there}.experts.{each}"
+            yield from self.mlp(ours, theirs, model.derived_expert_ffn(), names)
+
+    def mlp(self, ours: str, theirs: str, ffn: int, names: tuple[str, str, str]) -> Iterator[tuple[str, Recipe]]:
+        """Yield (our name within the layer, recipe) of a gated MLP; ``names``: its gate, up and down projection."""
+        hidden, (gate, up, down) = self.model.hidden_size, names
+        pieces = tuple(Piece(f"{theirs}.{name}.weight", ffn, hidden) for name in (gate, up))
+        yield f"{ours}.linear_fc1.weight", Recipe(pieces)
+        yield f"{ours}.linear_fc2.weight", Recipe((Piece(f"{theirs}.{down}.weight", hidden, ffn),))
 
 
 class _Gpt2(_Names):
@@ -238,12 +262,3 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Rec
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ModelError(f"the tensors are not this model's: {'; '.join(wrong[:5])}{more}")
 
-
-def fill(parameter: Any, recipe: Recipe, read: Read, rank: int, size: int) -> None:
-    """Copy this tensor-parallel rank's part of the sources into one of our parameters."""
-    dim = parameter.partition_dim if size > 1 and getattr(parameter, "tensor_model_parallel", False) else None
-    part = recipe.part(read, rank, size, dim)
-    if part.shape != parameter.shape:
-        raise ModelError(f"a part of {recipe.pieces[0].name} has shape {tuple(part.shape)}, here {parameter.shape}")
-    with torch.no_grad():
-        parameter.copy_(part)

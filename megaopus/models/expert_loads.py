@@ -30,9 +30,8 @@ class ExpertBalance:
     def __init__(self, module: nn.Module, model: ModelConfig):
         """Find the routers of a rank's model; of one without experts there are none."""
         self._model = model
-        self._routers: dict[int, Any] = {
-            router.layer_number - 1: router for router in module.modules() if hasattr(router, "counts_tokens")
-        }
+        routers: list[Any] = [each for each in module.modules() if hasattr(each, "counts_tokens")]
+        self._routers = {router.layer_number - 1: router for router in routers}
 
     @contextmanager
     def counted(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from megaopus.models.flops import padded_vocab
 from megaopus.models.fused import fill_in_kernels, token_losses
 from megaopus.models.names import EXPERT
 
-Start = Callable[[str, nn.Parameter], Tensor]
+Start = Callable[[str, Tensor], Tensor]
 """(name in the whole model, parameter) -> this rank's part of the weights to begin with, in their own precision."""
 _ACTIVATIONS = {
     "gelu": F.gelu,
@@ -55,22 +55,7 @@ def transformer_config(
     made = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
-        num_query_groups=model.derived_kv_heads(),
-        kv_channels=model.derived_head_dim(),
-        ffn_hidden_size=model.derived_ffn(),
-        normalization="LayerNorm" if model.norm == "layernorm" else "RMSNorm",
-        layernorm_epsilon=model.norm_epsilon,
-        layernorm_zero_centered_gamma=model.norm == "rmsnorm_plus_1",
-        window_size=None if model.window is None else (model.window - 1, 0),
-        qk_layernorm=model.qk_norm,
-        gated_linear_unit=model.gated,
-        activation_func=_ACTIVATIONS[model.activation],
-        add_bias_linear=model.bias,
-        add_qkv_bias=model.derived_qkv_bias(),
-        hidden_dropout=model.dropout,
-        attention_dropout=model.dropout,
-        init_method_std=model.init_std,
+        **_of_layers(model),
         tensor_model_parallel_size=mesh.shape.tp,
         pipeline_model_parallel_size=mesh.shape.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
@@ -98,8 +83,30 @@ def transformer_config(
     return made
 
 
+def _of_layers(model: ModelConfig) -> dict[str, Any]:
+    """Return what megatron's TransformerConfig says of attention, norms and MLP."""
+    return {
+        "num_attention_heads": model.num_heads,
+        "num_query_groups": model.derived_kv_heads(),
+        "kv_channels": model.derived_head_dim(),
+        "ffn_hidden_size": model.derived_ffn(),
+        "normalization": "LayerNorm" if model.norm == "layernorm" else "RMSNorm",
+        "layernorm_epsilon": model.norm_epsilon,
+        "layernorm_zero_centered_gamma": model.norm == "rmsnorm_plus_1",
+        "window_size": None if model.window is None else (model.window - 1, 0),
+        "qk_layernorm": model.qk_norm,
+        "gated_linear_unit": model.gated,
+        "activation_func": _ACTIVATIONS[model.activation],
+        "add_bias_linear": model.bias,
+        "add_qkv_bias": model.derived_qkv_bias(),
+        "hidden_dropout": model.dropout,
+        "attention_dropout": model.dropout,
+        "init_method_std": model.init_std,
+    }
+
+
 def _of_experts(model: ModelConfig, mesh: Mesh, bf16: bool) -> dict[str, Any]:
-    """What megatron's TransformerConfig says of experts; nothing where there are none."""
+    """Return what megatron's TransformerConfig says of experts: nothing where there are none."""
     if model.num_experts is None:
         return {}
     router = model.router
@@ -266,6 +273,13 @@ def _renumbered(name: str, before: str, offset: int) -> str:
     return re.sub(rf"(?<={re.escape(before)})\d+", lambda found: str(int(found[0]) + offset), name, count=1)
 
 
+def expert_biases(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name in the whole model, (E,) fp32 biases by which a layer's experts are chosen) of each layer that has some."""
+    for each in module.modules():
+        if (bias := getattr(each, "expert_bias", None)) is not None:
+            yield f"decoder.layers.{each.layer_number - 1}.mlp.router.expert_bias", bias  # type: ignore[operator]
+
+
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -327,10 +341,12 @@ def initialize(module: nn.Module, model: ModelConfig, mesh: Mesh, seed: int, *, 
 
 @torch.no_grad()
 def start_from(module: nn.Module, start: Start) -> None:
-    """Copy to each parameter of a rank what ``start`` has for it."""
+    """Copy to each parameter of a rank, and each bias by which experts are chosen, what ``start`` has for it."""
     parameters = dict(module.named_parameters())
     for local, name in canonical_names(module):
         parameters[local].copy_(start(name, parameters[local]))
+    for name, bias in expert_biases(module):
+        bias.copy_(start(name, bias))
 
 
 def full_parameters(module: nn.Module, mesh: Mesh, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

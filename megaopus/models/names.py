@@ -45,6 +45,8 @@ def _layer(model: ModelConfig, layer: int) -> Shapes:
         return
     assert model.num_experts is not None
     yield "mlp.router.weight", (model.num_experts, hidden)
+    if model.router.bias_rate is not None:
+        yield "mlp.router.expert_bias", (model.num_experts,)  # no gradient moves it
     for number in range(model.num_experts):
         yield from _mlp(f"mlp.{EXPERT}{number}", model, model.derived_expert_ffn())
     if model.shared_expert_ffn_hidden_size is not None:

@@ -112,6 +112,25 @@ class StepRecord:
             wandb="train/layer_grad_norm",
         ),
     )
+    expert_busiest: float | None = field(
+        default=None,
+        metadata=metric(
+            "",
+            "Tokens of a layer's busiest expert over the even share, mean over layers; null: no experts.",
+            wandb="train/expert_busiest",
+            console=mean("busiest expert {:.2f}x".format),
+            plot=True,
+        ),
+    )
+    experts_idle: float | None = field(
+        default=None,
+        metadata=metric(
+            "",
+            "Share of the experts that no token of the batch was given to.",
+            wandb="train/experts_idle",
+            plot=True,
+        ),
+    )
     skipped: bool = field(default=False, metadata=metric("", "The update was not applied.", wandb="train/skipped"))
     skip_reason: str | None = field(default=None, metadata=metric("", "Why the update was not applied; null: it was."))
     memory_allocated: int | None = field(

@@ -39,6 +39,8 @@ def step_record(
         matrix_lr=matrix_lr,
         loss_tokens=result.loss_tokens,
         layer_grad_norms=result.layer_grad_norms,
+        expert_busiest=result.expert_loads and result.expert_loads.busiest,
+        experts_idle=result.expert_loads and result.expert_loads.idle,
         time_s=time_s,
         step_s=step_s,
         select_s=select_s,

@@ -245,7 +245,8 @@ def test_the_utility_is_the_directional_derivative_in_float64(mesh: Mesh) -> Non
 def test_names_and_counts_are_those_of_the_model(case: str, mesh: Mesh) -> None:
     model = CASES[case][0]
     found = full_parameters(build(mesh, case, ParallelConfig()).module, mesh)
-    assert {name: tuple(value.shape) for name, value in found.items()} == whole_shapes(model, 128, 16)
+    shapes = {name: shape for name, shape in whole_shapes(model, 128, 16).items() if not name.endswith("expert_bias")}
+    assert {name: tuple(value.shape) for name, value in found.items()} == shapes
     total = count_parameters(model, 128, 16)
     assert total == sum(value.numel() for value in found.values())
     idle = sum(value.numel() for name, value in found.items() if ".local_experts." in name) // 2

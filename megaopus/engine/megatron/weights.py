@@ -15,13 +15,17 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megaopus.errors import CheckpointError
 
-MAIN = "optimizer.state.fp32_param."
+_OF_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+"""Before what an optimizer keeps; numbered where there are two (Muon, and AdamW for the rest)."""
+_MAINS = tuple(f"{optimizer}optimizer.state.fp32_param." for optimizer in ("", "chained_0.", "chained_1."))
 _FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 """Our names of norms -> megatron's in its checkpoints, which are those of fused layers."""
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+_LAYERS = re.compile(r"^(decoder\.layers\.)(?=[a-z])")
+_EXPERTS = re.compile(r"(\.mlp\.experts\.)experts\.")
+"""Where the number of a layer, and of an expert, is missing in the name of a tensor that has all of them."""
 
 
 class CheckpointWeights:
@@ -40,37 +44,45 @@ class CheckpointWeights:
         """Name of every weight in the whole model; what is kept of weights, GROUP.NAME, is none."""
         found, kept = set(), self._metadata.state_dict_metadata
         for key, stored in kept.items():
-            group, _, of_weight = key.partition(".")
-            if not isinstance(stored, TensorStorageMetadata) or group.startswith("optimizer") or of_weight in kept:
+            kept_of = key.partition(".")[2]  # GROUP.NAME
+            if not isinstance(stored, TensorStorageMetadata) or _OF_OPTIMIZER.match(key) or kept_of in kept:
                 continue
             for ours, theirs in _FUSED_NORMS.items():
                 key = key.replace(theirs, ours)
-            if key.startswith("decoder.layers."):
-                rest = key.removeprefix("decoder.layers.")
-                found |= {f"decoder.layers.{layer}.{rest}" for layer in range(stored.size[0])}
+            if _EXPERTS.search(key):
+                names = {_EXPERTS.sub(rf"\1local_experts.{number}.", key) for number in range(stored.size[0])}
+            elif _LAYERS.search(key):
+                names = {_LAYERS.sub(rf"\g<1>{number}.", key) for number in range(stored.size[0])}
             else:
-                found.add(key)
+                names = {key}
+            found |= names
         return found
 
     def __call__(self, name: str) -> Tensor:
         """A whole weight: fp32 where the run kept one beside a 16-bit weight, else as it was trained."""
-        layer = _LAYER.match(name)
-        key = f"decoder.layers.{layer[2]}" if layer else name
-        for ours, theirs in _FUSED_NORMS.items():
-            key = key.replace(f".{ours}", f".{theirs}")
-        if MAIN + key in self._metadata.state_dict_metadata:
-            key = MAIN + key
+        key, number = self._place(name)
         stored = self._metadata.state_dict_metadata.get(key)
         if not isinstance(stored, TensorStorageMetadata):
             raise CheckpointError(f"{self._folder}: no weight {name} in it")
         offsets, sizes = [0] * len(stored.size), list(stored.size)
-        if layer:
-            offsets[0], sizes[0] = int(layer[1]), 1
+        if number is not None:
+            offsets[0], sizes[0] = number, 1
         found = torch.empty(sizes, dtype=stored.properties.dtype)
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, stored, [chunk])
         self._reader.read_data(LoadPlan(items), _Into(found)).wait()
-        return found[0] if layer else found
+        return found if number is None else found[0]
+
+    def _place(self, name: str) -> tuple[str, int | None]:
+        """(name of the tensor that has a weight, its number among those stacked in that; None: it is alone)."""
+        for ours, theirs in _FUSED_NORMS.items():
+            name = name.replace(f".{ours}", f".{theirs}")
+        kept, number = self._metadata.state_dict_metadata, None
+        if (found := re.search(r"\.mlp\.experts\.local_experts\.(\d+)\.", name)) is not None:
+            name, number = name.replace(f"local_experts.{found[1]}.", "experts."), int(found[1])
+        elif name not in kept and (found := re.match(r"decoder\.layers\.(\d+)\.", name)) is not None:
+            name, number = f"decoder.layers.{name[found.end() :]}", int(found[1])
+        return next((main + name for main in _MAINS if main + name in kept), name), number
 
 
 class _Into(DefaultLoadPlanner):
