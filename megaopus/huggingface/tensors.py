@@ -10,7 +10,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -261,4 +260,3 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Rec
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ModelError(f"the tensors are not this model's: {'; '.join(wrong[:5])}{more}")
-

@@ -31,7 +31,7 @@ class ExpertBalance:
         """Find the routers of a rank's model; of one without experts there are none."""
         self._model = model
         routers: list[Any] = [each for each in module.modules() if hasattr(each, "counts_tokens")]
-        self._routers = {router.layer_number - 1: router for router in routers}
+        self._routers = {router.layer: router for router in routers}
 
     @contextmanager
     def counted(self) -> Iterator[None]:

@@ -28,9 +28,14 @@ class Router(TopKRouter):
     whether there will be an update.
     """
 
+    layer = -1
+    """Its layer's number, from 0; megatron's own, by which it would keep losses for a log of its own, is not set."""
     counts_tokens = False
     given: Tensor | None = None
     """(E,) int64 tokens of this rank that each expert was given; None: nothing was counted."""
+
+    def set_layer_number(self, layer_number: int) -> None:
+        self.layer = layer_number - 1
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         # what is recomputed is counted then, with gradients

@@ -76,22 +76,26 @@ def _mlp(prefix: str, model: ModelConfig, ffn: int) -> list[Weight]:
     ]
 
 
+def layers_of(model: ModelConfig, pp: int = 1, stage: int = 0, vpp: int = 1) -> list[int]:
+    """Number the layers of pipeline stage ``stage`` of ``pp``, from 0; ``vpp``: runs of them that a stage has."""
+    run = model.num_layers // (pp * vpp)
+    firsts = [(chunk * pp + stage) * run for chunk in range(vpp)]
+    return [layer for first in firsts for layer in range(first, first + run)]
+
+
 def stage_weights(
     model: ModelConfig, vocab_size: int, seq_len: int, *, pp: int = 1, stage: int = 0, vpp: int = 1, ep: int = 1
 ) -> list[Weight]:
     """The parameters of pipeline stage ``stage`` of ``pp``, before tensor parallelism splits them.
 
-    ``vpp``: runs of layers that a stage has, one after a round over all stages. Of experts those of one of ``ep``
-    expert-parallel ranks.
+    ``vpp``: as in ``layers_of``. Of experts those of one of ``ep`` expert-parallel ranks.
 
     The first stage has the embeddings, the last the final norm and the output layer. A tied output layer shares the
     embedding on one stage and is a copy of it where the two lie on different stages.
     """
     hidden, first, last = model.hidden_size, stage == 0, stage == pp - 1
     table = padded_vocab(vocab_size) * hidden
-    run = model.num_layers // (pp * vpp)
-    firsts = [(chunk * pp + stage) * run for chunk in range(vpp)]
-    layers = [layer for first in firsts for layer in range(first, first + run)]
+    layers = layers_of(model, pp, stage, vpp)
     weights = [weight for layer in layers for weight in layer_weights(model, layer, ep=ep)]
     if first:
         weights.append(Weight("word_embeddings", table, sharded=True, columns=hidden))

@@ -277,7 +277,7 @@ def expert_biases(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name in the whole model, (E,) fp32 biases by which a layer's experts are chosen) of each layer that has some."""
     for each in module.modules():
         if (bias := getattr(each, "expert_bias", None)) is not None:
-            yield f"decoder.layers.{each.layer_number - 1}.mlp.router.expert_bias", bias  # type: ignore[operator]
+            yield f"decoder.layers.{each.layer}.mlp.router.expert_bias", bias
 
 
 EMBEDDING = "embedding.word_embeddings.weight"

@@ -6,6 +6,7 @@ each of them has whole. They follow from what each operation of megatron-core's 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from megaopus.config.run_config import RunConfig
@@ -33,29 +34,48 @@ class Share(NamedTuple):
         return self.split / ranks + self.whole
 
 
-def kept_by_layer(config: RunConfig, precision: str, device: str) -> Share:
-    """Bytes of a position that a layer keeps for its backward pass."""
+def kept_by_layer(config: RunConfig, precision: str, device: str, experts: bool = False) -> Share:
+    """Bytes of a position that a layer keeps for its backward pass; ``experts``: it has some, each of an even load."""
     model, width = config.model, WIDTH[precision]
     hidden = model.hidden_size
     # both residual sums, and what the two norms make of them
     stream = 2.0 * width * hidden + 2 * _norm(model.norm, hidden, width, device)
     if model.dropout > 0:
         stream += 2 * hidden  # masks of one byte
-    inside = _attention(config, width, device) + _mlp(model, is_fused(config, device)) * width
+    fused = is_fused(config, device)
+    inside = _attention(config, width, device) + (
+        _mixture(model, fused, width) if experts else _mlp(model, fused) * width
+    )
     masks = Share(0, _masks(config, width))
     kept = Share(inside + stream) if config.parallel.sequence_parallel else Share(inside, stream)
     return kept.plus(masks)
 
 
-def worked_on(config: RunConfig, precision: str) -> Share:
-    """Bytes of a position that one layer's backward pass makes beyond what is kept: gradients inside its MLP."""
+def worked_on(config: RunConfig, precision: str, experts: bool = False) -> Share:
+    """Bytes of a position that one layer's backward pass makes beyond what is kept: gradients inside its MLP.
+
+    Of experts, whose passes follow each other, the gradients of what they were given and gave back.
+    """
     model, width = config.model, WIDTH[precision]
+    if experts:
+        return Share(2.0 * width * model.experts_per_token * model.hidden_size, 2.0 * width * model.hidden_size)
     return Share(width * model.derived_ffn() * (2.0 if model.gated else 1.0), 2.0 * width * model.hidden_size)
 
 
-def without_graph(config: RunConfig, precision: str, device: str) -> Share:
-    """Bytes of a position in one layer's forward pass that keeps nothing: its MLP and the stream beside it."""
+def backward_of_layer(config: RunConfig, precision: str, device: str, experts: bool = False) -> Share:
+    """Bytes of a position that a layer's backward pass takes at once: what was recomputed counts, if it is to be."""
+    found = worked_on(config, precision, experts)
+    return found.plus(kept_by_layer(config, precision, device, experts)) if config.engine.recompute else found
+
+
+def without_graph(config: RunConfig, precision: str, device: str, experts: bool = False) -> Share:
+    """Bytes of a position in one layer's forward pass that keeps nothing: its MLP and the stream beside it.
+
+    Of experts: what they are given, what they gave back, and that put together.
+    """
     model, width = config.model, WIDTH[precision]
+    if experts:
+        return Share(3.0 * width * model.experts_per_token * model.hidden_size, 3.0 * width * model.hidden_size)
     return Share(width * _mlp(model, is_fused(config, device)), 3.0 * width * model.hidden_size)
 
 
@@ -144,6 +164,20 @@ def _attention(config: RunConfig, width: int, device: str) -> float:
         # cosines and sines of each layer's positions, for queries and keys, shared by the sequences
         total += 4 * width * size / config.train.micro_batch_size
     return total
+
+
+def _mixture(model: ModelConfig, fused: bool, width: int) -> float:
+    """Bytes of a position in a mixture of experts: a copy for each that it is given to, and what they keep of it.
+
+    Unfused an expert's product is kept before and after it is weighed. Scores, choices and masks of the router:
+    measured (saved tensors of a layer at several sizes, on a CPU).
+    """
+    assert model.num_experts is not None
+    ffn, fused_here = model.derived_expert_ffn(), fused and model.activation == "swiglu"
+    inside = ffn * ((3.0 if fused_here else 6.0) if model.gated else 3.0)
+    shared = replace(model, ffn_hidden_size=model.shared_expert_ffn_hidden_size or 0)
+    router = 9.0 * model.num_experts + 32.0 * model.experts_per_token
+    return width * (model.experts_per_token * (model.hidden_size + inside) + _mlp(shared, fused)) + router
 
 
 def _mlp(model: ModelConfig, fused: bool) -> float:

@@ -11,6 +11,7 @@ from megaopus.data.run_data import RunDataSummary
 from megaopus.distributed.mesh import MeshShape
 from megaopus.models.flops import (
     VOCAB_MULTIPLE,
+    count_active_parameters,
     count_parameters,
     count_rank_parameters,
     padded_vocab,
@@ -83,6 +84,7 @@ def derived(config: RunConfig, world_size: int, data: RunDataSummary) -> dict[st
         "micro-batches per step": f"{train.global_batch_size // (dp * train.micro_batch_size)} on each rank",
         "vocabulary": f"{vocab_size:,}, padded to {padded_vocab(vocab_size):,} (a multiple of {VOCAB_MULTIPLE})",
         "MLP width (ffn)": f"{model.derived_ffn():,}",
+        **_experts(config),
         "head size": f"{model.derived_head_dim()}",
         "candidates per step (N)": f"{config.num_candidates()}, of which {train.global_batch_size} are picked",
         "update tokens": f"{tokens:,} per step, {tokens * train.steps:,} in all",
@@ -177,14 +179,35 @@ def cost(config: RunConfig, vocab_size: int) -> dict[str, str]:
     return rows | {"whole run": f"{total:.3e} FLOPs"}
 
 
+def _experts(config: RunConfig) -> dict[str, str]:
+    """Say where the experts are, if there are any."""
+    model, parallel = config.model, config.parallel
+    if model.num_experts is None:
+        return {}
+    text = f"{model.experts_per_token} of {model.num_experts} to a token, {model.derived_expert_ffn():,} wide"
+    if parallel.ep > 1:
+        text += f", {model.num_experts // parallel.ep} on each rank (ep = {parallel.ep})"
+    return {"experts": text}
+
+
 def parameter_rows(config: RunConfig, vocab_size: int) -> dict[str, str]:
     """Count the parameters of the whole model and of each rank: name -> count, in words."""
     model, seq_len, tp, pp = config.model, config.data.seq_len, config.parallel.tp, config.parallel.pp
-    rows = {"whole model": f"{count_parameters(model, vocab_size, seq_len):,}"}
+    ep, expert_tp = config.parallel.ep, config.parallel.derived_expert_tp()
+    whole = f"{count_parameters(model, vocab_size, seq_len):,}"
+    active = (
+        f"{count_active_parameters(model, vocab_size, seq_len):,}, with {model.experts_per_token} experts of a layer"
+    )
+    used = {"used by a token": active} if model.num_experts is not None else {}
+    if tp * pp * ep == 1:
+        return {"whole model, on every rank": whole, **used}
+    rows, split = {"whole model": whole, **used}, f"tp = {tp}" + (f", ep = {ep}" if ep > 1 else "")
     for stage in range(pp):
-        count = count_rank_parameters(model, vocab_size, seq_len, tp=tp, pp=pp, stage=stage)
-        rows[f"each rank of stage {stage}"] = f"{count:,}  (tp = {tp})"
-    return rows if tp * pp > 1 else {"whole model, on every rank": rows["whole model"]}
+        layout = {"tp": tp, "pp": pp, "stage": stage, "ep": ep, "expert_tp": expert_tp}
+        rows[f"each rank of stage {stage}"] = (
+            f"{count_rank_parameters(model, vocab_size, seq_len, **layout):,}  ({split})"
+        )
+    return rows
 
 
 def nodes_of(world_size: int, per_node: int, on_cpu: bool) -> tuple[int, int]:

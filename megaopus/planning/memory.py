@@ -6,12 +6,13 @@ The estimates are held to what the real engine's tensors take (benchmarks/memory
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megaopus.config.run_config import RunConfig
-from megaopus.models.flops import Weight, stage_weights
+from megaopus.models.flops import Weight, layers_of, stage_weights
 from megaopus.planning import activations
 from megaopus.planning.activations import WIDTH, Share
 from megaopus.selection.config import SelectionConfig, largest_divisor, most_per_pass
@@ -100,15 +101,23 @@ class _Rank:
         return self.world_size // (self.tp * self.config.parallel.pp) if shards else 1
 
     def weights(self) -> list[Weight]:
-        """Parameters of the stage before tensor parallelism splits them."""
-        config = self.config
-        return stage_weights(
-            config.model, self.vocab_size, config.data.seq_len, pp=config.parallel.pp, stage=self.stage
-        )
+        """Parameters of the stage before tensor parallelism splits them; of the experts those of one rank."""
+        config, parallel = self.config, self.config.parallel
+        layout = {"pp": parallel.pp, "stage": self.stage, "vpp": parallel.vpp, "ep": parallel.ep}
+        return stage_weights(config.model, self.vocab_size, config.data.seq_len, **layout)
+
+    def layers(self) -> Counter[bool]:
+        """Count the stage's layers without experts and with them."""
+        parallel, model = self.config.parallel, self.config.model
+        return Counter(map(model.has_experts, layers_of(model, parallel.pp, self.stage, parallel.vpp)))
+
+    def splits(self, weight: Weight) -> bool:
+        """Say whether tensor-parallel ranks hold parts of a parameter."""
+        return weight.sharded and not (weight.expert and self.config.parallel.derived_expert_tp() < self.tp)
 
     def own(self, weight: Weight) -> int:
         """Numbers of a parameter that this rank holds."""
-        return weight.numel // self.tp if weight.sharded else weight.numel
+        return weight.numel // self.tp if self.splits(weight) else weight.numel
 
     def logits(self, positions: int, *, backward: bool) -> tuple[int, int]:
         """As ``activations.logits``."""
@@ -118,7 +127,7 @@ class _Rank:
     def numbers(self) -> Share:
         """Parameters that tensor-parallel ranks split, all together, and those that each has."""
         weights = self.weights()
-        return Share(*(sum(w.numel for w in weights if w.sharded is kind) for kind in (True, False)))
+        return Share(*(sum(w.numel for w in weights if self.splits(w) is kind) for kind in (True, False)))
 
 
 def memory(
@@ -167,7 +176,7 @@ def _optimizer_state(rank: _Rank) -> tuple[int, int, str]:
     extra = spec.extra_state or (lambda rows, columns: 0)
     split = whole = 0
     for weight in rank.weights():
-        taken = weight.matrix if spec.matrices else bool(weight.columns)
+        taken = weight.matrix and weight.name != "router" if spec.matrices else bool(weight.columns)
         kept = len(shaped)
         if spec.matrices and not taken:
             kept = 2  # AdamW's moments
@@ -175,7 +184,7 @@ def _optimizer_state(rank: _Rank) -> tuple[int, int, str]:
             kept = 0
         whole += 4 * extra(weight.numel // weight.columns, weight.columns) if taken else 0
         size = 4 * kept * rank.own(weight)
-        split, whole = (split + size, whole) if weight.sharded else (split, whole + size)
+        split, whole = (split + size, whole) if rank.splits(weight) else (split, whole + size)
     what = f"fp32 {names(shaped)}" if shaped else "none"
     if spec.matrices:
         what = f"fp32 {names(shaped)} of block matrices, AdamW moments of the rest"
@@ -214,13 +223,16 @@ def _row(rank: _Rank, kept: Share, how: str, *phases: str) -> Row:
 def _activations(rank: _Rank, positions: int, micro_batches: int, *, scoring: bool = False) -> tuple[Share, str]:
     """Count what is kept of ``positions`` of each micro-batch in flight; ``scoring``: by a pass that scores."""
     config, parallel = rank.config, rank.config.parallel
-    layer = activations.kept_by_layer(config, rank.precision, rank.device)
     hidden = WIDTH[rank.precision] * config.model.hidden_size
     # the stage's input beside its layers, and at its end the final norm's output
     entry = Share(hidden * (1 + rank.last)) if parallel.sequence_parallel else Share(0, hidden * (1 + rank.last))
     in_flight = _in_flight(rank, micro_batches)
     layers = config.model.num_layers // (parallel.pp * parallel.vpp)
-    kept = layer.times(layers).plus(entry).times(in_flight)
+    kept = entry
+    for experts, count in rank.layers().items():  # of a model chunk, on average over them
+        layer = activations.kept_by_layer(config, rank.precision, rank.device, experts)
+        kept = kept.plus(layer.times(count / parallel.vpp))
+    kept = kept.times(in_flight)
     how = "layer by layer"
     if config.engine.recompute and not scoring:
         stored = Share(hidden) if parallel.sequence_parallel else Share(0, hidden)
@@ -245,9 +257,9 @@ def _work(rank: _Rank, positions: int, kept: float, in_flight: int) -> tuple[int
     ``in_flight``: passes that these are of.
     """
     config, width = rank.config, WIDTH[rank.precision]
-    layer = activations.worked_on(config, rank.precision).over(rank.tp) * positions
-    if config.engine.recompute:  # a layer in full, once the logits have gone
-        layer += activations.kept_by_layer(config, rank.precision, rank.device).over(rank.tp) * positions
+
+    of_layers = [activations.backward_of_layer(config, rank.precision, rank.device, kind) for kind in rank.layers()]
+    layer = max(each.over(rank.tp) for each in of_layers) * positions
     matrices = [rank.own(weight) for weight in rank.weights() if weight.matrix]
     found = [(int(layer) + width * max(matrices, default=0), "gradients inside a layer")]
     if rank.last:
@@ -302,7 +314,7 @@ def _factored_direction(rank: _Rank) -> int:
     everything = rank.config.selection.derived_layers() == "all"
     moved = [weight for weight in rank.weights() if everything or _is_sketched(weight, rank.config)]
     largest = max(moved, key=lambda weight: weight.numel)
-    own, gathered = rank.own(largest), largest.sharded and rank.tp > 1
+    own, gathered = rank.own(largest), rank.splits(largest) and rank.tp > 1
     averaged = 2 * own if rank.config.selection.proxy_decay > 0 else 0
     return 4 * (averaged + (2 + gathered) * largest.numel - own)
 
@@ -366,7 +378,7 @@ def _operator(rank: _Rank) -> dict[str, Row]:
         if spec.map_size is not None and (weight.matrix or not spec.matrices):
             columns = weight.columns or 1
             whole += 4 * spec.map_size(weight.numel // columns, columns)
-        elif weight.sharded:
+        elif rank.splits(weight):
             split += 4 * rank.own(weight)
         else:
             whole += 4 * weight.numel
@@ -418,7 +430,8 @@ def _pass(rank: _Rank, graph: bool, beside: int, wide: bool) -> Row:
     positions = micro * config.scored_length() // parallel.cp
     last = rank.last
     if not graph:
-        layer = activations.without_graph(config, rank.precision, rank.device).over(rank.tp) * positions
+        of_layers = [activations.without_graph(config, rank.precision, rank.device, kind) for kind in rank.layers()]
+        layer = max(each.over(rank.tp) for each in of_layers) * positions
         head = rank.logits(positions, backward=False)[0] if last else 0
         return Row(0, max(int(layer), head), f"{positions:,} positions at a time, without a graph", (SCORING,))
     micro_batches = max(1, _scored_share(config, rank.world_size) // micro)
@@ -430,7 +443,7 @@ def _pass(rank: _Rank, graph: bool, beside: int, wide: bool) -> Row:
         made = 0 if beside else 4 * positions * config.model.hidden_size
         vocab_bytes = max(vocab_bytes - beside, vocab_bytes // each * left + made)
         how += f", {each} bytes for each logit"
-    work = int(activations.worked_on(config, rank.precision).over(rank.tp) * positions)
+    work = int(activations.worked_on(config, rank.precision).over(rank.tp) * positions)  # experts are not captured
     return _row(rank, kept, how, SCORING)._replace(whole=int(kept.whole) + max(vocab_bytes, work))
 
 

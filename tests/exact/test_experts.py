@@ -64,7 +64,7 @@ def build(mesh: Mesh, case: str, parallel: ParallelConfig, optimizer: str | None
 def biases(engine: Any) -> dict[int, list[float]]:
     """Layer -> the biases that its experts are chosen by, of this rank's layers."""
     routers = [module for module in engine.module.modules() if getattr(module, "expert_bias", None) is not None]
-    return {router.layer_number: router.expert_bias.tolist() for router in routers}
+    return {router.layer: router.expert_bias.tolist() for router in routers}
 
 
 def alone_or_at(layout: str, folder: Path) -> dict[str, Any]:

@@ -167,6 +167,24 @@ def test_split_rows_add_up_to_the_whole_and_others_are_marked(optimizer: str, es
                 assert all(row.split == 0 for row in parts), f"{what} is marked as split at tp={tp} pp={pp} only"
 
 
+def test_experts_of_a_rank() -> None:
+    """Two expert-parallel ranks have half of the experts each, whole; the rest lies on both."""
+    config = small()
+    config.model = MOE
+    count, experts = count_parameters(MOE, VOCAB, 256), 8 * 3 * 96 * 64 * MOE.num_layers
+    config.parallel = ParallelConfig(ep=2)
+    assert sizes(config, 2)["weights"] == 4 * (count - experts // 2)
+    config.parallel = ParallelConfig(tp=2, ep=2, sequence_parallel=True)
+    alone = sizes(config, 2)["weights"]
+    config.parallel.expert_tp = 2
+    assert alone - sizes(config, 4)["weights"] == 4 * experts // 4
+    config.parallel = ParallelConfig()
+    dense = replace(MOE, first_dense_layers=1)
+    first, second = sizes(config), sizes(replace(config, model=dense))
+    layer = MOE.hidden_size * (3 * MOE.derived_ffn() - 8 * 3 * 96 - 3 * 32 - 8)
+    assert second["weights"] - first["weights"] == 4 * layer
+
+
 # -- beside what was measured ------------------------------------------------------------------------------------------
 
 
@@ -203,13 +221,14 @@ def test_fake_tensors_take_what_real_ones_do() -> None:
 # -- beside tensors ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "moe"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_state_of_an_optimizer(name: str) -> None:
+def test_state_of_an_optimizer(name: str, kind: str) -> None:
     config = small()
-    config.model, config.data.seq_len, config.optim.name = TINY, 16, name
+    config.model, config.data.seq_len, config.optim.name = {"gpt2": TINY, "moe": MOE}[kind], 16, name
     mesh = Mesh(ParallelConfig(), "cpu")
     try:
-        engine = tiny_engine(mesh, model=TINY, optim=config.optim)
+        engine = tiny_engine(mesh, model=config.model, optim=config.optim)
         engine.train_step(random_batch(8, 0))
         state = [value for each in engine.optimizer.states() for key, value in each.state.items() if key != "step"]
     finally:
@@ -219,10 +238,13 @@ def test_state_of_an_optimizer(name: str) -> None:
     assert found - handful == memory(config, 128, 1, "fp32", 0)["optimizer state"].size
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+MOE = replace(LLAMA, hidden_size=64, num_experts=8, expert_ffn_hidden_size=96, shared_expert_ffn_hidden_size=32)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "moe"])
 def test_real_tensors_of_a_training_step_on_cpu(kind: str) -> None:
     config = small()
-    config.model = replace(TINY if kind == "gpt2" else LLAMA, num_layers=4)
+    config.model = replace({"gpt2": TINY, "llama": LLAMA, "moe": MOE}[kind], num_layers=4)
     config.engine.device, config.data.seq_len, config.train.micro_batch_size = "cpu", 64, 4
     config.train.global_batch_size = 8
     mesh = Mesh(ParallelConfig(), "cpu")
