@@ -126,6 +126,7 @@ def _expert_parallel(config: RunConfig, world_size: int | None) -> Iterator[Prob
     if model.num_experts % parallel.ep:
         remedy = f"use a parallel.ep that divides {model.num_experts}"
         yield Problem("parallel.ep", parallel.ep, f"does not divide model.num_experts = {model.num_experts}", remedy)
+        return
     of_expert, split = model.derived_expert_ffn(), parallel.derived_expert_tp()
     if of_expert % split:
         reason = f"{of_expert} cannot be split over {split} ranks"

@@ -1,5 +1,6 @@
 """Every file under configs/ composes, and the published model shapes have their published number of parameters."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from megaopus.config.compose import compose, default_config_dir
 from megaopus.config.parse import load, to_yaml
 from megaopus.config.run_config import differences
 from megaopus.errors import ConfigError
-from megaopus.models.flops import count_parameters
+from megaopus.models.flops import count_active_parameters, count_parameters
 from megaopus.planning.memory import memory, peak
 from tests.exact.resume_runs import choices, rows, train
 from tests.unit.config_corpus import write_manifest
@@ -65,6 +66,7 @@ PUBLISHED = {
     "gpt2_large": (50257, 774_030_080 + 47 * 1280),
     "gpt2_xl": (50257, 1_557_611_200 + 47 * 1600),
     "qwen3_0p6b": (151936, 596_049_920),
+    "qwen3_30b_a3b": (151936, 30_532_122_624),
 }
 
 
@@ -73,6 +75,14 @@ def test_published_shapes_have_their_published_number_of_parameters(model, corpu
     vocab_size, parameters = PUBLISHED[model]
     config = compose([f"data.path={corpus}", f"model={model}"])
     assert count_parameters(config.model, config.model.vocab_size or vocab_size, 1024) == parameters
+
+
+def test_active_parameters_of_a_mixture(corpus):
+    """Published as 3.3B; the small one has as many inside its blocks as one MLP instead, but for the routers."""
+    large, small = (compose([f"data.path={corpus}", f"model={name}"]).model for name in ("qwen3_30b_a3b", "moe_tiny"))
+    assert count_active_parameters(large, 151936, 1024) / 1e9 == pytest.approx(3.35, abs=0.01)
+    dense = count_parameters(replace(small, num_experts=None), 1024, 256)
+    assert count_active_parameters(small, 1024, 256) == dense + 4 * 8 * 128
 
 
 def test_the_paper_experiment_is_the_paper(corpus):

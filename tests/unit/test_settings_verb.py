@@ -69,7 +69,7 @@ def test_an_unknown_name(name: str, near: str, capsys: pytest.CaptureFixture[str
     assert main(["settings", name]) == 2
     assert f"did you mean {near}" in capsys.readouterr().err
     assert main(["settings", "zork"]) == 2
-    assert "sections: run, model, model.rope_scaling, init, data, data.filter" in capsys.readouterr().err
+    assert "sections: run, model, model.rope_scaling, model.router, init, data, data.filter" in capsys.readouterr().err
 
 
 def test_choices_of_a_users_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
