@@ -86,9 +86,6 @@ class Mesh:
         self.device = torch.device("cpu") if self.on_cpu else _taken(local_rank)
         prepare_megatron(self.on_cpu)
         self._join(launched, timeout_minutes)
-        self._until_closed = ExitStack()
-        if deterministic:
-            self._until_closed.enter_context(deterministic_torch())
         from megatron.core import parallel_state
 
         with self.megatron():
@@ -112,6 +109,9 @@ class Mesh:
         self._told_local_rank = not launched
         if not launched:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it wherever it is
+        self._until_closed = ExitStack()
+        if deterministic:
+            self._until_closed.enter_context(deterministic_torch())
 
     def _join(self, launched: bool, timeout_minutes: float) -> None:
         """Make the process group of all ranks."""
