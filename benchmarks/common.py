@@ -163,10 +163,10 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def commit() -> str | None:
+def commit(root: Path = ROOT) -> str | None:
     """Name the commit that is checked out, with a + where tracked files differ from it; None outside a checkout."""
-    found = _git("rev-parse", "HEAD")
-    return found and found + "+" * bool(_git("status", "--porcelain", "--untracked-files=no"))
+    found = _git("rev-parse", "HEAD", root=root)
+    return found and found + "+" * bool(_git("status", "--porcelain", "--untracked-files=no", root=root))
 
 
 def _cpu_model() -> str:
@@ -177,10 +177,10 @@ def _cpu_model() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of a git command in this checkout; None outside one."""
+def _git(*arguments: str, root: Path = ROOT) -> str | None:
+    """Output of a git command in a checkout; None outside one."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

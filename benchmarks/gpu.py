@@ -3,7 +3,8 @@
 On one GPU it runs phases, each in a process of its own that ends by a deadline, and writes a line of JSON for each row
 as it comes: what is there; whether losses, utilities and picks are the CPU's, by precision and kernels; training and
 scoring of real models (time, MFU, kernels, host reads, memory beside what ``check`` says) beside a plain GPT with
-compiled blocks; what each estimator costs over its FLOPs; the command itself, stopped by SIGTERM and gone on. Under
+compiled blocks; what each estimator costs over its FLOPs; the command itself, stopped by SIGTERM and gone on; whether
+the same gives the same bits again, with and without engine.deterministic, and what that costs. Under
 torchrun the models of as many ranks as the job has are trained and score. With --fake the real engine runs on fake CUDA
 tensors (benchmarks/fake_cuda), which needs g++ and no GPU: every operation that it asks for is counted, and times are
 the least that an H100's data sheet allows for them. Every number of it is an estimate.
@@ -17,6 +18,7 @@ the least that an H100's data sheet allows for them. Every number of it is an es
     python benchmarks/gpu.py --fake --only gpt2_small --json fake.json
     python benchmarks/gpu.py --fake --only gpt2_xl --micro 1 --proxy-micro 8    # other sizes of passes
     python benchmarks/gpu.py --fake --eager                 # torch's own kernels, messages after the work
+    python benchmarks/gpu.py --fake --deterministic         # kernels that repeat themselves
 """
 
 from __future__ import annotations
@@ -138,6 +140,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="toy sizes")
     parser.add_argument("--phase", choices=PHASES, help="one, in this process; rows to the standard output")
     parser.add_argument("--eager", action="store_true", help="with --fake: engine.kernels=eager, and nothing overlaps")
+    parser.add_argument("--deterministic", action="store_true", help="with --fake: engine.deterministic=true")
     parser.add_argument("--micro", type=int, help="with --fake: sequences of a training pass, of as many batches")
     parser.add_argument("--proxy-micro", type=int, help="with --fake: of a pass of the proxy; else as in training")
     args = parser.parse_args(arguments)
@@ -177,7 +180,8 @@ def _estimate(args: argparse.Namespace, console: Console) -> int:
     sizes = {"micro": args.micro, "proxy_micro": args.proxy_micro}
     given = {key: size for key, size in sizes.items() if size is not None}
     cases = {name: CASES[name] for name in args.only or CASES}
-    rows = fake_rows({name: replace(case, eager=args.eager, **given) for name, case in cases.items()})
+    given |= {"eager": args.eager, "deterministic": args.deterministic}
+    rows = fake_rows({name: replace(case, **given) for name, case in cases.items()})
     console.print(table(rows, fake=True))
     console.print(parts_table(rows))
     console.print(f"estimator and batches are those of selection={PRESET}; times and MFU: the data sheet's peaks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import statistics
 import time
 import warnings
@@ -91,7 +92,7 @@ def measured_rows(names: Sequence[str], console: Console) -> list[dict[str, Any]
 def case_row(name: str, case: Case, device: str) -> dict[str, Any]:
     """Measure one case: training, scoring, and the memory of both beside what ``check`` says."""
     config = on_device(case, device)
-    mesh = Mesh(config.parallel, device)
+    mesh = Mesh(config.parallel, device, deterministic=config.engine.deterministic)
     try:
         engine = build_engine(config, mesh, case.vocab_size, rules=SequenceRules(document_end=1))
         train, score = measured_training(engine, case), measured_scoring(engine, case, config)
@@ -137,6 +138,27 @@ def case_row(name: str, case: Case, device: str) -> dict[str, Any]:
 
 
 _COUNTED = ("launches", "host_reads")
+
+
+def repeatable(case: Case, device: str) -> dict[str, Any]:
+    """Measure a case in a process of its own; ``bits``: a digest of all moments of gradients, and of utilities."""
+    config = on_device(case, device)
+    mesh = Mesh(config.parallel, device, deterministic=config.engine.deterministic)
+    try:
+        engine = build_engine(config, mesh, case.vocab_size, rules=SequenceRules(document_end=1))
+        train = measured_training(engine, case)
+        states = [state for each in engine.optimizer.torch_optimizers for state in each.state.values()]
+        found = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        utilities = scorer_of(engine, case, config).score(drawn(case, config.num_scored(), 0), 1).utilities
+        assert found
+        assert utilities is not None
+        digest = hashlib.sha256()
+        for each in (*found, utilities):
+            digest.update(each.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        score = measured_scoring(engine, case, config)
+    finally:
+        mesh.close()
+    return {"bits": digest.hexdigest(), "train": train, "score": score}
 
 
 def on_device(case: Case, device: str) -> RunConfig:

@@ -6,6 +6,7 @@ A phase yields rows; each is written as a line of JSON as it comes, so that what
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import signal
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +24,7 @@ import torch
 
 from benchmarks.common import ROOT, commit
 from benchmarks.gpu_measure import (
+    GIB,
     case_row,
     drawn,
     measured_scoring,
@@ -29,6 +32,7 @@ from benchmarks.gpu_measure import (
     median_seconds,
     on_device,
     reference_row,
+    repeatable,
     scorer_of,
 )
 from benchmarks.gpu_shapes import CASES, PRESET, Case, selection_of
@@ -275,6 +279,36 @@ def run_command(settings: Sequence[str], stop_after: str | None = None) -> int:
         return process.wait()
 
 
+# -- the same again ----------------------------------------------------------------------------------------------------
+
+
+def repeated(setup: Setup) -> Iterator[Row]:
+    """Measure a shape twice without and twice with engine.deterministic: whether bits are the same, and what it costs.
+
+    Each time in a process of its own, since CUDA's libraries read their variables once.
+    """
+    case = small(CASES["gpt2_small"]) if setup.quick else CASES["gpt2_small"]
+    spawn, without = multiprocessing.get_context("spawn"), 0.0
+    for deterministic in (False, True):
+        given, found = replace(case, deterministic=deterministic), []
+        for _ in range(2):
+            with ProcessPoolExecutor(1, mp_context=spawn) as alone:
+                found.append(alone.submit(repeatable, given, setup.device).result())
+        same = found[0]["bits"] == found[1]["bits"]
+        train, score = (min(each[what].seconds for each in found) for what in ("train", "score"))
+        without = without or train
+        yield {
+            "deterministic": deterministic,
+            "same_bits": same,
+            "train_s": train,
+            "score_s": score,
+            "over_without": train / without,
+            "train_peak_gib": found[0]["train"].peak / GIB,
+            "launches": found[0]["train"].launches,
+            **({"error": "bits differ from one run to the next"} if deterministic and not same else {}),
+        }
+
+
 PHASES: Mapping[str, Phase] = {
     "environment": Phase(environment, 40),
     "correct_cpu": Phase(correct_cpu, 60),
@@ -285,6 +319,7 @@ PHASES: Mapping[str, Phase] = {
     "gpt2_medium": Phase(shape("gpt2_medium"), 75),
     "product": Phase(product, 150),
     "gpt2_xl": Phase(shape("gpt2_xl"), 90),
+    "repeated": Phase(repeated, 200),
 }
 """What is asked first comes first: the last ones are left out where the time is over."""
 

@@ -41,6 +41,7 @@ class Case:
     """Proxy sequences of a pass on each rank; None: as in training, where a run takes what is free."""
     eager: bool = False
     """Whether torch's own kernels run one after another, and gradients are summed over ranks once all are there."""
+    deterministic: bool = False
 
     @property
     def layout(self) -> str:
@@ -58,6 +59,7 @@ class Case:
         config.model = ModelConfig(**self.model)
         config.optim.name = self.optimizer
         config.engine.device, config.engine.precision = "cuda", "bf16"
+        config.engine.deterministic = self.deterministic
         if self.eager:
             config.engine.kernels, config.parallel.overlap_grad_reduce = "eager", False
         for key, value in self.parallel.items():

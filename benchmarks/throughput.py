@@ -3,14 +3,23 @@
 Both train the same GPT from the same weights on the same sequences in one process, taking turns: forward, backward,
 clipping, fused AdamW, one micro-batch per update. Prints a table and writes rows {shape, parameters,
 engine_tokens_per_s, reference_tokens_per_s, ratio, ...}.
+
+With --against FOLDER the yardstick is the engine of another checkout, each in a process of its own. They take turns all
+the same, of which the first is not counted.
+
+    python benchmarks/throughput.py --against FOLDER --threads 1 --clock cpu
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import os
 import statistics
+import subprocess
 import sys
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +32,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.common import Ratio, interleaved, machine, parser, progress, single_engine, start, write_results
+from benchmarks.common import (
+    ROOT,
+    Ratio,
+    commit,
+    interleaved,
+    machine,
+    parser,
+    progress,
+    single_engine,
+    start,
+    write_results,
+)
 from benchmarks.reference_gpt import ReferenceGPT
 from megaopus.cli.demo import ensure_corpus
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
@@ -111,7 +131,7 @@ def measure(shape: Shape, plan: Plan, corpus: Corpus, clock: str, bar: Progress)
 
         passes = {name: partial(train, name) for name in updates}
         seconds = interleaved(passes, plan.repeats, clock, bar, str(shape))
-    _check_same(shape, losses)
+    _check_same(shape, losses, "in plain PyTorch")
     tokens = plan.steps * shape.micro_batch_size * shape.seq_len
     ratio = Ratio.of(seconds["reference"], seconds["engine"])
     return {
@@ -131,23 +151,64 @@ def measure(shape: Shape, plan: Plan, corpus: Corpus, clock: str, bar: Progress)
     }
 
 
-def _check_same(shape: Shape, losses: dict[str, list[float]]) -> None:
+def compared(shape: Shape, plan: Plan, corpus: Path, other: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The row of one shape beside the checkout ``other``. Raises EngineError if both do not compute the same losses."""
+    folders, losses = {"engine": ROOT, "reference": other.resolve()}, dict[str, list[float]](engine=[], reference=[])
+    seconds = dict[str, list[float]](engine=[], reference=[])
+    given = [*("--shape", *map(str, astuple(shape))), "--steps", str(plan.steps), "--most", str(plan.repeats + 1)]
+    given += ["--corpus", str(corpus.resolve()), "--clock", args.clock, "--threads", str(args.threads)]
+    with ExitStack() as stack:
+        workers: dict[str, Any] = {}
+        for name, folder in folders.items():
+            command = [sys.executable, "-P", str(ROOT / "benchmarks" / "turns.py"), *given]
+            environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(args.threads)}
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+            workers[name] = stack.enter_context(subprocess.Popen(command, env=environment, cwd=folder, **pipes))
+        for turn in range(plan.repeats + 1):
+            for name in sorted(folders, reverse=turn % 2 == 1):
+                print(file=workers[name].stdin)
+                told = workers[name].stdout.readline().split()
+                if len(told) != 2:
+                    raise EngineError(f"{folders[name]}: its engine ended, as is said above")
+                losses[name].append(float(told[1]))
+                seconds[name] += [float(told[0])] if turn else []
+    _check_same(shape, losses, f"in {other}")
+    tokens = plan.steps * shape.micro_batch_size * shape.seq_len
+    ratio = Ratio.of(seconds["reference"], seconds["engine"])
+    return {
+        "shape": str(shape),
+        "seq_len": shape.seq_len,
+        "micro_batch_size": shape.micro_batch_size,
+        "against": commit(other),
+        "engine_tokens_per_s": tokens / statistics.median(seconds["engine"]),
+        "reference_tokens_per_s": tokens / statistics.median(seconds["reference"]),
+        "ratio": ratio.median,
+        "ratio_low": ratio.low,
+        "ratio_high": ratio.high,
+        "repeats": plan.repeats,
+        "loss": losses["engine"][-1],
+    }
+
+
+def _check_same(shape: Shape, losses: dict[str, list[float]], where: str) -> None:
     """A comparison of speeds means nothing if the work differs."""
     for step, (engine, reference) in enumerate(zip(losses["engine"], losses["reference"], strict=True)):
         if not math.isclose(engine, reference, rel_tol=1e-3):
-            raise EngineError(f"{shape}: loss {engine:.6f} at step {step}, but {reference:.6f} in plain PyTorch")
+            raise EngineError(f"{shape}: loss {engine:.6f} at step {step}, but {reference:.6f} {where}")
 
 
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     """The table a person reads."""
-    table = Table(title=f"training throughput, target ratio >= {TARGET}", box=SIMPLE, padding=0)
-    for name in ("shape", "batch", "parameters", "engine tok/s", "plain tok/s", "ratio", "quartiles"):
+    beside = "that of another checkout" if "against" in rows[0] else f"target ratio >= {TARGET}"
+    table = Table(title=f"training throughput, {beside}", box=SIMPLE, padding=0)
+    other = "other tok/s" if "against" in rows[0] else "plain tok/s"
+    for name in ("shape", "batch", "parameters", "engine tok/s", other, "ratio", "quartiles"):
         table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["shape"],
             f"{row['micro_batch_size']} x {row['seq_len']}",
-            f"{row['parameters']:,}",
+            f"{row['parameters']:,}" if "parameters" in row else "-",
             f"{row['engine_tokens_per_s']:,.0f}",
             f"{row['reference_tokens_per_s']:,.0f}",
             f"{row['ratio']:.3f}",
@@ -158,13 +219,20 @@ def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
 
 def main(arguments: list[str] | None = None, plan: Plan | None = None) -> int:
     """Measure, print, write; ``plan`` replaces what --quick chooses from."""
-    args = parser(__doc__).parse_args(arguments)
+    made = parser(__doc__)
+    made.add_argument("--against", type=Path, metavar="FOLDER", help="a checkout of another commit: the yardstick")
+    made.add_argument("--repeats", type=int, metavar="N", help="timings of each")
+    args = made.parse_args(arguments)
     plan = plan or (QUICK if args.quick else FULL)
+    plan = plan if args.repeats is None else replace(plan, repeats=args.repeats)
     console = Console()
     start(args, console)
-    corpus = Corpus.open(ensure_corpus(args.corpus, console))
-    with progress(console) as bar:
-        rows = [measure(shape, plan, corpus, args.clock, bar) for shape in plan.shapes]
+    corpus = ensure_corpus(args.corpus, console)
+    if args.against:
+        rows = [compared(shape, plan, corpus, args.against, args) for shape in plan.shapes]
+    else:
+        with progress(console) as bar:
+            rows = [measure(shape, plan, Corpus.open(corpus), args.clock, bar) for shape in plan.shapes]
     print_rows(rows, console)
     if args.json:
         write_results(args.json, rows, machine(args))

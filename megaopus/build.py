@@ -62,8 +62,10 @@ def train(config: RunConfig, *, take_signals: bool = True) -> int:
     SIGTERM and SIGUSR1 stay with the program that calls this.
     """
     with StopSignal(take_signals) as stop:
-        mesh, timers = Mesh(config.parallel, config.engine.device, config.engine.timeout_minutes), Timers()
-        watch = HangWatchdog(mesh, timers, WATCH_SHARE * 60 * config.engine.timeout_minutes)
+        engine = config.engine
+        mesh = Mesh(config.parallel, engine.device, engine.timeout_minutes, engine.deterministic)
+        timers = Timers()
+        watch = HangWatchdog(mesh, timers, WATCH_SHARE * 60 * engine.timeout_minutes)
         try:
             with (
                 _locked(Path(config.run_dir), mesh),

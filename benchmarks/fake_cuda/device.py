@@ -27,6 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.fake_cuda.meter import DeviceMeter
 from megaopus.distributed.cpu import prepare_megatron
+from megaopus.distributed.determinism import VARIABLES
 
 SOURCE = Path(__file__).with_name("idle_device.cpp")
 CAPACITY = 80 << 30
@@ -227,6 +228,7 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
     real_start = dist.init_process_group
     place = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # nobody calls there
+    place |= {name: values[0] for name, values in VARIABLES.items()}  # of libraries that are not there
     with ExitStack() as stack:
         # megatron decorates functions with it, which run as they are under fake_tensors: saves seconds of imports
         stack.enter_context(mock.patch.object(torch, "compile", lambda made=None, **options: made or (lambda f: f)))

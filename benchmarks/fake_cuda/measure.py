@@ -72,7 +72,7 @@ class Measured:
 def fake_job(config: RunConfig, rank: int, world_size: int, device: str = "cuda") -> Iterator[tuple[Mesh, DeviceMeter]]:
     """Be one rank of a job on fake tensors inside."""
     with fake_ranks(rank, world_size), fake_tensors(device) as meter:
-        mesh = Mesh(config.parallel, device)
+        mesh = Mesh(config.parallel, device, deterministic=config.engine.deterministic)
         try:
             yield mesh, meter
         finally:

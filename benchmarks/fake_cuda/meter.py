@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from benchmarks.fake_cuda.numbers import Numbers
 from benchmarks.fake_cuda.operation import Operation, device_of
-from benchmarks.fake_cuda.work import OURS, Work
+from benchmarks.fake_cuda.work import OURS, Work, query_sums
 from megaopus.selection.candidates import tensors_of
 
 aten = torch.ops.aten
@@ -178,7 +178,7 @@ def _inside(func: Any, args: Any) -> int:
     query, key = args[1], args[2]
     shared = key.shape[1] != query.shape[1]
     copies = 2 * query.shape[1] * key.numel() // key.shape[1] * key.element_size() if shared else 0
-    return 4 * query.numel() + copies
+    return query_sums(query) + copies
 
 
 def _line() -> str:

@@ -22,6 +22,7 @@ HOST_BYTES = 64e9
 """A second each way over PCIe 5 (128 GB/s both)."""
 NODE = 8
 """GPUs of a node."""
+MULTIPROCESSORS = 132
 _PEAKS = {
     torch.bfloat16: BF16_FLOPS,
     torch.float16: BF16_FLOPS,

@@ -33,8 +33,18 @@ _OVERWRITE = ("copy_", "zero_", "fill_", "normal_", "uniform_", "_foreach_copy_"
 """Operations that do not read what they write to."""
 _PICK = ("embedding", "index_select", "gather", "index", "nll_loss_forward")
 """Those that read no more of a tensor than they give."""
-_SCATTER = ("index_add_", "index_put_", "scatter_add_", "embedding_dense_backward", "nll_loss_backward")
+_SCATTER = (
+    "index_add_",
+    "index_put_",
+    "index_put",
+    "scatter_add_",
+    "embedding_dense_backward",
+    "nll_loss_backward",
+)
 """Those that write no more of a tensor than they are given; the last two write all of it first."""
+_FLASH_BACKWARD = "_scaled_dot_product_flash_attention_backward"
+_UNSTEADY = ("put_", "nll_loss2d_forward", "cumsum")
+"""Those of which torch has no form for CUDA that repeats itself; cumsum of whole numbers has one."""
 _DEPENDENT = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "bincount")
 """Those whose result the host must wait for."""
 
@@ -111,6 +121,8 @@ class Work:
         if call.schema.free or not (on_device or made_there):
             return
         _refuse_mixed(name, given, on_device)
+        if torch.are_deterministic_algorithms_enabled():
+            _refuse_unsteady(name, given)
         if name in ("_to_copy", "copy_") and self._between(args, kwargs, call.result):
             return
         if name in _DEPENDENT:
@@ -244,6 +256,22 @@ def _refuse_mixed(name: str, given: list[Tensor], on_device: list[Tensor]) -> No
         raise RuntimeError(f"{name} is given tensors of the device and of the host together")
 
 
+def _refuse_unsteady(name: str, given: list[Tensor]) -> None:
+    """Raise RuntimeError, as torch does on CUDA while it must repeat itself, for what has no such form."""
+    if name in _UNSTEADY and (name != "cumsum" or given[0].is_floating_point()):
+        raise RuntimeError(f"{name} on CUDA does not have a deterministic implementation")
+
+
+def query_sums(query: Tensor) -> int:
+    """Bytes of fp32 sums of the queries' gradient that flash attention's backward pass keeps (flash_api.cpp, mha_bwd).
+
+    One, which blocks add to as they come; where torch must repeat itself as many as keep every multiprocessor busy.
+    """
+    batch, heads = query.shape[:2]
+    sums = -(-roofline.MULTIPROCESSORS // (batch * heads)) if torch.are_deterministic_algorithms_enabled() else 1
+    return 4 * query.numel() * sums
+
+
 def _count_kernels(name: str, args: Any) -> int:
     if not name.startswith(_MULTI):
         return _KERNELS.get(name, 1)
@@ -265,6 +293,8 @@ def _moved(call: Operation) -> int:
         source = min((_bytes(each) for each in call.given if each.ndim and each.is_floating_point()), default=0)
         return 3 * source + fresh
     read = sum(_bytes(each) for each in call.given if name not in _OVERWRITE or id(each) not in ours)
+    if name == _FLASH_BACKWARD:  # more than one sum is set to zero first, and read at the end
+        read += 2 * (query_sums(call.args[1]) - 4 * call.args[1].numel())
     return read + sum(map(_bytes, written)) + fresh
 
 

@@ -6,7 +6,7 @@ Experts are spread over the ranks of a stage anew: dp x ep x tp of their own, te
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.cpu import cpu_mode, prepare_megatron
+from megaopus.distributed.determinism import deterministic_torch, set_variables
 from megaopus.distributed.launcher import place
 from megaopus.distributed.shards import is_expert, part_of, whole_of
 from megaopus.errors import EngineError
@@ -65,12 +66,19 @@ class MeshShape:
 class Mesh:
     """torch.distributed and megatron's process groups, alive between ``Mesh(...)`` and ``close()``.
 
-    Raises ``EngineError`` if the world size is not a multiple of tp x cp x pp, or of what experts take of a stage, or
-    the device is missing, ``ConfigError``
-    for what a launcher left over in the environment.
+    ``deterministic``: the same gives the same bits again, on CUDA too (``determinism``), of all that this process has
+    torch do meanwhile. Raises ``EngineError`` if the world size is not a multiple of tp x cp x pp, or of what experts
+    take of a stage, or the device is missing, ``ConfigError`` for what a launcher left over in the environment, or what
+    there makes CUDA differ.
     """
 
-    def __init__(self, parallel: ParallelConfig, device: str = "auto", timeout_minutes: float = 10.0):
+    def __init__(
+        self,
+        parallel: ParallelConfig,
+        device: str = "auto",
+        timeout_minutes: float = 10.0,
+        deterministic: bool = False,
+    ):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
@@ -82,20 +90,12 @@ class Mesh:
             world_size, parallel.tp, parallel.pp, parallel.cp, parallel.ep, parallel.derived_expert_tp()
         )
         _check_shape(self.shape)
-        self.on_cpu = device == "cpu"
-        if self.on_cpu:
-            self.device = torch.device("cpu")
-        else:
-            self.device = torch.device("cuda", _gpu_of(local_rank, torch.cuda.device_count()))
-            torch.cuda.set_device(self.device)
+        self.on_cpu, self.deterministic = device == "cpu", deterministic
+        if deterministic and not self.on_cpu:
+            set_variables(torch.cuda.is_initialized())
+        self.device = torch.device("cpu") if self.on_cpu else _taken(local_rank)
         prepare_megatron(self.on_cpu)
-        given: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
-        if not launched:
-            given |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        if self.on_cpu:
-            dist.init_process_group("gloo", **given)
-        else:  # of a rank that names its device groups are made by splitting one, and no barrier guesses it
-            dist.init_process_group("nccl", device_id=self.device, **given)
+        self._join(launched, timeout_minutes)
         from megatron.core import parallel_state
 
         with self.megatron():
@@ -125,6 +125,19 @@ class Mesh:
         self._told_local_rank = not launched
         if not launched:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it wherever it is
+        self._until_closed = ExitStack()
+        if deterministic:
+            self._until_closed.enter_context(deterministic_torch())
+
+    def _join(self, launched: bool, timeout_minutes: float) -> None:
+        """Make the process group of all ranks."""
+        given: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+        if not launched:
+            given |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        if self.on_cpu:
+            dist.init_process_group("gloo", **given)
+        else:  # of a rank that names its device groups are made by splitting one, and no barrier guesses it
+            dist.init_process_group("nccl", device_id=self.device, **given)
 
     def megatron(self) -> AbstractContextManager[None]:
         """Context in which megatron-core may be called."""
@@ -185,13 +198,21 @@ class Mesh:
         return found
 
     def close(self) -> None:
-        """Destroy every process group."""
+        """Destroy every process group, and let torch be as it was."""
         from megatron.core import parallel_state
 
+        self._until_closed.close()
         if self._told_local_rank:
             os.environ.pop("LOCAL_RANK", None)
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _taken(local_rank: int) -> torch.device:
+    """Take this rank's GPU."""
+    device = torch.device("cuda", _gpu_of(local_rank, torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _gpu_of(local_rank: int, visible: int) -> int:

@@ -106,6 +106,8 @@ class Engine(ABC):
         Raises:
             EngineError: the engine cannot run this model, layout or optimizer.
         """
+        if engine.deterministic and not mesh.deterministic:
+            raise EngineError("engine.deterministic=true: make the Mesh with deterministic=True")
         self.mesh = mesh
         self.step = 0
         """Updates so far: what the learning rate depends on."""

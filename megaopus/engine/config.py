@@ -10,6 +10,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.engine.registry import ENGINES, EngineSpec, Refusal
 from megaopus.optim.config import OptimConfig
 from megaopus.selection.config import SelectionConfig
+from megaopus.selection.methods.registry import UNIFORM
 from megaopus.settings import FIXED, HARMLESS, setting
 
 ZERO_STAGES = (1, 2, 3)
@@ -52,6 +53,9 @@ class EngineConfig:
     use_cpu_initialization: bool = setting(
         True, doc="Draw first weights on the CPU, each whole; false: each rank its part, on the device (other numbers)."
     )
+    deterministic: bool = setting(
+        False, doc="The same job gives the same bits again, on CUDA too, which takes time (docs/engines.md)."
+    )
     timeout_minutes: float = setting(10.0, above=0, doc="Longest wait in a collective before the job fails.")
 
     def spec(self) -> EngineSpec:
@@ -71,3 +75,17 @@ class EngineConfig:
     ) -> Iterator[Refusal]:
         """Yield what this engine cannot serve of the settings elsewhere; ``selection`` None: of the first two."""
         yield from self.spec().refusals(self, parallel, optim, selection)
+        if self.deterministic and selection is not None:
+            yield from self._found_sizes(selection)
+
+    def _found_sizes(self, selection: SelectionConfig) -> Iterator[Refusal]:
+        """Yield the sizes of passes, on which last bits depend, that the free memory would decide."""
+        reason = "engine.deterministic=true, but the free memory, which may be other in the same job again, decides it"
+        if selection.method == UNIFORM:
+            return
+        if selection.score_micro_batch_size is None:
+            key = "selection.score_micro_batch_size"
+            yield Refusal(key, None, reason, f"{key}=8, or as many candidates as a forward pass has memory for")
+        if selection.needs_proxy and selection.proxy_micro_batch_size is None and self.device != "cpu":
+            key = "selection.proxy_micro_batch_size"
+            yield Refusal(key, None, reason, f"{key}=8, or as many sequences as a backward pass has memory for")

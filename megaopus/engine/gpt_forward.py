@@ -94,8 +94,10 @@ class SampledLabels:
         peak_BS = logits_BSV.amax(-1)
         if size > 1:
             dist.all_reduce(peak_BS, op=dist.ReduceOp.MAX, group=group)
-        cumulated_BSV = (logits_BSV - peak_BS.unsqueeze(-1)).exp_().double().cumsum(-1)
-        bounds = torch.stack(gathered(cumulated_BSV[..., -1], group, size)).cumsum(0)  # of the ranks' parts
+        shares_BSV = _summable((logits_BSV - peak_BS.unsqueeze(-1)).exp_())
+        cumulated_BSV = shares_BSV.cumsum(-1)
+        bounds = torch.stack(gathered(cumulated_BSV[..., -1], group, size)).cumsum(0).double()  # of the ranks' parts
+        cumulated_BSV = cumulated_BSV.double()
         point_BS = uniforms_BS * bounds[-1]
         lower_BS = bounds[rank - 1] if rank else torch.zeros_like(point_BS)
         # no further than this part reaches, whatever rounding says: columns without probability lie behind
@@ -105,6 +107,19 @@ class SampledLabels:
         if size > 1:
             dist.all_reduce(labels_BS, group=group)
         return labels_BS
+
+
+def _summable(shares: Tensor) -> Tensor:
+    """Give numbers of 0 to 1 in float64; or, for sums that must repeat themselves, times 2^44 in whole numbers.
+
+    2^18 columns of them stay below what int64 holds.
+    """
+    return (shares.double() * 2.0**44).long() if _sums_vary(shares.device) else shares.double()
+
+
+def _sums_vary(device: torch.device) -> bool:
+    """Say whether torch refuses to add up floats along a row: CUDA does so in no fixed order."""
+    return device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
 
 
 class Cut(NamedTuple):

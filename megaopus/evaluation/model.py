@@ -112,7 +112,7 @@ def opened(found: Found, overrides: list[str], world_size: int) -> Iterator[tupl
     Raises ConfigError, CheckpointError (every byte of a checkpoint is checked), ModelError.
     """
     parallel, engine = layout(overrides, found.model, world_size)
-    mesh = Mesh(parallel, engine.device, engine.timeout_minutes)
+    mesh = Mesh(parallel, engine.device, engine.timeout_minutes, engine.deterministic)
     try:
         yield engine_of(found, mesh, parallel, engine), mesh
     finally:

@@ -71,6 +71,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=bf16,
         use_cpu_initialization=mesh.on_cpu,
+        deterministic_mode=mesh.deterministic and not mesh.on_cpu,  # the CPU repeats itself without
         bias_activation_fusion=fused and model.activation == "swiglu",
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,

@@ -67,7 +67,7 @@ class _OfCheckpoint(ABC):
         """Take this rank's place among those of the launch; more of them take more documents at a time."""
         if self._mesh is None:
             engine = self.config.engine
-            self._mesh = Mesh(self.config.parallel, engine.device, engine.timeout_minutes)
+            self._mesh = Mesh(self.config.parallel, engine.device, engine.timeout_minutes, engine.deterministic)
             self.batch_tokens = type(self).batch_tokens * self._mesh.shape.dp
         return self._mesh
 

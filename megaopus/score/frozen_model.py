@@ -203,6 +203,7 @@ def _rearranged(state: dict[str, Any], folder: Path, overrides: Sequence[str], d
     if not any(text.lstrip("+").startswith("engine=") for text in overrides):
         first += [f"engine.precision={own.precision}", f"engine.recompute={str(own.recompute).lower()}"]
         first.append(f"engine.timeout_minutes={own.timeout_minutes}")
+        first.append(f"engine.deterministic={str(own.deterministic).lower()}")
     laid_out = arranged(overrides, config.model, place().world_size, first=first)
     _refuse_other_engines(laid_out)
     config.parallel, config.engine = laid_out.parallel, laid_out.engine

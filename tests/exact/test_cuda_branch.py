@@ -7,8 +7,14 @@ The numbers are in tests/fixtures/fake_cuda.json. Where a change is meant to mov
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +22,12 @@ import torch.distributed as dist
 
 from benchmarks.fake_cuda.device import fake_ranks, fake_tensors, missing
 from benchmarks.fake_cuda.estimate import estimate, row
+from benchmarks.fake_cuda.measure import fake_job, measure
 from benchmarks.gpu_shapes import Case
+from megaopus import build
+from megaopus.config.run_config import RunConfig
+from megaopus.distributed.determinism import deterministic_torch
+from megaopus.errors import ConfigError
 from megaopus.optim.registry import OPTIMIZERS
 from tests.exact.fake_cuda_runs import (
     FIXTURE,
@@ -29,6 +40,7 @@ from tests.exact.fake_cuda_runs import (
     launches,
     layout,
     optimizer,
+    plain,
     saved,
 )
 from tests.pool import Pool
@@ -125,6 +137,94 @@ def test_the_gpu_benchmark_makes_a_row_of_estimates(pool: Pool) -> None:
     assert found["launches"] == found["train_launches"] + found["score_launches"] > 0
     assert 0 < found["mfu_ceiling"] < 1
     assert json.loads(json.dumps(found)) == found
+
+
+def _repeating(
+    name: str, optimizer: str, selections: tuple[str, ...]
+) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """What training and each scoring ask of the device with engine.deterministic, and training's kernels."""
+    warnings.simplefilter("ignore")
+    run = RUNS[name]
+    config = replace(run, engine={"deterministic": True}).config(optimizer)
+    with fake_job(config, run.rank, run.ranks) as (mesh, meter):
+        assert mesh.deterministic
+        found = measure(config, VOCAB, mesh, meter, {each: run.selection(each) for each in selections})
+    works = {"train": found.train_work, **found.score_work}
+    return {step: plain(work) for step, work in works.items()}, found.train_work.launches
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "selections"),
+    [("1", "adamw", ("countsketch", "gram")), ("tp8 sp", "sophia_g", ("directional",))],
+)
+def test_every_operation_has_a_form_that_repeats_itself(
+    pool: Pool, name: str, optimizer: str, selections: tuple[str, ...]
+) -> None:
+    """The meter raises, as torch does, where there is none; tables of embeddings are megatron's indexed ones."""
+    works, kernels = pool.run(1, _repeating, name, optimizer, selections)[0]
+    pinned = PINNED[LATEST]["layouts"][name]["work"]
+    assert works.keys() == {"train", *selections}
+    for step, found in works.items():
+        assert (found["reads"], found["waits"]) == (pinned[step]["reads"], {})
+    assert kernels["index_put"] > 0
+
+
+def _unsteady() -> list[str]:
+    refused = []
+    with fake_tensors("cuda"), deterministic_torch():
+        numbers, places = torch.rand(8, device="cuda"), torch.arange(8, device="cuda")
+        places.cumsum(0), numbers.index_add_(0, places, numbers), numbers.sum()
+        calls = {
+            "cumsum": lambda: numbers.cumsum(0),
+            "put_": lambda: numbers.put_(places, numbers),
+        }
+        for name, call in calls.items():
+            with pytest.raises(RuntimeError, match=f"{name} on CUDA does not have a deterministic"):
+                call()
+            refused.append(name)
+    return refused
+
+
+def test_the_meter_refuses_what_does_not_repeat_itself(pool: Pool) -> None:
+    assert pool.run(1, _unsteady)[0] == ["cumsum", "put_"]
+
+
+def _flash_peaks() -> list[int]:
+    """Bytes that attention's backward pass takes at its peak, for 2 sequences of 4 heads, and for 200 of them."""
+    found = []
+    for deterministic in (nullcontext, deterministic_torch):
+        for batch in (2, 200):
+            with fake_tensors("cuda") as meter, deterministic():
+                shape = (batch, 4, 256, 64)
+                q, k, v = (torch.zeros(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in "qkv")
+                loss = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum()
+                meter.reset_peak()
+                loss.backward()
+                found.append(meter.peak // q.numel())
+    return found
+
+
+def test_attention_that_repeats_itself_keeps_a_sum_for_every_block(pool: Pool) -> None:
+    few, many, few_repeating, many_repeating = pool.run(1, _flash_peaks)[0]
+    assert (few, many_repeating) == (many, many)
+    assert few_repeating == 4 * 2 + 17 * 4  # q, k, v and their context in 16 bits; 132 multiprocessors over 2 x 4 heads
+
+
+def _begun_with(name: str, value: str, run_dir: Path) -> tuple[str, bool]:
+    config = RunConfig(run_dir=str(run_dir))
+    config.engine.deterministic, config.engine.device = True, "cuda"
+    with fake_ranks(0, 1), fake_tensors("cuda"), mock.patch.dict(os.environ, {name: value}):
+        with pytest.raises(ConfigError) as raised:
+            build.train(config, take_signals=False)
+        return str(raised.value), dist.is_initialized()
+
+
+def test_a_variable_that_lets_cuda_differ_is_told_before_anything_is_written(pool: Pool, tmp_path: Path) -> None:
+    said, alive = pool.run(1, _begun_with, "CUBLAS_WORKSPACE_CONFIG", ":0:0", tmp_path / "run")[0]
+    assert "CUBLAS_WORKSPACE_CONFIG = ':0:0': engine.deterministic=true needs :4096:8 or :16:8" in said
+    assert "unset it" in said
+    assert not alive
+    assert not (tmp_path / "run").exists()
 
 
 MIXED: dict[str, Callable[[], Any]] = {

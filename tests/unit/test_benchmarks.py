@@ -172,6 +172,28 @@ def test_throughput_rows(tiny_corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_throughput_beside_another_checkout(tiny_corpus: Path, tmp_path: Path) -> None:
+    """A copy whose engine rests before each update is slower by that; one that trains otherwise is refused."""
+    other, path = tmp_path / "other", tmp_path / "rows.json"
+    shutil.copytree(common.ROOT / "benchmarks", other / "benchmarks", ignore=shutil.ignore_patterns("results"))
+    shutil.copytree(common.ROOT / "megaopus", other / "megaopus")
+    helper = other / "benchmarks" / "common.py"
+    text = helper.read_text()
+    rests = "_own = MegatronEngine.prepare_update\n"
+    rests += "MegatronEngine.prepare_update = lambda self: (time.sleep(0.2), _own(self))[1]\n"
+    helper.write_text(text + rests)
+    plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=3, steps=1)
+    given = ["--json", str(path), "--corpus", str(tiny_corpus), "--threads", "1", "--against", str(other)]
+    assert throughput.main(given, plan) == 0
+    (row,) = json.loads(path.read_text())
+    assert row["ratio"] > 2
+    assert 2 * 32 / row["reference_tokens_per_s"] > 0.2
+    helper.write_text(text.replace("seed=1234", "seed=4321"))
+    with pytest.raises(EngineError, match=f"in {other}"):
+        throughput.main(given, plan)
+
+
+@pytest.mark.slow
 def test_throughput_refuses_to_compare_different_work(tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = throughput.Plan(shapes=(throughput.Shape(2, 32, 4, 32, 2),), repeats=2, steps=2)
     monkeypatch.setattr(throughput.ReferenceGPT, "copy_weights", lambda self, source: None)
