@@ -15,6 +15,7 @@ from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.megatron.engine import MegatronEngine
+from megaopus.engine.megatron.weights import CheckpointWeights
 from megaopus.models.gpt import canonical_names, full_parameters
 from megaopus.optim.build import state_names
 from megaopus.optim.registry import OPTIMIZERS
@@ -328,6 +329,20 @@ def test_bf16_keeps_fp32_main_weights(mesh: Mesh) -> None:
         assert parameter.dtype == torch.bfloat16
         assert parameter.main_param.dtype == torch.float32, name
         assert torch.equal(parameter.main_param.to(torch.bfloat16), parameter), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_single_weights_are_read_from_a_checkpoint_as_the_optimizer_has_them(
+    optimizer: str, mesh: Mesh, tmp_path: Path
+) -> None:
+    built = build(mesh, ("llama", optimizer), ParallelConfig(), EngineConfig(device="cpu", precision="bf16"))
+    built.train_step(random_batch(8, 0))
+    save(built, tmp_path)
+    names, read = dict(canonical_names(built.module)), CheckpointWeights(tmp_path)
+    expected = {names[own]: value for own, value in built.optimizer.main_weights().items()}
+    assert read.names() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(read(name), value), name
 
 
 def test_bf16_with_sharded_main_weights(mesh: Mesh, tmp_path: Path) -> None:
