@@ -154,12 +154,14 @@ def _mesh_table(config: RunConfig, world_size: int) -> Table:
     from megaopus.planning.estimate import groups
 
     parallel = config.parallel
-    tp, pp, cp = parallel.tp, parallel.pp, parallel.cp
     table = Table(title=f"Mesh of {world_size} ranks", title_justify="left")
     for heading in ("axis", "degree", "groups of ranks"):
         table.add_column(heading, overflow="fold")
-    degrees = {"tp": tp, "cp": cp, "pp": pp, "dp": world_size // parallel.model_ranks}
-    listed = groups(world_size, tp, pp, cp) if world_size <= LARGEST_TABLE else None
+    degrees = {"tp": parallel.tp, "cp": parallel.cp, "pp": parallel.pp, "dp": world_size // parallel.model_ranks}
+    if parallel.ep > 1:
+        of_experts = parallel.ep * parallel.derived_expert_tp() * parallel.pp
+        degrees |= {"ep": parallel.ep, "expert_dp": world_size // of_experts}
+    listed = groups(parallel, world_size) if world_size <= LARGEST_TABLE else None
     for axis, degree in degrees.items():
         text = " ".join(str(group) for group in listed[axis]) if listed else f"{world_size // degree} of {degree}"
         table.add_row(axis, str(degree), text, end_section=axis == "dp")

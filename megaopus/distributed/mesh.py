@@ -34,6 +34,15 @@ class Coordinates(NamedTuple):
     pp: int
 
 
+class ExpertCoordinates(NamedTuple):
+    """Place of a rank along each axis of the mesh of experts."""
+
+    expert_tp: int
+    ep: int
+    expert_dp: int
+    pp: int
+
+
 @dataclass(frozen=True, slots=True)
 class MeshShape:
     """Degrees of parallelism of a job; pure arithmetic, no process group."""
@@ -53,6 +62,14 @@ class MeshShape:
     def expert_dp(self) -> int:
         """Ranks that hold the same experts."""
         return self.world_size // (self.expert_tp * self.ep * self.pp)
+
+    def expert_coordinates(self, rank: int) -> ExpertCoordinates:
+        """Place of a rank among those that share experts, in megatron-core's order, expert_tp fastest."""
+        place = []
+        for degree in (self.expert_tp, self.ep, self.expert_dp, self.pp):
+            place.append(rank % degree)
+            rank //= degree
+        return ExpertCoordinates(*place)
 
     def coordinates(self, rank: int) -> Coordinates:
         """Place of a rank in megatron-core's default order tp-cp-dp-pp, tp fastest."""
@@ -118,10 +135,12 @@ class Mesh:
         self.ep_group = parallel_state.get_expert_model_parallel_group()
         self.expert_tp_group = parallel_state.get_expert_tensor_parallel_group()
         self.expert_dp_group = parallel_state.get_expert_data_parallel_group()
-        self.ep_rank, self.expert_dp_rank = dist.get_rank(self.ep_group), dist.get_rank(self.expert_dp_group)
+        _, self.ep_rank, self.expert_dp_rank, _ = self.shape.expert_coordinates(self.rank)
         self.tp_rank, self.cp_rank, self.dp_rank, self.pp_rank = self.shape.coordinates(self.rank)
         groups = (self.tp_group, self.cp_group, self.dp_group, self.pp_group)
         assert tuple(dist.get_rank(group) for group in groups) == self.shape.coordinates(self.rank)
+        groups = (self.expert_tp_group, self.ep_group, self.expert_dp_group, self.pp_group)
+        assert tuple(dist.get_rank(group) for group in groups) == self.shape.expert_coordinates(self.rank)
         self._told_local_rank = not launched
         if not launched:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it wherever it is

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megaopus.config.run_config import RunConfig
 from megaopus.data.run_data import RunDataSummary
+from megaopus.distributed.config import ParallelConfig
 from megaopus.distributed.mesh import MeshShape
 from megaopus.models.flops import (
     VOCAB_MULTIPLE,
@@ -32,9 +33,14 @@ def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str,
         engine += f" (ZeRO stage {config.engine.zero_stage})"
     if config.engine.is_fused(device == "cpu"):
         engine += ", fused kernels"
+    layout = f"dp={shape.dp} tp={shape.tp} cp={shape.cp} pp={shape.pp}" + (f" ep={shape.ep}" if shape.ep > 1 else "")
+    used = ""
+    if config.model.num_experts is not None:
+        vocab_size = config.model.derived_vocab_size(data.vocab_size)
+        used = f" ({count_active_parameters(config.model, vocab_size, config.data.seq_len):,} used by a token)"
     parts = [
-        f"{shape.world_size} rank(s) on {device}: dp={shape.dp} tp={shape.tp} cp={shape.cp} pp={shape.pp}",
-        f"{parameters:,} parameters, {precision}, {config.optim.name}, {engine}",
+        f"{shape.world_size} rank(s) on {device}: {layout}",
+        f"{parameters:,} parameters{used}, {precision}, {config.optim.name}, {engine}",
         f"{train.steps} steps of {train.global_batch_size} x {config.data.seq_len} tokens",
         _picks(config),
         f"pool of {data.sequences['pool']:,} sequences ({data.fingerprint[:12]})",
@@ -240,14 +246,21 @@ def launch_command(
     return where, f"{start} {shlex.join(['-m', 'megaopus', 'train', *folder, *overrides])}"
 
 
-def groups(world_size: int, tp: int, pp: int, cp: int = 1) -> dict[str, list[list[int]]]:
-    """Kind of parallelism -> the groups of ranks that work together in it."""
-    shape = MeshShape(world_size, tp, pp, cp)
-    places = {rank: shape.coordinates(rank)._asdict() for rank in range(world_size)}
+def groups(parallel: ParallelConfig, world_size: int) -> dict[str, list[list[int]]]:
+    """Kind of parallelism -> the groups of ranks that work together in it; of experts where they are spread."""
+    shape = MeshShape(world_size, parallel.tp, parallel.pp, parallel.cp, parallel.ep, parallel.derived_expert_tp())
+    result = _groups([shape.coordinates(rank)._asdict() for rank in range(world_size)])
+    if shape.ep > 1:
+        of_experts = _groups([shape.expert_coordinates(rank)._asdict() for rank in range(world_size)])
+        result |= {name: of_experts[name] for name in ("ep", "expert_dp")}
+    return result
+
+
+def _groups(places: Sequence[Mapping[str, int]]) -> dict[str, list[list[int]]]:
     result: dict[str, list[list[int]]] = {}
     for name in places[0]:
         members: dict[tuple[int, ...], list[int]] = {}
-        for rank, place in places.items():
+        for rank, place in enumerate(places):
             members.setdefault(tuple(place[other] for other in place if other != name), []).append(rank)
         result[name] = list(members.values())
     return result

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megaopus.config.run_config import RunConfig
 from megaopus.data.run_data import RunDataSummary
 from megaopus.data.text_features import JUDGES
-from megaopus.models.flops import count_parameters
+from megaopus.models.flops import count_active_parameters
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.estimators.registry import scoring_flops
 from megaopus.selection.methods.registry import METHODS, UNIFORM
@@ -81,7 +81,7 @@ def online(config: RunConfig) -> ScorerCost:
 def ahead_of_time(config: RunConfig, data: RunDataSummary, parameters: float | None = None) -> ScorerCost:
     """Work out what a column of utilities costs this run, by a model of ``parameters``; None: as many as its own."""
     train = config.train
-    own = count_parameters(config.model, config.model.derived_vocab_size(data.vocab_size), config.data.seq_len)
+    own = count_active_parameters(config.model, config.model.derived_vocab_size(data.vocab_size), config.data.seq_len)
     trained = train.steps * train.global_batch_size
     size = 1.0 if parameters is None else parameters / own
     return ScorerCost(

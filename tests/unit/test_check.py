@@ -176,18 +176,21 @@ def test_check_tells_when_a_column_pays(corpus, capsys):
 
 
 def test_groups_are_meshes_of_adjacent_tensor_parallel_ranks():
-    assert check.groups(8, tp=2, pp=2) == {
+    assert check.groups(ParallelConfig(tp=2, pp=2), 8) == {
         "tp": [[0, 1], [2, 3], [4, 5], [6, 7]],
         "pp": [[0, 4], [1, 5], [2, 6], [3, 7]],
         "dp": [[0, 2], [1, 3], [4, 6], [5, 7]],
         "cp": [[rank] for rank in range(8)],
     }
-    assert check.groups(8, tp=2, pp=1, cp=2) == {
+    assert check.groups(ParallelConfig(tp=2, cp=2), 8) == {
         "tp": [[0, 1], [2, 3], [4, 5], [6, 7]],
         "cp": [[0, 2], [1, 3], [4, 6], [5, 7]],
         "dp": [[0, 4], [1, 5], [2, 6], [3, 7]],
         "pp": [[rank] for rank in range(8)],
     }
+    of_experts = check.groups(ParallelConfig(tp=2, ep=2, sequence_parallel=True), 8)
+    assert of_experts["ep"] == [[0, 1], [2, 3], [4, 5], [6, 7]]  # each expert is whole
+    assert of_experts["expert_dp"] == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 def printed(overrides, corpus, world_size=None):
