@@ -116,7 +116,7 @@ class StepRecord:
         default=None,
         metadata=metric(
             "",
-            "Load of a layer's busiest expert over the even one, mean over layers; null: no experts.",
+            "Load of the busiest expert over the even one, mean over layers; null: no experts.",
             wandb="train/expert_busiest",
             console=mean("busiest expert {:.2f}x".format),
             plot=True,

@@ -8,11 +8,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import checkpoint_shares, pressure, pressure_arms, study, update_share
+from benchmarks import checkpoint_shares, pressure, pressure_arms, real_reach, study, update_share
 from benchmarks.fake_cuda import roofline
 from benchmarks.gpu_shapes import Case
 from megaopus.models.config import ModelConfig
@@ -152,3 +153,30 @@ def test_arms_are_held_against_what_they_are_to_beat() -> None:
     assert lines["opus"][4:6] == ["uniform", "-0.5000"]
     assert lines["widening"][4:6] == ["wide", "+0.0500"]
     assert float(lines["rising"][6]) == pytest.approx(0.205, abs=1e-3)  # Student's t of -0.1 and -0.2: 3, one degree
+
+
+def test_how_far_a_weighing_of_signals_could_go() -> None:
+    """A utility that knows all goes to the end of the way, one that knows nothing no further than importance."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(3, real_reach.FEWER, generator=generator, dtype=torch.float64)
+    known = torch.tensor([[2.0], [1.0], [0.0]]).double() + noise / 2
+
+    def reached(utility: torch.Tensor, narrowed: int = 64) -> float:
+        scored = real_reach.Scored(
+            ["books", "code", "french"],
+            np.array([0.1, 0.3, 0.6]),
+            np.array([0.3, 0.2, 0.1]),
+            noise,
+            utility,
+            {64: noise},
+        )
+        end = real_reach.best_worth(scored, 64)
+        start, _ = real_reach.picked(scored, narrowed, 64, torch.tensor([1.0, 0.0, 0.0, 0.0]).double())
+        found, _ = real_reach.picked(scored, narrowed, 64, torch.tensor([0.0, 1.0, 0.0, 0.0]).double())
+        fitted, share = real_reach.picked(scored, narrowed, 64, None)
+        assert fitted >= found - 0.02 and share > 0.1
+        return (found - start) / (end - start)
+
+    assert reached(known) == pytest.approx(1)
+    assert abs(reached(noise)) < 1e-9
+    assert 0 < reached(known, 16) < 0.9  # importance leaves too little
