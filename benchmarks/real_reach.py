@@ -130,9 +130,7 @@ def table(scored: Scored) -> Table:
         made.add_column(heading)
     for narrowed in NARROWED:
         for length in scored.losses:
-            cells = [
-                told(*picked(scored, narrowed, length, weights)) for weights in (torch.tensor(EXPECTED).double(), None)
-            ]
+            cells = [told(*picked(scored, narrowed, length, weights)) for weights in (expected, None)]
             made.add_row(f"{narrowed} of {BUFFER}", str(length), *cells, told(best_worth(scored, narrowed)))
     return made
 
