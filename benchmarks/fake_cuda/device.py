@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch._dynamo  # before names of torch.cuda are replaced, which it looks up
 import torch.distributed as dist
@@ -257,12 +258,29 @@ def _compiled_functions(meter: DeviceMeter) -> Mapping[str, Any]:
         )
         for each in ("swiglu", "swiglu_back")
     }
+    theirs[f"{swiglu.__name__}.weighted_swiglu"] = partial(
+        meter.one_kernel,
+        getattr(swiglu.weighted_swiglu, "_torchdynamo_orig_callable", swiglu.weighted_swiglu),
+    )
     ours = {
         "megaopus.models.fused.compiled": lambda function: partial(meter.one_kernel, function),
         "megaopus.models.fused._adds_wider": lambda dtype, device: True,
         "megaopus.engine.base.missing_compiler": lambda on_cpu: None,
     }
     return theirs | ours
+
+
+def _routing(meter: DeviceMeter) -> Mapping[str, Any]:
+    """Return what tells ``meter`` where tokens go, which no fake tensor says: to all experts alike."""
+    from megaopus.models.experts import Router
+
+    def routing(self: Router, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        weights, chosen = route(self, *args, **kwargs)
+        meter.routed(chosen, self.topk)
+        return weights, chosen
+
+    route = Router.routing
+    return {"megaopus.models.experts.Router.routing": routing}
 
 
 @contextmanager
@@ -283,9 +301,11 @@ def fake_tensors(device: str) -> Iterator[DeviceMeter]:
             stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", property(lambda self: True)))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _convert))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for name, function in _compiled_functions(meter).items():
+        for name, function in (_compiled_functions(meter) | _routing(meter)).items():
             stack.enter_context(mock.patch(name, function))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda self: meter.tolist(self)))
+        stack.enter_context(mock.patch.object(FakeTensor, "numpy", lambda self: np.array(meter.tolist(self))))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream"))
         _meters.append(meter)
         stack.callback(_meters.pop)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

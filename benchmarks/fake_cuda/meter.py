@@ -29,7 +29,8 @@ class DeviceMeter(TorchDispatchMode):
 
     Reads of fake values to the host are answered: as they are where ``Numbers`` knows them, else numbers are 1,
     ``any``, ``all`` and ``<`` are true, ``>`` is false, as of gradients that are finite and utilities that differ; a
-    mask takes all. Not seen: what kernels take inside themselves, but for ``_inside``.
+    mask takes all, but for a map of tokens to experts, whose loads are even. Not seen: what kernels take inside
+    themselves, but for ``_inside``.
     """
 
     def __init__(self, device: str, trace: bool = False):
@@ -46,6 +47,12 @@ class DeviceMeter(TorchDispatchMode):
         self._true: weakref.WeakSet[Tensor] = weakref.WeakSet()
         self._block = BLOCK if device == "cuda" else 1
         self._in_kernel = False
+        self._maps: dict[int, int] = {}
+        """Elements of a map of tokens to experts -> how many of them are true."""
+
+    def routed(self, chosen: Tensor, each: int) -> None:
+        """Take note of a map of tokens to experts (M, E): ``each`` of a token are true, and of an expert as many."""
+        self._maps[chosen.numel()] = len(chosen) * each
 
     def reset_peak(self) -> None:
         """Begin anew with what is alive now."""
@@ -66,6 +73,9 @@ class DeviceMeter(TorchDispatchMode):
         if func is aten.equal.default and isinstance(args[0], FakeTensor):
             self._asked(args[0])
             return True
+        if func is aten.masked_select.default and args[1].numel() in self._maps:
+            self._asked(args[0])  # for how many there are
+            func, args = aten.clone.default, (args[0].reshape(-1)[: self._maps[args[1].numel()]],)
         if func is aten.index.Tensor and any(each is not None and each.dtype == torch.bool for each in args[1]):
             self._asked(args[0])
             func, args = aten.clone.default, (args[0],)  # a mask of what is finite: all is
@@ -73,6 +83,8 @@ class DeviceMeter(TorchDispatchMode):
         there = {tensor.untyped_storage()._cdata for tensor in self._there(given)}
         result = func(*args, **kwargs)
         made = list(tensors_of(result))
+        if func is aten.sum.dim_IntList and args[0].dtype == torch.bool and args[0].numel() in self._maps:
+            self._spread(result, self._maps[args[0].numel()])
         self._reached(self.bytes + _inside(func, args))
         self._count_new(made, there, func)
         if func in (aten.any.default, aten.all.default, aten.lt.Tensor):
@@ -124,6 +136,12 @@ class DeviceMeter(TorchDispatchMode):
             return torch.empty(tensor.numel(), tensor.ndim, dtype=torch.int64, device=device_of(tensor))
         made = torch.empty(numbers.shape, dtype=torch.int64, device=device_of(tensor))
         return self._numbers.learn(made, numbers)
+
+    def _spread(self, counts: Tensor, total: int) -> None:
+        assert total % counts.numel() == 0, "tokens do not spread evenly over experts"
+        with _disable_current_modes():
+            numbers = torch.full(counts.shape, total // counts.numel(), dtype=counts.dtype)
+        self._numbers.learn(counts, numbers)
 
     def _there(self, tensors: list[Tensor]) -> list[Tensor]:
         return [t for t in tensors if t.layout == torch.strided and device_of(t).type == self._device]

@@ -38,6 +38,9 @@ class Numbers:
         """Take note of an operation on fake tensors."""
         func, given, made = operation.func, operation.given, operation.made
         if func.namespace == "c10d":
+            if func is torch.ops.c10d._allgather_base_.default and (own := self.of(operation.args[1])) is not None:
+                with _disable_current_modes():
+                    self._known[operation.args[0]] = own.repeat(operation.args[0].numel() // own.numel())
             return
         if func is aten.lift_fresh.default and not isinstance(given[0], FakeTensor):  # a list became a tensor
             if given[0].numel() <= MOST:

@@ -116,6 +116,26 @@ RUNS: Mapping[str, Run] = {
     ),
 }
 """Layout -> a rank of a job of it."""
+MIXTURE = replace(LLAMA, num_layers=2, num_experts=8, expert_ffn_hidden_size=128, shared_expert_ffn_hidden_size=64)
+EXPERTS: Mapping[str, Run] = {
+    "1": Run(model=MIXTURE, selections=("directional",)),
+    "ep4": Run(model=MIXTURE, parallel={"ep": 4}, ranks=4, rank=2, selections=("directional",)),
+    "tp2 sp ep2": Run(
+        model=MIXTURE,
+        parallel={"tp": 2, "ep": 2, "sequence_parallel": True},
+        ranks=4,
+        rank=3,
+        selections=("directional",),
+    ),
+    "tp2 sp ep2 expert_tp2": Run(
+        model=MIXTURE,
+        parallel={"tp": 2, "ep": 2, "expert_tp": 2, "sequence_parallel": True},
+        ranks=4,
+        rank=3,
+        selections=("directional",),
+    ),
+}
+"""Layout of a mixture of experts, of even loads -> a rank of a job of it."""
 SHARED = [Run(parallel={"distributed_optimizer": True}, ranks=2, rank=rank) for rank in (0, 1)]
 """Both ranks of a job whose checkpoint each writes a part of."""
 TENSOR_PARALLEL = Run(model=replace(LLAMA, num_kv_heads=2), micro_batches=1, parallel={"tp": 2}, ranks=4, rank=3)
@@ -140,8 +160,17 @@ def plain(work: Work) -> dict[str, Any]:
 
 def layout(name: str) -> dict[str, Any]:
     """Train and score at a layout, by every estimator that there is for it."""
+    return trained(RUNS[name])
+
+
+def experts(name: str) -> dict[str, Any]:
+    """The same of a mixture of experts."""
+    return trained(EXPERTS[name])
+
+
+def trained(run: Run) -> dict[str, Any]:
+    """Train and score on a rank."""
     warnings.simplefilter("ignore")
-    run = RUNS[name]
     config = run.config()
     with fake_job(config, run.rank, run.ranks) as (mesh, meter):
         found = measure(config, VOCAB, mesh, meter, {each: run.selection(each) for each in run.selections})
@@ -164,9 +193,8 @@ def launches() -> tuple[int, int]:
     return work.kernels(), work.pass_launches
 
 
-def estimated(name: str) -> dict[str, int]:
+def estimated(run: Run) -> dict[str, int]:
     """Step -> bytes at its peak, as ``check`` estimates them."""
-    run = RUNS[name]
     config, found = run.config(), {}
     stage = run.rank * config.parallel.pp // run.ranks
     for step in ("train", *run.selections):
@@ -223,7 +251,7 @@ def saved(run: Run) -> dict[str, list[Any]]:
 
 def main() -> None:
     """Write the fixture's numbers for this version of torch, each case in a process of its own as in the test."""
-    kinds = {"layouts": (layout, RUNS), "optimizers": (optimizer, OPTIMIZERS)}
+    kinds = {"layouts": (layout, RUNS), "optimizers": (optimizer, OPTIMIZERS), "experts": (experts, EXPERTS)}
     known = json.loads(FIXTURE.read_text()) if FIXTURE.exists() else {}
     with Pool() as pool:
         jobs = {kind: {name: pool.submit(1, case, name) for name in names} for kind, (case, names) in kinds.items()}

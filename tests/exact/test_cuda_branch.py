@@ -30,6 +30,7 @@ from megaopus.distributed.determinism import deterministic_torch
 from megaopus.errors import ConfigError
 from megaopus.optim.registry import OPTIMIZERS
 from tests.exact.fake_cuda_runs import (
+    EXPERTS,
     FIXTURE,
     RENEW,
     RUNS,
@@ -37,6 +38,7 @@ from tests.exact.fake_cuda_runs import (
     VOCAB,
     Run,
     estimated,
+    experts,
     launches,
     layout,
     optimizer,
@@ -67,13 +69,34 @@ def hold(found: dict[str, Any], kind: str, name: str) -> None:
         assert found["peaks"] == pinned["peaks"], f"peak bytes at {name}; {hint}"
 
 
+def hold_estimate(found: dict[str, Any], run: Run) -> None:
+    """Compare ``check``'s estimates with the peaks of a rank."""
+    guesses = estimated(run)
+    off = {step: guesses[step] / true for step, true in found["peaks"].items() if step in guesses}
+    assert all(abs(ratio - 1) <= WITHIN for ratio in off.values()), f"check's estimate over what is true: {off}"
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_layout_asks_of_the_device_what_is_pinned(pool: Pool, name: str) -> None:
     (found,) = pool.run(1, layout, name)
     hold(found, "layouts", name)
-    guesses = estimated(name)
-    off = {step: guesses[step] / true for step, true in found["peaks"].items() if step in guesses}
-    assert all(abs(ratio - 1) <= WITHIN for ratio in off.values()), f"check's estimate over what is true: {off}"
+    hold_estimate(found, RUNS[name])
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_ask_of_the_device_what_is_pinned(pool: Pool, name: str) -> None:
+    """Tokens go to the ranks of their experts and back: of each layer and micro-batch, both with their gradients."""
+    (found,) = pool.run(1, experts, name)
+    hold(found, "experts", name)
+    hold_estimate(found, EXPERTS[name])
+    run, work = EXPERTS[name], found["work"]["train"]
+    passes = run.model.num_layers * run.micro_batches
+    sent = [count for key, (count, _) in work["messages"].items() if "all-to-all" in key]
+    # tokens, their weights, and what experts made of them; forth and back
+    assert sent == ([2 * 3 * passes] if run.ranks > 1 else [])
+    # megatron's selection of tokens by a mask, and the numbers that each expert gets
+    permuted = sum(count for key, count in work["reads"].items() if "permute" in key)
+    assert (permuted, sum(work["waits"].values())) == (2 * passes, passes)
 
 
 @pytest.mark.parametrize("name", RUNS)
