@@ -348,7 +348,7 @@ def _identity(config: RunConfig, data: RunData, *, bf16: bool) -> dict[str, Any]
         "corpus": data.pool.corpus.fingerprint,
         "seq_len": config.data.seq_len,
         "seed": config.seed,
-        "model": {key: value for key, value in asdict(config.model).items() if key != "hf"},
+        "model": config.model.identity(),
         "precision": "bf16" if bf16 else "fp32",
         "optimizer": config.optim.name,
         "global_batch_size": config.train.global_batch_size,

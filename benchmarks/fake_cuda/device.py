@@ -301,7 +301,7 @@ def fake_tensors(device: str) -> Iterator[DeviceMeter]:
             stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", property(lambda self: True)))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _convert))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for name, function in (_compiled_functions(meter) | _routing(meter)).items():
+        for name, function in {**_compiled_functions(meter), **_routing(meter)}.items():
             stack.enter_context(mock.patch(name, function))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda self: meter.tolist(self)))
         stack.enter_context(mock.patch.object(FakeTensor, "numpy", lambda self: np.array(meter.tolist(self))))

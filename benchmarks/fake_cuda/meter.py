@@ -29,8 +29,7 @@ class DeviceMeter(TorchDispatchMode):
 
     Reads of fake values to the host are answered: as they are where ``Numbers`` knows them, else numbers are 1,
     ``any``, ``all`` and ``<`` are true, ``>`` is false, as of gradients that are finite and utilities that differ; a
-    mask takes all, but for a map of tokens to experts, whose loads are even. Not seen: what kernels take inside
-    themselves, but for ``_inside``.
+    mask takes all; loads of experts are even. Not seen: what kernels take inside themselves, but for ``_inside``.
     """
 
     def __init__(self, device: str, trace: bool = False):
@@ -73,9 +72,6 @@ class DeviceMeter(TorchDispatchMode):
         if func is aten.equal.default and isinstance(args[0], FakeTensor):
             self._asked(args[0])
             return True
-        if func is aten.masked_select.default and args[1].numel() in self._maps:
-            self._asked(args[0])  # for how many there are
-            func, args = aten.clone.default, (args[0].reshape(-1)[: self._maps[args[1].numel()]],)
         if func is aten.index.Tensor and any(each is not None and each.dtype == torch.bool for each in args[1]):
             self._asked(args[0])
             func, args = aten.clone.default, (args[0],)  # a mask of what is finite: all is

@@ -151,7 +151,12 @@ def _scoring_experts(config: RunConfig, world_size: int | None) -> Iterator[Prob
     captured = config.selection.captured_for()
     if config.model.num_experts is not None and captured is not None:
         key, value = captured
-        instead = {"method": "method=opus", "estimator": "estimator=directional", "gram": "redundancy=0"}[key]
+        instead = {
+            "method": "method=opus",
+            "estimator": "estimator=directional",
+            "gram": "redundancy=0",
+            "layers": "layers=all",
+        }[key]
         yield Problem(f"selection.{key}", value, NO_EXPERTS, f"set selection.{instead}")
 
 

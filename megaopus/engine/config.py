@@ -48,7 +48,8 @@ class EngineConfig:
     kernels: str = setting(
         "auto",
         choices=KERNELS,
-        doc="fused: losses, rotary positions, SwiGLU and sums of weight gradients take one kernel each; auto: on cuda.",
+        doc="fused: losses, rotary positions, SwiGLU, sums of weight gradients, all experts take one kernel each; auto:"
+        " on cuda.",
     )
     use_cpu_initialization: bool = setting(
         True, doc="Draw first weights on the CPU, each whole; false: each rank its part, on the device (other numbers)."

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
 from megaopus.settings import FIXED, HARMLESS, setting
 
@@ -13,6 +13,11 @@ NORMS = ("layernorm", "rmsnorm", "rmsnorm_plus_1")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "geglu_tanh")
 ROUTER_SCORES = ("softmax", "sigmoid")
 BALANCED_OVER = ("sequence", "micro_batch")
+OF_EXPERTS = (
+    *("num_experts", "experts_per_token", "expert_ffn_hidden_size", "shared_expert_ffn_hidden_size"),
+    *("first_dense_layers", "expert_capacity", "router"),
+)
+"""Settings of a model that mean nothing without experts."""
 _SHAPE = "see configs/model/"
 _DERIVED = "null derives it"
 
@@ -183,6 +188,14 @@ class ModelConfig:
     init_std: float = setting(
         0.02, above=0, doc="Standard deviation of the initial weights.", hint="0.02 is GPT-2's value"
     )
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a checkpoint's model must share with this one: every setting that has a say.
+
+        Checkpoints that were written before there were experts say nothing of them.
+        """
+        left_out = {"hf"} if self.num_experts is not None else {"hf", *OF_EXPERTS}
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
 
     @property
     def gated(self) -> bool:

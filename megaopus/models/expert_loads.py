@@ -44,6 +44,18 @@ class ExpertBalance:
             for router in self._routers.values():
                 router.counts_tokens = False
 
+    @contextmanager
+    def without_losses(self) -> Iterator[None]:
+        """Let routers add no loss of theirs to gradients of passes inside."""
+        before = {layer: router.training for layer, router in self._routers.items()}
+        try:
+            for router in self._routers.values():
+                router.training = False
+            yield
+        finally:
+            for layer, router in self._routers.items():
+                router.training = before[layer]
+
     def counts(self, device: torch.device) -> Tensor | None:
         """(L x E,) float64 tokens that this rank gave to experts, 0 in other ranks' layers; None: there are no experts.
 

@@ -155,10 +155,14 @@ def _block_spec(model: ModelConfig, config: Any, mesh: Mesh, vp_stage: int | Non
     num_layers = get_num_layers_to_build(config, vp_stage, mesh.pp_rank)
     specs = [layer] * num_layers
     if model.num_experts is not None:
-        from megaopus.models.experts import mixture_spec
+        from megaopus.models.experts import mixture_spec, permute_without_waiting
 
+        if not mesh.on_cpu:
+            permute_without_waiting()
         mixed = copy.deepcopy(layer)
-        mixed.submodules.mlp = mixture_spec(model.shared_expert_ffn_hidden_size is not None)
+        # CUDA has grouped products of 16-bit numbers
+        grouped = config.fused_losses and hasattr(F, "grouped_mm") and (mesh.on_cpu or config.bf16)
+        mixed.submodules.mlp = mixture_spec(model.shared_expert_ffn_hidden_size is not None, grouped)
         first = get_transformer_layer_offset(config, vp_stage, mesh.pp_rank)
         specs = [mixed if model.has_experts(first + number) else layer for number in range(num_layers)]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
@@ -218,7 +222,6 @@ def build_gpt(
         gpt.embedding.register_forward_hook(partial(_scale, model.embedding_scale))
     if gpt.post_process:
         mask_padding(gpt.output_layer, vocab_size, mesh)
-    config.moe_router_enable_expert_bias = False  # routers have theirs by now; moving them is the engine's
     gpt.first_expert = mesh.ep_rank * ((model.num_experts or 0) // mesh.shape.ep)
     for name, parameter in gpt.named_parameters():
         if EXPERT in name:

@@ -418,13 +418,16 @@ class SelectionConfig:
         return "hooks" in entry.needs or (entry.gram is None and self.redundancy > 0)
 
     def captured_for(self) -> tuple[str, str] | None:
-        """Name the setting, and its value, for which activations of layers are captured; None: they are not."""
+        """Name the setting, and its value, for which layers are looked for to be captured; None: they are not."""
         if "hooks" in methods.needs(self.method):
             return "method", self.method
-        if not methods.by_estimator(self.method) or not self.captures:
+        if not methods.by_estimator(self.method):
             return None
-        entry = estimators.ESTIMATORS.find(self.estimator)
-        return ("estimator", self.estimator) if "hooks" in entry.needs else ("gram", self.gram)
+        if not self.captures:
+            return ("layers", self.layers) if self.layers == "linear" else None
+        if "hooks" in estimators.ESTIMATORS.find(self.estimator).needs:
+            return "estimator", self.estimator
+        return "gram", self.gram
 
     def ghost_layers(self) -> str:
         """The layers whose sketches are taken."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megaopus.distributed.config import ParallelConfig
+from megaopus.distributed.cpu import prepare_megatron
 from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.errors import EngineError
@@ -24,6 +25,7 @@ from megaopus.models.names import whole_shapes
 from megaopus.optim.registry import OPTIMIZERS
 from tests.exact import test_engine_layouts as layouts
 from tests.exact.scoring_runs import Picks, relative_error, same_picks, select, step_of_differences
+from tests.exact.test_fused_kernels import FUSED, uncompiled
 from tests.harness import LLAMA, gentle, random_batch, state_of, tiny_engine
 from tests.pool import Jobs, Pool
 
@@ -217,6 +219,62 @@ def test_a_layer_is_that_of_plain_pytorch_in_float64(case: str, mesh: Mesh) -> N
         assert (gradient - weights[name].grad).norm() < 1e-5 * weights[name].grad.norm(), name
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_fused_kernels_of_all_experts_are_those_of_each(case: str, mesh: Mesh) -> None:
+    expected = copy.deepcopy(layouts.train(build(mesh, case, ParallelConfig())))
+    with uncompiled():
+        engine = build(mesh, case, ParallelConfig(), engine=FUSED)
+        assert any(isinstance(each, _grouped()) for each in engine.module.modules())
+        layouts.assert_close(layouts.train(engine), expected, case)
+
+
+def test_grouped_products_are_those_of_each_matrix_also_of_none() -> None:
+    prepare_megatron(on_cpu=True)
+    from megaopus.models.experts import _Products
+
+    generator = torch.Generator().manual_seed(4)
+    rows, ends = torch.randn(12, 8, generator=generator), torch.tensor([5, 5, 12], dtype=torch.int32)
+    matrices = [torch.randn(16, 8, generator=generator) for _ in ends]
+    by, found = torch.randn(12, 16, generator=generator), []
+    for way in ("grouped", "each"):
+        given = [each.clone().requires_grad_() for each in (rows, *matrices)]
+        if way == "grouped":
+            result = _Products.apply(given[0], ends, *given[1:])
+        else:
+            parts = given[0].tensor_split(ends[:-1].tolist())
+            result = torch.cat([part @ matrix.t() for part, matrix in zip(parts, given[1:], strict=True)])
+        (result * by).sum().backward()
+        found.append([result, *(each.grad for each in given)])
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+    assert not found[0][3].any()
+
+
+def _grouped() -> type:
+    from megaopus.models.experts import GroupedExperts
+
+    return GroupedExperts
+
+
+def test_tokens_are_permuted_as_megatron_does() -> None:
+    prepare_megatron(on_cpu=True)
+    from megatron.core.transformer.moe.moe_utils import permute
+
+    from megaopus.models.experts import permuted
+
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.rand(40, 8, generator=generator)
+    chosen = torch.zeros(40, 8, dtype=torch.bool).scatter(1, scores.topk(3, 1).indices, True)
+    found = []
+    for way in (permute, permuted):
+        tokens, weights = (each.clone().requires_grad_() for each in (scores[:, :5], scores))
+        moved, scales, numbers = way(tokens, chosen, probs=weights, num_out_tokens=120)
+        (moved * scales.unsqueeze(1)).square().sum().backward()
+        found.append((moved, scales, numbers, tokens.grad, weights.grad))
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_scoring_leaves_the_balance_as_it_is(mesh: Mesh) -> None:
     """Proxy gradients and forward passes are counted nowhere, and give the router no auxiliary loss."""
     first, second = (build(mesh, "sigmoid", ParallelConfig()) for _ in range(2))
@@ -237,6 +295,33 @@ def test_the_utility_is_the_directional_derivative_in_float64(mesh: Mesh) -> Non
     picks = {name: select(engine, estimator=name) for name in ("directional", "exact")}
     for (_, (found,)), (_, (exact,)) in zip(picks["directional"], picks["exact"], strict=True):
         assert torch.corrcoef(torch.stack([found, exact]))[0, 1] > 0.99
+
+
+def test_curvature_is_that_of_the_losses_alone(mesh: Mesh) -> None:
+    """Sophia-G's passes on sampled labels take none of the router's losses, whatever their weight."""
+    router = RouterConfig(balance_loss=100.0, z_loss=10.0)
+    found = []
+    for each in (SOFTMAX.router, router):
+        engine = tiny_engine(mesh, model=replace(SOFTMAX, router=each), optim=gentle("sophia_g"))
+        engine.train_step(random_batch(8, 0))
+        found.append({state.name: state.state["hessian"].clone() for state in engine.optimizer.states()})
+    assert any(value.any() for value in found[0].values())
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+def test_every_chunk_of_a_virtual_pipeline_has_its_biases(pool: Pool) -> None:
+    for layers in pool.run(2, _layers_with_biases):
+        assert len(layers) == 2
+
+
+def _layers_with_biases() -> list[int]:
+    parallel = ParallelConfig(pp=2, vpp=2)
+    mesh = Mesh(parallel, "cpu")
+    try:
+        return list(biases(tiny_engine(mesh, model=replace(SIGMOID, num_layers=4), parallel=parallel)))
+    finally:
+        mesh.close()
 
 
 # -- counts and refusals -----------------------------------------------------------------------------------------------

@@ -299,6 +299,13 @@ COMBINED = [
         "estimator=directional",
     ),
     (
+        "model=moe_tiny selection=opus_exact selection.layers=linear",
+        1,
+        "selection.layers = 'linear'",
+        "experts are given tokens of several",
+        "layers=all",
+    ),
+    (
         "model=moe_tiny selection=opus_exact selection.redundancy=0.5",
         1,
         "selection.gram = 'countsketch'",

@@ -106,7 +106,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda path: (path / "config.json").unlink(), "config.json: cannot be read"),
     "another family": (
         lambda path: write(path, {**LLAMA, "architectures": ["Gemma2ForCausalLM"]}),
-        r"Gemma2ForCausalLM is no model that is known here \(GPT2LMHeadModel, .*Qwen3ForCausalLM\)",
+        r"Gemma2ForCausalLM is no model that is known here \(GPT2LMHeadModel, .*Qwen3ForCausalLM, .*\)",
     ),
     "remote code": (lambda path: write(path, {**LLAMA, "auto_map": {}}), "auto_map: the model's code comes with its"),
     "quantised": (lambda path: write(path, {**LLAMA, "quantization_config": {}}), "weights are quantised"),

@@ -50,7 +50,10 @@ class MegatronEngine(MegatronPasses):
             if every and self.step % every == 0:
                 self._zero_gradients()
                 sampled = SampledLabels(self.mesh, self._seed, self.step, self.rules)
-                self.run_local(batch, share, self.micro_batch_size, self.seq_len, forward_only=False, sampled=sampled)
+                with self.experts.without_losses():
+                    self.run_local(
+                        batch, share, self.micro_batch_size, self.seq_len, forward_only=False, sampled=sampled
+                    )
                 counted = len(batch) * self.seq_len if tokens is None else self.mesh.total(tokens)[0]
                 self.optimizer.take_curvature(int(counted))
             self._zero_gradients()

@@ -61,6 +61,7 @@ class MegatronPasses(Engine):
             size = {"vocab_size": vocab_size, "max_positions": model.max_positions or self.seq_len}
             self.chunks = [build_gpt(model, config, mesh, chunk=chunk, **size) for chunk in range(parallel.vpp)]
             self.module = self.chunks[0] if len(self.chunks) == 1 else nn.ModuleList(self.chunks)
+            config.moe_router_enable_expert_bias = False  # routers have theirs by now, and ``experts`` moves them
             self.experts = ExpertBalance(self.module, model)
             if self.bf16:
                 self.module.bfloat16()  # megatron leaves the position table in fp32
