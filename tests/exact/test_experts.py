@@ -297,6 +297,27 @@ def test_the_utility_is_the_directional_derivative_in_float64(mesh: Mesh) -> Non
         assert torch.corrcoef(torch.stack([found, exact]))[0, 1] > 0.99
 
 
+def test_an_expert_takes_no_more_than_its_capacity(mesh: Mesh) -> None:
+    """Half of the even share of a micro-batch of 64 tokens, of which each would have two experts of four."""
+    engine = tiny_engine(mesh, model=replace(SIGMOID, expert_capacity=0.5), optim=gentle("adamw"))
+    router = engine.module.decoder.layers[0].mlp.router
+    found, route = [], router.routing
+
+    def watched(*given: Any, **more: Any) -> Any:
+        weights, chosen = route(*given, **more)
+        found.append((weights, chosen))
+        return weights, chosen
+
+    router.routing = watched
+    result = engine.train_step(random_batch(8, 0))
+    assert result.applied
+    assert len(found) == 2
+    for weights, chosen in found:
+        assert chosen.sum(0).tolist() == [16] * 4
+        assert torch.equal(weights > 0, chosen)
+    assert result.expert_loads == (1.0, 0.0)
+
+
 def test_curvature_is_that_of_the_losses_alone(mesh: Mesh) -> None:
     """Sophia-G's passes on sampled labels take none of the router's losses, whatever their weight."""
     router = RouterConfig(balance_loss=100.0, z_loss=10.0)
