@@ -287,14 +287,17 @@ def test_scoring_leaves_the_balance_as_it_is(mesh: Mesh) -> None:
     assert any(value for values in biases(first).values() for value in values)
 
 
-def test_the_utility_is_the_directional_derivative_in_float64(mesh: Mesh) -> None:
-    """Over a step of differences some tokens change experts; of the exact derivative none does."""
-    engine = build(mesh, "softmax", ParallelConfig())
-    for step in range(2):
+@pytest.mark.parametrize(("case", "bound"), [("softmax", 0.06), ("sigmoid", 0.25), ("none", 0.001)])
+def test_the_error_of_a_difference_has_tokens_in_it_that_change_experts(case: str, bound: float, mesh: Mesh) -> None:
+    """Over a step of differences the loss jumps where they do; the derivative in float64 knows no such jump."""
+    model = replace(SOFTMAX, num_experts=None, first_dense_layers=0) if case == "none" else CASES[case][0]
+    engine = tiny_engine(mesh, model=model, optim=gentle("adamw"))
+    for step in range(20):
         engine.train_step(random_batch(8, step))
-    picks = {name: select(engine, estimator=name) for name in ("directional", "exact")}
-    for (_, (found,)), (_, (exact,)) in zip(picks["directional"], picks["exact"], strict=True):
-        assert torch.corrcoef(torch.stack([found, exact]))[0, 1] > 0.99
+    (_, (found,)), (_, (exact,)) = (select(engine, 64, estimator=name)[0] for name in ("directional", "exact"))
+    assert (found - exact).square().mean().sqrt() < bound * exact.std()
+    ranks = [values.argsort().argsort().double() for values in (found, exact)]
+    assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.97
 
 
 def test_an_expert_takes_no_more_than_its_capacity(mesh: Mesh) -> None:
