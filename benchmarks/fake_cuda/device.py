@@ -256,12 +256,8 @@ def _compiled_functions(meter: DeviceMeter) -> Mapping[str, Any]:
         f"{swiglu.__name__}.{each}": partial(
             meter.one_kernel, getattr(found := getattr(swiglu, each), "_torchdynamo_orig_callable", found)
         )
-        for each in ("swiglu", "swiglu_back")
+        for each in ("swiglu", "swiglu_back", "weighted_swiglu")
     }
-    theirs[f"{swiglu.__name__}.weighted_swiglu"] = partial(
-        meter.one_kernel,
-        getattr(swiglu.weighted_swiglu, "_torchdynamo_orig_callable", swiglu.weighted_swiglu),
-    )
     ours = {
         "megaopus.models.fused.compiled": lambda function: partial(meter.one_kernel, function),
         "megaopus.models.fused._adds_wider": lambda dtype, device: True,

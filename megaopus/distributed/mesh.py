@@ -6,6 +6,7 @@ Experts are spread over the ranks of a stage anew: dp x ep x tp of their own, te
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -65,19 +66,18 @@ class MeshShape:
 
     def expert_coordinates(self, rank: int) -> ExpertCoordinates:
         """Place of a rank among those that share experts, in megatron-core's order, expert_tp fastest."""
-        place = []
-        for degree in (self.expert_tp, self.ep, self.expert_dp, self.pp):
-            place.append(rank % degree)
-            rank //= degree
-        return ExpertCoordinates(*place)
+        return ExpertCoordinates(*_along(rank, (self.expert_tp, self.ep, self.expert_dp, self.pp)))
 
     def coordinates(self, rank: int) -> Coordinates:
         """Place of a rank in megatron-core's default order tp-cp-dp-pp, tp fastest."""
-        place = []
-        for degree in (self.tp, self.cp, self.dp, self.pp):
-            place.append(rank % degree)
-            rank //= degree
-        return Coordinates(*place)
+        return Coordinates(*_along(rank, (self.tp, self.cp, self.dp, self.pp)))
+
+
+def _along(rank: int, degrees: Sequence[int]) -> Iterator[int]:
+    """Yield the place of a rank along each of the axes, the fastest first."""
+    for degree in degrees:
+        yield rank % degree
+        rank //= degree
 
 
 class Mesh:

@@ -27,7 +27,8 @@ from megaopus.selection.methods.registry import UNIFORM
 def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str, data: RunDataSummary) -> str:
     """Tell, in the line that a run prints before step 0, what follows from its settings and the machine."""
     train = config.train
-    parameters = count_parameters(config.model, config.model.derived_vocab_size(data.vocab_size), config.data.seq_len)
+    size = config.model, config.model.derived_vocab_size(data.vocab_size), config.data.seq_len
+    parameters = count_parameters(*size)
     engine = config.engine.name
     if engine == "deepspeed":
         engine += f" (ZeRO stage {config.engine.zero_stage})"
@@ -36,8 +37,7 @@ def start_line(config: RunConfig, shape: MeshShape, device: str, precision: str,
     layout = f"dp={shape.dp} tp={shape.tp} cp={shape.cp} pp={shape.pp}" + (f" ep={shape.ep}" if shape.ep > 1 else "")
     used = ""
     if config.model.num_experts is not None:
-        vocab_size = config.model.derived_vocab_size(data.vocab_size)
-        used = f" ({count_active_parameters(config.model, vocab_size, config.data.seq_len):,} used by a token)"
+        used = f" ({count_active_parameters(*size):,} used by a token)"
     parts = [
         f"{shape.world_size} rank(s) on {device}: {layout}",
         f"{parameters:,} parameters{used}, {precision}, {config.optim.name}, {engine}",
