@@ -152,7 +152,7 @@ def measure(shape: Shape, plan: Plan, corpus: Corpus, clock: str, bar: Progress)
 
 
 def compared(shape: Shape, plan: Plan, corpus: Path, other: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The row of one shape beside the checkout ``other``. Raises EngineError if both do not compute the same losses."""
+    """Make the row of one shape beside the checkout ``other``. Raises EngineError if their losses differ."""
     folders, losses = {"engine": ROOT, "reference": other.resolve()}, dict[str, list[float]](engine=[], reference=[])
     seconds = dict[str, list[float]](engine=[], reference=[])
     given = [*("--shape", *map(str, astuple(shape))), "--steps", str(plan.steps), "--most", str(plan.repeats + 1)]

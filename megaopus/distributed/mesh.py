@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class Coordinates(NamedTuple):
-    """Place of a rank along each axis of the mesh."""
+    """Says where a rank is along each axis of the mesh."""
 
     tp: int
     cp: int
@@ -36,7 +36,7 @@ class Coordinates(NamedTuple):
 
 
 class ExpertCoordinates(NamedTuple):
-    """Place of a rank along each axis of the mesh of experts."""
+    """Says where a rank is along each axis of the mesh of experts."""
 
     expert_tp: int
     ep: int
@@ -65,7 +65,7 @@ class MeshShape:
         return self.world_size // (self.expert_tp * self.ep * self.pp)
 
     def expert_coordinates(self, rank: int) -> ExpertCoordinates:
-        """Place of a rank among those that share experts, in megatron-core's order, expert_tp fastest."""
+        """Give the place of a rank among those that share experts, in megatron-core's order, expert_tp fastest."""
         return ExpertCoordinates(*_along(rank, (self.expert_tp, self.ep, self.expert_dp, self.pp)))
 
     def coordinates(self, rank: int) -> Coordinates:

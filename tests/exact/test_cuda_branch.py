@@ -164,7 +164,7 @@ def test_the_gpu_benchmark_makes_a_row_of_estimates(pool: Pool) -> None:
 def _repeating(
     name: str, optimizer: str, selections: tuple[str, ...]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
-    """What training and each scoring ask of the device with engine.deterministic, and training's kernels."""
+    """Return what training and each scoring ask of the device with engine.deterministic, and training's kernels."""
     warnings.simplefilter("ignore")
     run = RUNS[name]
     config = replace(run, engine={"deterministic": True}).config(optimizer)

@@ -100,7 +100,7 @@ def test_a_large_job_s_shares_add_up(pool: Pool) -> None:
 
 @pytest.fixture
 def registers() -> Iterator[None]:
-    """What a plugin registered in this process is forgotten after a test."""
+    """Forget after a test what a plugin registered in this process."""
     before = {each: each.names() for each in (SAMPLERS, METHODS)}
     yield
     for registry, names in before.items():
