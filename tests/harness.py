@@ -15,6 +15,7 @@ from megaopus.distributed.mesh import Mesh
 from megaopus.engine.config import EngineConfig
 from megaopus.engine.wholes import Wholes
 from megaopus.models.config import ModelConfig
+from megaopus.models.gpt import canonical_names
 from megaopus.optim.config import OptimConfig
 from megaopus.optim.registry import spec_of
 
@@ -125,5 +126,7 @@ def wholes(engine: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put pieces that data-parallel ranks have of parameters together; copies, also where they are whole already."""
     if not (pieces := engine.pieces()):
         return {name: value.clone() for name, value in values.items()}
-    found = Wholes(values, pieces, engine.mesh.dp_cp_group)
+    weights = dict(engine.named_parameters())
+    weights = {name: weights[local] for local, name in canonical_names(engine.module)}
+    found = Wholes(values, pieces, lambda name: engine.mesh.sharing_group(weights[name]))
     return {name: found[name] for name in values}

@@ -256,7 +256,7 @@ def _compiled_functions(meter: DeviceMeter) -> Mapping[str, Any]:
         f"{swiglu.__name__}.{each}": partial(
             meter.one_kernel, getattr(found := getattr(swiglu, each), "_torchdynamo_orig_callable", found)
         )
-        for each in ("swiglu", "swiglu_back", "weighted_swiglu")
+        for each in ("swiglu", "swiglu_back", "weighted_swiglu", "weighted_swiglu_back")
     }
     ours = {
         "megaopus.models.fused.compiled": lambda function: partial(meter.one_kernel, function),

@@ -96,6 +96,8 @@ class DeviceMeter(TorchDispatchMode):
 
         One kernel, whose own values are not in memory; an estimate, and the least, where torch makes several.
         """
+        if self._in_kernel:  # torch.compile makes one kernel of what a function calls, too
+            return function(*args, **kwargs)
         given = list(tensors_of((args, kwargs)))
         there = {tensor.untyped_storage()._cdata for tensor in self._there(given)}
         self._in_kernel = True

@@ -137,9 +137,6 @@ def _expert_parallel(config: RunConfig, world_size: int | None) -> Iterator[Prob
     if parallel.tp > 1 and not parallel.sequence_parallel:
         reason = "with experts tensor-parallel ranks must share the tokens too"
         yield Problem("parallel.sequence_parallel", False, reason, "set it to true")
-    if parallel.ep > 1 and parallel.distributed_optimizer:
-        reason = "shards over ranks of which each has experts of its own"
-        yield Problem("parallel.distributed_optimizer", True, reason, "set it to false, or parallel.ep=1")
     stage = None if world_size is None else world_size // parallel.pp
     if stage is not None and stage % (parallel.ep * split):
         reason = f"{stage} ranks of a stage are not a multiple of ep x expert_tp = {parallel.ep * split}"

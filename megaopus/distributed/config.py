@@ -34,7 +34,7 @@ class ParallelConfig:
     vpp: int = setting(1, min=1, doc="Model chunks per pipeline stage (interleaved schedule).", hint=_OFF)
     sequence_parallel: bool = setting(False, doc="Split norms and dropout over the tensor-parallel ranks too.")
     distributed_optimizer: bool = setting(
-        False, doc="Shard AdamW's state (and fp32 main weights) over the data- and context-parallel ranks."
+        False, doc="Shard AdamW's state (and fp32 main weights) over the ranks that hold the same weights."
     )
 
     overlap_grad_reduce: bool | None = setting(

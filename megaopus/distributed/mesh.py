@@ -170,8 +170,12 @@ class Mesh:
         """Give the ranks that hold parts of a parameter, where it is split."""
         return self.expert_tp_group if is_expert(parameter) else self.tp_group
 
+    def sharing_group(self, parameter: Tensor) -> dist.ProcessGroup:
+        """Give the ranks that hold the same numbers of a parameter that is trained on what each of them reads."""
+        return self.expert_dp_group if is_expert(parameter) else self.dp_cp_group
+
     def parts(self, parameter: Tensor) -> int:
-        """Count those ranks."""
+        """Count those of its ``tensor_group``."""
         return self.shape.expert_tp if is_expert(parameter) else self.shape.tp
 
     def part(self, whole: Tensor, parameter: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class EngineScoringBackend(ModuleBackend):
         mesh, weight = self._mesh, self._weights[name]
         if is_expert(weight):
             one_of = name in self.split or dist.get_rank(mesh.expert_tp_group) == 0
-            return one_of * mesh.shape.dp / mesh.shape.expert_dp
+            return float(one_of) if self._pieces else one_of * mesh.shape.dp / mesh.shape.expert_dp
         first_stage = name != EMBEDDING or mesh.pp_rank == 0 or not is_tied(self.module)
         one_of = (mesh.cp_rank == 0 or bool(self._pieces)) and (name in self.split or mesh.tp_rank == 0)
         return float(one_of and first_stage)
@@ -144,7 +144,7 @@ class EngineScoringBackend(ModuleBackend):
 
     def gathered(self, values: Mapping[str, Tensor]) -> AbstractContextManager[Mapping[str, Tensor]]:
         """One at a time, when it is read; the last one read is kept."""
-        return nullcontext(Wholes(values, self._pieces, self._mesh.dp_cp_group))
+        return nullcontext(Wholes(values, self._pieces, lambda name: self._mesh.sharing_group(self._weights[name])))
 
     def sum_pieces(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return self._sum_each(values, [(self._mesh.dp_cp_group, self._mesh.shape.dp * self._mesh.shape.cp)])

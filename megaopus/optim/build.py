@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -81,8 +81,8 @@ class MixedPrecisionOptimizer:
             wrapped = [ShardedAdamW(optimizer, megatron_config, sharded, mesh, _init_state) for optimizer in optimizers]
         self.chained = ChainedOptimizer(wrapped)
         for parameter in module.parameters():  # megatron makes main weights, and leaves its own marks on them alone
-            if is_expert(parameter) and hasattr(parameter, "main_param"):
-                mark_expert(parameter.main_param)
+            if is_expert(parameter) and not self._sharded and bf16:
+                mark_expert(parameter.main_param)  # type: ignore[attr-defined]
 
     @property
     def torch_optimizers(self) -> list[Optimizer]:
@@ -91,7 +91,7 @@ class MixedPrecisionOptimizer:
 
     @property
     def is_sharded(self) -> bool:
-        """Return whether each of the dp and cp ranks updates runs of the parameters."""
+        """Return whether each of the ranks that share parameters updates runs of them."""
         return self._sharded
 
     def states(self) -> list[ParameterState]:
@@ -204,13 +204,11 @@ class MixedPrecisionOptimizer:
         per tensor where neither Apex nor Transformer Engine is installed.
         """
         bad = self.chained.prepare_grads()
+        of_all, of_experts = self._own_gradients()
         if self._sharded:  # each rank has the gradients of its pieces
-            square = self._square(
-                [g for wrapped in self.chained.chained_optimizers for g in wrapped.get_main_grads_for_grad_norm()]
-            )
+            square = self._square(of_all + of_experts)
         else:  # all that share a parameter have the same
             shape = self._mesh.shape
-            of_all, of_experts = self._own_gradients()
             square = self._square(of_all) / (shape.dp * shape.cp)
             if of_experts:
                 square = square + self._square(of_experts) / shape.expert_dp
@@ -218,14 +216,21 @@ class MixedPrecisionOptimizer:
 
     def _own_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """Give this rank's gradients, a whole weight's on one of its tensor-parallel ranks; those of experts apart."""
-        parameters = [p for wrapped in self.chained.chained_optimizers for p in wrapped.get_parameters()]
         found: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for parameter in parameters:
+        for parameter, gradient in self._gradients():
             copied = getattr(parameter, "shared", False)  # a tied matrix on the last stage
             first = dist.get_rank(self._mesh.tensor_group(parameter)) == 0
-            if parameter.grad is not None and not copied and (is_split(parameter) or first):
-                found[is_expert(parameter)].append(parameter.grad)
+            if not copied and (is_split(parameter) or first):
+                found[is_expert(parameter)].append(gradient)
         return found
+
+    def _gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield what the update takes: (parameter or its main weights, gradient, of this rank's run if sharded)."""
+        for wrapped in self.chained.chained_optimizers:
+            if self._sharded:
+                yield from wrapped.gradients()
+            else:
+                yield from ((p, p.grad) for p in wrapped.get_parameters() if p.grad is not None)
 
     def _square(self, gradients: list[Tensor]) -> Tensor:
         """() float64: the sum of their squares."""
@@ -240,15 +245,14 @@ class MixedPrecisionOptimizer:
         if not math.isfinite(norm) or norm > limit:
             return False
         if 0 < self._clip < norm:
-            parameters = [p for wrapped in self.chained.chained_optimizers for p in wrapped.get_parameters()]
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self._clip / norm)
+            torch._foreach_mul_([gradient for _, gradient in self._gradients()], self._clip / norm)
         before = self._count()
         self.chained.step_with_ready_grads()
         self._updates = before + 1
         return True
 
     def own_piece(self, parameter: nn.Parameter) -> slice | None:
-        """Say which elements of a parameter's reduced gradient this one of the dp and cp ranks counts; None: none."""
+        """Say which elements of a parameter's reduced gradient this rank counts, of those that share it; None: none."""
         if self._sharded:
             return self.chained.chained_optimizers[0].own_piece(parameter)
         if is_expert(parameter):

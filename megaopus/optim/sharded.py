@@ -1,9 +1,10 @@
-"""AdamW with its state sharded over the data- and context-parallel ranks: megatron's DistributedOptimizer.
+"""AdamW with its state sharded over the ranks that hold the same weights: megatron's DistributedOptimizer.
 
-Each rank keeps the moments (and, under bf16, the fp32 main weights) of a contiguous piece of the gradient buffer, which
-pays no heed to where parameters begin. Selection reads its runs of parameters; checkpoints have whole parameters, as
-those of the unsharded optimizer, so that either can go on from the other's at any layout. megatron's own
-formats do not restore without Apex or Transformer Engine. Import only after ``distributed.cpu.prepare_megatron``.
+These are the data- and context-parallel ranks, of an expert those that have it. Each keeps the moments (and, under
+bf16, the fp32 main weights) of a contiguous piece of the gradient buffer, which pays no heed to where parameters begin.
+Selection reads its runs of parameters; checkpoints have whole parameters, as those of the unsharded optimizer, so that
+either can go on from the other's at any layout. megatron's own formats do not restore without Apex or Transformer
+Engine. Import only after ``distributed.cpu.prepare_megatron``.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class ShardedAdamW(DistributedOptimizer):
             None,
             init_state,
             model_chunks=list(ddp),
-            per_model_buffers={index: chunk.buffers for index, chunk in enumerate(ddp)},
+            per_model_buffers=dict(enumerate(kind for c in ddp for kind in (c.buffers, c.expert_parallel_buffers))),
             data_parallel_group=mesh.dp_cp_group,
             data_parallel_group_gloo=None,
             data_parallel_group_idx=0,
@@ -67,6 +68,13 @@ class ShardedAdamW(DistributedOptimizer):
         done: bool = super().step_with_ready_grads()
         self.updates += 1
         return done
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield (parameter, gradient of this rank's run of it) for those that it has one of; for the update."""
+        for runs, group in zip(self.opt_group_ranges, self.optimizer.param_groups, strict=True):
+            for parameter, piece in zip(runs["params"], group["params"], strict=True):
+                if piece.grad is not None:
+                    yield parameter, piece.grad
 
     def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The settings that ``parameter`` is updated with."""
@@ -102,14 +110,13 @@ class ShardedAdamW(DistributedOptimizer):
         from megatron.core.distributed.param_and_grad_buffer import dist_all_gather_func, shard_buffer
 
         found: dict[nn.Parameter, Tensor] = {}
-        size, rank = dist.get_world_size(self.data_parallel_group), dist.get_rank(self.data_parallel_group)
         for buffer, index, pieces in self._buckets():
-            bucket = buffer.buckets[index]
-            own = shard_buffer(bucket.grad_data, size)[rank]
+            bucket, group = buffer.buckets[index], buffer.data_parallel_group
+            own = shard_buffer(bucket.grad_data, dist.get_world_size(group))[dist.get_rank(group)]
             for parameter, ranges in pieces.items():
                 if parameter in read:
                     own[ranges["gbuf_local"].start : ranges["gbuf_local"].end] = read[parameter]()
-            dist_all_gather_func(bucket.grad_data, own, group=self.data_parallel_group)
+            dist_all_gather_func(bucket.grad_data, own, group=group)
             for parameter, (start, end, where) in buffer.param_index_map.items():
                 if where == index and parameter in read:
                     run = bucket.grad_data[start - bucket.offset : end - bucket.offset]
@@ -129,26 +136,30 @@ class ShardedAdamW(DistributedOptimizer):
         for buffer, index, pieces in self._buckets():
             bucket = buffer.buckets[index]
             flat = torch.empty_like(bucket.grad_data, dtype=torch.float32)
-            parts = list(flat.chunk(dist.get_world_size(self.data_parallel_group)))
+            parts = list(flat.chunk(dist.get_world_size(buffer.data_parallel_group)))
             local = torch.zeros_like(parts[0])
             for parameter, ranges in pieces.items():
                 piece = self._get_main_param_and_optimizer_states(parameter)[key]
                 local[ranges["gbuf_local"].start : ranges["gbuf_local"].end] = piece
-            dist.all_gather(parts, local, group=self.data_parallel_group)
+            dist.all_gather(parts, local, group=buffer.data_parallel_group)
             for parameter, (start, end, where) in buffer.param_index_map.items():
                 if where == index:
                     part = flat[start - bucket.offset : end - bucket.offset]
                     yield parameter, part.view(parameter.shape)
 
     def saves(self, parameter: nn.Parameter) -> bool:
-        """Return whether this one of the dp and cp ranks saves a whole parameter: all have about as much to save."""
+        """Return whether this one of the ranks that share it saves a whole parameter: all save about as much."""
         return parameter in self._saved
 
     @cached_property
     def _saved(self) -> set[nn.Parameter]:
-        ranks, rank = dist.get_world_size(self.data_parallel_group), dist.get_rank(self.data_parallel_group)
-        takers = deal([parameter.numel() for parameter in self._group_of], ranks)
-        return {parameter for parameter, taker in zip(self._group_of, takers, strict=True) if taker == rank}
+        sharing = {p: buffer.data_parallel_group for buffer in self.buffers for p in buffer.param_index_map}
+        saved: set[nn.Parameter] = set()
+        for group in dict.fromkeys(sharing.values()):
+            shared = [parameter for parameter in self._group_of if sharing[parameter] is group]
+            takers = deal([parameter.numel() for parameter in shared], dist.get_world_size(group))
+            saved |= {p for p, taker in zip(shared, takers, strict=True) if taker == dist.get_rank(group)}
+        return saved
 
     def sharded_like(self, parameter: nn.Parameter, tensor: Any, is_loading: bool) -> Any:
         """Give megatron's sharded ``tensor`` of a parameter as that of what this rank has of it.

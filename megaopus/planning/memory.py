@@ -6,15 +6,15 @@ The estimates are held to what the real engine's tensors take (benchmarks/memory
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from megaopus.config.run_config import RunConfig
-from megaopus.models.flops import Weight, layers_of, stage_weights
+from megaopus.models.flops import Weight
 from megaopus.planning import activations
 from megaopus.planning.activations import WIDTH, Share
+from megaopus.planning.rank import Rank
 from megaopus.selection.config import SelectionConfig, largest_divisor, most_per_pass
 from megaopus.selection.estimators.registry import ESTIMATORS, Sizes, Taken, scoring_memory
 from megaopus.selection.methods.registry import METHODS, UNIFORM
@@ -71,65 +71,6 @@ def precisions(config: RunConfig, device: str | None = None) -> list[str]:
     return {"cpu": ["fp32"], "cuda": ["bf16"], "auto": ["fp32", "bf16"]}[device or config.engine.device]
 
 
-@dataclass(frozen=True, slots=True)
-class _Rank:
-    """Says what follows from the settings for a rank of one pipeline stage."""
-
-    config: RunConfig
-    vocab_size: int
-    world_size: int
-    precision: str
-    stage: int
-    device: str
-
-    @property
-    def tp(self) -> int:
-        return self.config.parallel.tp
-
-    @property
-    def dp(self) -> int:
-        return self.world_size // self.config.parallel.model_ranks
-
-    @property
-    def last(self) -> bool:
-        return self.stage == self.config.parallel.pp - 1
-
-    @property
-    def shards(self) -> int:
-        """Ranks that share what only the update reads: the optimizer's state and the fp32 main weights."""
-        shards = self.config.engine.spec().shards_optimizer(self.config.parallel)
-        return self.world_size // (self.tp * self.config.parallel.pp) if shards else 1
-
-    def weights(self) -> list[Weight]:
-        """Parameters of the stage before tensor parallelism splits them; of the experts those of one rank."""
-        config, parallel = self.config, self.config.parallel
-        layout = {"pp": parallel.pp, "stage": self.stage, "vpp": parallel.vpp, "ep": parallel.ep}
-        return stage_weights(config.model, self.vocab_size, config.data.seq_len, **layout)
-
-    def layers(self) -> Counter[bool]:
-        """Count the stage's layers without experts and with them."""
-        parallel, model = self.config.parallel, self.config.model
-        return Counter(map(model.has_experts, layers_of(model, parallel.pp, self.stage, parallel.vpp)))
-
-    def splits(self, weight: Weight) -> bool:
-        """Say whether tensor-parallel ranks hold parts of a parameter."""
-        return weight.sharded and not (weight.expert and self.config.parallel.derived_expert_tp() < self.tp)
-
-    def own(self, weight: Weight) -> int:
-        """Numbers of a parameter that this rank holds."""
-        return weight.numel // self.tp if self.splits(weight) else weight.numel
-
-    def logits(self, positions: int, *, backward: bool) -> tuple[int, int]:
-        """As ``activations.logits``."""
-        size = self.vocab_size, self.precision, self.device
-        return activations.logits(self.config, *size, positions, backward=backward)
-
-    def numbers(self) -> Share:
-        """Parameters that tensor-parallel ranks split, all together, and those that each has."""
-        weights = self.weights()
-        return Share(*(sum(w.numel for w in weights if self.splits(w) is kind) for kind in (True, False)))
-
-
 def memory(
     config: RunConfig, vocab_size: int, world_size: int, precision: str, stage: int, device: str | None = None
 ) -> dict[str, Row]:
@@ -140,7 +81,7 @@ def memory(
     """
     if device is None:
         device = config.engine.device if config.engine.device != "auto" else ("cpu" if precision == "fp32" else "cuda")
-    rank = _Rank(config, vocab_size, world_size, precision, stage, device)
+    rank = Rank(config, vocab_size, world_size, precision, stage, device)
     where = "Python, torch and megatron-core" if device == "cpu" else "CUDA's context and kernels: a guess"
     rows = {PROCESS_ROW: Row(0, PROCESS[device], where), **_held(rank), **_training(rank)}
     return rows | _selection(rank)
@@ -149,27 +90,27 @@ def memory(
 # -- what is there all the time ----------------------------------------------------------------------------------------
 
 
-def _held(rank: _Rank) -> dict[str, Row]:
+def _held(rank: Rank) -> dict[str, Row]:
     """Count weights, gradients and optimizer state."""
     engine, precision, shards = rank.config.engine.spec(), rank.precision, rank.shards
-    sharded = f", over {shards} ranks" if shards > 1 else ""
+    sharded = rank.shared_over()
 
     def rows(count: int) -> dict[str, tuple[int, str]]:
         found = {"weights": (4 * count, "fp32"), "gradients": (4 * count, "fp32 buffer, also under bf16")}
         if precision == "bf16":
-            found["weights"] = (2 * count + 4 * count // shards, f"bf16 and fp32 main weights{sharded}")
+            found["weights"] = (2 * count + int(4 * count / shards), f"bf16 and fp32 main weights{sharded}")
         scores = rank.config.selection.needs_proxy
-        return found | engine.memory(rank.config.engine, count, precision, shards, scores)
+        return found | engine.memory(rank.config.engine, count, precision, int(shards), scores)
 
     numbers = rank.numbers()
     split, whole = rows(int(numbers.split) // rank.tp), rows(int(numbers.whole))
     found = {name: Row(split[name][0], whole[name][0], how) for name, (_, how) in split.items()}
     state, copies, what = _optimizer_state(rank)
-    found["optimizer state"] = Row(state // shards, copies // shards, what + sharded)
+    found["optimizer state"] = Row(int(state / shards), int(copies / shards), what + sharded)
     return found
 
 
-def _optimizer_state(rank: _Rank) -> tuple[int, int, str]:
+def _optimizer_state(rank: Rank) -> tuple[int, int, str]:
     """Estimate (bytes of split state, bytes of state that tensor-parallel ranks all have, what they are), unsharded."""
     spec, names = rank.config.optim.spec(), ", ".join
     shaped = spec.state_under(rank.config.optim.own_settings())
@@ -196,7 +137,7 @@ def _optimizer_state(rank: _Rank) -> tuple[int, int, str]:
 # -- a training step ---------------------------------------------------------------------------------------------------
 
 
-def _training(rank: _Rank) -> dict[str, Row]:
+def _training(rank: Rank) -> dict[str, Row]:
     """Count activations of the forward passes in flight, and what a backward pass makes beside them."""
     config, train = rank.config, rank.config.train
     micro_batches = train.global_batch_size // (rank.dp * train.micro_batch_size)
@@ -216,11 +157,11 @@ def _training(rank: _Rank) -> dict[str, Row]:
     return rows
 
 
-def _row(rank: _Rank, kept: Share, how: str, *phases: str) -> Row:
+def _row(rank: Rank, kept: Share, how: str, *phases: str) -> Row:
     return Row(int(kept.split / rank.tp), int(kept.whole), how, phases)
 
 
-def _activations(rank: _Rank, positions: int, micro_batches: int, *, scoring: bool = False) -> tuple[Share, str]:
+def _activations(rank: Rank, positions: int, micro_batches: int, *, scoring: bool = False) -> tuple[Share, str]:
     """Count what is kept of ``positions`` of each micro-batch in flight; ``scoring``: by a pass that scores."""
     config, parallel = rank.config, rank.config.parallel
     hidden = WIDTH[rank.precision] * config.model.hidden_size
@@ -242,7 +183,7 @@ def _activations(rank: _Rank, positions: int, micro_batches: int, *, scoring: bo
     return kept.times(positions), f"{how}; {in_flight} {what} of {positions:,} positions in flight"
 
 
-def _in_flight(rank: _Rank, micro_batches: int) -> int:
+def _in_flight(rank: Rank, micro_batches: int) -> int:
     """Forward passes of a model chunk whose backward pass is still to come, at most."""
     parallel = rank.config.parallel
     ahead = parallel.pp - rank.stage - 1
@@ -251,7 +192,7 @@ def _in_flight(rank: _Rank, micro_batches: int) -> int:
     return min(2 * ahead + (parallel.vpp - 1) * parallel.pp + 1, micro_batches * parallel.vpp)
 
 
-def _work(rank: _Rank, positions: int, kept: float, in_flight: int) -> tuple[int, str]:
+def _work(rank: Rank, positions: int, kept: float, in_flight: int) -> tuple[int, str]:
     """Find the bytes that a backward pass takes at once beside ``kept`` bytes of activations, and for what.
 
     ``in_flight``: passes that these are of.
@@ -274,7 +215,7 @@ def _work(rank: _Rank, positions: int, kept: float, in_flight: int) -> tuple[int
 # -- selection ---------------------------------------------------------------------------------------------------------
 
 
-def _selection(rank: _Rank) -> dict[str, Row]:
+def _selection(rank: Rank) -> dict[str, Row]:
     """Count what choosing takes beside training."""
     selection = rank.config.selection
     if selection.method == UNIFORM:
@@ -306,7 +247,7 @@ def _selection(rank: _Rank) -> dict[str, Row]:
     return {what: row for what, row in rows.items() if row.size > 0}  # what is said beyond other rows may be nothing
 
 
-def _factored_direction(rank: _Rank) -> int:
+def _factored_direction(rank: Rank) -> int:
     """Find the bytes that Adafactor's direction of the largest matrix takes before it is there.
 
     The whole gradient, its factor and their product; of the average, where there is one, its own part twice.
@@ -319,13 +260,13 @@ def _factored_direction(rank: _Rank) -> int:
     return 4 * (averaged + (2 + gathered) * largest.numel - own)
 
 
-def _numbers_row(rank: _Rank, width: float, how: str, *phases: str) -> Row:
+def _numbers_row(rank: Rank, width: float, how: str, *phases: str) -> Row:
     """Make a row of ``width`` bytes for every number of the rank's parameters."""
     numbers = rank.numbers()
     return Row(int(width * numbers.split) // rank.tp, int(width * numbers.whole), how, phases or PHASES)
 
 
-def _proxy(rank: _Rank) -> dict[str, Row]:
+def _proxy(rank: Rank) -> dict[str, Row]:
     """Count the gradient of the proxy batch, its average over steps, and what P_t is made of."""
     selection, config = rank.config.selection, rank.config
     share = selection.proxy_batch_size // rank.dp
@@ -338,7 +279,7 @@ def _proxy(rank: _Rank) -> dict[str, Row]:
         "activations of the proxy": _row(rank, kept, how, PROXY),
         "backward pass of the proxy": Row(0, work, "as in training", (PROXY,)),
     }
-    sharded, each = _shares_gradients(rank), 4 / rank.shards
+    sharded, each = _shares_gradients(rank), float(4 / rank.shards)
     if selection.proxy_decay > 0 or selection.proxy_period > 1:
         rows["average of proxy gradients"] = _numbers_row(rank, each, "fp32, kept from step to step")
     if config.engine.name == "deepspeed":
@@ -350,7 +291,7 @@ def _proxy(rank: _Rank) -> dict[str, Row]:
     return rows | _operator(rank)
 
 
-def _shares_gradients(rank: _Rank) -> bool:
+def _shares_gradients(rank: Rank) -> bool:
     return rank.config.engine.spec().shards_optimizer(rank.config.parallel)
 
 
@@ -359,13 +300,13 @@ def _gathers(selection: SelectionConfig) -> bool:
     return bool(selection.needs().keys() & {"hooks", "whole_weights"}) or selection.redundancy > 0
 
 
-def _is_scaled(rank: _Rank) -> bool:
+def _is_scaled(rank: Rank) -> bool:
     """Say whether the update map multiplies each weight's gradient by a number of its own."""
     spec = rank.config.optim.spec()
     return rank.config.selection.method != "greats" and (spec.map_size is None or spec.matrices)
 
 
-def _operator(rank: _Rank) -> dict[str, Row]:
+def _operator(rank: Rank) -> dict[str, Row]:
     """Count what is kept of the optimizer's linear map P_t, where it is asked for many times."""
     selection, optim = rank.config.selection, rank.config.optim
     sketches = selection.estimator == "countsketch" or selection.gram == "countsketch"
@@ -388,7 +329,7 @@ def _operator(rank: _Rank) -> dict[str, Row]:
     return rows
 
 
-def _sizes(rank: _Rank, scaled: bool) -> Sizes:
+def _sizes(rank: Rank, scaled: bool) -> Sizes:
     config = rank.config
     matrices = [weight for weight in rank.weights() if _is_sketched(weight, config)]
     matrices.sort(key=lambda weight: not weight.name.endswith("embeddings"))
@@ -407,7 +348,7 @@ def _sizes(rank: _Rank, scaled: bool) -> Sizes:
     )
 
 
-def _gathers_beside(rank: _Rank) -> bool:
+def _gathers_beside(rank: Rank) -> bool:
     """Say whether factors are put together one at a time, since updates lie where gradients of all would have room."""
     selection = rank.config.selection
     both = selection.estimator == "adjoint" and selection.redundancy > 0
@@ -419,7 +360,7 @@ def _taken(taken: Taken) -> Row:
     return Row(taken.size - taken.whole, taken.whole, taken.how, phases)
 
 
-def _pass(rank: _Rank, graph: bool, beside: int, wide: bool) -> Row:
+def _pass(rank: Rank, graph: bool, beside: int, wide: bool) -> Row:
     """Count a pass over a micro-batch of candidates; ``graph``: with a backward pass through the activations.
 
     Once the softmax has gone their gradient is left of the logits, if ``wide`` in fp32 too, and there is what an
@@ -447,7 +388,7 @@ def _pass(rank: _Rank, graph: bool, beside: int, wide: bool) -> Row:
     return _row(rank, kept, how, SCORING)._replace(whole=int(kept.whole) + max(vocab_bytes, work))
 
 
-def _float64_pass(rank: _Rank) -> Row:
+def _float64_pass(rank: Rank) -> Row:
     """Count one candidate's passes in float64, for which CUDA has no attention but by whole matrices."""
     rank = replace(rank, precision="fp64")
     model, length = rank.config.model, rank.config.scored_length()

@@ -120,6 +120,13 @@ MIXTURE = replace(LLAMA, num_layers=2, num_experts=8, expert_ffn_hidden_size=128
 EXPERTS: Mapping[str, Run] = {
     "1": Run(model=MIXTURE, selections=("directional",)),
     "ep4": Run(model=MIXTURE, parallel={"ep": 4}, ranks=4, rank=2, selections=("directional",)),
+    "ep2 dp4 zero": Run(
+        model=MIXTURE,
+        parallel={"ep": 2, "distributed_optimizer": True},
+        ranks=8,
+        rank=5,
+        selections=("directional",),
+    ),
     "tp2 sp ep2": Run(
         model=MIXTURE,
         parallel={"tp": 2, "ep": 2, "sequence_parallel": True},

@@ -52,11 +52,19 @@ LAYOUTS = {
     "tp2-sp": (2, ParallelConfig(**SP)),
     "ep2-cp2": (2, ParallelConfig(ep=2, cp=2)),
     "ep2-tp2-sp": (2, ParallelConfig(ep=2, **SP)),
+    "ep2-dp2-distributed-optimizer": (4, ParallelConfig(ep=2, distributed_optimizer=True)),
+    "ep2-tp2-sp-distributed-optimizer": (4, ParallelConfig(ep=2, distributed_optimizer=True, **SP)),
 }
 """Name -> (ranks, parallel); under ``tp2-sp`` tensor-parallel ranks split each expert."""
 OTHERS = [name for name in OPTIMIZERS if name not in {optimizer for _, optimizer in CASES.values()}]
 OTHERS_AT = {"one": OTHERS, "tp2-sp": OTHERS, "ep2-dp2": [name for name in OTHERS if not OPTIMIZERS[name].elementwise]}
 """Where ranks hold parts of an expert, and where several hold the same, which some optimizers have to know."""
+
+
+def cases(layout: str) -> list[str]:
+    """Name those that run at a layout: pieces are AdamW's."""
+    sharded = layout in LAYOUTS and LAYOUTS[layout][1].distributed_optimizer
+    return [case for case, (_, optimizer) in CASES.items() if not sharded or optimizer == "adamw"]
 
 
 def build(mesh: Mesh, case: str, parallel: ParallelConfig, optimizer: str | None = None, **more: Any) -> Any:
@@ -76,7 +84,7 @@ def alone_or_at(layout: str, folder: Path) -> dict[str, Any]:
     mesh = Mesh(parallel, "cpu")
     found: dict[str, Any] = {}
     try:
-        for case in CASES:
+        for case in cases(layout):
             engine = build(mesh, case, parallel)
             found[case] = copy.deepcopy(layouts.train(engine))  # its weights are the engine's own
             found[case, "loads"] = engine.train_step(random_batch(8, 50)).expert_loads
@@ -91,6 +99,8 @@ def alone_or_at(layout: str, folder: Path) -> dict[str, Any]:
             again = build(mesh, case, parallel)
             found[case, "resumed"] = layouts.resume(again, folder / case)
             layouts.save(again, folder / layout / case)
+        if parallel.distributed_optimizer and parallel.tp == 1:
+            found["bf16"] = whole_and_in_pieces(mesh, parallel, folder / "bf16")
         for optimizer in OTHERS_AT.get(layout, ()):
             engine = build(mesh, "softmax", parallel, optimizer)
             for step in range(2):
@@ -98,6 +108,18 @@ def alone_or_at(layout: str, folder: Path) -> dict[str, Any]:
             found[optimizer] = {"weights": full_parameters(engine.module, mesh)}
     finally:
         mesh.close()
+    return found
+
+
+def whole_and_in_pieces(mesh: Mesh, parallel: ParallelConfig, folder: Path) -> list[dict[str, Any]]:
+    """Train in bf16 with an optimizer that shares nothing, then with ``parallel``; both go on from the first's save."""
+    engine, found = EngineConfig(device="cpu", precision="bf16"), []
+    for each in (replace(parallel, distributed_optimizer=False), parallel):
+        built = build(mesh, "softmax", each, engine=engine)
+        found.append({"trained": layouts.train(built)})
+        if not each.distributed_optimizer:
+            layouts.save(built, folder)
+        found[-1]["resumed"] = layouts.resume(build(mesh, "softmax", each, engine=engine), folder)
     return found
 
 
@@ -132,7 +154,7 @@ def mesh() -> Iterator[Mesh]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_equals_one_process(layout: str, ranks: Jobs[str], one_process: dict[str, Any]) -> None:
     for found in ranks[layout]:
-        for case in CASES:
+        for case in cases(layout):
             layouts.assert_close(found[case], one_process[case], (layout, case))
             assert found[case, "loads"] == pytest.approx(one_process[case, "loads"], abs=1e-12)
             for layer, values in found[case, "biases"].items():
@@ -141,11 +163,18 @@ def test_training_equals_one_process(layout: str, ranks: Jobs[str], one_process:
             layouts.assert_close(found[optimizer], one_process[optimizer], (layout, optimizer))
 
 
+def test_main_weights_of_experts_are_updated_in_pieces(ranks: Jobs[str]) -> None:
+    for found in ranks["ep2-dp2-distributed-optimizer"]:
+        whole, in_pieces = found["bf16"]
+        for kind, expected in whole.items():
+            layouts.assert_close(in_pieces[kind], expected, kind)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_checkpoints_go_from_one_layout_to_another(
     layout: str, ranks: Jobs[str], one_process: dict[str, Any], folder: Path, mesh: Mesh
 ) -> None:
-    for case in CASES:
+    for case in cases(layout):
         for found in ranks[layout]:
             layouts.assert_close(found[case, "resumed"], one_process[case, "resumed"], (case, "from one process"))
         own, expected = (build(mesh, case, ParallelConfig()) for _ in range(2))
@@ -158,7 +187,7 @@ def test_checkpoints_go_from_one_layout_to_another(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_picks_are_those_of_one_process(layout: str, ranks: Jobs[str], one_process: dict[str, Any]) -> None:
-    for case in CASES:
+    for case in cases(layout):
         expected: dict[str, Picks] = one_process[case, "picks"]
         change, epsilon = one_process[case, "step"]
         for found in ranks[layout]:

@@ -260,13 +260,6 @@ COMBINED = [
         "is neither tp = 2",
         "leave it null",
     ),
-    (
-        "model=moe_tiny parallel.ep=2 parallel.distributed_optimizer=true",
-        2,
-        "parallel.distributed_optimizer = True",
-        "each has experts of its own",
-        "or parallel.ep=1",
-    ),
     ("model=moe_tiny engine=deepspeed", 1, "engine.name = 'deepspeed'", "has no experts", "engine.name=megatron"),
     ("model=moe_tiny model.bias=true", 1, "model.bias = True", "experts have no biases", "model.bias=false"),
     ("model=moe_tiny model.experts_per_token=9", 1, "model.experts_per_token = 9", "above num_experts = 8", "fewer"),

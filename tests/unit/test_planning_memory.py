@@ -178,6 +178,12 @@ def test_experts_of_a_rank() -> None:
     alone = sizes(config, 2)["weights"]
     config.parallel.expert_tp = 2
     assert alone - sizes(config, 4)["weights"] == 4 * experts // 4
+    config.parallel = ParallelConfig(ep=2, distributed_optimizer=True)  # four ranks share the rest, two an expert
+    own = (count - experts) // 4 + experts // 2 // 2
+    about = pytest.approx  # parts that ranks split, and those that each has, are rounded each
+    assert sizes(config, 4)["optimizer state"] == about(8 * own, abs=2)
+    assert sizes(config, 4, "bf16")["weights"] == about(2 * (count - experts // 2) + 4 * own, abs=2)
+    assert memory(config, VOCAB, 4, "bf16", 0)["weights"].how.endswith("over 4 ranks (experts over 2)")
     config.parallel = ParallelConfig()
     dense = replace(MOE, first_dense_layers=1)
     first, second = sizes(config), sizes(replace(config, model=dense))

@@ -247,7 +247,8 @@ class DeepSpeedEngine(Engine):
         return DeepSpeedScoringBackend(self)
 
     def prepare_save(self, folder: Path, groups: dict[str, Gradient], copy: bool) -> PendingSave:
-        wholes = {group: Wholes(values, self.pieces(), self.mesh.dp_group) for group, values in groups.items()}
+        pieces = self.pieces()
+        wholes = {group: Wholes(values, pieces, lambda _: self.mesh.dp_group) for group, values in groups.items()}
         return checkpoint.prepare_save(folder, self.optimizer, self.mesh, wholes)
 
     def load(self, folder: Path, groups: list[str]) -> dict[str, Gradient]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from megaopus.selection.registry import Flops, Registry, origin_of
@@ -118,8 +119,8 @@ class Sizes:
     """Weights of this rank's part of the largest parameter."""
     scaled: bool = True
     """Whether the update map multiplies each weight's gradient by a number of its own."""
-    shards: int = 1
-    """Ranks that share the optimizer's work, and with it what is of a gradient's size."""
+    shards: int | Fraction = 1
+    """Ranks that share the optimizer's work, and with it what is of a gradient's size: the mean over weights."""
     gathers: bool = False
     """Whether one parameter at a time is put together of their pieces, in memory of its own."""
 
