@@ -28,8 +28,8 @@ from megaopus.data.corpus import (
     TOKENIZER,
     TOKENS,
     Corpus,
-    write_index,
 )
+from megaopus.data.index import write_index
 from megaopus.errors import DataError
 
 USUAL_SHARE = 0.1

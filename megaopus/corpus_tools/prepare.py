@@ -37,9 +37,9 @@ from megaopus.data.corpus import (
     SPLITS,
     TOKENIZER,
     TOKENS,
-    write_index,
 )
 from megaopus.data.folder import new_folder, refuse_existing, work_folder
+from megaopus.data.index import write_index
 from megaopus.data.tokenizer import EOD, SMALLEST_VOCABULARY, eod_id, load_tokenizer, train_tokenizer, vocabulary_size
 from megaopus.errors import DataError
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from megaopus.data.index import Index, count_tokens, map_index
 from megaopus.data.tokenizer import load_tokenizer
 from megaopus.errors import DataError
 
@@ -36,11 +37,6 @@ CODE_DTYPE = np.dtype([("domain", "<u2"), ("split", "u1")])
 _DOCUMENTS = 1 << 12
 """Documents whose loss mask is read at a time."""
 
-# Megatron's index file: magic, version (u64), dtype code (u8), sequences (u64), document ends (u64), then the arrays
-# lengths (i32), byte offsets (i64), document ends (i64).
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER_BYTES = 34
-_DTYPES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 _KEYS = {
     "format_version",
     "fingerprint",
@@ -77,10 +73,8 @@ class Corpus:
     manifest: dict
     tokens: np.ndarray
     """(T,) all tokens, memory-mapped; each document ends with ``eod_id``."""
-    lengths: np.ndarray
-    """(D,) int64, tokens of each document."""
-    offsets: np.ndarray
-    """(D,) int64, position of each document's first token."""
+    index: Index
+    """Of the D documents, memory-mapped."""
     domain_codes: np.ndarray
     """(D,) uint16, index into ``domains``."""
     split_codes: np.ndarray
@@ -102,18 +96,36 @@ class Corpus:
         _check_sizes(folder, manifest)
         if verify:
             _check_digests(folder, manifest)
-        lengths, offsets = _read_index(folder / INDEX, manifest)
+        index = _map_index(folder / INDEX, manifest)
         codes = _read_codes(folder / CODES, manifest)
         tokens = np.memmap(folder / TOKENS, dtype=manifest["token_dtype"], mode="r")
         if verify:
             _check_vocabulary(folder / TOKENS, tokens, manifest["vocab_size"])
-        found = cls(folder, manifest, tokens, lengths, offsets, codes["domain"], codes["split"])
+        found = cls(folder, manifest, tokens, index, codes["domain"], codes["split"])
         if verify and found.target is not None:
             cls.open(found.target.path, verify=True)
         return found
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.index.lengths)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(D,) int64, tokens of each document: made when first asked for, in memory of this process."""
+        return self.index.lengths.astype(np.int64)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """(D,) int64, position of each document's first token; as ``lengths``."""
+        return self.offsets_of(slice(None))
+
+    def lengths_of(self, documents: np.ndarray | slice) -> np.ndarray:
+        """Give the tokens of some documents, by their numbers: (n,) int64."""
+        return self.index.lengths[documents].astype(np.int64)
+
+    def offsets_of(self, documents: np.ndarray | slice) -> np.ndarray:
+        """Give the positions of some documents' first tokens, by their numbers: (n,) int64."""
+        return np.asarray(self.index.offsets[documents]) // self.index.dtype.itemsize
 
     @property
     def fingerprint(self) -> str:
@@ -226,8 +238,8 @@ class Corpus:
         found = np.empty(len(self), dtype=np.int64)
         for first in range(0, len(self), _DOCUMENTS):
             part = slice(first, first + _DOCUMENTS)
-            lengths = self.lengths[part]
-            mask = self.read_mask(self.offsets[part], lengths)
+            lengths = self.lengths_of(part)
+            mask = self.read_mask(self.offsets_of(part), lengths)
             found[part] = np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
         return found
 
@@ -248,9 +260,10 @@ class Corpus:
 
     def texts(self, documents: Items[int] | np.ndarray, most: int | None = None) -> list[str]:
         """The text of documents by their numbers, without the end-of-document token; of ``most`` tokens at most."""
-        lengths = self.lengths[documents] - 1
-        ends = self.offsets[documents] + (lengths if most is None else np.minimum(lengths, most))
-        spans = [self.tokens[a:b].tolist() for a, b in zip(self.offsets[documents], ends, strict=True)]
+        numbers = np.asarray(documents, dtype=np.int64)
+        lengths, starts = self.lengths_of(numbers) - 1, self.offsets_of(numbers)
+        ends = starts + (lengths if most is None else np.minimum(lengths, most))
+        spans = [self.tokens[a:b].tolist() for a, b in zip(starts, ends, strict=True)]
         return self._decoder.decode_batch(spans, skip_special_tokens=False)
 
 
@@ -305,42 +318,21 @@ def _check_digests(folder: Path, manifest: dict) -> None:
             )
 
 
-def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
-    """Megatron's index of documents of ``lengths`` (D,) tokens of ``dtype``, each a sequence of its own."""
-    code = next(code for code, known in _DTYPES.items() if known == dtype)
-    offsets = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
-    with path.open("wb") as stream:
-        stream.write(_MAGIC + (1).to_bytes(8, "little") + bytes([code]))
-        stream.write(len(lengths).to_bytes(8, "little") + (len(lengths) + 1).to_bytes(8, "little"))
-        for array in (lengths.astype("<i4"), offsets.astype("<i8"), np.arange(len(lengths) + 1, dtype="<i8")):
-            array.tofile(stream)
-
-
-def _read_index(path: Path, manifest: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths and token offsets, (D,) int64 each.
-
-    Read here and not by Megatron's reader, whose arrays point into a mapping that it unmaps when it is deleted.
-    """
-    content = path.read_bytes()
-    header = content[:_HEADER_BYTES]
-    if len(header) < _HEADER_BYTES or header[:9] != _MAGIC:
-        raise DataError(f"{path}: not a Megatron index (wrong first bytes {header[:9]!r}); copy or prepare it again")
-    version, dtype = int.from_bytes(header[9:17], "little"), _DTYPES.get(header[17])
-    sequences, ends = int.from_bytes(header[18:26], "little"), int.from_bytes(header[26:34], "little")
-    documents = manifest["documents"]
-    if version != 1 or dtype != np.dtype(manifest["token_dtype"]):
-        raise DataError(f"{path}: version {version}, dtype code {header[17]} do not fit the manifest; prepare it again")
-    if sequences != documents or ends != documents + 1 or len(content) != _HEADER_BYTES + 12 * documents + 8 * ends:
-        raise DataError(f"{path}: {sequences:,} documents, {documents:,} by the manifest; prepare the corpus again")
-    lengths = np.frombuffer(content, "<i4", documents, _HEADER_BYTES).astype(np.int64)
-    offsets = np.cumsum(lengths) - lengths
-    total = int(lengths.sum())
-    if total != manifest["tokens"] or total * dtype.itemsize != manifest["files"][TOKENS]["bytes"]:
+def _map_index(path: Path, manifest: dict) -> Index:
+    """Map the index. Raises DataError if it is not that of the manifest's documents and token file."""
+    found = map_index(path)
+    documents, total = manifest["documents"], count_tokens(found)
+    if found.dtype != np.dtype(manifest["token_dtype"]):
+        raise DataError(f"{path}: tokens of {found.dtype}, {manifest['token_dtype']} by the manifest; prepare it again")
+    if len(found.lengths) != documents:
+        count = len(found.lengths)
+        raise DataError(f"{path}: {count:,} documents, {documents:,} by the manifest; prepare the corpus again")
+    if total != manifest["tokens"] or total * found.dtype.itemsize != manifest["files"][TOKENS]["bytes"]:
         raise DataError(
             f"{path}: its documents have {total:,} tokens, {TOKENS} has {manifest['tokens']:,} by the manifest; "
             "the two do not belong together, prepare the corpus again"
         )
-    return lengths, offsets
+    return found
 
 
 def _read_codes(path: Path, manifest: dict) -> np.ndarray:

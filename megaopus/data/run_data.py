@@ -200,7 +200,7 @@ class RunData:
             fingerprint=corpus.fingerprint,
             vocab_size=corpus.vocab_size,
             domains=list(corpus.domains),
-            tokens=int(corpus.lengths.sum()),
+            tokens=corpus.manifest["tokens"],
             sequences={split: len(sequences) for split, sequences in drawn.items()},
             validation={domain: len(buffer) for domain, buffer in self.evaluation_buffers().items()},
             held_out={part: len(buffer) for part, buffer in self.held_out_buffers().items()},

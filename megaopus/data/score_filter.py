@@ -3,40 +3,90 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from megaopus.data.config import FilterConfig
 from megaopus.data.corpus import SPLITS, Corpus
+from megaopus.data.index import BLOCK
+from megaopus.data.layout import mapped_mask
 from megaopus.data.permutation import mix
-from megaopus.data.scores import LOWEST, load_column
+from megaopus.data.scores import LOWEST, Column, load_column
 from megaopus.errors import DataError
 
 POOL = SPLITS.index("pool")
 
 
-@dataclass(frozen=True, slots=True)
 class Kept:
-    """Says what a filter keeps of a corpus's pool."""
+    """Says what a filter keeps of a corpus's pool: a document without a score never, of the others those in bounds.
 
-    documents: np.ndarray
-    """(D,) bool; False outside the pool."""
-    identity: dict[str, Any]
-    """Settings and the digest of the scores: equal for filters that mean the same."""
+    With ``keep`` these are put in order, the best first (equal ones by their place in the corpus), or with a
+    temperature as drawn without replacement, chances as exp(+-score / temperature): Gumbel top-k, as DSIR resamples
+    (arXiv 2302.03169). The first of them are kept, as many as have together at most ``keep`` times the tokens of the
+    pool, or of each domain of it.
+    """
+
+    def __init__(self, corpus: Corpus, config: FilterConfig, column: Column):
+        """``column``: the scores of ``config.column``. Nothing is worked out yet."""
+        self._corpus, self._config, self._column = corpus, config, column
+        self._best = column.best if config.order == "auto" else config.order
+        self.identity: dict[str, Any] = {**asdict(config), "order": self._best, "scores": column.digest}
+        """Settings and the digest of the scores: equal for filters that mean the same."""
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """(D,) bool, False outside the pool; worked out when first asked for, or mapped where a layout has them.
+
+        Raises DataError if nothing is kept.
+        """
+        known = mapped_mask(self._corpus, "pool", self)
+        return self._work_out() if known is None else known
+
+    def _work_out(self) -> np.ndarray:
+        corpus, config = self._corpus, self._config
+        scores, pool = self._column.values.astype(np.float64), corpus.split_codes == POOL
+        kept = pool & np.isfinite(scores)
+        if config.at_least is not None:
+            kept &= scores >= config.at_least
+        if config.at_most is not None:
+            kept &= scores <= config.at_most
+        if config.keep is not None:
+            merit = -scores if self._best == LOWEST else scores
+            if config.temperature is not None:
+                merit = merit / config.temperature + gumbel(len(corpus), config.seed)
+            groups = [corpus.domain_codes == code for code in range(len(corpus.domains))]
+            inside = [pool & group for group in groups] if config.per_domain else [pool]
+            lengths = corpus.lengths_of(slice(None))
+            chosen = [_first(merit, lengths, group, kept, config.keep) for group in inside]
+            kept = np.zeros(len(corpus), dtype=bool)
+            kept[np.concatenate(chosen)] = True
+        if not kept.any():
+            spread = scores[pool & np.isfinite(scores)]
+            there = f"from {spread.min():.4g} to {spread.max():.4g}" if len(spread) else "none"
+            raise DataError(
+                f"{corpus.path}: data.filter keeps none of the pool's {int(pool.sum()):,} documents (scores of"
+                f" {config.column!r} there: {there}); change its bounds or data.filter.keep"
+            )
+        return kept
 
     def summary(self, corpus: Corpus) -> dict[str, tuple[int, int, int, int]]:
         """Domain -> (documents kept, in the pool, tokens kept, in the pool); domains that are in the pool."""
-        rows = {}
-        pool = corpus.split_codes == POOL
-        for code, name in enumerate(corpus.domains):
-            here = pool & (corpus.domain_codes == code)
-            inside = here & self.documents
-            if here.any():
-                tokens, of_tokens = (int(corpus.lengths[members].sum()) for members in (inside, here))
-                rows[name] = (int(inside.sum()), int(here.sum()), tokens, of_tokens)
-        return rows
+        sizes = np.zeros((4, len(corpus.domains)), dtype=np.int64)
+        for first in range(0, len(corpus), BLOCK):
+            part = slice(first, first + BLOCK)
+            pool = corpus.split_codes[part] == POOL
+            domains, lengths = corpus.domain_codes[part], corpus.lengths_of(part)
+            for row, taken in enumerate((pool & self.documents[part], pool)):
+                np.add.at(sizes[row], domains[taken], 1)
+                np.add.at(sizes[2 + row], domains[taken], lengths[taken])
+        return {
+            name: (found[0], found[1], found[2], found[3])
+            for name, found in zip(corpus.domains, sizes.T.tolist(), strict=True)
+            if found[1]
+        }
 
     def told(self, corpus: Corpus) -> dict[str, str]:
         """The summary in words: by what, then all domains together, then each."""
@@ -55,43 +105,12 @@ class Kept:
 
 
 def kept_documents(corpus: Corpus, config: FilterConfig) -> Kept | None:
-    """Apply the filter; None: there is none.
-
-    A document without a score is never kept. Of the others those within the bounds are. With ``keep`` these are put in
-    order, the best first (equal ones by their place in the corpus), or with a temperature as drawn without replacement,
-    chances as exp(+-score / temperature): Gumbel top-k, as DSIR resamples (arXiv 2302.03169). The first of them are
-    kept, as many as have together at most ``keep`` times the tokens of the pool, or of each domain of it.
-
-    Raises:
-        DataError: see ``scores.load_column``; or nothing is kept.
-    """
+    """Apply the filter; None: there is none. Raises DataError (see ``scores.load_column``), also if nothing is kept."""
     if config.column is None:
         return None
-    column = load_column(corpus, config.column)
-    scores, pool = column.values.astype(np.float64), corpus.split_codes == POOL
-    kept = pool & np.isfinite(scores)
-    if config.at_least is not None:
-        kept &= scores >= config.at_least
-    if config.at_most is not None:
-        kept &= scores <= config.at_most
-    best = column.best if config.order == "auto" else config.order
-    if config.keep is not None:
-        merit = -scores if best == LOWEST else scores
-        if config.temperature is not None:
-            merit = merit / config.temperature + gumbel(len(corpus), config.seed)
-        groups = [corpus.domain_codes == code for code in range(len(corpus.domains))]
-        inside = [pool & group for group in groups] if config.per_domain else [pool]
-        chosen = [_first(merit, corpus.lengths, group, kept, config.keep) for group in inside]
-        kept = np.zeros(len(corpus), dtype=bool)
-        kept[np.concatenate(chosen)] = True
-    if not kept.any():
-        spread = scores[pool & np.isfinite(scores)]
-        there = f"from {spread.min():.4g} to {spread.max():.4g}" if len(spread) else "none"
-        raise DataError(
-            f"{corpus.path}: data.filter keeps none of the pool's {int(pool.sum()):,} documents (scores of"
-            f" {config.column!r} there: {there}); change its bounds or data.filter.keep"
-        )
-    return Kept(kept, {**asdict(config), "order": best, "scores": column.digest})
+    found = Kept(corpus, config, load_column(corpus, config.column))
+    _ = found.documents
+    return found
 
 
 def _first(

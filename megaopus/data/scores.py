@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megaopus.data.corpus import ROWS, Corpus
+from megaopus.data.index import BLOCK
 from megaopus.errors import DataError
 
 COLUMN, VALUES = "column.json", "scores.npy"
@@ -90,7 +91,7 @@ def _scored(corpus: Corpus, folder: Path) -> Column:
     again = "delete its folder and score again"
     try:
         about = json.loads((folder / COLUMN).read_text(encoding="utf-8"))
-        values = np.load(folder / VALUES, allow_pickle=False)
+        values = np.load(folder / VALUES, mmap_mode="r", allow_pickle=False)
         owner, best, digest = about["corpus"], about["best"], about["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: cannot be read ({type(error).__name__}: {error}); {again}") from error
@@ -120,4 +121,7 @@ def _kept(corpus: Corpus, name: str) -> np.ndarray:
 
 
 def _digest(values: np.ndarray) -> str:
-    return hashlib.sha256(values.tobytes()).hexdigest()
+    found = hashlib.sha256()
+    for first in range(0, len(values), BLOCK):
+        found.update(values[first : first + BLOCK].tobytes())
+    return found.hexdigest()

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaopus.data.corpus import SPLIT_NAMES, SPLITS, TARGET, Corpus
+from megaopus.data.corpus import SPLITS, TARGET, Corpus
+from megaopus.data.layout import layout_of
 from megaopus.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Sequences:
         self.left_out: dict[str, int] = {}
         """Tokens of each domain that fill no sequence, none of them ever a label."""
         self.kept = kept
+        self._places: dict[int, slice] = {}
+        """Code of each domain that has sequences -> places of its documents on the line."""
         self._lay_out(set(corpus.domains if domains is None else domains), explicit=domains is not None)
         filtered = [] if kept is None else [kept.identity]
         self.key = json.dumps([corpus.fingerprint, split, seq_len, self.domains, *filtered])
@@ -63,17 +66,17 @@ class Sequences:
 
     def _lay_out(self, wanted: set[str], explicit: bool) -> None:
         corpus, seq_len = self.corpus, self.seq_len
-        in_split = corpus.split_codes == SPLIT_NAMES.index(self.split)
         remedy = "use a smaller seq_len, or prepare more text"
         if self.kept is not None:
-            in_split &= self.kept.documents
             remedy += ", or let data.filter keep more"
-        documents, counts, begins, total = [], [], [], 0
+        # One long line of documents, the streams back to back; `starts` are positions on it.
+        self._documents, self._starts, place = layout_of(corpus, self.split, self.kept)
+        counts, begins = [], []
         for code, name in enumerate(corpus.domains):
             if name not in wanted:
                 continue
-            members = np.flatnonzero(in_split & (corpus.domain_codes == code))
-            tokens = int(corpus.lengths[members].sum())
+            begin, end = (int(self._starts[place[code + each]]) for each in (0, 1))
+            tokens = end - begin
             count = max(tokens - 1, 0) // seq_len
             if explicit and not count:
                 raise DataError(
@@ -84,19 +87,14 @@ class Sequences:
                 self.left_out[name] = tokens - count * seq_len - bool(count)
             if count:
                 self.domains.append(name)
-                documents.append(members)
                 counts.append(count)
-                begins.append(total)
-                total += tokens
+                begins.append(begin)
+                self._places[code] = slice(*place[code : code + 2])
         if not counts:
             raise DataError(
                 f"{corpus.path}: no domain fills one sequence of seq_len = {seq_len} in split {self.split!r}; "
                 f"{remedy} or a larger fraction for this split"
             )
-        # One long line of documents, the streams back to back; `starts` are positions on it.
-        self._documents = np.concatenate(documents)
-        self._starts = np.concatenate([[0], np.cumsum(corpus.lengths[self._documents])])
-        self._shift = corpus.offsets[self._documents] - self._starts[:-1]
         self._begins = np.array(begins)
         self._first = np.concatenate([[0], np.cumsum(counts)])
 
@@ -149,7 +147,7 @@ class Sequences:
         lengths = np.minimum(self._starts[segments + 1], begin[rows] + width) - np.maximum(
             self._starts[segments], begin[rows]
         )
-        starts = np.maximum(self._starts[segments], begin[rows]) + self._shift[segments]
+        starts = np.maximum(self._starts[segments], begin[rows]) + self._shift(segments)
         found = self.corpus.read(starts, lengths)
         if self.corpus.masked:
             found = found.astype(self.dtype)
@@ -177,9 +175,7 @@ class Sequences:
             (sequences, documents, first tokens, ends), (n,) int64 each, a row for each sequence that has tokens of a
             document; the last two are positions in the token file. Documents of no stream have none.
         """
-        order = np.argsort(self._documents)
-        place = np.searchsorted(self._documents, documents, sorter=order).clip(max=len(order) - 1)
-        at = order[place][self._documents[order[place]] == documents]
+        at = self._places_of(documents)
         codes = np.searchsorted(self._begins, self._starts[at], side="right") - 1
         begin, end = self._starts[at] - self._begins[codes], self._starts[at + 1] - self._begins[codes]
         first = np.maximum(0, -(-(begin - self.seq_len) // self.seq_len))  # a sequence has the next one's first token
@@ -189,8 +185,23 @@ class Sequences:
         inside = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows] + first[rows]
         starts = np.maximum(begin[rows], inside * self.seq_len)
         ends = np.minimum(end[rows], (inside + 1) * self.seq_len + 1)
-        shift = self._begins[codes][rows] + self._shift[at][rows]
+        shift = self._begins[codes][rows] + self._shift(at)[rows]
         return self._first[codes][rows] + inside, self._documents[at][rows], starts + shift, ends + shift
+
+    def _places_of(self, documents: np.ndarray) -> np.ndarray:
+        """Find the places on the line of those of ``documents`` that are of a stream."""
+        codes, found = self.corpus.domain_codes[documents], np.full(len(documents), -1, dtype=np.int64)
+        for code, place in self._places.items():
+            here = np.flatnonzero(codes == code)
+            members = self._documents[place]  # in order
+            at = np.searchsorted(members, documents[here]).clip(max=len(members) - 1)
+            there = members[at] == documents[here]
+            found[here[there]] = place.start + at[there]
+        return found[found >= 0]
+
+    def _shift(self, places: np.ndarray) -> np.ndarray:
+        """Say how much further on in the token file than on the line documents lie, by their places on it."""
+        return self.corpus.offsets_of(self._documents[places]) - self._starts[places]
 
     def evenly_spaced(self, n_per_domain: int) -> dict[str, np.ndarray]:
         """Numbers of evenly spaced sequences of each domain, at most ``n_per_domain``, always the same ones."""

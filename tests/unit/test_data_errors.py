@@ -14,6 +14,7 @@ from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Source
 from megaopus.corpus_tools.split import SplitRule
 from megaopus.data.corpus import CODE_DTYPE, Corpus, fingerprint_of, sha256_file
+from megaopus.data.index import map_index, write_index
 from megaopus.data.sequences import Sequences
 from megaopus.errors import DataError
 
@@ -204,16 +205,27 @@ def test_wrong_magic(copy):
 
 
 def test_index_of_another_token_type(copy):
-    content = bytearray((copy / "tokens.idx").read_bytes())
-    content[17] = 4
-    (copy / "tokens.idx").write_bytes(bytes(content))
-    fails(copy, r"tokens\.idx: version 1, dtype code 4 do not fit the manifest")
+    index = copy / "tokens.idx"
+    write_index(index, map_index(index).lengths.copy(), np.dtype("<i4"))
+    edit_manifest(copy)
+    fails(copy, r"tokens\.idx: tokens of int32, uint16 by the manifest")
+    content = bytearray(index.read_bytes())
+    content[17] = 5
+    index.write_bytes(bytes(content))
+    fails(copy, r"tokens\.idx: version 1, dtype code 5 are not read here")
 
 
-def test_index_and_tokens_that_do_not_belong_together(copy):
+def test_index_whose_documents_do_not_touch(copy):
     content = bytearray((copy / "tokens.idx").read_bytes())
     content[34:38] = (7777).to_bytes(4, "little")
     (copy / "tokens.idx").write_bytes(bytes(content))
+    fails(copy, r"tokens\.idx: document 1 does not begin where the one before it ends")
+
+
+def test_index_and_tokens_that_do_not_belong_together(copy):
+    lengths = map_index(copy / "tokens.idx").lengths.copy()
+    lengths[0] = 7777
+    write_index(copy / "tokens.idx", lengths, np.dtype("<u2"))
     edit_manifest(copy)
     fails(copy, r"tokens\.idx: its documents have \d,\d+ tokens, tokens\.bin has \d+ by the manifest")
 

@@ -1,0 +1,126 @@
+"""A large corpus's layout is mapped from files, and says what a small one's in memory does."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from megaopus.corpus_tools.prepare import prepare
+from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.split import SplitRule
+from megaopus.data import layout
+from megaopus.data.config import FilterConfig
+from megaopus.data.corpus import SPLITS, Corpus
+from megaopus.data.folder import new_folder
+from megaopus.data.score_filter import kept_documents
+from megaopus.data.scores import HIGHEST, column_folder, write_column
+from megaopus.data.sequences import Sequences
+from megaopus.errors import DataError
+
+L = 16
+FILTERS = [None, FilterConfig(column="q", keep=0.5), FilterConfig(column="q", at_least=-0.5, keep=0.7, per_domain=True)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder, draw = tmp_path_factory.mktemp("layout"), random.Random(1)
+    rows = [
+        {
+            "id": f"d{n}",
+            "domain": draw.choice(["news", "code", "verse"]),
+            "text": "ab " * draw.choice([1, 5, 30]) + str(n),
+        }
+        for n in range(300)
+    ]
+    rows.insert(100, {"id": "short", "domain": "few", "text": "x"})
+    (folder / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rule = SplitRule(0.1, 0.1, seq_len=L)
+    found = Corpus.open(prepare([Source(folder / "s.jsonl")], folder / "c", vocab_size=257, rule=rule))
+    values = np.random.default_rng(0).standard_normal(len(found)).astype(np.float32)
+    values[::17] = np.nan
+    place = column_folder(found.path, "q")
+    with new_folder(place, Console(quiet=True)) as growing:
+        write_column(growing, found, values, HIGHEST, {})
+    return found
+
+
+def all_there_is(corpus: Corpus, config: FilterConfig | None) -> list[Any]:
+    """What every split and its sequences say."""
+    found: list[Any] = []
+    for split in SPLITS:
+        kept = kept_documents(corpus, config) if config is not None and split == "pool" else None
+        for domains in (None, ["verse", "code"]):
+            made = Sequences(corpus, split, L, domains, kept)
+            numbers = np.arange(len(made))
+            stretches = made.stretches_of(np.arange(len(corpus)))
+            found += [
+                made.key,
+                made.counts,
+                made.left_out,
+                made.read(numbers).tolist(),
+                *map(np.ndarray.tolist, stretches),
+            ]
+            found += [made.documents_of(len(made) - 1), made.first_document_of(numbers).tolist()]
+        if kept is not None:
+            found += [kept.documents.tolist(), kept.summary(corpus), kept.told(corpus)]
+    return found
+
+
+@pytest.mark.parametrize("config", FILTERS, ids=["all", "best", "of each"])
+def test_what_is_mapped_is_what_is_in_memory(
+    corpus: Corpus, config: FilterConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = all_there_is(corpus, config)
+    monkeypatch.setattr(layout, "BLOCK", 7)
+    assert all_there_is(corpus, config) == expected
+    assert not list(corpus.path.glob("layout-*/kept.npy"))
+    monkeypatch.setattr(layout, "MAPPED", 1)
+    assert all_there_is(corpus, config) == expected
+    monkeypatch.setattr(layout, "_fill", None)  # nothing is laid out twice
+    assert all_there_is(corpus, config) == expected
+    arrays = layout.layout_of(corpus, "validation")
+    assert isinstance(arrays.starts, np.memmap)
+    assert isinstance(arrays.documents, np.memmap)
+    assert len(list(corpus.path.glob("layout-*/kept.npy"))) == (config is not None)
+    for made in corpus.path.glob("layout-*/kept.npy"):
+        made.unlink()
+
+
+def test_a_split_without_documents_has_an_empty_layout(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MAPPED", 1)
+    for _ in range(2):
+        assert [len(array) for array in layout.layout_of(corpus, "left_out")] == [0, 1, len(corpus.domains) + 1]
+
+
+def test_a_corpus_that_cannot_be_written_to_is_laid_out_in_memory(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    expected = layout.layout_of(corpus, "pool")
+    monkeypatch.setattr(layout, "MAPPED", 1)
+    monkeypatch.setattr(layout, "layout_folder", lambda *given: corpus.path / "layout-none")
+    monkeypatch.setattr(layout, "_write", refused)
+    with pytest.warns(UserWarning, match="layout-none: .*Permission denied; each process holds 16 bytes a document"):
+        found = layout.layout_of(corpus, "pool")
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_layout_that_was_cut_off_is_named(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MAPPED", 1)
+    layout.layout_of(corpus, "proxy")
+    place = layout.layout_folder(corpus, "proxy") / "starts.npy"
+    content = Path(place).read_bytes()
+    place.write_bytes(content[:-8])
+    try:
+        with pytest.raises(DataError, match=r"layout-.*: cannot be read .*; delete it, the next run lays it out again"):
+            layout.layout_of(corpus, "proxy")
+    finally:
+        place.write_bytes(content)
