@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from megaopus.data.index import Index, count_tokens, map_index
+from megaopus.data.index import LARGE, Index, check_index, count_tokens, map_index
 from megaopus.data.tokenizer import load_tokenizer
 from megaopus.errors import DataError
 
@@ -84,6 +84,8 @@ class Corpus:
     def open(cls, path: str | Path, verify: bool = False) -> Corpus:
         """Map a folder written by ``prepare``. Sizes and counts are always checked against the manifest.
 
+        That documents lie one after the other is checked of a small corpus; of a large one when it is laid out.
+
         Args:
             path: the corpus folder.
             verify: also read every file once: digests, and every token below the vocabulary size.
@@ -97,6 +99,8 @@ class Corpus:
         if verify:
             _check_digests(folder, manifest)
         index = _map_index(folder / INDEX, manifest)
+        if verify or len(index.lengths) < LARGE:
+            check_index(folder / INDEX, index)
         codes = _read_codes(folder / CODES, manifest)
         tokens = np.memmap(folder / TOKENS, dtype=manifest["token_dtype"], mode="r")
         if verify:

@@ -15,6 +15,8 @@ from megaopus.errors import DataError
 
 BLOCK = 1 << 20
 """Documents that are looked at together: little memory beside what is mapped."""
+LARGE = 1 << 20
+"""Documents of a corpus from which on nothing is done for each of them whenever it is opened."""
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER_BYTES = 34
@@ -49,7 +51,7 @@ def map_index(path: Path) -> Index:
     Not by Megatron's reader, whose arrays point into a mapping that it unmaps when it is deleted.
 
     Raises:
-        DataError: it is none, is cut off, or its documents do not lie one after the other.
+        DataError: it is none, or is cut off.
     """
     with path.open("rb") as stream:
         header = stream.read(_HEADER_BYTES)
@@ -66,13 +68,11 @@ def map_index(path: Path) -> Index:
         return Index(dtype, np.empty(0, "<i4"), np.empty(0, "<i8"))
     lengths = np.memmap(path, "<i4", "r", _HEADER_BYTES, (documents,))
     offsets = np.memmap(path, "<i8", "r", _HEADER_BYTES + 4 * documents, (documents,))
-    found = Index(dtype, lengths, offsets)
-    _check(path, found)
-    return found
+    return Index(dtype, lengths, offsets)
 
 
-def _check(path: Path, index: Index) -> None:
-    """Raise DataError unless each document begins where the one before it ends."""
+def check_index(path: Path, index: Index) -> None:
+    """Raise DataError unless each document begins where the one before it ends. ``path``: where the index lies."""
     begin = 0
     for first in range(0, len(index.lengths), BLOCK):
         lengths = index.lengths[first : first + BLOCK].astype(np.int64)

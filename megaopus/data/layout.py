@@ -19,12 +19,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from megaopus.data.corpus import SPLIT_NAMES, Corpus
-from megaopus.data.index import BLOCK
+from megaopus.data.corpus import INDEX, SPLIT_NAMES, Corpus
+from megaopus.data.index import BLOCK, LARGE, check_index
 from megaopus.errors import DataError
 
-MAPPED = 1 << 20
-"""Documents of a corpus from which on its layouts are files."""
 _VERSION = 1
 _DOCUMENTS, _STARTS, _FIRST, _MASK, _MEANING = "documents.npy", "starts.npy", "first.npy", "kept.npy", "layout.json"
 
@@ -57,9 +55,9 @@ def layout_of(corpus: Corpus, split: str, kept: Filter | None = None) -> Layout:
     Where the file system refuses a large corpus's files, a warning says so, and each process has its own.
 
     Raises:
-        DataError: what was laid out before cannot be read.
+        DataError: what was laid out before cannot be read, or documents do not lie one after the other.
     """
-    if len(corpus) >= MAPPED:
+    if len(corpus) >= LARGE:
         folder = layout_folder(corpus, split, kept)
         try:
             if not folder.is_dir():
@@ -76,7 +74,7 @@ def layout_of(corpus: Corpus, split: str, kept: Filter | None = None) -> Layout:
 def mapped_mask(corpus: Corpus, split: str, kept: Filter) -> np.ndarray | None:
     """Map which documents a filter keeps, (D,) bool, from a layout of them; None: there is none yet."""
     path = layout_folder(corpus, split, kept) / _MASK
-    if len(corpus) < MAPPED or not path.is_file():
+    if len(corpus) < LARGE or not path.is_file():
         return None
     found: np.ndarray = np.load(path, mmap_mode="r")
     return found
@@ -144,6 +142,7 @@ def _write(folder: Path, corpus: Corpus, split: str, kept: Filter | None) -> Non
         growing = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(growing, ignore_errors=True)
         growing.mkdir()
+        check_index(corpus.path / INDEX, corpus.index)
         count = _count(corpus, split, kept)
         total = int(count.sum())
         # an empty file cannot be mapped

@@ -80,7 +80,7 @@ def test_what_is_mapped_is_what_is_in_memory(
     monkeypatch.setattr(layout, "BLOCK", 7)
     assert all_there_is(corpus, config) == expected
     assert not list(corpus.path.glob("layout-*/kept.npy"))
-    monkeypatch.setattr(layout, "MAPPED", 1)
+    monkeypatch.setattr(layout, "LARGE", 1)
     assert all_there_is(corpus, config) == expected
     monkeypatch.setattr(layout, "_fill", None)  # nothing is laid out twice
     assert all_there_is(corpus, config) == expected
@@ -93,7 +93,7 @@ def test_what_is_mapped_is_what_is_in_memory(
 
 
 def test_a_split_without_documents_has_an_empty_layout(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "MAPPED", 1)
+    monkeypatch.setattr(layout, "LARGE", 1)
     for _ in range(2):
         assert [len(array) for array in layout.layout_of(corpus, "left_out")] == [0, 1, len(corpus.domains) + 1]
 
@@ -105,7 +105,7 @@ def test_a_corpus_that_cannot_be_written_to_is_laid_out_in_memory(
         raise PermissionError(13, "Permission denied")
 
     expected = layout.layout_of(corpus, "pool")
-    monkeypatch.setattr(layout, "MAPPED", 1)
+    monkeypatch.setattr(layout, "LARGE", 1)
     monkeypatch.setattr(layout, "layout_folder", lambda *given: corpus.path / "layout-none")
     monkeypatch.setattr(layout, "_write", refused)
     with pytest.warns(UserWarning, match="layout-none: .*Permission denied; each process holds 16 bytes a document"):
@@ -114,7 +114,7 @@ def test_a_corpus_that_cannot_be_written_to_is_laid_out_in_memory(
 
 
 def test_a_layout_that_was_cut_off_is_named(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "MAPPED", 1)
+    monkeypatch.setattr(layout, "LARGE", 1)
     layout.layout_of(corpus, "proxy")
     place = layout.layout_folder(corpus, "proxy") / "starts.npy"
     content = Path(place).read_bytes()
