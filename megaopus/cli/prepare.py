@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
     """Add what is read, and how."""
-    add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--source",
@@ -67,8 +66,21 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         "sources",
     )
     what.add_argument(
+        "--adopt",
+        action="append",
+        metavar="[DOMAIN=]PATH",
+        help="no text: tokens that lie ready, which are read where they lie: PREFIX of Megatron-LM's PREFIX.bin and"
+        " .idx, datatrove's NAME.ds, or a .bin of bare uint16 tokens; with --tokenizer; repeat for more files",
+    )
+    what.add_argument(
         "--demo", action="store_true", help="no source: real text found in this Python installation, no download"
     )
+    _add_fields(parser)
+
+
+def _add_fields(parser: argparse.ArgumentParser) -> None:
+    """Add which files of a folder are read, and what their fields are."""
+    add = parser.add_argument
     add("--data", metavar="NAME", help="fields, and sources if none is given, of configs/data/NAME.yaml (data.prepare)")
     add(
         "--exclude",
@@ -128,6 +140,7 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
         "documents that become empty (default 0.01)",
     )
     add("--vocab-size", type=int, help="tokens of a trained tokenizer (default 16384; 2048 with --demo)")
+    add("--eod", type=int, metavar="ID", help="the token that ends --adopt's documents (default: that of --eod-token)")
     add("--eod-token", default=EOD, metavar="TOKEN", help="end-of-document token of --tokenizer (default %(default)s)")
 
 
@@ -161,7 +174,8 @@ def run(args: argparse.Namespace) -> int:
     """Prepare what the command line asks for, showing progress and a table."""
     console = Console()
     require_plugins(args.plugin)
-    out = _prepare_demo(args, console) if args.demo else _prepare(args, console)
+    make = _adopt if args.adopt else _prepare_demo if args.demo else _prepare
+    out = make(args, console)
     show_corpus(out, console)
     return 0
 
@@ -175,6 +189,26 @@ def _prepare_demo(args: argparse.Namespace, console: Console) -> Path:
     rule, vocab_size = split_rule(args, DEMO_RULE), args.vocab_size or DEMO_VOCAB_SIZE
     return build_demo_corpus(
         Path(args.out), vocab_size=vocab_size, rule=rule, overwrite=args.overwrite, console=console
+    )
+
+
+def _adopt(args: argparse.Namespace, console: Console) -> Path:
+    """Make a corpus of tokens that lie ready. Raises DataError for what is said of texts."""
+    from megaopus.corpus_tools.adopt import adopt
+    from megaopus.corpus_tools.split_rule import SplitRule
+    from megaopus.data.tokenizer import eod_id, load_tokenizer
+
+    if not args.tokenizer:
+        raise DataError("--adopt: name the tokenizer that made the tokens, --tokenizer FILE")
+    of_texts = ("data", "text_field", "id_field", "domain_field", "loss_spans", "messages", "keep", "vocab_size")
+    if given := [name for name in of_texts if getattr(args, name)]:
+        raise DataError(f"--{given[0].replace('_', '-')} is about texts, and --adopt reads tokens: leave it out")
+    eod = args.eod
+    if eod is None:
+        eod = eod_id(load_tokenizer(args.tokenizer), args.eod_token, str(args.tokenizer))
+    rule = split_rule(args, SplitRule())
+    return adopt(
+        args.adopt, args.out, tokenizer=args.tokenizer, eod=eod, rule=rule, overwrite=args.overwrite, console=console
     )
 
 

@@ -281,11 +281,14 @@ def _shares(corpus: Corpus, members: np.ndarray) -> dict[str, float]:
 
 def _write(corpus: Corpus, splits: np.ndarray, summary: dict[str, Any], target: str | None, folder: Path) -> None:
     """Write the files of the new corpus into ``folder``; ``target``: the fingerprint of what lies in it held out."""
-    for name in sorted(set(corpus.manifest["files"]) - {ROWS, CODES}):
-        share_file(corpus.path / name, folder / name)
-    with (corpus.path / ROWS).open(encoding="utf-8") as old, (folder / ROWS).open("w", encoding="utf-8") as new:
-        for line, split in zip(old, splits.tolist(), strict=True):
-            new.write(json.dumps({**json.loads(line), "split": SPLIT_NAMES[split]}, ensure_ascii=False) + "\n")
+    files = corpus.manifest["files"]
+    for name in sorted(set(files) - {ROWS, CODES}):
+        if not Path(name).is_absolute():  # else it is somebody else's, and stays where it is
+            share_file(corpus.path / name, folder / name)
+    if ROWS in files:
+        with (corpus.path / ROWS).open(encoding="utf-8") as old, (folder / ROWS).open("w", encoding="utf-8") as new:
+            for line, split in zip(old, splits.tolist(), strict=True):
+                new.write(json.dumps({**json.loads(line), "split": SPLIT_NAMES[split]}, ensure_ascii=False) + "\n")
     codes = np.empty(len(splits), dtype=CODE_DTYPE)
     codes["domain"], codes["split"] = corpus.domain_codes, splits
     np.save(folder / CODES, codes)

@@ -9,7 +9,7 @@ import numpy as np
 
 from megaopus.corpus_tools.split_rule import POOL, PROXY, VALIDATION, SplitRule
 
-_CHARACTERS_A_TOKEN = 6
+CHARACTERS_A_TOKEN = 6
 """More than tokenizers have on average, so that a floor in characters fills a sequence of tokens."""
 _SMALLEST_PIECE = 512
 """Characters: shorter texts are not cut."""
@@ -88,7 +88,7 @@ def _fill_split(
     length: int,
 ) -> None:
     """Fill one split from the domains that give to it, ``givers`` (G,); ``named`` are those wanted by name."""
-    floor = _CHARACTERS_A_TOKEN * length
+    floor = CHARACTERS_A_TOKEN * length
     count = int(documents.domains.max()) + 1
     totals, has = (_characters(documents, here, count) for here in (slice(None), filled.splits == split))
     goals = np.minimum(floor, totals // 10).clip(min=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megaopus.data.corpus import MANIFEST, files_of, fingerprint_of, sha256_file
+from megaopus.data.corpus import MANIFEST, files_of, fingerprint_of, sampled_sha256, sha256_file
 
 Counts = dict[str, dict[str, dict[str, int]]]
 """Domain -> split -> documents, tokens, and with a loss mask those that count in it."""
@@ -38,15 +38,19 @@ def split_counts(
     return counts
 
 
+def _entry(folder: Path, name: str) -> dict[str, Any]:
+    """Describe a file; one that lies elsewhere, and may be of any size, by blocks of it."""
+    path, elsewhere = folder / name, Path(name).is_absolute()
+    digest = sampled_sha256(path) if elsewhere else sha256_file(path)
+    return {"bytes": path.stat().st_size, "sha256": digest} | ({"sampled": True} if elsewhere else {})
+
+
 def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest of a folder whose other files are there: ``facts``, with its files and fingerprint.
 
     Returns the manifest.
     """
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-        for name in files_of(facts)
-    }
+    files = {name: _entry(folder, name) for name in files_of(facts)}
     manifest = {**facts, "fingerprint": "", "files": files}
     manifest["fingerprint"] = fingerprint_of(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

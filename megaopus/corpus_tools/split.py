@@ -123,7 +123,7 @@ def scan(sources: Sequence[Source], rule: SplitRule, begin: Callable[[str], Call
         seen = _Pass(sources, rule, reading, begin("reading in pieces"))
         filled = fill(seen.documents(), seen.names, rule, may_cut=False)
     splits = filled.splits
-    _refuse_missing_splits(splits, rule)
+    refuse_missing_splits(splits, rule)
     domains = sorted(seen.names)
     order = np.array([domains.index(name) for name in seen.names], dtype=np.uint16)
     notes = [*_cut_notes(reading.pieces), *_moved_notes(filled, seen, rule), *_lacking_notes(splits, seen, rule)]
@@ -194,7 +194,7 @@ class _Pass:
         return Documents(codes, splits, draws, sizes)
 
 
-def _refuse_missing_splits(splits: np.ndarray, rule: SplitRule) -> None:
+def refuse_missing_splits(splits: np.ndarray, rule: SplitRule) -> None:
     """Raise DataError unless every split that is asked for has documents, and the pool more than the proxy."""
     counts = np.bincount(splits, minlength=len(SPLITS)).tolist()
     if not counts[POOL]:

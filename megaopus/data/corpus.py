@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import weakref
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +13,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megaopus.data.index import LARGE, Index, check_index, count_tokens, map_index
+from megaopus.data.token_files import ByteReader, TokenFiles
 from megaopus.data.tokenizer import load_tokenizer
 from megaopus.errors import DataError
 
-FORMAT_VERSION, MASKED_VERSION = 1, 2
-"""Of a folder; the second has a loss mask, which a reader of the first would not obey."""
+FORMAT_VERSION, MASKED_VERSION, SHARDED_VERSION = 1, 2, 3
+"""Of a folder; the second has a loss mask, which a reader of the first would not obey; the third's tokens lie in the
+files that its manifest lists under ``shards``, and it may lack a loss mask and a table of documents."""
 SPLITS = ("pool", "proxy", "validation")
 TARGET = "target"
 """The split of what a proxy was not made with (``Corpus.target``), and the folder in a corpus that holds it."""
@@ -34,6 +34,8 @@ LOSS_MASK = "loss_mask.bin"
 CODE_DTYPE = np.dtype([("domain", "<u2"), ("split", "u1")])
 """Row of documents.npy: index into the manifest's ``domains``, index into ``SPLIT_NAMES``."""
 
+_SAMPLES, _SAMPLE_BYTES = 256, 1 << 16
+"""Blocks of a sampled digest, and bytes of each."""
 _DOCUMENTS = 1 << 12
 """Documents whose loss mask is read at a time."""
 
@@ -56,11 +58,23 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sampled_sha256(path: Path) -> str:
+    """Hex digest of a file's size and of 256 blocks of 64 KiB spread evenly over it, for files of many terabytes."""
+    size, found = path.stat().st_size, hashlib.sha256()
+    found.update(size.to_bytes(8, "little"))
+    with path.open("rb") as stream:
+        for number in range(_SAMPLES):
+            stream.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+            found.update(stream.read(_SAMPLE_BYTES))
+    return found.hexdigest()
+
+
 def fingerprint_of(manifest: dict) -> str:
     """Digest of what a run can see of a corpus: contents and meaning of its files, not their place or age."""
     keys = sorted(_KEYS - {"fingerprint", "files"})
+    place = {name: f"shard {number}" for number, name in enumerate(manifest.get("shards", ()))}
     seen = {key: manifest[key] for key in keys} | {
-        "files": {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        "files": {place.get(name, name): entry["sha256"] for name, entry in manifest["files"].items()}
     }
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
@@ -71,8 +85,10 @@ class Corpus:
 
     path: Path
     manifest: dict
-    tokens: np.ndarray
+    tokens: np.ndarray | TokenFiles
     """(T,) all tokens, memory-mapped; each document ends with ``eod_id``."""
+    files: TokenFiles
+    """What they lie in."""
     index: Index
     """Of the D documents, memory-mapped."""
     domain_codes: np.ndarray
@@ -102,10 +118,13 @@ class Corpus:
         if verify or len(index.lengths) < LARGE:
             check_index(folder / INDEX, index)
         codes = _read_codes(folder / CODES, manifest)
-        tokens = np.memmap(folder / TOKENS, dtype=manifest["token_dtype"], mode="r")
+        dtype = np.dtype(manifest["token_dtype"])
+        files = TokenFiles([folder / name for name in token_files(manifest)], dtype)
         if verify:
-            _check_vocabulary(folder / TOKENS, tokens, manifest["vocab_size"])
-        found = cls(folder, manifest, tokens, index, codes["domain"], codes["split"])
+            for path, mapped in zip(files.paths, files.maps, strict=True):
+                _check_vocabulary(path, mapped, manifest["vocab_size"])
+        tokens = files.maps[0] if len(files.maps) == 1 else files
+        found = cls(folder, manifest, tokens, files, index, codes["domain"], codes["split"])
         if verify and found.target is not None:
             cls.open(found.target.path, verify=True)
         return found
@@ -189,7 +208,9 @@ class Corpus:
 
     @cached_property
     def ids(self) -> list[str]:
-        """Document ids in corpus order, read from documents.jsonl when first asked for."""
+        """Document ids in corpus order, read from documents.jsonl when first asked for; numbers where there is none."""
+        if ROWS not in self.manifest["files"]:
+            return list(map(str, range(len(self))))
         with (self.path / ROWS).open(encoding="utf-8") as rows:
             return [json.loads(row)["id"] for row in rows]
 
@@ -202,27 +223,22 @@ class Corpus:
         return self.tokenizer()
 
     @cached_property
-    def _descriptors(self) -> dict[str, int]:
-        names = [TOKENS, LOSS_MASK] if self.masked else [TOKENS]
-        found = {name: os.open(self.path / name, os.O_RDONLY) for name in names}
-        for descriptor in found.values():
-            weakref.finalize(self, os.close, descriptor)
-        return found
+    def _mask(self) -> ByteReader:
+        return ByteReader(self.path / LOSS_MASK)
 
     def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Read stretches of the token file, one after the other: (sum of ``lengths``,) of its own dtype.
+        """Read stretches of the tokens, one after the other: (sum of ``lengths``,) of the files' own dtype.
 
-        By read calls, where the memory map would kill the process when the file cannot be read. Any thread may call.
+        By read calls, where the memory map would kill the process when a file cannot be read. Any thread may call.
 
         Args:
             starts: position of each stretch's first token.
-            lengths: tokens of each.
+            lengths: tokens of each, all of one document.
 
         Raises:
-            DataError: the file cannot be read, or was cut off after it was opened.
+            DataError: a file cannot be read, or was cut off after it was opened.
         """
-        dtype = self.tokens.dtype
-        return np.frombuffer(b"".join(self._read(TOKENS, starts * dtype.itemsize, lengths * dtype.itemsize)), dtype)
+        return self.files.read(starts, lengths)
 
     def read_mask(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Say which tokens of the same stretches count in the loss: (sum of ``lengths``,) bool. Raises as ``read``.
@@ -230,7 +246,7 @@ class Corpus:
         Only where the corpus is ``masked``.
         """
         first, skipped = starts // 8, starts % 8
-        pieces = self._read(LOSS_MASK, first, (skipped + lengths + 7) // 8)
+        pieces = self._mask.read(first, (skipped + lengths + 7) // 8)
         bits = (np.unpackbits(np.frombuffer(piece, np.uint8), bitorder="little") for piece in pieces)
         found = [each[skip : skip + count] for each, skip, count in zip(bits, skipped, lengths, strict=True)]
         return np.concatenate(found).astype(bool) if found else np.empty(0, bool)
@@ -245,17 +261,6 @@ class Corpus:
             lengths = self.lengths_of(part)
             mask = self.read_mask(self.offsets_of(part), lengths)
             found[part] = np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
-        return found
-
-    def _read(self, name: str, offsets: np.ndarray, counts: np.ndarray) -> list[bytes]:
-        """Read so many bytes at each of the offsets of a file."""
-        path, descriptor = self.path / name, self._descriptors[name]
-        try:
-            found = [os.pread(descriptor, *each) for each in zip(counts.tolist(), offsets.tolist(), strict=True)]
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error}); restore the file, the run then goes on") from error
-        if sum(map(len, found)) != int(counts.sum()):
-            raise DataError(f"{path}: cut off since it was opened; restore the file, the run then goes on")
         return found
 
     def decode(self, start: int, end: int) -> str:
@@ -283,10 +288,10 @@ def _read_manifest(folder: Path) -> dict:
         raise DataError(f"{path}: not valid JSON ({error}); prepare the corpus again") from error
     if missing:
         raise DataError(f"{path}: lacks {', '.join(missing)}; prepare the corpus again")
-    if manifest["format_version"] not in (FORMAT_VERSION, MASKED_VERSION):
+    if manifest["format_version"] not in (FORMAT_VERSION, MASKED_VERSION, SHARDED_VERSION):
         raise DataError(
-            f"{path}: format version {manifest['format_version']}, this megaopus reads {FORMAT_VERSION} and"
-            f" {MASKED_VERSION}; prepare the corpus again, or use the megaopus that wrote it"
+            f"{path}: format version {manifest['format_version']}, this megaopus reads {FORMAT_VERSION} to"
+            f" {SHARDED_VERSION}; prepare the corpus again, or use the megaopus that wrote it"
         )
     if set(manifest["files"]) != set(files_of(manifest)) or fingerprint_of(manifest) != manifest["fingerprint"]:
         raise DataError(
@@ -297,7 +302,15 @@ def _read_manifest(folder: Path) -> dict:
 
 def files_of(manifest: dict) -> tuple[str, ...]:
     """Name the files that a folder of this format has beside its manifest."""
+    if manifest["format_version"] == SHARDED_VERSION:
+        optional = (name for name in (ROWS, LOSS_MASK) if name in manifest.get("files", ()))
+        return (INDEX, CODES, TOKENIZER, *optional, *manifest["shards"])
     return (*FILES, LOSS_MASK) if manifest["format_version"] == MASKED_VERSION else FILES
+
+
+def token_files(manifest: dict) -> list[str]:
+    """Name the files that the tokens lie in, in order: in the folder, or anywhere by absolute paths."""
+    return manifest["shards"] if manifest["format_version"] == SHARDED_VERSION else [TOKENS]
 
 
 def _check_sizes(folder: Path, manifest: dict) -> None:
@@ -314,8 +327,9 @@ def _check_sizes(folder: Path, manifest: dict) -> None:
 
 
 def _check_digests(folder: Path, manifest: dict) -> None:
-    for name in manifest["files"]:
-        if sha256_file(folder / name) != manifest["files"][name]["sha256"]:
+    for name, entry in manifest["files"].items():
+        digest = sampled_sha256 if entry.get("sampled") else sha256_file
+        if digest(folder / name) != entry["sha256"]:
             raise DataError(
                 f"{folder / name}: changed since it was prepared (sha256 differs from {MANIFEST}), so the fingerprint "
                 "no longer stands for it; copy or prepare the corpus again"
@@ -331,9 +345,11 @@ def _map_index(path: Path, manifest: dict) -> Index:
     if len(found.lengths) != documents:
         count = len(found.lengths)
         raise DataError(f"{path}: {count:,} documents, {documents:,} by the manifest; prepare the corpus again")
-    if total != manifest["tokens"] or total * found.dtype.itemsize != manifest["files"][TOKENS]["bytes"]:
+    names = token_files(manifest)
+    size = sum(manifest["files"][name]["bytes"] for name in names)
+    if total != manifest["tokens"] or total * found.dtype.itemsize != size:
         raise DataError(
-            f"{path}: its documents have {total:,} tokens, {TOKENS} has {manifest['tokens']:,} by the manifest; "
+            f"{path}: its documents have {total:,} tokens, {names[0]} has {manifest['tokens']:,} by the manifest; "
             "the two do not belong together, prepare the corpus again"
         )
     return found

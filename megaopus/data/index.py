@@ -53,15 +53,9 @@ def map_index(path: Path) -> Index:
     Raises:
         DataError: it is none, or is cut off.
     """
-    with path.open("rb") as stream:
-        header = stream.read(_HEADER_BYTES)
-    if len(header) < _HEADER_BYTES or header[:9] != _MAGIC:
-        raise DataError(f"{path}: not a Megatron index (wrong first bytes {header[:9]!r}); copy or prepare it again")
-    version, dtype = int.from_bytes(header[9:17], "little"), _DTYPES.get(header[17])
-    documents, ends = int.from_bytes(header[18:26], "little"), int.from_bytes(header[26:34], "little")
-    if version != 1 or dtype is None:
-        raise DataError(f"{path}: version {version}, dtype code {header[17]} are not read here; prepare it again")
-    if ends != documents + 1 or path.stat().st_size != _HEADER_BYTES + 12 * documents + 8 * ends:
+    header = _header(path)
+    dtype, documents = header.dtype, header.sequences
+    if header.ends != documents + 1 or path.stat().st_size != header.size:
         size = path.stat().st_size
         raise DataError(f"{path}: {size:,} bytes do not fit {documents:,} documents; copy or prepare it again")
     if not documents:
@@ -69,6 +63,31 @@ def map_index(path: Path) -> Index:
     lengths = np.memmap(path, "<i4", "r", _HEADER_BYTES, (documents,))
     offsets = np.memmap(path, "<i8", "r", _HEADER_BYTES + 4 * documents, (documents,))
     return Index(dtype, lengths, offsets)
+
+
+class _Header(NamedTuple):
+    """Says what an index has."""
+
+    dtype: np.dtype
+    sequences: int
+    ends: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return _HEADER_BYTES + 12 * self.sequences + 8 * self.ends
+
+
+def _header(path: Path) -> _Header:
+    """Read the beginning of an index. Raises DataError if it is none."""
+    with path.open("rb") as stream:
+        header = stream.read(_HEADER_BYTES)
+    if len(header) < _HEADER_BYTES or header[:9] != _MAGIC:
+        raise DataError(f"{path}: not a Megatron index (wrong first bytes {header[:9]!r}); copy or prepare it again")
+    version, dtype = int.from_bytes(header[9:17], "little"), _DTYPES.get(header[17])
+    if version != 1 or dtype is None:
+        raise DataError(f"{path}: version {version}, dtype code {header[17]} are not read here; prepare it again")
+    return _Header(dtype, int.from_bytes(header[18:26], "little"), int.from_bytes(header[26:34], "little"))
 
 
 def check_index(path: Path, index: Index) -> None:
@@ -84,6 +103,35 @@ def check_index(path: Path, index: Index) -> None:
                 f"{path}: document {number:,} does not begin where the one before it ends; copy or prepare it again"
             )
         begin = int(starts[-1] + lengths[-1] * index.dtype.itemsize)
+
+
+def documents_of(path: Path) -> tuple[np.dtype, np.ndarray]:
+    """Read the index of a token file of somebody else's: (the tokens' type, (D,) int64 tokens of each document).
+
+    A document may be of several of Megatron's sequences, as sentences are.
+
+    Raises:
+        DataError: it is none, or what it lists does not lie one after the other from the file's beginning.
+    """
+    header = _header(path)
+    if header.size != path.stat().st_size:
+        raise DataError(f"{path}: {path.stat().st_size:,} bytes, {header.size:,} by its own counts; copy it again")
+    arrays = np.memmap(path, np.uint8, "r", _HEADER_BYTES)
+    lengths, offsets, ends = (
+        arrays[first:last].view(kind)
+        for first, last, kind in (
+            (0, 4 * header.sequences, "<i4"),
+            (4 * header.sequences, 12 * header.sequences, "<i8"),
+            (12 * header.sequences, 12 * header.sequences + 8 * header.ends, "<i8"),
+        )
+    )
+    check_index(path, Index(header.dtype, lengths, offsets))
+    places = np.asarray(ends)
+    if not len(places) or places[0] or places[-1] != header.sequences or (np.diff(places) < 0).any():
+        raise DataError(f"{path}: its documents do not cover its {header.sequences:,} sequences; copy it again")
+    before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    found = np.diff(before[places])
+    return header.dtype, found[found > 0]
 
 
 def count_tokens(index: Index) -> int:

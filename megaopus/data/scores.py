@@ -83,6 +83,8 @@ def column_names(corpus: Corpus) -> list[str]:
 
 def kept_columns(corpus: Corpus) -> list[str]:
     """Fields that ``prepare --keep`` kept: every row of the document table has them all."""
+    if ROWS not in corpus.manifest["files"]:
+        return []
     with (corpus.path / ROWS).open(encoding="utf-8") as rows:
         return list(json.loads(next(rows)).get("columns", {}))
 
