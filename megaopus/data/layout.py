@@ -6,20 +6,18 @@ mapped from there by every process: its pages are the file's. Of a small one eac
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from megaopus.data.corpus import INDEX, SPLIT_NAMES, Corpus
+from megaopus.data.folder import alone
 from megaopus.data.index import BLOCK, LARGE, check_index
 from megaopus.errors import DataError
 
@@ -136,7 +134,7 @@ def _fill(
 
 def _write(folder: Path, corpus: Corpus, split: str, kept: Filter | None) -> None:
     """Write it, whole or not at all; a process that finds another one at it waits. Raises OSError."""
-    with _alone(corpus.path):
+    with alone(corpus.path):
         if folder.is_dir():
             return
         growing = folder.with_name(f".{folder.name}.partial")
@@ -156,17 +154,6 @@ def _write(folder: Path, corpus: Corpus, split: str, kept: Filter | None) -> Non
         starts.flush()
         (growing / _MEANING).write_text(_meaning(corpus, split, kept) + "\n", encoding="utf-8")
         growing.rename(folder)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process of this machine is in here for the same folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _read(folder: Path) -> Layout:

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from megaopus.data.corpus import ROWS, Corpus
-from megaopus.data.index import BLOCK
+from megaopus.data.folder import alone
+from megaopus.data.index import BLOCK, LARGE
 from megaopus.errors import DataError
 
 COLUMN, VALUES = "column.json", "scores.npy"
@@ -64,7 +66,7 @@ def load_column(corpus: Corpus, name: str) -> Column:
     if (folder / COLUMN).is_file():
         return _scored(corpus, folder)
     if name in kept_columns(corpus):
-        values = _kept(corpus, name)
+        values = _kept(corpus, name) if len(corpus) < LARGE else _mapped(corpus, name)
         return Column(name, values, HIGHEST, _digest(values))
     known = column_names(corpus)
     near = difflib.get_close_matches(name, known, 1)
@@ -105,6 +107,23 @@ def _scored(corpus: Corpus, folder: Path) -> Column:
     if values.shape != (len(corpus),) or values.dtype != np.dtype("<f4") or _digest(values) != digest:
         raise DataError(f"{folder / VALUES}: not the {len(corpus):,} scores that were written; {again}")
     return Column(folder.name, values, best, digest)
+
+
+def _mapped(corpus: Corpus, name: str) -> np.ndarray:
+    """Map a kept field from a file of its own, which the first process to ask makes; in memory where it cannot."""
+    path = corpus.path / f"column-{hashlib.sha256(f'{corpus.fingerprint} {name}'.encode()).hexdigest()[:16]}.npy"
+    try:
+        with alone(corpus.path):
+            if not path.is_file():
+                growing = path.with_name(f".{path.name}.partial")
+                with growing.open("wb") as stream:
+                    np.save(stream, _kept(corpus, name))
+                growing.rename(path)
+    except OSError as error:
+        warnings.warn(f"{path}: {error}; each process reads {ROWS} for it", stacklevel=2)
+        return _kept(corpus, name)
+    found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return found
 
 
 def _kept(corpus: Corpus, name: str) -> np.ndarray:

@@ -12,14 +12,14 @@ import pytest
 from rich.console import Console
 
 from megaopus.corpus_tools.prepare import prepare
-from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.sources import Fields, Source
 from megaopus.corpus_tools.split import SplitRule
-from megaopus.data import layout
+from megaopus.data import layout, scores
 from megaopus.data.config import FilterConfig
 from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.data.folder import new_folder
 from megaopus.data.score_filter import kept_documents
-from megaopus.data.scores import HIGHEST, column_folder, write_column
+from megaopus.data.scores import HIGHEST, column_folder, load_column, write_column
 from megaopus.data.sequences import Sequences
 from megaopus.errors import DataError
 
@@ -38,10 +38,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         }
         for n in range(300)
     ]
-    rows.insert(100, {"id": "short", "domain": "few", "text": "x"})
+    rows.insert(100, {"id": "short", "domain": "few", "text": "x", "grade": None})
     (folder / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rule = SplitRule(0.1, 0.1, seq_len=L)
-    found = Corpus.open(prepare([Source(folder / "s.jsonl")], folder / "c", vocab_size=257, rule=rule))
+    source = Source(folder / "s.jsonl", fields=Fields(keep=("grade",)))
+    found = Corpus.open(prepare([source], folder / "c", vocab_size=257, rule=rule))
     values = np.random.default_rng(0).standard_normal(len(found)).astype(np.float32)
     values[::17] = np.nan
     place = column_folder(found.path, "q")
@@ -90,6 +91,17 @@ def test_what_is_mapped_is_what_is_in_memory(
     assert len(list(corpus.path.glob("layout-*/kept.npy"))) == (config is not None)
     for made in corpus.path.glob("layout-*/kept.npy"):
         made.unlink()
+
+
+def test_a_kept_field_is_read_from_the_table_once(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_column(corpus, "grade")
+    monkeypatch.setattr(scores, "LARGE", 1)
+    first = load_column(corpus, "grade")
+    monkeypatch.setattr(scores, "_kept", None)
+    for found in (first, load_column(corpus, "grade")):
+        assert isinstance(found.values, np.memmap)
+        assert found.digest == expected.digest
+        np.testing.assert_array_equal(found.values, expected.values)
 
 
 def test_a_split_without_documents_has_an_empty_layout(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
