@@ -42,6 +42,7 @@ MAY_IMPORT: Mapping[str, set[str] | None] = {
         "engine.config",
         "evaluation.config",
         "data.needs",
+        "data.store",
     }
     | {f"{room}.config" for room in LIBRARY},
     "run_folder": set(),

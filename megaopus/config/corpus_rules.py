@@ -9,7 +9,8 @@ from typing import Any
 
 from megaopus.config.rulebook import RuleBook
 from megaopus.config.run_config import RunConfig
-from megaopus.errors import Problem
+from megaopus.data.store import Store, is_address, read_object
+from megaopus.errors import DataError, Problem
 from megaopus.models.flops import count_parameters, padded_vocab
 from megaopus.settings import did_you_mean
 
@@ -23,11 +24,18 @@ _TARGET = "target"
 """The split that the verb proxy holds out, the folder in a corpus that has it, and the key in its manifest."""
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+_STORE = Store(patience_s=20.0)
+"""How long an object store is asked for a manifest before the setting that names it is said to be wrong."""
+
+
+def read_manifest(place: str) -> dict[str, Any]:
     """``manifest.json`` of a prepared corpus; empty when it cannot be read (``_corpus_problem`` says why)."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if is_address(place):
+            manifest = json.loads(read_object(f"{place}/manifest.json", _STORE))
+        else:
+            manifest = json.loads((Path(place) / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, DataError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
 
@@ -35,11 +43,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _corpus_problem(key: str, path: str) -> Problem | None:
     folder = Path(path)
     prepare = "name a folder made by 'python -m megaopus prepare'"
-    if not folder.is_dir():
+    if is_address(path):
+        try:
+            read_object(f"{path}/manifest.json", _STORE)
+        except DataError as error:
+            return Problem(key, path, str(error), prepare)
+    elif not folder.is_dir():
         return Problem(key, path, "is a file" if folder.exists() else "no such folder", prepare)
-    if not (folder / "manifest.json").is_file():
+    elif not (folder / "manifest.json").is_file():
         return Problem(key, path, "holds no manifest.json, so it is not a prepared corpus", prepare)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(path)
     if not isinstance(manifest.get("vocab_size"), int) or not isinstance(manifest.get("counts"), dict):
         return Problem(key, path, "its manifest.json is broken (no vocab_size and counts)", "prepare the corpus again")
     return None
@@ -66,7 +79,7 @@ def _corpora(config: RunConfig) -> dict[str, tuple[str, str]]:
     validation = ("data.validation_path", data.validation_path) if data.validation_path else ("data.path", data.path)
     corpora = {"pool": ("data.path", data.path), "validation": validation}
     used = config.selection.needs_proxy or config.selection.needs_text_features
-    if _TARGET in read_manifest(Path(proxy[1])):  # every validation reads it, whatever chooses the batches
+    if _TARGET in read_manifest(proxy[1]):  # every validation reads it, whatever chooses the batches
         corpora[_TARGET] = proxy
     return corpora | ({"proxy": proxy} if used else {})
 
@@ -78,7 +91,7 @@ def _splits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     for split, (key, path) in _corpora(config).items():
         if _corpus_problem(key, path):
             continue  # said by the rule of that setting
-        counts = read_manifest(Path(path) / _TARGET if split == _TARGET else Path(path)).get("counts", {})
+        counts = read_manifest(f"{path}/{_TARGET}" if split == _TARGET else path).get("counts", {})
         targets = config.data.target_domains if split in ("proxy", "validation") else []
         for name in targets:
             if name not in counts and (path, name) not in said:
@@ -96,7 +109,7 @@ def _weights(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     path = config.data.path
     if not config.data.weights or _corpus_problem("data.path", path):
         return
-    counts = read_manifest(Path(path))["counts"]
+    counts = read_manifest(path)["counts"]
     enough = [name for name, splits in counts.items() if splits.get("pool", {}).get("tokens", 0) > config.data.seq_len]
     for name in sorted({name for _, stage in config.data.weights for name, weight in stage.items() if weight}):
         if name not in enough:
@@ -129,11 +142,11 @@ def _split_problem(
 def _tokenizers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     digests: dict[str, object] = {}
     for key, path in dict(_corpora(config).values()).items():
-        digests[key] = read_manifest(Path(path)).get("files", {}).get("tokenizer.json", {}).get("sha256")
+        digests[key] = read_manifest(path).get("files", {}).get("tokenizer.json", {}).get("sha256")
     for key, digest in digests.items():
         if digest and digests.get("data.path") and digest != digests["data.path"]:
             path = dict(_corpora(config).values())[key]
-            remedy = f"prepare it again with --tokenizer {Path(config.data.path) / 'tokenizer.json'}"
+            remedy = f"prepare it again with --tokenizer {config.data.path}/tokenizer.json"
             yield Problem(key, path, f"its tokenizer is not that of data.path = {config.data.path}", remedy)
 
 
@@ -143,7 +156,7 @@ def _document_ends(config: RunConfig, world_size: int | None) -> Iterator[Proble
     if not config.data.document_mask and config.data.first_token_loss:
         return
     corpora = dict(_corpora(config).values())
-    ends = {key: read_manifest(Path(path)).get("eod_token") for key, path in corpora.items()}
+    ends = {key: read_manifest(path).get("eod_token") for key, path in corpora.items()}
     for key, end in ends.items():
         if end != ends["data.path"]:
             reason = f"its documents end with {end!r}, those of data.path with {ends['data.path']!r}"
@@ -152,7 +165,7 @@ def _document_ends(config: RunConfig, world_size: int | None) -> Iterator[Proble
 
 @CORPUS_RULES.reading("data.path", "model.vocab_size")
 def _vocabulary(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    needed = read_manifest(Path(config.data.path)).get("vocab_size")
+    needed = read_manifest(config.data.path).get("vocab_size")
     given = config.model.vocab_size
     if isinstance(needed, int) and given is not None and given < needed:
         reason = f"the corpus has token ids up to {needed - 1}"
@@ -161,7 +174,7 @@ def _vocabulary(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
 
 @CORPUS_RULES.reading("data.path", "model.vocab_size", "parallel.tp")
 def _vocabulary_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    vocab_size = config.model.vocab_size or read_manifest(Path(config.data.path)).get("vocab_size")
+    vocab_size = config.model.vocab_size or read_manifest(config.data.path).get("vocab_size")
     tp = config.parallel.tp
     if isinstance(vocab_size, int) and padded_vocab(vocab_size) % tp:
         reason = f"the embedding's {padded_vocab(vocab_size)} rows cannot be split over it"
@@ -173,7 +186,7 @@ def _small_model(config: RunConfig, world_size: int | None) -> Iterator[Problem]
     if "small_model" not in (needs := config.selection.needs()):
         return
     key, value, why = needs["small_model"]
-    vocab_size = config.model.vocab_size or read_manifest(Path(config.data.path)).get("vocab_size")
+    vocab_size = config.model.vocab_size or read_manifest(config.data.path).get("vocab_size")
     if not isinstance(vocab_size, int):
         return  # no readable corpus: another rule says so
     total = count_parameters(config.model, vocab_size, config.data.seq_len)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 from megaopus.config.corpus_rules import read_manifest
 from megaopus.config.run_config import RunConfig
@@ -17,7 +16,7 @@ def set_steps(config: RunConfig, refuse: Callable[[str, object, str, str], None]
     """
     train, tokens = config.train, config.train.tokens
     if train.epochs is not None and tokens is None:
-        counts = read_manifest(Path(config.data.path)).get("counts")
+        counts = read_manifest(config.data.path).get("counts")
         if config.data.filter.column is not None:
             reason = "how many tokens data.filter keeps is not known beforehand"
             refuse("train.epochs", train.epochs, reason, "give the length as train.tokens or train.steps")

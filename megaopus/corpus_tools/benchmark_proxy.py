@@ -286,7 +286,7 @@ def _write(corpus: Corpus, splits: np.ndarray, summary: dict[str, Any], target: 
         if not Path(name).is_absolute():  # else it is somebody else's, and stays where it is
             share_file(corpus.path / name, folder / name)
     if ROWS in files:
-        with (corpus.path / ROWS).open(encoding="utf-8") as old, (folder / ROWS).open("w", encoding="utf-8") as new:
+        with corpus.table().open(encoding="utf-8") as old, (folder / ROWS).open("w", encoding="utf-8") as new:
             for line, split in zip(old, splits.tolist(), strict=True):
                 new.write(json.dumps({**json.loads(line), "split": SPLIT_NAMES[split]}, ensure_ascii=False) + "\n")
     codes = np.empty(len(splits), dtype=CODE_DTYPE)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from megaopus.data.mixture import parse_stages
+from megaopus.data.schemes import SCHEMES
 from megaopus.settings import FIXED, HARMLESS, TRAINING, address_refusal, setting
 
 ORDERS = ("auto", "highest", "lowest")
@@ -116,9 +117,10 @@ class DataConfig:
     path: str = setting(
         "",
         check=lambda value: None if value else "no corpus named",
-        schemes=(),
+        schemes=SCHEMES,
         resume=FIXED,  # by the corpus's fingerprint: it may move
-        doc="Folder of the prepared corpus: manifest.json, tokens.bin/.idx, documents.jsonl, tokenizer.json.",
+        doc="Folder of the prepared corpus: manifest.json, tokens.bin/.idx, documents.jsonl, tokenizer.json; "
+        "s3://BUCKET/FOLDER: one in an object store.",
         hint="data.path=FOLDER made by 'python -m megaopus prepare'",
     )
     seq_len: int = setting(
@@ -148,7 +150,7 @@ class DataConfig:
     filter: FilterConfig = field(default_factory=FilterConfig)
     proxy_path: str | None = setting(
         None,
-        schemes=(),
+        schemes=SCHEMES,
         doc="Another prepared corpus to draw the proxy from, whose held-out target is the run's; null: the split "
         "'proxy' of `path`.",
     )
@@ -161,7 +163,7 @@ class DataConfig:
     )
     validation_path: str | None = setting(
         None,
-        schemes=(),
+        schemes=SCHEMES,
         resume=HARMLESS,
         doc="Another prepared corpus to validate on; null: the split 'validation' of `path`.",
     )
@@ -171,5 +173,15 @@ class DataConfig:
         resume=HARMLESS,
         doc="Most MiB of tokens that each process keeps: of this step, and read ahead for the next; 0: none.",
         hint="256 holds 30000 sequences of 2048 tokens, of two steps together",
+    )
+    store_cache_mb: int = setting(
+        1024,
+        min=1,
+        resume=HARMLESS,
+        doc="Most MiB of each token file in an object store that each process keeps on this machine's disk, in "
+        "MEGAOPUS_CACHE or ~/.cache/megaopus.",
+    )
+    store_patience_s: float = setting(
+        600.0, min=0, resume=HARMLESS, doc="Seconds for which an object store that does not answer is asked again."
     )
     prepare: PrepareConfig = field(default_factory=PrepareConfig)

@@ -6,14 +6,16 @@ import hashlib
 import json
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from megaopus.data.index import LARGE, Index, check_index, count_tokens, map_index
-from megaopus.data.token_files import ByteReader, TokenFiles
+from megaopus.data.store import WHERE, RangeReader, Store, fetch, is_address, local_copy, size_of
+from megaopus.data.token_files import ByteReader, Reader, TokenFiles
 from megaopus.data.tokenizer import load_tokenizer
 from megaopus.errors import DataError
 
@@ -89,6 +91,8 @@ class Corpus:
     """(T,) all tokens, memory-mapped; each document ends with ``eod_id``."""
     files: TokenFiles
     """What they lie in."""
+    where: _Places
+    """Says where each file lies."""
     index: Index
     """Of the D documents, memory-mapped."""
     domain_codes: np.ndarray
@@ -97,34 +101,41 @@ class Corpus:
     """(D,) uint8, index into ``SPLIT_NAMES``."""
 
     @classmethod
-    def open(cls, path: str | Path, verify: bool = False) -> Corpus:
-        """Map a folder written by ``prepare``. Sizes and counts are always checked against the manifest.
+    def open(cls, path: str | Path, verify: bool = False, store: Store | None = None) -> Corpus:
+        """Map a folder written by ``prepare``, here or in an object store (``s3://...``).
+
+        Sizes and counts are always checked against the manifest.
 
         That documents lie one after the other is checked of a small corpus; of a large one when it is laid out.
 
         Args:
             path: the corpus folder.
-            verify: also read every file once: digests, and every token below the vocabulary size.
+            verify: also read every file once: digests (of files of this machine), and every token below the vocabulary
+                size.
+            store: how an object store is read; None: ``Store()``.
 
         Raises:
             DataError: something is missing, cut off, or not what the manifest says.
         """
-        folder = Path(path)
+        store = store or Store()
+        folder = corpus_folder(path, store)
         manifest = _read_manifest(folder)
-        _check_sizes(folder, manifest)
+        where = _Places(folder, store)
+        _check_sizes(where, manifest)
         if verify:
-            _check_digests(folder, manifest)
+            _check_digests(where, manifest)
         index = _map_index(folder / INDEX, manifest)
         if verify or len(index.lengths) < LARGE:
             check_index(folder / INDEX, index)
         codes = _read_codes(folder / CODES, manifest)
         dtype = np.dtype(manifest["token_dtype"])
-        files = TokenFiles([folder / name for name in token_files(manifest)], dtype)
+        names = token_files(manifest)
+        sizes = [manifest["files"][name]["bytes"] for name in names]
+        files = TokenFiles([where.of(name) for name in names], sizes, dtype, partial(RangeReader, store=store))
         if verify:
-            for path, mapped in zip(files.paths, files.maps, strict=True):
-                _check_vocabulary(path, mapped, manifest["vocab_size"])
-        tokens = files.maps[0] if len(files.maps) == 1 else files
-        found = cls(folder, manifest, tokens, files, index, codes["domain"], codes["split"])
+            _check_vocabulary(files, manifest["vocab_size"])
+        tokens = files.maps[0] if len(files.maps) == len(names) == 1 else files
+        found = cls(folder, manifest, tokens, files, where, index, codes["domain"], codes["split"])
         if verify and found.target is not None:
             cls.open(found.target.path, verify=True)
         return found
@@ -198,10 +209,10 @@ class Corpus:
         """
         if TARGET not in self.manifest:
             return None
-        folder, remedy = self.path / TARGET, f"copy the whole folder {self.path} again"
-        if not folder.is_dir():
+        folder, remedy = self.where.of(TARGET), f"copy the whole folder {self.path} again"
+        if isinstance(folder, Path) and not folder.is_dir():
             raise DataError(f"{folder}: missing, though the manifest of its corpus names it; {remedy}")
-        found = Corpus.open(folder)
+        found = Corpus.open(folder, store=self.where.store)
         if found.fingerprint != self.manifest[TARGET]["fingerprint"]:
             raise DataError(f"{folder}: another target than this corpus was made with; {remedy}")
         return found
@@ -211,8 +222,15 @@ class Corpus:
         """Document ids in corpus order, read from documents.jsonl when first asked for; numbers where there is none."""
         if ROWS not in self.manifest["files"]:
             return list(map(str, range(len(self))))
-        with (self.path / ROWS).open(encoding="utf-8") as rows:
+        with self.table().open(encoding="utf-8") as rows:
             return [json.loads(row)["id"] for row in rows]
+
+    def table(self) -> Path:
+        """Find the table of documents, copied here when first asked for where it is in an object store."""
+        path, place = self.path / ROWS, self.where.of(ROWS)
+        if isinstance(place, str):
+            fetch(place, path, self.where.store)
+        return path
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens."""
@@ -223,8 +241,11 @@ class Corpus:
         return self.tokenizer()
 
     @cached_property
-    def _mask(self) -> ByteReader:
-        return ByteReader(self.path / LOSS_MASK)
+    def _mask(self) -> Reader:
+        place = self.where.of(LOSS_MASK)
+        if isinstance(place, Path):
+            return ByteReader(place)
+        return RangeReader(place, self.manifest["files"][LOSS_MASK]["bytes"], self.where.store)
 
     def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Read stretches of the tokens, one after the other: (sum of ``lengths``,) of the files' own dtype.
@@ -313,12 +334,43 @@ def token_files(manifest: dict) -> list[str]:
     return manifest["shards"] if manifest["format_version"] == SHARDED_VERSION else [TOKENS]
 
 
-def _check_sizes(folder: Path, manifest: dict) -> None:
+class _Places(NamedTuple):
+    """Says where the files of a corpus lie: in a folder, elsewhere on this machine, or in an object store."""
+
+    folder: Path
+    store: Store
+
+    def of(self, name: str) -> Path | str:
+        """A path; an address, where only the store has it."""
+        path = self.folder / name
+        if path.exists() or (address := self._address()) is None:
+            return path
+        return f"{address}/{name}"
+
+    def _address(self) -> str | None:
+        known = self.folder / WHERE
+        return json.loads(known.read_text(encoding="utf-8"))["address"] if known.is_file() else None
+
+
+def corpus_folder(path: str | Path, store: Store) -> Path:
+    """Give the folder of a corpus: a copy of its small files, made once, where it lies in an object store."""
+    if not is_address(path):
+        return Path(path)
+    return local_copy(str(path), store, _small)
+
+
+def _small(manifest: dict) -> list[str]:
+    """Name the files of a corpus that every process opens whole."""
+    large = {*token_files(manifest), LOSS_MASK, ROWS}
+    return [name for name in manifest["files"] if name not in large]
+
+
+def _check_sizes(where: _Places, manifest: dict) -> None:
     for name in manifest["files"]:
-        path, expected = folder / name, manifest["files"][name]["bytes"]
-        if not path.is_file():
+        path, expected = where.of(name), manifest["files"][name]["bytes"]
+        if isinstance(path, Path) and not path.is_file():
             raise DataError(f"{path}: missing, though the manifest lists it; copy the whole folder again")
-        found = path.stat().st_size
+        found = path.stat().st_size if isinstance(path, Path) else size_of(path, where.store)
         if found != expected:
             change = "cut off" if found < expected else "longer than it was"
             raise DataError(
@@ -326,12 +378,12 @@ def _check_sizes(folder: Path, manifest: dict) -> None:
             )
 
 
-def _check_digests(folder: Path, manifest: dict) -> None:
+def _check_digests(where: _Places, manifest: dict) -> None:
     for name, entry in manifest["files"].items():
-        digest = sampled_sha256 if entry.get("sampled") else sha256_file
-        if digest(folder / name) != entry["sha256"]:
+        path, digest = where.of(name), sampled_sha256 if entry.get("sampled") else sha256_file
+        if isinstance(path, Path) and digest(path) != entry["sha256"]:
             raise DataError(
-                f"{folder / name}: changed since it was prepared (sha256 differs from {MANIFEST}), so the fingerprint "
+                f"{path}: changed since it was prepared (sha256 differs from {MANIFEST}), so the fingerprint "
                 "no longer stands for it; copy or prepare the corpus again"
             )
 
@@ -368,13 +420,14 @@ def _read_codes(path: Path, manifest: dict) -> np.ndarray:
     return codes
 
 
-def _check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+def _check_vocabulary(files: TokenFiles, vocab_size: int) -> None:
     block = 1 << 24
-    for start in range(0, len(tokens), block):
-        chunk = tokens[start : start + block]
+    for start in range(0, len(files), block):
+        chunk = files[start : start + block]
         bad = np.flatnonzero((chunk < 0) | (chunk >= vocab_size))
         if len(bad):
+            position = start + int(bad[0])
             raise DataError(
-                f"{path}: token {int(chunk[bad[0]])} at position {start + int(bad[0]):,} lies outside the "
+                f"{files.place_of(position)}: token {int(chunk[bad[0]])} at position {position:,} lies outside the "
                 f"vocabulary of {vocab_size:,}; prepare the corpus again with the tokenizer it is used with"
             )

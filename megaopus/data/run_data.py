@@ -20,6 +20,7 @@ from megaopus.data.read_ahead import TokenReader
 from megaopus.data.score_filter import kept_documents
 from megaopus.data.sequences import Sequences
 from megaopus.data.signatures import read_signatures
+from megaopus.data.store import Store
 from megaopus.data.target import Target, held_out_target, target_of_domains
 from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features
 from megaopus.distributed.collectives import on_rank_0
@@ -213,5 +214,7 @@ class RunData:
 
     def _corpus(self, path: str) -> Corpus:
         if path not in self._opened:
-            self._opened[path] = Corpus.open(path)
+            data = self._data
+            store = Store(most_bytes=data.store_cache_mb << 20, patience_s=data.store_patience_s)
+            self._opened[path] = Corpus.open(path, store=store)
         return self._opened[path]

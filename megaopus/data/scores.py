@@ -87,7 +87,7 @@ def kept_columns(corpus: Corpus) -> list[str]:
     """Fields that ``prepare --keep`` kept: every row of the document table has them all."""
     if ROWS not in corpus.manifest["files"]:
         return []
-    with (corpus.path / ROWS).open(encoding="utf-8") as rows:
+    with corpus.table().open(encoding="utf-8") as rows:
         return list(json.loads(next(rows)).get("columns", {}))
 
 
@@ -128,7 +128,7 @@ def _mapped(corpus: Corpus, name: str) -> np.ndarray:
 
 def _kept(corpus: Corpus, name: str) -> np.ndarray:
     values = np.full(len(corpus), np.nan, dtype="<f4")
-    with (corpus.path / ROWS).open(encoding="utf-8") as rows:
+    with corpus.table().open(encoding="utf-8") as rows:
         for number, line in enumerate(rows):
             value = json.loads(line)["columns"][name]
             if isinstance(value, str):

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from megaopus.errors import DataError
 
 
-class TokenFiles:
-    """Maps token files, of which each document lies in one; slices and arrays of positions read as of an array."""
+class Reader(Protocol):
+    """Reads stretches of bytes of a file."""
 
-    def __init__(self, paths: Sequence[Path], dtype: np.dtype):
-        self.paths, self.dtype = list(paths), dtype
-        sizes = [path.stat().st_size // dtype.itemsize for path in paths]
-        self._firsts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self.maps = [np.memmap(path, dtype, "r") for path in paths]
+    def read(self, offsets: np.ndarray, counts: np.ndarray) -> list[bytes]:
+        """Read so many bytes at each of the offsets. Raises DataError."""
+
+
+class TokenFiles:
+    """Reads token files, of which each document lies in one; slices and arrays of positions read as of an array."""
+
+    def __init__(
+        self,
+        places: Sequence[Path | str],
+        sizes: Sequence[int],
+        dtype: np.dtype,
+        remote: Callable[[str, int], Reader] | None = None,
+    ):
+        """``places``: paths, or addresses that ``remote`` opens by their ``sizes`` (bytes of each)."""
+        self.places, self.dtype, self._sizes, self._remote = list(places), dtype, list(sizes), remote
+        counts = [size // dtype.itemsize for size in sizes]
+        self._firsts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+    @cached_property
+    def maps(self) -> list[np.ndarray]:
+        """Map the files that are of this machine."""
+        return [np.memmap(place, self.dtype, "r") for place in self.places if isinstance(place, Path)]
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -30,6 +48,9 @@ class TokenFiles:
         """Give the tokens of a slice of positions without a step, of one position, or of an array of them."""
         if isinstance(at, slice):
             start, stop, _ = at.indices(len(self))
+            if len(self.maps) < len(self.places):
+                firsts = np.clip(self._firsts, start, max(start, stop))
+                return self.read(firsts[:-1], np.diff(firsts))
             parts = [
                 part[max(0, start - first) : stop - first]
                 for part, first, end in zip(self.maps, self._firsts, self._firsts[1:], strict=False)
@@ -37,6 +58,9 @@ class TokenFiles:
             ]
             return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
         positions = np.asarray(at)
+        if len(self.maps) < len(self.places):
+            found = self.read(positions.ravel(), np.ones(positions.size, np.int64)).reshape(positions.shape)
+            return found if positions.ndim else found[()]
         which, found = self._which(positions), np.empty(positions.shape, self.dtype)
         for number in np.unique(which):
             here = which == number
@@ -47,7 +71,7 @@ class TokenFiles:
         """Read stretches, each inside one file, by read calls: (sum of ``lengths``,). See ``Corpus.read``."""
         which, size = self._which(starts), self.dtype.itemsize
         offsets = (starts - self._firsts[which]) * size
-        if len(self.paths) == 1:
+        if len(self.places) == 1:
             return np.frombuffer(b"".join(self._readers[0].read(offsets, lengths * size)), self.dtype)
         found: list[bytes] = [b""] * len(starts)
         for number in np.unique(which).tolist():
@@ -57,13 +81,23 @@ class TokenFiles:
                 found[place] = piece
         return np.frombuffer(b"".join(found), self.dtype)
 
+    def place_of(self, position: int) -> Path | str:
+        """Say which file a token lies in."""
+        return self.places[int(self._which(np.array(position)))]
+
     def _which(self, positions: np.ndarray) -> np.ndarray:
         """Number of the file that each position lies in."""
         return np.searchsorted(self._firsts[1:-1], positions, side="right")
 
     @cached_property
-    def _readers(self) -> list[ByteReader]:
-        return [ByteReader(path) for path in self.paths]
+    def _readers(self) -> list[Reader]:
+        return [self._reader(place, size) for place, size in zip(self.places, self._sizes, strict=True)]
+
+    def _reader(self, place: Path | str, size: int) -> Reader:
+        if isinstance(place, Path):
+            return ByteReader(place)
+        assert self._remote is not None
+        return self._remote(place, size)
 
 
 class ByteReader:
