@@ -273,6 +273,8 @@ def build_trainer(
         stragglers=StragglerDetector(config.logging.every, mesh.gather_objects),
         timers=timers,
         stop_requested=lambda: _agreed(mesh, stop),
+        ask_to_stop=stop.ask,
+        remote=data.remote,
         identity=identity,
         config=asdict(config),
         total_steps=config.train.steps,

@@ -13,6 +13,10 @@ class DataError(MegaopusError):
     """A data file or corpus folder cannot be used; names the file and, where known, the position."""
 
 
+class StoreDownError(DataError):
+    """An object store has not answered for as long as it was waited for; nothing is wrong with what lies there."""
+
+
 class CheckpointError(MegaopusError):
     """A checkpoint is missing, incomplete or does not fit the run."""
 

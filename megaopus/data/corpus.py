@@ -225,6 +225,11 @@ class Corpus:
         with self.table().open(encoding="utf-8") as rows:
             return [json.loads(row)["id"] for row in rows]
 
+    @property
+    def remote(self) -> bool:
+        """Tell whether its tokens are in an object store."""
+        return any(isinstance(place, str) for place in self.files.places)
+
     def table(self) -> Path:
         """Find the table of documents, copied here when first asked for where it is in an object store."""
         path, place = self.path / ROWS, self.where.of(ROWS)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megaopus.data.sequences import Sequences
-from megaopus.errors import DataError
+from megaopus.errors import DataError, StoreDownError
 
 MOST_BYTES = 256 << 20
 """Tokens kept for a step and the next one, in the type that they have on disk."""
@@ -163,6 +163,10 @@ class TokenReader:
             with self._turn:
                 try:
                     self._work()
+                except StoreDownError:  # what is not there the loop reads itself, and meets what there is to meet
+                    with self._queue:
+                        self._plans.clear()
+                        self._pending.clear()
                 except BaseException as error:
                     self._error = error
                     return
@@ -218,7 +222,7 @@ def _named(step: int | None) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise error if step is None else DataError(f"step {step}: {error}") from error
+        raise error if step is None else type(error)(f"step {step}: {error}") from error
     except Exception as error:
         error.add_note(f"while reading the tokens of step {step}")
         raise

@@ -117,6 +117,11 @@ class RunData:
         _ = self.held_out  # which every validation reads
         return any(corpus.masked for corpus in self._opened.values())
 
+    @property
+    def remote(self) -> bool:
+        """Tell whether tokens of a corpus that is open are in an object store."""
+        return any(corpus.remote for corpus in self._opened.values())
+
     def candidates(self, reader: TokenReader | None = None, signatures: np.ndarray | None = None) -> CandidateStream:
         """Draw the buffer of candidates of each step. Raises DataError for a weight of a domain without sequences.
 

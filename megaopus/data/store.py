@@ -18,7 +18,7 @@ import numpy as np
 
 from megaopus.data.folder import alone
 from megaopus.data.schemes import SCHEMES
-from megaopus.errors import DataError
+from megaopus.errors import DataError, StoreDownError
 
 BLOCK_BYTES = 1 << 17
 """Asked for at a time: a sequence is a few KiB anywhere in a file, and a request takes longer than these bytes."""
@@ -72,7 +72,8 @@ def patiently(address: str, ask: Callable[[], T], patience_s: float) -> T:
     """Return what ``ask`` returns, asking again for a while where the store does not answer.
 
     Raises:
-        DataError: there is no such thing, it may not be read, or the store has not answered for ``patience_s``.
+        DataError: there is no such thing, or it may not be read.
+        StoreDownError: the store has not answered for ``patience_s``.
     """
     until, wait, told = time.monotonic() + patience_s, 0.5, False
     while True:
@@ -84,7 +85,7 @@ def patiently(address: str, ask: Callable[[], T], patience_s: float) -> T:
             raise DataError(f"{address}: may not be read ({error}); give this user's keys the right to") from error
         except Exception as error:  # each store has errors of its own for what comes of the network
             if time.monotonic() + wait > until:
-                raise DataError(
+                raise StoreDownError(
                     f"{address}: not answered for {patience_s:.0f} s ({type(error).__name__}: {error}); when the store"
                     " answers again the run goes on from its last checkpoint"
                 ) from error

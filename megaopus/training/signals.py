@@ -31,6 +31,10 @@ class StopSignal:
         self._previous: dict[signal.Signals, Any] = {}
         self._wakeup = self._wakeup_before = -1
 
+    def ask(self, reason: str) -> None:
+        """Ask to stop for a reason of this process's own; one that is there already stays."""
+        self.reason = self.reason or reason
+
     def __enter__(self) -> StopSignal:
         # Python lets no other thread handle signals.
         if self._take and threading.current_thread() is threading.main_thread():

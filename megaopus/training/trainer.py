@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -11,6 +11,7 @@ from megaopus.checkpoint.checkpointer import Checkpoint, Checkpointer, split_gro
 from megaopus.data.candidates import CandidateBuffer, CandidateStream
 from megaopus.data.read_ahead import Reads, TokenReader
 from megaopus.engine.base import Engine
+from megaopus.errors import StoreDownError
 from megaopus.record.recorder import Recorder
 from megaopus.record.types import TasksRecord
 from megaopus.selection import Selector
@@ -58,6 +59,8 @@ class Trainer:
     stragglers: StragglerDetector
     timers: Timers
     stop_requested: Callable[[], str | None]  # the reason to stop, the same on every rank
+    ask_to_stop: Callable[[str], None]
+    remote: bool  # tokens are in an object store, which may be away
     identity: dict[str, Any]  # what a checkpoint must share with the run that loads it
     config: dict[str, Any]  # every setting; kept in checkpoints, so that a resumed run can say what was changed
     total_steps: int
@@ -152,7 +155,19 @@ class Trainer:
 
     def _stop_reason(self) -> str | None:
         """Find the reason to stop, the same on every rank; in a message of its own unless the last update told."""
+        if self.remote:
+            self._bring(self._foreseen(self.engine.step))
+            self.stop_asked = None
         return None if self.stop_asked is False else self.stop_requested()
+
+    def _bring(self, reads: Iterable[Reads]) -> None:
+        """Have tokens brought from an object store; where it does not answer, ask to stop while all can still save."""
+        try:
+            with self.timers("data"):
+                for sequences, numbers in reads:
+                    sequences.read(numbers)
+        except StoreDownError as error:
+            self.ask_to_stop(str(error))
 
     def _foreseen(self, step: int) -> Iterator[Reads]:
         """Tell the reader, in its thread, which tokens this rank will probably ask for at ``step``."""
@@ -171,6 +186,8 @@ class Trainer:
         for buffers in (self.held_out, self.validation):
             losses = {}
             for name, buffer in buffers.items():
+                if self.remote:
+                    self._bring([buffer.reads])
                 if reason := self.stop_requested():
                     return reason
                 with self.timers("evaluate"):

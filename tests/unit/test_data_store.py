@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megaopus.cli.main import main
 from megaopus.config.compose import compose
 from megaopus.config.validation import validate
 from megaopus.corpus_tools.prepare import prepare
@@ -22,6 +23,7 @@ from megaopus.data.scores import load_column
 from megaopus.data.sequences import Sequences
 from megaopus.data.store import Store
 from megaopus.errors import ConfigError, DataError
+from megaopus.training.signals import STOP_EXIT_CODE
 
 pytest.importorskip("s3fs", reason="extra s3 is not installed")
 server = pytest.importorskip("moto.server", reason="moto is not installed")
@@ -145,3 +147,51 @@ def test_what_is_not_there_is_named(away: Away) -> None:
         Corpus.open("s3://bucket/none")
     with pytest.raises(ConfigError, match=r"data\.path = 's3://bucket/none': .*no such object"):
         compose(["data.path=s3://bucket/none"])
+
+
+SMALL = ["model=tiny", "model.num_layers=1", "model.hidden_size=32", "model.num_heads=2", f"data.seq_len={L}"]
+RUN = [*SMALL, "selection=opus_exact", "selection.warmup_steps=1", "train.steps=4", "train.global_batch_size=8"]
+
+
+def trained(place: str | Path, run_dir: Path, *more: str) -> int:
+    """Train a small run on a corpus; returns its exit code."""
+    return main(["train", *RUN, f"data.path={place}", f"run_dir={run_dir}", "train.eval_every=2", *more])
+
+
+def found_by(run_dir: Path) -> list[object]:
+    """Losses, picks and validations of a run."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "loss", "grad_norm", "target_loss", "losses")
+    return [{name: line.get(name) for name in kept} for line in lines]
+
+
+def test_a_run_survives_a_store_that_comes_and_goes(
+    away: Away, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on after a while as if nothing had been; if not, it saves, says so, and goes on later: the same bits."""
+    assert trained(local, tmp_path / "local") == 0
+    monkeypatch.setattr(store, "BLOCK_BYTES", 512)
+    calls, fetch = [0], store.RangeReader._fetch
+
+    def fetched(self: store.RangeReader, numbers: list[int]) -> dict[int, bytes]:
+        calls[0] += 1
+        if calls[0] == leaves_at:
+            away.leave()
+            if comes_back:
+                threading.Timer(2.0, away.come_back).start()
+        return fetch(self, numbers)
+
+    monkeypatch.setattr(store.RangeReader, "_fetch", fetched)
+    leaves_at, comes_back = 4, True
+    with pytest.warns(UserWarning, match="asking again"):
+        assert trained(ADDRESS, tmp_path / "while") == 0
+    assert calls[0] > leaves_at + 2
+    assert found_by(tmp_path / "while") == found_by(tmp_path / "local")
+    monkeypatch.setenv(store.CACHE, str(tmp_path / "other"))
+    calls[0], leaves_at, comes_back = 0, calls[0] - 1, False
+    with pytest.warns(UserWarning, match="asking again"):
+        assert trained(ADDRESS, tmp_path / "good", "data.store_patience_s=1") == STOP_EXIT_CODE
+    away.come_back()
+    assert list((tmp_path / "good" / "checkpoints").iterdir())
+    assert trained(ADDRESS, tmp_path / "good") == 0
+    assert found_by(tmp_path / "good") == found_by(tmp_path / "local")
