@@ -264,12 +264,7 @@ def build_trainer(
         validation=data.evaluation_buffers(),
         held_out=data.held_out_buffers(),
         wanted=config.data.target_domains,
-        guard=SpikeGuard(
-            config.train.spike_factor,
-            config.train.spike_window,
-            clipped=config.optim.clip_grad > 0,
-            max_skipped=config.train.max_skipped,
-        ),
+        guard=_guard(config),
         stragglers=StragglerDetector(config.logging.every, mesh.gather_objects),
         timers=timers,
         stop_requested=lambda: _agreed(mesh, stop),
@@ -284,6 +279,13 @@ def build_trainer(
         layer_grad_norm_every=config.logging.layer_grad_norm_every,
         profiler=StepProfiler(config.logging.profile_steps, Path(config.run_dir), mesh.rank),
     )
+
+
+def _guard(config: RunConfig) -> SpikeGuard:
+    """Make what leaves updates out whose gradient is far from the usual."""
+    train = config.train
+    clipped = config.optim.clip_grad > 0
+    return SpikeGuard(train.spike_factor, train.spike_window, clipped=clipped, max_skipped=train.max_skipped)
 
 
 def _signatures(config: RunConfig, data: RunData, mesh: Mesh) -> Any:

@@ -121,17 +121,6 @@ def work_folder(out: Path, plan: str, console: Console) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process of this machine is in here for the same folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def where_else(out: Path, remedy: str) -> Iterator[None]:
     """Add where else ``out`` may lie to the error that the file system refuses it."""
     try:

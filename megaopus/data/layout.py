@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from megaopus.data.corpus import INDEX, SPLIT_NAMES, Corpus
-from megaopus.data.folder import alone
 from megaopus.data.index import BLOCK, LARGE, check_index
+from megaopus.data.locks import alone
 from megaopus.errors import DataError
 
 _VERSION = 1

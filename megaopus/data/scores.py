@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from megaopus.data.corpus import ROWS, Corpus
-from megaopus.data.folder import alone
 from megaopus.data.index import BLOCK, LARGE
+from megaopus.data.locks import alone
 from megaopus.errors import DataError
 
 COLUMN, VALUES = "column.json", "scores.npy"

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megaopus.data.folder import alone
+from megaopus.data.locks import alone
 from megaopus.data.schemes import SCHEMES
 from megaopus.errors import DataError, StoreDownError
 

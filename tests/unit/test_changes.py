@@ -52,6 +52,8 @@ def test_every_setting_has_one_class() -> None:
         "data.text_features_path",
         "data.validation_path",
         "data.read_ahead_mb",
+        "data.store_cache_mb",
+        "data.store_patience_s",
         "selection.score_micro_batch_size",
         "selection.proxy_micro_batch_size",
         "selection.check_every",
