@@ -55,10 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
-    """Add who does the work, where it is more than one process's."""
+    """Add who does the work, where it is more than one process's, and which copies are left out."""
+    from megaopus.corpus_tools.copies import COPIES
     from megaopus.corpus_tools.tasks.executors import KINDS
 
     add = parser.add_argument
+    add(
+        "--dedup",
+        choices=COPIES,
+        help="leave out documents whose text an earlier one has: exactly, or with --executor nearly (minhash)",
+    )
     add(
         "--executor",
         choices=KINDS,
@@ -77,8 +83,6 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
     """Add what is read, and how."""
-    from megaopus.corpus_tools.copies import COPIES
-
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -112,11 +116,6 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=("stop", "skip"),
         help="at a row or file that cannot be read: stop (default), or skip it and count it by reason",
-    )
-    add(
-        "--dedup",
-        choices=COPIES,
-        help="leave out documents whose text an earlier one has: exactly, or with --executor nearly (minhash)",
     )
     add("--text-field", metavar="NAME", help="field that holds the document (default text)")
     add("--id-field", metavar="NAME", help="field of its id (default id)")
@@ -347,7 +346,8 @@ def _copies(duplicates: Mapping[str, Any] | None) -> Iterator[str]:
     if duplicates is None:
         return
     counts = ", ".join(f"{count:,} in {domain}" for domain, count in duplicates["domains"].items())
-    yield f"copies ({duplicates['method']}): {duplicates['documents']:,} documents left out{f': {counts}' * bool(counts)}"
+    told = f"copies ({duplicates['method']}): {duplicates['documents']:,} left out"
+    yield f"{told}: {counts}" if counts else told
     for each in duplicates["examples"]:
         first = each["copy_of"]
         yield f"  {each['at']}: id {each['id']!r} is a copy of {first['id']!r} at {first['at']}"

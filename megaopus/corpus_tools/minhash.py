@@ -63,7 +63,7 @@ class SignPieces:
 
     @property
     def folder(self) -> Path:
-        """Where all results of the comparison lie."""
+        """Name the folder of all results of the comparison."""
         return self.sought.folder / "minhash"
 
     def numbers(self) -> Sequence[int]:

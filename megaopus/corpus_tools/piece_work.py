@@ -191,7 +191,7 @@ class FindIds:
 
     @property
     def hashes(self) -> Path:
-        """Where the hashes lie."""
+        """Name the file of the hashes."""
         return self.sought.folder / "doubtful.npy"
 
     def result(self, number: int) -> Path:
@@ -242,7 +242,7 @@ class EncodePieces:
 
     @property
     def splits(self) -> Path:
-        """Where the split of each document lies."""
+        """Name the file of each document's split."""
         return self.sought.folder / "splits.npy"
 
     def done(self, number: int) -> bool:

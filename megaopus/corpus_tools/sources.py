@@ -338,7 +338,7 @@ def reader_of(path: Path) -> Reader:
 
 
 def mark_of(source: Source, name: str) -> bytes:
-    """What comes before a file's bytes in the digest of its source: of a folder, the file's name."""
+    """Return what stands before a file's bytes in the digest of its source: of a folder, the file's name."""
     return name.encode() + b"\0" if source.path.is_dir() else b""
 
 
