@@ -22,6 +22,7 @@ from megaopus.plugins import require_plugins
 if TYPE_CHECKING:
     from megaopus.corpus_tools.chat import ChatTemplate
     from megaopus.corpus_tools.split_rule import SplitRule
+    from megaopus.corpus_tools.tasks.executors import Executor
 
 DESCRIPTION = "Make a corpus folder: tokenizer, tokens, a table of documents and a manifest."
 EXAMPLES = (
@@ -47,9 +48,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_splits(parser)
     add = parser.add_argument
     add("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core, for little text none)")
+    _add_tasks(parser)
     add("--overwrite", action="store_true", help="replace a corpus that is already in FOLDER")
     add("--plugin", action="append", default=[], metavar="MODULE", help="module that registers sources of your own")
     add("--config-dir", type=local_path, metavar="FOLDER", help="more choices for --data, beside the shipped")
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Add who does the work, where it is more than one process's, and which copies are left out."""
+    from megaopus.corpus_tools.copies import COPIES
+    from megaopus.corpus_tools.tasks.executors import KINDS
+
+    add = parser.add_argument
+    add(
+        "--dedup",
+        choices=COPIES,
+        help="leave out documents whose text an earlier one has: exactly, or with --executor nearly (minhash)",
+    )
+    add(
+        "--executor",
+        choices=KINDS,
+        help="read and tokenise by tasks over pieces of the files: in --workers processes here, as a Slurm array, or on"
+        " Ray (RAY_ADDRESS, or this machine); pip install 'megaopus[scale]'",
+    )
+    add("--tasks", type=int, metavar="N", help="tasks of --executor (default: one for each worker)")
+    add(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE]",
+        help="option of sbatch for each task, partition=cpu say; repeatable",
+    )
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
@@ -184,6 +213,8 @@ def _prepare_demo(args: argparse.Namespace, console: Console) -> Path:
     """Prepare text of this Python installation."""
     from megaopus.corpus_tools.demo_corpus import DEMO_RULE, DEMO_VOCAB_SIZE, build_demo_corpus
 
+    if args.executor or args.dedup:
+        raise DataError("--demo is prepared in this process, and has no copies; leave --executor and --dedup out")
     if args.tokenizer:
         raise DataError("--demo trains its own tokenizer; leave --tokenizer out")
     rule, vocab_size = split_rule(args, DEMO_RULE), args.vocab_size or DEMO_VOCAB_SIZE
@@ -249,7 +280,20 @@ def _prepare(args: argparse.Namespace, console: Console) -> Path:
         overwrite=args.overwrite,
         console=console,
         workers=args.workers,
+        executor=_executor(args),
+        dedup=args.dedup,
     )
+
+
+def _executor(args: argparse.Namespace) -> Executor | None:
+    """Say who does the work; None: this process and its workers. Raises DataError for what is said of no executor."""
+    from megaopus.corpus_tools.tasks.executors import Executor
+
+    if args.executor is None:
+        if args.tasks is not None or args.slurm:
+            raise DataError("--tasks and --slurm are of an executor: add --executor local, slurm or ray")
+        return None
+    return Executor(args.executor, args.tasks, args.workers, tuple(args.slurm), tuple(args.plugin))
 
 
 def _chat_template(args: argparse.Namespace) -> ChatTemplate | None:
@@ -312,6 +356,8 @@ def _lines(manifest: Mapping[str, Any]) -> Iterator[str]:
             counts = ", ".join(f"{count:,} {why}" for why, count in sorted(skipped.items()))
             parts.append(f"{sum(skipped.values()):,} skipped ({counts})")
         parts.append(f"{source['documents']:,} document{'s' if source['documents'] != 1 else ''}")
+        if source.get("copies"):
+            parts.append(f"{source['copies']:,} {'copies' if source['copies'] > 1 else 'copy'}")
         if source["empty"]:
             parts.append(f"{source['empty']:,} empty")
         if left_out:
@@ -319,6 +365,7 @@ def _lines(manifest: Mapping[str, Any]) -> Iterator[str]:
             parts.append(f"{sum(each['count'] for each in left_out.values()):,} left out ({counts})")
         yield f"{source['name']}: {', '.join(parts)}"
         yield from (f"  first {why}: {each['first']}" for why, each in sorted((left_out or {}).items()))
+    yield from _copies(manifest.get("duplicates"))
     totals = [entry for splits in manifest["counts"].values() for entry in splits.values()]
     if all("loss_tokens" in entry for entry in totals):
         counted = sum(entry["loss_tokens"] for entry in totals)
@@ -326,6 +373,18 @@ def _lines(manifest: Mapping[str, Any]) -> Iterator[str]:
     if "tokenization" in manifest:
         yield f"tokenizer: {TextLoss(**manifest['tokenization']['all']).told()}"
     yield from (f"note: {note}" for note in manifest.get("notes", ()))
+
+
+def _copies(duplicates: Mapping[str, Any] | None) -> Iterator[str]:
+    """Say what was left out as copies, by domain, with examples; nothing where copies were not looked for."""
+    if duplicates is None:
+        return
+    counts = ", ".join(f"{count:,} in {domain}" for domain, count in duplicates["domains"].items())
+    told = f"copies ({duplicates['method']}): {duplicates['documents']:,} left out"
+    yield f"{told}: {counts}" if counts else told
+    for each in duplicates["examples"]:
+        first = each["copy_of"]
+        yield f"  {each['at']}: id {each['id']!r} is a copy of {first['id']!r} at {first['at']}"
 
 
 def _table(manifest: Mapping[str, Any]) -> Table:

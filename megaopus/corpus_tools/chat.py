@@ -25,6 +25,10 @@ class ChatTemplate:
     tokens: tuple[tuple[str, str], ...] = ()
     """Special tokens that the template writes, by their name in it."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave out what is compiled: it cannot be sent to another process."""
+        return ChatTemplate, (self.source, self.roles, self.tokens)
+
     @classmethod
     def load(cls, path: str | Path, roles: Sequence[str] = ("assistant",)) -> ChatTemplate:
         """Read it from a model folder, its ``tokenizer_config.json``, or a file with the template alone.

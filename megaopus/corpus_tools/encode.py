@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -142,12 +143,29 @@ def write_chunk(
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Tokenise documents and write their chunk; the rows last, whose file says that all is there."""
-    lengths: list[int] = []
     masked = any(entry.document.loss_spans is not None for entry in part)
+    write_entries(part, masked, files, tokenizer, eod, dtype, advance)
+
+
+def write_entries(
+    entries: Iterable[Entry],
+    masked: bool,
+    files: Chunk,
+    tokenizer: Tokenizer,
+    eod: int,
+    dtype: str,
+    advance: Callable[[int], None] = lambda count: None,
+) -> int:
+    """Tokenise documents as they come, no more than a batch in memory, and write their files; returns their tokens.
+
+    ``masked``: whether some documents may have context that counts in no loss.
+    """
+    lengths: list[int] = []
     masks: list[np.ndarray] = []
-    temporary = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in files]
+    unique = f"{os.getpid()}.{secrets.token_hex(4)}.partial"  # another machine may have the same process numbers
+    temporary = [path.with_name(f"{path.name}.{unique}") for path in files]
     with temporary[0].open("wb") as tokens, temporary[2].open("w", encoding="utf-8") as rows:
-        for batch in runs(part, _BATCH_CHARACTERS):
+        for batch in runs(entries, _BATCH_CHARACTERS):
             texts = [entry.document.text for entry in batch]
             encodings = _encoded(tokenizer, batch)
             ids = array(_CODES[np.dtype(dtype).itemsize])
@@ -167,6 +185,7 @@ def write_chunk(
         np.save(stream, np.array(lengths, dtype="<i4"))
     for made, path in zip(temporary, files, strict=True):
         os.replace(made, path)
+    return sum(lengths)
 
 
 def _encoded(tokenizer: Tokenizer, batch: list[Entry]) -> list[Encoding]:

@@ -8,21 +8,28 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from megaopus.corpus_tools.by_tasks import TaskReadings
+from megaopus.corpus_tools.copies import COPIES, MINHASH
 from megaopus.corpus_tools.encode import CHUNK_CHARACTERS, Chunk, Entry, encode
 from megaopus.corpus_tools.manifest import split_counts, write_manifest
-from megaopus.corpus_tools.progress import Advance, stages
+from megaopus.corpus_tools.piece_work import changed
+from megaopus.corpus_tools.progress import Advance, Stage, stages
 from megaopus.corpus_tools.readers.stored import FaultyError
 from megaopus.corpus_tools.signatures import sign_pool
 from megaopus.corpus_tools.sources import Source, SourceReader
-from megaopus.corpus_tools.split import Scan, scan
+from megaopus.corpus_tools.split import HereReadings, Readings, Scan, scan
 from megaopus.corpus_tools.split_rule import POOL, PROXY, VALIDATION, SplitRule
+from megaopus.corpus_tools.tasks.executors import Executor
+from megaopus.corpus_tools.tasks.workers import Workers
 from megaopus.corpus_tools.text_loss import counted_loss, described, refuse, sampled_loss, unknown_id
 from megaopus.corpus_tools.workers import cores
 from megaopus.data.corpus import (
@@ -62,8 +69,10 @@ def prepare(
     provenance: dict | None = None,
     console: Console | None = None,
     workers: int | None = None,
+    executor: Executor | None = None,
+    dedup: str | None = None,
 ) -> Path:
-    """Write a corpus folder; the same sources and settings give the same fingerprint, wherever and whenever.
+    """Write a corpus folder, and return it; the same sources and settings give the same fingerprint anywhere.
 
     Args:
         sources: read in this order.
@@ -78,34 +87,32 @@ def prepare(
         provenance: kept in the manifest under ``provenance``.
         console: where progress goes; None: nowhere.
         workers: processes that tokenise; None: one for each core, and for little text none but this one.
-
-    Returns:
-        ``out`` as a path.
+        executor: who reads and tokenises, by tasks over pieces of the sources; None: this process and ``workers``.
+        dedup: which copies are left out, of ``COPIES``; None: none are.
 
     Raises:
         DataError: any fault of a source, tokenizer, setting or target, before anything is written.
     """
-    out, rule = Path(out), rule or SplitRule()
-    console = console or Console(quiet=True)
+    out, rule, console = Path(out), rule or SplitRule(), console or Console(quiet=True)
     given = _checked(sources, out, tokenizer, vocab_size, eod_token, overwrite, workers, max_lost)
+    _check_tasks(out, executor, dedup)
     total = _bytes(sources)
     workers = workers or (1 if total is not None and total < _LITTLE else cores())
-    plan = _plan(sources, given, vocab_size, eod_token, rule)
-    with stages(console) as stage, work_folder(out, plan, console) as work:
-        scanned = _scanned(work, sources, rule, lambda name: stage(name, total))
+    plan = _plan(sources, given, vocab_size, eod_token, rule, dedup)
+    with stages(console) as stage, work_folder(out, plan, console) as work, Workers() as processes:
+        hands = _hands(sources, rule, executor, processes, work, plan, stage, workers, dedup)
+        scanned = _scanned(work, sources, rule, hands, dedup)
         made = given or _trained(work, sources, scanned, vocab_size, lambda: stage("training the tokenizer", total))
         made.save(str(work / TOKENIZER))
         refuse(sampled := sampled_loss(made, scanned.sample), max_lost)
-        advance = stage("encoding", scanned.characters, "M characters/s")
-        entries = _entries(sources, scanned)
         dtype, eod = _token_dtype(made), eod_id(made, eod_token, "tokenizer")
-        parts = encode(entries, work, work / TOKENIZER, eod, dtype.str, workers, scanned.characters, advance)
+        parts = hands.encode(scanned, work / TOKENIZER, eod, dtype.str)
         with new_folder(out, console) as folder:
             shutil.copyfile(work / TOKENIZER, folder / TOKENIZER)
             lengths, unknown = _join(folder, parts, scanned, dtype, unknown_id(made))
             refuse(losses := counted_loss(scanned.domains, scanned.domain_codes, lengths, unknown, sampled), max_lost)
-            notes = _notes(scanned, lengths, rule)
-            facts = {"tokenization": described(losses), "notes": notes, "provenance": provenance or {}}
+            facts = {"tokenization": described(losses), "notes": _notes(scanned, lengths, rule)}
+            facts |= {"provenance": provenance or {}} | _duplicates(scanned)
             _write_manifest(folder, scanned, lengths, _join_masks(folder, parts), made, eod_token, rule, facts)
             sign_pool(folder, rule.seq_len, workers, lambda count: stage("signatures", count, "sequences/s", 1))
     return out
@@ -140,29 +147,85 @@ def _checked(
     return given
 
 
+def _check_tasks(out: Path, executor: Executor | None, dedup: str | None) -> None:
+    """Raise DataError for tasks that cannot be, and copies that cannot be found."""
+    if executor is not None:
+        executor.check(out)
+    if dedup is not None and dedup not in COPIES:
+        raise DataError(f"dedup = {dedup!r}: no such way to find copies; give one of {', '.join(COPIES)}")
+    if dedup == MINHASH and executor is None:
+        raise DataError("--dedup minhash: compared by tasks; add --executor local, or give --dedup exact")
+
+
+@dataclass(frozen=True)
+class _Here(HereReadings):
+    """Reads in this process, and tokenises in others."""
+
+    work: Path
+    workers: int
+    stage: Stage
+
+    def encode(self, scanned: Scan, tokenizer: Path, eod: int, dtype: str) -> list[Chunk]:
+        """Tokenise in chunks. Returns their files, in order."""
+        advance = self.stage("encoding", scanned.characters, "M characters/s")
+        entries = _entries(self.sources, scanned)
+        return encode(entries, self.work, tokenizer, eod, dtype, self.workers, scanned.characters, advance)
+
+
+def _hands(
+    sources: Sequence[Source],
+    rule: SplitRule,
+    executor: Executor | None,
+    processes: Workers,
+    work: Path,
+    plan: str,
+    stage: Stage,
+    workers: int,
+    dedup: str | None,
+) -> TaskReadings | _Here:
+    """Return who reads and tokenises."""
+    if executor is not None:
+        begin = partial(stage, unit="pieces/s", scale=1)
+        return TaskReadings(sources, rule, executor, processes, work, plan, begin, dedup is not None)
+    total = _bytes(sources)
+    return _Here(sources, rule, lambda name: stage(name, total), dedup is not None, work, workers, stage)
+
+
+def _duplicates(scanned: Scan) -> dict[str, Any]:
+    """Return what the manifest says of copies, if they were looked for."""
+    return {} if scanned.duplicates is None else {"duplicates": scanned.duplicates}
+
+
 def _bytes(sources: Sequence[Source]) -> int | None:
     """Size of the sources as stored; None: one is of the hub, whose size is not known beforehand."""
     sizes = [source.size() for source in sources]
     return sum(sizes) if all(sizes) else None
 
 
-def _plan(sources: Sequence[Source], given: Tokenizer | None, vocab_size: int, eod_token: str, rule: SplitRule) -> str:
+def _plan(
+    sources: Sequence[Source],
+    given: Tokenizer | None,
+    vocab_size: int,
+    eod_token: str,
+    rule: SplitRule,
+    dedup: str | None,
+) -> str:
     """Return what a run that goes on from another's chunks has in common with it. Files are known by size and age."""
     files = [
         [str(path), path.stat().st_size, path.stat().st_mtime_ns] for source in sources for _, path in source.files()
     ]
     named = [asdict(source) | {"path": str(source.path)} for source in sources]
     tokenizer = vocab_size if given is None else hashlib.sha256(given.to_str().encode()).hexdigest()
-    return json.dumps([FORMAT_VERSION, CHUNK_CHARACTERS, named, files, tokenizer, eod_token, asdict(rule)])
+    return json.dumps([FORMAT_VERSION, CHUNK_CHARACTERS, named, files, tokenizer, eod_token, asdict(rule), dedup])
 
 
-def _scanned(work: Path, sources: Sequence[Source], rule: SplitRule, begin: Callable[[str], Advance]) -> Scan:
-    """The first pass over the sources, or what an earlier run kept of it."""
+def _scanned(work: Path, sources: Sequence[Source], rule: SplitRule, readings: Readings, dedup: str | None) -> Scan:
+    """The first pass over the sources, or what an earlier run kept of it; tasks keep what they do by themselves."""
     kept = work / "scan.npz"
-    if kept.is_file():
+    if kept.is_file() and isinstance(readings, HereReadings):
         return Scan.load(kept)
     try:
-        scanned = scan(sources, rule, begin)
+        scanned = scan(sources, rule, readings, dedup)
     except FaultyError as error:
         raise DataError(f"{error}; --on-error skip leaves such out and counts them") from error
     scanned.save(kept)
@@ -186,16 +249,12 @@ def _entries(sources: Sequence[Source], scanned: Scan, advance: Advance = lambda
     def compare(number: int, reader: SourceReader, documents: int) -> None:
         seen = scanned.sources[number]
         if (reader.sha256, documents) != (seen.sha256, seen.documents):
-            raise _changed(sources[number])
+            raise changed(sources[number])
 
     for index, (number, document) in enumerate(scanned.reading.documents(sources, advance, compare)):
         if index == len(scanned.split_codes):
-            raise _changed(sources[number])
+            raise changed(sources[number])
         yield Entry(index, number, int(scanned.split_codes[index]), document)
-
-
-def _changed(source: Source) -> DataError:
-    return DataError(f"{source.path}: changed while it was being read; leave it alone and prepare again")
 
 
 def _join(

@@ -22,6 +22,12 @@ class Reading:
     """Places in reading order of documents whose id an earlier one has; they are left out."""
     pieces: dict[str, int] = field(default_factory=dict)
     """Domain -> characters: its longer documents are cut into pieces of about so many."""
+    copies: bytes = b""
+    """A byte for each place: 1: its text is a copy of an earlier one, and left out. Empty: none is."""
+    watched: frozenset[int] = frozenset()
+    """Places of documents that are to be ``found``."""
+    found: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Place -> id of the document that was read there, and where that is."""
 
     def documents(
         self,
@@ -36,17 +42,31 @@ class Reading:
         """
         place = 0
         for number, source in enumerate(sources):
-            reader, given = SourceReader(source, on_bytes), 0
-            for document in reader:
-                if place in self.repeated:
-                    where = place_of(source, document.line)
-                    reader.leave_out(FaultyError(REPEATED, f"{where}: id {document.id!r} was used before"))
-                else:
-                    given += 1
-                    for piece in self._cut(document):
-                        yield number, piece
-                place += 1
-            finished(number, reader, given)
+            reader = SourceReader(source, on_bytes)
+            for document in self.taken(reader, place):
+                yield number, document
+            place += reader.documents
+            finished(number, reader, reader.taken)
+
+    def taken(self, reader: SourceReader, first: int) -> Iterator[Document]:
+        """Documents of one reader, the first of which has the place ``first``. Raises DataError as the reader does."""
+        for place, document in enumerate(reader, first):
+            if place in self.watched:
+                self.found[place] = document.id, place_of(reader.source, document.line)
+            if place in self.repeated:
+                where = place_of(reader.source, document.line)
+                reader.leave_out(FaultyError(REPEATED, f"{where}: id {document.id!r} was used before"))
+            elif self.copies and self.copies[place]:
+                reader.copies += 1
+            else:
+                reader.taken += 1
+                yield from self._cut(document)
+
+    def of_places(self, first: int, end: int) -> Reading:
+        """Say the same of the places from ``first`` to before ``end`` alone, counted from 0."""
+        inside = {place - first for place in self.repeated if first <= place < end}
+        watched = frozenset(place - first for place in self.watched if first <= place < end)
+        return Reading(inside, self.pieces, self.copies[first:end], watched)
 
     def _cut(self, document: Document) -> list[Document]:
         texts = cut(document.text, self.pieces[document.domain]) if document.domain in self.pieces else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from megaopus.corpus_tools.readers.registry import (
     reader_of_file,
     reader_of_prefix,
 )
-from megaopus.corpus_tools.readers.stored import FaultyError, Stored
+from megaopus.corpus_tools.readers.stored import FaultyError, Part, Stored
 from megaopus.corpus_tools.row_fields import column_of, conversation_of, label_of, spans_of, text_of
 from megaopus.data.config import HUB_NAME
 from megaopus.errors import DataError
@@ -166,6 +166,16 @@ class Source:
         return sum(path.stat().st_size for _, path in self.files())
 
 
+class Stretch(NamedTuple):
+    """Names a file of a source, or a part of one."""
+
+    name: str
+    """Of the file, within the source."""
+    path: Path
+    part: Part | None = None
+    """None: all of it."""
+
+
 @dataclass(slots=True)
 class LeftOut:
     """Counts what was left out for one reason."""
@@ -178,12 +188,25 @@ class LeftOut:
 class SourceReader:
     """Iterates once over the documents of a source; the totals are those read so far."""
 
-    def __init__(self, source: Source, on_bytes: Callable[[int], None] = lambda count: None):
+    def __init__(
+        self,
+        source: Source,
+        on_bytes: Callable[[int], None] = lambda count: None,
+        stretches: Sequence[Stretch] | None = None,
+    ):
+        """``stretches``: what to read of it, which may be without documents; None: all."""
         self.source = source
+        self.stretches = stretches
         self.bytes = 0
         self.documents = 0
         self.empty = 0
         """Documents left out because their text is null, empty or white space only."""
+        self.taken = 0
+        """Documents of which a ``Reading`` made use."""
+        self.copies = 0
+        """Documents that a ``Reading`` left out for their text."""
+        self.broken: list[Path] = []
+        """Files that could not be read to their end."""
         self.files = 0
         self.skipped: dict[str, int] = {}
         """Lists files of the folder that are not read, by reason."""
@@ -211,11 +234,8 @@ class SourceReader:
                 yield document
             else:
                 self.empty += 1
-        if not self.documents:
-            counts = {"empty ones": self.empty, **{reason: each.count for reason, each in self.left_out.items()}}
-            found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-            left_out = f" ({found})" if found else ""
-            raise DataError(f"{self.source.path}: no documents in it{left_out}; drop this source or fill the file")
+        if not self.documents and self.stretches is None:
+            raise no_documents(self.source, self.empty, {reason: each.count for reason, each in self.left_out.items()})
 
     def leave_out(self, error: FaultyError) -> None:
         """Count what is faulty, or raise it."""
@@ -229,23 +249,26 @@ class SourceReader:
         if (reader := source.by_prefix) is not None:
             yield from self._of_table(reader)
             return
-        chosen = source.chosen_files()
-        self.files, self.skipped = len(chosen.taken), dict(chosen.skipped)
-        for name, path in chosen.taken:
-            if source.path.is_dir():
-                self._digest.update(name.encode() + b"\0")
+        stretches = self.stretches
+        if stretches is None:
+            chosen = source.chosen_files()
+            self.files, self.skipped = len(chosen.taken), dict(chosen.skipped)
+            stretches = [Stretch(*each) for each in chosen.taken]
+        for name, path, part in stretches:
+            self._digest.update(mark_of(source, name))
             try:
-                yield from self._of_file(name, path)
+                yield from self._of_file(name, path, part)
             except FaultyError as error:  # no more of this file can be read
                 self.leave_out(error)
+                self.broken.append(path)
 
-    def _of_file(self, name: str, path: Path) -> Iterator[Document]:
+    def _of_file(self, name: str, path: Path, part: Part | None) -> Iterator[Document]:
         fields = self.source.fields
         also = [name for name in (fields.loss_spans, fields.messages) if name]
         text = fields.messages or fields.text
         wanted = [text, fields.id, fields.domain, *fields.keep, *also]
-        stored = Stored(path, text, wanted, self._take, self.leave_out)
-        reader = _reader(path)
+        stored = Stored(path, text, wanted, self._take, self.leave_out, part)
+        reader = reader_of(path)
         if reader.text is not None:
             domain = self._folder_domain(name) or self._single_domain
             yield Document(f"{self._single_domain}/{name}", domain, reader.text(stored), 0, {})
@@ -280,7 +303,7 @@ class SourceReader:
         source = self.source
         found = [source.path] if source.by_prefix is not None else [path for _, path in source.files()]
         for path in found:
-            reader = source.by_prefix or _reader(path)
+            reader = source.by_prefix or reader_of(path)
             if reader.rows is None:
                 raise DataError(f"{path}: not a table; use JSON lines, CSV, parquet or a data set of the hub")
             for row in reader.rows(Stored(path, source.fields.text, None, self._take)):
@@ -307,7 +330,21 @@ class SourceReader:
         return Document(identity, folder_domain or domain, text, row.number, columns, spans, markup)
 
 
-def _reader(path: Path) -> Reader:
+def reader_of(path: Path) -> Reader:
+    """The reader of a file that is one of ``Source.files``."""
     reader = reader_of_file(path)
     assert reader is not None, "Source.files() has looked"
     return reader
+
+
+def mark_of(source: Source, name: str) -> bytes:
+    """Return what stands before a file's bytes in the digest of its source: of a folder, the file's name."""
+    return name.encode() + b"\0" if source.path.is_dir() else b""
+
+
+def no_documents(source: Source, empty: int, left_out: Mapping[str, int]) -> DataError:
+    """The error of a source that gives nothing; ``left_out``: reason -> how often."""
+    counts = {"empty ones": empty, **left_out}
+    found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    said = f" ({found})" if found else ""
+    return DataError(f"{source.path}: no documents in it{said}; drop this source or fill the file")

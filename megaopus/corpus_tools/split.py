@@ -2,59 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from megaopus.corpus_tools.floors import Documents, Filled, fill
+from megaopus.corpus_tools.copies import EXACT, Copies, exact_copies
+from megaopus.corpus_tools.floors import Filled, fill
 from megaopus.corpus_tools.readers.stored import FaultyError
 from megaopus.corpus_tools.reading import REPEATED, Reading, place_of
-from megaopus.corpus_tools.sources import Document, Source, SourceReader
+from megaopus.corpus_tools.sources import Source, SourceReader
 from megaopus.corpus_tools.split_rule import POOL, PROXY, VALIDATION, SplitRule
-from megaopus.corpus_tools.text_loss import Sample
+from megaopus.corpus_tools.tally import SourceTotals, Tally, id_hash
+from megaopus.corpus_tools.text_loss import SAMPLED_DOMAINS
 from megaopus.data.corpus import SPLITS
 from megaopus.errors import DataError
 
-_MOST_DOMAINS = 1 << 16
 _NAMED_IN_A_NOTE = 5
-
-
-@dataclass(slots=True)
-class SourceTotals:
-    """Says what was read of one source."""
-
-    name: str
-    sha256: str
-    bytes: int
-    documents: int
-    empty: int
-    files: int = 1
-    skipped: dict[str, int] = field(default_factory=dict)
-    """Counts files of its folder that were not read, by reason."""
-    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Tells by reason how many rows (or files, or rests of them) cannot be read, ``count``, and what was wrong with the
-    ``first``."""
-
-    @classmethod
-    def of(cls, reader: SourceReader, documents: int) -> SourceTotals:
-        """Take the totals of a reader that is through."""
-        left_out = {reason: asdict(each) for reason, each in reader.left_out.items()}
-        return cls(
-            reader.source.name,
-            reader.sha256,
-            reader.bytes,
-            documents,
-            reader.empty,
-            reader.files,
-            reader.skipped,
-            left_out,
-        )
 
 
 @dataclass(slots=True)
@@ -75,6 +42,8 @@ class Scan:
     """Domain -> beginnings of some of its documents."""
     notes: list[str] = field(default_factory=list)
     """Says in words what the splits have that nobody asked for."""
+    duplicates: dict[str, Any] | None = None
+    """Tells what was left out as copies, for the manifest; None: copies were not looked for."""
 
     def save(self, path: Path) -> None:
         """Write it; it appears under ``path`` when it is whole."""
@@ -86,10 +55,16 @@ class Scan:
             "pieces": self.reading.pieces,
             "sample": self.sample,
             "notes": self.notes,
+            "duplicates": self.duplicates,
         }
-        repeated, codes = np.array(sorted(self.reading.repeated), dtype=np.int64), self.domain_codes
+        arrays: dict[str, Any] = {
+            "domain_codes": self.domain_codes,
+            "split_codes": self.split_codes,
+            "repeated": np.array(sorted(self.reading.repeated), dtype=np.int64),
+            "copies": np.frombuffer(self.reading.copies, np.uint8),
+        }
         with partial.open("wb") as stream:
-            np.savez(stream, meta=json.dumps(meta), domain_codes=codes, split_codes=self.split_codes, repeated=repeated)
+            np.savez(stream, meta=json.dumps(meta), **arrays)
         partial.rename(path)
 
     @classmethod
@@ -98,29 +73,91 @@ class Scan:
         with np.load(path, allow_pickle=False) as held:
             meta = json.loads(str(held["meta"]))
             codes = held["domain_codes"], held["split_codes"]
-            reading = Reading(set(held["repeated"].tolist()), meta["pieces"])
+            reading = Reading(set(held["repeated"].tolist()), meta["pieces"], held["copies"].tobytes())
         totals = [SourceTotals(**each) for each in meta["sources"]]
-        return cls(meta["domains"], *codes, totals, meta["characters"], reading, meta["sample"], meta["notes"])
+        told = meta["sample"], meta["notes"], meta["duplicates"]
+        return cls(meta["domains"], *codes, totals, meta["characters"], reading, *told)
 
 
-def scan(sources: Sequence[Source], rule: SplitRule, begin: Callable[[str], Callable[[int], None]]) -> Scan:
-    """Read everything and split it: once, and again without repeated ids or with long documents cut, if there are such.
+class Readings(Protocol):
+    """Reads all sources, in this process or by tasks elsewhere."""
+
+    def read(self, name: str, reading: Reading) -> Tally:
+        """Read everything once, in a line of progress of this name. Raises DataError for a fault of a source."""
+
+    def suspects(self, hashes: np.ndarray) -> Iterator[tuple[int, int, str, int]]:
+        """(place, number of its source, id, line) of each document whose id has one of the ``hashes`` (sorted)."""
+
+    def near_copies(self, reading: Reading, places: int) -> np.ndarray:
+        """(``places``,) int64: the place of the first document that is nearly the same as each; else its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class HereReadings:
+    """Reads in this process."""
+
+    sources: Sequence[Source]
+    rule: SplitRule
+    begin: Callable[[str], Callable[[int], None]]
+    """Starts a line of progress, in bytes."""
+    texts: bool
+    """Whether to keep what tells texts apart."""
+
+    def read(self, name: str, reading: Reading) -> Tally:
+        """Read everything once. Raises DataError for a fault of a source."""
+        seen = Tally(SAMPLED_DOMAINS, self.texts)
+
+        def finished(number: int, reader: SourceReader, documents: int) -> None:
+            seen.totals.append(SourceTotals.of(reader, documents))
+
+        for number, document in reading.documents(self.sources, self.begin(name), finished):
+            seen.take(document, self.sources[number], self.rule)
+        return seen
+
+    def suspects(self, hashes: np.ndarray) -> Iterator[tuple[int, int, str, int]]:
+        """Read everything again for these."""
+        doubtful, place = set(hashes.tolist()), 0
+        for number, source in enumerate(self.sources):
+            for document in SourceReader(source):
+                if id_hash(document.id) in doubtful:
+                    yield place, number, document.id, document.line
+                place += 1
+
+    def near_copies(self, reading: Reading, places: int) -> np.ndarray:
+        """Raise: that is work for tasks."""
+        raise DataError("--dedup minhash: compared by tasks; add --executor local, or give --dedup exact")
+
+
+def scan(sources: Sequence[Source], rule: SplitRule, readings: Readings, dedup: str | None = None) -> Scan:
+    """Read everything and split it: once, and again without repeated ids and copies, or with long documents cut.
 
     Documents with the same text always share a split. A text drawn for the proxy that also occurs in an unwanted
-    domain stays in the pool, so that no proxy text is ever trained on. ``begin(name)`` starts a line of progress.
+    domain stays in the pool, so that no proxy text is ever trained on.
+
+    Args:
+        sources: what ``readings`` reads.
+        rule: how documents are split.
+        readings: who reads.
+        dedup: which copies are left out, of ``COPIES``; None: none are.
 
     Raises:
         DataError: a broken source, an id given twice, an unknown wanted domain, or a split without documents.
     """
-    reading = Reading()
-    seen = _Pass(sources, rule, reading, begin("reading"))
-    reading.repeated = _repeated_ids(np.frombuffer(seen.ids, dtype=np.uint64), sources)
-    if reading.repeated:
-        seen = _Pass(sources, rule, reading, begin("reading, each id once"))
+    reading, copies = Reading(), None
+    seen = readings.read("reading", reading)
+    seen.settle(rule)
+    reading.repeated = _repeated_ids(np.frombuffer(seen.ids, dtype=np.uint64), sources, readings)
+    if dedup is not None:
+        copies = _copies(seen, reading, readings, dedup)
+    if reading.repeated or reading.copies:
+        seen = readings.read("reading, each id once" if copies is None else "reading without copies", reading)
+        seen.settle(rule)
     filled = fill(seen.documents(), seen.names, rule, may_cut=True)
+    duplicates = None if copies is None else copies.described(reading.found)
     if filled.pieces:
         reading.pieces = {seen.names[code]: size for code, size in filled.pieces.items()}
-        seen = _Pass(sources, rule, reading, begin("reading in pieces"))
+        seen = readings.read("reading in pieces", reading)
+        seen.settle(rule)
         filled = fill(seen.documents(), seen.names, rule, may_cut=False)
     splits = filled.splits
     refuse_missing_splits(splits, rule)
@@ -128,70 +165,22 @@ def scan(sources: Sequence[Source], rule: SplitRule, begin: Callable[[str], Call
     order = np.array([domains.index(name) for name in seen.names], dtype=np.uint16)
     notes = [*_cut_notes(reading.pieces), *_moved_notes(filled, seen, rule), *_lacking_notes(splits, seen, rule)]
     codes = order[np.frombuffer(seen.codes, dtype=np.uint16)]
-    return Scan(domains, codes, splits, seen.totals, seen.characters, reading, seen.sample.texts(), notes)
+    sample = seen.sample.texts()
+    return Scan(domains, codes, splits, seen.totals, seen.characters, reading, sample, notes, duplicates)
 
 
-class _Pass:
-    """Reads all documents once and sends each where its hash says."""
-
-    def __init__(
-        self, sources: Sequence[Source], rule: SplitRule, reading: Reading, on_bytes: Callable[[int], None]
-    ) -> None:
-        self._by_name: dict[str, int] = {}
-        self.codes, self.sizes, self.draws, self.ids = array("H"), array("I"), array("I"), array("Q")
-        self.totals: list[SourceTotals] = []
-        self.characters = 0
-        self.sample = Sample()
-        self._splits = bytearray()
-        self._proxies: list[tuple[int, bytes]] = []
-        self._unwanted: set[bytes] = set()
-        for number, document in reading.documents(sources, on_bytes, self._finished):
-            if document.domain not in self._by_name and len(self._by_name) == _MOST_DOMAINS:
-                path = sources[number].path
-                raise DataError(f"{path}: more than {_MOST_DOMAINS:,} domains; name one with DOMAIN={path}")
-            self._take(document, rule)
-        for index, digest in self._proxies:
-            if digest in self._unwanted:
-                self._splits[index] = POOL
-        if missing := [name for name in rule.wanted if name not in self._by_name]:
-            known = ", ".join(sorted(self._by_name))
-            raise DataError(f"wanted domain {missing[0]!r}: no document has it; the sources have: {known}")
-
-    @property
-    def names(self) -> list[str]:
-        """Of the domains, in the order of ``codes``."""
-        return list(self._by_name)
-
-    def _finished(self, number: int, reader: SourceReader, documents: int) -> None:
-        self.totals.append(SourceTotals.of(reader, documents))
-
-    def _take(self, document: Document, rule: SplitRule) -> None:
-        """Enter one document."""
-        self.ids.append(int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=8).digest(), "little"))
-        self.characters += len(document.text)
-        self.codes.append(self._by_name.setdefault(document.domain, len(self._by_name)))
-        draw, digest = rule.draw(document.text.encode())
-        self.draws.append(int(draw * 2**32))
-        self.sizes.append(min(len(document.text), 2**32 - 1))
-        self.sample.offer(document.domain, draw, document.text)
-        split = POOL
-        if draw < rule.validation_fraction:
-            split = VALIDATION
-        elif draw < rule.validation_fraction + rule.proxy_fraction:
-            if rule.wanted and document.domain not in rule.wanted:
-                self._unwanted.add(digest)
-            else:
-                self._proxies.append((len(self._splits), digest))
-                split = PROXY
-        self._splits.append(split)
-
-    def documents(self) -> Documents:
-        """Describe what was read."""
-        splits = np.frombuffer(bytes(self._splits), dtype=np.uint8)
-        codes, sizes, draws = (
-            np.frombuffer(each, dtype=each.typecode) for each in (self.codes, self.sizes, self.draws)
-        )
-        return Documents(codes, splits, draws, sizes)
+def _copies(seen: Tally, reading: Reading, readings: Readings, dedup: str) -> Copies:
+    """Find the documents that are copies of an earlier one, and let ``reading`` leave them out."""
+    kept = np.ones(len(seen), dtype=bool)
+    kept[sorted(reading.repeated)] = False
+    copies = Copies(dedup, exact_copies(seen.documents().draws, np.frombuffer(seen.texts, np.uint64), kept))
+    reading.copies = copies.mask()
+    if dedup != EXACT:
+        copies.join(readings.near_copies(reading, len(seen)))
+        reading.copies = copies.mask()
+    copies.count(seen.names, np.frombuffer(seen.codes, np.uint16))
+    reading.watched = copies.examples()
+    return copies
 
 
 def refuse_missing_splits(splits: np.ndarray, rule: SplitRule) -> None:
@@ -217,38 +206,26 @@ def refuse_missing_splits(splits: np.ndarray, rule: SplitRule) -> None:
         )
 
 
-def _repeated_ids(digests: np.ndarray, sources: Sequence[Source]) -> set[int]:
+def _repeated_ids(hashes: np.ndarray, sources: Sequence[Source], readings: Readings) -> set[int]:
     """Places of documents whose id an earlier one has; raises DataError unless their source skips what is faulty.
 
-    Digests (D,), 8 bytes an id, are all that is kept while reading; where two are equal, the sources are read again.
+    Hashes (D,), 8 bytes an id, are all that is kept while reading; where two are equal, the sources are read again.
     """
-    ordered = np.sort(digests)
-    doubtful = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    ordered = np.sort(hashes)
+    doubtful = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     repeated: set[int] = set()
-    if not doubtful:
-        return repeated
     places: dict[str, tuple[Source, int]] = {}
-    read = (document for source in sources for document in _with_source(source))
-    for place, ((source, document), digest) in enumerate(zip(read, digests.tolist(), strict=False)):
-        if digest not in doubtful:
-            continue
-        if document.id not in places:
-            places[document.id] = source, document.line
+    for place, number, identity, line in readings.suspects(doubtful) if len(doubtful) else ():
+        source = sources[number]
+        if identity not in places:
+            places[identity] = source, line
         elif source.skip_faulty:
             repeated.add(place)
         else:
-            where, earlier = place_of(source, document.line), place_of(*places[document.id])
-            message = (
-                f"{where}: id {document.id!r} was already used at {earlier}; make ids unique, or leave the field out"
-            )
+            where, earlier = place_of(source, line), place_of(*places[identity])
+            message = f"{where}: id {identity!r} was already used at {earlier}; make ids unique, or leave the field out"
             raise FaultyError(REPEATED, message)
     return repeated
-
-
-def _with_source(source: Source) -> Iterator[tuple[Source, Document]]:
-    """Each document with its source."""
-    for document in SourceReader(source):
-        yield source, document
 
 
 def _cut_notes(pieces: Mapping[str, int]) -> list[str]:
@@ -259,7 +236,7 @@ def _cut_notes(pieces: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _moved_notes(filled: Filled, seen: _Pass, rule: SplitRule) -> list[str]:
+def _moved_notes(filled: Filled, seen: Tally, rule: SplitRule) -> list[str]:
     """Say which splits got more than the fraction asked for."""
     sizes, notes = seen.documents().sizes, []
     for split, fraction in ((VALIDATION, rule.validation_fraction), (PROXY, rule.proxy_fraction)):
@@ -272,7 +249,7 @@ def _moved_notes(filled: Filled, seen: _Pass, rule: SplitRule) -> list[str]:
     return notes
 
 
-def _lacking_notes(splits: np.ndarray, seen: _Pass, rule: SplitRule) -> list[str]:
+def _lacking_notes(splits: np.ndarray, seen: Tally, rule: SplitRule) -> list[str]:
     """Name the domains that give a split nothing though they should."""
     codes, notes = seen.documents().domains, []
     for split, fraction in ((VALIDATION, rule.validation_fraction), (PROXY, rule.proxy_fraction)):

@@ -6,7 +6,7 @@ import heapq
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from megaopus.errors import DataError
 
 _SAMPLED = 64
 """Documents of a domain that are decoded again."""
-_SAMPLED_DOMAINS = 64
+SAMPLED_DOMAINS = 64
 _SAMPLED_CHARACTERS = 1000
 """Of the beginning of each."""
 
@@ -26,13 +26,15 @@ _SAMPLED_CHARACTERS = 1000
 class Sample:
     """Keeps the beginnings of some documents of each domain: those of the lowest hash, so any order gives the same."""
 
+    domains: int | None = SAMPLED_DOMAINS
+    """At most so many, those that come first; None: all."""
     _kept: dict[str, list[tuple[float, int, str]]] = field(default_factory=dict)
     _offered: int = 0
 
     def offer(self, domain: str, draw: float, text: str) -> None:
         """Keep the text if its hash, ``draw`` in [0, 1), is among the lowest of its domain."""
         if (kept := self._kept.get(domain)) is None:
-            if len(self._kept) == _SAMPLED_DOMAINS:
+            if len(self._kept) == self.domains:
                 return
             kept = self._kept.setdefault(domain, [])
         if len(kept) == _SAMPLED and -draw <= kept[0][0]:
@@ -43,6 +45,12 @@ class Sample:
             heapq.heappush(kept, item)
         else:
             heapq.heapreplace(kept, item)
+
+    def offered(self) -> Iterator[tuple[str, float, str]]:
+        """(domain, hash, text) of what is kept: offered to another sample in this order, it stands for all of it."""
+        for domain, kept in self._kept.items():
+            for draw, _, text in sorted(kept, key=lambda item: -item[1]):
+                yield domain, -draw, text
 
     def texts(self) -> dict[str, list[str]]:
         """Domain -> texts."""

@@ -102,7 +102,7 @@ def work_folder(out: Path, plan: str, console: Console) -> Iterator[Path]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         else:
             for path in work.iterdir():
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             known.write_text(plan, encoding="utf-8")
         for partial in work.glob("*.partial"):
             partial.unlink()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from megaopus.corpus_tools.readers.registry import Reader, Row, register_reader
-from megaopus.corpus_tools.readers.stored import FaultyError, Stored, decoded
+from megaopus.corpus_tools.readers.registry import PACKED, Reader, Row, register_reader
+from megaopus.corpus_tools.readers.stored import FaultyError, Part, Stored, decoded
 
 
 class LongNumber:
@@ -22,7 +23,7 @@ class LongNumber:
 
 
 def _rows(stored: Stored) -> Iterator[Row]:
-    for line, content in enumerate(stored.lines(), 1):
+    for line, content in enumerate(stored.lines(), stored.before + 1):
         if content.removeprefix(codecs.BOM_UTF8).strip():  # files with such a mark may have been joined
             place = f"{stored.path} line {line}"
             try:
@@ -63,4 +64,28 @@ def _integer(digits: str) -> int | LongNumber:
         return LongNumber(digits)
 
 
-register_reader("json_lines", Reader(endings=(".jsonl", ".ndjson", ".json"), rows=_rows, unit="line", packed=True))
+def _divide(path: Path, size: int) -> list[Part]:
+    """Parts as even as bytes can be; none of a packed file, which is read from its start."""
+    if path.suffix.lower() in PACKED:
+        return []
+    total = path.stat().st_size
+    count = -(-total // size)
+    return [Part(total * n // count, total * (n + 1) // count) for n in range(count)]
+
+
+def _count(path: Path, part: Part) -> int:
+    """Count the lines that begin in a part: each but the file's first begins behind the end of another."""
+    place, end = max(0, part.first - 1), part.end - 1
+    found = int(part.first == 0)
+    with path.open("rb", buffering=0) as stream:
+        stream.seek(place)
+        while place < end and (block := stream.read(min(1 << 20, end - place))):
+            place += len(block)
+            found += block.count(b"\n")
+    return found
+
+
+register_reader(
+    "json_lines",
+    Reader(endings=(".jsonl", ".ndjson", ".json"), rows=_rows, unit="line", packed=True, divide=_divide, count=_count),
+)

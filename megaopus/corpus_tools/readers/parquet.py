@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from megaopus.corpus_tools.readers.registry import Reader, Row, register_reader
-from megaopus.corpus_tools.readers.stored import DAMAGED, FaultyError, Stored, needed, no_text_field
+from megaopus.corpus_tools.readers.stored import DAMAGED, FaultyError, Part, Stored, needed, no_text_field
 from megaopus.errors import DataError
 
 
@@ -24,8 +26,10 @@ def _rows(stored: Stored) -> Iterator[Row]:
         if wanted is not None and stored.text_field not in here:
             raise no_text_field(str(path), stored.text_field, names)
         columns = None if wanted is None else here
-        batches = file.iter_batches(batch_size=1024, columns=columns)
-        for number, values in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+        groups = None if stored.part is None else range(stored.part.first, stored.part.end)
+        batches = file.iter_batches(batch_size=1024, columns=columns, row_groups=groups)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, values in enumerate(rows, stored.before + 1):
             yield Row(number, f"{path} row {number}", values)
     except (arrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # of the system, not of the file's format
@@ -34,4 +38,30 @@ def _rows(stored: Stored) -> Iterator[Row]:
         raise FaultyError(DAMAGED, message) from error
 
 
-register_reader("parquet", Reader(endings=(".parquet",), rows=_rows))
+def _divide(path: Path, size: int) -> list[Part]:
+    """Row groups in a row, of about so many bytes; none of a file that cannot be read, which reading it says."""
+    parquet = needed("pyarrow.parquet", str(path))
+    arrow = needed("pyarrow", str(path))
+    try:
+        groups = parquet.read_metadata(path)
+        starts = [_start(groups.row_group(n)) for n in range(groups.num_row_groups)]
+    except (arrow.ArrowException, OSError):
+        return []
+    parts, first, before, rows, begin = [], 0, 0, 0, 0
+    for number in range(groups.num_row_groups):
+        rows += groups.row_group(number).num_rows
+        last = number + 1 == groups.num_row_groups
+        end = path.stat().st_size if last else starts[number + 1]  # the rest of the file belongs to the last
+        if last or end - begin >= size:
+            parts.append(Part(first, number + 1, before, (begin, end)))
+            first, before, begin = number + 1, rows, end
+    return parts
+
+
+def _start(group: Any) -> int:
+    """Byte at which a row group begins."""
+    columns = [group.column(n) for n in range(group.num_columns)]
+    return min(each.dictionary_page_offset or each.data_page_offset for each in columns)
+
+
+register_reader("parquet", Reader(endings=(".parquet",), rows=_rows, divide=_divide))

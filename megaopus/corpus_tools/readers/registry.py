@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megaopus.corpus_tools.readers.stored import Stored
+from megaopus.corpus_tools.readers.stored import Part, Stored
 from megaopus.registry import Registry
 
 PACKED = (".gz", ".zst")
@@ -51,6 +51,11 @@ class Reader:
     """Of a prefix's: address -> what is written of it, which must not depend on where it lies."""
     domain: Callable[[str], str] = lambda address: address
     """Of a prefix's: address -> domain of documents that name none."""
+    divide: Callable[[Path, int], list[Part]] | None = None
+    """(file, bytes) -> parts of about so many bytes that cover the file, to be read by several tasks. Fewer than
+    two, or no such function: it is read as a whole."""
+    count: Callable[[Path, Part], int] | None = None
+    """Of a part: its lines, where ``divide`` does not know how many lie ``before`` one."""
 
 
 READERS: Registry[Reader] = Registry("source", "megaopus.corpus_tools.readers")

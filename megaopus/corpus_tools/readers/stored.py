@@ -8,7 +8,7 @@ import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import psutil
 
@@ -29,6 +29,19 @@ class FaultyError(DataError):
         """``reason``: a few words, the same for all of the kind, by which they are counted."""
         super().__init__(message)
         self.reason = reason
+
+
+class Part(NamedTuple):
+    """Names a stretch of a file that can be read by itself: the lines that begin in it, or its row groups."""
+
+    first: int
+    """Byte, or row group."""
+    end: int
+    """That it ends before."""
+    before: int = 0
+    """Lines or rows of the file that lie before it."""
+    bytes: tuple[int, int] = (0, 0)
+    """Of row groups: where they lie in the file, [first, end)."""
 
 
 def _stop(error: FaultyError) -> None:
@@ -60,14 +73,24 @@ class Stored:
         wanted: list[str] | None,
         on_bytes: Callable[[memoryview], None],
         leave_out: Callable[[FaultyError], None] = _stop,
+        part: Part | None = None,
     ) -> None:
-        """``wanted``: fields that are asked for, None: all of them; ``on_bytes`` is given the bytes as stored."""
+        """``wanted``: fields that are asked for, None: all of them; ``on_bytes`` is given the bytes as stored.
+
+        ``part``: what to read of the file, None: all of it. Only readers that divide files are given one.
+        """
         self.path = path
         self.text_field = text_field
         self.wanted = wanted
         self.leave_out = leave_out
         """Raises what is wrong with a row, or counts it: then the reader goes on with the next."""
+        self.part = part
         self._on_bytes = on_bytes
+
+    @property
+    def before(self) -> int:
+        """Lines or rows of the file that lie before what is to be read."""
+        return self.part.before if self.part else 0
 
     def content(self) -> bytes:
         """All of the file, unpacked. Raises DataError."""
@@ -79,18 +102,23 @@ class Stored:
         return self._read(whole=False)
 
     def pass_bytes(self) -> None:
-        """Hash and count the file for a reader that does not read it from end to end. Raises OSError."""
+        """Hash and count the file, or the part, for a reader that does not read it from end to end. Raises OSError."""
         with self.path.open("rb", buffering=0) as raw:
             counted = _Counted(raw, self._on_bytes)
-            buffer = bytearray(1 << 20)
-            while counted.readinto(buffer):
-                pass
+            first, end = self.part.bytes if self.part else (0, self.path.stat().st_size)
+            raw.seek(first)
+            buffer = memoryview(bytearray(1 << 20))
+            while first < end and (count := counted.readinto(buffer[: end - first])):
+                first += count
 
     def _read(self, whole: bool) -> Iterator[bytes]:
         """The file's lines, or all of it as one item; gzip and system errors become typed ones."""
         path, line = self.path, 0
         try:
             with path.open("rb", buffering=0) as raw:
+                if self.part is not None:
+                    yield from self._part_lines(io.BufferedReader(raw, 1 << 20), self.part)
+                    return
                 stream: IO[bytes] = io.BufferedReader(_Counted(raw, self._on_bytes), 1 << 20)
                 if path.suffix.lower() == ".gz":
                     stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]
@@ -111,7 +139,23 @@ class Stored:
             where = f"{path}: damaged or truncated zstandard after line {line}"
             raise FaultyError(DAMAGED, f"{where} ({error}); copy or compress the file again") from error
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
+            raise unreadable(path, error) from error
+
+    def _part_lines(self, stream: IO[bytes], part: Part) -> Iterator[bytes]:
+        """The lines that begin in the part."""
+        if part.first:
+            stream.seek(part.first - 1)
+            stream.readline()  # the rest of a line of the part before
+        place = stream.tell()
+        while place < part.end and (content := stream.readline()):
+            place += len(content)
+            self._on_bytes(memoryview(content))
+            yield content
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error of a file that the system does not let be read."""
+    return DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions")
 
 
 class _Truncated(Exception):
