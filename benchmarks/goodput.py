@@ -1,0 +1,178 @@
+"""Is goodput on paper that of jobs which are killed? Short runs, killed at exponential times, beside the simulation.
+
+Each job is benchmarks/faulty_run.py's: 20 updates with selection, a checkpoint every 4, saves that are waited for, one
+rank that is forked with its imports done. It is killed (SIGKILL) at a random time after each start, until it is done.
+`planning.goodput.replay` is told when it was killed, and what a step, a save and a start of the undisturbed run take;
+the row: {jobs, kills, step_s, save_s, start_s, goodput, replayed, simulated, formula}. goodput: seconds of work over
+those of the clock; simulated and formula: with the mean of the kills' times instead of the times.
+
+With --llama no job is run: what the published run of Llama 3 (arXiv 2407.21783, section 3.3.4: 419 unexpected
+interruptions in 54 days on 16,384 GPUs, more than 90 % effective) would take, by Daly's formula. An illustration.
+
+    python benchmarks/goodput.py --json FILE
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console
+
+from benchmarks.common import machine, parser, progress, start, write_results
+from benchmarks.faulty_run import SAVE_EVERY, STEPS, fork, settings, wait_for
+from megaopus.corpus_tools.demo_corpus import DEMO_LIMITS, build_demo_corpus
+from megaopus.planning.goodput import Faults, best_interval, expected_goodput, replay, simulate
+
+KILLS = 1.5
+"""Mean time between kills, over that which an undisturbed job takes after its start."""
+MOST_STARTS = 40
+LLAMA_HOURS = 54 * 24 / 419
+"""Between interruptions of the published run."""
+
+
+class Undisturbed(NamedTuple):
+    """Tells what the parts of a job take, in seconds."""
+
+    step_s: float
+    """Of an update, its share of validations in it."""
+    save_s: float
+    start_s: float
+    """Until the first update begins."""
+    end_s: float
+    """From the last update to the end of the process: the last save in it."""
+
+
+def ran(overrides: list[str], run_dir: Path, kill_after: float | None) -> tuple[bool, float, list[float]]:
+    """Start a job and kill it after some seconds: (done, seconds, seconds from the start to each update)."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    times = run_dir / "times"
+    times.unlink(missing_ok=True)
+    began = time.monotonic()
+    (pid,) = fork(overrides, 1, None, run_dir)
+
+    def kill() -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    timer = threading.Timer(kill_after, kill) if kill_after is not None else None
+    if timer is not None:
+        timer.start()
+    codes, _ = wait_for([pid], lambda: None)
+    if timer is not None:
+        timer.cancel()
+    seconds = time.monotonic() - began
+    return codes == [0], seconds, [float(line) - began for line in times.read_text().split()] if times.exists() else []
+
+
+def undisturbed(corpus: Path, folder: Path) -> Undisturbed:
+    """Measure the parts of a job that nothing happens to; RuntimeError if it fails."""
+    done, seconds, times = ran(settings(corpus, folder / "whole", []), folder / "whole", None)
+    if not done or len(times) != STEPS:
+        raise RuntimeError(f"the undisturbed run failed, see {folder / 'whole' / 'output'}")
+    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    saving = [gap for number, gap in enumerate(gaps, start=1) if number % SAVE_EVERY == 0]
+    others = [gap for number, gap in enumerate(gaps, start=1) if number % SAVE_EVERY]
+    step_s = statistics.fmean(others)
+    save_s = max(1e-3, statistics.fmean(saving) - step_s)
+    return Undisturbed(step_s, save_s, max(0.0, times[0] - step_s), seconds - times[-1])
+
+
+def measure(corpus: Path, folder: Path, jobs: int, seed: int, bar: Any) -> dict[str, Any]:
+    """Run the jobs and make the row."""
+    about, draw = undisturbed(corpus, folder), random.Random(seed)
+    work = STEPS * about.step_s
+    mtbf = KILLS * (work + STEPS // SAVE_EVERY * about.save_s)
+    walls, replayed, kills, between = [], [], 0, []
+    task = bar.add_task("jobs that are killed", total=jobs)
+    interval = SAVE_EVERY * about.step_s
+    faults = Faults(mtbf=about.start_s + mtbf, save=about.save_s, restart=about.start_s)
+    for number in range(jobs):
+        gaps: list[float] = []
+        wall, done = 0.0, False
+        while not done and len(gaps) < MOST_STARTS:
+            after = draw.expovariate(1 / faults.mtbf)
+            name = folder / f"job{number}"
+            done, seconds, _ = ran(settings(corpus, name, []), name, after)
+            wall += seconds - done * about.end_s
+            gaps += [] if done else [seconds]
+            between.append(after)
+        kills += len(gaps)
+        walls.append(wall)
+        replayed.append(replay(work, interval, faults, gaps))
+        bar.advance(task)
+    told = Faults(mtbf=statistics.fmean(between), save=about.save_s, restart=about.start_s)
+    return {
+        "jobs": jobs,
+        "kills": kills,
+        **{name: round(value, 4) for name, value in about._asdict().items()},
+        "goodput": jobs * work / sum(walls),
+        "replayed": jobs * work / sum(replayed),
+        "of_jobs": [[round(wall, 3), round(again, 3)] for wall, again in zip(walls, replayed, strict=True)],
+        "simulated": simulate(1000 * work, interval, told).goodput,
+        "formula": expected_goodput(interval, told),
+    }
+
+
+def llama() -> list[dict[str, Any]]:
+    """Find, for some seconds of saving, the longest restart at which Daly's formula still gives 90 %."""
+    rows = []
+    for save in (1, 5, 15, 30, 60):
+        interval = best_interval(save, 3600 * LLAMA_HOURS)[1]
+        low, high = 0.0, 3600.0
+        for _ in range(40):
+            restart = (low + high) / 2
+            good = expected_goodput(interval, Faults(mtbf=3600 * LLAMA_HOURS, save=save, restart=restart)) >= 0.9
+            low, high = (restart, high) if good else (low, restart)
+        rows.append({"save_s": save, "interval_s": interval, "restart_s": low})
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    made = parser(__doc__)
+    made.set_defaults(corpus=Path("runs/bench/faults_corpus"), threads=1)
+    made.add_argument("--jobs", type=int, default=10, metavar="N", help="(%(default)s; --quick: 3)")
+    made.add_argument("--seed", type=int, default=1, metavar="N", help="of the kills' times (%(default)s)")
+    made.add_argument("--llama", action="store_true", help="the illustration, without a run")
+    args = made.parse_args(arguments)
+    console = Console()
+    if args.llama:
+        for row in llama():
+            console.print(
+                f"a save of {row['save_s']} s every {row['interval_s']:.0f} s: a restart of {row['restart_s']:.0f} s at most",
+                highlight=False,
+            )
+        return 0
+    start(args, console)
+    if not (args.corpus / "manifest.json").is_file():
+        args.corpus.parent.mkdir(parents=True, exist_ok=True)
+        build_demo_corpus(args.corpus, limits={name: size // 20 for name, size in DEMO_LIMITS.items()}, console=console)
+    with tempfile.TemporaryDirectory() as folder, progress(console) as bar:
+        row = measure(args.corpus, Path(folder), 3 if args.quick else args.jobs, args.seed, bar)
+    console.print(
+        f"{row['kills']} kills of {row['jobs']} jobs (start {row['start_s']:.2f} s, step {row['step_s']:.3f} s, save"
+        f" {row['save_s']:.3f} s): goodput {row['goodput']:.3f}, replayed {row['replayed']:.3f}; with their mean time"
+        f" simulated {row['simulated']:.3f}, by Daly's formula {row['formula']:.3f}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if args.json:
+        write_results(args.json, [row], machine(args))
+        console.print(f"row: {args.json}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
