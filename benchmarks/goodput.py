@@ -2,9 +2,9 @@
 
 Each job is benchmarks/faulty_run.py's: 20 updates with selection, a checkpoint every 4, saves that are waited for, one
 rank that is forked with its imports done. It is killed (SIGKILL) at a random time after each start, until it is done.
-`planning.goodput.replay` is told when it was killed, and what a step, a save and a start of the undisturbed run take;
+`planning.goodput.replay` is told when it was killed, and what a step, a save and a start take, as means of all starts;
 the row: {jobs, kills, step_s, save_s, start_s, goodput, replayed, simulated, formula}. goodput: seconds of work over
-those of the clock; simulated and formula: with the mean of the kills' times instead of the times.
+those of the clock; simulated (jobs as short) and formula (of a long one): by the mean of the kills' times.
 
 With --llama no job is run: what the published run of Llama 3 (arXiv 2407.21783, section 3.3.4: 419 unexpected
 interruptions in 54 days on 16,384 GPUs, more than 90 % effective) would take, by Daly's formula. An illustration.
@@ -14,6 +14,7 @@ interruptions in 54 days on 16,384 GPUs, more than 90 % effective) would take, b
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,23 +37,32 @@ from benchmarks.faulty_run import SAVE_EVERY, STEPS, fork, settings, wait_for
 from megaopus.corpus_tools.demo_corpus import DEMO_LIMITS, build_demo_corpus
 from megaopus.planning.goodput import Faults, best_interval, expected_goodput, replay, simulate
 
-KILLS = 1.5
-"""Mean time between kills, over that which an undisturbed job takes after its start."""
+KILLS = 0.7
+"""Mean time between kills, over that which an undisturbed job takes."""
 MOST_STARTS = 40
 LLAMA_HOURS = 54 * 24 / 419
 """Between interruptions of the published run."""
 
 
-class Undisturbed(NamedTuple):
-    """Tells what the parts of a job take, in seconds."""
+class Parts(NamedTuple):
+    """Tells what the parts of a job take, in seconds: means over starts."""
 
     step_s: float
     """Of an update, its share of validations in it."""
     save_s: float
     start_s: float
     """Until the first update begins."""
-    end_s: float
-    """From the last update to the end of the process: the last save in it."""
+
+    @classmethod
+    def of(cls, starts: Sequence[Sequence[float]]) -> Parts:
+        """Take them from the seconds between each start and its updates; every start is at a checkpoint."""
+        saving, others = [], []
+        for times in starts:
+            for number, (before, after) in enumerate(itertools.pairwise(times), start=1):
+                (others if number % SAVE_EVERY else saving).append(after - before)
+        step_s = statistics.fmean(others)
+        first = statistics.fmean(times[0] for times in starts if times)
+        return cls(step_s, max(1e-3, statistics.fmean(saving) - step_s), max(0.0, first - step_s))
 
 
 def ran(overrides: list[str], run_dir: Path, kill_after: float | None) -> tuple[bool, float, list[float]]:
@@ -76,52 +87,45 @@ def ran(overrides: list[str], run_dir: Path, kill_after: float | None) -> tuple[
     return codes == [0], seconds, [float(line) - began for line in times.read_text().split()] if times.exists() else []
 
 
-def undisturbed(corpus: Path, folder: Path) -> Undisturbed:
-    """Measure the parts of a job that nothing happens to; RuntimeError if it fails."""
-    done, seconds, times = ran(settings(corpus, folder / "whole", []), folder / "whole", None)
+def undisturbed(corpus: Path, folder: Path) -> list[float]:
+    """Run a job that nothing happens to: seconds to each update. RuntimeError if it fails."""
+    done, _, times = ran(settings(corpus, folder / "whole", []), folder / "whole", None)
     if not done or len(times) != STEPS:
         raise RuntimeError(f"the undisturbed run failed, see {folder / 'whole' / 'output'}")
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
-    saving = [gap for number, gap in enumerate(gaps, start=1) if number % SAVE_EVERY == 0]
-    others = [gap for number, gap in enumerate(gaps, start=1) if number % SAVE_EVERY]
-    step_s = statistics.fmean(others)
-    save_s = max(1e-3, statistics.fmean(saving) - step_s)
-    return Undisturbed(step_s, save_s, max(0.0, times[0] - step_s), seconds - times[-1])
+    return times
 
 
 def measure(corpus: Path, folder: Path, jobs: int, seed: int, bar: Any) -> dict[str, Any]:
-    """Run the jobs and make the row."""
-    about, draw = undisturbed(corpus, folder), random.Random(seed)
-    work = STEPS * about.step_s
-    mtbf = KILLS * (work + STEPS // SAVE_EVERY * about.save_s)
-    walls, replayed, kills, between = [], [], 0, []
+    """Run the jobs and make the row; seconds of the parts are those of all their starts, for other work runs beside."""
+    draw, starts = random.Random(seed), [undisturbed(corpus, folder)]
+    mean = KILLS * starts[0][-1]
+    walls, killed, lives = [], [], []
     task = bar.add_task("jobs that are killed", total=jobs)
-    interval = SAVE_EVERY * about.step_s
-    faults = Faults(mtbf=about.start_s + mtbf, save=about.save_s, restart=about.start_s)
     for number in range(jobs):
         gaps: list[float] = []
-        wall, done = 0.0, False
+        wall, done, name = 0.0, False, folder / f"job{number}"
         while not done and len(gaps) < MOST_STARTS:
-            after = draw.expovariate(1 / faults.mtbf)
-            name = folder / f"job{number}"
-            done, seconds, _ = ran(settings(corpus, name, []), name, after)
-            wall += seconds - done * about.end_s
+            lives.append(draw.expovariate(1 / mean))
+            done, seconds, times = ran(settings(corpus, name, []), name, lives[-1])
+            wall += times[-1] if done else seconds
             gaps += [] if done else [seconds]
-            between.append(after)
-        kills += len(gaps)
+            starts.append(times)
         walls.append(wall)
-        replayed.append(replay(work, interval, faults, gaps))
+        killed.append(gaps)
         bar.advance(task)
-    told = Faults(mtbf=statistics.fmean(between), save=about.save_s, restart=about.start_s)
+    parts = Parts.of(starts)
+    work, interval = STEPS * parts.step_s, SAVE_EVERY * parts.step_s
+    faults = Faults(mtbf=statistics.fmean(lives), save=parts.save_s, restart=parts.start_s)
+    replayed = [replay(work, interval, faults, gaps) for gaps in killed]
     return {
         "jobs": jobs,
-        "kills": kills,
-        **{name: round(value, 4) for name, value in about._asdict().items()},
+        "kills": sum(map(len, killed)),
+        **{name: round(value, 4) for name, value in parts._asdict().items()},
         "goodput": jobs * work / sum(walls),
         "replayed": jobs * work / sum(replayed),
         "of_jobs": [[round(wall, 3), round(again, 3)] for wall, again in zip(walls, replayed, strict=True)],
-        "simulated": simulate(1000 * work, interval, told).goodput,
-        "formula": expected_goodput(interval, told),
+        "simulated": simulate(work, interval, faults, repeats=2000).goodput,
+        "formula": expected_goodput(interval, faults),
     }
 
 
@@ -151,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.llama:
         for row in llama():
             console.print(
-                f"a save of {row['save_s']} s every {row['interval_s']:.0f} s: a restart of {row['restart_s']:.0f} s at most",
+                f"a save of {row['save_s']} s every {row['interval_s']:.0f} s: restarts of {row['restart_s']:.0f} s",
                 highlight=False,
             )
         return 0

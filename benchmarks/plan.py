@@ -35,11 +35,9 @@ from megaopus.planning.search import Search
 from megaopus.timed_layouts import time_layouts
 
 SETTINGS = (
-    *("model=tiny", "model.hidden_size=256", "data.seq_len=256", "train.global_batch_size=8", "engine=cpu"),
+    *("model=tiny", "data.seq_len=128", "train.global_batch_size=8", "engine=cpu"),
     *("selection=uniform", "train.steps=100"),
 )
-FIRST = 3
-"""Places of the list that count as its first."""
 
 
 def job(corpus: Path, ranks: int, fixed: Sequence[str]) -> Job:

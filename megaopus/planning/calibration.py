@@ -18,7 +18,7 @@ from megaopus.planning.step_time import StepWork
 
 FILE = Path("runs/plan_calibration.json")
 _VERSION = 1
-_NOISE, _FREEDOM = 0.05, 1.5
+_NOISE, _FREEDOM = 0.05, 2.0
 """Standard deviations of the logarithms: of a measured time, and of a coefficient about what is assumed of it."""
 _ROUNDS = 40
 

@@ -56,18 +56,32 @@ class Search:
                 return
 
     def _kinds(self) -> Iterator[Candidate]:
-        """Yield the best of each of the best few arrangements, and of the first one another micro-batch."""
-        seen: dict[tuple[int, ...], Layout] = {}
-        extra = None
+        """Yield the best of each of the best few arrangements, and two that show what the small things take.
+
+        What a pass of a layer and a message take, whatever their sizes, shows in the smallest micro-batches: of the
+        best arrangement, and of the one that sends most messages.
+        """
+        best: dict[tuple[int, ...], Candidate] = {}
+        theirs: list[Candidate] = []
         for choice in self.best(len(self.candidates))[0]:
-            layout = choice.candidate.layout
-            kind = (layout.tp, layout.cp, layout.pp, layout.ep)
-            first = next(iter(seen.values()), layout)
-            if kind not in seen and len(seen) < KINDS:
-                seen[kind] = layout
-                yield choice.candidate
-            elif kind == next(iter(seen)) and layout.micro_batch_size != first.micro_batch_size and extra is None:
-                extra = choice.candidate
-                yield extra
-            if len(seen) == KINDS and extra is not None:
-                return
+            kind = _kind(choice.candidate)
+            if len(best) < KINDS:
+                best.setdefault(kind, choice.candidate)
+            if kind in best and not choice.candidate.layout.recompute:
+                theirs.append(choice.candidate)
+        chosen = list(best.values())
+        if theirs:
+            of_first = [each for each in theirs if _kind(each) == _kind(chosen[0])]
+            chosen += [min(of_first, key=lambda each: each.layout.micro_batch_size), max(theirs, key=_messages)]
+        yield from {each.layout: each for each in chosen}.values()
+
+
+def _kind(candidate: Candidate) -> tuple[int, ...]:
+    """Name the arrangement of the ranks, whatever else a layout says."""
+    layout = candidate.layout
+    return layout.tp, layout.cp, layout.pp, layout.ep
+
+
+def _messages(candidate: Candidate) -> float:
+    """Count the messages of a step's micro-batches."""
+    return candidate.work.micro_batches * max(stage.messages for stage in candidate.work.stages)
