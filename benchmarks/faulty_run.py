@@ -106,15 +106,15 @@ def launch(overrides: list[str], ranks: int, fault: Fault | None, run_dir: Path)
     path = run_dir / "batches"
     before = len(path.read_text().splitlines()) if path.exists() else 0
     began = time.monotonic()
-    pids = _fork(overrides, ranks, fault, run_dir)
+    pids = fork(overrides, ranks, fault, run_dir)
 
     def second_job() -> None:
         due = fault is not None and fault.kind == "second job" and (run_dir / "fired").exists()
         if due and not (run_dir / "refused").exists():
-            ends = {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in _fork(overrides, ranks, None, run_dir)}
+            ends = {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in fork(overrides, ranks, None, run_dir)}
             (run_dir / "refused").write_text(" ".join(map(str, sorted(ends))))
 
-    codes, ended = _wait(pids, second_job)
+    codes, ended = wait_for(pids, second_job)
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()[before:]] if path.exists() else []
     return Ran(
         codes=codes,
@@ -128,7 +128,7 @@ def launch(overrides: list[str], ranks: int, fault: Fault | None, run_dir: Path)
     )
 
 
-def _fork(overrides: list[str], ranks: int, fault: Fault | None, run_dir: Path) -> list[int]:
+def fork(overrides: list[str], ranks: int, fault: Fault | None, run_dir: Path) -> list[int]:
     """Start the ranks, in a process group of their own; their process ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -144,7 +144,7 @@ def _fork(overrides: list[str], ranks: int, fault: Fault | None, run_dir: Path) 
     return pids
 
 
-def _wait(pids: list[int], meanwhile: Callable[[], None]) -> tuple[list[int], bool]:
+def wait_for(pids: list[int], meanwhile: Callable[[], None]) -> tuple[list[int], bool]:
     """Exit status of each rank, and whether all but stopped ones ended by themselves; calls ``meanwhile`` often."""
     codes: dict[int, int] = {}
     deadline, ended = time.monotonic() + PATIENCE_SECONDS, True
@@ -223,6 +223,8 @@ def _recorded(path: Path) -> Iterator[None]:
             line = json.dumps({**kept, **digests, "loss": record.loss, "skipped": record.skipped, "lr": record.lr})
             with path.open("a") as stream:
                 stream.write(line + "\n")
+            with path.with_name("times").open("a") as stream:
+                stream.write(f"{time.monotonic()}\n")
         original(self, record, selection, events)
 
     with _replaced(Recorder, "step", step):

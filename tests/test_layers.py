@@ -87,6 +87,7 @@ MAY_IMPORT: Mapping[str, set[str] | None] = {
     "export": {"checkpoint", "config", "data", "huggingface", "models", "start"},
     "build": ANY,
     "side_by_side": {"build", "config", "data", "distributed", "record", "training"},
+    "timed_layouts": {"build", "config", "data", "distributed", "selection", "side_by_side", "training"},
     "cli": ANY,
     "__main__": {"cli.main"},
 }

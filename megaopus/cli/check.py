@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for the launch command (default: %(default)s)",
     )
     parser.add_argument(
+        "--memory", type=memory_size, metavar="SIZE", help="of a GPU, as 80GB: says whether the run fits"
+    )
+    parser.add_argument(
         "--scorer-parameters",
         type=_parameters,
         metavar="N",
@@ -70,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         args.config_dir,
         per_node=args.gpus_per_node,
         scorer_parameters=args.scorer_parameters,
+        memory_size=args.memory,
     )
     return 2 if refused else 0
 
@@ -82,13 +86,14 @@ def show(
     console: Console | None = None,
     per_node: int = GPUS_PER_NODE,
     scorer_parameters: float | None = None,
+    memory_size: int | None = None,
 ) -> list[str]:
     """Print everything that follows from ``config`` on ``world_size`` ranks (None: tp x cp x pp, the fewest possible).
 
     ``overrides`` and ``config_dir`` are repeated in the launch command, for nodes of ``per_node`` GPUs.
-    ``scorer_parameters``: of a model that may score ahead of time. Returns why the run could not start on this machine,
-    as it was printed. Raises ConfigError if the settings do not fit the ranks,
-    DataError if a corpus cannot be read.
+    ``scorer_parameters``: of a model that may score ahead of time; ``memory_size``: bytes of a device, to say whether
+    the run fits. Returns why the run could not start here, as it was printed.
+    Raises ConfigError if the settings do not fit the ranks, DataError if a corpus cannot be read.
     """
     from megaopus.config.run_config import differences
     from megaopus.config.validation import validate
@@ -113,7 +118,7 @@ def show(
     when = "When scoring pays (an estimate)"
     console.print(_two_columns(when, scorer_cost.pays(config, data, scorer_parameters)))
     for precision in precisions(config):
-        console.print(_memory_table(config, vocab_size, world_size, precision))
+        console.print(_memory_table(config, vocab_size, world_size, precision, memory_size))
     refused = missing(config)
     for why in refused:
         console.print(f"The run would be refused here: {why}", soft_wrap=True, markup=False, highlight=False)
@@ -134,6 +139,16 @@ def missing(config: RunConfig) -> list[str]:
         except MegaopusError as error:
             found.append(str(error))
     return found
+
+
+def memory_size(text: str) -> int:
+    """Read the memory of a device."""
+    from megaopus.planning.machine import parse_memory
+
+    try:
+        return parse_memory(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 _LETTERS = {"K": 1e3, "M": 1e6, "B": 1e9}
@@ -177,9 +192,12 @@ def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
     return table
 
 
-def _memory_table(config: RunConfig, vocab_size: int, world_size: int, precision: str) -> Table:
-    """Lay out the memory of the stage that needs most."""
+def _memory_table(
+    config: RunConfig, vocab_size: int, world_size: int, precision: str, memory_size: int | None
+) -> Table:
+    """Lay out the memory of the stage that needs most, and whether that goes into a device's."""
     from megaopus.planning.estimate import format_bytes
+    from megaopus.planning.machine import TIGHT, verdict
     from megaopus.planning.memory import PHASES, memory, peak
 
     stages = [memory(config, vocab_size, world_size, precision, stage) for stage in range(config.parallel.pp)]
@@ -199,4 +217,7 @@ def _memory_table(config: RunConfig, vocab_size: int, world_size: int, precision
     table.add_section()
     what = f"in {phase}, of tensors and process; the allocator's fragments come on top"
     table.add_row("peak", format_bytes(total), what)
+    if memory_size is not None:
+        of = f"{total / memory_size:.0%} of {format_bytes(memory_size)} (--memory); tight above {TIGHT:.0%}"
+        table.add_row("verdict", verdict(total, memory_size), of)
     return table

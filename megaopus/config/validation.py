@@ -41,6 +41,12 @@ def validate(
     return found
 
 
+def layout_problems(config: RunConfig, world_size: int) -> list[Problem]:
+    """Problems that a layout of settings which are right otherwise may have; takes a tenth of ``validate``'s time."""
+    found = problems(config.parallel, "parallel.")
+    return [*found, *RULES.problems(config, world_size, {problem.key for problem in found})]
+
+
 # -- run folder ------------------------------------------------------------------------------------------------------
 
 

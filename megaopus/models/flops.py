@@ -96,7 +96,9 @@ def stage_weights(
     hidden, first, last = model.hidden_size, stage == 0, stage == pp - 1
     table = padded_vocab(vocab_size) * hidden
     layers = layers_of(model, pp, stage, vpp)
-    weights = [weight for layer in layers for weight in layer_weights(model, layer, ep=ep)]
+    kinds = {model.has_experts(layer): layer for layer in layers}
+    of_kind = {experts: layer_weights(model, layer, ep=ep) for experts, layer in kinds.items()}
+    weights = [weight for layer in layers for weight in of_kind[model.has_experts(layer)]]
     if first:
         weights.append(Weight("word_embeddings", table, sharded=True, columns=hidden))
         if model.position == "learned":

@@ -19,7 +19,7 @@ MADE = {
     "eval": (["model", "--out", "e.json"], "eval another model with --against e.json"),
     "export": (["runs/a", "--out", "m"], "AutoModelForCausalLM.from_pretrained('m')"),
 }
-OWN = {"train", "demo", "check", "settings"}
+OWN = {"train", "demo", "check", "plan", "settings"}
 """Those that end in a line of their own (tests of theirs hold it), and a list."""
 
 
