@@ -56,7 +56,8 @@ class Parts(NamedTuple):
     @classmethod
     def of(cls, starts: Sequence[Sequence[float]]) -> Parts:
         """Take them from the seconds between each start and its updates; every start is at a checkpoint."""
-        saving, others = [], []
+        saving: list[float] = []
+        others: list[float] = []
         for times in starts:
             for number, (before, after) in enumerate(itertools.pairwise(times), start=1):
                 (others if number % SAVE_EVERY else saving).append(after - before)
