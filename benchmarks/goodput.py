@@ -2,9 +2,10 @@
 
 Each job is benchmarks/faulty_run.py's: 20 updates with selection, a checkpoint every 4, saves that are waited for, one
 rank that is forked with its imports done. It is killed (SIGKILL) a random time after the first update of each start,
-until it is done. `planning.goodput.replay` is told when it was killed, and what a step, a save and a start take, as
-means of all starts; the row: {jobs, kills, step_s, save_s, start_s, goodput, replayed, of_jobs}. goodput: seconds of
-work over those of the clock, measured; replayed: the same by the simulation.
+until it is done. `planning.goodput.replay` is told when it was killed, what its starts took on average, and what a step
+and a save take in all jobs: what it must find is the work that was done again. The row: {jobs, kills, step_s, save_s,
+start_s, goodput, replayed, of_jobs}. goodput: seconds of work over those of the clock, measured; replayed: the same by
+the simulation.
 
 With --llama no job is run: what the published run of Llama 3 (arXiv 2407.21783, section 3.3.4: 419 unexpected
 interruptions in 54 days on 16,384 GPUs, more than 90 % effective) would take, by Daly's formula. An illustration.
@@ -56,7 +57,8 @@ class Parts(NamedTuple):
     @classmethod
     def of(cls, starts: Sequence[Sequence[float]]) -> Parts:
         """Take them from the seconds between each start and its updates; every start is at a checkpoint."""
-        saving, others = [], []
+        saving: list[float] = []
+        others: list[float] = []
         for times in starts:
             for number, (before, after) in enumerate(itertools.pairwise(times), start=1):
                 (others if number % SAVE_EVERY else saving).append(after - before)
@@ -97,7 +99,9 @@ def measure(corpus: Path, folder: Path, jobs: int, seed: int, bar: Any) -> dict[
     """Run the jobs and make the row; seconds of the parts are those of all their starts, for other work runs beside."""
     draw, starts = random.Random(seed), [undisturbed(corpus, folder)]
     mean = KILLS * (starts[0][-1] - starts[0][0])
-    walls, killed = [], []
+    walls: list[float] = []
+    killed: list[list[float]] = []
+    firsts: list[float] = []
     task = bar.add_task("jobs that are killed", total=jobs)
     for number in range(jobs):
         lives: list[float] = []
@@ -108,13 +112,15 @@ def measure(corpus: Path, folder: Path, jobs: int, seed: int, bar: Any) -> dict[
             lives += [] if done else [seconds - times[0]]
             starts.append(times)
         walls.append(wall)
+        firsts.append(statistics.fmean(times[0] for times in starts[-len(lives) - 1 :]))
         killed.append(lives)
         bar.advance(task)
     parts = Parts.of(starts)
     work, interval = STEPS * parts.step_s, SAVE_EVERY * parts.step_s
-    faults = Faults(mtbf=math.inf, save=parts.save_s, restart=parts.start_s)
-    first = parts.start_s + parts.step_s
-    replayed = [replay(work, interval, faults, [first + life for life in lives]) for lives in killed]
+    replayed = []
+    for lives, first in zip(killed, firsts, strict=True):
+        faults = Faults(mtbf=math.inf, save=parts.save_s, restart=max(0.0, first - parts.step_s))
+        replayed.append(replay(work, interval, faults, [first + life for life in lives]))
     return {
         "jobs": jobs,
         "kills": sum(map(len, killed)),

@@ -84,8 +84,9 @@ def measure(corpus: Path, ranks: int, fixed: Sequence[str], clock: str, bar: Any
         runs.append([*SETTINGS, f"data.path={corpus}", *layout])
     task = bar.add_task(f"layouts of {ranks} ranks", total=len(runs))
     timings = time_layouts(runs, None, ranks, lambda count: bar.advance(task, count), clock)
-    if failed := [timing.failed for timing in timings if timing.failed]:
-        raise RuntimeError(f"{len(failed)} layouts failed: {failed[0]}")
+    for timing in timings:
+        if timing.failed:
+            bar.console.print(f"a layout failed and is left out: {timing.failed}", highlight=False, markup=False)
     rows = {
         each.layout: Measured(
             layout=each.layout.told(ranks),
@@ -93,8 +94,14 @@ def measure(corpus: Path, ranks: int, fixed: Sequence[str], clock: str, bar: Any
             selection_s=timing.selection_s,
         )
         for each, timing in zip(candidates, timings, strict=True)
+        if not timing.failed
     }
-    return played(planned, candidates, rows, 1 if clock == "cpu" else len(os.sched_getaffinity(0)))
+    return played(
+        planned,
+        [each for each in candidates if each.layout in rows],
+        rows,
+        1 if clock == "cpu" else len(os.sched_getaffinity(0)),
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ STEPS = 3
 """Updates that are timed, after one that warms up (two where a batch is selected: the second is the first to score)."""
 _MODULE = "megaopus.timed_layouts"
 _LAST_LINES = 3
+_PORTS = range(12_000, 30_000)
 
 
 class Timing(NamedTuple):
@@ -46,7 +50,8 @@ def time_layouts(
         with tempfile.TemporaryDirectory(prefix="megaopus-plan-") as folder:
             job, rows, log = (Path(folder) / name for name in ("job.json", "rows.jsonl", "log"))
             rows.touch()
-            about = {"runs": [list(run) for run in runs[started:]], "rows": str(rows), "folder": folder, "clock": clock}
+            left = [list(run) for run in runs[started:]]
+            about = {"runs": left, "ports": _free_ports(len(left)), "rows": str(rows), "folder": folder, "clock": clock}
             job.write_text(json.dumps({**about, "config_dir": config_dir and str(config_dir)}), encoding="utf-8")
             _launched(job, ranks, rows, log, found, done)
             if len(found) < len(runs):
@@ -79,14 +84,25 @@ def _launched(job: Path, ranks: int, rows: Path, log: Path, found: list[Timing],
             process.wait()
 
 
+def _free_ports(count: int) -> list[int]:
+    """Find ports that nobody listens on, below those that outgoing connections are given."""
+    found: list[int] = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
+
+
 def main(job: Path) -> None:
     """Time the runs of a job on this rank; rank 0 appends a line for each."""
     about: dict[str, Any] = json.loads(job.read_text(encoding="utf-8"))
     config_dir = about["config_dir"] and Path(about["config_dir"])
-    port = int(os.environ["MASTER_PORT"])
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # each layout has a rendezvous of its own
-    for number, overrides in enumerate(about["runs"], start=1):
-        os.environ["MASTER_PORT"] = str(port + number)
+    for overrides, port in zip(about["runs"], about["ports"], strict=True):
+        os.environ["MASTER_PORT"] = str(port)
         row = _timed([*overrides, f"run_dir={about['folder']}/run"], config_dir, about["clock"])
         if os.environ["RANK"] == "0":
             with Path(about["rows"]).open("a", encoding="utf-8") as stream:

@@ -137,9 +137,14 @@ def _measure(args: argparse.Namespace, plan: Planned, search: Search, console: C
     if not search.measured:
         return
     rows = [(candidate.work, measured) for candidate, measured in search.rows()]
-    about = {"device": device_name(job.device), "ranks": job.world_size, "precision": job.precision}
-    parameters = WholeRun.of(job.config, job.vocab_size, None).parameters
-    found = calibration.calibrate(assumed, rows, parameters=parameters, **about)
+    found = calibration.calibrate(
+        assumed,
+        rows,
+        device=device_name(job.device),
+        ranks=job.world_size,
+        parameters=WholeRun.of(job.config, job.vocab_size, None).parameters,
+        precision=job.precision,
+    )
     search.machine = found.machine
     calibration.save(found, args.calibration)
     console.print(

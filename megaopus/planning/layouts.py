@@ -56,7 +56,8 @@ class Layout:
     def put(self, config: RunConfig) -> RunConfig:
         """Copy a run's settings, at this layout."""
         found = copy.copy(config)
-        found.parallel, found.train, found.engine = map(copy.copy, (config.parallel, config.train, config.engine))
+        found.parallel, found.train = copy.copy(config.parallel), copy.copy(config.train)
+        found.engine = copy.copy(config.engine)
         for name, key in KEYS.items():
             setattr(_section(found, key), key.rpartition(".")[2], getattr(self, name))
         return found
@@ -154,8 +155,8 @@ def _frames(job: Job) -> Iterator[Layout]:
             degrees("ep", experts or 1, world // pp),
             sharded(dp * cp),
         ):
-            degree = {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep}
-            yield replace(given, **degree, sequence_parallel=sequence, distributed_optimizer=shards)
+            ranks = replace(given, tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep)
+            yield replace(ranks, sequence_parallel=sequence, distributed_optimizer=shards)
 
 
 def _divisors(number: int, most: int) -> list[int]:
@@ -164,7 +165,7 @@ def _divisors(number: int, most: int) -> list[int]:
 
 def rank_peak(job: Job, config: RunConfig) -> tuple[int, int]:
     """(bytes that the stage which needs most takes at its peak, that stage)."""
-    stages = range(config.parallel.pp)
+    stages = list(range(config.parallel.pp))
     if config.model.num_experts is None:  # those between hold fewer passes than the first, and no table
         stages = sorted({0, config.parallel.pp - 1})
     peaks = {stage: peak(_rows(job, config, stage))[1] for stage in stages}

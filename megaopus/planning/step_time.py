@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megaopus.config.run_config import RunConfig
-from megaopus.models.flops import count_parameters, padded_vocab
+from megaopus.models.flops import padded_vocab
 from megaopus.planning.activations import WIDTH
 from megaopus.planning.machine import Machine
 from megaopus.planning.rank import Rank
@@ -274,8 +274,3 @@ class _Stage:
 def tokens_per_step(config: RunConfig) -> int:
     """Tokens of an update."""
     return config.train.global_batch_size * config.data.seq_len
-
-
-def parameters(config: RunConfig, vocab_size: int) -> int:
-    """Trainable parameters of the whole model."""
-    return count_parameters(config.model, vocab_size, config.data.seq_len)

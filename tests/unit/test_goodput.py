@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from benchmarks.goodput import llama
 from megaopus.cli.main import main
-from megaopus.planning.goodput import Faults, best_interval, best_simulated, expected_goodput, of_job, simulate
+from megaopus.planning.goodput import Faults, best_interval, best_simulated, expected_goodput, of_job, replay, simulate
 
 WEEK = 7 * 86400.0
 JOB = Faults(mtbf=4 * 3600, save=60, restart=300)
@@ -101,3 +103,23 @@ def test_a_plan_tells_the_goodput_of_its_choice(capsys: pytest.CaptureFixture[st
     assert "Set checkpoint.every=" in out
     lines = [line for line in out.splitlines() if line[:1] in "┃│┏└"]
     assert max(map(len, lines)) <= 100
+
+
+def test_a_job_that_is_killed_is_replayed_as_it_was() -> None:
+    """By hand: starts of 10 s, 20 steps of 1 s, a save of 0.5 s after each 4."""
+    faults = Faults(mtbf=math.inf, save=0.5, restart=10)
+    whole = 10 + 20 + 4 * 0.5
+    assert replay(20, 4, faults, []) == pytest.approx(whole)
+    # killed before its first update; 6.2 s after another start, two steps after a save; then left alone from step 4 on
+    assert replay(20, 4, faults, [7, 10 + 4 + 0.5 + 2]) == pytest.approx(7 + 16.5 + whole - 4.5)
+    # killed in a save: the checkpoint is none
+    assert replay(20, 4, faults, [10 + 4 + 0.3]) == pytest.approx(14.3 + whole)
+
+
+def test_the_illustration_is_that_of_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    for row in llama():
+        restart = f"{row['restart_s']:.0f} s" if row["restart_s"] > 1 else "none does"
+        assert f"| {row['save_s']} s | {row['interval_s']:.0f} s | {restart} |" in page
+        kept = Faults(mtbf=3600 * 54 * 24 / 419, save=row["save_s"], restart=row["restart_s"])
+        assert expected_goodput(row["interval_s"], kept) == pytest.approx(0.9, abs=0.006)
