@@ -105,6 +105,8 @@ ONLY_IN = {
     "transformers": {"huggingface", "score"},
     "fasttext": {"score"},
     "lm_eval": {"evaluation"},
+    "datatrove": {"corpus_tools"},
+    "ray": {"corpus_tools"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted(
