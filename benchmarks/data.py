@@ -4,6 +4,9 @@ Text of the demo corpus, over and over under other document ids, in one JSON-lin
 as large. Tokenizer given (trained beforehand, as for the demo). Every measurement is a process of its own, in turns.
 Row {tokens_per_s, tokenizer_only_tokens_per_s, ratio, peak_mb_small, peak_mb_large, ...}.
 
+With --executor the command works by tasks of datatrove, one for each worker (row: also executor, tasks), and its corpus
+must have the fingerprint of the command without. --clock cpu counts processor seconds of all processes of a command.
+
 tokens_per_s: of the whole command, from reading to the finished folder. tokenizer_only: ``encode_batch_fast`` with as
 many threads, on texts that are in memory. ratio: median over rounds. peak_mb: resident memory of the command at its
 highest, its workers' with it (sampled).
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +59,15 @@ def write_texts(texts: Sequence[str], path: Path, megabytes: float) -> None:
             copy += 1
 
 
-def run_prepare(source: Path, tokenizer: Path, workers: int) -> dict[str, float]:
-    """Seconds, tokens and peak MB of the command ``prepare`` and its workers."""
+def run_prepare(source: Path, tokenizer: Path, workers: int, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Seconds, tokens, fingerprint and peak MB of the command ``prepare``, with ``more`` options, and its workers."""
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
         out = Path(folder) / "corpus"
         command = [sys.executable, "-m", "megaopus", "prepare", "--source", str(source), "--tokenizer", str(tokenizer)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        began, peak = time.perf_counter(), 0
+        began, used, peak = time.perf_counter(), children_seconds(), 0
         with (Path(folder) / "log").open("w") as log:
-            more = ["--out", str(out), "--workers", str(workers)]
+            more = [*more, "--out", str(out), "--workers", str(workers)]
             process = subprocess.Popen([*command, *more], env=environment, stdout=log, stderr=log)
             while process.poll() is None:
                 peak = max(peak, resident(process.pid))
@@ -71,7 +75,20 @@ def run_prepare(source: Path, tokenizer: Path, workers: int) -> dict[str, float]
         seconds = time.perf_counter() - began
         if process.returncode:
             raise SystemExit((Path(folder) / "log").read_text())
-        return {"seconds": seconds, "tokens": Corpus.open(out).manifest["tokens"], "peak_mb": peak / 1e6}
+        made = Corpus.open(out)
+        return {
+            "seconds": seconds,
+            "cpu_seconds": children_seconds() - used,
+            "tokens": made.manifest["tokens"],
+            "peak_mb": peak / 1e6,
+            "fingerprint": made.fingerprint,
+        }
+
+
+def children_seconds() -> float:
+    """Processor seconds of the processes that this one has waited for, and of theirs."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def resident(pid: int) -> int:
@@ -94,9 +111,10 @@ def only_tokenize(source: Path, tokenizer: Path) -> dict[str, float]:
             batches.append([])
         batches[-1].append(text)
     loaded = load_tokenizer(tokenizer)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     tokens = sum(len(e) for batch in batches for e in loaded.encode_batch_fast(batch, add_special_tokens=False))
-    return {"seconds": time.perf_counter() - began, "tokens": tokens + len(texts)}
+    seconds, used = time.perf_counter() - began, time.process_time() - used
+    return {"seconds": seconds, "cpu_seconds": used, "tokens": tokens + len(texts)}
 
 
 def run_tokenizer(source: Path, tokenizer: Path, workers: int) -> dict[str, float]:
@@ -110,7 +128,10 @@ def run_tokenizer(source: Path, tokenizer: Path, workers: int) -> dict[str, floa
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The row."""
     sizes = (QUICK_SMALL_MB, QUICK_LARGE_MB) if args.quick else (SMALL_MB, LARGE_MB)
-    rounds = QUICK_ROUNDS if args.quick else ROUNDS
+    options = ["--executor", args.executor, "--tasks", str(args.tasks or args.threads)] if args.executor else []
+    by_tasks = partial(run_prepare, more=options)
+    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    clock = "cpu_seconds" if args.clock == "cpu" else "seconds"
     with tempfile.TemporaryDirectory() as temporary, progress(console) as bar:
         folder = Path(temporary)
         sources = build_demo_sources(folder, DEMO_LIMITS)
@@ -121,18 +142,20 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         for path, size in zip(files, sizes, strict=True):
             write_texts(texts, path, size)
         task = bar.add_task("preparing", total=2 * rounds + 1)
-        small = run_prepare(files[0], tokenizer, args.threads)
+        small = by_tasks(files[0], tokenizer, args.threads)
+        if options:
+            assert small["fingerprint"] == run_prepare(files[0], tokenizer, args.threads)["fingerprint"]
         bar.advance(task)
         pairs = []
         for round_ in range(rounds):
-            turns = {"prepare": run_prepare, "tokenize": run_tokenizer}
+            turns = {"prepare": by_tasks, "tokenize": run_tokenizer}
             found = {}
             for what in sorted(turns, reverse=bool(round_ % 2)):
                 found[what] = turns[what](files[1], tokenizer, args.threads)
                 bar.advance(task)
             assert found["prepare"]["tokens"] == found["tokenize"]["tokens"]
             pairs.append(found)
-    speed = {what: [pair[what]["tokens"] / pair[what]["seconds"] for pair in pairs] for what in ("prepare", "tokenize")}
+    speed = {what: [pair[what]["tokens"] / pair[what][clock] for pair in pairs] for what in ("prepare", "tokenize")}
     return {
         "tokens_per_s": statistics.median(speed["prepare"]),
         "tokenizer_only_tokens_per_s": statistics.median(speed["tokenize"]),
@@ -142,6 +165,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "small_mb": sizes[0],
         "large_mb": sizes[1],
         "workers": args.threads,
+        **({"executor": args.executor, "tasks": args.tasks or args.threads} if options else {}),
         "tokens": pairs[0]["prepare"]["tokens"],
     }
 
@@ -152,7 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["--tokenizer-only"]:
         print(json.dumps(only_tokenize(*map(Path, given[1:]))))
         return 0
-    args = parser(__doc__).parse_args(given)
+    options = parser(__doc__)
+    options.add_argument("--executor", choices=("local", "ray"), help="prepare by tasks (default: without)")
+    options.add_argument("--rounds", type=int, help="(default: 3, with --quick 1)")
+    options.add_argument("--tasks", type=int, help="tasks of --executor (default: one for each worker)")
+    args = options.parse_args(given)
     console = Console()
     start(args, console)
     row = measure(args, console)

@@ -107,6 +107,8 @@ ONLY_IN = {
     "transformers": {"huggingface", "score"},
     "fasttext": {"score"},
     "lm_eval": {"evaluation"},
+    "datatrove": {"corpus_tools"},
+    "ray": {"corpus_tools"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted(

@@ -227,6 +227,19 @@ def test_an_array_that_ends_unfinished_is_said(slurm: Path, tmp_path: Path) -> N
         prepare([Source(path)], tmp_path / "c", executor=Executor("slurm", 2, slurm=("a b=c",)))
 
 
+def test_an_array_that_is_in_the_queue_is_not_submitted_again(slurm: Path, tmp_path: Path) -> None:
+    """A command that was killed, and is given again: it waits for what the first one submitted."""
+    (slurm / "squeue").write_text(
+        f"#!/bin/sh\necho look >> {slurm}/looks\n[ $(wc -l < {slurm}/looks) -gt 3 ] || echo 7\n"
+    )
+    path = tmp_path / "a.jsonl"
+    path.write_text(json_lines([row(n) for n in range(20)]))
+    with pytest.raises(DataError, match="reading: 2 of 2 pieces were not finished"):
+        prepare([Source(path)], tmp_path / "c", vocab_size=300, executor=Executor("slurm", 2))
+    assert not (slurm / "asked").exists()
+    assert len((slurm / "looks").read_text().split()) == 6
+
+
 @pytest.mark.slow
 def test_ray_reads_the_same(sources: list[Source], tmp_path: Path) -> None:
     """One stage with two workers; benchmarks/data.py --executor ray makes whole corpora."""
