@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megaopus.planning.calibration import Measured, fitted
 from megaopus.planning.layouts import Candidate, Choice, Job, Layout, fastest
@@ -56,10 +56,11 @@ class Search:
                 return
 
     def _kinds(self) -> Iterator[Candidate]:
-        """Yield the best of each of the best few arrangements, and two that show what the small things take.
+        """Yield the best of each of the best few arrangements, and three that show what single things take.
 
         What a pass of a layer and a message take, whatever their sizes, shows in the smallest micro-batches: of the
-        best arrangement, and of the one that sends most messages.
+        best arrangement, and of the one that sends most messages. What a parameter's update takes shows where one
+        that shards its optimizer does without.
         """
         best: dict[tuple[int, ...], Candidate] = {}
         theirs: list[Candidate] = []
@@ -73,6 +74,8 @@ class Search:
         if theirs:
             of_first = [each for each in theirs if _kind(each) == _kind(chosen[0])]
             chosen += [min(of_first, key=lambda each: each.layout.micro_batch_size), max(theirs, key=_messages)]
+            twins = {replace(each.layout, distributed_optimizer=False) for each in best.values() if _is_sharded(each)}
+            chosen += [each for each in theirs if each.layout in twins][:1]
         yield from {each.layout: each for each in chosen}.values()
 
 
@@ -80,6 +83,10 @@ def _kind(candidate: Candidate) -> tuple[int, ...]:
     """Name the arrangement of the ranks, whatever else a layout says."""
     layout = candidate.layout
     return layout.tp, layout.cp, layout.pp, layout.ep
+
+
+def _is_sharded(candidate: Candidate) -> bool:
+    return candidate.layout.distributed_optimizer
 
 
 def _messages(candidate: Candidate) -> float:
