@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megaopus.cli._plan_settings import Planned, planned, wide
+from megaopus.cli.check import two_columns
 from megaopus.errors import EngineError
 from megaopus.planning import calibration, machine
 from megaopus.planning.calibration import Measured
@@ -62,7 +63,7 @@ def show(args: argparse.Namespace) -> Chosen | None:
     if not choices:
         raise EngineError("every layout that was timed failed, as is said above: none is left to choose")
     whole = WholeRun.of(job.config, job.vocab_size, plan.pool)
-    console.print(_table("The run", whole.rows(job.config)))
+    console.print(two_columns("The run", whole.rows(job.config)))
     for warning in whole.warnings(job.config):
         console.print(f"WARNING {warning}", soft_wrap=True, markup=False, style="yellow")
     console.print(_layouts(search, choices))
@@ -280,12 +281,3 @@ def _nothing_fits(job: Job, miss: Miss) -> str:
         helps += ["a smaller selection.proxy_batch_size, rho nearer to 1, or selection=uniform"]
     helps += ["a shorter data.seq_len, or a smaller model"]
     return "\n".join([*lines, "  what would help: " + "; ".join(helps)])
-
-
-def _table(title: str, rows: Mapping[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table

@@ -107,16 +107,16 @@ def show(
         raise ConfigError(problems)
     data = RunData.describe(config.data, config.data_needs())
     vocab_size = config.model.derived_vocab_size(data.vocab_size)
-    console.print(_two_columns("Derived", estimate.derived(config, world_size, data)))
+    console.print(two_columns("Derived", estimate.derived(config, world_size, data)))
     if data.kept is not None:
-        console.print(_two_columns("Documents of the pool that the filter keeps", data.kept))
+        console.print(two_columns("Documents of the pool that the filter keeps", data.kept))
     changed = {key: f"{value!r}  (default {default!r})" for key, (value, default) in differences(config).items()}
-    console.print(_two_columns("Settings that differ from the default", changed or {"none": ""}))
+    console.print(two_columns("Settings that differ from the default", changed or {"none": ""}))
     console.print(_mesh_table(config, world_size))
-    console.print(_two_columns("Parameters", estimate.parameter_rows(config, vocab_size)))
-    console.print(_two_columns("Cost", estimate.cost(config, vocab_size)))
+    console.print(two_columns("Parameters", estimate.parameter_rows(config, vocab_size)))
+    console.print(two_columns("Cost", estimate.cost(config, vocab_size)))
     when = "When scoring pays (an estimate)"
-    console.print(_two_columns(when, scorer_cost.pays(config, data, scorer_parameters)))
+    console.print(two_columns(when, scorer_cost.pays(config, data, scorer_parameters)))
     for precision in precisions(config):
         console.print(_memory_table(config, vocab_size, world_size, precision, memory_size))
     refused = missing(config)
@@ -183,7 +183,8 @@ def _mesh_table(config: RunConfig, world_size: int) -> Table:
     return table
 
 
-def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
+def two_columns(title: str, rows: Mapping[str, str]) -> Table:
+    """Lay out what has a name in two columns."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
