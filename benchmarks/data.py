@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -148,7 +148,11 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         bar.advance(task)
         pairs = []
         for round_ in range(rounds):
+<<<<<<< HEAD
             turns: dict[str, Any] = {"prepare": by_tasks, "tokenize": run_tokenizer}
+=======
+            turns: dict[str, Callable[..., dict[str, Any]]] = {"prepare": by_tasks, "tokenize": run_tokenizer}
+>>>>>>> trove
             found = {}
             for what in sorted(turns, reverse=bool(round_ % 2)):
                 found[what] = turns[what](files[1], tokenizer, args.threads)
