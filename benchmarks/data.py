@@ -148,11 +148,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         bar.advance(task)
         pairs = []
         for round_ in range(rounds):
-<<<<<<< HEAD
-            turns: dict[str, Any] = {"prepare": by_tasks, "tokenize": run_tokenizer}
-=======
             turns: dict[str, Callable[..., dict[str, Any]]] = {"prepare": by_tasks, "tokenize": run_tokenizer}
->>>>>>> trove
             found = {}
             for what in sorted(turns, reverse=bool(round_ % 2)):
                 found[what] = turns[what](files[1], tokenizer, args.threads)
