@@ -66,6 +66,12 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         help="leave out documents whose text an earlier one has: exactly, or with --executor nearly (minhash)",
     )
     add(
+        "--file-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of a token file, at most; a corpus of more has several (default: 2^33)",
+    )
+    add(
         "--executor",
         choices=KINDS,
         help="read and tokenise by tasks over pieces of the files: in --workers processes here, as a Slurm array, or on"
@@ -246,7 +252,7 @@ def _adopt(args: argparse.Namespace, console: Console) -> Path:
 def _prepare(args: argparse.Namespace, console: Console) -> Path:
     """Prepare the sources; what the command line says comes before what the file of ``--data`` says."""
     from megaopus.config.compose import data_settings
-    from megaopus.corpus_tools.prepare import MAX_LOST, prepare
+    from megaopus.corpus_tools.prepare import FILE_TOKENS, MAX_LOST, prepare
     from megaopus.corpus_tools.sources import Fields, Source
     from megaopus.corpus_tools.split_rule import SplitRule
     from megaopus.data.config import DataConfig
@@ -282,6 +288,7 @@ def _prepare(args: argparse.Namespace, console: Console) -> Path:
         workers=args.workers,
         executor=_executor(args),
         dedup=args.dedup,
+        file_tokens=FILE_TOKENS if args.file_tokens is None else args.file_tokens,
     )
 
 

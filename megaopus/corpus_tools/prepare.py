@@ -31,6 +31,7 @@ from megaopus.corpus_tools.split_rule import POOL, PROXY, VALIDATION, SplitRule
 from megaopus.corpus_tools.tasks.executors import Executor
 from megaopus.corpus_tools.tasks.workers import Workers
 from megaopus.corpus_tools.text_loss import counted_loss, described, refuse, sampled_loss, unknown_id
+from megaopus.corpus_tools.token_writer import TokenWriter
 from megaopus.corpus_tools.workers import cores
 from megaopus.data.corpus import (
     CODE_DTYPE,
@@ -41,9 +42,9 @@ from megaopus.data.corpus import (
     MANIFEST,
     MASKED_VERSION,
     ROWS,
+    SHARDED_VERSION,
     SPLITS,
     TOKENIZER,
-    TOKENS,
 )
 from megaopus.data.folder import new_folder, refuse_existing, work_folder
 from megaopus.data.index import write_index
@@ -53,6 +54,8 @@ from megaopus.errors import DataError
 _LITTLE = 1 << 24
 """Bytes of sources below which starting workers takes longer than they save."""
 MAX_LOST = 0.01
+FILE_TOKENS = 1 << 33
+"""Of a token file: 17 GB where a token takes two bytes."""
 _TOOLS = ("numpy", "tokenizers", "megatron-core")
 
 
@@ -71,30 +74,30 @@ def prepare(
     workers: int | None = None,
     executor: Executor | None = None,
     dedup: str | None = None,
+    file_tokens: int = FILE_TOKENS,
 ) -> Path:
     """Write a corpus folder, and return it; the same sources and settings give the same fingerprint anywhere.
 
     Args:
         sources: read in this order.
         out: folder to make; it appears when it is whole.
-        tokenizer: what ``load_tokenizer`` takes; None trains byte-level BPE on the pool split.
-        vocab_size: tokens of a trained tokenizer, at most.
+        tokenizer: what ``load_tokenizer`` takes; None trains byte-level BPE of ``vocab_size`` tokens on the pool split.
         eod_token: the token that ends each document.
         rule: how documents are split; None: ``SplitRule()``.
-        max_lost: largest share of any domain's text that the tokenizer may lose: of the characters of a sample, of
-            tokens that are unknown, of documents that become empty.
+        max_lost: largest share of any domain's text that the tokenizer may lose (``text_loss``).
         overwrite: replace a corpus that is already there.
         provenance: kept in the manifest under ``provenance``.
         console: where progress goes; None: nowhere.
         workers: processes that tokenise; None: one for each core, and for little text none but this one.
         executor: who reads and tokenises, by tasks over pieces of the sources; None: this process and ``workers``.
         dedup: which copies are left out, of ``COPIES``; None: none are.
+        file_tokens: of a token file, at most; a corpus of more has several, of whole documents each.
 
     Raises:
         DataError: any fault of a source, tokenizer, setting or target, before anything is written.
     """
     out, rule, console = Path(out), rule or SplitRule(), console or Console(quiet=True)
-    given = _checked(sources, out, tokenizer, vocab_size, eod_token, overwrite, workers, max_lost)
+    given = _checked(sources, out, tokenizer, vocab_size, eod_token, overwrite, workers, max_lost, file_tokens)
     _check_tasks(out, executor, dedup)
     total = _bytes(sources)
     workers = workers or (1 if total is not None and total < _LITTLE else cores())
@@ -109,10 +112,10 @@ def prepare(
         parts = hands.encode(scanned, work / TOKENIZER, eod, dtype.str)
         with new_folder(out, console) as folder:
             shutil.copyfile(work / TOKENIZER, folder / TOKENIZER)
-            lengths, unknown = _join(folder, parts, scanned, dtype, unknown_id(made))
+            lengths, unknown, files = _join(folder, parts, scanned, dtype, unknown_id(made), file_tokens)
             refuse(losses := counted_loss(scanned.domains, scanned.domain_codes, lengths, unknown, sampled), max_lost)
             facts = {"tokenization": described(losses), "notes": _notes(scanned, lengths, rule)}
-            facts |= {"provenance": provenance or {}} | _duplicates(scanned)
+            facts |= {"provenance": provenance or {}} | _duplicates(scanned) | _shards(files)
             _write_manifest(folder, scanned, lengths, _join_masks(folder, parts), made, eod_token, rule, facts)
             sign_pool(folder, rule.seq_len, workers, lambda count: stage("signatures", count, "sequences/s", 1))
     return out
@@ -127,12 +130,15 @@ def _checked(
     overwrite: bool,
     workers: int | None,
     max_lost: float,
+    file_tokens: int,
 ) -> Tokenizer | None:
     """Load the tokenizer that is given, if one is. Raises DataError for settings that cannot be used."""
     if not sources:
         raise DataError("no source given; name at least one with --source, or --data NAME, or --demo")
     if workers is not None and workers < 1:
         raise DataError(f"workers = {workers}: must be at least 1; leave it out for one a core")
+    if file_tokens < 1:
+        raise DataError(f"file_tokens = {file_tokens}: must be at least 1; leave it out for {FILE_TOKENS:,}")
     if not 0 <= max_lost <= 1:
         raise DataError(f"max_lost = {max_lost}: must lie in [0, 1]; 0.01 is usual")
     refuse_existing(out, overwrite, MANIFEST)
@@ -189,6 +195,11 @@ def _hands(
         return TaskReadings(sources, rule, executor, processes, work, plan, begin, dedup is not None)
     total = _bytes(sources)
     return _Here(sources, rule, lambda name: stage(name, total), dedup is not None, work, workers, stage)
+
+
+def _shards(files: list[str]) -> dict[str, Any]:
+    """Name the token files, where there are several."""
+    return {"shards": files} if len(files) > 1 else {}
 
 
 def _duplicates(scanned: Scan) -> dict[str, Any]:
@@ -258,17 +269,18 @@ def _entries(sources: Sequence[Source], scanned: Scan, advance: Advance = lambda
 
 
 def _join(
-    folder: Path, parts: Sequence[Chunk], scanned: Scan, dtype: np.dtype, unknown: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Put the chunks together: token file and index, document table.
+    folder: Path, parts: Sequence[Chunk], scanned: Scan, dtype: np.dtype, unknown: int | None, most: int
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Put the chunks together: token files and index, document table.
 
-    ``unknown``: the token to count, if there is such. Returns lengths and unknown tokens of each document, (D,) each.
+    ``unknown``: the token to count, if there is such; ``most``: tokens of a file. Returns lengths and unknown tokens of
+    each document, (D,) each, and the names of the token files.
     """
     lengths_of, unknown_of = [], []
-    with (folder / TOKENS).open("wb") as tokens, (folder / ROWS).open("wb") as rows:
+    with TokenWriter(folder, most) as tokens, (folder / ROWS).open("wb") as rows:
         for part in parts:
             found, lengths = np.fromfile(part.tokens, dtype), np.load(part.lengths)
-            found.tofile(tokens)
+            tokens.write(found, lengths)
             lengths_of.append(lengths)
             starts = np.cumsum(lengths) - lengths
             met = np.zeros(len(found), bool) if unknown is None else found == unknown
@@ -280,7 +292,7 @@ def _join(
     codes = np.empty(len(scanned.split_codes), dtype=CODE_DTYPE)
     codes["domain"], codes["split"] = scanned.domain_codes, scanned.split_codes
     np.save(folder / CODES, codes)
-    return lengths.astype(np.int64), np.concatenate(unknown_of)
+    return lengths.astype(np.int64), np.concatenate(unknown_of), tokens.names
 
 
 def _join_masks(folder: Path, parts: Sequence[Chunk]) -> np.ndarray | None:
@@ -343,6 +355,8 @@ def _write_manifest(
     ``counted``: tokens of each document that count in the loss; None: all.
     """
     version = FORMAT_VERSION if counted is None else MASKED_VERSION
+    if "shards" in facts:
+        version = SHARDED_VERSION
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _TOOLS}
     codes = np.load(folder / CODES)
     manifest = {
@@ -360,4 +374,6 @@ def _write_manifest(
         "versions": versions,
         **facts,
     }
+    if version == SHARDED_VERSION:  # which of the files that may be missing are there
+        manifest["files"] = dict.fromkeys([ROWS] if counted is None else [ROWS, LOSS_MASK])
     write_manifest(folder, manifest)

@@ -104,6 +104,27 @@ def test_a_kept_field_is_read_from_the_table_once(corpus: Corpus, monkeypatch: p
         np.testing.assert_array_equal(found.values, expected.values)
 
 
+def test_a_corpus_of_several_token_files_has_the_same_sequences(corpus: Corpus, tmp_path: Path) -> None:
+    source = Source(corpus.path.parent / "s.jsonl", fields=Fields(keep=("grade",)))
+    rule, most = SplitRule(0.1, 0.1, seq_len=L), 150
+    made = Corpus.open(
+        prepare([source], tmp_path / "c", vocab_size=257, rule=rule, file_tokens=most, workers=2), verify=True
+    )
+    files = sorted(path.name for path in made.path.glob("tokens*.bin"))
+    assert files == made.manifest["shards"] == [f"tokens-{n:05d}.bin" for n in range(len(files))]
+    sizes = [(made.path / name).stat().st_size // 2 for name in files]
+    longest = int(made.lengths.max())
+    assert all(most - longest < size <= most for size in sizes[:-1])  # of whole documents, and full
+    assert made.ids == corpus.ids
+    for split in SPLITS:
+        found, expected = Sequences(made, split, L), Sequences(corpus, split, L)
+        numbers = np.arange(len(expected))
+        assert found.read(numbers).tolist() == expected.read(numbers).tolist()
+    np.testing.assert_array_equal(load_column(made, "grade").values, load_column(corpus, "grade").values)
+    with pytest.raises(DataError, match="file_tokens = 0: must be at least 1"):
+        prepare([source], tmp_path / "d", file_tokens=0)
+
+
 def test_a_split_without_documents_has_an_empty_layout(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "LARGE", 1)
     for _ in range(2):
