@@ -104,9 +104,8 @@ class Corpus:
     def open(cls, path: str | Path, verify: bool = False, store: Store | None = None) -> Corpus:
         """Map a folder written by ``prepare``, here or in an object store (``s3://...``).
 
-        Sizes and counts are always checked against the manifest.
-
-        That documents lie one after the other is checked of a small corpus; of a large one when it is laid out.
+        Sizes and counts are always checked against the manifest; that documents lie one after the other, of a small
+        corpus; of a large one when it is laid out.
 
         Args:
             path: the corpus folder.
