@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -149,33 +150,42 @@ def _blocks_of(start: int, end: int) -> range:
 
 
 class _Blocks:
-    """Keeps blocks as files, the last used ones, up to a number of bytes."""
+    """Keeps blocks as files, the last used ones, up to a number of bytes; any thread may call."""
 
     def __init__(self, folder: Path, most_bytes: int):
         self._folder, self._most = folder, most_bytes
         folder.mkdir(parents=True, exist_ok=True)
         there = sorted((path.stat().st_mtime, path) for path in folder.glob("[0-9]*"))
         self._sizes: OrderedDict[int, int] = OrderedDict((int(path.name), path.stat().st_size) for _, path in there)
+        self._held = sum(self._sizes.values())
+        self._turn = threading.Lock()
 
     def get(self, number: int) -> bytes | None:
-        try:
-            found = (self._folder / str(number)).read_bytes()
-        except FileNotFoundError:  # never there, or another process made room
-            self._sizes.pop(number, None)
-            return None
-        self._sizes[number] = len(found)
-        self._sizes.move_to_end(number)
-        return found
+        with self._turn:
+            try:
+                found = (self._folder / str(number)).read_bytes()
+            except FileNotFoundError:  # never there, or another process made room
+                self._held -= self._sizes.pop(number, 0)
+                return None
+            self._use(number, len(found))
+            return found
 
     def put(self, number: int, block: bytes) -> None:
-        growing = self._folder / f".{number}.{os.getpid()}"
-        growing.write_bytes(block)
-        growing.rename(self._folder / str(number))
-        self._sizes[number] = len(block)
+        with self._turn:
+            growing = self._folder / f".{number}.{os.getpid()}"
+            growing.write_bytes(block)
+            growing.rename(self._folder / str(number))
+            self._use(number, len(block))
+            while self._held > self._most and len(self._sizes) > 1:
+                oldest, size = self._sizes.popitem(last=False)
+                self._held -= size
+                (self._folder / str(oldest)).unlink(missing_ok=True)
+
+    def _use(self, number: int, size: int) -> None:
+        """Count a block that is there, as the one used last."""
+        self._held += size - self._sizes.get(number, 0)
+        self._sizes[number] = size
         self._sizes.move_to_end(number)
-        while sum(self._sizes.values()) > self._most and len(self._sizes) > 1:
-            oldest, _ = self._sizes.popitem(last=False)
-            (self._folder / str(oldest)).unlink(missing_ok=True)
 
 
 def fetch(address: str, target: Path, store: Store) -> None:
