@@ -3,8 +3,9 @@
 A corpus of --documents documents of random lengths in five domains is made up: its index and table are as ``prepare``
 writes them, its tokens a file with nothing in it. One process lays the pool out (as the first rank of the first run
 does); then each of two processes opens it, cuts sequences and reads 64 of them. Row {documents,
-private_bytes_per_document, peak_bytes_per_document, open_seconds, lay_out_seconds, file_bytes_per_document}: memory is
-what /proc says is of no file (RssAnon), at the end and at its highest, less that of a process that opens nothing.
+private_bytes_per_document, peak_bytes_per_document, open_seconds, lay_out_seconds, lay_out_bytes_per_document,
+file_bytes_per_document}: memory is what /proc says is of no file (RssAnon), at the end and at its highest, less that of
+a process that opens nothing.
 
     python benchmarks/index_memory.py [--documents N] [--quick] [--json FILE]
 """
@@ -34,7 +35,6 @@ from megaopus.data.corpus import (
     INDEX,
     MANIFEST,
     ROWS,
-    SPLITS,
     TOKENIZER,
     TOKENS,
     Corpus,
@@ -135,7 +135,6 @@ def measure(documents: int) -> dict[str, Any]:
         "lay_out_seconds": laid_out["seconds"],
         "lay_out_bytes_per_document": max(0, laid_out["highest"] - nothing["highest"]) / documents,
         "file_bytes_per_document": of_files / documents,
-        "splits": list(SPLITS),
     }
 
 

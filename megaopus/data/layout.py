@@ -22,7 +22,7 @@ from megaopus.data.locks import alone
 from megaopus.errors import DataError
 
 _VERSION = 1
-_DOCUMENTS, _STARTS, _FIRST, _MASK, _MEANING = "documents.npy", "starts.npy", "first.npy", "kept.npy", "layout.json"
+_DOCUMENTS, _STARTS, _FIRST, _MASK = "documents.npy", "starts.npy", "first.npy", "kept.npy"
 
 
 class Filter(Protocol):
@@ -152,7 +152,6 @@ def _write(folder: Path, corpus: Corpus, split: str, kept: Filter | None) -> Non
             np.save(growing / _MASK, kept.documents)
         documents.flush()
         starts.flush()
-        (growing / _MEANING).write_text(_meaning(corpus, split, kept) + "\n", encoding="utf-8")
         growing.rename(folder)
 
 

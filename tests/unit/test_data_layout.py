@@ -52,7 +52,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def all_there_is(corpus: Corpus, config: FilterConfig | None) -> list[Any]:
-    """What every split and its sequences say."""
+    """List what every split and its sequences say."""
     found: list[Any] = []
     for split in SPLITS:
         kept = kept_documents(corpus, config) if config is not None and split == "pool" else None

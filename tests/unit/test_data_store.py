@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def away(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def everything(place: str | Path, given: Store | None = None) -> list[object]:
-    """What a run reads of a corpus."""
+    """List what a run reads of a corpus."""
     corpus = Corpus.open(place, store=given)
     pool = Sequences(corpus, "pool", L)
     numbers = np.arange(len(pool))
@@ -120,6 +121,16 @@ def test_blocks_are_kept_up_to_a_bound(
     kept = sorted(int(path.name) for path in next((tmp_path / "cache" / "blocks").iterdir()).iterdir())
     corpus.read(np.array([128 * kept[0]]), np.array([5]))  # in a block that is there
     assert asked == []
+
+
+def test_threads_that_read_at_once_read_the_same(away: Away, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "BLOCK_BYTES", 256)
+    corpus, expected = Corpus.open(ADDRESS, store=Store(most_bytes=2000)), Corpus.open(local).tokens
+    starts = np.arange(0, len(expected) - 64, 64)
+    lengths = np.full(len(starts), 64)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: corpus.read(starts, lengths).tolist(), range(8)))
+    assert all(each == expected[: 64 * len(starts)].tolist() for each in found)
 
 
 def test_a_store_that_is_away_for_a_while_is_waited_for(away: Away, local: Path) -> None:
