@@ -9,7 +9,8 @@ must have the fingerprint of the command without. --clock cpu counts processor s
 
 tokens_per_s: of the whole command, from reading to the finished folder. tokenizer_only: ``encode_batch_fast`` with as
 many threads, on texts that are in memory. ratio: median over rounds. peak_mb: resident memory of the command at its
-highest, its workers' with it (sampled).
+highest, its workers' with it (sampled). index: the row of index_memory.py, of 10^8 documents (--quick:
+10^6); not with --executor.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psutil
 from rich.console import Console
 
+from benchmarks import index_memory
 from benchmarks.common import ROOT, machine, parser, progress, start, write_results
 from megaopus.corpus_tools.demo_corpus import DEMO_LIMITS, build_demo_sources
 from megaopus.corpus_tools.sources import Source, SourceReader
@@ -189,6 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for size in ("small", "large"):
         line = f"peak memory {row[f'peak_mb_{size}']:.0f} MB for {row[f'{size}_mb']} MB of text"
         console.print(line, highlight=False)
+    if not args.executor:
+        row["index"] = index_memory.measure(index_memory.QUICK_DOCUMENTS if args.quick else index_memory.DOCUMENTS)
+        console.print(index_memory.told(row["index"]), highlight=False)
     if args.json:
         write_results(args.json, row, machine(args))
         console.print(f"row: {args.json}")

@@ -1,11 +1,11 @@
 """Is goodput on paper that of jobs which are killed? Short runs, killed at exponential times, beside the simulation.
 
-Each job is benchmarks/faulty_run.py's: 20 updates with selection, a checkpoint every 4, saves that are waited for, one
-rank that is forked with its imports done. It is killed (SIGKILL) a random time after the first update of each start,
-until it is done. `planning.goodput.replay` is told when it was killed, what its starts took on average, and what a step
-and a save take in all jobs: what it must find is the work that was done again. The row: {jobs, kills, step_s, save_s,
-start_s, goodput, replayed, of_jobs}. goodput: seconds of work over those of the clock, measured; replayed: the same by
-the simulation.
+Each job is benchmarks/faulty_run.py's, but longer: 100 updates with selection, a checkpoint every 4, saves that are
+waited for, one rank that is forked with its imports done. It is killed (SIGKILL) a random time after the first update
+of each start, until it is done. `planning.goodput.replay` is told when it was killed, and what its starts, steps and
+saves took on average: what it must find is the work that was done again. The row: {jobs, kills,
+step_s, save_s, start_s, goodput, replayed, of_jobs}. goodput: seconds of work over those of the clock, measured;
+replayed: the same by the simulation.
 
 With --llama no job is run: what the published run of Llama 3 (arXiv 2407.21783, section 3.3.4: 419 unexpected
 interruptions in 54 days on 16,384 GPUs, more than 90 % effective) would take, by Daly's formula. An illustration.
@@ -34,10 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 
 from benchmarks.common import machine, parser, progress, start, write_results
-from benchmarks.faulty_run import SAVE_EVERY, STEPS, fork, settings, wait_for
+from benchmarks.faulty_run import SAVE_EVERY, fork, settings, wait_for
 from megaopus.corpus_tools.demo_corpus import DEMO_LIMITS, build_demo_corpus
 from megaopus.planning.goodput import Faults, best_interval, expected_goodput, replay
 
+STEPS = 100
+"""Updates of a job: several times what a start takes, or else whether the last kill hit decides everything."""
 KILLS = 0.7
 """Mean time to a kill from a start's first update, over that which an undisturbed job takes from there."""
 MOST_STARTS = 40
@@ -67,13 +69,13 @@ class Parts(NamedTuple):
         return cls(step_s, max(1e-3, statistics.fmean(saving) - step_s), max(0.0, first - step_s))
 
 
-def ran(overrides: list[str], run_dir: Path, kill_after: float) -> tuple[bool, float, list[float]]:
+def ran(corpus: Path, run_dir: Path, kill_after: float) -> tuple[bool, float, list[float]]:
     """Start a job and kill it so many seconds after its first update: (done, seconds, seconds to each update)."""
     run_dir.mkdir(parents=True, exist_ok=True)
     times = run_dir / "times"
     times.unlink(missing_ok=True)
     began, due = time.monotonic(), [math.inf]
-    (pid,) = fork(overrides, 1, None, run_dir)
+    (pid,) = fork(settings(corpus, run_dir, [f"train.steps={STEPS}"]), 1, None, run_dir)
 
     def kill() -> None:
         if due[0] == math.inf and times.exists():
@@ -89,44 +91,45 @@ def ran(overrides: list[str], run_dir: Path, kill_after: float) -> tuple[bool, f
 
 def undisturbed(corpus: Path, folder: Path) -> list[float]:
     """Run a job that nothing happens to: seconds to each update. RuntimeError if it fails."""
-    done, _, times = ran(settings(corpus, folder / "whole", []), folder / "whole", math.inf)
+    done, _, times = ran(corpus, folder / "whole", math.inf)
     if not done or len(times) != STEPS:
         raise RuntimeError(f"the undisturbed run failed, see {folder / 'whole' / 'output'}")
     return times
 
 
 def measure(corpus: Path, folder: Path, jobs: int, seed: int, bar: Any) -> dict[str, Any]:
-    """Run the jobs and make the row; seconds of the parts are those of all their starts, for other work runs beside."""
-    draw, starts = random.Random(seed), [undisturbed(corpus, folder)]
-    mean = KILLS * (starts[0][-1] - starts[0][0])
+    """Run the jobs and make the row; each is replayed by what its own parts take, for other work may run beside."""
+    draw, times = random.Random(seed), undisturbed(corpus, folder)
+    mean = KILLS * (times[-1] - times[0])
+    found: list[Parts] = []
     walls: list[float] = []
-    killed: list[list[float]] = []
-    firsts: list[float] = []
+    replayed: list[float] = []
+    kills = 0
     task = bar.add_task("jobs that are killed", total=jobs)
     for number in range(jobs):
         lives: list[float] = []
+        starts: list[list[float]] = []
         wall, done, name = 0.0, False, folder / f"job{number}"
         while not done and len(lives) < MOST_STARTS:
-            done, seconds, times = ran(settings(corpus, name, []), name, draw.expovariate(1 / mean))
+            done, seconds, times = ran(corpus, name, draw.expovariate(1 / mean))
             wall += times[-1] if done else seconds
             lives += [] if done else [seconds - times[0]]
             starts.append(times)
+        parts = Parts.of(starts)
+        faults = Faults(mtbf=math.inf, save=parts.save_s, restart=parts.start_s)
+        gaps = [parts.start_s + parts.step_s + life for life in lives]
+        found.append(parts)
         walls.append(wall)
-        firsts.append(statistics.fmean(times[0] for times in starts[-len(lives) - 1 :]))
-        killed.append(lives)
+        replayed.append(replay(STEPS * parts.step_s, SAVE_EVERY * parts.step_s, faults, gaps))
+        kills += len(lives)
         bar.advance(task)
-    parts = Parts.of(starts)
-    work, interval = STEPS * parts.step_s, SAVE_EVERY * parts.step_s
-    replayed = []
-    for lives, first in zip(killed, firsts, strict=True):
-        faults = Faults(mtbf=math.inf, save=parts.save_s, restart=max(0.0, first - parts.step_s))
-        replayed.append(replay(work, interval, faults, [first + life for life in lives]))
+    work = STEPS * sum(parts.step_s for parts in found)
     return {
         "jobs": jobs,
-        "kills": sum(map(len, killed)),
-        **{name: round(value, 4) for name, value in parts._asdict().items()},
-        "goodput": jobs * work / sum(walls),
-        "replayed": jobs * work / sum(replayed),
+        "kills": kills,
+        **{name: round(statistics.fmean(getattr(parts, name) for parts in found), 4) for name in Parts._fields},
+        "goodput": work / sum(walls),
+        "replayed": work / sum(replayed),
         "of_jobs": [[round(wall, 3), round(again, 3)] for wall, again in zip(walls, replayed, strict=True)],
     }
 

@@ -43,7 +43,7 @@ from megaopus.data.corpus import (
 from megaopus.data.index import write_index
 from megaopus.data.sequences import Sequences
 
-DOCUMENTS, QUICK_DOCUMENTS = 100_000_000, 2_000_000
+DOCUMENTS, QUICK_DOCUMENTS = 100_000_000, 1_000_000
 SEQ_LEN, READ = 2048, 64
 _DOMAINS = 5
 _SHORTEST, _LONGEST = 20, 400

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,13 +20,15 @@ from megaopus.distributed.launcher import without_launcher
 
 STEPS = 3
 """Updates that are timed, after one that warms up (two where a batch is selected: the second is the first to score)."""
+SECONDS, MORE_STEPS = 2.0, 40
+"""Short updates are timed for so many seconds, but no more of them than this: a few of 0.1 s tell mostly noise."""
 _MODULE = "megaopus.timed_layouts"
 _LAST_LINES = 3
 _PORTS = range(12_000, 30_000)
 
 
 class Timing(NamedTuple):
-    """Tells the seconds of the fastest of the timed steps, and of the selection in it; or why there are none."""
+    """Tells the seconds of a step, and of the selection in it, as medians; or why there are none."""
 
     step_s: float = 0.0
     selection_s: float = 0.0
@@ -39,7 +42,7 @@ def time_layouts(
     done: Callable[[int], None],
     clock: str = "wall",
 ) -> list[Timing]:
-    """Time ``STEPS`` updates of each of ``runs`` (overrides) on ``ranks`` new processes; no run folder is written.
+    """Time some updates of each of ``runs`` (overrides) on ``ranks`` new processes; no run folder is written.
 
     One start serves all; where one fails, the rest go on in another. ``done`` is called as layouts are finished.
     ``clock``: "cpu" adds up the CPU seconds of all ranks, which are what one quiet core would take.
@@ -130,19 +133,31 @@ def _timed(overrides: Sequence[str], config_dir: Path | None, clock: str) -> Tim
         timers, nobody, rows = Timers(now), silent_recorder(), []
         data = RunData.open(config.data, config.data_needs())
         trainer = build_trainer(config, mesh, data, StopSignal(False), timers)
-        for step in range(1 + selects + STEPS):
+        step, last = 0, selects + STEPS
+        while step <= last:
             began, before = now(), timers.seconds("select")
             trainer.update(nobody)
             if step > selects:
                 chosen = timers.seconds("select") - before if selects else 0.0
                 rows.append((now() - began, chosen))
+            if step == selects + STEPS:
+                more = mesh.gather_objects(_more(rows))[0]  # all ranks go by the first
+                last = max(last, min(last + more, config.train.steps - 1))
+            step += 1
         trainer.reader.close()
         if clock == "cpu":
             gathered = zip(*mesh.gather_objects(rows), strict=True)
             rows = [(sum(each[0] for each in of_ranks), sum(each[1] for each in of_ranks)) for of_ranks in gathered]
-        return Timing(*min(rows))
+        selection_s = statistics.median(row[1] for row in rows)
+        return Timing(selection_s + statistics.median(row[0] - row[1] for row in rows), selection_s)
     finally:
         mesh.close()
+
+
+def _more(rows: Sequence[tuple[float, float]]) -> int:
+    """Count the further updates that fill ``SECONDS`` at the pace of these."""
+    step_s = statistics.median(row[0] for row in rows)
+    return min(MORE_STEPS, max(0, int(SECONDS / step_s) - len(rows)))
 
 
 if __name__ == "__main__":

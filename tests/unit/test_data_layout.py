@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks import index_memory
 from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Fields, Source
 from megaopus.corpus_tools.split import SplitRule
@@ -157,3 +158,13 @@ def test_a_layout_that_was_cut_off_is_named(corpus: Corpus, monkeypatch: pytest.
             layout.layout_of(corpus, "proxy")
     finally:
         place.write_bytes(content)
+
+
+def test_the_made_up_corpus_of_the_benchmark_is_opened_as_a_real_one(tmp_path: Path) -> None:
+    index_memory.made_up(tmp_path / "corpus", 30_000)
+    found = index_memory.opened(tmp_path / "corpus")
+    assert found["highest"] >= found["own"] > 0
+    assert found["seconds"] > 0
+    pool = Sequences(Corpus.open(tmp_path / "corpus"), "pool", index_memory.SEQ_LEN)
+    assert len(pool) > 1000
+    assert pool.read([0, len(pool) - 1]).sum() == 0

@@ -344,7 +344,7 @@ def test_measure_chooses_what_was_timed(
 
 def short(corpus: Path) -> list[str]:
     given = ["model=tiny", "model.num_layers=2", "engine=cpu", f"data.path={corpus}", "data.seq_len=32"]
-    return [*given, "train.global_batch_size=4", "train.micro_batch_size=2"]
+    return [*given, "train.global_batch_size=4", "train.micro_batch_size=2", "train.steps=6", "optim.warmup_steps=1"]
 
 
 def test_steps_of_a_layout_are_timed(tiny_corpus: Path, pool: Pool, tmp_path: Path) -> None:
