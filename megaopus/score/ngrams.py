@@ -11,8 +11,8 @@ import numpy as np
 
 from megaopus.corpus_tools.sources import Source, SourceReader
 from megaopus.data.corpus import SPLITS, Corpus
+from megaopus.data.feature_numbers import BUCKETS, hashed, log_probability
 from megaopus.data.scores import HIGHEST
-from megaopus.data.text_features import BUCKETS, hashed, log_probability
 from megaopus.errors import DataError
 from megaopus.score.base import Begin, file_stamps, spans
 
