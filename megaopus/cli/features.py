@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     data = RunData.open(config.data, config.data_needs())
     if executor is not None:
         executor.check(data.text_features_folder)
-    with nullcontext() if executor is None else task_hands(executor, console) as hands:
+    with nullcontext() if executor is None else task_hands(executor) as hands:
         folder = data.ensure_text_features(console, hands)
     sample, sequences = config.data.text_features_sample, {"pool": len(data.pool), "proxy": len(data.proxy)}
     for split, count in sequences.items():

@@ -320,19 +320,29 @@ COLUMNS: Mapping[str, tuple[tuple[int, ...], str]] = {
 """What describes each sequence of the pool -> shape and type of a row."""
 NUMBERS = Described._fields
 
-Hands = Callable[[CountNgrams | Describe], None]
-"""Does all units of a stage that are not done yet."""
+Hands = Callable[[CountNgrams | Describe, Callable[[int], None]], None]
+"""Does all units of a stage that are not done yet, and calls with numbers of units that are."""
+Line = Callable[[str, int], Callable[[int], None]]
+"""(name, units) -> what is called with numbers of units that are done."""
 
 
-def work_out(order: Order, hands: Hands) -> Describe:
+def here(units: CountNgrams | Describe, advance: Callable[[int], None]) -> None:
+    """Do them in this process, one after the other."""
+    for number in units.numbers():
+        if not units.done(number):
+            units.work(number)
+        advance(1)
+
+
+def work_out(order: Order, hands: Hands, line: Line) -> Describe:
     """Do what is ordered. Returns the stage whose results are to be written."""
     order.folder.mkdir(parents=True, exist_ok=True)
     counting = order.counting()
     if not order.tables.is_file():
-        hands(counting)
+        hands(counting, line(counting.name, len(counting.spans)))
         counting.finish()
     describing = order.describing()
-    hands(describing)
+    hands(describing, line(describing.name, len(describing.spans)))
     return describing
 
 

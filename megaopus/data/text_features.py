@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +19,12 @@ from megaopus.data.config import SAMPLE
 from megaopus.data.feature_numbers import BUCKETS, LIKELIHOODS, SHINGLE, SKETCH_DIM, design, moments
 from megaopus.data.feature_work import (
     NUMBERS,
-    CountNgrams,
     Describe,
     Hands,
+    Line,
     Order,
     Sides,
+    here,
     plan_of,
     unit_folder,
     work_out,
@@ -202,12 +203,12 @@ def ensure_text_features(
         "ngrams": partial(Describe.write, names=["sketch"]) if ngrams and not numbers else None,
     }
     if hands is None and (tokens := len(pool) * pool.seq_len) >= _MUCH:
-        line = f"text features of {tokens:,} tokens, in one process: 'python -m megaopus features --executor ...' has"
-        console.print(f"{line} tasks make them ahead of a run", highlight=False, markup=False, soft_wrap=True)
+        told = f"text features of {tokens:,} tokens, in one process: 'python -m megaopus features --executor ...' has"
+        console.print(f"{told} tasks make them ahead of a run", highlight=False, markup=False, soft_wrap=True)
     with _place(folder), work_folder(folder, plan, console) as work:
         order = Order(unit_folder(work, plan), sides, numbers, ngrams, judges)
-        with here(console) if hands is None else nullcontext(hands) as working:
-            describing = work_out(order, working)
+        with _lines(console) as line:
+            describing = work_out(order, hands or here, line)
         for name, write in writers.items():
             if write is not None:
                 with _place(places[name]), new_folder(places[name], console) as growing:
@@ -220,20 +221,12 @@ def _place(folder: Path) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def here(console: Console) -> Iterator[Hands]:
-    """Work in this process, with a progress bar."""
+def _lines(console: Console) -> Iterator[Line]:
+    """Yield what starts lines of progress."""
     from rich.progress import Progress
 
     with Progress(console=console, transient=True) as bar:
-
-        def hands(units: CountNgrams | Describe) -> None:
-            line = bar.add_task(units.name, total=len(units.numbers()))
-            for number in units.numbers():
-                if not units.done(number):
-                    units.work(number)
-                bar.advance(line)
-
-        yield hands
+        yield lambda name, units: partial(bar.advance, bar.add_task(name, total=units))
 
 
 def _beside(folder: Path, what: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ def made(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.npy")}
 
 
-def shared_out(units: CountNgrams | Describe) -> None:
+def shared_out(units: CountNgrams | Describe, advance: Callable[[int], None]) -> None:
     """Do units as another process does: sent there, and in an order of its own."""
     sent = pickle.loads(pickle.dumps(units))
     for number in reversed(sent.numbers()):
@@ -89,7 +90,7 @@ def test_tasks_of_datatrove_make_them_too(
     pytest.importorskip("datatrove", reason="needs datatrove (extra scale)")
     ensure_text_features(*sides, str(tmp_path / "here"), QUIET)
     monkeypatch.setattr(feature_work, "_UNIT_TOKENS", 4000)
-    with task_hands(Executor("local", 3, 1), QUIET) as hands:
+    with task_hands(Executor("local", 3, 1)) as hands:
         again = partial(opened, tiny_corpus)
         ensure_text_features(*sides, str(tmp_path / "tasks"), QUIET, hands=hands, again=again)
     assert made(tmp_path / "tasks") == made(tmp_path / "here")
@@ -101,7 +102,7 @@ def test_tasks_of_datatrove_make_them_too(
 def stopping(stage: str, after: int, did: list[str]) -> Hands:
     """Does so many units of a stage, and ends as a driver whose tasks died; ``did`` is told of each."""
 
-    def hands(units: CountNgrams | Describe) -> None:
+    def hands(units: CountNgrams | Describe, advance: Callable[[int], None]) -> None:
         left = [number for number in units.numbers() if not units.done(number)]
         for number in left[: after if units.name == stage else None]:
             units.work(number)

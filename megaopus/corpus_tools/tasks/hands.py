@@ -7,9 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from rich.console import Console
-
-from megaopus.corpus_tools.progress import stages
 from megaopus.corpus_tools.tasks.executors import Executor
 from megaopus.corpus_tools.tasks.stages import run_stage
 from megaopus.corpus_tools.tasks.units import Units
@@ -24,13 +21,17 @@ class PlacedUnits(Units, Protocol):
         """Of the results."""
 
 
-@contextmanager
-def task_hands(executor: Executor, console: Console) -> Iterator[Callable[[PlacedUnits], None]]:
-    """Yield what does a stage's units by tasks, with a line of progress; their logs lie beside the units' results."""
-    with stages(console) as stage, Workers() as workers:
+Hands = Callable[[PlacedUnits, Callable[[int], None]], None]
+"""Does all units that are not done yet, and calls with numbers of units that are."""
 
-        def hands(units: PlacedUnits) -> None:
+
+@contextmanager
+def task_hands(executor: Executor) -> Iterator[Hands]:
+    """Yield what does units by tasks; their logs lie beside the units' results."""
+    with Workers() as workers:
+
+        def hands(units: PlacedUnits, advance: Callable[[int], None]) -> None:
             folder = units.folder / f"tasks-{units.name.replace(' ', '-')}"
-            run_stage(units, folder, executor, workers, stage(units.name, len(units.numbers()), "units/s", 1))
+            run_stage(units, folder, executor, workers, advance)
 
         yield hands
