@@ -3,14 +3,16 @@
 Two pools of text (pools.py), mixed and clean. Row {tokens_per_s: {recipe: of one process}, bytes_per_sequence:
 {recipe}, workers: {seconds, one_worker_seconds, ratio, identical}, overlap: {pool: {share in the sample: ...}}, ...}.
 
-tokens_per_s: the tokens of a pool, made --copies times as large, over the seconds of ``ensure_text_features`` in this
-process: of what ``opus`` reads, and of what ``screened`` reads, which has the n-grams' block. workers: seconds of the
-command ``features --executor local`` with one task at a time and with two, in turns, start of the processes included,
-medians; whether all files are equal, those of the command without an executor as well. overlap: which part of the picks
-by importance, a quarter of each buffer of 256 sequences of the candidate stream, stays where n-grams are counted, and
-importance is fitted, in a sample of the sequences.
+tokens_per_s: the tokens of a pool, made 8 times as large, over the seconds of ``ensure_text_features`` in this process:
+of what ``opus`` reads, and of what ``screened`` reads, which has the n-grams' block. workers: seconds of the command
+``features --executor local`` for a pool --copies times as large, with one task at a time and with two, in turns, start
+of the processes included, medians; whether all files are equal, those of the command without an executor as well.
+overlap: which part of the picks by importance, a quarter of each buffer of 256 sequences of the candidate stream, stays
+where n-grams are counted, and importance is fitted, in a sample of the sequences.
 
     python benchmarks/features.py --data FOLDER --work FOLDER [--part speed|workers|overlap] [--quick] [--json FILE]
+
+OMP_NUM_THREADS=1, as the tasks have it: then one process is one thread.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,8 @@ from megaopus.data.text_features import SequenceTextFeatures, ensure_text_featur
 POOLS = ("mixed", "clean")
 PARTS = ("speed", "workers", "overlap")
 RECIPES = ("opus", "screened")
-COPIES, QUICK_COPIES = 24, 2
+COPIES, QUICK_COPIES = 64, 4
+_SPEED_COPIES = 8
 ROUNDS, QUICK_ROUNDS = 3, 1
 SHARES = (0.5, 0.25, 0.125, 0.0625)
 SEQ_LEN, LARGE_SEQ_LEN = 128, 512
@@ -151,17 +155,19 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The row."""
     args.work.mkdir(parents=True, exist_ok=True)
     asked = {name: ensure_pool(name, args.data, args.work / "pools", console) for name in POOLS}
-    copies = QUICK_COPIES if args.quick else COPIES
+    copies = args.copies or (QUICK_COPIES if args.quick else COPIES)
     parts, row = args.part or PARTS, {}
     with tempfile.TemporaryDirectory(dir=args.work) as temporary:
         work = Path(temporary)
         if "overlap" in parts:
             row["overlap"] = {name: overlap(overrides, work, console) for name, overrides in asked.items()}
-        large = enlarged(args.work / "pools" / "mixed", args.work / f"mixed_{copies}", copies)
+        larger = partial(enlarged, args.work / "pools" / "mixed")
         if "speed" in parts:
-            row |= speed(large, work, args, console)
+            several = min(copies, _SPEED_COPIES)
+            row |= speed(larger(args.work / f"mixed_{several}", several), work, args, console)
         if "workers" in parts:
-            row["workers"] = workers(large, work, QUICK_ROUNDS if args.quick else ROUNDS)
+            rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+            row["workers"] = workers(larger(args.work / f"mixed_{copies}", copies), work, rounds)
     return row
 
 
@@ -171,6 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="text, as pools.py takes it")
     options.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="the pools are kept here")
     options.add_argument("--part", action="append", choices=PARTS, help="repeatable (default: all)")
+    options.add_argument("--copies", type=int, help=f"of the pool that workers share (default: {COPIES})")
+    options.add_argument("--rounds", type=int, help=f"of workers (default: {ROUNDS}, with --quick {QUICK_ROUNDS})")
     args, console = options.parse_args(arguments), Console(width=120)
     start(args, console)
     row = measure(args, console)

@@ -391,7 +391,7 @@ def _chunks(sequences: Sequences, numbers: np.ndarray) -> Iterator[tuple[np.ndar
             yield rows[first : first + cached], tokens[first : first + cached]
 
 
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def _save(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write arrays; the file appears under ``path`` when it is whole."""
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     with partial.open("wb") as stream:
