@@ -1,14 +1,14 @@
 """How fast are text features made by one process and by two workers, how large are they, what does a sample change?
 
-Two pools of text (pools.py), mixed and clean. Row {tokens_per_s: {recipe: of one process}, bytes_per_sequence:
+Pools of text (pools.py): mixed, hard and clean. Row {tokens_per_s: {recipe: of one process}, bytes_per_sequence:
 {recipe}, workers: {seconds, one_worker_seconds, ratio, identical}, overlap: {pool: {share in the sample: ...}}, ...}.
 
 tokens_per_s: the tokens of a pool, made 8 times as large, over the seconds of ``ensure_text_features`` in this process:
 of what ``opus`` reads, and of what ``screened`` reads, which has the n-grams' block. workers: seconds of the command
 ``features --executor local`` for a pool --copies times as large, with one task at a time and with two, in turns, start
 of the processes included, medians; whether all files are equal, those of the command without an executor as well.
-overlap: which part of the picks by importance, a quarter of each buffer of 256 sequences of the candidate stream, stays
-where n-grams are counted, and importance is fitted, in a sample of the sequences.
+overlap: which part of the picks by importance, the best quarter of each buffer of 256 sequences of the candidates,
+stays where n-grams are counted, and importance is fitted, in a sample of the pool's sequences.
 
     python benchmarks/features.py --data FOLDER --work FOLDER [--part speed|workers|overlap] [--quick] [--json FILE]
 
@@ -45,8 +45,9 @@ from megaopus.data.candidates import CandidateStream
 from megaopus.data.corpus import TOKENIZER, TOKENS, Corpus
 from megaopus.data.run_data import RunData
 from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features
+from megaopus.selection.sampler import pick_top_k
 
-POOLS = ("mixed", "clean")
+POOLS = ("mixed", "hard", "clean")
 PARTS = ("speed", "workers", "overlap")
 RECIPES = ("opus", "screened")
 COPIES, QUICK_COPIES = 64, 4
@@ -141,7 +142,7 @@ def overlap(overrides: Sequence[str], work: Path, console: Console) -> dict[str,
             place = ensure_text_features(data.pool, data.proxy, folder, console, ngrams=False, sample=sample)
             features = SequenceTextFeatures(data.pool, place)
             buffers = (torch.as_tensor(stream.at(step).ids) for step in range(len(data.pool) // BUFFER))
-            return [set(ids[features.importance(ids).argsort()[-PICKED:]].tolist()) for ids in buffers]
+            return [set(ids[pick_top_k(features.importance(ids), ids, PICKED)].tolist()) for ids in buffers]
 
     whole = picks(len(data.pool) + len(data.proxy))
     found = {"sequences": float(len(data.pool))}

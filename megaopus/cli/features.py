@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(f"selection.method={config.selection.method} reads no text features; name the run's selection=")
     from megaopus.corpus_tools.tasks.hands import task_hands
     from megaopus.data.run_data import RunData
+    from megaopus.data.text_features import is_of_a_sample
 
     console = Console()
     data = RunData.open(config.data, config.data_needs())
@@ -47,13 +48,14 @@ def run(args: argparse.Namespace) -> int:
         executor.check(data.text_features_folder)
     with nullcontext() if executor is None else task_hands(executor) as hands:
         folder = data.ensure_text_features(console, hands)
-    sample, sequences = config.data.text_features_sample, {"pool": len(data.pool), "proxy": len(data.proxy)}
-    for split, count in sequences.items():
-        told = f"{split}: {count:,} sequences, n-grams of {min(count, sample):,} of them counted"
-        console.print(told, highlight=False)
+    counted = config.data.text_features_sample if is_of_a_sample(folder) else len(data.pool)
     size = sum(path.stat().st_size for path in folder.parent.glob(f"{folder.name}*/*.npy"))
-    told = f"{folder}: {size / len(data.pool):,.0f} bytes for each sequence of the pool"
-    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    lines = (
+        f"pool: {len(data.pool):,} sequences, n-grams of {counted:,} of them counted; proxy: {len(data.proxy):,}, all",
+        f"{folder}: {size / len(data.pool):,.0f} bytes for each sequence of the pool",
+    )
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

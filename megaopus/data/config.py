@@ -12,7 +12,7 @@ from megaopus.settings import FIXED, HARMLESS, TRAINING, address_refusal, settin
 
 ORDERS = ("auto", "highest", "lowest")
 SAMPLE = 1 << 20
-"""Sequences that text features are fitted to, of pool and proxy each, where there are more."""
+"""Sequences of the pool that text features are fitted to, where there are more."""
 
 HUB_NAME = "write hf:NAME for a data set of the hub"
 
@@ -165,8 +165,8 @@ class DataConfig:
     text_features_sample: int = setting(
         SAMPLE,
         min=1,
-        doc="Sequences of the pool, and of the proxy, that text features are fitted to: of so many n-grams are counted "
-        "where there are more. A smaller pool is counted whole.",
+        doc="Sequences of the pool that text features are fitted to: of so many n-grams are counted where there are "
+        "more. A smaller pool is counted whole.",
         hint=f"{SAMPLE} (2^20) is usual",
     )
     validation_path: str | None = setting(

@@ -32,7 +32,7 @@ from megaopus.data.feature_numbers import (
     spread,
     tables_of,
 )
-from megaopus.data.permutation import mix
+from megaopus.data.index import BLOCK
 from megaopus.data.sequences import Sequences
 from megaopus.errors import DataError
 
@@ -44,47 +44,57 @@ _MOST_UNITS = 1 << 13
 """Of the pool; of more text, units are larger."""
 _READ_TOKENS, _CACHED_TOKENS = 1 << 18, 1 << 15
 """That are read, and described, at a time: the latter stay in the processor's cache."""
-_LOOKED_AT = 1 << 10
-"""Sequences that tell whether documents divide a large side about evenly."""
+_MOST_FITTED = 1 << 16
+"""Sequences of the proxy that importance is fitted to, at most, where the pool is not counted whole."""
 TARGET, POOL = "target", "pool"
 _U64 = np.uint64
+Again = Callable[[], tuple[Sequences, Sequences]]
+"""Opens pool and proxy."""
 
 
 class Side:
     """Knows of pool or proxy which sequences are counted, and which half each sequence is of."""
 
-    def __init__(self, sequences: Sequences, sample: int):
-        """``sample``: the most sequences that are counted."""
-        self.sequences = sequences
-        self.whole = len(sequences) <= sample
-        """Whether all are."""
-        self.counted = spread(len(sequences), sample)
+    def __init__(self, sequences: Sequences, counted: np.ndarray, kept: Path | None):
+        """``counted``: their numbers. ``kept``: where the halves lie of more sequences than memory should hold."""
+        self.sequences, self.counted, self._kept = sequences, counted, kept
 
     def halves_of(self, numbers: np.ndarray) -> np.ndarray:
-        """(n,) 0 or 1: the half that each sequence is of, by the document it begins in.
-
-        Of a side that is counted whole, by every other document; of a larger one by a hash of the document's number,
-        which no other sequence needs to be known for. Where documents are too few for either, by the sequence's number.
-        """
-        if self.whole:
-            return self._parity[numbers]
-        if self._by_document:
-            return self._hashed(numbers)
-        return numbers * 2 // len(self.sequences)
+        """(n,) 0 or 1: the half that each sequence is of, by every other of the documents in which sequences begin."""
+        if self._kept is None:
+            return self._halves[numbers]
+        if not len(self._halves):  # of one document
+            return numbers * 2 // len(self.sequences)
+        return self._halves[self.sequences.first_document_of(numbers)].astype(np.int64)
 
     @cached_property
-    def _parity(self) -> np.ndarray:
+    def _halves(self) -> np.ndarray:
+        """By sequence; where they are kept in a file by document."""
+        if self._kept is not None:
+            return np.load(self._kept, mmap_mode="r")
         found = np.zeros(len(self.sequences), dtype=np.int64)
         found[parts(self.sequences, 2)[1]] = 1
         return found
 
-    @cached_property
-    def _by_document(self) -> bool:
-        share = self._hashed(spread(len(self.sequences), _LOOKED_AT)).mean()
-        return bool(0.25 < share < 0.75)
-
-    def _hashed(self, numbers: np.ndarray) -> np.ndarray:
-        return (mix(self.sequences.first_document_of(numbers).astype(_U64) + _U64(1)) & _U64(1)).astype(np.int64)
+    def divide(self) -> None:
+        """Write the halves to be kept, block by block: in memory there is no more than one."""
+        if self._kept is None or self._kept.is_file():
+            return
+        partial = self._kept.with_name(f"{self._kept.name}.{secrets.token_hex(4)}")
+        halves = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(len(self.sequences.corpus),))
+        for first in range(0, len(self.sequences), BLOCK):
+            numbers = np.arange(first, min(first + BLOCK, len(self.sequences)))
+            halves[self.sequences.first_document_of(numbers)] = 1
+        found = 0
+        for first in range(0, len(halves), BLOCK):
+            ranks = found + np.cumsum(halves[first : first + BLOCK], dtype=np.int64)
+            halves[first : first + BLOCK] = (ranks - 1) & 1
+            found = int(ranks[-1])
+        halves.flush()
+        if found < 2:
+            with partial.open("wb") as stream:
+                np.save(stream, np.empty(0, dtype=np.uint8))
+        partial.replace(self._kept)
 
 
 def parts(sequences: Sequences, count: int) -> list[np.ndarray]:
@@ -98,15 +108,20 @@ def parts(sequences: Sequences, count: int) -> list[np.ndarray]:
 class Sides:
     """Holds pool and proxy; sent to another process, it opens them again there."""
 
-    def __init__(
-        self, pool: Sequences, proxy: Sequences, sample: int, again: Callable[[], tuple[Sequences, Sequences]]
-    ):
-        """``again``: opens the two, in any process."""
-        self.keys, self._again, self.sample = (pool.key, proxy.key), again, sample
+    def __init__(self, pool: Sequences, proxy: Sequences, sample: int, again: Again, folder: Path):
+        """``sample``: most sequences of the pool that are counted; ``folder``: of what is kept in files where there are
+        more.
+        """
+        self._keys, self._sample, self._again, self._folder = (pool.key, proxy.key), sample, again, folder
         self._opened: dict[str, Side] = self._sides(pool, proxy)
 
     def _sides(self, pool: Sequences, proxy: Sequences) -> dict[str, Side]:
-        return {POOL: Side(pool, self.sample), TARGET: Side(proxy, self.sample)}
+        counted = {POOL: spread(len(pool), self._sample), TARGET: np.arange(len(proxy))}
+        return {name: self._side(name, each, counted[name]) for name, each in ((POOL, pool), (TARGET, proxy))}
+
+    def _side(self, name: str, sequences: Sequences, counted: np.ndarray) -> Side:
+        large = len(sequences) > self._sample
+        return Side(sequences, counted, self._folder / f"halves-{name}.npy" if large else None)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": {}}
@@ -115,7 +130,7 @@ class Sides:
         """POOL or TARGET. Raises DataError if it is not what it was."""
         if not self._opened:
             pool, proxy = self._again()
-            if (pool.key, proxy.key) != self.keys:
+            if (pool.key, proxy.key) != self._keys:
                 raise DataError(f"{pool.corpus.path}: changed while its text features were worked out; start again")
             self._opened = self._sides(pool, proxy)
         return self._opened[name]
@@ -144,8 +159,8 @@ class Order:
 
     @property
     def sampled(self) -> bool:
-        """Tell whether some sequences are not counted."""
-        return not (self.sides[POOL].whole and self.sides[TARGET].whole)
+        """Tell whether some of the pool's sequences are not counted."""
+        return len(self.sides[POOL].counted) < len(self.sides[POOL].sequences)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -155,7 +170,7 @@ class Order:
     def fitted(self) -> np.ndarray:
         """Numbers of the proxy's sequences that importance is fitted to: of each half in turn."""
         side = self.sides[TARGET]
-        chosen = spread(len(side.sequences), FITTED) if self.sampled else side.counted
+        chosen = spread(len(side.sequences), _MOST_FITTED) if self.sampled else side.counted
         halves = side.halves_of(chosen)
         return np.concatenate([chosen[halves == half] for half in (0, 1)])
 
@@ -337,6 +352,8 @@ def here(units: CountNgrams | Describe, advance: Callable[[int], None]) -> None:
 def work_out(order: Order, hands: Hands, line: Line) -> Describe:
     """Do what is ordered. Returns the stage whose results are to be written."""
     order.folder.mkdir(parents=True, exist_ok=True)
+    for name in order.sources:
+        order.sides[name].divide()
     counting = order.counting()
     if not order.tables.is_file():
         hands(counting, line(counting.name, len(counting.spans)))
@@ -346,9 +363,9 @@ def work_out(order: Order, hands: Hands, line: Line) -> Describe:
     return describing
 
 
-def plan_of(sides: Sides, numbers: bool, ngrams: bool, judges: bool) -> str:
-    """Return what work that goes on from other work's units has in common with it."""
-    return json.dumps([*sides.keys, sides.sample, numbers, ngrams, judges, _UNIT_TOKENS, _MOST_UNITS])
+def plan_of(pool: Sequences, proxy: Sequences, sample: int, *parts: bool) -> str:
+    """Return what work that goes on from other work's units has in common with it; ``parts``: what is asked for."""
+    return json.dumps([pool.key, proxy.key, sample, *parts, _UNIT_TOKENS, _MOST_UNITS])
 
 
 def unit_folder(work: Path, plan: str) -> Path:

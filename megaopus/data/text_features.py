@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
@@ -19,6 +19,7 @@ from megaopus.data.config import SAMPLE
 from megaopus.data.feature_numbers import BUCKETS, LIKELIHOODS, SHINGLE, SKETCH_DIM, design, moments
 from megaopus.data.feature_work import (
     NUMBERS,
+    Again,
     Describe,
     Hands,
     Line,
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 VERSION = 5
 BLOCKS = ("ngrams", "domain", "likelihood", "shape")
 _SKETCH = "sketch.npy"
+_MOMENTS = "moments.npy"
+"""Of a pool that was not counted whole; else they follow from its numbers."""
 _MUCH = 1 << 31
 """Tokens of a pool, some minutes of one process, from which on it is told who else could work."""
 
@@ -58,8 +61,7 @@ class SequenceTextFeatures:
         self._blocks = tuple(blocks)
         arrays = (_load(folder / f"{name}.npy", len(pool)) for name in NUMBERS)
         self._scalars, self._log_odds, self._exact, self._near = arrays
-        kept = folder / "moments.npy"  # of a pool that was not counted whole
-        self._moments = _load(kept, 2) if kept.is_file() else moments(self._scalars)
+        self._moments = _load(folder / _MOMENTS, 2) if is_of_a_sample(folder) else moments(self._scalars)
         fitted = _load(folder / "importance.npy", 2 * self._scalars.shape[1] + 2)
         self._weights, self._most = fitted[:-1], float(fitted[-1])
         self._folder = folder
@@ -139,16 +141,21 @@ class SequenceTextFeatures:
 def text_features_folder(pool: Sequences, proxy: Sequences, parent: str | None, sample: int = SAMPLE) -> Path:
     """Return where the traits of ``pool`` lie; another proxy, seq_len or corpus has another place.
 
-    ``sample``: sequences whose n-grams are counted, at most. A pool or proxy of more has a place for each such number,
-    unless there are features of the whole, as earlier versions made them: these go on to be used.
+    ``sample``: sequences of the pool whose n-grams are counted, at most. A pool of more has a place for each such
+    number, unless there are features of the whole, as earlier versions made them: these go on to be used.
     """
     path = pool.corpus.path
     folder = Path(parent) if parent else path.with_name(f"{path.name}.traits")
     meaning = [VERSION, BUCKETS, SKETCH_DIM, SHINGLE, pool.key, proxy.key]
     whole = folder / _digest(meaning)
-    if max(len(pool), len(proxy)) <= sample or whole.is_dir():
+    if len(pool) <= sample or whole.is_dir():
         return whole
     return folder / _digest([*meaning, sample])
+
+
+def is_of_a_sample(folder: Path) -> bool:
+    """Tell of a folder of features whether they are fitted to some of the pool's sequences, or to all."""
+    return (folder / _MOMENTS).is_file()
 
 
 def _digest(meaning: list[object]) -> str:
@@ -165,7 +172,7 @@ def ensure_text_features(
     ngrams: bool = True,
     sample: int = SAMPLE,
     hands: Hands | None = None,
-    again: Callable[[], tuple[Sequences, Sequences]] | None = None,
+    again: Again | None = None,
 ) -> Path:
     """The folder of the pool's traits, worked out with a progress bar if it is not there.
 
@@ -179,7 +186,7 @@ def ensure_text_features(
         judges: the same numbers of the proxy too, in a folder beside it, for what asks about sequences of the proxy.
         ngrams: the block of that name too, which takes ten times the room of all else: in a folder beside it, if it
             was made without.
-        sample: sequences of the pool, and of the proxy, whose n-grams are counted, at most.
+        sample: sequences of the pool whose n-grams are counted, at most.
         hands: who works; None: this process.
         again: opens pool and proxy in other processes, where these work.
 
@@ -193,10 +200,9 @@ def ensure_text_features(
     ngrams = ngrams and not ((folder / _SKETCH).is_file() or places["ngrams"].is_dir())
     if not (numbers or judges or ngrams):
         return folder
-    if folder.name == text_features_folder(pool, proxy, parent, most := max(len(pool), len(proxy))).name:
-        sample = most
-    sides = Sides(pool, proxy, sample, again or (lambda: (pool, proxy)))
-    plan = plan_of(sides, numbers, ngrams, judges)
+    if folder == text_features_folder(pool, proxy, parent, len(pool)):
+        sample = max(sample, len(pool))
+    plan = plan_of(pool, proxy, sample, numbers, ngrams, judges)
     writers = {
         "numbers": write_numbers if numbers else None,
         "proxy": write_proxies if judges else None,
@@ -206,7 +212,9 @@ def ensure_text_features(
         told = f"text features of {tokens:,} tokens, in one process: 'python -m megaopus features --executor ...' has"
         console.print(f"{told} tasks make them ahead of a run", highlight=False, markup=False, soft_wrap=True)
     with _place(folder), work_folder(folder, plan, console) as work:
-        order = Order(unit_folder(work, plan), sides, numbers, ngrams, judges)
+        units = unit_folder(work, plan)
+        sides = Sides(pool, proxy, sample, again or (lambda: (pool, proxy)), units)
+        order = Order(units, sides, numbers, ngrams, judges)
         with _lines(console) as line:
             describing = work_out(order, hands or here, line)
         for name, write in writers.items():

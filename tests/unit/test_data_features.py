@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -150,6 +149,14 @@ def test_another_corpus_of_the_same_name_is_refused(
 # -- a sample ----------------------------------------------------------------------------------------------------------
 
 
+class Documents(list[None]):
+    """As many as there may be, of a corpus that is not there."""
+
+    def __init__(self, name: str, count: int):
+        super().__init__([None] * count)
+        self.path = Path(name)
+
+
 class InMemory:
     """Sequences of made-up documents, without a corpus: a share of each one's words is of the kind of wanted text.
 
@@ -164,7 +171,7 @@ class InMemory:
         is_wanted = draw.random(ranks.shape) < draw.beta(*shares, count)[:, None]
         usual, other = (np.random.default_rng(each).permutation(words) for each in (101, 102))
         self._tokens = np.where(is_wanted, other[ranks], usual[ranks])
-        self.key, self.corpus = json.dumps([name, seed]), SimpleNamespace(path=Path(name))
+        self.key, self.corpus = json.dumps([name, seed]), Documents(name, count)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -211,13 +218,20 @@ def test_features_of_the_whole_pool_go_on_to_be_used(sides: tuple[Sequences, Seq
     assert whole.name in names
 
 
-def test_few_documents_are_divided_by_sequences() -> None:
-    """Of a pool of one document no half may be empty, for each is described by the other."""
+@pytest.mark.parametrize("documents", [1, 2, 777])
+def test_halves_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: int) -> None:
+    """By every other document in which sequences begin; where there is one, by the sequences, for none may be empty."""
+    monkeypatch.setattr(feature_work, "BLOCK", 100)
     pool: Any = InMemory("pool", 3000, (1.0, 1.0), 1, 300)
-    pool.first_document_of = lambda rows: np.zeros(len(rows), dtype=np.int64)
-    for sample in (3000, 100):
-        halves = feature_work.Side(pool, sample).halves_of(np.arange(3000))
-        assert halves.tolist() == [0] * 1500 + [1] * 1500
+    firsts = np.sort(np.random.default_rng(0).integers(0, documents, 3000)) * 3
+    firsts = np.concatenate([firsts[1000:], firsts[:1000]])  # domain after domain, documents in corpus order
+    pool.first_document_of = lambda rows: firsts[rows]
+    sides = [feature_work.Side(pool, np.arange(3000), kept) for kept in (None, tmp_path / "halves.npy")]
+    for side in sides:
+        side.divide()
+    found = [side.halves_of(np.arange(3000)).tolist() for side in sides]
+    assert found[0] == found[1]
+    assert 1000 < sum(found[0]) < 2000
 
 
 # -- the verb ----------------------------------------------------------------------------------------------------------
@@ -236,7 +250,7 @@ def test_a_run_finds_what_the_verb_made(
     said = capsys.readouterr().out
     config = compose(given)
     data = RunData.open(config.data, config.data_needs())
-    assert f"pool: {len(data.pool):,} sequences, n-grams of {len(data.pool):,} of them counted" in said
+    assert f"pool: {len(data.pool):,} sequences, n-grams of {len(data.pool):,} of them counted; proxy:" in said
     assert "next: python -m megaopus train" in said
     monkeypatch.setattr(text_features, "work_out", lambda *given: 1 / 0)
     folder = data.ensure_text_features(QUIET)
