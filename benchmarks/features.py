@@ -67,15 +67,15 @@ def enlarged(corpus: Path, out: Path, copies: int) -> Path:
         for name in names:
             name.unlink(missing_ok=True)
             name.symlink_to((corpus / TOKENS).absolute())
-        rule = SplitRule(0.02, 0.02, ("c00",))
+        rule = SplitRule(0.0, 0.02)  # no copy of a text in the pool is a proxy's: that is the pool's own
         adopt([str(name) for name in names], out, tokenizer=corpus / TOKENIZER, eod=opened.eod_id, rule=rule)
     return out
 
 
 def settings(corpus: Path, recipe: str, features: Path) -> list[str]:
     """What a run of this recipe is told."""
-    where = [f"data.path={corpus}", f"data.text_features_path={features}", f"data.seq_len={LARGE_SEQ_LEN}"]
-    return [*where, "data.target_domains=[c00]", f"selection={recipe}"]
+    where = [f"data.path={corpus}", f"data.proxy_path={corpus.parent / 'pools' / 'mixed'}"]
+    return [*where, f"data.text_features_path={features}", f"data.seq_len={LARGE_SEQ_LEN}", f"selection={recipe}"]
 
 
 def speed(corpus: Path, work: Path, args: argparse.Namespace, console: Console) -> dict[str, Any]:
