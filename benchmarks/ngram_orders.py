@@ -23,8 +23,9 @@ from scipy.stats import rankdata
 
 from benchmarks.pools import WANTED, prepare_texts, real_hard
 from megaopus.corpus_tools.split import SplitRule
-from megaopus.data import text_features
+from megaopus.data import feature_numbers
 from megaopus.data.corpus import Corpus
+from megaopus.data.feature_work import parts
 from megaopus.data.permutation import mix
 from megaopus.data.sequences import Sequences
 from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features
@@ -63,7 +64,7 @@ def counts(sequences: Sequences, rows: np.ndarray) -> np.ndarray:
 def numbers(sequences: Sequences, sides: list[list[np.ndarray]]) -> np.ndarray:
     """(n, 12): of proxy, then pool, log-likelihoods by order; then of both shares of n-grams that were seen."""
     found = np.zeros((len(sequences), 4 * len(ORDERS)))
-    for half, rows in enumerate(text_features._halves(sequences)):
+    for half, rows in enumerate(parts(sequences, 2)):
         each = hashed(sequences.tokens(rows).numpy().astype(_U64))
         others = [side[1 - half] for side in sides]
         columns = [np.log((c[i] + 1) / (c[i].sum() + BUCKETS))[b].mean(1) for c in others for i, b in enumerate(each)]
@@ -73,8 +74,8 @@ def numbers(sequences: Sequences, sides: list[list[np.ndarray]]) -> np.ndarray:
 
 def importance(pool: np.ndarray, proxy: np.ndarray) -> np.ndarray:
     """(n,) of the pool, as text_features.py fits it to such numbers of pool and proxy."""
-    moments = text_features._moments(pool)
-    x, wanted = (text_features._design(each, moments) for each in (pool, proxy))
+    moments = feature_numbers.moments(pool)
+    x, wanted = (feature_numbers.design(each, moments) for each in (pool, proxy))
     y = np.arange(len(x) + len(wanted)) >= len(x)
     weight = np.where(y, 1.0, len(wanted) / len(x))
     both = torch.from_numpy(np.concatenate([x, wanted]))
@@ -112,7 +113,7 @@ def main() -> None:
     pool, proxy = Sequences(corpus, "pool", LENGTH), Sequences(corpus, "proxy", LENGTH, [WANTED])
     place = ensure_text_features(pool, proxy, str(args.work / "features"), console, judges=True)
     known = SequenceTextFeatures(pool, place)
-    sides = [[counts(each, rows) for rows in text_features._halves(each)] for each in (proxy, pool)]
+    sides = [[counts(each, rows) for rows in parts(each, 2)] for each in (proxy, pool)]
     more = [numbers(each, sides) for each in (pool, proxy)]
     domains = pool.domain_of(np.arange(len(pool)))
     wanted = domains == pool.domains.index(WANTED)

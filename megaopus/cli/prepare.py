@@ -16,13 +16,13 @@ from rich.table import Table
 
 from megaopus.cli._notes import tell
 from megaopus.cli._paths import local_name, local_path
+from megaopus.cli._tasks import add_executor, executor_of
 from megaopus.errors import DataError
 from megaopus.plugins import require_plugins
 
 if TYPE_CHECKING:
     from megaopus.corpus_tools.chat import ChatTemplate
     from megaopus.corpus_tools.split_rule import SplitRule
-    from megaopus.corpus_tools.tasks.executors import Executor
 
 DESCRIPTION = "Make a corpus folder: tokenizer, tokens, a table of documents and a manifest."
 EXAMPLES = (
@@ -57,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
     """Add who does the work, where it is more than one process's, and which copies are left out."""
     from megaopus.corpus_tools.copies import COPIES
-    from megaopus.corpus_tools.tasks.executors import KINDS
 
     add = parser.add_argument
     add(
@@ -71,20 +70,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of a token file, at most; a corpus of more has several (default: 2^33)",
     )
-    add(
-        "--executor",
-        choices=KINDS,
-        help="read and tokenise by tasks over pieces of the files: in --workers processes here, as a Slurm array, or on"
-        " Ray (RAY_ADDRESS, or this machine); pip install 'megaopus[scale]'",
-    )
-    add("--tasks", type=int, metavar="N", help="tasks of --executor (default: one for each worker)")
-    add(
-        "--slurm",
-        action="append",
-        default=[],
-        metavar="KEY[=VALUE]",
-        help="option of sbatch for each task, partition=cpu say; repeatable",
-    )
+    add_executor(parser, "read and tokenise by tasks over pieces of the files")
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
@@ -286,21 +272,10 @@ def _prepare(args: argparse.Namespace, console: Console) -> Path:
         overwrite=args.overwrite,
         console=console,
         workers=args.workers,
-        executor=_executor(args),
+        executor=executor_of(args, args.plugin),
         dedup=args.dedup,
         file_tokens=FILE_TOKENS if args.file_tokens is None else args.file_tokens,
     )
-
-
-def _executor(args: argparse.Namespace) -> Executor | None:
-    """Say who does the work; None: this process and its workers. Raises DataError for what is said of no executor."""
-    from megaopus.corpus_tools.tasks.executors import Executor
-
-    if args.executor is None:
-        if args.tasks is not None or args.slurm:
-            raise DataError("--tasks and --slurm are of an executor: add --executor local, slurm or ray")
-        return None
-    return Executor(args.executor, args.tasks, args.workers, tuple(args.slurm), tuple(args.plugin))
 
 
 def _chat_template(args: argparse.Namespace) -> ChatTemplate | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megaopus.cli._paths import local_name, local_path
+from megaopus.cli._tasks import add_executor, executor_of
 from megaopus.errors import DataError
 from megaopus.plugins import require_plugins
 
@@ -75,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " (default %(default)s; 0: none)",
     )
     add("--workers", type=int, metavar="N", help="processes that search (default: one a core; with a model, this one)")
+    add_executor(parser, "search by tasks over chunks of the documents")
     add(
         "--out",
         required=True,
@@ -90,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the corpus with its new proxy, and show what that is made of."""
     from megaopus.corpus_tools.benchmark_proxy import Limits, build, read_items
     from megaopus.corpus_tools.sources import Source
+    from megaopus.corpus_tools.tasks.hands import task_hands
     from megaopus.data.corpus import Corpus
 
     require_plugins(args.plugin)
@@ -103,20 +107,24 @@ def run(args: argparse.Namespace) -> int:
     for name, limit in limits.items():
         if limit < 0:
             raise DataError(f"--{name.replace('_', '-')} {limit}: must not be negative; 0 is no limit")
+    if executor := executor_of(args, args.plugin):
+        executor.check(args.out)
     corpus, console = Corpus.open(args.corpus), Console()
-    made = build(
-        corpus,
-        items,
-        Path(args.out),
-        tokens=args.tokens,
-        limits=Limits(**limits),
-        encoder=args.encoder,
-        drop_overlap=args.drop_overlap,
-        held_out=args.held_out,
-        overwrite=args.overwrite,
-        workers=args.workers,
-        console=console,
-    )
+    with task_hands(executor) if executor else nullcontext() as hands:
+        made = build(
+            corpus,
+            items,
+            Path(args.out),
+            tokens=args.tokens,
+            limits=Limits(**limits),
+            encoder=args.encoder,
+            drop_overlap=args.drop_overlap,
+            held_out=args.held_out,
+            overwrite=args.overwrite,
+            workers=args.workers,
+            console=console,
+            hands=hands,
+        )
     show(corpus, made, console)
     return 0
 

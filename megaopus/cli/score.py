@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megaopus.cli._paths import local_name, local_path
+from megaopus.cli._tasks import add_executor, executor_of
 from megaopus.distributed.launcher import place
 from megaopus.errors import DataError
 from megaopus.plugins import require_plugins
@@ -98,6 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--positive", action="append", metavar="PATH", help="fasttext: documents to be like (default: the split proxy)")
     add("--negative", action="append", metavar="PATH", help="fasttext: documents to be unlike (default: of the pool)")
     _add_model_arguments(parser)
+    add_executor(parser, "score by tasks over chunks of the documents, without --checkpoint")
+    add("--workers", type=int, metavar="N", help="tasks of --executor that run at a time (default: one a core)")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,17 +205,35 @@ def _under_checkpoint(corpus: Corpus, args: argparse.Namespace, given: set[str],
 
 def run(args: argparse.Namespace) -> int:
     """Score the documents, and show quantiles and extremes."""
+    from megaopus.corpus_tools.tasks.hands import task_hands
     from megaopus.data.corpus import Corpus
+    from megaopus.data.scores import column_folder
     from megaopus.score.base import make_column
 
     require_plugins(args.plugin)
     corpus, name = Corpus.open(args.corpus), args.name or args.method
     console = Console(quiet=place().rank > 0)
+    executor = executor_of(args, args.plugin)
+    if executor is not None and args.checkpoint is not None:
+        raise DataError("--executor: a model under --checkpoint is laid out on ranks: start it by torchrun instead")
+    if executor is None and args.workers is not None:
+        raise DataError("--workers are of an executor: add --executor local, slurm or ray")
     method = method_of(corpus, args)
     plain = {key: value for key, value in method.about.items() if not isinstance(value, dict)}
     settings = ", ".join(f"{key} {value}" for key, value in plain.items())
     console.print(f"{len(corpus):,} documents: {settings}; {method.best} is best", highlight=False, markup=False)
-    out = make_column(corpus, name, method, overwrite=args.overwrite, console=console)
+    if executor is not None:
+        executor.check(column_folder(corpus.path, name))
+    with nullcontext() if executor is None else task_hands(executor) as hands:
+        out = make_column(
+            corpus,
+            name,
+            method,
+            overwrite=args.overwrite,
+            console=console,
+            hands=hands,
+            again=partial(method_of, args=args),
+        )
     if place().rank == 0:
         show(corpus, name, console)
         console.print(str(out), highlight=False, markup=False, soft_wrap=True)

@@ -88,7 +88,7 @@ class RunConfig:
             proxy_batch_size=selection.proxy_batch_size,
             proxy=selection.needs_proxy,
             contrast=selection.needs_pool,
-            text_features=tuple(selection.prescreen.text_features) if selection.needs_text_features else None,
+            text_features=selection.seen_blocks if selection.needs_text_features else None,
             judges=selection.utilities == "odds",
             eval_sequences=self.train.eval_sequences,
         )

@@ -26,6 +26,7 @@ from megaopus.corpus_tools.nearest_documents import CHUNK, HASHED, OVERLAP_WORDS
 from megaopus.corpus_tools.progress import stages
 from megaopus.corpus_tools.signatures import sign_pool
 from megaopus.corpus_tools.sources import Source, SourceReader
+from megaopus.corpus_tools.tasks.hands import Hands
 from megaopus.corpus_tools.workers import cores
 from megaopus.data.corpus import (
     CODE_DTYPE,
@@ -137,6 +138,7 @@ def build(
     overwrite: bool = False,
     workers: int | None = None,
     console: Console | None = None,
+    hands: Hands | None = None,
 ) -> ProxyCorpus:
     """Write the corpus with its new proxy to ``out``; a killed run goes on where it was.
 
@@ -144,7 +146,8 @@ def build(
     leave the pool too. ``drop_overlap``: so do documents that share OVERLAP_WORDS words in a row with an item.
     ``held_out``: share of the items, and of the documents that would be the proxy, that become ``Corpus.target``
     instead, by a hash of their texts; what shares such words with a held-out item leaves the pool in any case.
-    ``workers``: processes that search; None: one for each core with the hashed encoder, else this one.
+    ``workers``: processes that search; None: one for each core with the hashed encoder, else this one. ``hands``: who
+    searches in their place.
 
     Raises:
         DataError: a budget that no document fits, or that leaves no pool; a share that leaves no item; anything wrong
@@ -157,7 +160,7 @@ def build(
     told = [[hashlib.sha256(item.text.encode()).hexdigest() for item in part] for part in (searched, kept)]
     plan = json.dumps([corpus.fingerprint, encoder, OVERLAP_WORDS, CHUNK, *told])
     with work_folder(out, plan, console) as work:
-        found = search(corpus, searched, kept, encoder, work, workers, CHUNK, console)
+        found = search(corpus, searched, kept, encoder, work, workers, CHUNK, console, hands)
         chosen = assign(corpus, found, tokens, limits, drop_overlap, held_out)
         asked = {"encoder": encoder, "tokens": tokens, "limits": asdict(limits), "drop_overlap": drop_overlap}
         summary = asked | {"held_out": held_out} | _summary(corpus, searched, kept, found, chosen)

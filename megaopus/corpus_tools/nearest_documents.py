@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +20,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from megaopus.corpus_tools.progress import stages
 from megaopus.corpus_tools.similarity import HashedTfidf, SentenceEncoder, among, shared_runs
+from megaopus.corpus_tools.tasks.hands import Hands
 from megaopus.corpus_tools.workers import worker_pool
 from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.data.folder import StoppedError
 from megaopus.data.permutation import permute
+from megaopus.errors import DataError
 
 HASHED = "hashed"
 """The encoder that needs no download; another name is a sentence-transformers model's."""
@@ -68,20 +73,27 @@ def search(
     workers: int,
     chunk: int,
     console: Console,
+    hands: Hands | None = None,
 ) -> Found:
     """Every document that is not held out for validation, ``chunk`` of them a file in ``work``.
 
-    Similarity is to ``items`` alone; shared words are looked for in those ``held_out`` too. Raises StoppedError if a
-    worker dies.
+    Similarity is to ``items`` alone; shared words are looked for in those ``held_out`` too. ``hands``: who searches, in
+    place of ``workers`` processes. Raises StoppedError if a worker dies.
     """
     documents = _documents(corpus)
-    files = [work / f"near-{number:06d}.npz" for number in range(-(-len(documents) // chunk))]
+    files = [_file(work, number) for number in range(-(-len(documents) // chunk))]
     left = [(number, file) for number, file in enumerate(files) if not file.is_file()]
+    given = (tuple(items), tuple(held_out), encoder, chunk)
+    if hands is not None:
+        units = SearchChunks(corpus.path, corpus.fingerprint, *given, work.absolute(), len(files))
+        with stages(console) as stage:
+            hands(units, stage(units.name, len(files), "chunks/s", 1))
+        left = []
     if workers == 1 or len(left) <= 1:
-        done = _alone(Searcher(corpus, items, held_out, encoder, chunk), left) if left else iter(())
+        done = _alone(Searcher(corpus, *given), left) if left else iter(())
     else:
-        done = _shared(corpus, items, held_out, encoder, chunk, left, min(workers, len(left)))
-    for _ in track(done, "finding the nearest", total=len(left), console=console, disable=console.quiet):
+        done = _shared(corpus, *given, left, min(workers, len(left)))
+    for _ in track(done, "finding the nearest", total=len(left), console=console, disable=console.quiet or not left):
         pass
     parts = []
     for file in files:
@@ -92,6 +104,10 @@ def search(
     met_anywhere = np.unique(np.concatenate([part["met"] for part in parts]))
     items_met = np.array([bool(np.isin(run, met_anywhere).any()) for run in _runs([*items, *held_out])])
     return Found(documents, items_met=items_met, **joined)
+
+
+def _file(work: Path, number: int) -> Path:
+    return work / f"near-{number:06d}.npz"
 
 
 def _documents(corpus: Corpus) -> np.ndarray:
@@ -157,7 +173,7 @@ class Searcher:
         content = self._corpus.texts(here)
         similarity, item = self._encoding.nearest(content)
         met = [among(shared_runs(text, OVERLAP_WORDS), self._known) for text in content]
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
         with partial.open("wb") as stream:
             np.savez(
                 stream,
@@ -169,6 +185,44 @@ class Searcher:
                 met=np.unique(np.concatenate(met)),
             )
         os.replace(partial, file)
+
+
+@dataclass(frozen=True)
+class SearchChunks:
+    """Compares chunks of documents with items, for tasks."""
+
+    corpus: Path
+    fingerprint: str
+    items: tuple[Item, ...]
+    held_out: tuple[Item, ...]
+    encoder: str
+    chunk: int
+    """Documents of one."""
+    folder: Path
+    """Of the results, absolute."""
+    count: int
+    """Chunks."""
+    name: str = "finding the nearest"
+
+    def numbers(self) -> Sequence[int]:
+        """All of them."""
+        return range(self.count)
+
+    def done(self, number: int) -> bool:
+        """Tell whether the chunk's file is there."""
+        return _file(self.folder, number).is_file()
+
+    def work(self, number: int) -> Mapping[str, int]:
+        """Compare a chunk. Raises DataError if another corpus lies there now."""
+        self._searcher.write(number, _file(self.folder, number))
+        return {"chunks": 1}
+
+    @cached_property
+    def _searcher(self) -> Searcher:
+        corpus = Corpus.open(self.corpus)
+        if corpus.fingerprint != self.fingerprint:
+            raise DataError(f"{self.corpus}: changed while its documents were compared; start again")
+        return Searcher(corpus, self.items, self.held_out, self.encoder, self.chunk)
 
 
 def _digest(corpus: Corpus, document: int) -> int:

@@ -11,7 +11,8 @@ from megaopus.data.schemes import SCHEMES
 from megaopus.settings import FIXED, HARMLESS, TRAINING, address_refusal, setting
 
 ORDERS = ("auto", "highest", "lowest")
-
+SAMPLE = 1 << 20
+"""Sequences of the pool that text features are fitted to, where there are more."""
 
 HUB_NAME = "write hf:NAME for a data set of the hub"
 
@@ -160,6 +161,13 @@ class DataConfig:
         resume=HARMLESS,
         doc="Where text features of the sequences are kept (a prescreen needs them); null: beside `path`, in "
         "NAME.traits.",
+    )
+    text_features_sample: int = setting(
+        SAMPLE,
+        min=1,
+        doc="Sequences of the pool that text features are fitted to: of so many n-grams are counted where there are "
+        "more. A smaller pool is counted whole.",
+        hint=f"{SAMPLE} (2^20) is usual",
     )
     validation_path: str | None = setting(
         None,

@@ -24,7 +24,7 @@ class DataNeeds:
     contrast: bool = False
     """Whether they are scored against batches of the pool too."""
     text_features: tuple[str, ...] | None = None
-    """Blocks of the text features that candidates are described by; None: text features are not read."""
+    """Blocks of the text features that a predictor sees candidates by, if there is one; None: none are read at all."""
     judges: bool = False
     """Whether sequences of the proxy are described as well, by which scores are judged."""
     eval_sequences: int = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from megaopus.data.candidates import CandidateBuffer, CandidateStream, evaluation_buffers
 from megaopus.data.config import DataConfig
 from megaopus.data.corpus import TARGET, Corpus
+from megaopus.data.feature_work import Hands
 from megaopus.data.mixture import parse_stages
 from megaopus.data.needs import DataNeeds
 from megaopus.data.read_ahead import TokenReader
@@ -22,7 +23,7 @@ from megaopus.data.sequences import Sequences
 from megaopus.data.signatures import read_signatures
 from megaopus.data.store import Store
 from megaopus.data.target import Target, held_out_target, target_of_domains
-from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features
+from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features, text_features_folder
 from megaopus.distributed.collectives import on_rank_0
 from megaopus.distributed.mesh import Mesh
 
@@ -189,10 +190,28 @@ class RunData:
         folder = on_rank_0(mesh, lambda: self.ensure_text_features(console))
         return SequenceTextFeatures(self.pool, folder, blocks)
 
-    def ensure_text_features(self, console: Console) -> Path:
-        """Compute the text features of the pool if they are not there; returns their folder. Raises DataError."""
-        where, judges = self._data.text_features_path, self._needs.judges
-        return ensure_text_features(self.pool, self.proxy, where, console, judges=judges)
+    @property
+    def text_features_folder(self) -> Path:
+        """Say where the text features of the pool lie, or will."""
+        data = self._data
+        return text_features_folder(self.pool, self.proxy, data.text_features_path, data.text_features_sample)
+
+    def ensure_text_features(self, console: Console, hands: Hands | None = None) -> Path:
+        """Compute the text features of the pool if they are not there; returns their folder. Raises DataError.
+
+        ``hands``: who works; None: this process.
+        """
+        return ensure_text_features(
+            self.pool,
+            self.proxy,
+            self._data.text_features_path,
+            console,
+            judges=self._needs.judges,
+            ngrams="ngrams" in (self._needs.text_features or ()),
+            sample=self._data.text_features_sample,
+            hands=hands,
+            again=partial(_pool_and_proxy, self._data, self._needs),
+        )
 
     def summary(self) -> RunDataSummary:
         """Count what is open. Raises DataError as ``candidates`` does."""
@@ -223,3 +242,9 @@ class RunData:
             store = Store(most_bytes=data.store_cache_mb << 20, patience_s=data.store_patience_s)
             self._opened[path] = Corpus.open(path, store=store)
         return self._opened[path]
+
+
+def _pool_and_proxy(data: DataConfig, needs: DataNeeds) -> tuple[Sequences, Sequences]:
+    """Open them in another process."""
+    opened = RunData.open(data, needs)
+    return opened.pool, opened.proxy

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaopus.config.run_config import RunConfig
+from megaopus.data.feature_work import JUDGES
 from megaopus.data.run_data import RunDataSummary
-from megaopus.data.text_features import JUDGES
 from megaopus.models.flops import count_active_parameters
 from megaopus.selection.config import SelectionConfig
 from megaopus.selection.estimators.registry import scoring_flops

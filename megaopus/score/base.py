@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +17,7 @@ from rich.console import Console
 
 from megaopus.corpus_tools.progress import Advance, Stage, stages
 from megaopus.corpus_tools.sources import Source
+from megaopus.corpus_tools.tasks.hands import Hands
 from megaopus.data.corpus import Corpus
 from megaopus.data.folder import StoppedError, new_folder, refuse_existing, where_else, work_folder
 from megaopus.data.scores import COLUMN, column_folder, kept_columns, write_column
@@ -41,6 +44,7 @@ class Method(Protocol):
     chunk_tokens: int
     """Tokens after which what is done is kept for a run that may be killed."""
 
+    # A method whose ``ready`` can be shared out has ``units(again, work)`` too: what tasks do before it.
     # A method that works on several ranks has ``join()`` too, which comes first and gives their mesh: all of them then
     # call ``ready``, ``scores`` and ``close``, and the first alone writes.
 
@@ -70,12 +74,74 @@ class _Ranks:
         return action() if self._mesh is None else on_rank_0(self._mesh, action)
 
 
+@dataclass(frozen=True)
+class Again:
+    """Opens a corpus and makes a method again, once in each process that does tasks."""
+
+    corpus: Path
+    fingerprint: str
+    make: Callable[[Corpus], Method]
+    """It can be sent to other processes."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("corpus", "fingerprint", "make")}
+
+    @cached_property
+    def opened(self) -> tuple[Corpus, Method]:
+        """The two. Raises DataError if another corpus lies there now."""
+        corpus = Corpus.open(self.corpus)
+        if corpus.fingerprint != self.fingerprint:
+            raise DataError(f"{self.corpus}: changed while it was scored; start again")
+        return corpus, self.make(corpus)
+
+
+@dataclass(frozen=True)
+class ScoreChunks:
+    """Scores chunks of a corpus's documents, for tasks."""
+
+    again: Again
+    folder: Path
+    """Of the results, absolute."""
+    count: int
+    """Chunks."""
+    name: str = "scoring"
+
+    def numbers(self) -> Sequence[int]:
+        """All of them."""
+        return range(self.count)
+
+    def done(self, number: int) -> bool:
+        """Tell whether the scores are there."""
+        return _chunk_file(self.folder, number).is_file()
+
+    def work(self, number: int) -> Mapping[str, int]:
+        """Score a chunk. Raises DataError as the method does."""
+        corpus, method, chunks = self._ready
+        documents = chunks[number]
+        keep_array(_chunk_file(self.folder, number), _chunk_scores(corpus, method, documents, _nothing))
+        return {"documents": len(documents), "tokens": int(corpus.lengths[documents].sum())}
+
+    @cached_property
+    def _ready(self) -> tuple[Corpus, Method, list[np.ndarray]]:
+        corpus, method = self.again.opened
+        method.ready(self.folder, lambda what, tokens: _nothing)
+        return corpus, method, list(spans(corpus.lengths, method.chunk_tokens))
+
+
 def make_column(
-    corpus: Corpus, name: str, method: Method, *, overwrite: bool = False, console: Console | None = None
+    corpus: Corpus,
+    name: str,
+    method: Method,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+    hands: Hands | None = None,
+    again: Callable[[Corpus], Method] | None = None,
 ) -> Path:
     """Score every document of every split; a killed run goes on where it was. Returns the column's folder.
 
-    Every rank of a launch calls it, if the method can make use of several.
+    Every rank of a launch calls it, if the method can make use of several. ``hands``: who scores, one rank given; None:
+    this process. They need ``again``, which makes the method in another process.
 
     Raises:
         DataError: a name that is taken; anything that the method finds wrong; StoppedError: a rank was lost.
@@ -100,7 +166,16 @@ def make_column(
 
             if ranks.several:
                 held.enter_context(_kept_for_another_try(out))
+            shared = None if again is None else Again(corpus.path, corpus.fingerprint, again)
+            if hands is not None and shared is not None and hasattr(method, "units"):
+                units = method.units(shared, work.absolute())
+                hands(units, begin(units.name, len(units.numbers())))
             method.ready(work, begin)
+            if hands is not None and shared is not None:
+                chunks = ScoreChunks(
+                    shared, work.absolute(), sum(1 for _ in spans(corpus.lengths, method.chunk_tokens))
+                )
+                hands(chunks, begin(chunks.name, chunks.count))
             values = _scored(corpus, method, work, ranks, begin(f"scoring, {name}", int(corpus.lengths.sum())))
             ranks.first(partial(_write, corpus, out, method, values, work, console))
     finally:
@@ -152,25 +227,34 @@ def _scored(corpus: Corpus, method: Method, work: Path, ranks: _Ranks, advance: 
     """All scores (D,), chunk by chunk, on the rank that writes; what ``work`` has there already is read."""
     parts = []
     for number, chunk in enumerate(spans(corpus.lengths, method.chunk_tokens)):
-        file = work / f"scores-{number:06d}.npy"
+        file = _chunk_file(work, number)
         if ranks.first(file.is_file):
             advance(int(corpus.lengths[chunk].sum()))
         else:
-            found = []
-            for batch in spans(corpus.lengths[chunk], method.batch_tokens):
-                documents = chunk[batch]
-                found.append(np.asarray(method.scores(documents), dtype="<f4"))
-                advance(int(corpus.lengths[documents].sum()))
-            ranks.first(partial(_keep, file, np.concatenate(found)))
+            ranks.first(partial(keep_array, file, _chunk_scores(corpus, method, chunk, advance)))
         if ranks.writes:
             parts.append(np.load(file, allow_pickle=False))
     return np.concatenate(parts) if ranks.writes else np.empty(0, dtype="<f4")
 
 
-def _keep(file: Path, scores: np.ndarray) -> None:
-    partial_file = file.with_name(f"{file.name}.partial")
+def _chunk_file(work: Path, number: int) -> Path:
+    return work / f"scores-{number:06d}.npy"
+
+
+def _chunk_scores(corpus: Corpus, method: Method, chunk: np.ndarray, advance: Advance) -> np.ndarray:
+    found = []
+    for batch in spans(corpus.lengths[chunk], method.batch_tokens):
+        documents = chunk[batch]
+        found.append(np.asarray(method.scores(documents), dtype="<f4"))
+        advance(int(corpus.lengths[documents].sum()))
+    return np.concatenate(found)
+
+
+def keep_array(file: Path, array: np.ndarray) -> None:
+    """Write an array; the file appears when it is whole."""
+    partial_file = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
     with partial_file.open("wb") as stream:
-        np.save(stream, scores)
+        np.save(stream, array)
     os.replace(partial_file, file)
 
 

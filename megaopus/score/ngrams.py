@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megaopus.corpus_tools.progress import Advance
 from megaopus.corpus_tools.sources import Source, SourceReader
 from megaopus.data.corpus import SPLITS, Corpus
+from megaopus.data.feature_numbers import BUCKETS, hashed, log_probability
 from megaopus.data.scores import HIGHEST
-from megaopus.data.text_features import BUCKETS, hashed, log_probability
 from megaopus.errors import DataError
-from megaopus.score.base import Begin, file_stamps, spans
+from megaopus.score.base import Again, Begin, file_stamps, keep_array, spans
 
+_COUNTS = "counts.npy"
 _TEXTS = 256
 """Documents of a target file that are tokenised in one call."""
 
@@ -40,16 +42,22 @@ class Dsir:
         self.stamps = file_stamps(target) if target else []
         self._odds = np.empty(0)
 
+    def units(self, again: Again, work: Path) -> CountChunks:
+        """Return what tasks count before ``ready`` adds it up."""
+        splits = ("pool",) if self._target is not None else ("pool", "proxy")
+        chunks = [(split, number) for split in splits for number in range(len(self._chunks(split)))]
+        return CountChunks(again, work, tuple(chunks))
+
     def ready(self, work: Path, begin: Begin) -> None:
         """Count the n-grams of target and pool."""
-        kept = work / "counts.npy"
+        kept = work / _COUNTS
         if not kept.is_file():
-            pool = self._count_split("pool", begin)
-            target = self._count_split("proxy", begin) if self._target is None else self._count_files(self._target)
-            partial = kept.with_name(f"{kept.name}.partial")
-            with partial.open("wb") as stream:
-                np.save(stream, np.stack([target, pool]))
-            os.replace(partial, kept)
+            pool = self._count_split("pool", work, begin)
+            if self._target is None:
+                target = self._count_split("proxy", work, begin)
+            else:
+                target = self._count_files(self._target)
+            keep_array(kept, np.stack([target, pool]))
         target, pool = np.load(kept, allow_pickle=False)
         self._odds = log_probability(target) - log_probability(pool)
 
@@ -73,15 +81,36 @@ class Dsir:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _count_split(self, split: str, begin: Begin) -> np.ndarray:
+    def _chunks(self, split: str) -> list[np.ndarray]:
+        """Numbers of a split's documents, in runs of about ``chunk_tokens``. Raises DataError if there are none."""
         corpus = self._corpus
         members = np.flatnonzero(corpus.split_codes == SPLITS.index(split))
         if not len(members):
             raise DataError(f"{corpus.path}: its split {split!r} is empty; name a --target, or prepare it with a proxy")
-        advance = begin(f"counting, {split}", int(corpus.lengths[members].sum()))
+        return [members[chunk] for chunk in spans(corpus.lengths[members], self.chunk_tokens)]
+
+    def _count_split(self, split: str, work: Path, begin: Begin) -> np.ndarray:
+        """Count a split; of chunks that tasks have counted their counts are read."""
+        chunks = self._chunks(split)
+        advance = begin(f"counting, {split}", sum(int(self._corpus.lengths[chunk].sum()) for chunk in chunks))
         counts = np.zeros((2, BUCKETS), dtype=np.int64)
-        for batch in spans(corpus.lengths[members], self.batch_tokens):
-            documents = members[batch]
+        for number, chunk in enumerate(chunks):
+            if (known := _counted(work, split, number)).is_file():
+                counts += np.load(known, allow_pickle=False)
+                advance(int(self._corpus.lengths[chunk].sum()))
+            else:
+                counts += self._count(chunk, advance)
+        return counts
+
+    def count_chunk(self, split: str, number: int) -> np.ndarray:
+        """Count one chunk of a split: (2, BUCKETS)."""
+        return self._count(self._chunks(split)[number], lambda count: None)
+
+    def _count(self, chunk: np.ndarray, advance: Advance) -> np.ndarray:
+        corpus = self._corpus
+        counts = np.zeros((2, BUCKETS), dtype=np.int64)
+        for batch in spans(corpus.lengths[chunk], self.batch_tokens):
+            documents = chunk[batch]
             ends = corpus.offsets[documents] + corpus.lengths[documents]
             _add(counts, [corpus.tokens[a : b - 1] for a, b in zip(corpus.offsets[documents], ends, strict=True)])
             advance(int(corpus.lengths[documents].sum()))
@@ -94,6 +123,38 @@ class Dsir:
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             _add(counts, [np.array(encoding.ids) for encoding in encodings])
         return counts
+
+
+@dataclass(frozen=True)
+class CountChunks:
+    """Counts the n-grams of chunks of splits, for tasks."""
+
+    again: Again
+    folder: Path
+    """Of the results, absolute."""
+    chunks: tuple[tuple[str, int], ...]
+    """Split and number of each."""
+    name: str = "counting n-grams"
+
+    def numbers(self) -> Sequence[int]:
+        """All of them."""
+        return range(len(self.chunks))
+
+    def done(self, number: int) -> bool:
+        """Tell whether the counts are there."""
+        return _counted(self.folder, *self.chunks[number]).is_file()
+
+    def work(self, number: int) -> Mapping[str, int]:
+        """Count a chunk."""
+        _, method = self.again.opened
+        assert isinstance(method, Dsir)
+        counts = method.count_chunk(*self.chunks[number])
+        keep_array(_counted(self.folder, *self.chunks[number]), counts)
+        return {"n-grams": int(counts.sum())}
+
+
+def _counted(work: Path, split: str, number: int) -> Path:
+    return work / f"counts-{split}-{number:06d}.npy"
 
 
 def _several(reader: SourceReader) -> Iterator[list[str]]:

@@ -389,6 +389,11 @@ class SelectionConfig:
         return "selection.guards.near_duplicates" if self.guards.near_duplicates else ""
 
     @property
+    def seen_blocks(self) -> tuple[str, ...]:
+        """Name the blocks of the text features that a predictor sees; none where there is no predictor."""
+        return tuple(self.prescreen.text_features) if self.prescreen.mode in PREDICTING else ()
+
+    @property
     def proxy_period(self) -> int:
         """Training steps from one proxy gradient to the next."""
         scored = self.score_every * (self.prescreen.every if self.prescreen.mode == "predict" else 1)

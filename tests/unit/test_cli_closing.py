@@ -14,6 +14,7 @@ MADE = {
         "python -m megaopus train data.path=o",
     ),
     "score": (["--corpus", "c", "--method", "dsir"], "train data.path=c data.filter.column=dsir data.filter.keep=0.3"),
+    "features": (["data.path=c"], "python -m megaopus train data.path=c"),
     "report": (["runs/a"], "open the page in a browser"),
     "import": (["model"], "train model=hf model.hf=model init.path=model data.path=CORPUS"),
     "eval": (["model", "--out", "e.json"], "eval another model with --against e.json"),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import re
 import shutil
 import sys
 import types
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -264,6 +267,34 @@ def hash_of(text: str) -> float:
 
 
 @pytest.mark.slow
+def test_tasks_find_the_same(corpus: Corpus, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In many chunks: by tasks of datatrove, and sent elsewhere in another order, where another corpus is refused."""
+    pytest.importorskip("datatrove", reason="needs datatrove (extra scale)")
+    monkeypatch.setattr(benchmark_proxy, "CHUNK", 20)
+    command = ["proxy", "--corpus", str(corpus.path), "--items", str(items), "--tokens", "600"]
+    command += ["--min-tokens", "20", "--workers", "1"]
+    assert main([*command, "--out", str(tmp_path / "here")]) == 0
+    assert main([*command, "--out", str(tmp_path / "tasks"), "--executor", "local", "--tasks", "3"]) == 0
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("here", "tasks")]
+    assert manifests[0] == manifests[1]
+    done: list[int] = []
+
+    def hands(units: nearest_documents.SearchChunks, advance: Any) -> None:
+        sent = pickle.loads(pickle.dumps(units))
+        for number in reversed(sent.numbers()):
+            sent.work(number)
+            done.append(number)
+        other = pickle.loads(pickle.dumps(replace(units, fingerprint="of another")))
+        with pytest.raises(DataError, match="changed while its documents were compared"):
+            other.work(0)
+
+    asked = read_items([Source.parse(str(items))], ["query", "choices"])
+    limits = replace(USUAL, min_tokens=20)
+    made = build(corpus, asked, tmp_path / "sent", tokens=600, limits=limits, hands=hands)
+    assert Corpus.open(made.path).fingerprint == manifests[0]["fingerprint"]
+    assert len(done) > 5
+
+
 def test_a_killed_run_goes_on(corpus: Corpus, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_proxy, "CHUNK", 30)
     asked = read_items([Source(items)], ["query", "choices"])

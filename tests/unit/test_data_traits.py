@@ -14,10 +14,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from megaopus.data import text_features
+from megaopus.data import feature_numbers, feature_work, text_features
 from megaopus.data.corpus import Corpus
+from megaopus.data.feature_numbers import exact_signature, near_signature
 from megaopus.data.sequences import Sequences
-from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features, exact_signature, near_signature
+from megaopus.data.text_features import SequenceTextFeatures, ensure_text_features
 from megaopus.errors import DataError
 
 SEQ_LEN = 32
@@ -41,7 +42,7 @@ def folder(pool: Sequences, proxy: Sequences, tmp_path_factory: pytest.TempPathF
 def buckets(tokens: list[int]) -> tuple[list[int], list[int]]:
     """Hashed uni- and bigrams of one sequence."""
     row = np.array([tokens], dtype=np.uint64)
-    uni, bi = text_features.hashed(row)
+    uni, bi = feature_numbers.hashed(row)
     return uni[0].tolist(), bi[0].tolist()
 
 
@@ -63,8 +64,8 @@ def test_log_odds_are_those_of_a_plain_count(pool: Sequences, proxy: Sequences, 
         total = 0.0
         for kind, hashes in enumerate(buckets(tokens)):
             odds = [
-                math.log((target[kind][h] + 1) / (target[kind].total() + text_features.BUCKETS))
-                - math.log((whole[kind][h] + 1) / (whole[kind].total() + text_features.BUCKETS))
+                math.log((target[kind][h] + 1) / (target[kind].total() + feature_numbers.BUCKETS))
+                - math.log((whole[kind][h] + 1) / (whole[kind].total() + feature_numbers.BUCKETS))
                 for h in hashes
             ]
             total += sum(odds) / len(odds)
@@ -80,7 +81,7 @@ def described(sequences: Sequences, row: int, others: list[tuple[Counter[int], C
     uni, bi = buckets(sequences.tokens(np.array([row]))[0].tolist())
 
     def log_p(counts: Counter[int], bucket: int) -> float:
-        return math.log((counts[bucket] + 1) / (counts.total() + text_features.BUCKETS))
+        return math.log((counts[bucket] + 1) / (counts.total() + feature_numbers.BUCKETS))
 
     found = []
     for unigrams, bigrams in others:
@@ -188,7 +189,7 @@ def test_files_are_made_once_and_belong_to_pool_and_proxy(
             DataError, match=r"cannot be written .*Read-only.*; set data\.text_features_path to a folder"
         ):
             ensure_text_features(pool, Sequences(pool.corpus, "validation", SEQ_LEN), None, Console(quiet=True))
-    monkeypatch.setattr(text_features, "_sketch", lambda *args: 1 / 0)
+    monkeypatch.setattr(feature_work, "sketched", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ensure_text_features(pool, proxy, str(tmp_path / "new"), Console(quiet=True))
     assert not any((tmp_path / "new").iterdir())

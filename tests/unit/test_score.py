@@ -19,7 +19,7 @@ from megaopus.__main__ import main
 from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Fields, Source
 from megaopus.corpus_tools.split import SplitRule
-from megaopus.data import text_features
+from megaopus.data import feature_numbers, text_features
 from megaopus.data.corpus import SPLITS, Corpus
 from megaopus.data.folder import StoppedError
 from megaopus.data.scores import column_folder, load_column
@@ -50,13 +50,13 @@ def dsir_by_hand(corpus: Corpus, target: list[np.ndarray], documents: np.ndarray
     """Document by document, n-gram by n-gram."""
 
     def grams(tokens: np.ndarray) -> tuple[list[int], list[int]]:
-        uni, bi = text_features.hashed(tokens.astype(np.uint64)[None])
+        uni, bi = feature_numbers.hashed(tokens.astype(np.uint64)[None])
         return uni[0].tolist(), bi[0].tolist()
 
     def log_chances(texts: list[np.ndarray]) -> list[dict[int, float]]:
         found = []
         for kind in range(2):
-            counts = [1] * text_features.BUCKETS
+            counts = [1] * feature_numbers.BUCKETS
             for text in texts:
                 for bucket in grams(text)[kind]:
                     counts[bucket] += 1

@@ -59,7 +59,7 @@ class Executor:
             if not _OPTION.fullmatch(option):
                 raise DataError(f"--slurm {option}: write KEY=VALUE or KEY, of sbatch, without blanks or quotes")
         if not _PATH.fullmatch(str(work.absolute())):
-            raise DataError(f"{work}: a batch script takes no blanks or quotes in a path; choose another --out")
+            raise DataError(f"{work}: a batch script takes no blanks or quotes in a path; choose another folder")
 
     @property
     def count(self) -> int:
