@@ -81,7 +81,7 @@ def adopt(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Write a corpus folder for tokens that lie ready; token files are read once, for the split, and not copied.
+    """Write a corpus folder for tokens that lie ready, and return it; token files are read once, and not copied.
 
     A document's place depends on its tokens and the seed alone, as by its text where a corpus is prepared. What is
     copied, of data sets, comes last.
@@ -98,9 +98,6 @@ def adopt(
         overwrite: replace a corpus that is already there.
         console: where progress goes; None: nowhere.
 
-    Returns:
-        ``out`` as a path.
-
     Raises:
         DataError: a file is missing, not what its index says, of other tokens than the tokenizer has, or its documents
             do not end with ``eod``; before anything is written.
@@ -112,12 +109,8 @@ def adopt(
     if not 0 <= eod < vocabulary:
         raise DataError(f"--eod {eod}: the tokenizer {tokenizer} has tokens 0 to {vocabulary - 1:,}")
     places, weights = blend_of(given)
-    opened = [_opened(place, eod, vocabulary, column, kind) for place in places]
-    blend = weights_of([each.domain for each in opened], weights)
-    files = _of_one_type(sorted(opened, key=lambda each: each.rows is not None))
-    for each in files:
-        if each.rows is None:
-            _look_at(each, vocabulary, eod)
+    found = [_opened(place, eod, vocabulary, column, kind) for place in places]
+    blend, files = weights_of([each.domain for each in found], weights), _in_order(found, vocabulary, eod)
     domains = sorted({each.domain for each in files})
     if missing := [name for name in rule.wanted if name not in domains]:
         raise DataError(f"wanted domain {missing[0]!r}: no file has it; the files have: {', '.join(domains)}")
@@ -138,14 +131,20 @@ def adopt(
     return out
 
 
-def _of_one_type(files: list[Adopted]) -> list[Adopted]:
-    """Give what is copied the type of what is not. Raises DataError if there are several still."""
-    wide = np.dtype("<i4")
+def _in_order(files: Sequence[Adopted], vocabulary: int, eod: int) -> list[Adopted]:
+    """Put what is copied last, and give it the type of what is not, which is looked at.
+
+    Raises DataError if there are several types still, or as ``_look_at``.
+    """
+    files, wide = sorted(files, key=lambda each: each.rows is not None), np.dtype("<i4")
     if any(each.dtype == wide for each in files):
         files = [each if each.rows is None else replace(each, dtype=wide) for each in files]
     if len({each.dtype for each in files}) > 1:
         kinds = ", ".join(f"{each.path} {each.dtype}" for each in files[:3])
         raise DataError(f"tokens of different types ({kinds}): adopt them as corpora of their own")
+    for each in files:
+        if each.rows is None:
+            _look_at(each, vocabulary, eod)
     return files
 
 

@@ -28,7 +28,6 @@ from megaopus.corpus_tools.signatures import sign_pool
 from megaopus.corpus_tools.sources import Source, SourceReader
 from megaopus.corpus_tools.split import HereReadings, Readings, Scan, scan
 from megaopus.corpus_tools.split_rule import POOL, PROXY, VALIDATION, SplitRule
-from megaopus.corpus_tools.tally import SourceTotals
 from megaopus.corpus_tools.tasks.executors import Executor
 from megaopus.corpus_tools.tasks.workers import Workers
 from megaopus.corpus_tools.text_loss import counted_loss, described, refuse, sampled_loss, unknown_id
@@ -114,8 +113,7 @@ def prepare(
             lengths, unknown, files = _join(folder, parts, scanned, dtype, unknown_id(made), file_tokens)
             refuse(losses := counted_loss(scanned.domains, scanned.domain_codes, lengths, unknown, sampled), max_lost)
             facts: dict[str, Any] = {"tokenization": described(losses), "notes": _notes(scanned, lengths, rule)}
-            facts |= {"provenance": provenance or {}} | _duplicates(scanned) | _shards(files)
-            facts["sources"] = [_told(*each) for each in zip(sources, scanned.sources, strict=True)]
+            facts |= {"provenance": provenance or {}} | _told(sources, scanned) | _shards(files)
             _write_manifest(folder, scanned, lengths, _join_masks(folder, parts), made, eod_token, rule, facts)
             sign_pool(folder, rule.seq_len, workers, lambda count: stage("signatures", count, "sequences/s", 1))
     return out
@@ -202,14 +200,13 @@ def _shards(files: list[str]) -> dict[str, Any]:
     return {"shards": files} if len(files) > 1 else {}
 
 
-def _told(source: Source, totals: SourceTotals) -> dict[str, Any]:
-    """Return what the manifest says of a source."""
-    return asdict(totals) | ({"sha256": source.listed_sha256()} if source.remote else {})
-
-
-def _duplicates(scanned: Scan) -> dict[str, Any]:
-    """Return what the manifest says of copies, if they were looked for."""
-    return {} if scanned.duplicates is None else {"duplicates": scanned.duplicates}
+def _told(sources: Sequence[Source], scanned: Scan) -> dict[str, Any]:
+    """Return what the manifest says of the sources, and of copies, if they were looked for."""
+    told = [
+        asdict(totals) | ({"sha256": source.listed_sha256()} if source.remote else {})
+        for source, totals in zip(sources, scanned.sources, strict=True)
+    ]
+    return {"sources": told} | ({} if scanned.duplicates is None else {"duplicates": scanned.duplicates})
 
 
 def _bytes(sources: Sequence[Source]) -> int | None:
