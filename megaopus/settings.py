@@ -122,7 +122,8 @@ def address_refusal(path: str, schemes: Collection[str] = ()) -> tuple[str, str]
         return None
     if found[1].lower() == "file":
         return "is an address, where a path is asked for", f"name {path[found.end() :]}"
-    reason = f"is an address ({found[1]}://), and only paths of this machine's file system can be used here"
+    also = "".join(f" and {scheme}://" for scheme in schemes)
+    reason = f"is an address ({found[1]}://), and only paths of this machine's file system{also} can be used here"
     return reason, "copy it here and back, or mount it, and name that path"
 
 

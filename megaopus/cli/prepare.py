@@ -82,16 +82,20 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         metavar="[DOMAIN=]PATH",
         help="a table: .jsonl (fields: text, optional id and domain), .csv or .tsv; a .txt or .md file (one document); "
         "each also .gz or .zst (which takes its window in memory, at most 2 GiB); a .parquet file; a folder of such "
-        "files, or hf:NAME[:CONFIG[:SPLIT]], a data set of the hub. DOMAIN= names the domain of all its documents; "
+        "files, or hf:NAME[:CONFIG[:SPLIT]], a data set of the hub. A file or folder may be s3://BUCKET/PATH, with "
+        "'*.parquet' at its end say (extra s3). DOMAIN= names the domain of all its documents; "
         ",text=FIELD ,id=FIELD ,domain=FIELD after PATH name its fields, doc.text one within another; repeat for more "
         "sources",
     )
     what.add_argument(
         "--adopt",
         action="append",
+        nargs="+",
         metavar="[DOMAIN=]PATH",
         help="no text: tokens that lie ready, which are read where they lie: PREFIX of Megatron-LM's PREFIX.bin and"
-        " .idx, datatrove's NAME.ds, or a .bin of bare uint16 tokens; with --tokenizer; repeat for more files",
+        " .idx, datatrove's NAME.ds, or a .bin of bare uint16 tokens; or copied: a tokenised data set that 'datasets'"
+        " saved, or its .parquet or .arrow files; with --tokenizer; several, with a number before each for a blend as"
+        " Megatron-LM's: 0.3 PREFIX 0.7 PREFIX",
     )
     what.add_argument(
         "--demo", action="store_true", help="no source: real text found in this Python installation, no download"
@@ -161,6 +165,12 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
         "documents that become empty (default 0.01)",
     )
     add("--vocab-size", type=int, help="tokens of a trained tokenizer (default 16384; 2048 with --demo)")
+    add("--column", metavar="NAME", help="column of an adopted data set that has the tokens (default input_ids)")
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument(
+        "--append-eod", action="store_true", help="its rows are documents, which lack the token that ends"
+    )
+    rows.add_argument("--packed", action="store_true", help="its rows are cut out of a stream of documents")
     add("--eod", type=int, metavar="ID", help="the token that ends --adopt's documents (default: that of --eod-token)")
     add("--eod-token", default=EOD, metavar="TOKEN", help="end-of-document token of --tokenizer (default %(default)s)")
 
@@ -195,6 +205,8 @@ def run(args: argparse.Namespace) -> int:
     """Prepare what the command line asks for, showing progress and a table."""
     console = Console()
     require_plugins(args.plugin)
+    if not args.adopt and (args.column or args.append_eod or args.packed):
+        raise DataError("--column, --append-eod and --packed are about --adopt: leave them out, or adopt tokens")
     make = _adopt if args.adopt else _prepare_demo if args.demo else _prepare
     out = make(args, console)
     show_corpus(out, console)
@@ -219,29 +231,42 @@ def _adopt(args: argparse.Namespace, console: Console) -> Path:
     """Make a corpus of tokens that lie ready. Raises DataError for what is said of texts."""
     from megaopus.corpus_tools.adopt import adopt
     from megaopus.corpus_tools.split_rule import SplitRule
+    from megaopus.corpus_tools.token_rows import APPEND, COLUMN, DOCUMENTS, PACKED
     from megaopus.data.tokenizer import eod_id, load_tokenizer
 
     if not args.tokenizer:
         raise DataError("--adopt: name the tokenizer that made the tokens, --tokenizer FILE")
-    of_texts = ("data", "text_field", "id_field", "domain_field", "loss_spans", "messages", "keep", "vocab_size")
+    fields = ("text_field", "id_field", "domain_field", "loss_spans", "messages", "keep")
+    of_texts = ("data", *fields, "vocab_size", "dedup", "executor")
     if given := [name for name in of_texts if getattr(args, name)]:
         raise DataError(f"--{given[0].replace('_', '-')} is about texts, and --adopt reads tokens: leave it out")
+    kind = APPEND if args.append_eod else PACKED if args.packed else DOCUMENTS
     eod = args.eod
     if eod is None:
         eod = eod_id(load_tokenizer(args.tokenizer), args.eod_token, str(args.tokenizer))
     rule = split_rule(args, SplitRule())
     return adopt(
-        args.adopt, args.out, tokenizer=args.tokenizer, eod=eod, rule=rule, overwrite=args.overwrite, console=console
+        [place for places in args.adopt for place in places],
+        args.out,
+        tokenizer=args.tokenizer,
+        eod=eod,
+        column=args.column or COLUMN,
+        kind=kind,
+        rule=rule,
+        overwrite=args.overwrite,
+        console=console,
     )
 
 
 def _prepare(args: argparse.Namespace, console: Console) -> Path:
     """Prepare the sources; what the command line says comes before what the file of ``--data`` says."""
     from megaopus.config.compose import data_settings
-    from megaopus.corpus_tools.prepare import FILE_TOKENS, MAX_LOST, prepare
+    from megaopus.corpus_tools.prepare import MAX_LOST, prepare
     from megaopus.corpus_tools.sources import Fields, Source
     from megaopus.corpus_tools.split_rule import SplitRule
+    from megaopus.corpus_tools.token_writer import FILE_TOKENS
     from megaopus.data.config import DataConfig
+    from megaopus.data.store import Store
 
     data = data_settings(args.data, args.config_dir) if args.data else DataConfig()
     given = data.prepare
@@ -260,6 +285,7 @@ def _prepare(args: argparse.Namespace, console: Console) -> Path:
         exclude=tuple(args.exclude or given.exclude),
         folder_domains=given.folder_domains if args.folder_domains is None else args.folder_domains,
         skip_faulty=(args.on_error or given.on_error) == "skip",
+        store=Store(patience_s=data.store_patience_s),
     )
     return prepare(
         [parse(argument) for argument in args.source or given.sources],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megaopus.config.aliases import CONVERTED, current_override, with_old_names, without_presets
+from megaopus.config.corpus_rules import one_look
 from megaopus.config.length import set_steps
 from megaopus.config.model_shape import set_shape
 from megaopus.config.parse import Issues, typed
@@ -45,8 +46,9 @@ def compose(
     between settings. A check that depends on a setting already refused is left out.
     """
     issues = Issues()
-    config = _composed(overrides, config_dir, issues)
-    issues.problems += validate(config, world_size, frozenset(issues.tainted), corpora=corpora)
+    with one_look():
+        config = _composed(overrides, config_dir, issues)
+        issues.problems += validate(config, world_size, frozenset(issues.tainted), corpora=corpora)
     issues.refuse()
     return config
 

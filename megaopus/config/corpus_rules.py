@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,43 @@ _TARGET = "target"
 
 _STORE = Store(patience_s=20.0)
 """How long an object store is asked for a manifest before the setting that names it is said to be wrong."""
+_SEEN: ContextVar[dict[str, bytes | DataError] | None] = ContextVar("seen", default=None)
+
+
+@contextmanager
+def one_look() -> Iterator[None]:
+    """Ask an object store once for each manifest while a block runs: its answer, or that there is none, is for all."""
+    if _SEEN.get() is not None:
+        yield
+        return
+    before = _SEEN.set({})
+    try:
+        yield
+    finally:
+        _SEEN.reset(before)
+
+
+def _object(place: str) -> bytes:
+    """Read the manifest of a corpus in an object store. Raises DataError."""
+    seen, address = _SEEN.get(), f"{place.rstrip('/')}/manifest.json"
+    if seen is None:
+        return read_object(address, _STORE)
+    if address not in seen:
+        try:
+            seen[address] = read_object(address, _STORE)
+        except DataError as error:
+            seen[address] = error
+    found = seen[address]
+    if isinstance(found, DataError):
+        raise found
+    return found
 
 
 def read_manifest(place: str) -> dict[str, Any]:
     """``manifest.json`` of a prepared corpus; empty when it cannot be read (``_corpus_problem`` says why)."""
     try:
         if is_address(place):
-            manifest = json.loads(read_object(f"{place}/manifest.json", _STORE))
+            manifest = json.loads(_object(place))
         else:
             manifest = json.loads((Path(place) / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, DataError):
@@ -45,7 +77,7 @@ def _corpus_problem(key: str, path: str) -> Problem | None:
     prepare = "name a folder made by 'python -m megaopus prepare'"
     if is_address(path):
         try:
-            read_object(f"{path}/manifest.json", _STORE)
+            _object(path)
         except DataError as error:
             return Problem(key, path, str(error), prepare)
     elif not folder.is_dir():

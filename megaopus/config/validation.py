@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megaopus.config.aliases import current
-from megaopus.config.corpus_rules import ANY_LAYOUT, CORPUS_RULES
+from megaopus.config.corpus_rules import ANY_LAYOUT, CORPUS_RULES, one_look
 from megaopus.config.resume_policy import class_of
 from megaopus.config.rulebook import RuleBook
 from megaopus.config.run_config import RunConfig, settings_of
@@ -36,8 +36,9 @@ def validate(
     """
     found = [problem for problem in problems(config) if problem.key not in tainted]
     refused = tainted | {problem.key for problem in found}
-    for book in (RULES, CORPUS_RULES) if corpora else (RULES,):
-        found += book.problems(config, world_size, refused)
+    with one_look():
+        for book in (RULES, CORPUS_RULES) if corpora else (RULES,):
+            found += book.problems(config, world_size, refused)
     return found
 
 

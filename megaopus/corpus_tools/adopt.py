@@ -1,13 +1,14 @@
-"""Makes a corpus of token files that somebody else wrote: they stay where they are, and are read where they lie.
+"""Makes a corpus of tokens that somebody else made: token files stay where they are, and are read where they lie.
 
 Megatron-LM's (``preprocess_data.py``: PREFIX.bin and PREFIX.idx), datatrove's (NAME.ds and NAME.ds.index), and bare
-tokens (nanoGPT's NAME.bin: uint16, documents end with the end-of-document token).
+tokens (nanoGPT's NAME.bin: uint16, documents end with the end-of-document token). Tokens in the rows of a data set
+(``token_rows``) are copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import numpy as np
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from megaopus.corpus_tools.blend import blend_of, told, weights_of
 from megaopus.corpus_tools.floors import CHARACTERS_A_TOKEN, Documents, fill
 from megaopus.corpus_tools.manifest import split_counts, write_manifest
 from megaopus.corpus_tools.progress import Advance, stages
 from megaopus.corpus_tools.split import refuse_missing_splits
 from megaopus.corpus_tools.split_rule import POOL, PROXY, VALIDATION, SplitRule
+from megaopus.corpus_tools.token_rows import COLUMN, DOCUMENTS, Block, TokenRows, rows_of
+from megaopus.corpus_tools.token_writer import FILE_TOKENS, TokenWriter
 from megaopus.data.corpus import (
     CODE_DTYPE,
     CODES,
@@ -33,6 +37,7 @@ from megaopus.data.folder import new_folder, refuse_existing
 from megaopus.data.index import documents_of, write_index
 from megaopus.data.tokenizer import load_tokenizer, vocabulary_size
 from megaopus.errors import DataError
+from megaopus.settings import address_refusal
 
 LOOKED_AT = 1000
 """Documents of each file whose tokens are looked at before anything is written."""
@@ -50,6 +55,18 @@ class Adopted:
     dtype: np.dtype
     lengths: np.ndarray
     """(D,) int64, tokens of each document."""
+    rows: TokenRows | None = None
+    """What the tokens are copied from; None: they are read where they lie."""
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the tokens of some whole documents at a time."""
+        if self.rows is not None:
+            yield from self.rows.blocks()
+            return
+        tokens, ends = np.memmap(self.path, self.dtype, "r"), np.cumsum(self.lengths)
+        for begin, end in _stretches(ends):
+            first, last = np.searchsorted(ends, (begin, end), side="right")
+            yield np.asarray(tokens[begin:end]), self.lengths[first:last]
 
 
 def adopt(
@@ -58,25 +75,28 @@ def adopt(
     *,
     tokenizer: str | Path,
     eod: int,
+    column: str = COLUMN,
+    kind: str = DOCUMENTS,
     rule: SplitRule | None = None,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Write a corpus folder for token files elsewhere; they are read once, for the split, and not copied.
+    """Write a corpus folder for tokens that lie ready, and return it; token files are read once, and not copied.
 
-    A document's place depends on its tokens and the seed alone, as by its text where a corpus is prepared.
+    A document's place depends on its tokens and the seed alone, as by its text where a corpus is prepared. What is
+    copied, of data sets, comes last.
 
     Args:
-        given: [DOMAIN=]PATH each; the domain is the file's name where none is given.
+        given: [DOMAIN=]PATH each; the domain is the file's name where none is given. With numbers before them, as
+            Megatron-LM's ``--data-path`` has them, a blend.
         out: folder to make; it appears when it is whole.
         tokenizer: what the tokens were made with, as ``load_tokenizer`` takes it.
         eod: the token that every document ends with.
+        column: of a data set, that has the tokens of each row.
+        kind: what a row of a data set is, of ``token_rows``.
         rule: how documents are split; None: ``SplitRule()``.
         overwrite: replace a corpus that is already there.
         console: where progress goes; None: nowhere.
-
-    Returns:
-        ``out`` as a path.
 
     Raises:
         DataError: a file is missing, not what its index says, of other tokens than the tokenizer has, or its documents
@@ -88,12 +108,9 @@ def adopt(
     vocabulary = vocabulary_size(made)
     if not 0 <= eod < vocabulary:
         raise DataError(f"--eod {eod}: the tokenizer {tokenizer} has tokens 0 to {vocabulary - 1:,}")
-    files = [_opened(argument, eod) for argument in given]
-    if len({each.dtype for each in files}) > 1:
-        kinds = ", ".join(f"{each.path} {each.dtype}" for each in files[:3])
-        raise DataError(f"tokens of different types ({kinds}): adopt them as corpora of their own")
-    for each in files:
-        _look_at(each, vocabulary, eod)
+    places, weights = blend_of(given)
+    found = [_opened(place, eod, vocabulary, column, kind) for place in places]
+    blend, files = weights_of([each.domain for each in found], weights), _in_order(found, vocabulary, eod)
     domains = sorted({each.domain for each in files})
     if missing := [name for name in rule.wanted if name not in domains]:
         raise DataError(f"wanted domain {missing[0]!r}: no file has it; the files have: {', '.join(domains)}")
@@ -107,15 +124,50 @@ def adopt(
         made.save(str(folder / TOKENIZER))
         write_index(folder / INDEX, lengths, files[0].dtype)
         np.save(folder / CODES, codes)
-        facts = _facts(files, lengths, codes, domains, made, eod, rule)
-        write_manifest(folder, {**facts, "notes": notes})
+        shards = [str(each.path) for each in files if each.rows is None] + _copied(folder, files)
+        facts = _facts(files, shards, lengths, codes, domains, made, eod, rule)
+        facts["provenance"] |= {"blend": blend} if blend else {}
+        write_manifest(folder, {**facts, "notes": [*notes, *told(blend)]})
     return out
 
 
-def _opened(argument: str, eod: int) -> Adopted:
-    """Find the token file that [DOMAIN=]PATH names, and where its documents end."""
+def _in_order(files: Sequence[Adopted], vocabulary: int, eod: int) -> list[Adopted]:
+    """Put what is copied last, and give it the type of what is not, which is looked at.
+
+    Raises DataError if there are several types still, or as ``_look_at``.
+    """
+    files, wide = sorted(files, key=lambda each: each.rows is not None), np.dtype("<i4")
+    if any(each.dtype == wide for each in files):
+        files = [each if each.rows is None else replace(each, dtype=wide) for each in files]
+    if len({each.dtype for each in files}) > 1:
+        kinds = ", ".join(f"{each.path} {each.dtype}" for each in files[:3])
+        raise DataError(f"tokens of different types ({kinds}): adopt them as corpora of their own")
+    for each in files:
+        if each.rows is None:
+            _look_at(each, vocabulary, eod)
+    return files
+
+
+def _copied(folder: Path, files: Sequence[Adopted]) -> list[str]:
+    """Write the tokens that lie in rows into files of the folder; returns their names."""
+    rows = [each for each in files if each.rows is not None]
+    if not rows:
+        return []
+    with TokenWriter(folder, FILE_TOKENS) as writer:
+        for each in rows:
+            for tokens, lengths in each.blocks():
+                writer.write(tokens.astype(each.dtype), lengths)
+    return writer.names
+
+
+def _opened(argument: str, eod: int, vocabulary: int, column: str, kind: str) -> Adopted:
+    """Find the tokens that [DOMAIN=]PATH names, and where their documents end."""
+    if refusal := address_refusal(argument):
+        raise DataError(f"--adopt {argument}: {refusal[0]}; {refusal[1]}")
     domain, _, place = argument.rpartition("=")
     path = Path(place)
+    if (of_rows := rows_of(path)) is not None:
+        return _of_rows(domain or path.stem, path, TokenRows(of_rows, column, kind, eod), vocabulary)
     for ending in (".bin", ".idx", ".ds"):
         if path.name.endswith(ending):
             path = path.with_name(path.name.removesuffix(ending))
@@ -133,6 +185,26 @@ def _opened(argument: str, eod: int) -> Adopted:
     if size != total or not total:
         raise DataError(f"{found[0]}: {size:,} bytes, but its index has {total:,}; copy both again")
     return Adopted(domain or path.name, found[0].absolute(), found[1], found[2])
+
+
+def _of_rows(domain: str, path: Path, rows: TokenRows, vocabulary: int) -> Adopted:
+    """Read all rows, for the lengths of the documents. Raises DataError as ``_look_at``, of every one."""
+    found, count = [], 0
+    for tokens, lengths in rows.blocks():
+        _refuse_unknown(path, tokens, vocabulary)
+        last = tokens[np.cumsum(lengths) - 1]
+        if len(without := np.flatnonzero(last != rows.eod)):
+            raise DataError(
+                f"{path}: rows do not end with the token {rows.eod} (row {count + int(without[0]):,} with tokens ends"
+                f" with {last[without[0]]}): name the token that ends documents with --eod; or say what rows are:"
+                " --append-eod if each is a document without its end, --packed if they are cut out of a stream"
+            )
+        found.append(lengths)
+        count += len(lengths)
+    if not count:
+        raise DataError(f"{path}: no tokens in column {rows.column!r}; name another with --column")
+    dtype = np.dtype("<u2" if vocabulary < 65500 else "<i4")  # as Megatron chooses
+    return Adopted(domain, path.absolute(), dtype, np.concatenate(found), rows)
 
 
 def _datatrove(tokens: Path, ends: Path) -> tuple[Path, np.dtype, np.ndarray]:
@@ -200,17 +272,15 @@ def _split(
     draws, held = np.empty(len(lengths)), np.empty(len(lengths), "<u8")
     number = 0
     for each in files:
-        tokens, ends = np.memmap(each.path, each.dtype, "r"), np.cumsum(each.lengths)
-        for begin, end in _stretches(ends):
-            block = np.asarray(tokens[begin:end])
+        for block, counts in each.blocks():
             _refuse_unknown(each.path, block, vocabulary)
-            first = int(np.searchsorted(ends, begin, side="right"))
-            for stop in (ends[first : int(np.searchsorted(ends, end, side="left")) + 1] - begin).tolist():
-                start = stop - int(lengths[number])
-                draw, digest = rule.draw(block[start:stop].tobytes())
+            block = block.astype(each.dtype, copy=False)
+            start = 0
+            for count in counts.tolist():
+                draw, digest = rule.draw(block[start : start + count].tobytes())
                 draws[number], held[number] = draw, int.from_bytes(digest[:8], "little")
-                number += 1
-            advance(int(end - begin))
+                number, start = number + 1, start + count
+            advance(len(block))
     splits = np.full(len(lengths), POOL, np.uint8)
     splits[draws < rule.validation_fraction + rule.proxy_fraction] = PROXY
     splits[draws < rule.validation_fraction] = VALIDATION
@@ -238,6 +308,7 @@ def _stretches(ends: np.ndarray) -> list[tuple[int, int]]:
 
 def _facts(
     files: Sequence[Adopted],
+    shards: Sequence[str],
     lengths: np.ndarray,
     codes: np.ndarray,
     domains: Sequence[str],
@@ -251,7 +322,7 @@ def _facts(
     ]
     return {
         "format_version": SHARDED_VERSION,
-        "shards": [str(each.path) for each in files],
+        "shards": list(shards),
         "domains": list(domains),
         "documents": len(lengths),
         "tokens": int(lengths.sum()),

@@ -22,6 +22,7 @@ from megaopus.corpus_tools.piece_work import (
     ReadPieces,
     Sought,
     changed,
+    hashed_whole,
     save_reading,
 )
 from megaopus.corpus_tools.pieces import Piece, pieces_of
@@ -149,8 +150,10 @@ class TaskReadings:
         seen.totals = self._totals(self._results)
         for number, (source, read) in enumerate(zip(self.sources, self._counts(self._results), strict=True)):
             _refuse_nothing(source, seen.totals[number], read)
-            if source.by_prefix is None:
+            if hashed_whole(source):
                 seen.totals[number].sha256 = units.digest(number)
+            elif source.remote:
+                seen.totals[number].sha256 = ""  # nobody has read all of it; its pieces have digests
         self._rounds += 1
         return seen
 

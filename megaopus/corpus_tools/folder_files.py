@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from megaopus.corpus_tools.readers.registry import READERS, reader_of_file
+from megaopus.corpus_tools.remote import Place, Remote
 from megaopus.data.corpus import MANIFEST, TOKENS
 from megaopus.errors import DataError
 
@@ -32,7 +33,7 @@ _BESIDE_A_CORPUS = ("", ".scores", ".traits")
 class FolderFiles:
     """Names the files of a folder that hold documents, and says how many were left aside."""
 
-    taken: list[tuple[str, Path]] = field(default_factory=list)
+    taken: list[tuple[str, Place]] = field(default_factory=list)
     """(path below the folder, path), by name."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Lists files by the reason for which they are not read."""
@@ -42,7 +43,7 @@ class FolderFiles:
         return ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.skipped.items()))
 
 
-def folder_files(folder: Path, exclude: Sequence[str] = ()) -> FolderFiles:
+def folder_files(folder: Place, exclude: Sequence[str] = ()) -> FolderFiles:
     """Choose the tables below ``folder``, or if there are none its texts.
 
     Skipped are hidden files and folders (a name that begins with '.' or '_'), metadata, prepared corpora and what
@@ -54,8 +55,8 @@ def folder_files(folder: Path, exclude: Sequence[str] = ()) -> FolderFiles:
     names = sorted(_names(folder))
     corpora = {parent + end for parent in _prepared(names) for end in _BESIDE_A_CORPUS}
     found = FolderFiles()
-    tables: list[tuple[str, Path]] = []
-    texts: list[tuple[str, Path]] = []
+    tables: list[tuple[str, Place]] = []
+    texts: list[tuple[str, Place]] = []
     for name in names:
         path = folder / name
         reader = reader_of_file(path)
@@ -73,8 +74,10 @@ def folder_files(folder: Path, exclude: Sequence[str] = ()) -> FolderFiles:
     return found
 
 
-def _names(folder: Path) -> list[str]:
+def _names(folder: Place) -> list[str]:
     """Paths below the folder of all that is no folder; links to folders are not followed."""
+    if isinstance(folder, Remote):
+        return list(folder.objects)
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
@@ -92,7 +95,7 @@ def _prepared(names: Sequence[str]) -> set[str]:
     return {place or "." for place, name in ends if name == MANIFEST and (place, TOKENS) in ends}
 
 
-def _reason(name: PurePosixPath, path: Path, corpora: set[str], exclude: Sequence[str]) -> str | None:
+def _reason(name: PurePosixPath, path: Place, corpora: set[str], exclude: Sequence[str]) -> str | None:
     """Say why a file is not read; None: it may hold documents."""
     parents = [str(parent) for parent in name.parents]
     if any(part[0] in "._" for part in name.parts):
@@ -108,10 +111,10 @@ def _reason(name: PurePosixPath, path: Path, corpora: set[str], exclude: Sequenc
     return None
 
 
-def _nothing(folder: Path, found: FolderFiles, names: Sequence[str]) -> DataError:
+def _nothing(folder: Place, found: FolderFiles, names: Sequence[str]) -> DataError:
     """The error of a folder without documents."""
     texts = " or ".join(end for reader in READERS.values() if reader.text for end in reader.endings)
     skipped = f" (skipped: {found.told()})" if found.skipped else ""
-    saved = {"state.json", "dataset_dict.json"}.intersection(names)
+    saved = isinstance(folder, Path) and {"state.json", "dataset_dict.json"}.intersection(names)
     remedy = f"; it was saved by 'datasets': write hf:{folder}" if saved else ""
     return DataError(f"{folder}: no documents: the folder has no {texts} file, nor a table{skipped}{remedy}")

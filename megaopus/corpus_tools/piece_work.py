@@ -15,6 +15,7 @@ from megaopus.corpus_tools.encode import Chunk, Entry, chunk_files, write_entrie
 from megaopus.corpus_tools.pieces import Piece
 from megaopus.corpus_tools.readers.stored import unreadable
 from megaopus.corpus_tools.reading import Reading
+from megaopus.corpus_tools.remote import opened
 from megaopus.corpus_tools.sources import Source, SourceReader, mark_of, reader_of
 from megaopus.corpus_tools.split_rule import SplitRule
 from megaopus.corpus_tools.tally import SourceTotals, Tally, id_hash
@@ -126,7 +127,7 @@ class ReadPieces:
         count = len(self.sought.pieces)
         if self.only is not None:
             return self.only
-        hashed = [count + n for n, source in enumerate(self.sought.sources) if source.by_prefix is None]
+        hashed = [count + n for n, source in enumerate(self.sought.sources) if hashed_whole(source)]
         return [*hashed, *range(count)]
 
     def result(self, number: int) -> Path:
@@ -166,7 +167,7 @@ class ReadPieces:
         for name, path in source.files():
             digest.update(mark_of(source, name))
             try:
-                with path.open("rb", buffering=0) as stream:
+                with opened(path) as stream:
                     while block := stream.read(1 << 20):
                         digest.update(block)
                         total += len(block)
@@ -273,6 +274,11 @@ class EncodePieces:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         tokenizer = load_tokenizer(self.tokenizer)
         return {"tokens": write_entries(entries(), masked, self.files(number), tokenizer, self.eod, self.dtype)}
+
+
+def hashed_whole(source: Source) -> bool:
+    """Tell whether the digest of a source is that of all its bytes; in a store it is of the list of its objects."""
+    return source.by_prefix is None and not source.remote
 
 
 def changed(source: Source) -> DataError:

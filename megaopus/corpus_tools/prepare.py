@@ -31,7 +31,7 @@ from megaopus.corpus_tools.split_rule import POOL, PROXY, VALIDATION, SplitRule
 from megaopus.corpus_tools.tasks.executors import Executor
 from megaopus.corpus_tools.tasks.workers import Workers
 from megaopus.corpus_tools.text_loss import counted_loss, described, refuse, sampled_loss, unknown_id
-from megaopus.corpus_tools.token_writer import TokenWriter
+from megaopus.corpus_tools.token_writer import FILE_TOKENS, TokenWriter
 from megaopus.corpus_tools.workers import cores
 from megaopus.data.corpus import (
     CODE_DTYPE,
@@ -54,8 +54,6 @@ from megaopus.errors import DataError
 _LITTLE = 1 << 24
 """Bytes of sources below which starting workers takes longer than they save."""
 MAX_LOST = 0.01
-FILE_TOKENS = 1 << 33
-"""Of a token file: 17 GB where a token takes two bytes."""
 _TOOLS = ("numpy", "tokenizers", "megatron-core")
 
 
@@ -114,8 +112,8 @@ def prepare(
             shutil.copyfile(work / TOKENIZER, folder / TOKENIZER)
             lengths, unknown, files = _join(folder, parts, scanned, dtype, unknown_id(made), file_tokens)
             refuse(losses := counted_loss(scanned.domains, scanned.domain_codes, lengths, unknown, sampled), max_lost)
-            facts = {"tokenization": described(losses), "notes": _notes(scanned, lengths, rule)}
-            facts |= {"provenance": provenance or {}} | _duplicates(scanned) | _shards(files)
+            facts: dict[str, Any] = {"tokenization": described(losses), "notes": _notes(scanned, lengths, rule)}
+            facts |= {"provenance": provenance or {}} | _told(sources, scanned) | _shards(files)
             _write_manifest(folder, scanned, lengths, _join_masks(folder, parts), made, eod_token, rule, facts)
             sign_pool(folder, rule.seq_len, workers, lambda count: stage("signatures", count, "sequences/s", 1))
     return out
@@ -202,9 +200,13 @@ def _shards(files: list[str]) -> dict[str, Any]:
     return {"shards": files} if len(files) > 1 else {}
 
 
-def _duplicates(scanned: Scan) -> dict[str, Any]:
-    """Return what the manifest says of copies, if they were looked for."""
-    return {} if scanned.duplicates is None else {"duplicates": scanned.duplicates}
+def _told(sources: Sequence[Source], scanned: Scan) -> dict[str, Any]:
+    """Return what the manifest says of the sources, and of copies, if they were looked for."""
+    told = [
+        asdict(totals) | ({"sha256": source.listed_sha256()} if source.remote else {})
+        for source, totals in zip(sources, scanned.sources, strict=True)
+    ]
+    return {"sources": told} | ({} if scanned.duplicates is None else {"duplicates": scanned.duplicates})
 
 
 def _bytes(sources: Sequence[Source]) -> int | None:
@@ -222,9 +224,7 @@ def _plan(
     dedup: str | None,
 ) -> str:
     """Return what a run that goes on from another's chunks has in common with it. Files are known by size and age."""
-    files = [
-        [str(path), path.stat().st_size, path.stat().st_mtime_ns] for source in sources for _, path in source.files()
-    ]
+    files = [stamp for source in sources for stamp in source.stamps()]
     named = [asdict(source) | {"path": str(source.path)} for source in sources]
     tokenizer = vocab_size if given is None else hashlib.sha256(given.to_str().encode()).hexdigest()
     return json.dumps([FORMAT_VERSION, CHUNK_CHARACTERS, named, files, tokenizer, eod_token, asdict(rule), dedup])
@@ -259,7 +259,7 @@ def _entries(sources: Sequence[Source], scanned: Scan, advance: Advance = lambda
 
     def compare(number: int, reader: SourceReader, documents: int) -> None:
         seen = scanned.sources[number]
-        if (reader.sha256, documents) != (seen.sha256, seen.documents):
+        if (seen.sha256 and reader.sha256 != seen.sha256) or documents != seen.documents:
             raise changed(sources[number])
 
     for index, (number, document) in enumerate(scanned.reading.documents(sources, advance, compare)):
@@ -370,7 +370,6 @@ def _write_manifest(
         "token_dtype": _token_dtype(tokenizer).name,
         "counts": split_counts(scanned.domains, codes, lengths, counted, SPLITS),
         "split_rule": asdict(rule),
-        "sources": [asdict(source) for source in scanned.sources],
         "versions": versions,
         **facts,
     }

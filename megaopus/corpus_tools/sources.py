@@ -21,8 +21,11 @@ from megaopus.corpus_tools.readers.registry import (
     reader_of_prefix,
 )
 from megaopus.corpus_tools.readers.stored import FaultyError, Part, Stored
+from megaopus.corpus_tools.remote import Place, Remote, stamp
 from megaopus.corpus_tools.row_fields import column_of, conversation_of, label_of, spans_of, text_of
 from megaopus.data.config import HUB_NAME
+from megaopus.data.schemes import SCHEMES
+from megaopus.data.store import Store, is_address
 from megaopus.errors import DataError
 from megaopus.settings import address_refusal
 
@@ -69,10 +72,10 @@ class Fields:
 class Source:
     """Names a file, a folder of text files (of tables, if it has any), or what a prefix such as ``hf:`` names.
 
-    What can be read, the files of ``readers/`` say.
+    What can be read, the files of ``readers/`` say. Files and folders may lie in an object store.
     """
 
-    path: Path
+    path: Place
     domain: str | None = None
     """Domain of every document; None: each row's own ``domain``, else the name of the file or folder."""
     fields: Fields = Fields()
@@ -92,14 +95,16 @@ class Source:
         exclude: tuple[str, ...] = (),
         folder_domains: bool = False,
         skip_faulty: bool = False,
+        store: Store | None = None,
     ) -> Source:
         """Read ``[DOMAIN=]PATH[,text=FIELD][,id=FIELD][,domain=FIELD]``; ``fields`` are those not named in it.
 
         A path may have the prefix of a reader: ``hf:NAME[:CONFIG[:SPLIT]]`` is a data set of the Hugging Face hub, or a
-        folder of the form of one. One with '=' before its first '/' needs a domain in front. Raises DataError for
-        anything else.
+        folder of the form of one. It may be ``s3://BUCKET/PATH``, with a pattern such as ``*.parquet`` at its end;
+        ``store`` says how that is read, None: ``Store()``. One with '=' before its first '/' needs a domain in front.
+        Raises DataError for anything else.
         """
-        if refusal := address_refusal(argument):
+        if refusal := address_refusal(argument, SCHEMES):
             raise DataError(f"source {argument}: {refusal[0]}; {refusal[1]} ({HUB_NAME})")
         rest = argument
         while option := _OPTION.search(rest):
@@ -112,7 +117,8 @@ class Source:
             raise DataError(f"--source {argument}: not understood; write PATH or DOMAIN=PATH")
         if (unknown := _LIKE_AN_OPTION.search(rest)) and not Path(path).exists():
             raise DataError(f"--source {argument}: no option {unknown[1]!r}; after a path may come text, id and domain")
-        return cls(Path(path), domain or None, fields, exclude, folder_domains, skip_faulty)
+        place = Remote.parse(path, store or Store()) if is_address(path) else Path(path)
+        return cls(place, domain or None, fields, exclude, folder_domains, skip_faulty)
 
     @property
     def by_prefix(self) -> Reader | None:
@@ -140,7 +146,7 @@ class Source:
             return reader.domain(str(self.path))
         return self.path.name if self.path.is_dir() else self.path.name.split(".")[0]
 
-    def files(self) -> list[tuple[str, Path]]:
+    def files(self) -> list[tuple[str, Place]]:
         """``(name, path)`` of each file, in the order they are read; none where a prefix names no file.
 
         Raises:
@@ -159,11 +165,25 @@ class Source:
         if reader_of_file(self.path) is None:
             known = ", ".join([f"{', '.join(endings(packed=True))} ({', '.join(PACKED)})", *endings(packed=False)])
             raise DataError(f"{self.path}: unknown ending; a source is a folder of such files, or one of {known}")
-        return FolderFiles([(self.name, self.path)])
+        return FolderFiles([(self.name, self.path.objects[""] if isinstance(self.path, Remote) else self.path)])
 
     def size(self) -> int:
         """Bytes on disk, as stored (compressed or not)."""
         return sum(path.stat().st_size for _, path in self.files())
+
+    def stamps(self) -> list[Any]:
+        """Names, sizes and ages of its files, in a store tags in place of ages. Raises DataError as ``files`` does."""
+        return [stamp(path) for _, path in self.files()]
+
+    @property
+    def remote(self) -> bool:
+        """Tell whether it lies in an object store."""
+        return isinstance(self.path, Remote)
+
+    def listed_sha256(self) -> str:
+        """Digest of the names, sizes and tags of a source in a store, of which nobody reads all bytes to hash them."""
+        listed = [[name, *stamp(path)[1:]] for name, path in self.files()]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 class Stretch(NamedTuple):
@@ -171,7 +191,7 @@ class Stretch(NamedTuple):
 
     name: str
     """Of the file, within the source."""
-    path: Path
+    path: Place
     part: Part | None = None
     """None: all of it."""
 
@@ -205,7 +225,7 @@ class SourceReader:
         """Documents of which a ``Reading`` made use."""
         self.copies = 0
         """Documents that a ``Reading`` left out for their text."""
-        self.broken: list[Path] = []
+        self.broken: list[Place] = []
         """Files that could not be read to their end."""
         self.files = 0
         self.skipped: dict[str, int] = {}
@@ -262,7 +282,7 @@ class SourceReader:
                 self.leave_out(error)
                 self.broken.append(path)
 
-    def _of_file(self, name: str, path: Path, part: Part | None) -> Iterator[Document]:
+    def _of_file(self, name: str, path: Place, part: Part | None) -> Iterator[Document]:
         fields = self.source.fields
         also = [name for name in (fields.loss_spans, fields.messages) if name]
         text = fields.messages or fields.text
@@ -301,7 +321,7 @@ class SourceReader:
     def table(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(place, row) of each row as it stands. Raises DataError for what is not a table."""
         source = self.source
-        found = [source.path] if source.by_prefix is not None else [path for _, path in source.files()]
+        found: list[Place] = [source.path] if source.by_prefix is not None else [path for _, path in source.files()]
         for path in found:
             reader = source.by_prefix or reader_of(path)
             if reader.rows is None:
@@ -330,7 +350,7 @@ class SourceReader:
         return Document(identity, folder_domain or domain, text, row.number, columns, spans, markup)
 
 
-def reader_of(path: Path) -> Reader:
+def reader_of(path: Place) -> Reader:
     """The reader of a file that is one of ``Source.files``."""
     reader = reader_of_file(path)
     assert reader is not None, "Source.files() has looked"

@@ -9,6 +9,9 @@ import numpy as np
 
 from megaopus.data.corpus import TOKENS
 
+FILE_TOKENS = 1 << 33
+"""Of a token file: 17 GB where a token takes two bytes."""
+
 
 class TokenWriter:
     """Fills token files in a folder, ``most`` tokens each at most; a longer document has one of its own.

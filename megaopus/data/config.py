@@ -18,7 +18,7 @@ HUB_NAME = "write hf:NAME for a data set of the hub"
 
 
 def _no_addresses(sources: list[str]) -> str | None:
-    found = ((source, address_refusal(source)) for source in sources)
+    found = ((source, address_refusal(source, SCHEMES)) for source in sources)
     return next((f"{source} {refusal[0]}" for source, refusal in found if refusal), None)
 
 
@@ -32,7 +32,8 @@ class PrepareConfig:
         [],
         check=_no_addresses,
         hint=f"{HUB_NAME}; copy anything else here, or mount it, and name that path",
-        doc="Each as `--source` takes it: [DOMAIN=]PATH, or hf:NAME[:CONFIG[:SPLIT]] on the Hugging Face hub; "
+        doc="Each as `--source` takes it: [DOMAIN=]PATH, s3://BUCKET/PATH too, or hf:NAME[:CONFIG[:SPLIT]] on the "
+        "Hugging Face hub; "
         "`,text=FIELD`, `,id=FIELD` and `,domain=FIELD` after it name fields of this source alone.",
     )
     exclude: list[str] = setting(

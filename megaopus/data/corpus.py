@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megaopus.data.index import LARGE, Index, check_index, count_tokens, map_index
-from megaopus.data.store import WHERE, RangeReader, Store, fetch, is_address, local_copy, size_of
+from megaopus.data.store import WHERE, RangeReader, Store, fetch, is_address, local_copy, sha256_object, size_of
 from megaopus.data.token_files import ByteReader, Reader, TokenFiles
 from megaopus.data.tokenizer import load_tokenizer
 from megaopus.errors import DataError
@@ -109,8 +109,7 @@ class Corpus:
 
         Args:
             path: the corpus folder.
-            verify: also read every file once: digests (of files of this machine), and every token below the vocabulary
-                size.
+            verify: also read every file once: digests, and every token below the vocabulary size.
             store: how an object store is read; None: ``Store()``.
 
         Raises:
@@ -130,13 +129,14 @@ class Corpus:
         dtype = np.dtype(manifest["token_dtype"])
         names = token_files(manifest)
         sizes = [manifest["files"][name]["bytes"] for name in names]
-        files = TokenFiles([where.of(name) for name in names], sizes, dtype, partial(RangeReader, store=store))
+        remote = partial(RangeReader, store=store, version=manifest["fingerprint"])
+        files = TokenFiles([where.of(name) for name in names], sizes, dtype, remote)
         if verify:
             _check_vocabulary(files, manifest["vocab_size"])
         tokens = files.maps[0] if len(files.maps) == len(names) == 1 else files
         found = cls(folder, manifest, tokens, files, where, index, codes["domain"], codes["split"])
         if verify and found.target is not None:
-            cls.open(found.target.path, verify=True)
+            cls.open(found.target.path, verify=True, store=store)
         return found
 
     def __len__(self) -> int:
@@ -249,7 +249,7 @@ class Corpus:
         place = self.where.of(LOSS_MASK)
         if isinstance(place, Path):
             return ByteReader(place)
-        return RangeReader(place, self.manifest["files"][LOSS_MASK]["bytes"], self.where.store)
+        return RangeReader(place, self.manifest["files"][LOSS_MASK]["bytes"], self.where.store, self.fingerprint)
 
     def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Read stretches of the tokens, one after the other: (sum of ``lengths``,) of the files' own dtype.
@@ -384,8 +384,12 @@ def _check_sizes(where: _Places, manifest: dict) -> None:
 
 def _check_digests(where: _Places, manifest: dict) -> None:
     for name, entry in manifest["files"].items():
-        path, digest = where.of(name), sampled_sha256 if entry.get("sampled") else sha256_file
-        if isinstance(path, Path) and digest(path) != entry["sha256"]:
+        path = where.of(name)
+        if isinstance(path, Path):
+            found = sampled_sha256(path) if entry.get("sampled") else sha256_file(path)
+        else:
+            found = sha256_object(path, entry["bytes"], where.store)
+        if found != entry["sha256"]:
             raise DataError(
                 f"{path}: changed since it was prepared (sha256 differs from {MANIFEST}), so the fingerprint "
                 "no longer stands for it; copy or prepare the corpus again"

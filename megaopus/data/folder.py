@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megaopus.errors import DataError
+from megaopus.errors import DataError, StoreDownError
 from megaopus.fs import disk_full, sync
 
 _REFUSED = "cannot be written"
@@ -83,7 +83,7 @@ def work_folder(out: Path, plan: str, console: Console) -> Iterator[Path]:
     """Yield a hidden sibling of ``out`` for what a killed run should find again; it is locked, and removed in the end.
 
     What is there from a run of another ``plan`` is removed first; from one of the same plan it is kept, with a line. It
-    stays if this process is killed or interrupted, or the work raises StoppedError.
+    stays if this process is killed or interrupted, or the work raises StoppedError or StoreDownError.
 
     Raises:
         DataError: another run is writing ``out``, or the file system refuses.
@@ -111,7 +111,7 @@ def work_folder(out: Path, plan: str, console: Console) -> Iterator[Path]:
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
         raise _unwritable(out, error) from error
-    except StoppedError:
+    except (StoppedError, StoreDownError):
         raise
     except Exception:
         shutil.rmtree(work, ignore_errors=True)

@@ -25,9 +25,20 @@ BLOCK_BYTES = 1 << 17
 """Asked for at a time: a sequence is a few KiB anywhere in a file, and a request takes longer than these bytes."""
 _AT_ONCE = 64
 """Blocks that are asked for together."""
+_FIRST_WAIT_S = 0.5
+"""Before a store is asked the second time; it grows to 8."""
 CACHE = "MEGAOPUS_CACHE"
 """Environment variable that names the folder for copies."""
 _ADDRESS = re.compile(rf"({'|'.join(SCHEMES)})://", re.IGNORECASE)
+_MISTAKES = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "ParamValidationError",
+    "NoRegionError",
+    "InvalidRegionError",
+)
+"""Errors of botocore that come of what its user wrote, not of the network."""
 WHERE = "store.json"
 """The file in a local copy of a corpus's small files that says where its tokens are."""
 
@@ -62,33 +73,42 @@ def open_store(address: str) -> Any:
         import fsspec
 
         once = {"retries": {"max_attempts": 0}, "connect_timeout": 10, "read_timeout": 30}  # ``patiently`` asks again
-        system = fsspec.filesystem(address.partition("://")[0].lower(), config_kwargs=once)
+        scheme = address.partition("://")[0].lower()
+        system = fsspec.filesystem(scheme, config_kwargs=once, use_listings_cache=False)  # what lies there may change
         system.retries = 1
         return system
     except ImportError as error:
         raise DataError(f"{address}: {error}; pip install 'megaopus[s3]'") from error
 
 
-def patiently(address: str, ask: Callable[[], T], patience_s: float) -> T:
+def patiently(address: str, ask: Callable[[], T], patience_s: float, *, first: bool = False) -> T:
     """Return what ``ask`` returns, asking again for a while where the store does not answer.
+
+    ``first``: nothing was read of it so far, so that keys which are not there are none that will come back.
 
     Raises:
         DataError: there is no such thing, or it may not be read.
         StoreDownError: the store has not answered for ``patience_s``.
     """
-    until, wait, told = time.monotonic() + patience_s, 0.5, False
+    until, wait, told = time.monotonic() + patience_s, _FIRST_WAIT_S, False
     while True:
         try:
             return ask()
         except FileNotFoundError as error:
-            raise DataError(f"{address}: no such object; name what lies there") from error
+            raise DataError(f"{address}: no such object ({error}); name what lies there") from error
         except PermissionError as error:
             raise DataError(f"{address}: may not be read ({error}); give this user's keys the right to") from error
         except Exception as error:  # each store has errors of its own for what comes of the network
+            if first and type(error).__name__ in _MISTAKES:
+                said = " ".join(str(error).split())
+                raise DataError(
+                    f"{address}: cannot be asked for ({said}); check the address, AWS_ACCESS_KEY_ID,"
+                    " AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) and AWS_DEFAULT_REGION"
+                ) from error
             if time.monotonic() + wait > until:
                 raise StoreDownError(
                     f"{address}: not answered for {patience_s:.0f} s ({type(error).__name__}: {error}); when the store"
-                    " answers again the run goes on from its last checkpoint"
+                    " answers again the same command goes on"
                 ) from error
             if not told:
                 warnings.warn(f"{address}: not answered ({error}); asking again for {patience_s:.0f} s", stacklevel=2)
@@ -100,10 +120,11 @@ def patiently(address: str, ask: Callable[[], T], patience_s: float) -> T:
 class RangeReader:
     """Reads stretches of bytes of an object, block by block, through a bounded cache of files; any thread may call."""
 
-    def __init__(self, address: str, size: int, store: Store):
+    def __init__(self, address: str, size: int, store: Store, version: str = ""):
+        """``version``: of what lies there, so that blocks of what lay there before are not taken for it."""
         self._address, self._size, self._store = address, size, store
         self._system = open_store(address)
-        key = hashlib.sha256(f"{address} {size}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{address} {size} {version}".encode()).hexdigest()[:16]
         self._cache = _Blocks(store.folder / "blocks" / key, store.most_bytes)
 
     def read(self, offsets: np.ndarray, counts: np.ndarray) -> list[bytes]:
@@ -123,15 +144,8 @@ class RangeReader:
     def _fetch(self, numbers: list[int]) -> dict[int, bytes]:
         starts = [number * BLOCK_BYTES for number in numbers]
         ends = [min(start + BLOCK_BYTES, self._size) for start in starts]
-
-        def ask() -> list[bytes]:
-            found: list[bytes] = self._system.cat_ranges([self._address] * len(starts), starts, ends, on_error="raise")
-            return found
-
-        found = patiently(self._address, ask, self._store.patience_s)
-        for number, block, start, end in zip(numbers, found, starts, ends, strict=True):
-            if len(block) != end - start:
-                raise DataError(f"{self._address}: cut off since it was opened; put it back, the run then goes on")
+        found = read_ranges(self._system, self._address, starts, ends, self._store)
+        for number, block in zip(numbers, found, strict=True):
             self._cache.put(number, block)
         return dict(zip(numbers, found, strict=True))
 
@@ -188,6 +202,32 @@ class _Blocks:
         self._sizes.move_to_end(number)
 
 
+def read_ranges(system: Any, address: str, starts: list[int], ends: list[int], store: Store) -> list[bytes]:
+    """Read stretches of an object, all at once, through the file system of ``open_store``.
+
+    Raises:
+        DataError: see ``patiently``; or the object is shorter than it was.
+    """
+
+    def ask() -> list[bytes]:
+        found: list[bytes] = system.cat_ranges([address] * len(starts), starts, ends, on_error="raise")
+        return found
+
+    found = patiently(address, ask, store.patience_s)
+    if [len(each) for each in found] != [end - start for start, end in zip(starts, ends, strict=True)]:
+        raise DataError(f"{address}: cut off since it was opened; put it back, the same command then goes on")
+    return found
+
+
+def sha256_object(address: str, size: int, store: Store) -> str:
+    """Hex digest of the ``size`` bytes of an object, read past the cache. Raises DataError as ``read_ranges``."""
+    system, step, found = open_store(address), _AT_ONCE * BLOCK_BYTES, hashlib.sha256()
+    for first in range(0, size, step):
+        for block in read_ranges(system, address, [first], [min(first + step, size)], store):
+            found.update(block)
+    return found.hexdigest()
+
+
 def fetch(address: str, target: Path, store: Store) -> None:
     """Copy an object into a file, which appears when it is whole. Raises DataError as ``patiently``."""
     system, growing = open_store(address), target.with_name(f".{target.name}.{os.getpid()}")
@@ -197,9 +237,9 @@ def fetch(address: str, target: Path, store: Store) -> None:
 
 
 def read_object(address: str, store: Store) -> bytes:
-    """Read all of a small object. Raises DataError as ``patiently``."""
+    """Read all of a small object, the first of what is read of a corpus. Raises DataError as ``patiently``."""
     system = open_store(address)
-    found: bytes = patiently(address, lambda: system.cat_file(address), store.patience_s)
+    found: bytes = patiently(address, lambda: system.cat_file(address), store.patience_s, first=True)
     return found
 
 

@@ -273,4 +273,4 @@ def file_stamps(source: Source) -> list[Any]:
     """Names, sizes and ages of a source's files."""
     if source.by_prefix is not None:
         return [str(source.path)]
-    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for _, path in source.files()]
+    return source.stamps()

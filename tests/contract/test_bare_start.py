@@ -105,7 +105,7 @@ def test_an_address_on_the_command_line_is_refused(arguments: str, capsys: pytes
 @pytest.mark.parametrize(
     ("arguments", "source"),
     [
-        ("prepare --out c --source", "s3://b/docs.jsonl"),
+        ("prepare --out c --source", "az://b/docs.jsonl"),
         ("prepare --out c --source", "docs=gs://b/docs.jsonl,text=body"),
         ("prepare --out c --source", "hf://datasets/x/y"),
         ("proxy --corpus c --tokens 9 --out p --items", "https://host/items.jsonl"),
@@ -124,10 +124,10 @@ def test_a_source_that_is_an_address_is_refused(
 
 def test_sources_of_a_data_config_are_no_addresses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "far.yaml").write_text("prepare:\n  sources: [here, 'web=s3://b/c']\n  on_error: explode\n")
+    (tmp_path / "data" / "far.yaml").write_text("prepare:\n  sources: [here, 'web=gs://b/c']\n  on_error: explode\n")
     assert main(["prepare", "--config-dir", str(tmp_path), "--data", "far", "--out", str(tmp_path / "c")]) == 2
     err = capsys.readouterr().err
-    assert "data.prepare.sources = ['here', 'web=s3://b/c']: web=s3://b/c is an address (s3://), and only paths" in err
+    assert "data.prepare.sources = ['here', 'web=gs://b/c']: web=gs://b/c is an address (gs://), and only paths" in err
     assert "-> write hf:NAME for a data set of the hub; copy anything else here" in err
     assert "data.prepare.on_error = 'explode': unknown choice" in err
 

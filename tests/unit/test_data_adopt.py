@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megaopus.cli.main import main
+from megaopus.config.compose import compose
 from megaopus.corpus_tools.adopt import adopt
+from megaopus.corpus_tools.blend import blend_of
 from megaopus.corpus_tools.prepare import prepare
 from megaopus.corpus_tools.sources import Source
 from megaopus.corpus_tools.split_rule import SplitRule
@@ -137,6 +143,130 @@ def test_the_verb_adopts(tokenizer: Path, tmp_path: Path, capsys: pytest.Capture
     assert Corpus.open(out).domains == ["web"]
     assert main([*given, "--overwrite", "--text-field", "x"]) == 2
     assert "--text-field is about texts" in capsys.readouterr().err
+
+
+# -- data sets ---------------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, columns: dict[str, Any], kind: str) -> Path:
+    """Write a data set as ``datasets`` saves it (in two files), or as parquet files in a folder."""
+    import datasets
+
+    made = datasets.Dataset.from_dict(columns)
+    if kind == "arrow":
+        made.save_to_disk(str(folder / "saved"), num_shards=2)
+        return folder / "saved"
+    (folder / "rows").mkdir()
+    for number in range(2):
+        made.shard(2, number, contiguous=True).to_parquet(str(folder / "rows" / f"{number}.parquet"))
+    return folder / "rows"
+
+
+def tokens_of(corpus: Corpus) -> list[list[int]]:
+    """Tokens of each document."""
+    ends = (corpus.offsets + corpus.lengths).tolist()
+    return [corpus.tokens[first:end].tolist() for first, end in zip(corpus.offsets.tolist(), ends, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_rows_of_a_tokenised_data_set_are_documents(kind: str, tokenizer: Path, tmp_path: Path) -> None:
+    """Each row as it is, or with the end it lacks; copied, and after what is read where it lies."""
+    found = documents(300, 8)
+    place = saved(tmp_path, {"input_ids": found, "unread": [str(each) for each in found]}, kind)
+    made = adopt([str(place)], tmp_path / "c", tokenizer=tokenizer, eod=EOD, rule=RULE)
+    corpus = Corpus.open(made, verify=True)
+    assert tokens_of(corpus) == found
+    assert corpus.domains == [place.name]
+    assert (corpus.split_codes[:5] == corpus.split_codes[300:]).all()  # copies share a split
+    with_web = adopt(
+        [f"rows={place}", megatron(tmp_path, found[:50])], tmp_path / "both", tokenizer=tokenizer, eod=EOD, rule=RULE
+    )
+    assert tokens_of(Corpus.open(with_web, verify=True)) == [*found[:50], *found]
+    Path(f"{place}-moved").mkdir()
+    place.rename(Path(f"{place}-moved") / "x")  # the tokens were copied
+    assert tokens_of(Corpus.open(made)) == found
+
+
+def test_rows_without_an_end_filled_up_or_packed(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = documents(200, 9)
+    bare, longest = [each[:-1] for each in found], max(map(len, found))
+    filled = [each + [7] * (longest - len(each)) for each in bare]
+    masks = [[1] * len(each) + [0] * (longest - len(each)) for each in bare]
+    stream = [token for each in found for token in each]
+    columns = {
+        "--append-eod": {"ids": filled, "attention_mask": masks},
+        "--packed": {"ids": [stream[n : n + 64] for n in range(0, len(stream), 64)]},
+    }
+    for option, each in columns.items():
+        folder = tmp_path / option
+        folder.mkdir()
+        given = ["prepare", "--adopt", f"x={saved(folder, each, 'parquet')}", "--tokenizer", str(tokenizer)]
+        given += ["--seq-len", "16", "--out", str(folder / "c"), "--column", "ids"]
+        assert main(given) == 2
+        said = r"rows: rows do not end with the token 0 \(row 0 .*--append-eod .* --packed"
+        assert re.search(said, capsys.readouterr().err)
+        assert not (folder / "c").exists()
+        assert main([*given, option]) == 0, capsys.readouterr()
+        assert tokens_of(Corpus.open(folder / "c", verify=True)) == found
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": ["a", "b"]}, r"no column 'input_ids' \(columns: .*--column"),
+        ({"input_ids": [[[1, 0]], [[2, 0]]]}, r"column 'input_ids' is of list<.*list<.*, not of lists of token ids"),
+        ({"input_ids": [[5, 60000, 0]]}, r"has the token 60000, the tokenizer 0 to"),
+        ({"input_ids": [[1, None, 0]]}, r"column 'input_ids' has null in its lists"),
+        ({"input_ids": [None, None]}, r"column 'input_ids' is of null|no tokens in column 'input_ids'"),
+    ],
+)
+def test_rows_that_are_no_tokens(columns: dict[str, Any], message: str, tokenizer: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=message):
+        adopt([str(tmp_path / "x.parquet")], tmp_path / "c", tokenizer=tokenizer, eod=EOD, rule=RULE)
+    assert not (tmp_path / "c").exists()
+
+
+def test_folders_that_are_no_data_set(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(DataError, match=r"several data sets; name one of them, .*/train say \(train, test\)"):
+        adopt([str(tmp_path)], tmp_path / "c", tokenizer=tokenizer, eod=EOD)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: no \.arrow or \.parquet file in it"):
+        adopt([str(tmp_path / "empty")], tmp_path / "c", tokenizer=tokenizer, eod=EOD)
+    with pytest.raises(DataError, match=r"--adopt s3://b/c: is an address"):
+        adopt(["s3://b/c"], tmp_path / "c", tokenizer=tokenizer, eod=EOD)
+
+
+# -- blends ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_blend_of_megatron_s_command_line(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The corpus is that of the paths, and the weights are told as the setting that a run takes."""
+    places = [megatron(tmp_path, documents(100, n), name) for n, name in ((10, "web"), (11, "books"))]
+    given = ["prepare", "--tokenizer", str(tokenizer), "--seq-len", "16", "--adopt", "0.3", places[0], "0.7", places[1]]
+    assert main([*given, "--out", str(tmp_path / "c")]) == 0
+    (setting,) = re.findall(r"setting of the run: '(data\.weights=\S+)'", capsys.readouterr().out)
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    assert manifest["provenance"]["blend"] == {"web": 0.3, "books": 0.7}
+    config = compose([f"data.path={tmp_path / 'c'}", "data.seq_len=16", "model=tiny", setting])
+    assert config.data.weights == [[0, {"web": 0.3, "books": 0.7}]]
+    plain = adopt(places, tmp_path / "plain", tokenizer=tokenizer, eod=EOD, rule=SplitRule(seq_len=16))
+    assert Corpus.open(plain).fingerprint == manifest["fingerprint"]
+    assert blend_of([f"0.3 {places[0]} 0.7 {places[1]}"]) == (places, [0.3, 0.7])
+    for wrong, said in (
+        (["0.3", "a", "b"], "a blend is a number before each path"),
+        (["0.3", "a", "0.7"], "a blend is a number before each path"),
+        (["-1", "a"], "a weight is a number above 0, not -1"),
+    ):
+        with pytest.raises(DataError, match=said):
+            blend_of(wrong)
+    with pytest.raises(DataError, match="two paths of the blend have the domain web"):
+        adopt(["1", places[0], "2", places[0]], tmp_path / "d", tokenizer=tokenizer, eod=EOD)
 
 
 @pytest.mark.parametrize(

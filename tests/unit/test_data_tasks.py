@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import random
-import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from megaopus.corpus_tools.tasks.stages import run_stage
 from megaopus.corpus_tools.tasks.workers import Workers
 from megaopus.data.corpus import Corpus
 from megaopus.errors import DataError
+from tests.arrays import arrays_here
 from tests.unit.killed_units import Numbers
 
 pytest.importorskip("datatrove", reason="needs datatrove (extra scale)")
@@ -175,29 +175,8 @@ def test_a_killed_task_redoes_only_what_it_had_not_finished(tmp_path: Path) -> N
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH with an sbatch that runs an array here, task after task; returns the file with what it was asked."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    programs = {
-        "sbatch": f"""
-script="${{@: -1}}"; cp "$script" {folder}/script; echo "$@" >> {folder}/asked
-last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
-for task in $(seq 0 "$last"); do
-  SLURM_ARRAY_TASK_ID=$task SLURM_NODELIST=here RUN_OFFSET=0 bash "$script" >> {folder}/output 2>&1 || true
-done
-echo Submitted batch job 7""",
-        "squeue": "true",
-        "scontrol": 'echo "$3"',
-        "srun": 'while [ "$1" != launch_pickled_pipeline ]; do shift; done; exec "$@"',
-    }
-    for name, text in programs.items():
-        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-        (folder / name).chmod((folder / name).stat().st_mode | stat.S_IXUSR)
-    root = Path(__file__).resolve().parents[2]
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(root))
-    monkeypatch.setattr("megaopus.corpus_tools.tasks.engines.POLL_SECONDS", 0.01)
-    return folder
+    """Programs of Slurm that run arrays here."""
+    return arrays_here(tmp_path / "bin", monkeypatch)
 
 
 @pytest.mark.slow

@@ -5,11 +5,11 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megaopus.corpus_tools.readers.registry import PACKED, Reader, Row, register_reader
 from megaopus.corpus_tools.readers.stored import FaultyError, Part, Stored, decoded
+from megaopus.corpus_tools.remote import Place, opened
 
 
 class LongNumber:
@@ -64,7 +64,7 @@ def _integer(digits: str) -> int | LongNumber:
         return LongNumber(digits)
 
 
-def _divide(path: Path, size: int) -> list[Part]:
+def _divide(path: Place, size: int) -> list[Part]:
     """Parts as even as bytes can be; none of a packed file, which is read from its start."""
     if path.suffix.lower() in PACKED:
         return []
@@ -73,11 +73,11 @@ def _divide(path: Path, size: int) -> list[Part]:
     return [Part(total * n // count, total * (n + 1) // count) for n in range(count)]
 
 
-def _count(path: Path, part: Part) -> int:
+def _count(path: Place, part: Part) -> int:
     """Count the lines that begin in a part: each but the file's first begins behind the end of another."""
     place, end = max(0, part.first - 1), part.end - 1
     found = int(part.first == 0)
-    with path.open("rb", buffering=0) as stream:
+    with opened(path, end) as stream:
         stream.seek(place)
         while place < end and (block := stream.read(min(1 << 20, end - place))):
             place += len(block)

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megaopus.corpus_tools.readers.registry import Reader, Row, register_reader
 from megaopus.corpus_tools.readers.stored import DAMAGED, FaultyError, Part, Stored, needed, no_text_field
+from megaopus.corpus_tools.remote import Place, Remote, opened
 from megaopus.errors import DataError
+
+_HELD_BYTES = 32 << 20
+"""Of a file in an object store that are copied here at a time, about."""
 
 
 def _rows(stored: Stored) -> Iterator[Row]:
     """Rows with those of the wanted columns that there are, or all."""
-    path, wanted = stored.path, stored.wanted
-    parquet = needed("pyarrow.parquet", str(path))
+    path = stored.path
     arrow = needed("pyarrow", str(path))
     try:
-        stored.pass_bytes()
-        file = parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        here = [
-            name for name in wanted or () if name in names or name.partition(".")[0] in names
-        ]  # of a column's parts
-        if wanted is not None and stored.text_field not in here:
-            raise no_text_field(str(path), stored.text_field, names)
-        columns = None if wanted is None else here
-        groups = None if stored.part is None else range(stored.part.first, stored.part.end)
-        batches = file.iter_batches(batch_size=1024, columns=columns, row_groups=groups)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, values in enumerate(rows, stored.before + 1):
-            yield Row(number, f"{path} row {number}", values)
+        for part in _stretches(stored):
+            with stored.passed(part) as file:
+                yield from _of_part(stored, part, file)
     except (arrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # of the system, not of the file's format
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
@@ -38,12 +31,35 @@ def _rows(stored: Stored) -> Iterator[Row]:
         raise FaultyError(DAMAGED, message) from error
 
 
-def _divide(path: Path, size: int) -> list[Part]:
+def _stretches(stored: Stored) -> Sequence[Part | None]:
+    """Say what is read one after the other: what is asked for, or of a whole file in a store some of it at a time."""
+    if stored.part is None and isinstance(stored.path, Remote) and (parts := _divide(stored.path, _HELD_BYTES)):
+        return parts
+    return [stored.part]
+
+
+def _of_part(stored: Stored, part: Part | None, file: Path | IO[bytes]) -> Iterator[Row]:
+    path, wanted = stored.path, stored.wanted
+    opened_file = needed("pyarrow.parquet", str(path)).ParquetFile(file)
+    names = opened_file.schema_arrow.names
+    here = [name for name in wanted or () if name in names or name.partition(".")[0] in names]  # of a column's parts
+    if wanted is not None and stored.text_field not in here:
+        raise no_text_field(str(path), stored.text_field, names)
+    columns = None if wanted is None else here
+    groups = None if part is None else range(part.first, part.end)
+    batches = opened_file.iter_batches(batch_size=1024, columns=columns, row_groups=groups)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, values in enumerate(rows, (part.before if part else 0) + 1):
+        yield Row(number, f"{path} row {number}", values)
+
+
+def _divide(path: Place, size: int) -> list[Part]:
     """Row groups in a row, of about so many bytes; none of a file that cannot be read, which reading it says."""
     parquet = needed("pyarrow.parquet", str(path))
     arrow = needed("pyarrow", str(path))
     try:
-        groups = parquet.read_metadata(path)
+        with opened(path) as raw:
+            groups = parquet.read_metadata(io.BufferedReader(raw, 1 << 16))
         starts = [_start(groups.row_group(n)) for n in range(groups.num_row_groups)]
     except (arrow.ArrowException, OSError):
         return []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from megaopus.corpus_tools.readers.stored import Part, Stored
+from megaopus.corpus_tools.remote import Place
 from megaopus.registry import Registry
 
 PACKED = (".gz", ".zst")
@@ -51,10 +51,10 @@ class Reader:
     """Of a prefix's: address -> what is written of it, which must not depend on where it lies."""
     domain: Callable[[str], str] = lambda address: address
     """Of a prefix's: address -> domain of documents that name none."""
-    divide: Callable[[Path, int], list[Part]] | None = None
+    divide: Callable[[Place, int], list[Part]] | None = None
     """(file, bytes) -> parts of about so many bytes that cover the file, to be read by several tasks. Fewer than
     two, or no such function: it is read as a whole."""
-    count: Callable[[Path, Part], int] | None = None
+    count: Callable[[Place, Part], int] | None = None
     """Of a part: its lines, where ``divide`` does not know how many lie ``before`` one."""
 
 
@@ -67,7 +67,7 @@ def register_reader(name: str, reader: Reader) -> Reader:
     return READERS.register(name, reader)
 
 
-def reader_of_file(path: Path) -> Reader | None:
+def reader_of_file(path: Place) -> Reader | None:
     """The reader of a file, by its last suffix, that of a packed file set aside; None: it has no known ending."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in PACKED]
     ending = suffixes[-1] if suffixes else ""

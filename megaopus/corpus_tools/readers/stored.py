@@ -7,11 +7,13 @@ import importlib
 import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import psutil
 
+from megaopus.corpus_tools.remote import Place, Remote, opened
 from megaopus.errors import DataError
 
 _LARGEST_WINDOW = 1 << 31
@@ -51,14 +53,14 @@ def _stop(error: FaultyError) -> None:
 class _Counted(io.RawIOBase):
     """Shows what passes through a raw file."""
 
-    def __init__(self, raw: IO[bytes], on_bytes: Callable[[memoryview], None]):
+    def __init__(self, raw: io.RawIOBase, on_bytes: Callable[[memoryview], None]):
         self._raw, self._on_bytes = raw, on_bytes
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        count = self._raw.readinto(buffer)  # type: ignore[attr-defined]
+        count = self._raw.readinto(buffer) or 0
         self._on_bytes(memoryview(buffer)[:count])
         return count
 
@@ -68,7 +70,7 @@ class Stored:
 
     def __init__(
         self,
-        path: Path,
+        path: Place,
         text_field: str,
         wanted: list[str] | None,
         on_bytes: Callable[[memoryview], None],
@@ -101,21 +103,31 @@ class Stored:
         """The file's lines, unpacked. Raises DataError."""
         return self._read(whole=False)
 
-    def pass_bytes(self) -> None:
-        """Hash and count the file, or the part, for a reader that does not read it from end to end. Raises OSError."""
-        with self.path.open("rb", buffering=0) as raw:
+    @contextmanager
+    def passed(self, part: Part | None) -> Iterator[Path | IO[bytes]]:
+        """Hash and count the file, or a part, for a reader that does not read it from end to end; yield what it reads.
+
+        What lies in an object store is copied to this machine's disk for as long, the part alone. Raises OSError.
+        """
+        first, end = part.bytes if part else (0, self.path.stat().st_size)
+        if isinstance(self.path, Remote):
+            with self.path.opened() as remote:
+                remote.hold(first, end, self._on_bytes)
+                yield io.BufferedReader(remote, 1 << 16)
+            return
+        with opened(self.path) as raw:
             counted = _Counted(raw, self._on_bytes)
-            first, end = self.part.bytes if self.part else (0, self.path.stat().st_size)
             raw.seek(first)
             buffer = memoryview(bytearray(1 << 20))
             while first < end and (count := counted.readinto(buffer[: end - first])):
                 first += count
+        yield self.path
 
     def _read(self, whole: bool) -> Iterator[bytes]:
         """The file's lines, or all of it as one item; gzip and system errors become typed ones."""
         path, line = self.path, 0
         try:
-            with path.open("rb", buffering=0) as raw:
+            with opened(path, self.part and self.part.end) as raw:
                 if self.part is not None:
                     yield from self._part_lines(io.BufferedReader(raw, 1 << 20), self.part)
                     return
@@ -153,7 +165,7 @@ class Stored:
             yield content
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
+def unreadable(path: Place, error: OSError) -> DataError:
     """The error of a file that the system does not let be read."""
     return DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions")
 
@@ -162,7 +174,7 @@ class _Truncated(Exception):
     """A zstandard stream that ends early or is none."""
 
 
-def _unpacked(stream: IO[bytes], path: Path) -> IO[bytes]:
+def _unpacked(stream: IO[bytes], path: Place) -> IO[bytes]:
     zstandard = needed("zstandard", str(path))
 
     class Checked(io.RawIOBase):
@@ -198,7 +210,7 @@ def _unpacked(stream: IO[bytes], path: Path) -> IO[bytes]:
     return io.BufferedReader(Checked(), 1 << 16)
 
 
-def _refuse_window(zstandard: Any, start: bytes, path: Path) -> None:
+def _refuse_window(zstandard: Any, start: bytes, path: Place) -> None:
     """Raise DataError if a frame, which begins with ``start``, needs more memory than there is."""
     try:
         window = zstandard.get_frame_parameters(start).window_size

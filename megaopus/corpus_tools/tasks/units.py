@@ -15,7 +15,7 @@ from typing import Protocol
 
 from megaopus.corpus_tools.readers.stored import FaultyError
 from megaopus.data.folder import StoppedError
-from megaopus.errors import DataError
+from megaopus.errors import DataError, StoreDownError
 from megaopus.fs import write_whole
 from megaopus.plugins import require_plugins
 
@@ -61,7 +61,7 @@ def attempt(units: Units, number: int, place: Place) -> Mapping[str, int] | None
     """Do a unit. None: the data has a fault, which is written down; no later unit of this task can matter then."""
     try:
         return units.work(number)
-    except StoppedError:
+    except (StoppedError, StoreDownError):  # which another try may not meet
         raise
     except DataError as error:
         reason = error.reason if isinstance(error, FaultyError) else None
