@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -202,12 +202,15 @@ class Order:
 
 
 @dataclass(frozen=True)
-class CountNgrams:
-    """Counts n-grams."""
+class _Units:
+    """Holds the units of a stage, whose results are files of one folder."""
 
     order: Order
     spans: tuple[Span, ...]
-    name: str = "counting n-grams"
+
+    name: ClassVar[str]
+    _results: ClassVar[str]
+    """What the names of their files begin with."""
 
     def numbers(self) -> Sequence[int]:
         """All of them."""
@@ -220,11 +223,17 @@ class CountNgrams:
 
     def result(self, number: int) -> Path:
         """Name the file of a unit's results."""
-        return self.folder / f"counted-{number:06d}.npz"
+        return self.folder / f"{self._results}-{number:06d}.npz"
 
     def done(self, number: int) -> bool:
         """Tell whether it is there."""
         return self.result(number).is_file()
+
+
+class CountNgrams(_Units):
+    """Counts n-grams."""
+
+    name, _results = "counting n-grams", "counted"
 
     def work(self, number: int) -> Mapping[str, int]:
         """Count. Raises DataError if tokens cannot be read."""
@@ -247,30 +256,10 @@ class CountNgrams:
         _save(self.order.tables, tables._asdict())
 
 
-@dataclass(frozen=True)
-class Describe:
+class Describe(_Units):
     """Describes sequences by what was counted."""
 
-    order: Order
-    spans: tuple[Span, ...]
-    name: str = "describing sequences"
-
-    def numbers(self) -> Sequence[int]:
-        """All of them."""
-        return range(len(self.spans))
-
-    @property
-    def folder(self) -> Path:
-        """Of the results."""
-        return self.order.folder
-
-    def result(self, number: int) -> Path:
-        """Name the file of a unit's results."""
-        return self.folder / f"described-{number:06d}.npz"
-
-    def done(self, number: int) -> bool:
-        """Tell whether it is there."""
-        return self.result(number).is_file()
+    name, _results = "describing sequences", "described"
 
     def work(self, number: int) -> Mapping[str, int]:
         """Describe. Raises DataError if tokens cannot be read."""
@@ -298,7 +287,7 @@ class Describe:
         with np.load(self.order.tables) as held:
             return Tables(*(held[name] for name in Tables._fields))
 
-    def _results(self, side: str) -> Iterator[tuple[slice, Any]]:
+    def _results_of(self, side: str) -> Iterator[tuple[slice, Any]]:
         for number, span in enumerate(self.spans):
             if span.side == side:
                 with np.load(self.result(number)) as held:
@@ -307,7 +296,7 @@ class Describe:
     def proxies(self) -> np.ndarray:
         """Put together what describes ``Order.proxies``: (n, SCALARS) float32."""
         found = np.empty((len(self.order.proxies()), SCALARS), dtype=np.float32)
-        for rows, held in self._results(TARGET):
+        for rows, held in self._results_of(TARGET):
             found[rows] = held["scalars"]
         return found
 
@@ -318,7 +307,7 @@ class Describe:
             shape, dtype = COLUMNS[name]
             shape = (len(self.order.sides[POOL].sequences), *shape)
             out[name] = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-        for rows, held in self._results(POOL):
+        for rows, held in self._results_of(POOL):
             for name, array in out.items():
                 array[rows] = held[name]
         for array in out.values():
