@@ -61,7 +61,8 @@ class Case:
         config.engine.device, config.engine.precision = "cuda", "bf16"
         config.engine.deterministic = self.deterministic
         if self.eager:
-            config.engine.kernels, config.parallel.overlap_grad_reduce = "eager", False
+            config.engine.kernels = "eager"
+            config.parallel.overlap_grad_reduce = config.parallel.overlap_param_gather = False
         for key, value in self.parallel.items():
             setattr(config.parallel, key, value)
         config.data.seq_len = self.seq_len

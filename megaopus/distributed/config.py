@@ -40,6 +40,11 @@ class ParallelConfig:
     overlap_grad_reduce: bool | None = setting(
         None, doc="megatron: sum gradients over ranks bucket by bucket while others are computed; null: on cuda."
     )
+    overlap_param_gather: bool | None = setting(
+        None,
+        doc="megatron: with distributed_optimizer, gather updated weights beside what comes after the update, until "
+        "they are used; null: on cuda.",
+    )
 
     def derived_expert_tp(self) -> int:
         """Tensor-parallel ranks of an expert after the default is applied."""
@@ -50,6 +55,10 @@ class ParallelConfig:
     def overlaps(self, on_cpu: bool) -> bool:
         """Say whether gradients are summed over ranks during the backward pass."""
         return not on_cpu if self.overlap_grad_reduce is None else self.overlap_grad_reduce
+
+    def gathers_late(self, on_cpu: bool) -> bool:
+        """Say whether updated weights are gathered beside what comes after the update."""
+        return not on_cpu if self.overlap_param_gather is None else self.overlap_param_gather
 
     @property
     def model_ranks(self) -> int:

@@ -52,8 +52,16 @@ class MixedPrecisionOptimizer:
     """
 
     def __init__(
-        self, config: OptimConfig, module: nn.Module, mesh: Mesh, *, bf16: bool, sharded: Sequence[Any] | None = None
+        self,
+        config: OptimConfig,
+        module: nn.Module,
+        mesh: Mesh,
+        *,
+        bf16: bool,
+        sharded: Sequence[Any] | None = None,
+        late: bool = False,
     ):
+        """``late``: weights that are sharded are gathered while other things are done; see ``settle``."""
         from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig
 
         self._clip = config.clip_grad
@@ -76,9 +84,13 @@ class MixedPrecisionOptimizer:
         if sharded is None:
             wrapped = [_wrap(optimizer, megatron_config, mesh, bf16) for optimizer in optimizers]
         else:
+            from megaopus.optim.late_gather import LateGather
             from megaopus.optim.sharded import ShardedAdamW
 
-            wrapped = [ShardedAdamW(optimizer, megatron_config, sharded, mesh, _init_state) for optimizer in optimizers]
+            gather = LateGather(sharded) if late else None
+            wrapped = [
+                ShardedAdamW(optimizer, megatron_config, sharded, mesh, _init_state, gather) for optimizer in optimizers
+            ]
         self.chained = ChainedOptimizer(wrapped)
         for parameter in module.parameters():  # megatron makes main weights, and leaves its own marks on them alone
             if is_expert(parameter) and not self._sharded and bf16:
@@ -132,6 +144,7 @@ class MixedPrecisionOptimizer:
 
     def pieces(self) -> dict[str, WeightPiece]:
         """Give what this rank's optimizer updates of each local parameter: all of it where nothing is shared."""
+        self.settle()
         found = {}
         for name, parameter in self._module.named_parameters():
             if not self._sharded:
@@ -148,6 +161,11 @@ class MixedPrecisionOptimizer:
         if self._sharded:
             self.chained.chained_optimizers[0].gather_weights()
 
+    def settle(self) -> None:
+        """Wait until all weights of the last update are there; forward passes wait by themselves."""
+        if self._sharded:
+            self.chained.chained_optimizers[0].settle()
+
     def gather_into_gradients(self, read: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
         """As ``ShardedAdamW.gather_into_gradients``, by local name."""
         parameters = dict(self._module.named_parameters())
@@ -160,6 +178,7 @@ class MixedPrecisionOptimizer:
 
         Copies, gathered over dp and cp in a collective call, where AdamW is sharded under bf16.
         """
+        self.settle()
         if not self._bf16:
             return dict(self._module.named_parameters())
         if self._sharded:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from megaopus.distributed.mesh import Mesh
 from megaopus.distributed.shards import deal
+from megaopus.optim.late_gather import LateGather
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "param"
@@ -43,7 +44,10 @@ class ShardedAdamW(DistributedOptimizer):
         ddp: Sequence[Any],
         mesh: Mesh,
         init_state: Callable[..., None],
+        late: LateGather | None = None,
     ):
+        """``late``: what gathers updated weights while other things are done; None: the update ends with it."""
+        self._late = late
         self._groups: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
         self._group_of = {parameter: index for index, group in enumerate(self._groups) for parameter in group}
         super().__init__(
@@ -65,7 +69,13 @@ class ShardedAdamW(DistributedOptimizer):
 
     def step_with_ready_grads(self) -> bool:
         """Update, and count it on the host."""
-        done: bool = super().step_with_ready_grads()
+        done: bool
+        if self._late is None:
+            done = super().step_with_ready_grads()
+        else:
+            self._late.settle()
+            done = super(DistributedOptimizer, self).step_with_ready_grads()  # without the gathering at its end
+            self._late.start()
         self.updates += 1
         return done
 
@@ -98,8 +108,14 @@ class ShardedAdamW(DistributedOptimizer):
 
     def gather_weights(self) -> None:
         """Bring the model's weights up to date with the runs of all ranks, as after an update. Collective."""
+        self.settle()
         for chunk in self.model_chunks:
             chunk.start_param_sync()
+
+    def settle(self) -> None:
+        """Wait until all weights of the last update are there."""
+        if self._late is not None:
+            self._late.settle()
 
     @torch.no_grad()
     def gather_into_gradients(self, read: Mapping[nn.Parameter, Callable[[], Tensor]]) -> dict[nn.Parameter, Tensor]:

@@ -29,7 +29,7 @@ from tests.pool import Jobs, Pool
 FUSED = EngineConfig(device="cpu", precision="fp32", kernels="fused")
 EAGER = EngineConfig(device="cpu", precision="fp32")
 LLAMA, GPT2, DEEP = ("llama", "adamw"), ("gpt2", "adamw"), ("gpt2-4-layers", "adamw")
-OVERLAP: dict[str, Any] = {"overlap_grad_reduce": True}
+OVERLAP: dict[str, Any] = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS: dict[str, tuple[int, ParallelConfig, list[Case]]] = {
     "1": (1, ParallelConfig(), [LLAMA, GPT2]),
     "dp2": (2, ParallelConfig(**OVERLAP), [LLAMA, GPT2]),
@@ -155,6 +155,55 @@ def sums_begun() -> dict[str, int]:
                 "buckets": sum(len(ddp.bucket_groups) for ddp in engine.ddp),
                 "begun in the backward pass": at_end[0],
                 "begun while candidates are scored by ghosts": begun - before,
+            }
+    finally:
+        mesh.close()
+
+
+def test_weights_are_gathered_until_they_are_used(pool: Pool) -> None:
+    for found in pool.run(2, gathered_late):
+        waiting = found["waiting"]
+        assert waiting["update"] == found["buckets"] > 4
+        assert waiting["update"] > waiting["embedding"] > waiting["layer 0"] > waiting["layer 1"] >= waiting["end"] == 0
+        assert found["read"] == 0
+        assert found["differences"] == 0
+
+
+def gathered_late() -> dict[str, Any]:
+    """How many buckets are still gathered where; weights that differ from those of an update that waits for all."""
+    waiting: dict[str, int] = {}
+    parallel = ParallelConfig(distributed_optimizer=True, **OVERLAP)
+    mesh = Mesh(parallel, "cpu")
+    try:
+        with uncompiled():
+            engine = build(mesh, GPT2, parallel, FUSED)
+            at_once = build(mesh, GPT2, replace(parallel, overlap_param_gather=False), FUSED)
+            late = engine.optimizer.chained.chained_optimizers[0]._late
+
+            def count(name: str) -> Any:
+                def noted(*args: Any) -> None:
+                    waiting.setdefault(name, len(late._waiting))
+
+                return noted
+
+            for each in (engine, at_once):
+                each.train_step(random_batch(8, 0))
+            waiting["update"] = len(late._waiting)
+            (model,) = engine.chunks
+            model.embedding.register_forward_hook(count("embedding"))
+            for number, layer in enumerate(model.decoder.layers):
+                layer.register_forward_hook(count(f"layer {number}"))
+            engine.evaluate(random_batch(4, 1))
+            waiting["end"] = len(late._waiting)
+            for each in (engine, at_once):
+                each.train_step(random_batch(8, 2))
+            pairs = zip(engine.named_parameters(), at_once.named_parameters(), strict=True)
+            differences = sum(not torch.equal(mine, other) for (_, mine), (_, other) in pairs)
+            return {
+                "buckets": len(late._buckets),
+                "waiting": waiting,
+                "read": len(late._waiting),
+                "differences": differences,
             }
     finally:
         mesh.close()

@@ -183,6 +183,7 @@ class MegatronEngine(MegatronPasses):
     def prepare_save(self, folder: Path, groups: dict[str, Gradient], copy: bool) -> PendingSave:
         from megatron.core import dist_checkpointing
 
+        self.optimizer.settle()
         with self.mesh.megatron():
             if self.optimizer.is_sharded:  # as an optimizer that shares nothing has them
                 names = dict(canonical_names(self.module))

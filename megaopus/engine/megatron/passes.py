@@ -92,10 +92,21 @@ class MegatronPasses(Engine):
         self._reduce_gradients = finalize_model_grads
         config.finalize_model_grads_func = self._finalize_gradients
         self.optimizer = MixedPrecisionOptimizer(
-            optim, self.module, self.mesh, bf16=self.bf16, sharded=list(self.ddp) if sharded else None
+            optim,
+            self.module,
+            self.mesh,
+            bf16=self.bf16,
+            sharded=list(self.ddp) if sharded else None,
+            late=sharded and parallel.gathers_late(self.mesh.on_cpu),
         )
 
     lends_gradient = True
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """Give each local parameter, as it is after the last update."""
+        if hasattr(self, "optimizer"):
+            self.optimizer.settle()
+        yield from super().named_parameters()
 
     def pieces(self) -> Mapping[str, Piece]:
         if not self.optimizer.is_sharded:
