@@ -73,7 +73,7 @@ def enlarged(corpus: Path, out: Path, copies: int) -> Path:
 
 
 def settings(corpus: Path, recipe: str, features: Path) -> list[str]:
-    """What a run of this recipe is told."""
+    """Give the settings of a run of this recipe."""
     where = [f"data.path={corpus}", f"data.proxy_path={corpus.parent / 'pools' / 'mixed'}"]
     return [*where, f"data.text_features_path={features}", f"data.seq_len={LARGE_SEQ_LEN}", f"selection={recipe}"]
 

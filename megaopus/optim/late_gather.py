@@ -17,16 +17,28 @@ class LateGather:
 
     def __init__(self, ddp: Sequence[Any]):
         """``ddp``: this rank's chunks of the model, wrapped in megatron's DDP with a sharded optimizer."""
+        from megatron.core.distributed.param_and_grad_buffer import dist_all_gather_func, shard_buffer
+
+        self._gather = dist_all_gather_func
         self._waiting: dict[int, dist.Work] = {}
         """Number of a bucket -> what gathers it."""
         # megatron fills buckets from a model's end, so that the last has the weights that are used first
-        self._buckets = [
+        buckets = [
             (bucket, group.intra_distributed_optimizer_instance_group)
             for chunk in ddp
             for group in (*reversed(chunk.bucket_groups), *reversed(chunk.expert_parallel_bucket_groups))
             for bucket in group.buckets
         ]
-        of = {parameter: number for number, (bucket, _) in enumerate(self._buckets) for parameter in bucket.params_list}
+        self._buckets = [
+            (
+                bucket.param_data,
+                shard_buffer(bucket.param_data, dist.get_world_size(group))[dist.get_rank(group)],
+                group,
+            )
+            for bucket, group in buckets
+        ]
+        """Weights, this rank's shard of them, and the ranks that have the others."""
+        of = {parameter: number for number, (bucket, _) in enumerate(buckets) for parameter in bucket.params_list}
         for chunk in ddp:
             rest = set(chunk.module.parameters())
             for part in _parts(chunk.module):
@@ -37,14 +49,9 @@ class LateGather:
                 raise AssertionError(f"{len(rest)} weights are in no part of the model that waits for them")
 
     def start(self) -> None:
-        """Begin to gather what this rank and the others have updated. Collective."""
-        from megatron.core.distributed.param_and_grad_buffer import dist_all_gather_func, shard_buffer
-
-        self.settle()
-        for number, (bucket, group) in enumerate(self._buckets):
-            own = shard_buffer(bucket.param_data, dist.get_world_size(group))[dist.get_rank(group)]
-            work = dist_all_gather_func(bucket.param_data, own, group=group, async_op=True)
-            if work is not None:
+        """Begin to gather what this rank and the others have updated, after ``settle``. Collective."""
+        for number, (weights, own, group) in enumerate(self._buckets):
+            if (work := self._gather(weights, own, group=group, async_op=True)) is not None:
                 self._waiting[number] = work
 
     def settle(self) -> None:

@@ -170,7 +170,7 @@ def test_weights_are_gathered_until_they_are_used(pool: Pool) -> None:
 
 
 def gathered_late() -> dict[str, Any]:
-    """How many buckets are still gathered where; weights that differ from those of an update that waits for all."""
+    """Count buckets that are still gathered, place by place, and weights unlike those of an update that waits."""
     waiting: dict[str, int] = {}
     parallel = ParallelConfig(distributed_optimizer=True, **OVERLAP)
     mesh = Mesh(parallel, "cpu")
